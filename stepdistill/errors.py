@@ -1,0 +1,18 @@
+"""Errors a user can act on: one line that says what was found, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The command line prints the message alone, without a traceback, and exits with 2."""
+
+
+def did_you_mean(found: str, allowed: Iterable[str]) -> str:
+    """``(did you mean X? There are: ...)`` for an unknown name."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"({hint}there are: {', '.join(names) or 'none'})"

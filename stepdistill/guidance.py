@@ -1,0 +1,33 @@
+"""Guidance as functions of predictions. Scale 1 is no guidance; g = 1 + w where a paper writes w."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepdistill.path import Prediction, per_sample
+
+
+def extrapolate(weak: Prediction, strong: Prediction, scale: float | Tensor) -> Prediction:
+    """weak + scale (strong - weak), on x0 and eps alike.
+
+    With ``weak`` unconditional this is classifier-free guidance (Ho and Salimans 2022, 2207.12598, eq. 6); with
+    ``weak`` a smaller or less trained network it is autoguidance (Karras et al. 2024, 2406.02507, eq. 3).
+
+    Args:
+        weak, strong: predictions at the same x_t and t, tensors [B, ...].
+        scale: one number, or one per sample [B]; 1 returns ``strong``.
+    """
+    g = per_sample(scale, strong.x0) if isinstance(scale, Tensor) else scale
+    return Prediction(
+        strong.path,
+        weak.x0 + g * (strong.x0 - weak.x0),
+        weak.eps + g * (strong.eps - weak.eps),
+        strong.t,
+    )
+
+
+def in_interval(scale: float, t: Tensor, low: float, high: float) -> Tensor:
+    """``scale`` where low <= t <= high, else 1 (Kynkaanniemi et al. 2024, 2404.07724). t and the result are [B]."""
+    inside = (t >= low) & (t <= high)
+    return torch.where(inside, torch.full_like(t, scale), torch.ones_like(t))

@@ -1,0 +1,177 @@
+"""The contracts: what a batch, a teacher, a student and a method are. Nothing here knows a model or a paper."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from stepdistill.draws import Draws
+from stepdistill.path import Path, Prediction
+
+if TYPE_CHECKING:
+    from stepdistill.sampler import Sampler
+    from stepdistill.student import Student
+
+NEEDS = ("noise", "prompts", "images", "pairs")
+"""What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is conditioned on: named tensors, each [B, ...]; empty for an unconditional network."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, index: Tensor | slice) -> Condition:
+        """The condition of the chosen samples."""
+        return Condition({name: value[index] for name, value in self.tensors.items()})
+
+    def repeat(self, count: int) -> Condition:
+        """One condition (B = 1) for ``count`` samples."""
+        return Condition({k: v.expand(count, *v.shape[1:]) for k, v in self.tensors.items()})
+
+    def join(self, other: Condition) -> Condition:
+        """The samples of both, in order."""
+        return Condition({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
+
+    def with_tensor(self, name: str, value: Tensor) -> Condition:
+        """The same condition with one more tensor [B, ...]."""
+        return Condition({**self.tensors, name: value})
+
+    def to(self, device: torch.device) -> Condition:
+        """The same condition on another device."""
+        return Condition({name: value.to(device) for name, value in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Clean latents with their conditions: real images, or teacher samples with the noise they came from.
+
+    Attributes:
+        x0: clean latents [B, C, H, W], in the network's scale.
+        cond: their conditions.
+        noise: for pairs, the noise [B, C, H, W] the teacher started from; None for images.
+    """
+
+    x0: Tensor
+    cond: Condition
+    noise: Tensor | None = None
+
+    def part(self, rows: slice) -> Examples:
+        return Examples(self.x0[rows], self.cond.rows(rows), None if self.noise is None else self.noise[rows])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call of a method's loss sees.
+
+    Attributes:
+        draws: the random numbers of these samples at this step; a method draws every further number from it.
+        noise: starting noise [B, C, H, W].
+        cond: conditions of the prompts drawn for this step.
+        images: real images, where the method needs them.
+        pairs: cached (noise, teacher sample) pairs, where the method needs them.
+    """
+
+    draws: Draws
+    noise: Tensor
+    cond: Condition
+    images: Examples | None = None
+    pairs: Examples | None = None
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal consecutive parts; the mean of their losses is the loss of the whole."""
+        size = self.draws.count // parts
+        if size * parts != self.draws.count:
+            raise ValueError(f"a batch of {self.draws.count} does not split into {parts} equal parts")
+        return [self._part(i * size, size) for i in range(parts)]
+
+    def _part(self, start: int, size: int) -> Batch:
+        rows = slice(start, start + size)
+        return replace(
+            self,
+            draws=self.draws.part(start, size),
+            noise=self.noise[rows],
+            cond=self.cond.rows(rows),
+            images=self.images and self.images.part(rows),
+            pairs=self.pairs and self.pairs.part(rows),
+        )
+
+
+class Teacher(Protocol):
+    """A frozen model on a path. PipelineTeacher implements it, and so do the closed-form teachers of the tests."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """What the teacher says about x_t [B, ...] at t [B], under classifier-free guidance; never holds a graph."""
+        ...
+
+
+class MethodOptions(BaseModel):
+    """Base of every method's options: frozen, and closed against keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Method(nn.Module, ABC):
+    """One algorithm. A subclass is one file in ``methods/``: its paper, its Options, and these functions.
+
+    Class attributes:
+        Options: the schema of ``options:`` in a recipe.
+        needs: what the method always asks of the data, out of NEEDS.
+        default_times: the student's times when the recipe gives none, descending from 1.
+    """
+
+    Options: ClassVar[type[MethodOptions]]
+    needs: ClassVar[frozenset[str]] = frozenset({"noise", "prompts"})
+    default_times: ClassVar[tuple[float, ...]] = (1.0,)
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        """What the method asks of the data under these options: checked before anything loads."""
+        return cls.needs
+
+    def __init__(self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions) -> None:
+        super().__init__()
+        self.student = student
+        self.times = times
+        # Held in a list so that nn.Module does not adopt the teacher: it is never trained, moved or saved with the run.
+        self._teacher = [teacher]
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher[0]
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Networks that are trained, by name; each gets an optimiser of its own."""
+        return {"student": self.student.net}
+
+    def lr_ratio(self, network: str) -> float:
+        """The network's learning rate over ``train.lr``."""
+        return 1.0
+
+    def turn(self, step: int) -> str:
+        """Whose update the optimiser step ``step`` (from 0) is."""
+        return "student"
+
+    @abstractmethod
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the network whose turn it is, a scalar that is a mean over samples, and what to log."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser step ``step``: targets, stages, phases. State lives in buffers or modules."""
+        return None
+
+    @abstractmethod
+    def sampler(self) -> Sampler:
+        """How the student is sampled; becomes the exported scheduler."""
