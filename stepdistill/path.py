@@ -93,10 +93,9 @@ class Path(ABC):
         eps = per_sample(alpha / det, x_t) * output - per_sample(a / det, x_t) * x_t
         return Prediction(self, x0, eps, t)
 
-    def write(self, prediction: Prediction, kind: Output) -> Tensor:
-        """The network output of the given kind that says ``prediction``: the inverse of :meth:`read`."""
-        a, b = self.coefficients(kind, prediction.t)
-        x0, eps = prediction.x0, prediction.eps
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Output) -> Tensor:
+        """What a network of the given kind should return for (x0, eps), each [B, ...]: the inverse of :meth:`read`."""
+        a, b = self.coefficients(kind, t)
         return per_sample(a, x0) * x0 + per_sample(b, x0) * eps
 
 

@@ -118,9 +118,15 @@ class Teacher(Protocol):
 
 
 class MethodOptions(BaseModel):
-    """Base of every method's options: frozen, and closed against keys it does not know."""
+    """Base of every method's options: frozen, and closed against keys it does not know.
+
+    Attributes:
+        guidance: classifier-free guidance of the teacher that the student takes over; 1 is none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    guidance: float = 1.0
 
 
 class Method(nn.Module, ABC):
@@ -142,6 +148,14 @@ class Method(nn.Module, ABC):
         return cls.needs
 
     def __init__(self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions) -> None:
+        """A method at its start.
+
+        Args:
+            teacher: what is distilled.
+            student: a copy of the teacher that is trained.
+            times: where the student is called, descending from 1.
+            options: an instance of the class's Options.
+        """
         super().__init__()
         self.student = student
         self.times = times

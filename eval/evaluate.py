@@ -1,0 +1,102 @@
+"""What `stepdistill eval` does not do: remake the files of eval/reference.
+
+python eval/evaluate.py score PIPELINE --suite emoji --steps 1 4       scores of a pipeline folder, as a table
+python eval/evaluate.py reference emoji                                eval/reference/emoji.safetensors
+python eval/evaluate.py teachers                                       eval/reference/teachers.json (minutes)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from stepdistill import teacher_cache
+from stepdistill.content import content_folder
+from stepdistill.embedded import embedded_teachers
+from stepdistill.errors import UserError
+from stepdistill.evaluate import evaluate, teacher_scores, weights_hash
+from stepdistill.provenance import provenance
+from stepdistill.suite import load_suite, make_reference
+
+# (suite, guidance, steps): what ships for every embedded teacher
+SHIPPED = (("emoji-quick", 2.5, (1, 4, 25)), ("emoji", 1.0, (1, 25)), ("emoji", 2.5, (1, 2, 4, 8, 25)))
+
+
+def teachers(names: list[str], quiet: bool) -> None:
+    """Compute the shipped scores and write teachers.json; entries of other teachers stay."""
+    file = content_folder("eval") / "reference" / teacher_cache.SHIPPED
+    entries = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    for name in names:
+        folder = embedded_teachers()[name]
+        entries = {key: entry for key, entry in entries.items() if entry["teacher"] != name}
+        for suite_name, guidance, steps in SHIPPED:
+            suite = load_suite(suite_name)
+            origin = provenance()
+            for count in steps:
+                found = teacher_scores(
+                    folder, suite, steps=count, guidance=guidance, progress=not quiet, refresh=True
+                )
+                scores = {k: v for k, v in asdict(found[count]).items() if k != "cached"}
+                key = teacher_cache.key(weights_hash(folder), suite, count, guidance)
+                about = {"teacher": name, "suite": suite.label, "guidance": guidance, "steps": count}
+                entries[key] = {
+                    **about,
+                    "scores": scores,
+                    "versions": origin["versions"],
+                    "hardware": origin["hardware"],
+                }
+                file.write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
+                print(json.dumps({**about, **scores}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    score = verbs.add_parser("score")
+    score.add_argument("pipeline")
+    score.add_argument("--suite", default="emoji")
+    score.add_argument("--steps", type=int, nargs="+", default=[1])
+    score.add_argument("--guidance", type=float)
+    score.add_argument("--batch", type=int, default=100)
+    score.add_argument("--trailing", action="store_true")
+    score.add_argument("--json", type=Path)
+    reference = verbs.add_parser("reference")
+    reference.add_argument("suite")
+    reference.add_argument("--output", type=Path)
+    table = verbs.add_parser("teachers")
+    table.add_argument("names", nargs="*", default=sorted(embedded_teachers()))
+    table.add_argument("--quiet", action="store_true")
+    given = parser.parse_args()
+    try:
+        if given.verb == "score":
+            report = evaluate(
+                given.pipeline,
+                given.suite,
+                steps=given.steps,
+                guidance=given.guidance,
+                batch=given.batch,
+                trailing=given.trailing,
+            )
+            if given.json:
+                report.save(given.json)
+            print(report.markdown())
+        elif given.verb == "reference":
+            suite = load_suite(given.suite)
+            output = given.output or content_folder("eval") / "reference" / suite.reference
+            make_reference(suite, output)
+            print(output)
+        else:
+            teachers(given.names, given.quiet)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

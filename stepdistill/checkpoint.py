@@ -1,0 +1,101 @@
+"""Checkpoints: safetensors and one JSON, hashed, written under a temporary name and renamed, the last few kept.
+
+``checkpoints/step-00000100/`` holds ``<name>.safetensors`` for every group of tensors and ``state.json``, which lists
+the files with their SHA-256. A folder without a valid ``state.json`` is no checkpoint; a listed file whose hash differs
+is an error, never a silent restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.errors import UserError
+
+STATE = "state.json"
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run's ``checkpoints`` folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Writes one checkpoint and removes all but the last ``keep``.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        step: optimiser steps done.
+        tensors: groups of tensors, one file each.
+        state: what else there is to remember, JSON.
+        keep: how many checkpoints stay, at least 1.
+
+    Raises:
+        UserError: when it cannot be written (a full disk, say); earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{step:08d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        files = {}
+        for name, group in tensors.items():
+            file = partial / f"{name}.safetensors"
+            save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
+            files[file.name] = sha256_of(file)
+        with (partial / STATE).open("w") as stream:
+            json.dump({**state, "step": step, "files": files}, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = checkpoints_in(folder)
+        last = f"the last good one is {kept[-1]}" if kept else "there is no earlier one"
+        raise UserError(f"checkpoint {final} could not be written ({error}); {last}. Free space and use --resume") from error
+    for old in checkpoints_in(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the state of a checkpoint, after its files' hashes were checked.
+
+    Raises:
+        UserError: for a missing or altered file, naming it.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+        files: dict[str, str] = state["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {path} has no readable {STATE} ({error}): resume from another one") from error
+    tensors = {}
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"checkpoint {path} lacks {name}: delete that folder to resume from the one before it")
+        if sha256_of(file) != expected:
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} has not the SHA-256 that {STATE} states. Delete that folder to "
+                "resume from the one before it"
+            )
+        tensors[file.stem] = load_file(file)
+    return tensors, state

@@ -1,0 +1,133 @@
+"""What can be seen to be wrong with a run before anything slow is imported or loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from stepdistill.embedded import embedded_teachers, teacher_folder
+from stepdistill.errors import UserError, did_you_mean
+from stepdistill.recipe import Recipe
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """The teacher, the prompts and the images that a recipe names are there.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    find_pipeline(recipe.teacher, "teacher")
+    if recipe.data.prompts is not None:
+        _check_prompts(Path(recipe.data.prompts))
+    if recipe.data.images is not None:
+        _check_images(Path(recipe.data.images))
+
+
+def find_pipeline(name: str, role: str) -> str:
+    """What ``DiffusionPipeline.from_pretrained`` should load for ``name``.
+
+    Args:
+        name: an embedded teacher, a diffusers folder, a run folder (its student is taken) or a Hub name.
+        role: what the pipeline is for, as the message should call it.
+
+    Raises:
+        UserError: the name is none of these.
+    """
+    if (embedded := teacher_folder(name)) is not None:
+        return str(embedded)
+    for folder in (Path(name), Path(name) / "student"):
+        if (folder / "model_index.json").is_file():
+            return str(folder)
+    if Path(name).is_dir():
+        raise UserError(f"{role} {name} is not a diffusers pipeline: the folder has no model_index.json")
+    # A path that was mistyped looks like a Hub name unless its first part is a folder here.
+    if _HUB_NAME.fullmatch(name) and not Path(name).parts[0].startswith(".") and not Path(name).parent.is_dir():
+        if not _is_offline() or _is_cached(name):
+            return name
+        raise UserError(f"{role} {name} is neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set")
+    raise UserError(
+        f"{role} {name} does not exist {did_you_mean(name, embedded_teachers())}; "
+        "or give a diffusers folder, or a Hub name such as owner/name"
+    )
+
+
+def check_output(folder: Path, *, resume: bool) -> None:
+    """The run folder can be made and written to, and does not hold another run. Leaves the disk as it was.
+
+    Raises:
+        UserError: it cannot be written to, or it holds a run and ``resume`` is off, or none and ``resume`` is on.
+    """
+    holds_run = (folder / "recipe.yaml").is_file()
+    if resume and not holds_run:
+        raise UserError(f"--resume: {folder} holds no run (it has no recipe.yaml); start it without --resume")
+    if holds_run and not resume:
+        raise UserError(f"{folder} holds a run already: add --resume to go on with it, or give another --output")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be written: {error.strerror}; give another --output") from None
+    finally:
+        for place in made:
+            if place.is_dir():
+                place.rmdir()
+
+
+def next_run_folder(root: Path, name: str) -> Path:
+    """``root/name``, or ``root/name-2``, ``-3``, ...: the first that does not exist."""
+    folder, number = root / name, 2
+    while folder.exists():
+        folder, number = root / f"{name}-{number}", number + 1
+    return folder
+
+
+def newest_run_folder(root: Path, name: str) -> Path:
+    """The run folder of this name with the highest number.
+
+    Raises:
+        UserError: there is none.
+    """
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    numbered = {
+        int(match[1] or 1): folder
+        for folder in (root.iterdir() if root.is_dir() else ())
+        if (match := pattern.fullmatch(folder.name)) and (folder / "recipe.yaml").is_file()
+    }
+    if not numbered:
+        raise UserError(f"--resume: there is no run {root / name} to go on with; give its folder as --output")
+    return numbered[max(numbered)]
+
+
+def _check_prompts(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"data.prompts: {path} does not exist; give a text file with one prompt per line")
+    try:
+        with path.open(encoding="utf-8") as file:
+            empty = not any(line.strip() for line in file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if empty:
+        raise UserError(f"data.prompts: {path} holds no prompt; write one per line")
+
+
+def _check_images(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"data.images: {folder} is not a folder; give the folder that holds the images")
+    if not any(folder.iterdir()):
+        raise UserError(f"data.images: {folder} is empty")
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "model_index.json"), str)

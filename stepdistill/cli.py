@@ -1,0 +1,264 @@
+"""The command line. torch and diffusers are imported inside a verb, after everything cheap was checked."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from stepdistill.errors import UserError
+
+app = typer.Typer(
+    name="stepdistill",
+    help="Distil diffusion and flow pipelines into students that draw in one to eight steps.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Kind = Literal["all", "teachers", "methods", "recipes", "suites", "families"]
+Pipeline = Annotated[str, typer.Argument(help="Embedded teacher, diffusers folder, run folder or Hub name.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
+
+
+def main() -> None:
+    """Runs the command line: a UserError is one line on stderr and exit status 2, anything else keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from stepdistill import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("ls")
+def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "all") -> None:
+    """List what is shipped: teachers, methods, recipes, suites, families."""
+    from stepdistill import content
+    from stepdistill.embedded import embedded_teachers, teacher_folder
+
+    tables: dict[str, dict[str, str]] = {}
+    if kind in ("all", "teachers"):
+        folders = {name: teacher_folder(name) for name in embedded_teachers()}
+        tables["teachers"] = {name: content.pipeline_class(path) for name, path in folders.items() if path}
+    if kind in ("all", "methods"):
+        tables["methods"] = content.module_summaries("methods")
+    if kind in ("all", "recipes"):
+        tables["recipes"] = {name: content.header(path) for name, path in content.recipe_files().items()}
+    if kind in ("all", "suites"):
+        tables["suites"] = {name: content.header(path) for name, path in content.suite_files().items()}
+    if kind in ("all", "families"):
+        tables["families"] = content.module_summaries("families")
+    for title, table in tables.items():
+        if kind == "all":
+            print(f"{title}:")
+        width = max(map(len, table), default=0)
+        for name, summary in table.items():
+            print(f"  {name.ljust(width)}  {summary}".rstrip())
+
+
+@app.command("cp")
+def copy_recipe(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    dest: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
+) -> None:
+    """Copy a shipped recipe, to edit it."""
+    from stepdistill.content import recipe_files
+    from stepdistill.errors import did_you_mean
+
+    shipped = recipe_files()
+    name = recipe.removesuffix(".yaml")
+    if name not in shipped:
+        raise UserError(f"{recipe} is not a shipped recipe {did_you_mean(name, shipped)}")
+    target = dest / f"{name}.yaml" if dest.is_dir() else dest
+    if target.exists():
+        raise UserError(f"{target} exists already: give another name")
+    try:
+        target.write_bytes(shipped[name].read_bytes())
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    print(target)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Shipped recipe, or a .yaml file.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Embedded teacher, diffusers folder or Hub name.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method's name, or ./file.py.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder; by default runs/METHOD_TEACHER, numbered.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one key of the recipe; may repeat.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Train a student, export it, prove the export and measure it."""
+    from stepdistill import checks
+    from stepdistill.recipe import load_recipe, method_options
+
+    source: str | Path | None = recipe
+    if resume and recipe is None and output is not None and (output / "recipe.yaml").is_file():
+        source = output / "recipe.yaml"  # the run's own recipe, so that --resume --output RUN is enough
+    wanted = load_recipe(source, teacher=teacher, method=method, sets=sets or ())
+    checks.check_recipe(wanted)
+    first_process = os.environ.get("RANK", "0") == "0"
+    folder = _run_folder(output or (Path(wanted.output) if wanted.output else None), wanted, resume)
+    if first_process:
+        checks.check_output(folder, resume=resume)
+    method_options(wanted)
+
+    from stepdistill.distil import distil
+
+    run = distil(wanted, output=folder, resume=resume, command=_command())
+    if first_process:
+        print(f"student: {run.student}")
+        print(f"picture: {folder / 'samples.png'}")
+        if run.report.get("student"):
+            from stepdistill.compare import rank, text_table
+
+            print(text_table(rank([{"name": folder.name, "method": wanted.method} | dict(run.report)])))
+
+
+@app.command()
+def sample(
+    student: Pipeline,
+    prompt: Annotated[list[str], typer.Option(help="Text of one picture; may repeat.")],
+    steps: Annotated[int, typer.Option(help="Network evaluations per picture.")] = 1,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
+    output: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
+) -> None:
+    """Draw pictures from prompts, on one grid."""
+    from stepdistill.sample import grid
+    from stepdistill.sample import sample as draw
+
+    _check_file(output)
+    grid(draw(student, prompt, steps=steps, guidance=guidance, seed=seed)).save(output)
+    print(output)
+
+
+@app.command("eval")
+def evaluate_pipeline(
+    pipeline: Pipeline,
+    suite: Annotated[str, typer.Option(help="Evaluation suite: a shipped name or a .yaml file.")] = "emoji",
+    steps: Annotated[str, typer.Option(help="Step counts, separated by commas.")] = "1",
+    guidance: Guidance = None,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 100,
+    trailing: Annotated[bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
+) -> None:
+    """Measure a pipeline: Frechet distance, KID and CLIP score."""
+    from stepdistill.checks import find_pipeline
+
+    counts = _step_counts(steps)
+    folder = find_pipeline(pipeline, "pipeline")
+    if output is not None:
+        _check_file(output)
+    from stepdistill.evaluate import evaluate
+
+    report = evaluate(folder, suite=suite, steps=counts, guidance=guidance, batch=batch, trailing=trailing)
+    print(report.markdown())
+    if output is not None:
+        report.save(output)
+        print(output)
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[str], typer.Argument(help="Run folders, or report.json files.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file to write as well.")] = None,
+) -> None:
+    """Put finished runs side by side, ranked."""
+    from stepdistill import compare as comparison
+
+    read = [comparison.read_report(path) for path in reports]
+    print(comparison.text_table(comparison.rank(read)))
+    if output is not None:
+        _check_file(output)
+        folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in reports]
+        output.write_text(comparison.html_page(read, folders), encoding="utf-8")
+        print(output)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, finished or interrupted.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the student; by default RUN/student.")] = None,
+) -> None:
+    """Export the student of a run's last checkpoint again."""
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no recipe.yaml")
+    from stepdistill.distil import export_run
+
+    print(export_run(run, output))
+
+
+@app.command()
+def verify(student: Annotated[Path, typer.Argument(help="Student folder.")]) -> None:
+    """Prove that plain diffusers loads a student and draws what its trainer drew."""
+    if not student.is_dir():
+        raise UserError(f"{student} is not a folder; give a student's folder, such as runs/NAME/student")
+    from stepdistill.verify import verify as prove
+
+    print(prove(student))
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions, devices, attention kernels, cache and disk."""
+    from stepdistill.doctor import examine
+
+    findings = examine()
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        print(f"{finding.state.ljust(6)}  {finding.subject.ljust(width)}  {finding.text}")
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _run_folder(output: Path | None, recipe: object, resume: bool) -> Path:
+    from stepdistill import checks
+    from stepdistill.recipe import Recipe
+
+    assert isinstance(recipe, Recipe)
+    if output is not None:
+        return output
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each process would number the folder by what it finds, and the first one has made its own by then.
+        raise UserError("give --output DIR when several processes train together")
+    name = f"{Path(recipe.method).stem}_{Path(recipe.teacher).name}"
+    return (checks.newest_run_folder if resume else checks.next_run_folder)(Path("runs"), name)
+
+
+def _step_counts(text: str) -> tuple[int, ...]:
+    counts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in counts):
+        raise UserError(f"--steps {text}: give step counts separated by commas, such as 1,2,4")
+    return tuple(int(part) for part in counts)
+
+
+def _check_file(path: Path) -> None:
+    """A file that is written after minutes of work can be written."""
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; give a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} is not there or cannot be written")
+
+
+def _command() -> str:
+    """The command as the user gave it, for the report."""
+    return shlex.join(["stepdistill", *sys.argv[1:]])

@@ -1,0 +1,209 @@
+"""What training reads: prompts, images with captions, pairs; as batches that any step can be asked for.
+
+Which samples belong to a step follows from the seed and the step alone, so a resumed run reads on exactly where it
+stopped and several processes read disjoint parts of the same batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepdistill.draws import Draws, generator_for
+from stepdistill.errors import UserError
+from stepdistill.pairs import PairCache
+from stepdistill.teacher import PipelineTeacher
+from stepdistill.types import Batch, Condition, Examples
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CACHE_BYTES = 2**31
+"""Conditions (or latents) are computed once and kept while they are smaller than this in all."""
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one a line, empty lines left out.
+
+    Raises:
+        UserError: when there is no such file or no prompt in it.
+    """
+    if not file.is_file():
+        raise UserError(f"data.prompts: {file} not found: give a text file with one prompt a line")
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.prompts: {file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not prompts:
+        raise UserError(f"data.prompts: {file} holds no prompt: write one a line")
+    return prompts
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Image files with captions.
+
+    Attributes:
+        files: readable images, sorted by name.
+        captions: one for each: from ``metadata.jsonl`` (``file_name``, ``text``), else a ``.txt`` beside the image, else
+            the file's name with ``_`` and ``-`` as spaces.
+        skipped: files that look like images and cannot be read, with the reason.
+    """
+
+    files: list[Path]
+    captions: list[str]
+    skipped: list[str]
+
+    @staticmethod
+    def read(folder: Path) -> ImageFolder:
+        """Looks through a folder and all below it.
+
+        Raises:
+            UserError: when the folder is missing or holds no readable image.
+        """
+        from PIL import Image
+
+        if not folder.is_dir():
+            raise UserError(f"data.images: {folder} is not a folder: give one with images")
+        listed = {}
+        if (folder / "metadata.jsonl").is_file():
+            for line in (folder / "metadata.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                listed[row["file_name"]] = row.get("text", "")
+        files, captions, skipped = [], [], []
+        for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+            try:
+                with Image.open(file) as image:
+                    image.load()
+            except (OSError, SyntaxError, ValueError) as error:
+                skipped.append(f"{file.relative_to(folder)} ({error})")
+                continue
+            beside = file.with_suffix(".txt")
+            name = file.stem.replace("_", " ").replace("-", " ")
+            fallback = beside.read_text().strip() if beside.is_file() else name
+            files.append(file)
+            captions.append(listed.get(str(file.relative_to(folder)), fallback))
+        if not files:
+            raise UserError(
+                f"data.images: {folder} holds no readable image ({len(skipped)} unreadable; {', '.join(IMAGE_SUFFIXES)})"
+            )
+        return ImageFolder(files, captions, skipped)
+
+    def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1]: centre-cropped to the aspect ratio and resized with Lanczos."""
+        import numpy as np
+        from PIL import Image, ImageOps
+
+        rows = []
+        for i in index:
+            with Image.open(self.files[i]) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            rows.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1))
+        return torch.stack(rows).float() / 127.5 - 1
+
+
+class Rows:
+    """Rows of named tensors computed on request, or once and for all where they fit in memory.
+
+    Args:
+        count: number of rows.
+        compute: indices -> tensors with those rows.
+    """
+
+    def __init__(self, count: int, compute: Callable[[list[int]], dict[str, Tensor]]) -> None:
+        self.count, self.compute = count, compute
+        self.kept: dict[str, Tensor] | None = None
+        first = compute([0])
+        size = sum(value.numel() * value.element_size() for value in first.values()) * count
+        if size <= CACHE_BYTES:
+            parts = [self._cpu(list(range(i, min(i + 64, count)))) for i in range(0, count, 64)]
+            self.kept = {name: torch.cat([part[name] for part in parts]) for name in first}
+
+    def _cpu(self, index: list[int]) -> dict[str, Tensor]:
+        return {name: value.cpu() for name, value in self.compute(index).items()}
+
+    def take(self, index: Tensor) -> dict[str, Tensor]:
+        """The rows [B, ...] of ``index`` [B]. Outside the cache they are computed one by one, so that a row is the same
+        number for number whatever stands beside it in the batch."""
+        if self.kept is not None:
+            return {name: value[index] for name, value in self.kept.items()}
+        parts = [self.compute([int(i)]) for i in index]
+        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+
+
+class Data:
+    """Everything a method asked for.
+
+    Args:
+        teacher: encodes prompts and images.
+        prompts: the prompts to train on.
+        seed: the run's seed.
+        images: files with captions, or None.
+        pairs: cached pairs of the same prompts, or None.
+    """
+
+    def __init__(
+        self,
+        teacher: PipelineTeacher,
+        prompts: Sequence[str],
+        seed: int,
+        images: ImageFolder | None = None,
+        pairs: PairCache | None = None,
+    ) -> None:
+        self.teacher, self.seed, self.pairs = teacher, seed, pairs
+        self.prompts = list(prompts)
+        self.conditions = Rows(
+            len(self.prompts), lambda rows: dict(teacher.encode([self.prompts[i] for i in rows]).tensors)
+        )
+        self.images: Rows | None = None
+        if images is not None:
+            channels, height, width = self._pixels()
+
+            def encode(rows: list[int]) -> dict[str, Tensor]:
+                pixels = images.load(rows, height, width).to(teacher.device)
+                cond = teacher.encode([images.captions[i] for i in rows])
+                return {"x0": teacher.to_latents(pixels), **cond.tensors}
+
+            self.images = Rows(len(images.files), encode)
+
+    def _pixels(self) -> tuple[int, int, int]:
+        probe = self.teacher.to_images(torch.zeros(1, *self.teacher.shape, device=self.teacher.device))
+        return int(probe.shape[1]), int(probe.shape[2]), int(probe.shape[3])
+
+    def condition(self, index: Tensor) -> Condition:
+        """Conditions of the prompts ``index`` [B], on the teacher's device."""
+        return Condition(self.conditions.take(index)).to(self.teacher.device)
+
+    def batch(self, step: int, first: int, count: int, size: int) -> Batch:
+        """Samples first .. first + count - 1 of the ``size`` samples of one step."""
+        device = self.teacher.device
+        draws = Draws(self.seed, step, first, count, device)
+        position = torch.arange(step * size + first, step * size + first + count)
+        cond = self.condition(_shuffled(position, len(self.prompts), self.seed, "prompts"))
+        examples: dict[str, Examples] = {}
+        if self.images is not None:
+            rows = self.images.take(_shuffled(position, self.images.count, self.seed, "images"))
+            x0 = rows.pop("x0").to(device)
+            examples["images"] = Examples(x0, Condition(rows).to(device))
+        if self.pairs is not None:
+            index = _shuffled(position, self.pairs.count, self.seed, "pairs")
+            examples["pairs"] = Examples(
+                self.pairs.clean(index).to(device),
+                self.condition(self.pairs.prompt_index[index]),
+                self.pairs.noise(index).to(device),
+            )
+        return Batch(draws, draws.normal("noise", self.teacher.shape), cond, **examples)
+
+
+@lru_cache(maxsize=16)
+def _permutation(count: int, seed: int, stream: str, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator_for(seed, "order", stream, epoch))
+
+
+def _shuffled(position: Tensor, count: int, seed: int, stream: str) -> Tensor:
+    """The sample at each position [B] of an endless sequence of reshuffled passes over ``count`` samples."""
+    return torch.stack([_permutation(count, seed, stream, int(p) // count)[int(p) % count] for p in position])

@@ -1,0 +1,348 @@
+"""distil(): recipe -> teacher, student, method, data -> train -> student folder, proven -> report."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from stepdistill.attention import check_attention, use_xformers
+from stepdistill.checks import check_output, check_recipe, find_pipeline
+from stepdistill.content import module_summaries
+from stepdistill.data import Data, ImageFolder, read_prompts
+from stepdistill.embedded import emoji_captions
+from stepdistill.errors import UserError
+from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
+from stepdistill.export import averaged, draw_as_pipeline, export, to_uint8
+from stepdistill.families.base import LabelFamily
+from stepdistill.log import bar, read_stats
+from stepdistill.loop import Run, train
+from stepdistill.methods import find_method
+from stepdistill.pairs import PairCache, PairOptions
+from stepdistill.pictures import ContactSheets, rows_of_pictures, teacher_pictures
+from stepdistill.provenance import provenance
+from stepdistill.recipe import Recipe, load_recipe, method_options, resolved_yaml
+from stepdistill.report import model_card, write_report
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.suite import load_suite
+from stepdistill.teacher import PipelineTeacher, load_teacher
+from stepdistill.types import Method, MethodOptions
+from stepdistill.verify import verify
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from stepdistill.ema import Ema
+
+TEACHER_STEPS = 25
+"""Steps of the teacher's pictures where no suite says otherwise."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run left.
+
+    Attributes:
+        folder: the run folder.
+        student: the student's diffusers folder.
+        report: report.json.
+    """
+
+    folder: Path
+    student: Path
+    report: dict[str, Any]
+
+
+def distill(
+    teacher: str | Path | DiffusionPipeline = "emoji",
+    method: str = "dmd",
+    output: str | Path = "runs/distilled",
+    *,
+    recipe: str | Path | None = None,
+    sets: Sequence[str] = (),
+    resume: bool = False,
+) -> Distilled:
+    """Distils a teacher into a few-step student.
+
+    Args:
+        teacher: an embedded teacher, a diffusers folder, a hub id, or a pipeline object.
+        method: a method's name or a path to one, ``./my_method.py``.
+        output: the run folder.
+        recipe: a shipped recipe or a YAML file; default the method's quick recipe on the embedded teacher.
+        sets: assignments laid over the recipe, such as ``"train.steps=500"``.
+        resume: go on with the run in ``output``.
+
+    Raises:
+        UserError: for anything the caller can mend.
+    """
+    named = isinstance(teacher, str | Path)
+    pipeline = None if named else cast("DiffusionPipeline", teacher)
+    wanted = load_recipe(
+        recipe,
+        teacher=str(teacher) if named else type(teacher).__name__,
+        method=method,
+        sets=sets,
+    )
+    return distil(wanted, output=Path(output), resume=resume, pipeline=pipeline)
+
+
+def distil(
+    recipe: Recipe,
+    *,
+    output: Path,
+    resume: bool = False,
+    command: str | None = None,
+    pipeline: DiffusionPipeline | None = None,
+) -> Distilled:
+    """Runs a recipe from start to report.
+
+    Args:
+        recipe: what to do.
+        output: the run folder.
+        resume: go on from its last checkpoint.
+        command: the command line to state in card and report; default this process's.
+        pipeline: the teacher, where it is an object and not what ``recipe.teacher`` names.
+
+    Raises:
+        UserError: for anything the caller can mend.
+    """
+    if pipeline is None:
+        check_recipe(recipe)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
+        log_with=recipe.train.tracker,
+        project_dir=str(output),
+    )
+    if accelerator.is_main_process:
+        check_output(output, resume=resume)
+    job = Job(recipe, accelerator, pipeline)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
+    data = job.data(output)
+    preview = None
+    if accelerator.is_main_process and recipe.train.sheet_every:
+        preview = ContactSheets(
+            output / "sheets", job.student, job.sampler, job.teacher, job.shown(16), job.options.guidance, TEACHER_STEPS
+        )
+    if recipe.train.tracker:
+        accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
+    trained = train(
+        job.method, data, recipe, output, accelerator, resume=resume, preview=preview.look if preview else None
+    )
+    accelerator.wait_for_everyone()
+    if recipe.train.tracker:
+        accelerator.end_training()
+    report: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        report = job.finish(output, trained.ema, trained.seconds, command)
+    accelerator.wait_for_everyone()
+    return Distilled(output, output / "student", report)
+
+
+def export_run(run: Path, output: Path | None = None) -> Path:
+    """Writes and verifies the student of a run's last checkpoint, finished or not.
+
+    Args:
+        run: the run folder.
+        output: where to; default ``run/student``.
+
+    Raises:
+        UserError: when there is no run, no checkpoint, or the student does not verify.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} holds no run: it has no recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml")
+    job = Job(recipe, Accelerator(cpu=not torch.cuda.is_available()), None)
+    state = Run(job.method, recipe, run)
+    state.restore()
+    folder = output or run / "student"
+    with averaged(state.ema):
+        job.export(folder, f"stepdistill export {run}")
+    verify(folder)
+    return folder
+
+
+class Job:
+    """A recipe's teacher, student, method and sampler, loaded and checked against each other.
+
+    Args:
+        recipe: what to do.
+        accelerator: where.
+        pipeline: the teacher, where it is an object.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, pipeline: DiffusionPipeline | None) -> None:
+        self.recipe, self.accelerator = recipe, accelerator
+        device = accelerator.device
+        kind = find_method(recipe.method)
+        self.options: MethodOptions = method_options(recipe)
+        self.needs = kind.needs_of(self.options)
+        check_attention(recipe.train.attention, device)
+        self.embedded = pipeline is None and recipe.teacher == "emoji"
+        if "images" in self.needs and recipe.data.images is None:
+            raise UserError(f"{recipe.method} with these options learns from images: give a folder in data.images")
+        # The teacher computes in the run's precision; the student's weights stay float32 and are cast as they are used.
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        self.source: Any = pipeline if pipeline is not None else find_pipeline(recipe.teacher, "teacher")
+        self.teacher = PipelineTeacher(pipeline or load_teacher(recipe.teacher, dtype), device)
+        if self.options.guidance != 1.0 and self.teacher.null is None:
+            raise UserError(f"options.guidance is {self.options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1")
+        self.prompts = self._prompts()
+        self.student = Student.from_teacher(self.teacher, recipe.student.lora_rank, recipe.student.lora_alpha)
+        if recipe.train.attention == "xformers":
+            use_xformers(self.student.net)
+            use_xformers(self.teacher.denoiser.net)
+        times = recipe.student.times or kind.default_times
+        self.method: Method = kind(self.teacher, self.student, tuple(times), self.options).to(device)
+        self.sampler: Sampler = self.method.sampler().on_grid_of(self.student.path, self.teacher.pipe.scheduler)
+        self.method.times = self.sampler.times
+
+    def _prompts(self) -> list[str]:
+        family, file = self.teacher.family, self.recipe.data.prompts
+        if file is not None:
+            return read_prompts(Path(file))
+        if self.embedded:
+            return emoji_captions()
+        if isinstance(family, LabelFamily):
+            return [str(label) for label in range(max(1, family.classes(self.teacher.pipe)))]
+        raise UserError(f"{self.recipe.teacher} draws from prompts: give a text file with one a line in data.prompts")
+
+    def shown(self, count: int) -> list[str]:
+        """Prompts spread over all, for pictures."""
+        return [self.prompts[i * len(self.prompts) // count] for i in range(count)]
+
+    def data(self, output: Path) -> Data:
+        """Everything the method asked for; makes the pairs that are missing."""
+        recipe, accelerator = self.recipe, self.accelerator
+        images = None
+        if "images" in self.needs:
+            images = ImageFolder.read(Path(cast(str, recipe.data.images)))
+            if images.skipped and accelerator.is_main_process:
+                names = "; ".join(images.skipped[:5]) + ("; ..." if len(images.skipped) > 5 else "")
+                print(f"data.images: {len(images.skipped)} unreadable file(s) skipped: {names}", file=sys.stderr)
+        pairs = None
+        if "pairs" in self.needs:
+            folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
+            options = cast(PairOptions, self.options)
+            pairs = PairCache(folder, self.teacher, self.prompts, options, recipe.train.seed)
+        data = Data(self.teacher, self.prompts, recipe.train.seed, images, pairs)
+        if pairs is not None:
+            shown = bar(pairs.count, "pairs", unit="pair", shown=accelerator.is_main_process)
+            pairs.make(data.condition, accelerator.process_index, accelerator.num_processes, shown.update)
+            shown.close()
+            accelerator.wait_for_everyone()
+        return data
+
+    def card(self, command: str, report: dict[str, Any] | None = None) -> str:
+        """The student's model card."""
+        pipeline = self.teacher.family.student_pipeline(self.teacher.pipe) or type(self.teacher.pipe).__name__
+        call = self.teacher.family.call_arguments(pipeline, self.shown(1), self.sampler.guidance or 0.0)
+        return model_card(
+            teacher=self.recipe.teacher,
+            method=Path(self.recipe.method).stem,
+            summary=module_summaries("methods").get(self.recipe.method, self.recipe.method),
+            steps=self.sampler.steps,
+            guidance=self.options.guidance,
+            call={**call, "num_inference_steps": self.sampler.steps},
+            command=command,
+            report=report,
+        )
+
+    def export(self, folder: Path, command: str) -> None:
+        """Writes the student folder with the network's present weights."""
+        export(self.student, self.sampler, self.teacher, folder, self.shown(4), self.card(command))
+
+    def finish(self, output: Path, ema: Ema | None, seconds: float, command: str | None) -> dict[str, Any]:
+        """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
+        recipe, device = self.recipe, self.accelerator.device
+        origin = provenance(device)
+        command = command or str(origin["command"])
+        with averaged(ema):
+            self.export(output / "student", command)
+            proof = verify(output / "student")
+            report: dict[str, Any] = {
+                "name": output.name,
+                "method": recipe.method,
+                "summary": module_summaries("methods").get(recipe.method, recipe.method),
+                "teacher_name": recipe.teacher,
+                "suite": None,
+                "n": 0,
+                "teacher": {"fd": {}, "clip_score": {}},
+                "student": {"fd": {}, "clip_score": {}},
+                "gap_closed": {},
+                **self._scores(output / "student"),
+                "verification": str(proof),
+                "train_seconds": round(seconds, 1),
+                "peak_memory_bytes": peak_memory(device),
+                **origin,
+                "command": command,
+            }
+            self._samples(output / "samples.png")
+        (output / "student" / "README.md").write_text(self.card(command, report), encoding="utf-8")
+        write_report(output, report, read_stats(output))
+        return report
+
+    def _scores(self, student: Path) -> dict[str, Any]:
+        """Teacher and student on the recipe's suite, as report.json has them; nothing where there is no suite."""
+        wanted = self.recipe.evaluate
+        if wanted is False or (wanted is True and not self.embedded):
+            return {}
+        suite = load_suite("emoji" if wanted is True else str(wanted))
+        counts, guidance = self.sampler.step_counts, self.options.guidance
+        drawn = evaluate(student, suite, steps=counts, guidance=self.sampler.guidance, device=self.accelerator.device)
+        asked = sorted({1, *counts, suite.teacher_steps})
+        guided = teacher_scores(self.source, suite, steps=asked, guidance=guidance, device=self.accelerator.device)
+        plain = teacher_scores(self.source, suite, steps=1, guidance=1.0, device=self.accelerator.device)
+        # The teacher at one step is taken at its better guidance, so that the gap is not flattered.
+        best = min(guided[1], plain[1], key=lambda scores: scores.fd)
+        teachers = {**guided, 1: best}
+        full = guided[suite.teacher_steps].fd
+        return {
+            "suite": suite.label,
+            "n": suite.n,
+            "metrics": dict(drawn.metrics),
+            "protocol": dict(drawn.protocol),
+            "guidance": guidance,
+            "teacher": {
+                "fd": {str(k): v.fd for k, v in teachers.items()},
+                "kid": {str(k): v.kid for k, v in teachers.items()},
+                "clip_score": {str(k): v.clip_score for k, v in teachers.items()},
+            },
+            "student": {
+                "fd": {str(k): v.fd for k, v in drawn.scores.items()},
+                "kid": {str(k): v.kid for k, v in drawn.scores.items()},
+                "clip_score": {str(k): v.clip_score for k, v in drawn.scores.items()},
+                "seconds_per_image": {str(k): v.seconds_per_image for k, v in drawn.scores.items()},
+            },
+            "gap_closed": {str(k): gap_closed(v.fd, best.fd, full) for k, v in drawn.scores.items()},
+        }
+
+    def _samples(self, file: Path) -> None:
+        """samples.png: the same prompts and seeds by the teacher at full steps, at the student's, and the student."""
+        prompts, seeds, steps = self.shown(16), list(range(16)), self.sampler.steps
+        guidance = self.options.guidance
+        full = teacher_pictures(self.teacher, prompts, seeds, TEACHER_STEPS, guidance)
+        few = teacher_pictures(self.teacher, prompts, seeds, steps, guidance)
+        own = draw_as_pipeline(self.student, self.sampler, self.teacher, prompts, seeds)
+        rows = [
+            (f"teacher, {TEACHER_STEPS} steps", to_uint8(full)),
+            (f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(few)),
+            (f"student, {steps} step{'s' * (steps > 1)}", to_uint8(own)),
+        ]
+        rows_of_pictures(rows).save(file)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory held so far, bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

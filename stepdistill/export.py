@@ -1,0 +1,155 @@
+"""Student -> a diffusers folder of stock classes, its step grid pinned, with what ``verify`` needs to prove it.
+
+The folder holds the teacher's pipeline with the student's network and scheduler in place, ``verification/`` (prompts,
+seeds, the trainer's own pictures, and the SHA-256 of every file), a model card, and for a LoRA student the adapter as
+``pytorch_lora_weights.safetensors`` beside the merged weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.checkpoint import sha256_of
+from stepdistill.ema import Ema
+from stepdistill.sampler import Sampler
+from stepdistill.student import ADAPTER, Student, lora_layers, merged_state
+from stepdistill.teacher import PipelineTeacher
+
+VERIFICATION = "verification"
+TOLERANCE = {"max": 4, "mean": 0.5}
+"""Allowed difference between a student's pictures and the trainer's, in steps of 1/255."""
+
+
+@torch.no_grad()
+def draw_as_pipeline(
+    student: Student, sampler: Sampler, teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int]
+) -> Tensor:
+    """The trainer's own pictures [B, 3, H, W] in [0, 1] from the very noises a pipeline draws with one generator a seed.
+
+    Args:
+        student: what is drawn with; LoRA is active.
+        sampler: its steps.
+        teacher: its encoder and decoder.
+        prompts: B prompts.
+        seeds: B seeds of CPU generators.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    shape = (1, *teacher.shape)
+
+    def noise() -> Tensor:
+        rows = [torch.randn(shape, generator=generator) for generator in generators]
+        return torch.cat(rows).to(teacher.device)
+
+    latents = sampler.draw(student, noise(), teacher.encode(list(prompts)), lambda call: noise())
+    return teacher.to_images(latents)
+
+
+def averaged(ema: Ema | None) -> AbstractContextManager[None]:
+    """The student with its averaged weights inside the ``with``, where there are any."""
+    return ema.applied() if ema else nullcontext()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] to uint8, rounded, on the CPU."""
+    return (images * 255).round().to(torch.uint8).cpu()
+
+
+def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeacher) -> Any:
+    """A stock diffusers pipeline that draws as the student does: the teacher's, with another network and scheduler."""
+    import diffusers
+
+    family = teacher.family
+    net = _plain_network(student.net, getattr(teacher.pipe, family.denoiser))
+    scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
+    other = family.student_pipeline(teacher.pipe)
+    if other is not None:
+        return getattr(diffusers, other)(**{family.denoiser: net, "scheduler": scheduler})
+    pipe = copy.copy(teacher.pipe)
+    pipe.register_modules(**{family.denoiser: net, "scheduler": scheduler})
+    return pipe
+
+
+def _plain_network(net: nn.Module, base: Any) -> nn.Module:
+    """The student's network without adapters: its own where there are none, a merged copy otherwise."""
+    if not lora_layers(net):
+        return net
+    plain = type(base).from_config(base.config)
+    plain.load_state_dict(merged_state(net))
+    return plain.eval()  # type: ignore[no-any-return]
+
+
+def export(
+    student: Student,
+    sampler: Sampler,
+    teacher: PipelineTeacher,
+    folder: Path,
+    prompts: Sequence[str],
+    card: str,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+) -> None:
+    """Writes the student's folder, replacing an earlier one only when the new one is complete.
+
+    Args:
+        student: with the weights that are to be exported.
+        sampler: how it draws.
+        teacher: whose pipeline it lives in.
+        folder: where to; ends as a diffusers folder.
+        prompts: as many as seeds, for the verification pictures.
+        card: the model card, Markdown.
+    """
+    from PIL import Image
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe = student_pipeline(student, sampler, teacher)
+    pipe.save_pretrained(partial)
+    _save_adapter(student.net, teacher, partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    proof = partial / VERIFICATION
+    proof.mkdir()
+    images = to_uint8(draw_as_pipeline(student, sampler, teacher, prompts, seeds))
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
+    manifest = {
+        "call": {
+            **teacher.family.call_arguments(type(pipe).__name__, list(prompts), sampler.guidance or 0.0),
+            "num_inference_steps": sampler.steps,
+        },
+        "seeds": list(seeds),
+        "tolerance": TOLERANCE,
+        "files": hashes(partial),
+    }
+    (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a student folder but its card and its manifest, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: sha256_of(path) for name, path in names.items() if name not in ("README.md", f"{VERIFICATION}/manifest.json")}
+
+
+def _save_adapter(net: nn.Module, teacher: PipelineTeacher, folder: Path) -> None:
+    """The LoRA of a student as load_lora_weights takes it, where its pipeline class can load one."""
+    if not lora_layers(net):
+        return
+    from peft import get_peft_model_state_dict
+
+    writer = getattr(type(teacher.pipe), "save_lora_weights", None)
+    if writer is None:
+        return
+    kind = teacher.family.denoiser
+    state = get_peft_model_state_dict(net, adapter_name=ADAPTER)
+    metadata = net.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index,operator]
+    writer(folder, **{f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": metadata})

@@ -1,0 +1,143 @@
+"""What differs between model families: the denoiser's attribute, its forward call, its time, its conditioning.
+
+Everything else comes from the pipeline itself: ``encode_prompt``, ``vae``, ``scheduler.config``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.errors import UserError
+from stepdistill.path import Path, TablePath
+from stepdistill.types import Condition
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+UNET_LORA = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+).split()
+"""Layers of a diffusers UNet that carry LoRA in LCM-LoRA (Luo et al. 2023, 2311.05556)."""
+
+TRANSFORMER_LORA = (
+    "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out ff.net.0.proj ff.net.2 "
+    "ff_context.net.0.proj ff_context.net.2"
+).split()
+
+
+class Family(ABC):
+    """One family of diffusers pipelines.
+
+    Class attributes:
+        name: the family's name in messages.
+        pipelines: names of the pipeline classes it serves.
+        denoiser: the pipeline's attribute that holds the network.
+        has_prompts: whether conditions come from text prompts.
+        lora_targets: suffixes of the layers that carry LoRA.
+    """
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    denoiser: ClassVar[str] = "unet"
+    has_prompts: ClassVar[bool] = True
+    lora_targets: ClassVar[list[str]] = UNET_LORA
+
+    @abstractmethod
+    def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+        """The network's raw output [B, C, H, W] at x_t [B, C, H, W] and its own timestep [B]."""
+
+    @abstractmethod
+    def encode(self, pipe: DiffusionPipeline, prompts: list[str]) -> Condition:
+        """The conditions of the prompts, through the pipeline's own encoder, on the pipeline's device."""
+
+    @abstractmethod
+    def null(self, pipe: DiffusionPipeline) -> Condition | None:
+        """The condition (B = 1) that classifier-free guidance starts from; None where the model has none."""
+
+    @abstractmethod
+    def features_of(self, net: nn.Module) -> nn.Module:
+        """The module whose output is the network's inner picture of x_t, read by a discriminator head."""
+
+    @abstractmethod
+    def feature_width(self, net: nn.Module) -> int:
+        """Channels D of those features."""
+
+    def student_pipeline(self, pipe: Any) -> str | None:
+        """Name of the pipeline class (of the denoiser and a scheduler) a student is saved as; None keeps the teacher's."""
+        return None
+
+    def call_arguments(self, pipeline: str, prompts: list[str], guidance: float) -> dict[str, Any]:
+        """Arguments with which a student's pipeline (of the class ``pipeline``) draws these prompts; ``guidance`` 0 is
+        the one scale that switches guidance off in every pipeline."""
+        return {"prompt": prompts, "guidance_scale": guidance}
+
+    def timestep(self, path: Path, t: Tensor) -> Tensor:
+        """The network's own time for t [B]: the (fractional) index of a discrete table, 1000 t on a flow path."""
+        if isinstance(path, TablePath):
+            position = t.double() * path.steps - 1
+            nearest = position.round()
+            # 0.75 in float32 times 1000 must be timestep 749, the very number diffusers' scheduler passes.
+            position = torch.where((position - nearest).abs() < 1e-3, nearest, position)
+            return position.clamp(0, path.steps - 1).float()
+        return t.float() * 1000
+
+    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+        """(C, H, W) of what the denoiser works on, at the pipeline's default size."""
+        config = getattr(pipe, self.denoiser).config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(config.in_channels), int(height), int(width)
+
+    def to_latents(self, pipe: Any, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to the denoiser's scale: the mode of the VAE's posterior, shifted, scaled."""
+        config = pipe.vae.config
+        latents = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def to_images(self, pipe: Any, latents: Tensor) -> Tensor:
+        """The inverse: latents to images [B, 3, H, W] in [0, 1]."""
+        config = pipe.vae.config
+        scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        images = pipe.vae.decode(scaled.to(pipe.vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def guidance_input(self, net: nn.Module) -> nn.Module:
+        """A copy of the network that also takes the embedded guidance scale, changing nothing at the start."""
+        raise UserError(
+            f"options.guidance_range needs a network that takes a guidance embedding; {self.name} has none. "
+            "Use one fixed options.guidance."
+        )
+
+    def embed_guidance(self, net: nn.Module, guidance: Tensor) -> Tensor:
+        """The embedding [B, D] of guidance scales [B], as the pipeline would make it."""
+        raise NotImplementedError(f"{self.name} takes no guidance embedding")
+
+
+class LabelFamily(Family):
+    """Pipelines conditioned on a class number, given as text: ``"207"``."""
+
+    has_prompts = False
+
+    @abstractmethod
+    def classes(self, pipe: Any) -> int:
+        """How many classes there are; 0 for an unconditional model."""
+
+    def label_of(self, pipe: Any, prompt: str) -> int:
+        """The class number that a prompt means."""
+        count = self.classes(pipe)
+        if not prompt.strip().isdigit() or int(prompt) >= count:
+            raise UserError(
+                f"'{prompt}' is not a class of this {type(pipe).__name__}: give a number from 0 to {count - 1}"
+            )
+        return int(prompt)
+
+    def encode(self, pipe: Any, prompts: list[str]) -> Condition:
+        if not self.classes(pipe):
+            return Condition()
+        labels = [self.label_of(pipe, prompt) for prompt in prompts]
+        return Condition({"class_labels": torch.tensor(labels, device=pipe.device)})

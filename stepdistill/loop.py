@@ -1,0 +1,260 @@
+"""train(): the one loop. It knows networks that take turns, and no method's name.
+
+A step is one optimiser update of one network. Weights, optimisers, averages and the method's own state are in the
+checkpoint; the batch and every random number follow from (seed, step, sample), so a resumed run continues bit for bit.
+Gradients are averaged over processes by one all-reduce after the backward passes of a step: networks that take turns,
+adapters and stopped gradients need no wrapper, and every process holds the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from stepdistill.attention import attention
+from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from stepdistill.data import Data
+from stepdistill.ema import Ema
+from stepdistill.errors import UserError
+from stepdistill.health import require_finite
+from stepdistill.log import RunLog
+from stepdistill.recipe import Recipe, TrainOptions, differences, resolved
+from stepdistill.types import Method
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves besides the weights in the method.
+
+    Attributes:
+        seconds: time in the loop, over all resumes.
+        step: optimiser steps done.
+        ema: the student's averaged weights, or None.
+    """
+
+    seconds: float
+    step: int
+    ema: Ema | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at the student's pictures gave: numbers to log and worries to say."""
+
+    numbers: dict[str, float]
+    worries: list[str]
+
+
+def learning_rate(options: TrainOptions, step: int) -> float:
+    """The learning rate at a step: linear warm-up, then constant, or down to 0 linearly or by a cosine."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    done = (step - options.warmup) / max(1, options.steps - options.warmup)
+    if options.schedule == "linear":
+        return options.lr * (1 - done)
+    if options.schedule == "cosine":
+        return options.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return options.lr
+
+
+def take_turn(trained: dict[str, list[nn.Parameter]], turn: str) -> None:
+    """Lets gradients reach the parameters of one network alone."""
+    for name, parameters in trained.items():
+        for parameter in parameters:
+            parameter.requires_grad_(name == turn)
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replaces the gradients by their mean over processes, in one all-reduce."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+class Run:
+    """The state of a run between two steps, and how it is saved and restored.
+
+    Args:
+        method: what is trained.
+        recipe: kept in every checkpoint and compared on resume.
+        folder: the run folder.
+    """
+
+    def __init__(self, method: Method, recipe: Recipe, folder: Path) -> None:
+        self.method, self.recipe, self.options = method, recipe, recipe.train
+        self.checkpoints = folder / "checkpoints"
+        options = recipe.train
+        networks = method.networks()
+        self.trained = {k: [p for p in net.parameters() if p.requires_grad] for k, net in networks.items()}
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+            )
+            for name, parameters in self.trained.items()
+        }
+        self.ema = Ema(networks["student"], options.ema) if options.ema else None
+        # A frozen parameter of a trained network (the base of an adapter) is the teacher's and need not be kept; other
+        # frozen modules of the method (target networks) are state.
+        frozen = {id(p) for net in networks.values() for p in net.parameters() if not p.requires_grad}
+        tensors = [*method.named_parameters(), *method.named_buffers()]
+        self.state_names = [name for name, value in tensors if id(value) not in frozen]
+        self.step, self.seconds = 0, 0.0
+        self.last_good: Path | None = None
+
+    def _method_state(self) -> dict[str, Tensor]:
+        state = self.method.state_dict()
+        return {name: state[name] for name in self.state_names if name in state}
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        tensors: dict[str, dict[str, Tensor]] = {"method": self._method_state()}
+        for name, optimizer in self.optimizers.items():
+            states = optimizer.state_dict()["state"]
+            tensors[f"optimizer-{name}"] = {f"{i}.{k}": v for i, state in states.items() for k, v in state.items()}
+        if self.ema:
+            tensors["ema"] = self.ema.state()
+        state = {"recipe": _identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
+        self.last_good = save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
+
+    def restore(self) -> None:
+        """Goes back to the last checkpoint.
+
+        Raises:
+            UserError: when there is none, it is damaged, or it is of another recipe.
+        """
+        found = checkpoints_in(self.checkpoints)
+        if not found:
+            raise UserError(f"--resume: there is no checkpoint in {self.checkpoints}; leave --resume out to start anew")
+        tensors, state = load_checkpoint(found[-1])
+        changed = differences(Recipe.model_validate(state["recipe"]), _identity(self.recipe))
+        if changed:
+            raise UserError(
+                f"--resume: the recipe differs from the one {found[-1]} was made with, in {', '.join(changed)}: "
+                "put it back, or train into another --output"
+            )
+        expected = set(self._method_state())
+        if set(tensors["method"]) != expected:
+            odd = sorted(set(tensors["method"]) ^ expected)[0]
+            raise UserError(f"--resume: {found[-1]} was made by another version of the method ({odd} differs)")
+        self.method.load_state_dict(tensors["method"], strict=False)
+        for name, optimizer in self.optimizers.items():
+            states: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors[f"optimizer-{name}"].items():
+                index, _, field = key.partition(".")
+                states.setdefault(int(index), {})[field] = value
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.ema:
+            self.ema.load(tensors["ema"])
+        self.step, self.seconds, self.last_good = state["step"], state["seconds"], found[-1]
+
+
+def _identity(recipe: Recipe) -> Recipe:
+    """The recipe without what may change between two parts of one run: where its folder lies."""
+    return resolved(recipe).model_copy(update={"output": None})
+
+
+def train(
+    method: Method,
+    data: Data,
+    recipe: Recipe,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool = False,
+    preview: Callable[[int, Ema | None], Seen] | None = None,
+) -> Trained:
+    """Trains a method's networks in their turns.
+
+    Args:
+        method: the method, its networks on the accelerator's device.
+        data: where batches come from.
+        recipe: its ``train`` says how; kept in every checkpoint.
+        folder: the run folder; gets ``stats.jsonl`` and ``checkpoints/``.
+        accelerator: processes, device, precision and trackers.
+        resume: go on from the last checkpoint.
+        preview: called every ``sheet_every`` steps with the step and the averaged weights; its numbers are logged, its
+            worries said above the progress bar.
+
+    Raises:
+        TrainingDiverged: at the first loss or gradient that is not finite.
+        UserError: when the run cannot be resumed or a checkpoint cannot be written.
+    """
+    options = recipe.train
+    run = Run(method, recipe, folder)
+    if resume:
+        run.restore()
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    share, left = divmod(options.batch, processes * options.accumulate)
+    if left or not share:
+        raise UserError(
+            f"train.batch is {options.batch}, which does not split over {processes} processes times "
+            f"train.accumulate={options.accumulate}: make it a multiple of {processes * options.accumulate}"
+        )
+    own = share * options.accumulate
+    main = accelerator.is_main_process
+    started = time.perf_counter() - run.seconds
+    try:
+        with (
+            attention(options.attention, accelerator.device),
+            RunLog(folder, options.steps, first=run.step, main=main) as log,
+        ):
+            while run.step < options.steps:
+                step, turn = run.step, method.turn(run.step)
+                parameters, optimizer = run.trained[turn], run.optimizers[turn]
+                take_turn(run.trained, turn)
+
+                # Backward, in equal parts whose mean is the batch's loss.
+                total, logs = 0.0, {}
+                for part in data.batch(step, rank * own, own, options.batch).split(options.accumulate):
+                    with accelerator.autocast():
+                        loss, logs = method.loss(turn, part)
+                    (loss / options.accumulate).backward()
+                    total += float(loss.detach()) / options.accumulate
+                if processes > 1:
+                    average_gradients(parameters)
+
+                # Update.
+                norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
+                require_finite({"loss": total, "gradient": float(norm)}, turn, step, run.last_good)
+                rate = learning_rate(options, step) * method.lr_ratio(turn)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                method.after_step(step)
+                if run.ema and turn == "student":
+                    run.ema.update()
+                run.step, run.seconds = step + 1, time.perf_counter() - started
+
+                # Say how it goes.
+                values: dict[str, float | str] = {"turn": turn, "loss": total, "grad_norm": float(norm), "lr": rate}
+                values.update({name: float(value) for name, value in logs.items()})
+                if main and preview and options.sheet_every and run.step % options.sheet_every == 0:
+                    seen = preview(run.step, run.ema)
+                    values.update(seen.numbers)
+                    for worry in seen.worries:
+                        log.note(f"step {run.step}: {worry}")
+                values["seconds"] = run.seconds
+                log.step(step, values, shown=("turn", "loss"))
+                if options.tracker:
+                    numbers = {f"{turn}/{k}": v for k, v in values.items() if isinstance(v, float)}
+                    accelerator.log(numbers, step=step)
+                if main and (run.step % options.checkpoint_every == 0 or run.step == options.steps):
+                    run.save()
+    except KeyboardInterrupt:
+        if main and run.step > 0:
+            run.save()
+        raise
+    return Trained(run.seconds, run.step, run.ema)

@@ -1,0 +1,99 @@
+"""Latent consistency distillation: one guided solver step apart, two points of a trajectory have one clean end.
+
+Luo et al. 2023, "Latent Consistency Models", 2310.04378, on top of Song et al. 2023, "Consistency Models", 2303.01469.
+
+- Skipping steps (LCM 4.3): on a grid of ``grid`` times, z_n is a noised clean latent and z_m one DDIM step of the
+  teacher towards data, k = N / grid timesteps away.
+- Guidance in the ODE (LCM 4.2, eq. 14): the step uses the guided x0 and eps; one fixed scale, or a scale drawn per
+  sample and given to the student as an embedding.
+- Loss (LCM eq. 16): d(f(z_n, n), f_target(z_m, m)) with f = c_skip z + c_out x0, target weights an EMA of the
+  student's, and d = sqrt(r^2 + c^2) - c per element (pseudo-Huber).
+- Scalings: c_skip = 0.25 / ((10 n)^2 + 0.25), c_out = 10 n / sqrt((10 n)^2 + 0.25) in timesteps n, exactly those of
+  diffusers' LCMScheduler; they make f the identity at n = 0, the end of the grid's last step. On a flow path x0 at
+  t = 0 is the state itself and no scaling is needed.
+
+Clean latents come from images, or from cached samples of the teacher itself. Left out: nothing of the losses.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from stepdistill.ema import follow
+from stepdistill.pairs import PairOptions
+from stepdistill.path import TablePath, per_sample
+from stepdistill.sampler import Sampler
+from stepdistill.student import Denoiser, Student
+from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
+
+
+class LCM(Method):
+    """See the module's text."""
+
+    default_times = (1.0, 0.75, 0.5, 0.25)
+
+    class Options(PairOptions):
+        guidance: float = 7.5  # fixed guidance of the teacher's step, and of the cached samples
+        guidance_range: tuple[float, float] | None = None  # draw it from here and embed it; (3, 15) in LCM 5.1
+        grid: int = 50  # times on the path; k = 1000 / 50 = 20 (LCM 4.3)
+        ema: float = 0.95  # decay of the target network (LCM 5.1)
+        huber: float = 0.001  # c of the pseudo-Huber loss
+        source: Literal["pairs", "images"] = "pairs"  # where clean latents come from
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        return cls.needs | {cast(LCM.Options, options).source}
+
+    def __init__(self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(LCM.Options, options)
+        if self.options.guidance_range:
+            student.net = student.family.guidance_input(student.net)
+        self.target = cast(Denoiser, student).copy().requires_grad_(False)
+
+    def sampler(self) -> Sampler:
+        guidance = self.options.guidance if self.options.guidance_range else None
+        return Sampler(self.times, isinstance(self.student.path, TablePath), self.options.grid, guidance)
+
+    @property
+    def end(self) -> float:
+        """The grid's last time: timestep 0 of a discrete table, as in LCMScheduler; clean data on a flow path."""
+        path = self.student.path
+        return 1 / path.steps if isinstance(path, TablePath) else 0.0
+
+    def clean(self, denoiser: Denoiser, z: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The consistency function f(z, t) [B, C, H, W], the identity at the grid's end whatever the network says."""
+        x0 = denoiser.predict(z, t, cond).x0
+        if not isinstance(denoiser.path, TablePath):
+            return x0
+        n = 10 * denoiser.family.timestep(denoiser.path, t)
+        skip, out = 0.25 / (n.square() + 0.25), n / (n.square() + 0.25).sqrt()
+        return per_sample(skip, z) * z + per_sample(out, z) * x0
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        source = cast(Examples, getattr(batch, self.options.source))
+        x0, cond = source.x0, source.cond
+        path, draws = self.student.path, batch.draws
+        t = (draws.integers("time", self.options.grid) + 1) / self.options.grid
+        s = (t - 1 / self.options.grid).clamp_min(self.end)
+        z = path.sample(x0, draws.normal("eps", tuple(x0.shape[1:])), t)
+
+        guidance: float | Tensor = self.options.guidance
+        student_cond = cond
+        if self.options.guidance_range:
+            guidance = draws.uniform("guidance", *self.options.guidance_range)
+            embedding = self.student.family.embed_guidance(self.student.net, guidance)
+            student_cond = cond.with_tensor("guidance_embedding", embedding)
+
+        with torch.no_grad():
+            z_s = self.teacher.predict(z, t, cond, guidance=guidance).at(s)
+            target = self.clean(self.target, z_s, s, student_cond)
+        residual = self.clean(self.student, z, t, student_cond) - target
+        c = self.options.huber
+        return ((residual.square() + c**2).sqrt() - c).mean(), {"residual": residual.detach().square().mean().sqrt()}
+
+    def after_step(self, step: int) -> None:
+        follow(self.target.net, self.student.net, self.options.ema)

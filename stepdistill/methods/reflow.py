@@ -1,0 +1,104 @@
+"""Reflow: fit a velocity to straight lines between noise and the teacher's own sample of it, then to one step.
+
+Liu et al. 2022, "Flow Straight and Fast", 2209.03003; text-conditional in Liu et al. 2023, "InstaFlow", 2309.06380.
+
+- Pairs (z, x) with x the teacher's guided sample from noise z, cached once (alg. 1).
+- Reflow, the first ``reflow_steps`` updates (eq. 1 with the coupling of alg. 1): E |v(x_t, t) - (z - x)|^2 on
+  x_t = (1 - t) x + t z. The student keeps its own path and output kind: it is read on the straight path, at the
+  angle where the signal-to-noise ratios agree, so its weights stay those that diffusers expects.
+- Distillation, the rest (2.2, "distillation"): E |x(z, 1) - x|^2 at the noise end, or for K steps at the K starts of
+  equal segments. ``fresh`` mixes in pairs drawn on the spot from the reflowed student, frozen at the end of the first
+  stage and followed for ``flow_steps`` Euler steps (the paper regenerates its pairs with the 2-rectified flow).
+- Both losses are squared errors, or the pseudo-Huber sqrt(r^2 + c^2) - c of the whole sample over its size when
+  ``huber`` is positive (Lee et al. 2024, 2405.20320, eq. 8: less weight on pairs that lie far off).
+
+Left out: LPIPS, which is for pixels; further rounds (``pairs`` from a reflowed teacher are a second run).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from stepdistill.pairs import PairOptions
+from stepdistill.path import FlowPath, per_sample
+from stepdistill.sampler import Sampler, uniform_times
+from stepdistill.solvers import solve
+from stepdistill.student import Denoiser, Student
+from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
+
+STRAIGHT = FlowPath()
+
+
+class Reflow(Method):
+    """See the module's text."""
+
+    needs = frozenset({"noise", "prompts", "pairs"})
+
+    class Options(PairOptions):
+        guidance: float = 5.0  # of the teacher's samples (InstaFlow 4.1, for SD 1.5)
+        reflow_steps: int = 1000  # updates of the first stage; the rest of train.steps distils
+        t_min: float = 0.02  # least time of the reflow loss: below it the velocity is the noise of the reading
+        fresh: float = 0.0  # share in [0, 1] of each distillation batch drawn from the reflowed student
+        flow_steps: int = 4  # its Euler steps
+        huber: float = 0.0  # c of the pseudo-Huber loss over sqrt(C H W); 0 is the squared error
+
+    def __init__(self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(Reflow.Options, options)
+        self.register_buffer("distilling", torch.tensor(self.options.reflow_steps == 0))
+        self.flow = cast(Denoiser, student).copy().requires_grad_(False)
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.times, renoise=False)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Squared or pseudo-Huber distance, a mean over elements and samples."""
+        error = (a - b).square().flatten(1).mean(1)  # [B]
+        c = self.options.huber
+        return ((error + c**2).sqrt() - c).mean() if c else error.mean()
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = cast(Examples, batch.pairs)
+        return self.distillation_loss(pairs, batch) if self.distilling else self.reflow_loss(pairs, batch)
+
+    def reflow_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        z, x = cast(Tensor, pairs.noise), pairs.x0
+        t = batch.draws.uniform("time", self.options.t_min, 1.0)
+        velocity = self.student.predict_on(STRAIGHT, STRAIGHT.sample(x, z, t), t, pairs.cond).velocity
+        loss = self.distance(velocity, z - x)
+        return loss, {"reflow": loss.detach()}
+
+    def distillation_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        z, x, cond = cast(Tensor, pairs.noise), pairs.x0, pairs.cond
+        own = batch.draws.uniform("fresh") < self.options.fresh  # [B]: which samples the reflowed student draws
+        if self.options.fresh:
+            # Both kinds are made for every sample and chosen by sample, so that halves of a batch add up to it.
+            drawn = self.flow_sample(batch.noise, batch.cond)
+            z = torch.where(per_sample(own, z), batch.noise, z)
+            x = torch.where(per_sample(own, x), drawn, x)
+            mixed = {
+                key: torch.where(per_sample(own, value), batch.cond.tensors[key], value)
+                for key, value in cond.tensors.items()
+            }
+            cond = Condition(mixed)
+        segment = batch.draws.integers("segment", len(self.times))
+        t = torch.tensor(self.times, device=z.device)[segment]
+        state = self.student.path.sample(x, z, t)
+        # The start of the first segment is pure noise, as in sampling, also where the path keeps a trace of data.
+        state = torch.where(per_sample(segment == 0, z), z, state)
+        loss = self.distance(self.student.predict(state, t, cond).x0, x)
+        return loss, {"distillation": loss.detach()}
+
+    @torch.no_grad()
+    def flow_sample(self, z: Tensor, cond: Condition) -> Tensor:
+        """The clean end [B, C, H, W] of the reflowed student's trajectory from noise z [B, C, H, W]."""
+        times = (*uniform_times(self.options.flow_steps), 0.0)
+        return solve(lambda x, t: self.flow.predict_on(STRAIGHT, x, t, cond), z, times, "ddim")
+
+    def after_step(self, step: int) -> None:
+        if step + 1 == self.options.reflow_steps:
+            self.flow.net.load_state_dict(self.student.net.state_dict())
+            cast(Tensor, self.distilling).fill_(True)

@@ -1,0 +1,152 @@
+"""(noise, teacher sample) pairs, made once in a sharded cache that knows what it was made with.
+
+A pair is stored as its clean end alone: its noise and its prompt follow from the seed and its number. The cache is
+keyed by the teacher, solver, steps, guidance, prompts and seed, and refused when any of them differs; shards that are
+already there are kept, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.draws import Draws, generator_for
+from stepdistill.errors import UserError
+from stepdistill.sampler import uniform_times
+from stepdistill.solvers import solve
+from stepdistill.teacher import PipelineTeacher
+from stepdistill.types import MethodOptions
+
+SHARD = 256
+"""Pairs in one file."""
+
+
+class PairOptions(MethodOptions):
+    """Options of a method that learns from pairs."""
+
+    pairs: int = 4096  # how many are cached
+    pair_steps: int = 25  # network calls of the teacher per pair
+    pair_solver: Literal["euler", "ddim", "heun", "dpm++2m"] = "dpm++2m"
+
+
+class PairCache:
+    """Pairs in a folder.
+
+    Args:
+        folder: the cache; made when missing.
+        teacher: who draws the clean ends.
+        prompts: pair i belongs to prompt ``prompt_index[i]``.
+        options: how many, solver, steps, guidance.
+        seed: the pairs' noises and prompts follow from it.
+
+    Raises:
+        UserError: when the folder holds pairs made with anything else.
+    """
+
+    def __init__(
+        self, folder: Path, teacher: PipelineTeacher, prompts: Sequence[str], options: PairOptions, seed: int
+    ) -> None:
+        self.folder, self.teacher, self.options, self.seed = folder, teacher, options, seed
+        self.count = options.pairs
+        rounds = [
+            torch.randperm(len(prompts), generator=generator_for(seed, "pair prompts", i))
+            for i in range(-(-self.count // len(prompts)))
+        ]
+        self.prompt_index = torch.cat(rounds)[: self.count]
+        self._claim(
+            {
+                "teacher": teacher.fingerprint(),
+                "solver": options.pair_solver,
+                "steps": options.pair_steps,
+                "guidance": options.guidance,
+                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+                "pairs": self.count,
+                "seed": seed,
+                "shape": list(teacher.shape),
+            }
+        )
+        self._open: dict[int, safe_open] = {}
+
+    def _claim(self, key: dict[str, object]) -> None:
+        manifest = self.folder / "manifest.json"
+        if manifest.is_file():
+            found = json.loads(manifest.read_text())
+            for name, wanted in key.items():
+                if found.get(name) != wanted:
+                    raise UserError(
+                        f"the pairs in {self.folder} were made with another {name} ({found.get(name)}, this run has "
+                        f"{wanted}): delete the folder or name another one in data.pairs"
+                    )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = manifest.with_suffix(".partial")
+        partial.write_text(json.dumps(key, indent=1))
+        partial.rename(manifest)
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"pairs-{number:05d}.safetensors"
+
+    def noise(self, index: Tensor) -> Tensor:
+        """The noises [B, C, H, W] that the pairs ``index`` [B] start from."""
+        rows = [Draws(self.seed, 0, int(i), 1).normal("pair noise", self.teacher.shape) for i in index]
+        return torch.cat(rows)
+
+    def make(
+        self,
+        condition: Callable[[Tensor], object],
+        rank: int = 0,
+        ranks: int = 1,
+        progress: Callable[[int], None] = lambda made: None,
+    ) -> None:
+        """Draws the pairs that are missing; with several processes each takes every ``ranks``-th shard.
+
+        Args:
+            condition: prompt indices [B] -> Condition.
+            rank, ranks: this process and how many there are.
+            progress: told how many pairs each finished shard has.
+        """
+        times = (*uniform_times(self.options.pair_steps), 0.0)
+        for number in range(rank, -(-self.count // SHARD), ranks):
+            rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.count))
+            if not self._shard(number).is_file():
+                clean = self._draw(rows, condition(self.prompt_index[rows]), times)
+                partial = self._shard(number).with_suffix(f".{rank}.partial")
+                save_file({"x0": clean.cpu().contiguous()}, partial)
+                partial.rename(self._shard(number))
+            progress(len(rows))
+
+    def _draw(self, rows: Tensor, cond: object, times: Sequence[float]) -> Tensor:
+        from stepdistill.types import Condition
+
+        assert isinstance(cond, Condition)
+        device = self.teacher.device
+        parts = []
+        for chunk in torch.arange(len(rows)).split(64):
+            noise, own = self.noise(rows[chunk]).to(device), cond.rows(chunk.to(device))
+            parts.append(
+                solve(
+                    lambda x, t, own=own: self.teacher.predict(x, t, own, guidance=self.options.guidance),  # type: ignore[misc]
+                    noise,
+                    times,
+                    self.options.pair_solver,
+                )
+            )
+        return torch.cat(parts)
+
+    def clean(self, index: Tensor) -> Tensor:
+        """The clean ends [B, C, H, W] of the pairs ``index`` [B]."""
+        rows = []
+        for i in index.tolist():
+            number, row = divmod(i, SHARD)
+            if number not in self._open:
+                self._open[number] = safe_open(self._shard(number), "pt")
+            rows.append(self._open[number].get_slice("x0")[row : row + 1])
+        return torch.cat(rows)

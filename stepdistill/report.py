@@ -1,0 +1,162 @@
+"""What a run says of itself: report.json, report.html (one file, nothing fetched), and the student's model card."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD = """---
+library_name: diffusers
+{base}pipeline_tag: {tag}
+tags: [stepdistill, distillation, few-step, {method}]
+---
+# {title}
+
+A student of `{teacher}` that draws in {steps} step(s), distilled with the method `{method}` of stepdistill.
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+image = pipe({call}).images[0]
+```
+
+It is made of stock diffusers classes alone. **Pass `num_inference_steps={steps}`**{guidance_note} The step grid is in
+`scheduler/scheduler_config.json`.
+
+| | |
+| --- | --- |
+| teacher | `{teacher}` |
+| method | {summary} |
+| teacher's guidance, now in the weights | {guidance} |
+| network calls an image | {steps} |
+| trained with | `{command}` |
+
+{scores}
+
+`verification/` holds pictures drawn by the trainer, their prompts and seeds, and the hash of every file;
+`stepdistill verify` draws them again with plain diffusers.
+"""
+
+
+def model_card(
+    *,
+    teacher: str,
+    method: str,
+    summary: str,
+    steps: int,
+    guidance: float,
+    call: Mapping[str, Any],
+    command: str,
+    report: Mapping[str, Any] | None = None,
+) -> str:
+    """The Markdown of a student's README.md.
+
+    Args:
+        teacher: its name as the recipe gave it.
+        method, summary: name and first line of the method.
+        steps: network calls of the student.
+        guidance: the teacher's guidance scale.
+        call: arguments of the verification call.
+        command: what made the student.
+        report: report.json, for the scores; None before evaluation.
+    """
+    shown = {k: (v[0] if isinstance(v, list) and k == "prompt" else v) for k, v in call.items()}
+    shown.pop("batch_size", None)
+    if isinstance(shown.get("class_labels"), list):
+        shown["class_labels"] = shown["class_labels"][:1]
+    scale = call.get("guidance_scale")
+    note = "."
+    if scale == 0:
+        note = " and **`guidance_scale=0`**: guidance is in the weights, and diffusers' own default would apply it twice."
+    elif scale is not None:
+        note = f" and the `guidance_scale` you want, such as {scale:g}: it is an input of the network."
+    hub = teacher.count("/") == 1 and not Path(teacher).exists()
+    return CARD.format(
+        base=f"base_model: {teacher}\n" if hub else "",
+        tag="text-to-image" if "prompt" in call else "unconditional-image-generation",
+        method=method,
+        title=f"{teacher} in {steps} step{'s' * (steps > 1)} ({method})",
+        teacher=teacher,
+        steps=steps,
+        call=", ".join(f"{key}={value!r}" for key, value in shown.items()),
+        guidance_note=note,
+        guidance=f"{guidance:g}",
+        summary=summary,
+        command=command,
+        scores=score_table(report) if report else "",
+    )
+
+
+def score_table(report: Mapping[str, Any]) -> str:
+    """Teacher and student by step count, as a Markdown table; empty where nothing was evaluated."""
+    if not report.get("student", {}).get("fd"):
+        return ""
+    names = report["metrics"]
+    rows = [f"| who | steps | {names['fd']} | {names['clip_score']} | gap closed |", "| --- | --- | --- | --- | --- |"]
+    for who in ("teacher", "student"):
+        for steps, fd in report[who]["fd"].items():
+            clip = report[who]["clip_score"].get(steps)
+            gap = report["gap_closed"].get(steps) if who == "student" else None
+            cells = [f"{fd:.3f}", "" if clip is None else f"{clip:.3f}", "" if gap is None else f"{gap:.3f}"]
+            rows.append(f"| {who} | {steps} | {' | '.join(cells)} |")
+    rows.append(f"\nSuite {report['suite']}, {report['n']} images; gap closed is 0 for the teacher at one step, 1 at full steps.")
+    return "\n".join(rows)
+
+
+def write_report(folder: Path, report: Mapping[str, Any], stats: Sequence[Mapping[str, Any]]) -> None:
+    """Writes report.json and report.html into a run folder that holds samples.png and recipe.yaml."""
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    picture = base64.b64encode((folder / "samples.png").read_bytes()).decode()
+    facts = {
+        key: report[key]
+        for key in ("command", "train_seconds", "peak_memory_bytes", "hardware", "commit", "verification")
+    }
+    body = [
+        f"<h1>{html.escape(report['name'])}</h1>",
+        f"<p>{html.escape(report['summary'])}</p>",
+        f'<img alt="samples" src="data:image/png;base64,{picture}">',
+        _html_table(score_table(report)),
+        *(_curve(stats, turn) for turn in dict.fromkeys(str(row["turn"]) for row in stats)),
+        f"<h2>Run</h2><pre>{html.escape(yaml.safe_dump(facts, sort_keys=False, width=110))}</pre>",
+        f"<h2>Recipe</h2><pre>{html.escape((folder / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
+    ]
+    style = (
+        "body{font:15px sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "table{border-collapse:collapse}td,th{padding:3px 12px;border-bottom:1px solid #ccc;text-align:left}"
+        "pre{background:#f4f4f4;padding:1em;overflow:auto}"
+    )
+    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(report["name"])}</title><style>{style}</style>'
+    (folder / "report.html").write_text(page + "\n".join(body), encoding="utf-8")
+
+
+def _html_table(markdown: str) -> str:
+    """A Markdown table with the text under it, as HTML."""
+    lines = markdown.splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|") and "---" not in line]
+    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell.strip())}</td>' for cell in row)}</tr>" for row in rows)
+    rest = " ".join(html.escape(line) for line in lines if line and not line.startswith("|"))
+    return f"<table>{cells}</table><p>{rest}</p>" if rows else "<p>Not evaluated.</p>"
+
+
+def _curve(stats: Sequence[Mapping[str, Any]], turn: str, width: int = 520, height: int = 160) -> str:
+    """The loss of one network over steps, as inline SVG."""
+    rows = [(row["step"], row["loss"]) for row in stats if row["turn"] == turn and row.get("loss") is not None]
+    if len(rows) < 2:
+        return ""
+    bucket = max(1, len(rows) // 200)
+    groups = [rows[i : i + bucket] for i in range(0, len(rows), bucket)]
+    points = [(group[0][0], sum(loss for _, loss in group) / len(group)) for group in groups]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    span, last = (high - low) or 1.0, max(x for x, _ in points) or 1
+    line = " ".join(f"{x / last * width:.1f},{height - (y - low) / span * height:.1f}" for x, y in points)
+    return (
+        f"<h2>Loss of {html.escape(turn)}: {low:.4g} to {high:.4g}</h2>"
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" style="background:#f4f4f4">'
+        f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="1.5"/></svg>'
+    )

@@ -1,0 +1,142 @@
+"""How a student is sampled in the trainer, and the stock diffusers scheduler that does the same after export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.path import FlowPath, Path, TablePath
+from stepdistill.types import Condition
+
+if TYPE_CHECKING:
+    from stepdistill.student import Denoiser
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A few-step sampler: at each time predict x0, then go to the next time, and end with x0.
+
+    Attributes:
+        times: where the network is called, descending, the first is 1 (pure noise).
+        renoise: go on with fresh noise, alpha x0 + sigma eps (consistency sampling); otherwise with the predicted
+            noise (DDIM, Euler).
+        grid: for a student trained on a grid of this many times, any of whose step counts may be drawn; None for a
+            student trained at ``times`` alone.
+        guidance: the scale that a student with a guidance embedding is given; None for any other student, whose
+            guidance is in its weights.
+    """
+
+    times: tuple[float, ...]
+    renoise: bool
+    grid: int | None = None
+    guidance: float | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """Step counts worth evaluating."""
+        return (1, 2, 4, 8) if self.grid else (self.steps,)
+
+    def walk(
+        self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor], calls: int
+    ) -> Tensor:
+        """The state [B, C, H, W] at ``times[calls]``, after the first ``calls`` network calls."""
+        x = noise
+        for i in range(calls):
+            t, s = (torch.full((len(x),), time, device=x.device) for time in self.times[i : i + 2])
+            prediction = denoiser.predict(x, t, cond)
+            x = denoiser.path.sample(prediction.x0, fresh(i), s) if self.renoise else prediction.at(s)
+        return x
+
+    def draw(
+        self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor]
+    ) -> Tensor:
+        """Clean latents [B, C, H, W].
+
+        Args:
+            denoiser: the student, or anything with its ``predict`` and ``path``.
+            noise: standard normal start [B, C, H, W].
+            cond: conditions of the B samples.
+            fresh: fresh(i) gives the standard normal noise [B, C, H, W] that follows call i, from 0.
+        """
+        if self.guidance is not None:
+            scales = torch.full((len(noise),), self.guidance, device=noise.device)
+            embedding = denoiser.family.embed_guidance(denoiser.net, scales)
+            cond = cond.with_tensor("guidance_embedding", embedding)
+        x = self.walk(denoiser, noise, cond, fresh, self.steps - 1)
+        return denoiser.predict(x, torch.full((len(x),), self.times[-1], device=x.device), cond).x0
+
+    def scheduler(self, path: Path, teacher_scheduler: Any) -> Any:
+        """The stock scheduler that draws as this sampler does, its grid pinned by its config alone.
+
+        Raises:
+            UserError: when no stock scheduler has this grid.
+        """
+        from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler
+
+        scheduler: Any
+        if isinstance(path, FlowPath):
+            if self.renoise:
+                raise UserError(
+                    "options.renoise is true, but diffusers' flow schedulers take fresh noise from the global "
+                    "generator, so the student could not be reproduced from a seed. Set options.renoise=false"
+                )
+            scheduler = FlowMapEulerDiscreteScheduler(shift=self._shift())
+        elif isinstance(path, TablePath):
+            keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+            config = {key: teacher_scheduler.config[key] for key in keep}
+            config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
+            config["clip_sample"] = False
+            if self.renoise or self.steps == 1:
+                uniform = self.steps if path.steps % self.steps == 0 else path.steps
+                # With as many original steps as the student has, a call that forgets num_inference_steps (and so asks
+                # for 50) raises instead of drawing on a grid the student never saw.
+                scheduler = LCMScheduler(**config, original_inference_steps=self.grid or uniform)
+            else:
+                scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
+        else:
+            raise UserError(f"students on a {type(path).__name__} have no stock diffusers scheduler")
+        self._check_grid(path, scheduler)
+        return scheduler
+
+    def _shift(self) -> float:
+        """The s of t = s u / (1 + (s - 1) u) that maps the uniform grid u to these times."""
+        if self.steps == 1:
+            return 1.0
+        t, u = self.times[-1], 1 / self.steps
+        return round(t * (1 - u) / (u * (1 - t)), 6)
+
+    def _check_grid(self, path: Path, scheduler: Any) -> None:
+        grid = times_of(path, scheduler, self.steps)
+        if max(abs(a - b) for a, b in zip(grid, self.times, strict=True)) > 1.5e-3:
+            raise UserError(
+                f"student.times is {list(self.times)}, which no stock diffusers scheduler draws in {self.steps} "
+                f"steps; the nearest is {[round(time, 4) for time in grid]}"
+            )
+
+    def on_grid_of(self, path: Path, teacher_scheduler: Any, steps: int | None = None) -> Sampler:
+        """The same sampler with the exact times that its scheduler has for ``steps`` (default: its own count)."""
+        scheduler = self.scheduler(path, teacher_scheduler)
+        return replace(self, times=times_of(path, scheduler, steps or self.steps))
+
+
+def uniform_times(steps: int) -> tuple[float, ...]:
+    """1, 1 - 1/K, ..., 1/K."""
+    return tuple(1 - i / steps for i in range(steps))
+
+
+def times_of(path: Path, scheduler: Any, steps: int) -> tuple[float, ...]:
+    """The times at which a diffusers scheduler calls the network in ``steps`` steps."""
+    scheduler.set_timesteps(steps)
+    timesteps = [float(value) for value in scheduler.timesteps]
+    if isinstance(path, TablePath):
+        return tuple((value + 1) / path.steps for value in timesteps)
+    return tuple(value / 1000 for value in timesteps)

@@ -1,0 +1,150 @@
+"""PipelineTeacher: any diffusers pipeline of a known family as a frozen model on a path."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.checks import find_pipeline
+from stepdistill.content import pipeline_class
+from stepdistill.errors import UserError, did_you_mean
+from stepdistill.families import Family, family_named, family_of
+from stepdistill.guidance import extrapolate
+from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
+from stepdistill.student import Denoiser
+from stepdistill.types import Condition
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+OUTPUTS: dict[str, Output] = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_prediction": "velocity",
+}
+"""diffusers' prediction_type -> ours."""
+
+
+def path_of(scheduler: Any) -> tuple[Path, Output]:
+    """The path and the output kind that a diffusers scheduler's config states.
+
+    Raises:
+        UserError: for a scheduler whose noise schedule is not known here.
+    """
+    name = type(scheduler).__name__
+    if name.startswith(("FlowMatch", "FlowMap")):
+        return FlowPath(), "velocity"
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in OUTPUTS:
+        raise UserError(f"{name} has prediction_type {kind!r} {did_you_mean(kind, OUTPUTS)}")
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise UserError(
+            f"the teacher's scheduler {name} states no noise schedule: use one with alphas_cumprod (DDPM, DDIM, "
+            "DPMSolver, Euler, LCM, PNDM ...) or a FlowMatch scheduler"
+        )
+    if scheduler.config.get("rescale_betas_zero_snr") and OUTPUTS[kind] == "eps":
+        raise UserError("an eps-prediction teacher with zero terminal SNR carries no information at pure noise")
+    return TablePath.from_alphas_cumprod(table), OUTPUTS[kind]
+
+
+def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline from an embedded teacher's name, a folder or a hub id; safetensors weights only.
+
+    Raises:
+        UserError: when there is nothing to load, or it is of no known family: said before any weight is read.
+    """
+    from diffusers import DiffusionPipeline
+
+    place = find_pipeline(source, "teacher")
+    if FilePath(place).is_dir():
+        family_named(pipeline_class(FilePath(place)))
+    try:
+        return DiffusionPipeline.from_pretrained(place, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"teacher {source} could not be loaded: {first}") from error
+
+
+class PipelineTeacher:
+    """A diffusers pipeline as a frozen teacher.
+
+    Args:
+        pipe: the pipeline.
+        device: where its networks go.
+        family: how the pipeline is called; found by its class when not given.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, device: torch.device | str = "cpu", family: Family | None = None
+    ) -> None:
+        self.pipe: Any = pipe
+        self.family = family or family_of(pipe)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.to(device)
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.device = torch.device(device)
+        path, output = path_of(self.pipe.scheduler)
+        self.denoiser = Denoiser(getattr(self.pipe, self.family.denoiser), path, output, self.family)
+        self.shape = self.family.latent_shape(self.pipe)
+        with torch.no_grad():
+            self.null = self.family.null(self.pipe)
+
+    @property
+    def path(self) -> Path:
+        return self.denoiser.path
+
+    @torch.no_grad()
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """What the teacher says about x_t [B, C, H, W] at t [B]; guided prediction is one call of 2 B samples.
+
+        Raises:
+            UserError: when guidance is asked of a model that has no unconditional mode.
+        """
+        if isinstance(guidance, float | int) and guidance == 1.0:
+            return self.denoiser.predict(x_t, t, cond)
+        if self.null is None:
+            raise UserError(f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1")
+        both = self.denoiser.predict(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), self.null.repeat(len(x_t)).join(cond)
+        )
+        weak, strong = (
+            Prediction(self.path, x0, eps, t)
+            for x0, eps in zip(both.x0.chunk(2), both.eps.chunk(2), strict=True)
+        )
+        return extrapolate(weak, strong, guidance)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Condition:
+        """Conditions of the prompts, through the pipeline's own encoder."""
+        return self.family.encode(self.pipe, prompts)
+
+    @torch.no_grad()
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to what the denoiser works on."""
+        return self.family.to_latents(self.pipe, images)
+
+    @torch.no_grad()
+    def to_images(self, latents: Tensor) -> Tensor:
+        """What the denoiser works on to images [B, 3, H, W] in [0, 1]."""
+        return self.family.to_images(self.pipe, latents)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights of all networks and the scheduler's config: what the teacher's samples depend on."""
+        digest = hashlib.sha256()
+        for name, component in sorted(self.pipe.components.items()):
+            if isinstance(component, nn.Module):
+                for key, value in sorted(component.state_dict().items()):
+                    digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
+                    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(str(sorted((k, str(v)) for k, v in self.pipe.scheduler.config.items())).encode())
+        return digest.hexdigest()

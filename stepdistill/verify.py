@@ -1,0 +1,109 @@
+"""Proof that a student folder draws what it drew in training, with diffusers alone.
+
+The folder's files are hashed and compared with its manifest; then a fresh Python process, in which stepdistill cannot
+be imported, loads it with nothing but ``DiffusionPipeline.from_pretrained`` and draws the manifest's prompts and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepdistill.checkpoint import sha256_of
+from stepdistill.errors import UserError
+from stepdistill.export import VERIFICATION
+
+PROGRAM = """
+import json, os, sys
+sys.modules["stepdistill"] = None  # an import of it raises ImportError
+os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
+import numpy, torch
+from diffusers import DiffusionPipeline
+folder, manifest = sys.argv[1], json.load(open(sys.argv[2]))
+pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+pipe.set_progress_bar_config(disable=True)
+generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
+images = pipe(**manifest["call"], generator=generators, output_type="np").images
+from PIL import Image
+worst, total = 0.0, 0.0
+for i, image in enumerate(images):
+    drawn = numpy.rint(numpy.asarray(image, dtype="float64") * 255)
+    kept = numpy.asarray(Image.open(f"{folder}/verification/{i}.png").convert("RGB"), dtype="float64")
+    difference = numpy.abs(drawn - kept)
+    worst, total = max(worst, float(difference.max())), total + float(difference.mean()) / len(images)
+print("RESULT", json.dumps({"max": worst, "mean": total, "class": type(pipe).__name__}))
+"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        files: files whose hashes agree.
+        images: pictures compared.
+        steps: network calls each took.
+        worst: largest difference of a pixel value, in steps of 1/255.
+        mean: mean difference, in the same steps.
+    """
+
+    files: int
+    images: int
+    steps: int
+    worst: float
+    mean: float
+
+    def __str__(self) -> str:
+        return (
+            f"verified: {self.files} files unaltered; {self.images} pictures drawn in {self.steps} step(s) by plain "
+            f"diffusers differ from the trainer's by {self.worst:g}/255 at most, {self.mean:.3g}/255 on average"
+        )
+
+
+def verify(folder: str | Path, timeout: float = 1800) -> Verification:
+    """Checks a student folder.
+
+    Args:
+        folder: what ``train`` or ``export`` wrote as ``student/``.
+        timeout: seconds the fresh process may take.
+
+    Raises:
+        UserError: when the folder is no student, a file is missing or altered, it does not load, or its pictures differ.
+    """
+    folder = Path(folder).resolve()
+    file = folder / VERIFICATION / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a student folder: it has no {VERIFICATION}/manifest.json")
+    try:
+        manifest = json.loads(file.read_text())
+        files: dict[str, str] = manifest["files"]
+        tolerance, seeds, call = manifest["tolerance"], manifest["seeds"], manifest["call"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read ({error}): export the student again") from error
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing since export")
+        if sha256_of(folder / name) != expected:
+            raise UserError(f"{folder}: {name} was altered since export (its SHA-256 is not the manifest's)")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PROGRAM, str(folder), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        check=False,
+    )
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if done.returncode or line is None:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{folder} does not draw in a process without stepdistill: {reason}")
+    result = json.loads(line.removeprefix("RESULT "))
+    if result["max"] > tolerance["max"] or result["mean"] > tolerance["mean"]:
+        raise UserError(
+            f"{folder}: its pictures differ from the trainer's by {result['max']:g}/255 at most and "
+            f"{result['mean']:.3g}/255 on average; allowed are {tolerance['max']} and {tolerance['mean']}"
+        )
+    return Verification(len(files), len(seeds), call["num_inference_steps"], result["max"], result["mean"])

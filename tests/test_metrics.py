@@ -1,0 +1,177 @@
+"""The metrics against closed forms, direct sums and other implementations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stepdistill.embedded import emoji_captions, emoji_images
+from stepdistill.features import load_features, resize_clean
+from stepdistill.metrics.clip_score import MeanState, cosines
+from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
+from stepdistill.metrics.kid import kernel_distance
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gaussian(mean: Tensor, covariance: Tensor) -> Moments:
+    return Moments.from_statistics(mean, covariance, 1000)
+
+
+def test_frechet_distance_of_gaussians_on_shared_axes_is_the_sum_of_squared_differences() -> None:
+    a, b = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, 0.0, 0.5])  # deviations, one of them zero
+    mean = torch.tensor([0.3, -0.7, 2.0])
+    rotation = torch.linalg.qr(normal(3, 3)).Q
+    first = gaussian(mean, rotation @ torch.diag(a.double() ** 2) @ rotation.T)
+    second = gaussian(torch.zeros(3), rotation @ torch.diag(b.double() ** 2) @ rotation.T)
+    expected = float(mean.square().sum() + (a - b).square().sum())
+    assert frechet_distance(first, second) == pytest.approx(expected, abs=1e-6)
+
+
+def test_frechet_distance_of_gaussians_on_different_axes() -> None:
+    # For 2 x 2, tr M^1/2 = (tr M + 2 det(M)^1/2)^1/2 with M = A B.
+    a, b = normal(2, 2, seed=1), normal(2, 2, seed=2)
+    a, b = a @ a.T, b @ b.T
+    product = a @ b
+    root = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    expected = float(a.trace() + b.trace()) - 2 * root
+    zero = torch.zeros(2)
+    assert frechet_distance(gaussian(zero, a), gaussian(zero, b)) == pytest.approx(expected, abs=1e-10)
+    assert frechet_distance(gaussian(zero, b), gaussian(zero, a)) == pytest.approx(expected, abs=1e-10)
+
+
+def test_moments_depend_on_neither_the_split_nor_the_order_of_merging() -> None:
+    features = normal(500, 24).float() + 5
+    whole = Moments.of(features)
+    for sizes in ([500], [1, 499], [100] * 5, [7] * 71 + [3]):
+        parts = [Moments.of(part) for part in features.split(sizes)]
+        streamed = Moments.empty(24)
+        for part in features.split(sizes):
+            streamed.add(part)
+        merged = Moments.empty(24)
+        for part in reversed(parts):
+            merged = part.merge(merged)
+        for moments in (streamed, merged):
+            assert moments.count == 500
+            torch.testing.assert_close(moments.mean, whole.mean, rtol=0, atol=1e-10)
+            torch.testing.assert_close(moments.covariance, whole.covariance, rtol=0, atol=1e-10)
+    torch.testing.assert_close(whole.covariance, torch.cov(features.double().T), rtol=0, atol=1e-10)
+
+
+def test_statistics_survive_the_round_trip_through_mean_and_covariance() -> None:
+    moments = Moments.of(normal(50, 8) + 3)
+    again = Moments.from_statistics(moments.mean, moments.covariance, moments.count)
+    torch.testing.assert_close(again.outer, moments.outer, rtol=1e-12, atol=1e-12)
+
+
+def test_frechet_distance_equals_scipy_and_clean_fid() -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = normal(400, 32), normal(300, 32, seed=1) @ normal(32, 32, seed=2) * 0.3 + 0.2
+    a, b = Moments.of(x), Moments.of(y)
+    ours = frechet_distance(a, b)
+    root = np.real(linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy()))
+    theirs = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()) - 2 * root.trace()
+    assert ours == pytest.approx(theirs, rel=1e-9)
+    fid = pytest.importorskip("cleanfid.fid")
+    arrays = [t.numpy() for t in (a.mean, a.covariance, b.mean, b.covariance)]
+    try:
+        theirs = fid.frechet_distance(*arrays)
+    except TypeError:
+        pytest.skip("this scipy has no sqrtm(disp=), which clean-fid 0.1.35 calls")
+    assert ours == pytest.approx(float(theirs), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [20, 64, 200])
+def test_distance_from_features_equals_the_one_from_moments(count: int) -> None:
+    features, reference = normal(count, 64), Moments.of(normal(300, 64, seed=1) * 1.2 + 0.1)
+    expected = frechet_distance(Moments.of(features), reference)
+    assert frechet_distance_of_features(features, reference) == pytest.approx(expected, abs=2e-5)
+
+
+def test_distance_of_fewer_features_than_dimensions_to_themselves_is_zero() -> None:
+    features = normal(20, 64)
+    assert abs(frechet_distance_of_features(features, Moments.of(features))) < 1e-6
+
+
+def test_kernel_distance_equals_the_sum_over_pairs() -> None:
+    x, y = normal(7, 5), normal(6, 5, seed=1)
+
+    def k(u: Tensor, v: Tensor) -> float:
+        return float((u @ v / 5 + 1) ** 3)
+
+    within_x = sum(k(x[i], x[j]) for i in range(7) for j in range(7) if i != j) / (7 * 6)
+    within_y = sum(k(y[i], y[j]) for i in range(6) for j in range(6) if i != j) / (6 * 5)
+    across = sum(k(u, v) for u in x for v in y) / (7 * 6)
+    for block in (1, 4, 1024):
+        value = kernel_distance(x, y, block=block).value
+        assert value == pytest.approx(within_x + within_y - 2 * across, rel=1e-12)
+
+
+def test_kernel_distance_equals_torchmetrics() -> None:
+    kid = pytest.importorskip("torchmetrics.image.kid")
+    x, y = normal(60, 16), normal(60, 16, seed=1) + 0.2
+    assert kernel_distance(x, y).value == pytest.approx(float(kid.poly_mmd(x, y)), rel=1e-9)
+
+
+def test_standard_error_equals_the_jackknife_done_by_leaving_out() -> None:
+    x, y = normal(9, 4), normal(8, 4, seed=1) + 0.5
+    without_x = torch.tensor([kernel_distance(torch.cat([x[:i], x[i + 1 :]]), y).value for i in range(9)])
+    without_y = torch.tensor([kernel_distance(x, torch.cat([y[:i], y[i + 1 :]])).value for i in range(8)])
+    expected = math.sqrt(8 * without_x.double().var(correction=0) + 7 * without_y.double().var(correction=0))
+    assert kernel_distance(x, y).standard_error == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7])
+def test_kernel_distance_is_unbiased_and_its_error_is_honest(shift: float) -> None:
+    draws = [kernel_distance(normal(40, 3, seed=2 * i), normal(50, 3, seed=2 * i + 1) + shift) for i in range(400)]
+    values = torch.tensor([d.value for d in draws])
+    error_of_mean = float(values.std()) / math.sqrt(len(draws))
+    # x, x' ~ N(0, I), y, y' ~ N(m, I), k = (x.y / 3 + 1)^3: E k = 1 + 3 E(u) + 3 E(u^2) + E(u^3), u the inner product
+    # over 3. Only terms with both means survive the difference: see the moments of u below.
+    square = 3 * shift**2  # |m|^2
+    e1, e2, e3 = square, square**2 + 2 * square + 3, square**3 + 6 * square**2 + 15 * square
+    within_y = 1 + 3 * e1 / 3 + 3 * e2 / 9 + e3 / 27
+    within_x = 1 + 3 * 3 / 9
+    across = 1 + 3 * (square + 3) / 9
+    expected = within_x + within_y - 2 * across
+    assert abs(float(values.mean()) - expected) < 3 * error_of_mean
+    ratio = math.sqrt(sum(d.standard_error**2 for d in draws) / len(draws)) / float(values.std())
+    assert 0.9 < ratio < 1.6  # the jackknife errs upwards, by 2^1/2 where the distributions are equal
+
+
+def test_clip_score_of_parts_is_the_clip_score_of_the_whole() -> None:
+    x, y = normal(10, 4), normal(10, 4, seed=1)
+    direct = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+    first, second = MeanState(), MeanState()
+    first.add(cosines(x[:3], y[:3]))
+    second.add(cosines(x[3:], y[3:]))
+    assert second.merge(first).mean == pytest.approx(float(direct.mean()), abs=1e-12)
+
+
+def test_clean_resize_equals_pillow() -> None:
+    from PIL import Image
+
+    pixels = torch.from_numpy(emoji_images()[40:41]).permute(0, 3, 1, 2)  # [1, 3, 32, 32]
+    ours = resize_clean(pixels, 299)[0]
+    channels = [Image.fromarray(channel.numpy().astype(np.float32), mode="F") for channel in pixels[0]]
+    theirs = np.stack([np.asarray(c.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255) for c in channels])
+    assert np.abs(ours.numpy() - theirs).max() < 3e-3
+
+
+def test_embedded_images_and_captions_match() -> None:
+    images, captions = emoji_images(), emoji_captions()
+    assert images.shape == (3781, 32, 32, 3) and images.dtype == np.uint8 and len(captions) == 3781
+    assert not (images == 255).all((1, 2, 3)).any()  # no tile of the padding
+    network = load_features("emoji")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    seen = torch.cat([network.images(part) for part in pixels.split(500)])
+    read = torch.cat([network.texts(captions[i : i + 500]) for i in range(0, 3781, 500)])
+    assert seen.shape == read.shape == (3781, 64)
+    torch.testing.assert_close(seen.norm(dim=1), torch.ones(3781))
+    assert float(cosines(seen, read).mean()) == pytest.approx(0.903, abs=1e-3)

@@ -1,0 +1,41 @@
+"""What ``stepdistill train`` does, as a script: the file to start under torchrun or to copy and change.
+
+python train/distill.py dmd_emoji_quick --output runs/dmd --set train.steps=500
+torchrun --nproc_per_node 2 train/distill.py dmd_emoji_quick --output runs/dmd
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from stepdistill.checks import check_output, check_recipe
+from stepdistill.distil import distil
+from stepdistill.recipe import load_recipe, method_options
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Distil one recipe.")
+    parser.add_argument("recipe", help="shipped recipe, or a .yaml file")
+    parser.add_argument("--output", type=Path, required=True, help="run folder")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="A.B=C")
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args()
+
+    recipe = load_recipe(arguments.recipe, sets=arguments.sets)
+    check_recipe(recipe)
+    method_options(recipe)
+    first_process = os.environ.get("RANK", "0") == "0"
+    if first_process:
+        check_output(arguments.output, resume=arguments.resume)
+    command = shlex.join(["python", *sys.argv])
+    run = distil(recipe, output=arguments.output, resume=arguments.resume, command=command)
+    if first_process:
+        print(run.student)
+
+
+if __name__ == "__main__":
+    main()
