@@ -19,39 +19,50 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: one of them is not.
     """
-    find_pipeline(recipe.teacher, "teacher")
+    _check_teacher(recipe.teacher)
     if recipe.data.prompts is not None:
         _check_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:
         _check_images(Path(recipe.data.images))
 
 
-def find_pipeline(name: str, role: str) -> str:
-    """What ``DiffusionPipeline.from_pretrained`` should load for ``name``.
-
-    Args:
-        name: an embedded teacher, a diffusers folder, a run folder (its student is taken) or a Hub name.
-        role: what the pipeline is for, as the message should call it.
+def find_pipeline(name: str) -> Path:
+    """The diffusers folder of an embedded teacher's name, a diffusers folder, or a run folder (its student).
 
     Raises:
         UserError: the name is none of these.
     """
-    if (embedded := teacher_folder(name)) is not None:
-        return str(embedded)
-    for folder in (Path(name), Path(name) / "student"):
-        if (folder / "model_index.json").is_file():
-            return str(folder)
+    if (found := _local_pipeline(name)) is not None:
+        return found
     if Path(name).is_dir():
-        raise UserError(f"{role} {name} is not a diffusers pipeline: the folder has no model_index.json")
-    # A path that was mistyped looks like a Hub name unless its first part is a folder here.
-    if _HUB_NAME.fullmatch(name) and not Path(name).parts[0].startswith(".") and not Path(name).parent.is_dir():
-        if not _is_offline() or _is_cached(name):
-            return name
-        raise UserError(f"{role} {name} is neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set")
+        raise UserError(f"{name} is not a diffusers pipeline: the folder has no model_index.json")
     raise UserError(
-        f"{role} {name} does not exist {did_you_mean(name, embedded_teachers())}; "
-        "or give a diffusers folder, or a Hub name such as owner/name"
+        f"pipeline {name} does not exist {did_you_mean(name, embedded_teachers())}; or give a folder"
     )
+
+
+def _local_pipeline(name: str) -> Path | None:
+    if (embedded := teacher_folder(name)) is not None:
+        return embedded
+    folders = (Path(name).expanduser(), Path(name).expanduser() / "student")
+    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+
+
+def _check_teacher(name: str) -> None:
+    if _local_pipeline(name) is not None:
+        return
+    if Path(name).is_dir():
+        raise UserError(f"teacher {name} is not a diffusers pipeline: the folder has no model_index.json")
+    # A path that was mistyped looks like a Hub name unless its first part is a folder here.
+    if not _HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
+        known = did_you_mean(name, embedded_teachers())
+        raise UserError(
+            f"teacher {name} does not exist {known}; or give a diffusers folder, or a Hub name owner/name"
+        )
+    if _is_offline() and not _is_cached(name):
+        raise UserError(
+            f"teacher {name} is neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
+        )
 
 
 def check_output(folder: Path, *, resume: bool) -> None:
@@ -64,7 +75,9 @@ def check_output(folder: Path, *, resume: bool) -> None:
     if resume and not holds_run:
         raise UserError(f"--resume: {folder} holds no run (it has no recipe.yaml); start it without --resume")
     if holds_run and not resume:
-        raise UserError(f"{folder} holds a run already: add --resume to go on with it, or give another --output")
+        raise UserError(
+            f"{folder} holds a run already: add --resume to go on with it, or give another --output"
+        )
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +85,9 @@ def check_output(folder: Path, *, resume: bool) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output folder {folder} cannot be written: {error.strerror}; give another --output") from None
+        raise UserError(
+            f"output folder {folder} cannot be written: {error.strerror}; give another --output"
+        ) from None
     finally:
         for place in made:
             if place.is_dir():
@@ -111,7 +126,9 @@ def _check_prompts(path: Path) -> None:
         with path.open(encoding="utf-8") as file:
             empty = not any(line.strip() for line in file)
     except UnicodeDecodeError as error:
-        raise UserError(f"data.prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise UserError(
+            f"data.prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
     if empty:
         raise UserError(f"data.prompts: {path} holds no prompt; write one per line")
 

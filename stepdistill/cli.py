@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 
 Kind = Literal["all", "teachers", "methods", "recipes", "suites", "families"]
-Pipeline = Annotated[str, typer.Argument(help="Embedded teacher, diffusers folder, run folder or Hub name.")]
+Pipeline = Annotated[
+    str, typer.Argument(help="Embedded teacher, diffusers folder or run folder (its student).")
+]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
 
 
@@ -36,7 +38,9 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
     if version:
         from stepdistill import __version__
 
@@ -96,13 +100,16 @@ def copy_recipe(
 @app.command()
 def train(
     recipe: Annotated[str | None, typer.Argument(help="Shipped recipe, or a .yaml file.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Embedded teacher, diffusers folder or Hub name.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Embedded teacher, diffusers folder or Hub name.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="A method's name, or ./file.py.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; by default runs/METHOD_TEACHER, numbered.")
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one key of the recipe; may repeat.")
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Set one key of the recipe; may repeat."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ) -> None:
@@ -116,7 +123,8 @@ def train(
     wanted = load_recipe(source, teacher=teacher, method=method, sets=sets or ())
     checks.check_recipe(wanted)
     first_process = os.environ.get("RANK", "0") == "0"
-    folder = _run_folder(output or (Path(wanted.output) if wanted.output else None), wanted, resume)
+    given = output or (Path(wanted.output) if wanted.output else None)
+    folder = given or _default_run_folder(wanted.method, wanted.teacher, resume)
     if first_process:
         checks.check_output(folder, resume=resume)
     method_options(wanted)
@@ -127,10 +135,10 @@ def train(
     if first_process:
         print(f"student: {run.student}")
         print(f"picture: {folder / 'samples.png'}")
-        if run.report.get("student"):
+        if run.report.get("gap_closed"):
             from stepdistill.compare import rank, text_table
 
-            print(text_table(rank([{"name": folder.name, "method": wanted.method} | dict(run.report)])))
+            print(text_table(rank([{"name": folder.name, "method": wanted.method} | run.report])))
 
 
 @app.command()
@@ -158,14 +166,16 @@ def evaluate_pipeline(
     steps: Annotated[str, typer.Option(help="Step counts, separated by commas.")] = "1",
     guidance: Guidance = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 100,
-    trailing: Annotated[bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")] = False,
+    trailing: Annotated[
+        bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
 ) -> None:
     """Measure a pipeline: Frechet distance, KID and CLIP score."""
     from stepdistill.checks import find_pipeline
 
     counts = _step_counts(steps)
-    folder = find_pipeline(pipeline, "pipeline")
+    folder = find_pipeline(pipeline)
     if output is not None:
         _check_file(output)
     from stepdistill.evaluate import evaluate
@@ -197,7 +207,9 @@ def compare(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, finished or interrupted.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for the student; by default RUN/student.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the student; by default RUN/student.")
+    ] = None,
 ) -> None:
     """Export the student of a run's last checkpoint again."""
     if not (run / "recipe.yaml").is_file():
@@ -230,17 +242,13 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _run_folder(output: Path | None, recipe: object, resume: bool) -> Path:
+def _default_run_folder(method: str, teacher: str, resume: bool) -> Path:
     from stepdistill import checks
-    from stepdistill.recipe import Recipe
 
-    assert isinstance(recipe, Recipe)
-    if output is not None:
-        return output
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Each process would number the folder by what it finds, and the first one has made its own by then.
         raise UserError("give --output DIR when several processes train together")
-    name = f"{Path(recipe.method).stem}_{Path(recipe.teacher).name}"
+    name = f"{Path(method).stem}_{Path(teacher).name}"
     return (checks.newest_run_folder if resume else checks.next_run_folder)(Path("runs"), name)
 
 

@@ -54,7 +54,9 @@ def read_report(path: str | Path) -> dict[str, Any]:
     place = Path(path)
     file = place / "report.json" if place.is_dir() else place
     if not file.is_file():
-        raise UserError(f"{path}: there is no report.json; give the folder of a finished run, or the file itself")
+        raise UserError(
+            f"{path}: there is no report.json; give the folder of a finished run, or the file itself"
+        )
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -85,7 +87,9 @@ def rank(reports: Sequence[dict[str, Any]]) -> list[Row]:
         values = {str(report[field]): report["name"] for report in reports}
         if len(values) > 1:
             found = ", ".join(f"{value} ({name})" for value, name in values.items())
-            raise UserError(f"these reports cannot be ranked: {field} differs: {found}; evaluate them with one suite")
+            raise UserError(
+                f"these reports cannot be ranked: {field} differs: {found}; evaluate them with one suite"
+            )
     rows = [row for report in reports for row in _rows(report)]
     return sorted(rows, key=lambda row: (row.steps, row.fd is None, row.fd or 0.0))
 
@@ -149,7 +153,9 @@ def html_page(reports: Sequence[dict[str, Any]], folders: Sequence[Path | None])
     """
     rows = rank(reports)
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(row)) + "</tr>" for row in rows
+    )
     runs = "".join(_section(report, folder) for report, folder in zip(reports, folders, strict=True))
     measured = html.escape(f"{reports[0]['suite']}, n = {reports[0]['n']}")
     return (
@@ -170,5 +176,7 @@ def _section(report: dict[str, Any], folder: Path | None) -> str:
     picture = folder / "samples.png" if folder is not None else None
     if picture is not None and picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
-        facts.append(f'<img alt="samples of {html.escape(str(report["name"]))}" src="data:image/png;base64,{data}">')
+        facts.append(
+            f'<img alt="samples of {html.escape(str(report["name"]))}" src="data:image/png;base64,{data}">'
+        )
     return "".join(facts)

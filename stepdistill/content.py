@@ -25,7 +25,9 @@ def content_folder(name: Folder) -> Path:
     for folder in (_PACKAGE / "_content" / name, _PACKAGE.parent / name):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"stepdistill's content folder {name}/ is missing beside {_PACKAGE}: reinstall it")
+    raise FileNotFoundError(
+        f"stepdistill's content folder {name}/ is missing beside {_PACKAGE}: reinstall it"
+    )
 
 
 def recipe_files() -> dict[str, Path]:

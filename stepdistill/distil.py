@@ -191,7 +191,7 @@ class Job:
             raise UserError(f"{recipe.method} with these options learns from images: give a folder in data.images")
         # The teacher computes in the run's precision; the student's weights stay float32 and are cast as they are used.
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        self.source: Any = pipeline if pipeline is not None else find_pipeline(recipe.teacher, "teacher")
+        self.source: Any = pipeline if pipeline is not None else find_pipeline(recipe.teacher)
         self.teacher = PipelineTeacher(pipeline or load_teacher(recipe.teacher, dtype), device)
         if self.options.guidance != 1.0 and self.teacher.null is None:
             raise UserError(f"options.guidance is {self.options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1")

@@ -94,8 +94,12 @@ def _torch() -> list[Finding]:
         text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
         findings.append(Finding("ok", f"cuda:{i}", text))
     if not findings:
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
-        findings.append(Finding("note", "cuda", f"no GPU ({built}); training runs on {os.cpu_count()} CPU cores"))
+        built = (
+            f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        )
+        findings.append(
+            Finding("note", "cuda", f"no GPU ({built}); training runs on {os.cpu_count()} CPU cores")
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [*findings, *_attention(device)]
 
@@ -153,7 +157,10 @@ def _cache() -> list[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     findings = []
-    for subject, folder in (("model cache", Path(HF_HUB_CACHE)), ("temporary files", Path(tempfile.gettempdir()))):
+    for subject, folder in (
+        ("model cache", Path(HF_HUB_CACHE)),
+        ("temporary files", Path(tempfile.gettempdir())),
+    ):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -166,7 +173,9 @@ def _cache() -> list[Finding]:
     state: State = "ok" if free >= LEAST_FREE_GB else "note"
     findings.append(Finding(state, "disk", f"{free:.0f} GiB free in {Path.cwd()}"))
     if sys.platform == "linux" and (threads := os.environ.get("OMP_NUM_THREADS")):
-        findings.append(Finding("note", "threads", f"OMP_NUM_THREADS={threads}: torch uses no more CPU cores"))
+        findings.append(
+            Finding("note", "threads", f"OMP_NUM_THREADS={threads}: torch uses no more CPU cores")
+        )
     return findings
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.embedded import pipeline_folder
 from stepdistill.errors import UserError
 from stepdistill.suite import Suite
 
@@ -19,7 +20,7 @@ GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 
 
 def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tuple[Any, str]:
-    """A pipeline object and what to call it, from an object or a folder.
+    """A pipeline object and what to call it, from an object or from what :func:`pipeline_folder` takes.
 
     Raises:
         UserError: the path is not a folder with a model_index.json, or diffusers cannot load it.
@@ -29,14 +30,11 @@ def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tu
     if not isinstance(pipeline, (str, Path)):
         pipe, label = pipeline, type(pipeline).__name__
     else:
-        folder = Path(pipeline).expanduser()
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{folder} is not a diffusers pipeline folder (no model_index.json in it)")
+        folder, label = pipeline_folder(pipeline), str(pipeline)
         try:
             pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: diffusers cannot load it: {' '.join(str(error).split())}") from None
-        label = folder.name
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device is not None:
         pipe.to(device)
@@ -110,7 +108,9 @@ class Drawing:
                 drawn = torch.from_numpy(self._pipe(**call).images)  # [B, H, W, 3] in [0, 1]
         except ValueError as error:  # a scheduler that is pinned to a grid says so
             name = type(self._pipe).__name__
-            raise UserError(f"{name} cannot draw with {steps} steps: {' '.join(str(error).split())}") from None
+            raise UserError(
+                f"{name} cannot draw with {steps} steps: {' '.join(str(error).split())}"
+            ) from None
         self.seconds += time.perf_counter() - begin
         broken = (~drawn.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
@@ -121,7 +121,9 @@ class Drawing:
         if drawn.shape[1:3] != (size, size):
             height, width = drawn.shape[1:3]
             label = self._suite.label
-            raise UserError(f"the pipeline drew {width}x{height} pixels, suite {label} compares {size}x{size}")
+            raise UserError(
+                f"the pipeline drew {width}x{height} pixels, suite {label} compares {size}x{size}"
+            )
         return (drawn * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

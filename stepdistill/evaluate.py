@@ -141,8 +141,8 @@ def evaluate(
     """Draw a suite's images with a pipeline and score them.
 
     Args:
-        pipeline: a diffusers pipeline object, or a folder that DiffusionPipeline.from_pretrained loads. An object keeps
-            its scheduler, but its own progress bars are off afterwards.
+        pipeline: a diffusers pipeline object (its own progress bars are off afterwards), a diffusers folder, a run
+            folder (its student), or the name of an embedded teacher.
         suite: the protocol: a name in eval/suites, a YAML file, or a Suite.
         steps: step count, or several; each draws all images.
         guidance: guidance_scale; None is no guidance. Ignored by pipelines whose call does not take it.
@@ -282,7 +282,8 @@ def teacher_scores(
     and guidance: a score that is found is the score of this very teacher. Times come from the machine that computed it.
 
     Args:
-        teacher: folder or pipeline object; an object and its folder have different keys, as their precision may differ.
+        teacher: folder, embedded name or pipeline object; an object and its folder have different keys, as their
+            precision may differ.
         suite: the protocol.
         steps: step count, or several.
         guidance: guidance_scale.

@@ -59,7 +59,9 @@ class RunLog:
         if self._file is not None:
             self._file.close()
 
-    def step(self, step: int, values: Mapping[str, float | str], *, shown: tuple[str, ...] = ("loss",)) -> None:
+    def step(
+        self, step: int, values: Mapping[str, float | str], *, shown: tuple[str, ...] = ("loss",)
+    ) -> None:
         """Writes one line for the optimiser step ``step`` (from 0) and moves the bar.
 
         Args:

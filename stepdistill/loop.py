@@ -228,7 +228,7 @@ def train(
                 # Update.
                 norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
                 require_finite({"loss": total, "gradient": float(norm)}, turn, step, run.last_good)
-                rate = learning_rate(options, step) * method.lr_ratio(turn)
+                rate = learning_rate(options, step) * method.lr_ratio(turn, step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()

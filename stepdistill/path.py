@@ -91,6 +91,11 @@ class Path(ABC):
         det = alpha * b - sigma * a
         x0 = per_sample(b / det, x_t) * x_t - per_sample(sigma / det, x_t) * output
         eps = per_sample(alpha / det, x_t) * output - per_sample(a / det, x_t) * x_t
+        # The half that the output states outright is taken as it stands, also where det vanishes.
+        if kind == "x0":
+            x0 = output
+        elif kind == "eps":
+            eps = output
         return Prediction(self, x0, eps, t)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Output) -> Tensor:

@@ -209,7 +209,9 @@ def resolved(recipe: Recipe) -> Recipe:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that :func:`load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(resolved(recipe).model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(
+        resolved(recipe).model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
+    )
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
@@ -242,11 +244,15 @@ def _find_recipe(name: str | Path | None, teacher: str | None, method: str | Non
         return recipe_files().get(f"{method or DEFAULT_METHOD}_{DEFAULT_TEACHER}_quick") if embedded else None
     if _is_path(name):
         if not Path(name).is_file():
-            raise UserError(f"{name}: there is no such recipe file; `stepdistill ls recipes` lists the shipped ones")
+            raise UserError(
+                f"{name}: there is no such recipe file; `stepdistill ls recipes` lists the shipped ones"
+            )
         return Path(name)
     shipped = recipe_files()
     if str(name) not in shipped:
-        raise UserError(f"{name} is not a shipped recipe {did_you_mean(str(name), shipped)}; a file ends in .yaml")
+        raise UserError(
+            f"{name} is not a shipped recipe {did_you_mean(str(name), shipped)}; a file ends in .yaml"
+        )
     return shipped[str(name)]
 
 
@@ -276,7 +282,9 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"--set {assignment}: {text} is not a YAML value; quote it, such as '{key}=\"...\"'") from None
+        raise UserError(
+            f"--set {assignment}: {text} is not a YAML value; quote it, such as '{key}=\"...\"'"
+        ) from None
     for depth, part in enumerate(parts[:-1]):
         below = tree.setdefault(part, {})
         if below is None:

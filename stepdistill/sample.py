@@ -25,7 +25,7 @@ def sample(
     """One image per prompt.
 
     Args:
-        pipeline: an embedded teacher, a diffusers folder, a run folder or a Hub name.
+        pipeline: an embedded teacher, a diffusers folder or a run folder (its student).
         prompts: the prompts; for a class-conditional pipeline, numbers of classes; for an unconditional one, any
             text, of which only the number counts.
         steps: network evaluations per image.
@@ -40,13 +40,13 @@ def sample(
         raise UserError("sample: there is no prompt; give --prompt TEXT")
     if steps < 1:
         raise UserError(f"--steps is {steps}, and must be 1 or more")
-    folder = find_pipeline(pipeline, "pipeline")
+    folder = find_pipeline(pipeline)
     import torch
-    from diffusers import DiffusionPipeline, DiTPipeline
+    from diffusers import DiTPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipe.set_progress_bar_config(disable=True)
+    from stepdistill.drawing import load_pipeline
+
+    pipe, _ = load_pipeline(folder, device)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     arguments: dict[str, object] = {"num_inference_steps": steps, "generator": generators}
     if isinstance(pipe, DiTPipeline):

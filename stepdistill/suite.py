@@ -33,7 +33,8 @@ class Suite(BaseModel):
         prompts: ``emoji`` (the embedded captions), a text file with a prompt a line (absolute, or beside the suite's
             file), or None for pipelines that take none.
         selection: ``first`` n prompts in order, or ``shuffled``: the first n of torch.randperm over all prompts with
-            the generator ``generator_for("suite", "prompts")``, so smaller suites are its beginning. Fewer prompts than n are repeated in order.
+            the generator ``generator_for("suite", "prompts")``, so smaller suites are the beginning of larger ones.
+            Fewer prompts than n are repeated in order.
         first_seed: image i is drawn with torch.Generator("cpu").manual_seed(first_seed + i).
         resolution: images are drawn and compared at resolution x resolution pixels.
         features: ``emoji``, ``clip:FOLDER`` or ``inception:FILE``.
@@ -309,7 +310,9 @@ def _keys() -> list[str]:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problem = min(
+        error.errors(), key=lambda found: found["type"] != "extra_forbidden"
+    )  # a misspelt key comes first
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{key} is not a key of a suite {did_you_mean(key, _keys())}"

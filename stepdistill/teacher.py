@@ -59,9 +59,13 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         UserError: when there is nothing to load, or it is of no known family: said before any weight is read.
     """
+    import diffusers.utils.logging
+    import transformers.utils.logging
     from diffusers import DiffusionPipeline
 
-    place = find_pipeline(source, "teacher")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    place = find_pipeline(source)
     if FilePath(place).is_dir():
         family_named(pipeline_class(FilePath(place)))
     try:
@@ -110,7 +114,7 @@ class PipelineTeacher:
         Raises:
             UserError: when guidance is asked of a model that has no unconditional mode.
         """
-        if isinstance(guidance, float | int) and guidance == 1.0:
+        if not isinstance(guidance, Tensor) and guidance == 1.0:
             return self.denoiser.predict(x_t, t, cond)
         if self.null is None:
             raise UserError(f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1")

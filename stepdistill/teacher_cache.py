@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.content import content_folder
-from stepdistill.errors import UserError
+from stepdistill.embedded import pipeline_folder
 from stepdistill.features import sha256_of_file
 from stepdistill.suite import Suite
 
@@ -65,9 +66,7 @@ def weights_hash(pipeline: Any) -> str:
                     digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
                     digest.update(_bytes(value))
         return digest.hexdigest()
-    folder = Path(pipeline).expanduser()
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a diffusers pipeline folder (no model_index.json in it)")
+    folder = pipeline_folder(pipeline)
     named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
     for name, file in sorted(named.items()):
         if name.count("/") > 1 or (name.count("/") == 0 and name != "model_index.json"):
@@ -103,12 +102,10 @@ def store(name: str, content: dict[str, Any]) -> None:
     """Put a score into the user's cache; a cache that cannot be written is passed over, the score is not lost."""
     file = cache_folder() / "teachers" / f"{name}.json"
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content, indent=1), "utf-8")
         temporary.replace(file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(config: dict[str, Any]) -> str:

@@ -170,8 +170,8 @@ class Method(nn.Module, ABC):
         """Networks that are trained, by name; each gets an optimiser of its own."""
         return {"student": self.student.net}
 
-    def lr_ratio(self, network: str) -> float:
-        """The network's learning rate over ``train.lr``."""
+    def lr_ratio(self, turn: str, step: int) -> float:
+        """The learning rate over that of ``train`` for the network whose turn the step is."""
         return 1.0
 
     def turn(self, step: int) -> str:

@@ -50,13 +50,13 @@ def test_moments_depend_on_neither_the_split_nor_the_order_of_merging() -> None:
     features = normal(500, 24).float() + 5
     whole = Moments.of(features)
     for sizes in ([500], [1, 499], [100] * 5, [7] * 71 + [3]):
-        parts = [Moments.of(part) for part in features.split(sizes)]
+        parts = [Moments.of(part) for part in torch.split(features, sizes)]
         streamed = Moments.empty(24)
-        for part in features.split(sizes):
+        for part in torch.split(features, sizes):
             streamed.add(part)
         merged = Moments.empty(24)
-        for part in reversed(parts):
-            merged = part.merge(merged)
+        for piece in reversed(parts):
+            merged = piece.merge(merged)
         for moments in (streamed, merged):
             assert moments.count == 500
             torch.testing.assert_close(moments.mean, whole.mean, rtol=0, atol=1e-10)
@@ -76,7 +76,10 @@ def test_frechet_distance_equals_scipy_and_clean_fid() -> None:
     a, b = Moments.of(x), Moments.of(y)
     ours = frechet_distance(a, b)
     root = np.real(linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy()))
-    theirs = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()) - 2 * root.trace()
+    theirs = (
+        float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace())
+        - 2 * root.trace()
+    )
     assert ours == pytest.approx(theirs, rel=1e-9)
     fid = pytest.importorskip("cleanfid.fid")
     arrays = [t.numpy() for t in (a.mean, a.covariance, b.mean, b.covariance)]
@@ -129,7 +132,9 @@ def test_standard_error_equals_the_jackknife_done_by_leaving_out() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_kernel_distance_is_unbiased_and_its_error_is_honest(shift: float) -> None:
-    draws = [kernel_distance(normal(40, 3, seed=2 * i), normal(50, 3, seed=2 * i + 1) + shift) for i in range(400)]
+    draws = [
+        kernel_distance(normal(40, 3, seed=2 * i), normal(50, 3, seed=2 * i + 1) + shift) for i in range(400)
+    ]
     values = torch.tensor([d.value for d in draws])
     error_of_mean = float(values.std()) / math.sqrt(len(draws))
     # x, x' ~ N(0, I), y, y' ~ N(m, I), k = (x.y / 3 + 1)^3: E k = 1 + 3 E(u) + 3 E(u^2) + E(u^3), u the inner product
@@ -160,7 +165,9 @@ def test_clean_resize_equals_pillow() -> None:
     pixels = torch.from_numpy(emoji_images()[40:41]).permute(0, 3, 1, 2)  # [1, 3, 32, 32]
     ours = resize_clean(pixels, 299)[0]
     channels = [Image.fromarray(channel.numpy().astype(np.float32), mode="F") for channel in pixels[0]]
-    theirs = np.stack([np.asarray(c.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255) for c in channels])
+    theirs = np.stack(
+        [np.asarray(c.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255) for c in channels]
+    )
     assert np.abs(ours.numpy() - theirs).max() < 3e-3
 
 
@@ -170,7 +177,7 @@ def test_embedded_images_and_captions_match() -> None:
     assert not (images == 255).all((1, 2, 3)).any()  # no tile of the padding
     network = load_features("emoji")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    seen = torch.cat([network.images(part) for part in pixels.split(500)])
+    seen = torch.cat([network.images(part) for part in torch.split(pixels, 500)])
     read = torch.cat([network.texts(captions[i : i + 500]) for i in range(0, 3781, 500)])
     assert seen.shape == read.shape == (3781, 64)
     torch.testing.assert_close(seen.norm(dim=1), torch.ones(3781))

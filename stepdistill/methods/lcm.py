@@ -9,8 +9,8 @@ Luo et al. 2023, "Latent Consistency Models", 2310.04378, on top of Song et al. 
 - Loss (LCM eq. 16): d(f(z_n, n), f_target(z_m, m)) with f = c_skip z + c_out x0, target weights an EMA of the
   student's, and d = sqrt(r^2 + c^2) - c per element (pseudo-Huber).
 - Scalings: c_skip = 0.25 / ((10 n)^2 + 0.25), c_out = 10 n / sqrt((10 n)^2 + 0.25) in timesteps n, exactly those of
-  diffusers' LCMScheduler; they make f the identity at n = 0, the end of the grid's last step. On a flow path x0 at
-  t = 0 is the state itself and no scaling is needed.
+  diffusers' LCMScheduler; they make f the identity at n = 0, the end of the grid's last step. On a flow path f is x0,
+  and the state itself at t = 0.
 
 Clean latents come from images, or from cached samples of the teacher itself. Left out: nothing of the losses.
 """
@@ -68,7 +68,7 @@ class LCM(Method):
         """The consistency function f(z, t) [B, C, H, W], the identity at the grid's end whatever the network says."""
         x0 = denoiser.predict(z, t, cond).x0
         if not isinstance(denoiser.path, TablePath):
-            return x0
+            return torch.where(per_sample(t <= self.end, z), z, x0)
         n = 10 * denoiser.family.timestep(denoiser.path, t)
         skip, out = 0.25 / (n.square() + 0.25), n / (n.square() + 0.25).sqrt()
         return per_sample(skip, z) * z + per_sample(out, z) * x0

@@ -132,7 +132,7 @@ def draw_picture(
     noise = torch.stack(
         [torch.randn(shape, generator=generator_for(seed, "picture", i)) for i in range(count)]
     )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]
     blocks = [((images[chosen].permute(0, 2, 3, 1).cpu().numpy() + 1) / 2).clip(0, 1)]
     for steps in PICTURE_STEPS:
         # The flow scheduler's own grid ends at 1/1000 instead of 1/n: with few steps that is a wasted step.

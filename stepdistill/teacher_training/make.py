@@ -177,7 +177,7 @@ def restore_attention(network: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """The same network with diffusers' own attention, as a pipeline calls it."""
     plain: SD3Transformer2DModel = SD3Transformer2DModel.from_config(network.config)
     plain.load_state_dict(network.state_dict())
-    plain.to(network.device).eval().requires_grad_(False)
+    plain.to(network.device).eval().requires_grad_(False)  # type: ignore[arg-type]
     return plain
 
 

@@ -124,7 +124,7 @@ BASE = replace(
 TINY = replace(
     SMALL,
     size="tiny",
-    images=64,
+    images=24,
     vocabulary=640,
     vae_channels=(16, 16, 16),
     text_width=32,

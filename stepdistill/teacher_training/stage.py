@@ -63,7 +63,7 @@ class History:
 def seeded(build: Callable[[], Network], *key: int | str) -> Network:
     """A new module whose initialisation depends on the key alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_for(*key).initial_seed())
+        torch.default_generator.manual_seed(generator_for(*key).initial_seed())
         return build()
 
 
@@ -187,44 +187,43 @@ def train_stage(
             average = {k: v.to(device) for k, v in _part(tensors, "average.").items()}
 
     network.train()
-    bar = tqdm(total=settings.steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
     waiting: list[Tensor] = []
     clock = time.perf_counter()
-    for step in range(start, settings.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        value = loss(generator_for(seed, name, step))
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
-        if settings.ema:
-            _average(average, network, min(settings.ema, (1 + step) / (10 + step)))
-        waiting.append(value.detach())
-        last = step + 1 == settings.steps
-        save = last or (step + 1) % checkpoint_every == 0
-        # Reading a loss waits for the GPU: once in 20 steps is enough for the bar and to find a NaN.
-        if save or len(waiting) == 20:
-            history.losses += torch.stack(waiting).float().tolist()
-            waiting = []
-            bar.set_postfix(loss=f"{history.losses[-1]:.4f}", refresh=False)
-            if not all(map(math.isfinite, history.losses[-20:])):
-                kept = _numbered(folder)
-                good = f"last good checkpoint {kept[-1]}" if kept else "no checkpoint yet"
-                raise UserError(f"{name}: the loss is not finite at or before step {step + 1} ({good})")
-        if save:
-            now = time.perf_counter()
-            history.seconds, clock = history.seconds + now - clock, now
-            if last:
-                network.load_state_dict(average, strict=False)
-                network.half().float()
-            tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-            if not last:
-                tensors |= _optimiser_state(optimiser) | {f"average.{k}": v for k, v in average.items()}
-            _save(folder, step + 1, tensors, history)
-        bar.update()
-        if on_step is not None:
-            on_step(name, step + 1)
-    bar.close()
+    with tqdm(total=settings.steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar:
+        for step in range(start, settings.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            value = loss(generator_for(seed, name, step))
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            if settings.ema:
+                _average(average, network, min(settings.ema, (1 + step) / (10 + step)))
+            waiting.append(value.detach())
+            last = step + 1 == settings.steps
+            save = last or (step + 1) % checkpoint_every == 0
+            # Reading a loss waits for the GPU: once in 20 steps is enough for the bar and to find a NaN.
+            if save or len(waiting) == 20:
+                history.losses += torch.stack(waiting).float().tolist()
+                waiting = []
+                bar.set_postfix(loss=f"{history.losses[-1]:.4f}", refresh=False)
+                if not all(map(math.isfinite, history.losses[-20:])):
+                    kept = _numbered(folder)
+                    good = f"last good checkpoint {kept[-1]}" if kept else "no checkpoint yet"
+                    raise UserError(f"{name}: the loss is not finite at or before step {step + 1} ({good})")
+            if save:
+                now = time.perf_counter()
+                history.seconds, clock = history.seconds + now - clock, now
+                if last:
+                    network.load_state_dict(average, strict=False)
+                    network.half().float()
+                tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+                if not last:
+                    tensors |= _optimiser_state(optimiser) | {f"average.{k}": v for k, v in average.items()}
+                _save(folder, step + 1, tensors, history)
+            bar.update()
+            if on_step is not None:
+                on_step(name, step + 1)
     network.eval().requires_grad_(False)
     return history

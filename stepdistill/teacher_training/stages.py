@@ -183,7 +183,7 @@ def noise_loss(
     device = latents.device
 
     def loss(generator: torch.Generator) -> Tensor:
-        index, dropped, x0, noise = _draw(latents, batch, dropout, generator)
+        index, dropped, x0, noise = draw_examples(latents, batch, dropout, generator)
         timestep = torch.randint(path.steps, (batch,), generator=generator)
         alpha, sigma = path.alpha_sigma((timestep.float() + 1) / path.steps)
         x_t = per_sample(alpha.to(device), x0) * x0 + per_sample(sigma.to(device), x0) * noise
@@ -195,7 +195,7 @@ def noise_loss(
     return loss
 
 
-def _draw(
+def draw_examples(
     latents: Tensor, batch: int, dropout: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image numbers [B], dropped [B] (CPU), clean latents and noise [B, C, 8, 8] (on the latents' device)."""
@@ -220,7 +220,7 @@ def velocity_loss(
         raise ValueError("the flow teacher needs pooled projections")
 
     def loss(generator: torch.Generator) -> Tensor:
-        index, dropped, x0, noise = _draw(latents, batch, dropout, generator)
+        index, dropped, x0, noise = draw_examples(latents, batch, dropout, generator)
         t = torch.randn(batch, generator=generator).sigmoid().to(device)
         rows = captions.rows(index, dropped).to(device)
         with autocast(device):

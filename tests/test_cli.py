@@ -1,0 +1,233 @@
+"""The command line as a user meets it: real processes for what is refused, real files for what is made."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stepdistill import checks, compare, content
+from stepdistill.cli import main
+from stepdistill.doctor import check_requirement
+from stepdistill.embedded import embedded_teachers
+from stepdistill.errors import UserError
+from stepdistill.log import RunLog, read_stats
+from stepdistill.recipe import Recipe
+from stepdistill.sample import grid
+
+VERBS = ["ls", "cp", "train", "sample", "eval", "compare", "export", "verify", "doctor"]
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as ``stepdistill`` would run."""
+    root = str(Path(__file__).resolve().parents[1])
+    code = f"import sys; sys.path.insert(0, {root!r}); from stepdistill.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def output_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What the command prints, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["stepdistill", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_help_names_every_verb_and_imports_neither_torch_nor_pydantic(tmp_path: Path) -> None:
+    answer = cli("--help", cwd=tmp_path)
+    assert answer.returncode == 0
+    for verb in VERBS:
+        assert f"\n  {verb} " in answer.stdout
+    code = "import sys; import stepdistill.cli; print(*(m in sys.modules for m in ('torch', 'pydantic', 'yaml')))"
+    root = Path(__file__).resolve().parents[1]
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.split() == ["False", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--method", "dmdd"], "--method: dmdd is not a method (did you mean dmd? there are: "),
+        (["--method", "dmd", "--teacher", "folder/gone"], "teacher folder/gone does not exist (there are: "),
+        (["--method", "dmd", "--teacher", "folder"], "teacher folder is not a diffusers pipeline: "),
+        (["--method", "dmd", "--set", "data.prompts=empty.txt"], "data.prompts: empty.txt holds no prompt; "),
+        (["--method", "dmd", "--set", "data.images=gone"], "data.images: gone is not a folder; "),
+        (["--method", "dmd", "--output", "empty.txt/run"], "output folder empty.txt/run cannot be written: "),
+        (["--method", "dmd", "--resume"], "--resume: there is no run runs/dmd_emoji to go on with; "),
+        (
+            ["--method", "dmd", "--set", "train.step=3"],
+            "--set: train.step is not a key of train (did you mean steps? ",
+        ),
+        (
+            ["--method", "dmd", "--set", "options.guidanc=3"],
+            "--set: options.guidanc is not an option of dmd (did you mean guidance? It has: ",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    answer = cli("train", *arguments, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith(f"stepdistill: {expected}")
+    assert answer.stderr.count("\n") == 1
+    assert answer.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "empty.txt",
+        "folder",
+    ]  # nothing was left behind
+
+
+def test_ls_lists_what_is_shipped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {line.split()[0] for line in output_of(capsys, monkeypatch, "ls").splitlines() if line[0] == " "}
+    shipped = {*embedded_teachers(), *content.recipe_files(), *content.suite_files()}
+    assert shipped | {"dmd", "lcm", "reflow", "stable_diffusion"} <= names
+    teachers = output_of(capsys, monkeypatch, "ls", "teachers").split()
+    assert teachers[:2] == ["emoji", "StableDiffusionPipeline"]
+
+
+def test_cp_copies_a_recipe_byte_for_byte_and_keeps_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, file in list(content.recipe_files().items())[:1]:
+        output_of(capsys, monkeypatch, "cp", name, str(tmp_path))
+        assert (tmp_path / f"{name}.yaml").read_bytes() == file.read_bytes()
+        refused = cli("cp", name, str(tmp_path), cwd=tmp_path)
+        assert (refused.returncode, "exists already" in refused.stderr) == (2, True)
+    assert cli("cp", "gone", "x.yaml", cwd=tmp_path).returncode == 2
+
+
+def write_report(folder: Path, fd: dict[str, float], **changes: object) -> str:
+    report: dict[str, object] = {
+        "suite": "emoji@1",
+        "n": 2000,
+        "student": {"fd": fd, "clip_score": dict.fromkeys(fd, 0.8)},
+        "teacher": {"fd": {"1": 5.0, "25": 1.0}, "clip_score": {}},
+        "gap_closed": {steps: (5 - value) / 4 for steps, value in fd.items()},
+        "train_seconds": 61.0,
+        "peak_memory_bytes": 3 * 2**20,
+        "method": "dmd",
+        "command": "stepdistill train <b>",
+    }
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(report | changes))
+    return str(folder)
+
+
+def test_compare_ranks_by_steps_then_distance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = write_report(tmp_path / "a", {"1": 3.0, "4": 1.5})
+    b = write_report(tmp_path / "b", {"1": 2.0})
+    Image.new("RGB", (2, 2)).save(tmp_path / "b" / "samples.png")
+    page = tmp_path / "compare.html"
+    lines = output_of(capsys, monkeypatch, "compare", a, b, "--output", str(page)).splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["b", "dmd", "1", "2.000", "0.800", "0.750", "61", "s", "3", "MiB"],
+        ["a", "dmd", "1", "3.000", "0.800", "0.500", "61", "s", "3", "MiB"],
+        ["a", "dmd", "4", "1.500", "0.800", "0.875", "61", "s", "3", "MiB"],
+    ]
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 1
+    assert "stepdistill train &lt;b&gt;" in text
+    assert "http" not in text
+
+
+@pytest.mark.parametrize(("field", "value"), [("suite", "emoji@2"), ("n", 200)])
+def test_compare_refuses_to_rank_different_protocols(tmp_path: Path, field: str, value: object) -> None:
+    a = compare.read_report(write_report(tmp_path / "a", {"1": 3.0}))
+    b = compare.read_report(write_report(tmp_path / "b", {"1": 2.0}, **{field: value}))
+    with pytest.raises(UserError, match=f"{field} differs: {a[field]} .a., {value} .b."):
+        compare.rank([a, b])
+
+
+def test_compare_reads_what_eval_wrote(tmp_path: Path) -> None:
+    score = {"n": 2000, "fd": 1.25, "clip_score": None, "kid": 0.1}
+    (tmp_path / "mine.json").write_text(json.dumps({"suite": "emoji@1", "n": 2000, "scores": {"2": score}}))
+    (row,) = compare.rank([compare.read_report(tmp_path / "mine.json")])
+    assert (row.name, row.steps, row.fd, row.clip_score, row.gap_closed) == ("mine", 2, 1.25, None, None)
+
+
+def test_run_folders_are_numbered_and_found_again(tmp_path: Path) -> None:
+    for number in ("", "-2", "-10"):
+        (tmp_path / f"dmd_emoji{number}").mkdir()
+        (tmp_path / f"dmd_emoji{number}" / "recipe.yaml").write_text("")
+    (tmp_path / "dmd_emoji-more").mkdir()
+    assert checks.next_run_folder(tmp_path, "dmd_emoji") == tmp_path / "dmd_emoji-3"
+    assert checks.newest_run_folder(tmp_path, "dmd_emoji") == tmp_path / "dmd_emoji-10"
+    assert checks.next_run_folder(tmp_path, "lcm_emoji") == tmp_path / "lcm_emoji"
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(UserError, match="holds a run already: add --resume"):
+        checks.check_output(tmp_path, resume=False)
+    checks.check_output(tmp_path, resume=True)
+    with pytest.raises(UserError, match="holds no run"):
+        checks.check_output(tmp_path / "new", resume=True)
+    checks.check_output(tmp_path / "new" / "deep", resume=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_name_passes_only_online_and_a_mistyped_path_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        checks.check_recipe(Recipe(teacher="nobody/has-this", method="dmd"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    checks.check_recipe(Recipe(teacher="nobody/has-this", method="dmd"))
+    for typo in ("runs/typo", "./a/b", "../a"):
+        with pytest.raises(UserError, match="does not exist"):
+            checks.check_recipe(Recipe(teacher=typo, method="dmd"))
+
+
+def test_stats_of_a_resumed_run_are_those_of_an_unbroken_one(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder, spans in ((whole, [(0, 6)]), (broken, [(0, 5), (3, 6)])):
+        folder.mkdir()
+        for first, last in spans:
+            with RunLog(folder, 6, first=first) as log:
+                for step in range(first, last):
+                    log.step(step, {"turn": "student", "loss": 1 / (step + 1)})
+        if folder == broken:
+            assert read_stats(folder)[2]["loss"] == 1 / 3
+    assert (whole / "stats.jsonl").read_bytes() == (broken / "stats.jsonl").read_bytes()
+    assert [line["step"] for line in read_stats(whole)] == list(range(6))
+    with (whole / "stats.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    assert len(read_stats(whole)) == 6
+
+
+def test_grid_places_images_row_by_row_and_enlarges_by_whole_factors() -> None:
+    colours = [(10 * i, 0, 0) for i in range(5)]
+    sheet = grid([Image.new("RGB", (4, 4), colour) for colour in colours], tile=9, gap=1)
+    assert sheet.size == (3 * 9 + 1, 2 * 9 + 1)  # 3 columns, 2 rows, tiles of 8
+    for i, colour in enumerate(colours):
+        row, column = divmod(i, 3)
+        for x, y in ((1, 1), (8, 8)):
+            assert sheet.getpixel((9 * column + x, 9 * row + y)) == colour
+    assert sheet.getpixel((9 * 2 + 4, 9 + 4)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("installed", "state"), [("2.10.1", "ok"), ("2.11.0+cpu", "ok"), ("2.9.1", "broken"), (None, "broken")]
+)
+def test_doctor_compares_versions_with_the_supported_range(installed: str | None, state: str) -> None:
+    from packaging.requirements import Requirement
+
+    finding = check_requirement(Requirement("torch>=2.10"), installed)
+    assert finding.state == state
+    assert ("pip install 'torch>=2.10'" in finding.text) == (state == "broken")

@@ -1,0 +1,220 @@
+"""DMD against closed forms on Gaussians (cards B1, B2 and the tests of DMD and DMD2)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.discriminator import discriminator_loss, generator_loss
+from stepdistill.methods.dmd import DMD
+from stepdistill.path import FlowPath, TrigPath
+
+MU, S = 0.7, 0.8
+PATHS = [FlowPath(), TrigPath()]
+
+
+def dmd(path, shift, scale, times=(1.0,), **options):
+    """DMD of a Gaussian teacher with an affine student and a fake network that is exact for it."""
+    teacher = ToyTeacher(Gaussian(path, MU, S), path)
+    method = DMD(teacher, toy_student(Affine(shift, scale), path), times, DMD.Options(**options))
+    method.fake.net = Gaussian(path, shift, scale)
+    return method
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_field_is_the_closed_form_of_a_mean_shift(path):
+    """With equal deviations e = x0_fake - x0_real = (m - mu) sigma^2 / V at every x_t, over mean|x - x0_real|."""
+    method, batch = dmd(path, MU + 0.3, S), toy_batch(64)
+    x = method.generate(batch).detach()
+    field = method.field(x, batch)
+    t = batch.draws.uniform("score t", 0.02, 0.98)
+    alpha, sigma = path.alpha_sigma(t)
+    variance = alpha**2 * S**2 + sigma**2
+    x_t = path.sample(x, batch.draws.normal("score eps", SHAPE), t)
+    real = method.teacher.predict(x_t, t, batch.cond).x0
+    scale = (x - real).abs().flatten(1).mean(1)
+    expected = (0.3 * sigma**2 / variance / scale)[:, None].expand(-1, 2)
+    torch.testing.assert_close(field.flatten(1), expected, rtol=1e-4, atol=1e-5)
+    assert bool((field > 0).all())  # the sign of m - mu: descent moves the mean back
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_field_without_its_normaliser_is_the_gradient_of_the_kl(path):
+    """E[alpha (s_f - s_r)] = alpha^2 (m - mu) / V and E[alpha z (s_f - s_r)] = alpha^2 k (1/V_r - 1/V_f) (card B2)."""
+    m, k = MU - 0.4, 1.1
+    method = dmd(path, m, k)
+    count, time = 200_000, 0.5
+    generator = torch.Generator().manual_seed(0)
+    z, eps = (torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.full((count,), time, dtype=torch.float64)
+    alpha, sigma = (float(value[0]) for value in path.alpha_sigma(t))
+    x_t = path.sample(m + k * z, eps, t)
+    real, fake = method.teacher.predict(x_t, t, toy_batch(1).cond), method.fake.predict(x_t, t, toy_batch(1).cond)
+    real_var, fake_var = alpha**2 * S**2 + sigma**2, alpha**2 * k**2 + sigma**2
+    difference = fake.score - real.score
+    by_mean = float((alpha * difference).mean())
+    by_scale = float((alpha * z * difference).mean())
+    assert by_mean == pytest.approx(alpha**2 * (m - MU) / real_var, abs=4e-3)
+    assert by_scale == pytest.approx(alpha**2 * k * (1 / real_var - 1 / fake_var), abs=4e-3)
+
+
+def test_gradient_of_the_loss_is_the_field_over_the_element_count():
+    """d/dx of 1/2 mean (x - sg[x - field])^2 is field / (B C H W)."""
+    method, batch = dmd(FlowPath(), MU + 0.5, 1.2), toy_batch(16)
+    loss, _ = method.loss("student", batch)
+    loss.backward()
+    with torch.no_grad():
+        x = method.generate(batch)
+        field = method.field(x, batch)
+    gradient = method.student.net.shift.grad
+    assert float(gradient) == pytest.approx(float(field.sum() / field.numel()), rel=1e-5)
+
+
+def test_gradient_is_zero_at_the_optimum():
+    """With the fake network equal to the teacher the field is zero at every point, not in the mean only."""
+    method = dmd(FlowPath(), MU, S)
+    loss, logs = method.loss("student", toy_batch(256))
+    loss.backward()
+    assert float(logs["field"]) == 0.0
+    assert float(method.student.net.shift.grad) == 0.0
+    assert float(method.student.net.scale.grad) == 0.0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_guidance_moves_the_fixed_point_as_it_moves_the_teacher(guidance):
+    """Conditional N(c, s), unconditional N(u, s): the guided denoiser is that of mean u + g (c - u)."""
+    path = FlowPath()
+    teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, 0.2, S))
+    goal = 0.2 + guidance * (MU - 0.2)
+    method = DMD(teacher, toy_student(Affine(goal, S), path), (1.0,), DMD.Options(guidance=guidance))
+    method.fake.net = Gaussian(path, goal, S)
+    with torch.no_grad():
+        field = method.field(method.generate(toy_batch(64)), toy_batch(64))
+    assert float(field.abs().max()) < 1e-4
+
+
+def test_guidance_interval_switches_guidance_off_outside():
+    path = FlowPath()
+    teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, 0.2, S))
+    options = DMD.Options(guidance=4.0, guidance_interval=(0.0, 0.0))
+    method = DMD(teacher, toy_student(Affine(MU, S), path), (1.0,), options)
+    method.fake.net = Gaussian(path, MU, S)
+    with torch.no_grad():
+        field = method.field(method.generate(toy_batch(64)), toy_batch(64))
+    assert float(field.abs().max()) < 1e-4
+
+
+def test_exact_fake_network_minimises_its_loss():
+    """The denoiser of the student's own law has the least loss; a shifted or widened one has more."""
+    losses = {}
+    for shift, scale in ((MU, S), (MU + 0.1, S), (MU - 0.1, S), (MU, S + 0.1), (MU, S - 0.1)):
+        method = dmd(FlowPath(), MU, S)
+        method.fake.net = Gaussian(FlowPath(), shift, scale)
+        losses[shift, scale] = float(method.loss("fake", toy_batch(4000))[0])
+    assert min(losses, key=losses.__getitem__) == (MU, S)
+
+
+def test_constant_logits_of_zero():
+    """L_D = 2 ln 2, and d L_G / d logit = -1/2 (DMD2 card, test 5)."""
+    zeros = torch.zeros(8, requires_grad=True)
+    assert float(discriminator_loss(zeros, zeros)) == pytest.approx(2 * math.log(2))
+    generator_loss(zeros).backward()
+    torch.testing.assert_close(zeros.grad, torch.full((8,), -0.5 / 8))
+
+
+def gan_method(times=(1.0, 0.75, 0.5, 0.25)):
+    path = FlowPath()
+    teacher = ToyTeacher(Perceptron(), path, "velocity")
+    options = DMD.Options(gan_weight=0.1, regression_weight=0.25, fake_steps=2)
+    return DMD(teacher, toy_student(Perceptron(seed=1), path, "velocity"), times, options)
+
+
+def full_batch(count=8, step=5):
+    images = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(3))
+    return toy_batch(count, step=step, pairs=lambda z: MU + S * z, images=images)
+
+
+@pytest.mark.parametrize("turn", ["student", "fake"])
+def test_gradients_reach_only_the_network_whose_turn_it_is(turn):
+    from stepdistill.loop import take_turn
+
+    method = gan_method()
+    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    take_turn(trained, turn)
+    method.loss(turn, full_batch())[0].backward()
+    for name, parameters in trained.items():
+        assert all((p.grad is not None) == (name == turn) for p in parameters)
+    assert all(p.grad is None for p in method.teacher.denoiser.parameters())
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_only_the_last_call_of_a_rollout_has_a_graph(step):
+    """Backward simulation: calls before the exit run without a graph; one call holds one (DMD2 card, test 9)."""
+    method, graphs = gan_method(), []
+    hook = method.student.net.register_forward_hook(lambda m, a, out: graphs.append(out.requires_grad))
+    method.generate(full_batch(step=step))
+    hook.remove()
+    assert graphs[:-1] == [False] * (len(graphs) - 1)
+    assert graphs[-1] is True
+
+
+def test_rollout_meets_the_states_of_the_sampler():
+    """Stopped before call i, training's state is the sampler's own; all exits occur."""
+    method, exits = gan_method(), set()
+    sampler = method.sampler()
+    for step in range(40):
+        batch = full_batch(4, step)
+        calls = batch.draws.shared_integer("exit", 4)
+        exits.add(calls)
+
+        def fresh(i, batch=batch):
+            return batch.draws.normal(f"renoise {i}", SHAPE)
+
+        state = sampler.walk(method.student, batch.noise, batch.cond, fresh, calls)
+        t = torch.full((4,), method.times[calls])
+        torch.testing.assert_close(method.generate(batch), method.student.predict(state, t, batch.cond).x0)
+    assert exits == {0, 1, 2, 3}
+
+
+def test_turns_follow_the_two_time_scales():
+    """fake_steps fake updates for each of the student's, after the warm starts."""
+    path = FlowPath()
+    options = DMD.Options(fake_steps=4, warm_start=3, fake_warm_start=2)
+    method = DMD(ToyTeacher(Affine(0.0, 1.0), path), toy_student(Affine(0.0, 1.0), path), (1.0,), options)
+    turns = [method.turn(step) for step in range(55)]
+    assert turns[:3] == ["student"] * 3
+    assert turns[3:5] == ["fake"] * 2
+    assert turns[5:10] == ["fake"] * 4 + ["student"]
+    assert turns[5:].count("student") == 10
+
+
+def test_gradient_flow_brings_a_gaussian_student_home():
+    """A few hundred alternating updates of exact Gaussian students: mean and deviation come within 0.03."""
+    path = FlowPath()
+    teacher = ToyTeacher(Gaussian(path, MU, S), path)
+    method = DMD(teacher, toy_student(Affine(-0.5, 0.3), path), (1.0,), DMD.Options(fake_steps=5))
+    method.fake.net = Gaussian(path, MU, S).requires_grad_(True)
+    optimizers = {
+        name: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9)) for name, net in method.networks().items()
+    }
+    for step in range(1800):
+        turn = method.turn(step)
+        optimizers[turn].zero_grad()
+        method.loss(turn, toy_batch(64, step))[0].backward()
+        optimizers[turn].step()
+        if step == 1200:
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0]["lr"] = 0.004
+    assert float(method.student.net.shift) == pytest.approx(MU, abs=0.04)
+    assert abs(float(method.student.net.scale)) == pytest.approx(S, abs=0.04)
+
+
+def test_networks_are_two_and_share_no_weight():
+    networks = gan_method().networks()
+    assert set(networks) == {"student", "fake"}
+    assert not {id(p) for p in networks["student"].parameters()} & {id(p) for p in networks["fake"].parameters()}
+    assert isinstance(networks["fake"], nn.ModuleList) and len(networks["fake"]) == 2

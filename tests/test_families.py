@@ -1,0 +1,279 @@
+"""Every family calls its network as diffusers' own pipeline does, and a student starts as its teacher, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import GUIDED, PIPELINES, WITH_TEXT, WITH_VAE, call_of, tiny_pipeline, tiny_prompts
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.families import FAMILIES, family_named, family_of
+from stepdistill.path import FlowPath
+from stepdistill.solvers import solve
+from stepdistill.student import ADAPTER, Student, lora_layers, merged_state
+from stepdistill.teacher import PipelineTeacher, path_of
+from stepdistill.types import Condition
+
+Teachers = Callable[[str], PipelineTeacher]
+
+
+def with_exact_scheduler(teacher: PipelineTeacher) -> Any:
+    """The teacher's pipeline with the stock scheduler that takes DDIM steps on the grid 1, 1 - 1/K, ..., 0."""
+    from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler
+
+    pipe = copy.copy(teacher.pipe)
+    scheduler: Any
+    if isinstance(teacher.path, FlowPath):
+        scheduler = FlowMapEulerDiscreteScheduler(shift=1.0)
+    else:
+        keep = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+        config = {key: teacher.pipe.scheduler.config[key] for key in keep}
+        scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    pipe.register_modules(scheduler=scheduler)
+    return pipe
+
+
+def inputs(teacher: PipelineTeacher, name: str, count: int = 3) -> tuple[Tensor, Tensor, Condition]:
+    generator = torch.Generator().manual_seed(5)
+    x_t = torch.randn(count, *teacher.shape, generator=generator)
+    t = torch.tensor([0.9, 0.501, 0.0307])[:count]
+    return x_t, t, teacher.encode(tiny_prompts(name, count))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_network_is_called_as_the_pipeline_calls_it(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    pipe = with_exact_scheduler(teacher)
+    calls: list[tuple[float, Tensor, Tensor]] = []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        out = output[0] if isinstance(output, tuple) else output.sample
+        calls.append((float(torch.as_tensor(timestep).flatten()[0]), x.clone(), out[:, : x.shape[1]]))
+
+    hook = teacher.denoiser.net.register_forward_hook(note, with_kwargs=True)
+    prompts = tiny_prompts(name, 2)
+    try:
+        pipe(**call_of(name, prompts, 0.0), num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(1))
+    finally:
+        hook.remove()
+    flow = isinstance(teacher.path, FlowPath)
+    assert [timestep for timestep, _, _ in calls] == ([1000, 750, 500, 250] if flow else [999, 749, 499, 249])
+    cond = teacher.encode(prompts)
+    for i, (_, x, out) in enumerate(calls):
+        t = torch.full((2,), 1 - i / 4)
+        said = teacher.predict(x, t, cond)
+        ours = teacher.path.target(said.x0, said.eps, t, teacher.denoiser.output)
+        assert (ours - out).abs().max() < 1e-5
+        if cond.tensors:  # the condition matters: two prompts at one x_t are told apart
+            same = teacher.predict(x[:1].expand_as(x), t, cond)
+            assert (same.eps[0] - same.eps[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_prediction_is_one_call_of_both_and_extrapolates(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    x_t, t, cond = inputs(teacher, name)
+    null = teacher.null
+    assert null is not None
+    weak, strong = teacher.predict(x_t, t, null.repeat(3)), teacher.predict(x_t, t, cond)
+    assert (weak.eps - strong.eps).abs().max() > 1e-2
+    calls: list[int] = []
+    hook = teacher.denoiser.net.register_forward_hook(lambda *said: calls.append(1))
+    guided = teacher.predict(x_t, t, cond, guidance=4.0)
+    hook.remove()
+    assert len(calls) == 1
+    for ours, u, c in ((guided.x0, weak.x0, strong.x0), (guided.eps, weak.eps, strong.eps)):
+        assert torch.allclose(ours, u + 4 * (c - u), atol=2e-4, rtol=1e-5)
+    scales = torch.tensor([1.0, 2.5, 7.0])
+    several = teacher.predict(x_t, t, cond, guidance=scales)
+    for i, scale in enumerate(scales.tolist()):
+        alone = teacher.predict(x_t, t, cond, guidance=scale)
+        assert torch.allclose(several.x0[i], alone.x0[i], atol=2e-4, rtol=1e-5)
+
+
+def test_guidance_without_an_unconditional_mode_is_refused(teacher_of: Teachers) -> None:
+    for name in sorted(set(PIPELINES) - set(GUIDED)):
+        teacher = teacher_of(name)
+        x_t, t, cond = inputs(teacher, name)
+        with pytest.raises(UserError, match="needs an unconditional mode"):
+            teacher.predict(x_t, t, cond, guidance=2.0)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_ddim_on_our_path_draws_what_the_pipeline_draws(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    scale = 3.0 if name in GUIDED else 1.0
+    prompts, steps = tiny_prompts(name, 2), 5
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    drawn = with_exact_scheduler(teacher)(
+        **call_of(name, prompts, scale), num_inference_steps=steps, output_type="pt", generator=generators
+    ).images
+    if name not in WITH_TEXT:  # these pipelines give "pt" as they give arrays or as tensors
+        drawn = torch.as_tensor(drawn)
+    noise = torch.cat([torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+    cond = teacher.encode(prompts)
+    times = [1 - i / steps for i in range(steps)] + [0.0]
+    latents = solve(lambda x, t: teacher.predict(x, t, cond, guidance=scale), noise, times, "ddim")
+    images = teacher.to_images(latents)
+    assert images.shape == drawn.shape
+    assert (images - drawn).abs().max() < 1e-3
+    assert images.std() > 0.02  # and they are pictures, not one grey
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_student_starts_as_its_teacher(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    x_t, t, cond = inputs(teacher, name)
+    said = teacher.predict(x_t, t, cond)
+    assert not said.x0.requires_grad and said.x0.grad_fn is None and said.eps.grad_fn is None
+
+    student = Student.from_teacher(teacher)
+    own = student.predict(x_t, t, cond)
+    assert torch.equal(own.x0, said.x0) and torch.equal(own.eps, said.eps)
+    assert own.x0.grad_fn is not None
+    own.x0.square().mean().backward()
+    with_gradient = [name for name, value in student.net.named_parameters() if value.grad is not None]
+    assert len(with_gradient) > 0.9 * len(list(student.net.parameters()))
+    assert all(value.grad is None and not value.requires_grad for value in teacher.denoiser.net.parameters())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_lora_student_starts_as_its_teacher_and_trains_adapters_alone(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    x_t, t, cond = inputs(teacher, name)
+    student = Student.from_teacher(teacher, lora_rank=2)
+    own = student.predict(x_t, t, cond)
+    assert torch.equal(own.x0, teacher.predict(x_t, t, cond).x0)
+    own.x0.square().mean().backward()
+    trained = {key for key, value in student.net.named_parameters() if value.requires_grad}
+    touched = {key for key, value in student.net.named_parameters() if value.grad is not None}
+    assert touched and touched <= trained
+    assert all(".lora_" in key and f".{ADAPTER}." in key for key in trained)
+    # At zero B the gradient lands on B: every adapter that was reached has one.
+    moved = [value.grad for key, value in student.net.named_parameters() if "lora_B" in key and value.grad is not None]
+    assert sum(float(grad.abs().max()) > 0 for grad in moved) > len(moved) / 2
+    kept = teacher.denoiser.net.state_dict()
+    merged = merged_state(student.net)
+    assert merged.keys() == kept.keys() and all(torch.equal(merged[key], kept[key]) for key in kept)
+    assert lora_layers(student.net)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_features_have_the_stated_width(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    x_t, t, cond = inputs(teacher, name)
+    student = Student.from_teacher(teacher)
+    features = student.features(x_t, t, cond)
+    width = student.family.feature_width(student.net)
+    assert features.shape[0] == 3
+    assert (features.shape[1] if features.ndim == 4 else features.shape[2]) == width
+    assert features.grad_fn is not None and features.dtype == torch.float32
+    assert not torch.equal(features[0], features[1])
+    assert not student.family.features_of(student.net)._forward_hooks
+
+
+@pytest.mark.parametrize("name", WITH_VAE)
+def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    vae = teacher.pipe.vae
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = teacher.to_latents(images)
+    assert latents.shape == (2, *teacher.shape)
+    with torch.no_grad():
+        mean = vae.encode(images).latent_dist.mean
+        shift = 0.1 if name == "sd3" else 0.0
+        assert torch.allclose(latents, (mean - shift) * 0.5, atol=1e-6)
+        decoded = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(teacher.to_images(latents), decoded, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(PIPELINES) - set(WITH_VAE)))
+def test_pixels_are_scaled_to_minus_one_and_one(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.allclose(teacher.to_images(teacher.to_latents(images)) * 2 - 1, images, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_the_guidance_embedding_is_the_pipelines(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    family, net = teacher.family, teacher.denoiser.net
+    scales = torch.tensor([1.0, 1.5, 3.0, 7.5, 14.25])  # in float32 exactly, as is each less 1
+    ours = family.embed_guidance(net, scales)
+    theirs = teacher.pipe.get_guidance_scale_embedding(scales - 1, embedding_dim=256)
+    assert (ours - theirs).abs().max() < 1e-6
+
+    x_t, t, cond = inputs(teacher, name)
+    student = Student.from_teacher(teacher)
+    student.net = family.guidance_input(student.net)
+    cond = cond.with_tensor("guidance_embedding", family.embed_guidance(student.net, scales[1:4]))
+    said = student.predict(x_t, t, cond)
+    assert torch.equal(said.x0, teacher.predict(x_t, t, Condition(dict(list(cond.tensors.items())[:-1]))).x0)
+    said.x0.square().mean().backward()
+    assert student.net.get_submodule("time_embedding.cond_proj").weight.grad.abs().max() > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["sd3", "dit", "unet-ddpm"])
+def test_families_without_a_guidance_embedding_say_so(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    with pytest.raises(UserError, match=f"{teacher.family.name} has none"):
+        teacher.family.guidance_input(teacher.denoiser.net)
+
+
+def test_a_guidance_embedding_on_adapters_is_refused(teacher_of: Teachers) -> None:
+    student = Student.from_teacher(teacher_of("sd"), lora_rank=2)
+    with pytest.raises(UserError, match="lora_rank"):
+        student.family.guidance_input(student.net)
+
+
+def test_an_unknown_pipeline_is_told_the_families_in_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        family_named("FluxPipeline")
+    message = str(caught.value)
+    assert "\n" not in message and "FluxPipeline" in message and "families.Family" in message
+    assert all(family.name in message for family in FAMILIES)
+    assert all(name in message for family in FAMILIES for name in family.pipelines)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_finds_its_family(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    assert type(teacher.pipe).__name__ in family_of(teacher.pipe).pipelines
+    path, output = path_of(teacher.pipe.scheduler)
+    assert isinstance(path, FlowPath) == (name == "sd3")
+    assert output == {"sd-v": "v", "sd3": "velocity"}.get(name, "eps")
+
+
+def test_class_labels_are_checked(teacher_of: Teachers) -> None:
+    for name, count in (("unet-classes", 10), ("dit", 1000)):
+        teacher = teacher_of(name)
+        assert teacher.encode(["0", " 7 ", str(count - 1)]).tensors["class_labels"].tolist() == [0, 7, count - 1]
+        for wrong in (str(count), "-1", "cat", "", "1.5", "²"):
+            with pytest.raises(UserError, match=f"is not a class.*0 to {count - 1}"):
+                teacher.encode([wrong])
+    assert teacher_of("unet-ddpm").encode(["anything", ""]) == Condition()
+
+
+def test_dit_takes_its_label_names(teacher_of: Teachers) -> None:
+    teacher = teacher_of("dit")
+    assert teacher.encode(["goldfish", "tench", "5"]).tensors["class_labels"].tolist() == [1, 0, 5]
+    call = teacher.family.call_arguments("DiTPipeline", ["goldfish", "5"], 0.0)
+    assert call["class_labels"] == [1, 5]
+
+
+@pytest.mark.parametrize("name", ["dit", "sd", "sd3"])
+def test_fingerprints_follow_weights_and_schedule(name: str) -> None:
+    teacher = PipelineTeacher(tiny_pipeline(name))
+    first = teacher.fingerprint()
+    assert PipelineTeacher(tiny_pipeline(name)).fingerprint() == first
+    with torch.no_grad():
+        weight = next(iter(teacher.denoiser.net.parameters()))
+        weight.view(-1)[0] += 1e-3
+    assert teacher.fingerprint() != first

@@ -1,0 +1,131 @@
+"""LCM against closed forms: exact maps, solver order, boundary, guidance in the ODE."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.methods.lcm import LCM
+from stepdistill.path import FlowPath, TablePath, TrigPath
+
+MU, S = 0.7, 0.4
+
+
+def table_path():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return TablePath.from_alphas_cumprod(torch.cumprod(1 - betas, 0))
+
+
+def lcm(path, student, unguided=None, **options):
+    teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=unguided)
+    return LCM(teacher, toy_student(student, path), (1.0,), LCM.Options(**{"guidance": 1.0, **options}))
+
+
+def data_batch(count=512, step=0):
+    return toy_batch(count, step, pairs=lambda z: MU + S * z)
+
+
+def test_loss_is_zero_where_the_solver_is_exact():
+    """A point mass: every DDIM step is exact, so the exact map has no residual."""
+    path = FlowPath()
+    teacher = ToyTeacher(Gaussian(path, MU, 0.0), path)
+    method = LCM(teacher, toy_student(GaussianMap(path, MU, 0.0), path), (1.0,), LCM.Options(grid=10, guidance=1.0))
+    batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
+    assert float(method.loss("student", batch)[1]["residual"]) < 1e-6
+
+
+@pytest.mark.parametrize("path", [FlowPath(), TrigPath()])
+def test_squared_residual_falls_with_the_fourth_power_of_the_step(path):
+    """At the exact map the residual is one DDIM step's local error, O(h^2): squared, 16 times less for half the step
+    (card, test G3). A pair built from the data instead of the teacher would give a factor 4."""
+    squares = []
+    for grid in (20, 40, 80):
+        method = lcm(path, GaussianMap(path, MU, S), grid=grid)
+        squares.append(float(method.loss("student", data_batch(4096))[1]["residual"]) ** 2)
+    for coarse, fine in zip(squares, squares[1:], strict=False):
+        assert 11 < coarse / fine < 22
+
+
+def test_loss_at_the_exact_map_has_a_gradient_that_vanishes_with_the_step():
+    """The loss is far smaller at the exact map than after a shift of it."""
+    path = FlowPath()
+    exact = lcm(path, GaussianMap(path, MU, S), grid=50)
+    shifted = lcm(path, GaussianMap(path, MU + 0.1, S), grid=50)
+    low, high = (float(method.loss("student", data_batch())[0]) for method in (exact, shifted))
+    # A shifted map is as consistent with itself; only where the grid ends is it held to the data.
+    assert low < 0.05 * high
+
+
+def test_boundary_is_the_identity_and_has_no_gradient():
+    """f(z, timestep 0) = z for any network, and nothing of it reaches the weights (card, test G1)."""
+    path = table_path()
+    student = toy_student(Perceptron(), path, "eps")
+    method = LCM(ToyTeacher(Gaussian(path, MU, S), path), student, (1.0,), LCM.Options(guidance=1.0))
+    method.student.family.timestep = lambda path, t: (t * 1000 - 1).round()
+    z = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
+    out = method.clean(method.student, z, torch.full((8,), 1 / 1000), toy_batch(8).cond)
+    torch.testing.assert_close(out, z, atol=0, rtol=0)
+    out.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in method.student.net.parameters())
+
+
+def test_scalings_are_those_of_lcm_scheduler():
+    from diffusers import LCMScheduler
+
+    path = table_path()
+    method = LCM(ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options())
+    method.student.family.timestep = lambda path, t: (t * 1000 - 1).round()
+    scheduler = LCMScheduler()
+    z = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for n in (0, 1, 19, 999):
+        t = torch.tensor([(n + 1) / 1000])
+        skip, out = scheduler.get_scalings_for_boundary_condition_discrete(n)
+        expected = skip * z + out * method.student.predict(z, t, toy_batch(1).cond).x0
+        torch.testing.assert_close(method.clean(method.student, z, t, toy_batch(1).cond), expected)
+
+
+def test_times_are_those_of_lcm_scheduler():
+    """The grid's times, as timesteps, are 19, 39, ..., 999, and one step and four are drawn from it."""
+    from diffusers import DDPMScheduler
+
+    path = table_path()
+    method = LCM(ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options())
+    teacher_scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    for steps, expected in ((1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259])):
+        times = method.sampler().on_grid_of(path, teacher_scheduler, steps).times
+        assert [round(t * 1000) - 1 for t in times] == expected
+        grid = {round((i + 1) / 50 * 1000) - 1 for i in range(50)}
+        assert set(expected) <= grid
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_guidance_is_folded_into_the_ode(guidance):
+    """With equal deviations the guided ODE is that of mean u + g (c - u): its map has the small residual of the
+    solver, the map of any other guidance a large one (card, test G6)."""
+    path = FlowPath()
+    residual = {}
+    for g in (1.0, 2.5):
+        mean = 0.2 + g * (MU - 0.2)
+        method = lcm(path, GaussianMap(path, mean, S), unguided=Gaussian(path, 0.2, S), grid=50, guidance=guidance)
+        residual[g] = float(method.loss("student", data_batch())[1]["residual"])
+    assert residual[guidance] < 0.1 * residual[3.5 - guidance]
+
+
+def test_target_follows_by_its_decay():
+    path = FlowPath()
+    method = lcm(path, GaussianMap(path, MU, S), ema=0.9)
+    with torch.no_grad():
+        method.student.net.mean.fill_(MU + 1)
+    method.after_step(0)
+    assert float(method.target.net.mean) == pytest.approx(MU + 0.1)
+    method.after_step(1)
+    assert float(method.target.net.mean) == pytest.approx(MU + 0.19)
+
+
+def test_target_holds_no_graph():
+    path = FlowPath()
+    method = lcm(path, GaussianMap(path, MU, S))
+    method.loss("student", data_batch(8))[0].backward()
+    assert method.target.net.mean.grad is None
+    assert method.student.net.mean.grad is not None

@@ -1,0 +1,280 @@
+"""The loop on the embedded teacher: resume, accumulation, processes, checkpoints, and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from stepdistill.distil import Job
+from stepdistill.errors import UserError
+from stepdistill.health import TrainingDiverged, Vitals
+from stepdistill.loop import Run, learning_rate, train
+from stepdistill.recipe import TrainOptions, load_recipe
+
+HERE = Path(__file__).parent
+COMMON = [
+    f"data.prompts={HERE / 'prompts.txt'}",
+    "train.batch=4",
+    "train.checkpoint_every=5",
+    "train.sheet_every=0",
+    "train.ema=0.9",
+    "train.lr=1e-4",
+    "options.guidance=2.0",
+    "evaluate=false",
+]
+METHODS = {
+    "dmd": ["options.fake_steps=1", "student.times=[1.0, 0.5]", "options.pairs=8", "options.pair_steps=2",
+            "options.warm_start=3", "options.regression_weight=0.1"],
+    "lcm": ["options.pairs=8", "options.pair_steps=2", "options.grid=10"],
+    "reflow": ["options.pairs=8", "options.pair_steps=2", "options.reflow_steps=7", "options.fresh=0.5"],
+}  # fmt: skip
+
+
+def recipe_of(method, steps, *more):
+    empty = HERE / "empty.yaml"
+    sets = [*COMMON, *METHODS[method], f"train.steps={steps}", *more]
+    return load_recipe(empty, method=method, sets=sets)
+
+
+def start(recipe, folder, resume=False, preview=None):
+    """One run in this process: the job and what training gave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=True)
+    job = Job(recipe, accelerator, None)
+    data = job.data(folder)
+    return job, train(job.method, data, recipe, folder, accelerator, resume=resume, preview=preview)
+
+
+def final_tensors(folder):
+    files = sorted(checkpoints_in(folder / "checkpoints")[-1].glob("*.safetensors"))
+    return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def curve(folder):
+    rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_twenty_steps_equal_ten_and_a_kill_and_a_resume_bit_for_bit(method, tmp_path):
+    """Weights, optimisers, averages, targets and the logged curve. The kill falls after step 12, so two steps past the
+    last checkpoint are lost and done again."""
+    start(recipe_of(method, 20), tmp_path / "whole")
+
+    def kill(step, ema):
+        if step == 12:
+            raise Killed
+        from stepdistill.loop import Seen
+
+        return Seen({}, [])
+
+    recipe = recipe_of(method, 20, "train.sheet_every=1")
+    with pytest.raises(Killed):
+        start(recipe, tmp_path / "parts", preview=kill)
+    assert [path.name for path in checkpoints_in(tmp_path / "parts" / "checkpoints")][-1] == "step-00000010"
+    _, trained = start(recipe, tmp_path / "parts", resume=True)
+    assert trained.step == 20
+    whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+
+
+def assert_same_run(one, two):
+    """Losses and gradient norms of every step agree to rounding, and the weights moved to the same place. (Adam turns
+    the rounding of a gradient near zero into a step of either sign, so single weights may differ by a step.)"""
+    for a, b in zip(curve(one), curve(two), strict=True):
+        assert a["turn"] == b["turn"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2), a["step"]
+    first, second = final_tensors(one), final_tensors(two)
+    assert first.keys() == second.keys()
+    weights = [name for name in first if name.startswith("method.student")]
+    apart = math.sqrt(sum(float((first[n] - second[n]).square().sum()) for n in weights))
+    size = math.sqrt(sum(float(first[n].square().sum()) for n in weights))
+    assert apart < 1e-4 * size
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_batch_in_two_halves_equals_one(method, tmp_path):
+    start(recipe_of(method, 4), tmp_path / "one")
+    start(recipe_of(method, 4, "train.accumulate=2"), tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_loop import METHODS, recipe_of
+from accelerate import Accelerator
+from stepdistill.distil import Job
+from stepdistill.loop import train
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+for method in METHODS:
+    folder = Path(sys.argv[2]) / method
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    recipe = recipe_of(method, 4)
+    job = Job(recipe, accelerator, None)
+    train(job.method, job.data(folder), recipe, folder, accelerator)
+accelerator.end_training()
+"""
+
+
+def test_two_gloo_processes_equal_one(tmp_path):
+    """The same curve and weights, for every method."""
+    script = tmp_path / "two.py"
+    script.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent), str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for method in METHODS:
+        start(recipe_of(method, 4), tmp_path / "one" / method)
+        assert_same_run(tmp_path / "one" / method, tmp_path / "two" / method)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_teacher_is_untouched_and_the_same_seed_gives_the_same_loss(method, tmp_path):
+    first, _ = start(recipe_of(method, 4), tmp_path / "a")
+    before = first.teacher.fingerprint()
+    second, _ = start(recipe_of(method, 4), tmp_path / "b")
+    assert second.teacher.fingerprint() == before
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert all(p.grad is None for p in first.teacher.denoiser.parameters())
+
+
+def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
+    job, _ = start(recipe_of("lcm", 5, "student.lora_rank=4"), tmp_path)
+    kept = load_file(checkpoints_in(tmp_path / "checkpoints")[-1] / "method.safetensors")
+    assert {name.split(".")[0] for name in kept} == {"student", "target"}
+    assert all(".lora_" in name for name in kept if name.startswith("student."))
+    moved = [p for n, p in job.student.net.named_parameters() if "lora_B" in n and bool(p.any())]
+    assert moved
+
+
+def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
+    recipe = recipe_of("dmd", 20, "train.sheet_every=1")
+    accelerator = Accelerator(cpu=True)
+    job = Job(recipe, accelerator, None)
+
+    def poison(step, ema):
+        from stepdistill.loop import Seen
+
+        if step == 7:
+            with torch.no_grad():
+                job.student.net.conv_out.bias[0] = math.nan
+        return Seen({}, [])
+
+    with pytest.raises(TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"):
+        train(job.method, job.data(tmp_path), recipe, tmp_path, accelerator, preview=poison)
+
+
+def test_resume_needs_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        start(recipe_of("lcm", 5), tmp_path, resume=True)
+
+
+def test_resume_refuses_another_recipe_and_names_the_key(tmp_path):
+    start(recipe_of("lcm", 5), tmp_path)
+    with pytest.raises(UserError, match=r"the recipe differs .* in options.guidance, train.lr"):
+        start(recipe_of("lcm", 5, "train.lr=3e-4", "options.guidance=3", f"data.pairs={tmp_path}/new"), tmp_path, True)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_resume_refuses_a_damaged_checkpoint(damage, tmp_path):
+    start(recipe_of("lcm", 5), tmp_path)
+    file = checkpoints_in(tmp_path / "checkpoints")[-1] / "method.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-100])
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=r"step-00000005.*method.safetensors"):
+        start(recipe_of("lcm", 5), tmp_path, resume=True)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    tensors = {"method": {"w": torch.arange(4.0)}}
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, step, tensors, {"seconds": 1.0}, keep=2)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000020", "step-00000030"]
+    loaded, state = load_checkpoint(tmp_path / "step-00000030")
+    assert state["step"] == 30
+    assert torch.equal(loaded["method"]["w"], torch.arange(4.0))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """A limit on file size stands for the full disk: the second checkpoint fails with one line, the first is intact."""
+    program = f"""
+import resource, signal, torch
+from pathlib import Path
+from stepdistill.checkpoint import save_checkpoint
+folder = Path({str(tmp_path)!r})
+save_checkpoint(folder, 10, {{"method": {{"w": torch.ones(10)}}}}, {{}}, keep=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+save_checkpoint(folder, 20, {{"method": {{"w": torch.ones(1_000_000)}}}}, {{}}, keep=1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert "UserError: checkpoint" in done.stderr.splitlines()[-1]
+    assert "the last good one is" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    loaded, _ = load_checkpoint(tmp_path / "step-00000010")
+    assert torch.equal(loaded["method"]["w"], torch.ones(10))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+
+
+def test_a_run_restores_where_it_was(tmp_path):
+    recipe = recipe_of("dmd", 10)
+    _, trained = start(recipe, tmp_path)
+    job = Job(recipe, Accelerator(cpu=True), None)
+    state = Run(job.method, recipe, tmp_path)
+    state.restore()
+    assert state.step == 10
+    assert state.seconds == pytest.approx(trained.seconds, abs=5)
+
+
+def test_learning_rates():
+    options = TrainOptions(steps=110, lr=1.0, warmup=10, schedule="cosine")
+    assert learning_rate(options, 0) == pytest.approx(0.1)
+    assert learning_rate(options, 9) == pytest.approx(1.0)
+    assert learning_rate(options, 60) == pytest.approx(0.5)
+    assert learning_rate(TrainOptions(steps=100, lr=2.0, schedule="linear"), 75) == pytest.approx(0.5)
+    assert learning_rate(TrainOptions(steps=100, lr=2.0), 99) == 2.0
+
+
+def test_vitals_see_collapse_and_saturation():
+    generator = torch.Generator().manual_seed(0)
+    varied = torch.rand(8, 3, 16, 16, generator=generator)
+    same = varied[:1].expand(8, -1, -1, -1) + 0.01 * torch.rand(8, 3, 16, 16, generator=generator)
+    reference = Vitals.of(varied)
+    assert reference.diversity == pytest.approx(1 / 3, abs=0.01)  # E|U - U'| of two uniform numbers
+    assert [worry.split(":")[0] for worry in Vitals.of(same.clamp(0, 1)).worries(reference)] == ["collapse"]
+    assert [w.split(":")[0] for w in Vitals.of((varied > 0.5).float()).worries(reference)] == ["oversaturation"]
+    assert reference.worries(reference) == []

@@ -1,0 +1,214 @@
+"""Recipes: what they become, and the exact line that a wrong one is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from stepdistill import content
+from stepdistill.errors import UserError
+from stepdistill.recipe import (
+    Recipe,
+    StudentOptions,
+    differences,
+    load_recipe,
+    method_options,
+    resolved,
+    resolved_yaml,
+)
+
+METHOD = '''"""A method of the test's own."""
+from typing import ClassVar
+from stepdistill.types import Method, MethodOptions
+
+class Options(MethodOptions):
+    guidance: float = 2.5
+    critic_steps: int = 5
+
+class Mine(Method):
+    Options: ClassVar[type[MethodOptions]] = Options
+    def loss(self, turn, batch): return batch.noise.mean(), {}
+    def sampler(self): raise AssertionError
+'''
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a method in mine.py."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(METHOD)
+    return tmp_path
+
+
+def message(text: str, **arguments: object) -> str:
+    """What my.yaml with this text is refused with."""
+    Path("my.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe("my.yaml", **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_recipe_holds_what_the_file_says_and_defaults_elsewhere(here: Path) -> None:
+    Path("my.yaml").write_text("method: ./mine.py\ntrain: {steps: 7, lr: 1e-5}\nstudent: {times: [1, 0.5]}\n")
+    recipe = load_recipe("my.yaml")
+    assert recipe.train.steps == 7
+    assert recipe.train.lr == 1e-5  # YAML 1.1 reads 1e-5 as text
+    assert recipe.student.times == (1.0, 0.5)
+    assert (recipe.teacher, recipe.train.batch, recipe.train.betas) == ("emoji", 64, (0.9, 0.999))
+
+
+def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Path) -> None:
+    Path("my.yaml").write_text("method: ./nowhere.py\nteacher: a\ntrain: {steps: 7, lr: 1}\n")
+    sets = [
+        "train.steps=8",
+        "train.steps=9",
+        "options.k=[1, {b: 2}]",
+        "evaluate=false",
+        "data.prompts=my file.txt",
+    ]
+    recipe = load_recipe("my.yaml", teacher="b", method="./mine.py", sets=sets)
+    assert (recipe.teacher, recipe.method) == ("b", "./mine.py")
+    assert (recipe.train.steps, recipe.train.lr) == (9, 1.0)
+    assert recipe.options == {"k": [1, {"b": 2}]}
+    assert recipe.evaluate is False
+    assert recipe.data.prompts == "my file.txt"
+
+
+KEYS_OF_STUDENT = "times, lora_rank, lora_alpha"
+KEYS_OF_RECIPE = "teacher, method, options, student, data, train, evaluate, output"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "student: {lora_ranks: 3}",
+            f"my.yaml: student.lora_ranks is not a key of student (did you mean lora_rank? It has: {KEYS_OF_STUDENT})",
+        ),
+        ("student: {zzz: 3}", f"my.yaml: student.zzz is not a key of student (it has: {KEYS_OF_STUDENT})"),
+        (
+            "trian: {}",
+            f"my.yaml: trian is not a key of a recipe (did you mean train? It has: {KEYS_OF_RECIPE})",
+        ),
+        ("train: 3", "my.yaml: train is 3 and should be a section of keys"),
+        ("train: {batch: 0}", "my.yaml: train.batch is 0 and should be greater than or equal to 1"),
+        ("train: {lr: .nan}", "my.yaml: train.lr is nan and should be a finite number"),
+        ("train: {ema: 1.0}", "my.yaml: train.ema is 1.0 and should be less than 1"),
+        ("train: {betas: [0.9, 2]}", "my.yaml: train.betas[1] is 2 and should be less than 1"),
+        (
+            "train: {schedule: step}",
+            "my.yaml: train.schedule is 'step' and should be 'constant', 'cosine' or 'linear'",
+        ),
+        (
+            "train: {batch: 10, accumulate: 3}",
+            "my.yaml: train: batch (10) must be a multiple of accumulate (3)",
+        ),
+        (
+            "student: {times: [0.5, 1]}",
+            "my.yaml: student: times must descend within (0, 1], such as [1.0, 0.5]; found [0.5, 1.0]",
+        ),
+        ("student: {lora_alpha: 2}", "my.yaml: student: lora_alpha does nothing without lora_rank"),
+        ("train: {steps: 0, keep: 0}", None),
+    ],
+)
+def test_a_wrong_recipe_is_answered_with_one_line(here: Path, text: str, expected: str | None) -> None:
+    found = message(f"method: ./mine.py\n{text}\n")
+    if expected is None:
+        assert found.split("; ") == [
+            "my.yaml: train.steps is 0 and should be greater than or equal to 1",
+            "my.yaml: train.keep is 0 and should be greater than or equal to 1",
+        ]
+    else:
+        assert found == expected
+
+
+def test_a_file_that_is_no_recipe(here: Path) -> None:
+    assert message("teacher: emoji") == "my.yaml: method is missing"
+    assert message("- dmd") == "my.yaml: a recipe is a mapping of keys to values, and this file is not"
+    assert (
+        message("method: a\nb: [")
+        == "my.yaml: not valid YAML in line 2: expected the node content, but found '<stream end>'"
+    )
+    with pytest.raises(UserError, match=r"^other\.yaml: there is no such recipe file"):
+        load_recipe("other.yaml")
+    with pytest.raises(UserError, match=r"^other is not a shipped recipe"):
+        load_recipe("other")
+
+
+def test_an_error_names_the_argument_it_came_from(here: Path) -> None:
+    good = "method: ./mine.py\n"
+    assert message(good, sets=["train.batch=0"]).startswith("--set: train.batch is 0 and ")
+    assert message(good, sets=["student.x=1"]).startswith("--set: student.x is not a key of student ")
+    assert (
+        message(good, sets=["train.lr"])
+        == "--set train.lr: write it as key=value, such as --set train.lr=1e-4"
+    )
+    assert message("method: ./mine.py\nteacher: a", sets=["teacher.x=1"]) == (
+        "--set teacher.x=1: teacher is a value, not a section"
+    )
+    assert message(good, method="dmdd").startswith("--method: dmdd is not a method (did you mean dmd? ")
+    assert message(good, method="./gone.py") == "--method: method is ./gone.py, and there is no such file"
+
+
+def test_options_are_checked_by_the_method(here: Path) -> None:
+    Path("my.yaml").write_text("method: ./mine.py\noptions: {critic_step: 3}\n")
+    with pytest.raises(UserError) as caught:
+        method_options(load_recipe("my.yaml"))
+    assert str(caught.value) == (
+        "my.yaml: options.critic_step is not an option of mine "
+        "(did you mean critic_steps? It has: guidance, critic_steps)"
+    )
+    recipe = load_recipe("my.yaml", sets=["options={guidance: high}"])
+    with pytest.raises(UserError, match=r"^--set: options\.guidance is 'high' and should be a valid number"):
+        method_options(recipe)
+    options = method_options(load_recipe("my.yaml", sets=["options={guidance: 1e-1}"]))
+    assert options.model_dump() == {"guidance": 0.1, "critic_steps": 5}
+
+
+def test_resolved_yaml_reads_back_to_an_equal_recipe_with_every_key(here: Path) -> None:
+    recipe = Recipe(method="./mine.py", options={"guidance": 1}, student=StudentOptions(times=(1.0, 0.1)))
+    Path("recipe.yaml").write_text(resolved_yaml(recipe))
+    assert load_recipe("recipe.yaml") == resolved(recipe)
+    tree = yaml.safe_load(Path("recipe.yaml").read_text())
+    assert set(tree) == set(Recipe.model_fields)
+    assert tree["options"] == {"guidance": 1.0, "critic_steps": 5}
+    assert tree["student"] == {"times": [1.0, 0.1], "lora_rank": 0, "lora_alpha": None}
+
+
+def test_differences_are_the_key_paths_that_changed(here: Path) -> None:
+    first = load_recipe(None, method="./mine.py")
+    same = load_recipe(None, method="./mine.py", sets=["options.critic_steps=5"])
+    other = load_recipe(
+        None, method="./mine.py", sets=["options.critic_steps=4", "train.lr=1", "evaluate=false"]
+    )
+    assert differences(first, same) == []
+    assert differences(first, other) == ["options.critic_steps", "train.lr", "evaluate"]
+    assert differences(first, load_recipe(None, method="dmd", teacher="x")) == ["teacher", "method"]
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Recipe(method="dmd").method = "lcm"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", sorted(content.recipe_files()))
+def test_every_shipped_recipe_is_valid_and_opens_with_its_command(name: str) -> None:
+    file = content.recipe_files()[name]
+    recipe = load_recipe(name)
+    method_options(recipe)
+    lines = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert lines[0].removeprefix("# ").startswith(f"stepdistill train {name}")
+    assert any(line.startswith("# Needs") for line in lines)
+    assert any(line.startswith("# Gave") for line in lines)
+
+
+def test_nothing_given_takes_the_quick_recipe_of_the_embedded_teacher() -> None:
+    quick = content.recipe_files().get("dmd_emoji_quick")
+    recipe = load_recipe()
+    assert (recipe.teacher, recipe.method) == ("emoji", "dmd")
+    assert recipe == (load_recipe(quick) if quick else Recipe(method="dmd"))
+    assert load_recipe(teacher="./mine", method="dmd") == Recipe(teacher="./mine", method="dmd")

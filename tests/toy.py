@@ -1,0 +1,173 @@
+"""Closed-form teachers and students: Gaussians and mixtures, as networks with the contracts of the real ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.draws import Draws
+from stepdistill.families.base import Family
+from stepdistill.path import Output, Path, Prediction, per_sample
+from stepdistill.student import Denoiser, Student
+from stepdistill.types import Batch, Condition, Examples
+
+SHAPE = (2, 1, 1)
+
+
+class ToyFamily(Family):
+    """Networks called as net(x [B, C, 1, 1], t [B]) with our own time, and no pipeline."""
+
+    name = "toy"
+    pipelines = ()
+
+    def timestep(self, path: Path, t: Tensor) -> Tensor:
+        return t
+
+    def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+        return net(x_t, timestep, cond)  # type: ignore[no-any-return]
+
+    def encode(self, pipe: Any, prompts: list[str]) -> Condition:
+        return Condition()
+
+    def null(self, pipe: Any) -> Condition | None:
+        return None
+
+    def features_of(self, net: nn.Module) -> nn.Module:
+        return net.get_submodule("inner")
+
+    def feature_width(self, net: nn.Module) -> int:
+        return 32
+
+
+class Gaussian(nn.Module):
+    """The exact denoiser of N(mean + shift * cond, deviation^2 I): x0 = mu + alpha s^2 (x - alpha mu) / V."""
+
+    def __init__(self, path: Path, mean: float, deviation: float, shift: float = 0.0) -> None:
+        super().__init__()
+        self.path, self.shift = path, shift
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.deviation = nn.Parameter(torch.tensor(deviation))
+
+    def mu(self, cond: Condition, x: Tensor) -> Tensor:
+        label = cond.tensors.get("label")
+        return self.mean + (per_sample(label, x) * self.shift if label is not None else 0.0)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        alpha, sigma = (per_sample(value, x) for value in self.path.alpha_sigma(t))
+        variance = (alpha * self.deviation).square() + sigma.square()
+        mu = self.mu(cond, x)
+        return mu + alpha * self.deviation.square() * (x - alpha * mu) / variance
+
+
+class GaussianMap(Gaussian):
+    """The exact consistency function of that Gaussian: f(x, t) = mu + s (x - alpha mu) / sqrt(V)."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        alpha, sigma = (per_sample(value, x) for value in self.path.alpha_sigma(t))
+        deviation = ((alpha * self.deviation).square() + sigma.square()).sqrt()
+        mu = self.mu(cond, x)
+        return mu + self.deviation * (x - alpha * mu) / deviation
+
+
+class Affine(nn.Module):
+    """A generator x0 = shift + scale * x_t, whatever t is."""
+
+    def __init__(self, shift: float, scale: float) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(shift))
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.shift + self.scale * x
+
+
+class Mixture(nn.Module):
+    """The exact denoiser of equal Gaussians of one deviation at the corners of a square, and a fit for a network."""
+
+    def __init__(self, path: Path, radius: float = 1.0, deviation: float = 0.15, modes: int = 4) -> None:
+        super().__init__()
+        angles = torch.arange(modes) * (2 * math.pi / modes)
+        self.register_buffer("centres", radius * torch.stack([torch.cos(angles), torch.sin(angles)], 1))
+        self.path, self.deviation = path, deviation
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        alpha, sigma = (value[:, None, None] for value in self.path.alpha_sigma(t))
+        points, centres = x.flatten(1)[:, None], self.centres[None]  # type: ignore[index]
+        variance = (alpha * self.deviation).square() + sigma.square()
+        weight = (-(points - alpha * centres).square().sum(2, keepdim=True) / (2 * variance)).softmax(1)
+        each = centres + alpha * self.deviation**2 * (points - alpha * centres) / variance
+        return (weight * each).sum(1).view_as(x)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws [count, 2, 1, 1]."""
+        which = torch.randint(len(self.centres), (count,), generator=generator)  # type: ignore[arg-type]
+        noise = torch.randn(count, 2, generator=generator) * self.deviation
+        return (self.centres[which] + noise)[..., None, None]  # type: ignore[index]
+
+
+class Perceptron(nn.Module):
+    """A small network of (x, t) with an inner layer for a discriminator to read."""
+
+    def __init__(self, width: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first = nn.Linear(2 + 8, width)
+        self.second = nn.Linear(width, width)
+        self.inner = nn.Conv2d(width, 32, 1)
+        self.last = nn.Linear(32, 2)
+        for parameter in self.parameters():
+            bound = 1 / math.sqrt(parameter[0].numel() if parameter.ndim > 1 else 64)
+            parameter.data.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        phase = t[:, None] * torch.tensor([1.0, 2.0, 4.0, 8.0]) * math.pi
+        h = torch.cat([x.flatten(1), phase.sin(), phase.cos()], 1)
+        h = torch.nn.functional.silu(self.second(torch.nn.functional.silu(self.first(h))))
+        h = torch.nn.functional.silu(self.inner(h[..., None, None]))
+        return self.last(h.flatten(1))[..., None, None]  # type: ignore[no-any-return]
+
+
+class ToyTeacher:
+    """A closed-form network with PipelineTeacher's contract."""
+
+    shape = SHAPE
+    device = torch.device("cpu")
+
+    def __init__(self, net: nn.Module, path: Path, output: Output = "x0", unguided: nn.Module | None = None) -> None:
+        self.denoiser = Denoiser(net.requires_grad_(False), path, output, ToyFamily())
+        self.unguided = unguided and Denoiser(unguided.requires_grad_(False), path, output, ToyFamily())
+
+    @property
+    def path(self) -> Path:
+        return self.denoiser.path
+
+    @torch.no_grad()
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0) -> Prediction:
+        from stepdistill.guidance import extrapolate
+
+        strong = self.denoiser.predict(x_t, t, cond)
+        if self.unguided is None:
+            return strong
+        return extrapolate(self.unguided.predict(x_t, t, cond), strong, guidance)
+
+
+def toy_student(net: nn.Module, path: Path, output: Output = "x0") -> Student:
+    """A student around any network."""
+    return Student(net.requires_grad_(True), path, output, ToyFamily())
+
+
+def toy_batch(count: int, step: int = 0, seed: int = 0, pairs: Any = None, images: Tensor | None = None) -> Batch:
+    """A batch of ``count``; ``pairs`` maps noise [B, 2, 1, 1] to the teacher's sample of it."""
+    draws = Draws(seed, step, 0, count)
+    noise = draws.normal("noise", SHAPE)
+    z = draws.normal("pair", SHAPE)
+    return Batch(
+        draws,
+        noise,
+        Condition(),
+        images=None if images is None else Examples(images, Condition()),
+        pairs=None if pairs is None else Examples(pairs(z), Condition(), z),
+    )
