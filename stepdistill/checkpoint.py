@@ -70,10 +70,27 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         kept = checkpoints_in(folder)
         last = f"the last good one is {kept[-1]}" if kept else "there is no earlier one"
-        raise UserError(f"checkpoint {final} could not be written ({error}); {last}. Free space and use --resume") from error
+        raise UserError(
+            f"checkpoint {final} could not be written ({error}); {last}. Free space and use --resume"
+        ) from error
     for old in checkpoints_in(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        return {**state, "files": dict(state["files"])}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {path} has no readable {STATE} ({error}): delete that folder to resume from the one before it"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -82,16 +99,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     Raises:
         UserError: for a missing or altered file, naming it.
     """
-    try:
-        state = json.loads((path / STATE).read_text())
-        files: dict[str, str] = state["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path} has no readable {STATE} ({error}): resume from another one") from error
+    state = read_state(path)
     tensors = {}
-    for name, expected in files.items():
+    for name, expected in state["files"].items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"checkpoint {path} lacks {name}: delete that folder to resume from the one before it")
+            raise UserError(
+                f"checkpoint {path} lacks {name}: delete that folder to resume from the one before it"
+            )
         if sha256_of(file) != expected:
             raise UserError(
                 f"checkpoint {path} is damaged: {name} has not the SHA-256 that {STATE} states. Delete that folder to "

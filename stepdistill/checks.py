@@ -71,8 +71,10 @@ def check_output(folder: Path, *, resume: bool) -> None:
     Raises:
         UserError: it cannot be written to, or it holds a run and ``resume`` is off, or none and ``resume`` is on.
     """
-    holds_run = (folder / "recipe.yaml").is_file()
-    if resume and not holds_run:
+    begun = (folder / "recipe.yaml").is_file()
+    # A run that failed before its first checkpoint left nothing worth keeping.
+    holds_run = begun and any((folder / name).exists() for name in ("checkpoints", "student", "report.json"))
+    if resume and not begun:
         raise UserError(f"--resume: {folder} holds no run (it has no recipe.yaml); start it without --resume")
     if holds_run and not resume:
         raise UserError(

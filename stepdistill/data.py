@@ -37,7 +37,9 @@ def read_prompts(file: Path) -> list[str]:
     try:
         prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"data.prompts: {file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise UserError(
+            f"data.prompts: {file} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     if not prompts:
         raise UserError(f"data.prompts: {file} holds no prompt: write one a line")
     return prompts
@@ -49,7 +51,7 @@ class ImageFolder:
 
     Attributes:
         files: readable images, sorted by name.
-        captions: one for each: from ``metadata.jsonl`` (``file_name``, ``text``), else a ``.txt`` beside the image, else
+        captions: one for each: from ``metadata.jsonl`` (``file_name``, ``text``), else a ``.txt`` beside it, else
             the file's name with ``_`` and ``-`` as spaces.
         skipped: files that look like images and cannot be read, with the reason.
     """
@@ -89,7 +91,7 @@ class ImageFolder:
             captions.append(listed.get(str(file.relative_to(folder)), fallback))
         if not files:
             raise UserError(
-                f"data.images: {folder} holds no readable image ({len(skipped)} unreadable; {', '.join(IMAGE_SUFFIXES)})"
+                f"data.images: {folder} holds no readable image of {', '.join(IMAGE_SUFFIXES)} ({len(skipped)} broken)"
             )
         return ImageFolder(files, captions, skipped)
 
@@ -161,7 +163,7 @@ class Data:
         )
         self.images: Rows | None = None
         if images is not None:
-            channels, height, width = self._pixels()
+            height, width = self._pixels()
 
             def encode(rows: list[int]) -> dict[str, Tensor]:
                 pixels = images.load(rows, height, width).to(teacher.device)
@@ -170,9 +172,9 @@ class Data:
 
             self.images = Rows(len(images.files), encode)
 
-    def _pixels(self) -> tuple[int, int, int]:
+    def _pixels(self) -> tuple[int, int]:
         probe = self.teacher.to_images(torch.zeros(1, *self.teacher.shape, device=self.teacher.device))
-        return int(probe.shape[1]), int(probe.shape[2]), int(probe.shape[3])
+        return int(probe.shape[2]), int(probe.shape[3])
 
     def condition(self, index: Tensor) -> Condition:
         """Conditions of the prompts ``index`` [B], on the teacher's device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
 from stepdistill.export import averaged, draw_as_pipeline, export, to_uint8
 from stepdistill.families.base import LabelFamily
-from stepdistill.log import bar, read_stats
-from stepdistill.loop import Run, train
+from stepdistill.log import bar, read_stats, say
+from stepdistill.loop import Run, check_resume, train
 from stepdistill.methods import find_method
 from stepdistill.pairs import PairCache, PairOptions
 from stepdistill.pictures import ContactSheets, rows_of_pictures, teacher_pictures
@@ -115,11 +116,19 @@ def distil(
     """
     if pipeline is None:
         check_recipe(recipe)
+    if resume:
+        check_resume(output / "checkpoints", recipe)
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
         log_with=recipe.train.tracker,
         project_dir=str(output),
     )
+    if (wanted := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise UserError(
+            f"{wanted} processes were launched, but accelerate runs {accelerator.num_processes}: without a GPU, launch "
+            "with ACCELERATE_USE_CPU=true"
+        )
     if accelerator.is_main_process:
         check_output(output, resume=resume)
     job = Job(recipe, accelerator, pipeline)
@@ -130,12 +139,24 @@ def distil(
     preview = None
     if accelerator.is_main_process and recipe.train.sheet_every:
         preview = ContactSheets(
-            output / "sheets", job.student, job.sampler, job.teacher, job.shown(16), job.options.guidance, TEACHER_STEPS
+            output / "sheets",
+            job.student,
+            job.sampler,
+            job.teacher,
+            job.shown(16),
+            job.options.guidance,
+            TEACHER_STEPS,
         )
     if recipe.train.tracker:
         accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
     trained = train(
-        job.method, data, recipe, output, accelerator, resume=resume, preview=preview.look if preview else None
+        job.method,
+        data,
+        recipe,
+        output,
+        accelerator,
+        resume=resume,
+        preview=preview.look if preview else None,
     )
     accelerator.wait_for_everyone()
     if recipe.train.tracker:
@@ -188,13 +209,17 @@ class Job:
         check_attention(recipe.train.attention, device)
         self.embedded = pipeline is None and recipe.teacher == "emoji"
         if "images" in self.needs and recipe.data.images is None:
-            raise UserError(f"{recipe.method} with these options learns from images: give a folder in data.images")
+            raise UserError(
+                f"{recipe.method} with these options learns from images: give a folder in data.images"
+            )
         # The teacher computes in the run's precision; the student's weights stay float32 and are cast as they are used.
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self.source: Any = pipeline if pipeline is not None else find_pipeline(recipe.teacher)
         self.teacher = PipelineTeacher(pipeline or load_teacher(recipe.teacher, dtype), device)
         if self.options.guidance != 1.0 and self.teacher.null is None:
-            raise UserError(f"options.guidance is {self.options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1")
+            raise UserError(
+                f"options.guidance is {self.options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1"
+            )
         self.prompts = self._prompts()
         self.student = Student.from_teacher(self.teacher, recipe.student.lora_rank, recipe.student.lora_alpha)
         if recipe.train.attention == "xformers":
@@ -202,7 +227,9 @@ class Job:
             use_xformers(self.teacher.denoiser.net)
         times = recipe.student.times or kind.default_times
         self.method: Method = kind(self.teacher, self.student, tuple(times), self.options).to(device)
-        self.sampler: Sampler = self.method.sampler().on_grid_of(self.student.path, self.teacher.pipe.scheduler)
+        self.sampler: Sampler = self.method.sampler().on_grid_of(
+            self.student.path, self.teacher.pipe.scheduler
+        )
         self.method.times = self.sampler.times
 
     def _prompts(self) -> list[str]:
@@ -213,7 +240,9 @@ class Job:
             return emoji_captions()
         if isinstance(family, LabelFamily):
             return [str(label) for label in range(max(1, family.classes(self.teacher.pipe)))]
-        raise UserError(f"{self.recipe.teacher} draws from prompts: give a text file with one a line in data.prompts")
+        raise UserError(
+            f"{self.recipe.teacher} draws from prompts: give a text file with one a line in data.prompts"
+        )
 
     def shown(self, count: int) -> list[str]:
         """Prompts spread over all, for pictures."""
@@ -227,7 +256,7 @@ class Job:
             images = ImageFolder.read(Path(cast(str, recipe.data.images)))
             if images.skipped and accelerator.is_main_process:
                 names = "; ".join(images.skipped[:5]) + ("; ..." if len(images.skipped) > 5 else "")
-                print(f"data.images: {len(images.skipped)} unreadable file(s) skipped: {names}", file=sys.stderr)
+                say(f"data.images: {len(images.skipped)} unreadable file(s) skipped: {names}")
         pairs = None
         if "pairs" in self.needs:
             folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
@@ -297,9 +326,13 @@ class Job:
             return {}
         suite = load_suite("emoji" if wanted is True else str(wanted))
         counts, guidance = self.sampler.step_counts, self.options.guidance
-        drawn = evaluate(student, suite, steps=counts, guidance=self.sampler.guidance, device=self.accelerator.device)
+        drawn = evaluate(
+            student, suite, steps=counts, guidance=self.sampler.guidance, device=self.accelerator.device
+        )
         asked = sorted({1, *counts, suite.teacher_steps})
-        guided = teacher_scores(self.source, suite, steps=asked, guidance=guidance, device=self.accelerator.device)
+        guided = teacher_scores(
+            self.source, suite, steps=asked, guidance=guidance, device=self.accelerator.device
+        )
         plain = teacher_scores(self.source, suite, steps=1, guidance=1.0, device=self.accelerator.device)
         # The teacher at one step is taken at its better guidance, so that the gap is not flattered.
         best = min(guided[1], plain[1], key=lambda scores: scores.fd)

@@ -33,7 +33,7 @@ TOLERANCE = {"max": 4, "mean": 0.5}
 def draw_as_pipeline(
     student: Student, sampler: Sampler, teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Tensor:
-    """The trainer's own pictures [B, 3, H, W] in [0, 1] from the very noises a pipeline draws with one generator a seed.
+    """The trainer's pictures [B, 3, H, W] in [0, 1] from the very noises a pipeline draws, one generator a seed.
 
     Args:
         student: what is drawn with; LoRA is active.
@@ -119,9 +119,11 @@ def export(
     images = to_uint8(draw_as_pipeline(student, sampler, teacher, prompts, seeds))
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
+    family = teacher.family
+    spelt = family.call_prompts(teacher.pipe, list(prompts))
     manifest = {
         "call": {
-            **teacher.family.call_arguments(type(pipe).__name__, list(prompts), sampler.guidance or 0.0),
+            **family.call_arguments(type(pipe).__name__, spelt, sampler.guidance or 0.0),
             "num_inference_steps": sampler.steps,
         },
         "seeds": list(seeds),
@@ -137,7 +139,11 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a student folder but its card and its manifest, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: sha256_of(path) for name, path in names.items() if name not in ("README.md", f"{VERIFICATION}/manifest.json")}
+    return {
+        name: sha256_of(path)
+        for name, path in names.items()
+        if name not in ("README.md", f"{VERIFICATION}/manifest.json")
+    }
 
 
 def _save_adapter(net: nn.Module, teacher: PipelineTeacher, folder: Path) -> None:
@@ -151,5 +157,5 @@ def _save_adapter(net: nn.Module, teacher: PipelineTeacher, folder: Path) -> Non
         return
     kind = teacher.family.denoiser
     state = get_peft_model_state_dict(net, adapter_name=ADAPTER)
-    metadata = net.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index,operator]
+    metadata = net.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
     writer(folder, **{f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": metadata})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,11 @@ def bar(total: int, label: str, *, unit: str = "it", first: int = 0, shown: bool
         shown: False for a silent bar, as on every process but the first.
     """
     return tqdm(total=total, initial=first, desc=label, unit=unit, disable=not shown, dynamic_ncols=True)
+
+
+def say(text: str) -> None:
+    """One line on stderr that does not break a bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 class RunLog:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
@@ -21,13 +20,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stepdistill.attention import attention
-from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from stepdistill.checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
 from stepdistill.data import Data
 from stepdistill.ema import Ema
 from stepdistill.errors import UserError
 from stepdistill.health import require_finite
 from stepdistill.log import RunLog
 from stepdistill.recipe import Recipe, TrainOptions, differences, resolved
+from stepdistill.schedule import learning_rate
 from stepdistill.types import Method
 
 
@@ -54,18 +54,6 @@ class Seen:
     worries: list[str]
 
 
-def learning_rate(options: TrainOptions, step: int) -> float:
-    """The learning rate at a step: linear warm-up, then constant, or down to 0 linearly or by a cosine."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    done = (step - options.warmup) / max(1, options.steps - options.warmup)
-    if options.schedule == "linear":
-        return options.lr * (1 - done)
-    if options.schedule == "cosine":
-        return options.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return options.lr
-
-
 def take_turn(trained: dict[str, list[nn.Parameter]], turn: str) -> None:
     """Lets gradients reach the parameters of one network alone."""
     for name, parameters in trained.items():
@@ -81,6 +69,13 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     flat /= torch.distributed.get_world_size()
     for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
         parameter.grad = part.view_as(parameter)
+
+
+def average_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Means over processes; a NaN of any process is a NaN of all, so that all stop together."""
+    flat = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(flat)
+    return dict(zip(numbers, (flat / torch.distributed.get_world_size()).tolist(), strict=True))
 
 
 class Run:
@@ -122,7 +117,9 @@ class Run:
         tensors: dict[str, dict[str, Tensor]] = {"method": self._method_state()}
         for name, optimizer in self.optimizers.items():
             states = optimizer.state_dict()["state"]
-            tensors[f"optimizer-{name}"] = {f"{i}.{k}": v for i, state in states.items() for k, v in state.items()}
+            tensors[f"optimizer-{name}"] = {
+                f"{i}.{k}": v for i, state in states.items() for k, v in state.items()
+            }
         if self.ema:
             tensors["ema"] = self.ema.state()
         state = {"recipe": _identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
@@ -134,30 +131,44 @@ class Run:
         Raises:
             UserError: when there is none, it is damaged, or it is of another recipe.
         """
-        found = checkpoints_in(self.checkpoints)
-        if not found:
-            raise UserError(f"--resume: there is no checkpoint in {self.checkpoints}; leave --resume out to start anew")
-        tensors, state = load_checkpoint(found[-1])
-        changed = differences(Recipe.model_validate(state["recipe"]), _identity(self.recipe))
-        if changed:
-            raise UserError(
-                f"--resume: the recipe differs from the one {found[-1]} was made with, in {', '.join(changed)}: "
-                "put it back, or train into another --output"
-            )
+        last = check_resume(self.checkpoints, self.recipe)
+        tensors, state = load_checkpoint(last)
         expected = set(self._method_state())
         if set(tensors["method"]) != expected:
             odd = sorted(set(tensors["method"]) ^ expected)[0]
-            raise UserError(f"--resume: {found[-1]} was made by another version of the method ({odd} differs)")
+            raise UserError(f"--resume: {last} was made by another version of the method ({odd} differs)")
         self.method.load_state_dict(tensors["method"], strict=False)
         for name, optimizer in self.optimizers.items():
             states: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors[f"optimizer-{name}"].items():
                 index, _, field = key.partition(".")
                 states.setdefault(int(index), {})[field] = value
-            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
         if self.ema:
             self.ema.load(tensors["ema"])
-        self.step, self.seconds, self.last_good = state["step"], state["seconds"], found[-1]
+        self.step, self.seconds, self.last_good = state["step"], state["seconds"], last
+
+
+def check_resume(checkpoints: Path, recipe: Recipe) -> Path:
+    """The last checkpoint, when it was made with this recipe; reads no weights.
+
+    Raises:
+        UserError: when there is none, or its recipe differs, naming the keys.
+    """
+    found = checkpoints_in(checkpoints)
+    if not found:
+        raise UserError(
+            f"--resume: there is no checkpoint in {checkpoints}; leave --resume out to start anew"
+        )
+    changed = differences(Recipe.model_validate(read_state(found[-1])["recipe"]), _identity(recipe))
+    if changed:
+        raise UserError(
+            f"--resume: the recipe differs from the one {found[-1]} was made with, in {', '.join(changed)}: "
+            "put it back, or train into another --output"
+        )
+    return found[-1]
 
 
 def _identity(recipe: Recipe) -> Recipe:
@@ -216,18 +227,20 @@ def train(
                 take_turn(run.trained, turn)
 
                 # Backward, in equal parts whose mean is the batch's loss.
-                total, logs = 0.0, {}
+                told: list[dict[str, Tensor]] = []
                 for part in data.batch(step, rank * own, own, options.batch).split(options.accumulate):
                     with accelerator.autocast():
                         loss, logs = method.loss(turn, part)
                     (loss / options.accumulate).backward()
-                    total += float(loss.detach()) / options.accumulate
+                    told.append({"loss": loss.detach(), **logs})
+                numbers = {name: float(sum(logs[name] for logs in told)) / len(told) for name in told[0]}
                 if processes > 1:
                     average_gradients(parameters)
+                    numbers = average_numbers(numbers, accelerator.device)
 
                 # Update.
                 norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
-                require_finite({"loss": total, "gradient": float(norm)}, turn, step, run.last_good)
+                require_finite({"loss": numbers["loss"], "gradient": float(norm)}, turn, step, run.last_good)
                 rate = learning_rate(options, step) * method.lr_ratio(turn, step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -239,8 +252,12 @@ def train(
                 run.step, run.seconds = step + 1, time.perf_counter() - started
 
                 # Say how it goes.
-                values: dict[str, float | str] = {"turn": turn, "loss": total, "grad_norm": float(norm), "lr": rate}
-                values.update({name: float(value) for name, value in logs.items()})
+                values: dict[str, float | str] = {
+                    "turn": turn,
+                    **numbers,
+                    "grad_norm": float(norm),
+                    "lr": rate,
+                }
                 if main and preview and options.sheet_every and run.step % options.sheet_every == 0:
                     seen = preview(run.step, run.ema)
                     values.update(seen.numbers)
@@ -249,8 +266,8 @@ def train(
                 values["seconds"] = run.seconds
                 log.step(step, values, shown=("turn", "loss"))
                 if options.tracker:
-                    numbers = {f"{turn}/{k}": v for k, v in values.items() if isinstance(v, float)}
-                    accelerator.log(numbers, step=step)
+                    plotted = {f"{turn}/{k}": v for k, v in values.items() if isinstance(v, float)}
+                    accelerator.log(plotted, step=step)
                 if main and (run.step % options.checkpoint_every == 0 or run.step == options.steps):
                     run.save()
     except KeyboardInterrupt:

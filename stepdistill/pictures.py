@@ -20,7 +20,7 @@ from stepdistill.teacher import PipelineTeacher
 
 
 def rows_of_pictures(rows: Sequence[tuple[str, Tensor]], tile: int = 64) -> Image.Image:
-    """Rows of images uint8 [B, 3, H, W], each under its label; small images grow by a whole factor to about ``tile``."""
+    """Rows of images uint8 [B, 3, H, W], each under its label; small ones grow by a whole factor to about ``tile``."""
     label_height, gap = 16, 2
     _, _, height, width = rows[0][1].shape
     factor = max(1, tile // max(height, width))
@@ -33,7 +33,9 @@ def rows_of_pictures(rows: Sequence[tuple[str, Tensor]], tile: int = 64) -> Imag
         top = r * (height + label_height + gap)
         pen.text((gap, top + 2), label, fill="black")
         for c, image in enumerate(images):
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.NEAREST)
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
             sheet.paste(picture, (gap + c * (width + gap), top + label_height))
     return sheet
 
@@ -44,7 +46,9 @@ def teacher_pictures(
 ) -> Tensor:
     """The teacher's pictures [B, 3, H, W] in [0, 1] after ``steps`` DDIM steps on the uniform grid 1, ..., 1/steps."""
     shape = (1, *teacher.shape)
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+    noise = torch.cat(
+        [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    )
     cond = teacher.encode(list(prompts))
     times = (*uniform_times(steps), 0.0)
     latents = solve(

@@ -73,7 +73,7 @@ def model_card(
     scale = call.get("guidance_scale")
     note = "."
     if scale == 0:
-        note = " and **`guidance_scale=0`**: guidance is in the weights, and diffusers' own default would apply it twice."
+        note = " and **`guidance_scale=0`**: guidance is in the weights, diffusers' default would apply it twice."
     elif scale is not None:
         note = f" and the `guidance_scale` you want, such as {scale:g}: it is an input of the network."
     hub = teacher.count("/") == 1 and not Path(teacher).exists()
@@ -98,14 +98,18 @@ def score_table(report: Mapping[str, Any]) -> str:
     if not report.get("student", {}).get("fd"):
         return ""
     names = report["metrics"]
-    rows = [f"| who | steps | {names['fd']} | {names['clip_score']} | gap closed |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        f"| who | steps | {names['fd']} | {names['clip_score']} | gap closed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for who in ("teacher", "student"):
         for steps, fd in report[who]["fd"].items():
             clip = report[who]["clip_score"].get(steps)
             gap = report["gap_closed"].get(steps) if who == "student" else None
             cells = [f"{fd:.3f}", "" if clip is None else f"{clip:.3f}", "" if gap is None else f"{gap:.3f}"]
             rows.append(f"| {who} | {steps} | {' | '.join(cells)} |")
-    rows.append(f"\nSuite {report['suite']}, {report['n']} images; gap closed is 0 for the teacher at one step, 1 at full steps.")
+    rows.append(f"\nSuite {report['suite']}, {report['n']} images.")
+    rows.append("Gap closed: 0 is the teacher at one step, 1 at full steps.")
     return "\n".join(rows)
 
 
@@ -139,14 +143,18 @@ def _html_table(markdown: str) -> str:
     """A Markdown table with the text under it, as HTML."""
     lines = markdown.splitlines()
     rows = [line.strip("|").split("|") for line in lines if line.startswith("|") and "---" not in line]
-    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell.strip())}</td>' for cell in row)}</tr>" for row in rows)
+    cells = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell.strip())}</td>' for cell in row)}</tr>" for row in rows
+    )
     rest = " ".join(html.escape(line) for line in lines if line and not line.startswith("|"))
     return f"<table>{cells}</table><p>{rest}</p>" if rows else "<p>Not evaluated.</p>"
 
 
 def _curve(stats: Sequence[Mapping[str, Any]], turn: str, width: int = 520, height: int = 160) -> str:
     """The loss of one network over steps, as inline SVG."""
-    rows = [(row["step"], row["loss"]) for row in stats if row["turn"] == turn and row.get("loss") is not None]
+    rows = [
+        (row["step"], row["loss"]) for row in stats if row["turn"] == turn and row.get("loss") is not None
+    ]
     if len(rows) < 2:
         return ""
     bucket = max(1, len(rows) // 200)

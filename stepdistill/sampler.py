@@ -91,7 +91,14 @@ class Sampler:
                 )
             scheduler = FlowMapEulerDiscreteScheduler(shift=self._shift())
         elif isinstance(path, TablePath):
-            keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+            keep = (
+                "num_train_timesteps",
+                "beta_start",
+                "beta_end",
+                "beta_schedule",
+                "trained_betas",
+                "prediction_type",
+            )
             config = {key: teacher_scheduler.config[key] for key in keep}
             config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
             config["clip_sample"] = False

@@ -7,6 +7,7 @@ returns x_s. ``predict`` is any function (x [B, ...], t [B]) -> Prediction.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,9 +18,7 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 Step = Callable[[Predict, Tensor, Prediction, Prediction | None, Tensor], Tensor]
 
 
-def euler(
-    predict: Predict, x_t: Tensor, now: Prediction, before: Prediction | None, s: Tensor
-) -> Tensor:
+def euler(predict: Predict, x_t: Tensor, now: Prediction, before: Prediction | None, s: Tensor) -> Tensor:
     """x_t + (s - t) dx/dt: first order, on the path's own time."""
     return x_t + per_sample(s - now.t, x_t) * now.velocity
 
@@ -67,7 +66,7 @@ def solve(predict: Predict, x: Tensor, times: Sequence[float], solver: str) -> T
         solver: a name of SOLVERS.
     """
     step, before = SOLVERS[solver], None
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         now = predict(x, torch.full((len(x),), t, device=x.device))
         x = step(predict, x, now, before, torch.full((len(x),), s, device=x.device))
         before = now

@@ -84,7 +84,9 @@ class Student(Denoiser):
     """The network that is distilled: full weights, or LoRA on frozen teacher weights."""
 
     @staticmethod
-    def from_teacher(teacher: PipelineTeacher, lora_rank: int = 0, lora_alpha: float | None = None) -> Student:
+    def from_teacher(
+        teacher: PipelineTeacher, lora_rank: int = 0, lora_alpha: float | None = None
+    ) -> Student:
         """A student that starts as the teacher.
 
         Args:
@@ -115,7 +117,7 @@ def add_lora(net: nn.Module, targets: list[str], rank: int, alpha: float) -> Non
     from diffusers.loaders.peft import PeftAdapterMixin
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]  # a float serves
     if isinstance(net, PeftAdapterMixin):
         net.add_adapter(config, adapter_name=ADAPTER)
     else:

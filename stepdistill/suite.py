@@ -224,7 +224,7 @@ def make_reference(
     """Write the statistics of the suite's real images to a safetensors file, with the protocol in its header.
 
     Tensors: mean [D] and covariance [D, D] in float64; with ``kid``, features [N, D] in float16 (their rounding moves
-    the kernel distance by less than 1e-6 of the emoji suite's values).
+    the kernel distance by less than 1e-6 on the emoji).
     """
     from safetensors.torch import save_file
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from stepdistill.guidance import extrapolate
 from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
 from stepdistill.student import Denoiser
 from stepdistill.types import Condition
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 OUTPUTS: dict[str, Output] = {
     "epsilon": "eps",
@@ -49,7 +46,9 @@ def path_of(scheduler: Any) -> tuple[Path, Output]:
             "DPMSolver, Euler, LCM, PNDM ...) or a FlowMatch scheduler"
         )
     if scheduler.config.get("rescale_betas_zero_snr") and OUTPUTS[kind] == "eps":
-        raise UserError("an eps-prediction teacher with zero terminal SNR carries no information at pure noise")
+        raise UserError(
+            "an eps-prediction teacher with zero terminal SNR carries no information at pure noise"
+        )
     return TablePath.from_alphas_cumprod(table), OUTPUTS[kind]
 
 
@@ -84,9 +83,7 @@ class PipelineTeacher:
         family: how the pipeline is called; found by its class when not given.
     """
 
-    def __init__(
-        self, pipe: DiffusionPipeline, device: torch.device | str = "cpu", family: Family | None = None
-    ) -> None:
+    def __init__(self, pipe: Any, device: torch.device | str = "cpu", family: Family | None = None) -> None:
         self.pipe: Any = pipe
         self.family = family or family_of(pipe)
         self.pipe.set_progress_bar_config(disable=True)
@@ -117,7 +114,9 @@ class PipelineTeacher:
         if not isinstance(guidance, Tensor) and guidance == 1.0:
             return self.denoiser.predict(x_t, t, cond)
         if self.null is None:
-            raise UserError(f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1")
+            raise UserError(
+                f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1"
+            )
         both = self.denoiser.predict(
             torch.cat([x_t, x_t]), torch.cat([t, t]), self.null.repeat(len(x_t)).join(cond)
         )
@@ -149,6 +148,8 @@ class PipelineTeacher:
             if isinstance(component, nn.Module):
                 for key, value in sorted(component.state_dict().items()):
                     digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                    digest.update(
+                        value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                    )
         digest.update(str(sorted((k, str(v)) for k, v in self.pipe.scheduler.config.items())).encode())
         return digest.hexdigest()

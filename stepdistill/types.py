@@ -38,7 +38,9 @@ class Condition:
 
     def join(self, other: Condition) -> Condition:
         """The samples of both, in order."""
-        return Condition({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
+        return Condition(
+            {name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()}
+        )
 
     def with_tensor(self, name: str, value: Tensor) -> Condition:
         """The same condition with one more tensor [B, ...]."""
@@ -84,6 +86,10 @@ class Batch:
     cond: Condition
     images: Examples | None = None
     pairs: Examples | None = None
+
+    def fresh(self, call: int) -> Tensor:
+        """Noise [B, C, H, W] for the re-noising after network call ``call`` of a rollout."""
+        return self.draws.normal(f"renoise {call}", tuple(self.noise.shape[1:]))
 
     def split(self, parts: int) -> list[Batch]:
         """Equal consecutive parts; the mean of their losses is the loss of the whole."""
@@ -147,7 +153,9 @@ class Method(nn.Module, ABC):
         """What the method asks of the data under these options: checked before anything loads."""
         return cls.needs
 
-    def __init__(self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions) -> None:
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
         """A method at its start.
 
         Args:

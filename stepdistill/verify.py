@@ -71,7 +71,8 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
         timeout: seconds the fresh process may take.
 
     Raises:
-        UserError: when the folder is no student, a file is missing or altered, it does not load, or its pictures differ.
+        UserError: when the folder is no student, a file is missing or altered, it does not load, or its pictures
+            differ.
     """
     folder = Path(folder).resolve()
     file = folder / VERIFICATION / "manifest.json"

@@ -53,7 +53,10 @@ def test_field_without_its_normaliser_is_the_gradient_of_the_kl(path):
     t = torch.full((count,), time, dtype=torch.float64)
     alpha, sigma = (float(value[0]) for value in path.alpha_sigma(t))
     x_t = path.sample(m + k * z, eps, t)
-    real, fake = method.teacher.predict(x_t, t, toy_batch(1).cond), method.fake.predict(x_t, t, toy_batch(1).cond)
+    real, fake = (
+        method.teacher.predict(x_t, t, toy_batch(1).cond),
+        method.fake.predict(x_t, t, toy_batch(1).cond),
+    )
     real_var, fake_var = alpha**2 * S**2 + sigma**2, alpha**2 * k**2 + sigma**2
     difference = fake.score - real.score
     by_mean = float((alpha * difference).mean())
@@ -199,7 +202,8 @@ def test_gradient_flow_brings_a_gaussian_student_home():
     method = DMD(teacher, toy_student(Affine(-0.5, 0.3), path), (1.0,), DMD.Options(fake_steps=5))
     method.fake.net = Gaussian(path, MU, S).requires_grad_(True)
     optimizers = {
-        name: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9)) for name, net in method.networks().items()
+        name: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9))
+        for name, net in method.networks().items()
     }
     for step in range(1800):
         turn = method.turn(step)
@@ -216,5 +220,7 @@ def test_gradient_flow_brings_a_gaussian_student_home():
 def test_networks_are_two_and_share_no_weight():
     networks = gan_method().networks()
     assert set(networks) == {"student", "fake"}
-    assert not {id(p) for p in networks["student"].parameters()} & {id(p) for p in networks["fake"].parameters()}
+    assert not {id(p) for p in networks["student"].parameters()} & {
+        id(p) for p in networks["fake"].parameters()
+    }
     assert isinstance(networks["fake"], nn.ModuleList) and len(networks["fake"]) == 2

@@ -12,7 +12,14 @@ import torch
 
 from stepdistill import teacher_cache
 from stepdistill.drawing import Drawing, _trailing, load_pipeline
-from stepdistill.embedded import emoji_captions, emoji_images, pipeline_folder, teacher_folder
+from stepdistill.embedded import (
+    emoji_captions,
+    emoji_images,
+    features_folder,
+    pipeline_folder,
+    teacher_folder,
+    tokenizer_folder,
+)
 from stepdistill.errors import UserError
 from stepdistill.evaluate import Scores, evaluate, gap_closed, score_images, teacher_scores, weights_hash
 from stepdistill.features import load_features
@@ -357,3 +364,16 @@ def test_gap_closed() -> None:
     assert gap_closed(3.0, 6.0, 2.0) == 0.75
     with pytest.raises(UserError, match="no gap"):
         gap_closed(1.0, 2.0, 2.0)
+
+
+def test_a_clip_folder_of_ones_own_gives_the_features_of_its_weights(tmp_path: Path) -> None:
+    shutil.copytree(features_folder(), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tokenizer_folder(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+    )
+    mine, shipped = load_features(f"clip:{tmp_path}"), load_features("emoji")
+    assert mine.sha256 == shipped.sha256 and mine.fd_name != shipped.fd_name and mine.fd_scale == 1
+    pixels = torch.from_numpy(emoji_images()[:20]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(mine.images(pixels), shipped.images(pixels))
+    torch.testing.assert_close(mine.texts(emoji_captions()[:5]), shipped.texts(emoji_captions()[:5]))

@@ -33,9 +33,16 @@ def with_exact_scheduler(teacher: PipelineTeacher) -> Any:
     else:
         keep = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
         config = {key: teacher.pipe.scheduler.config[key] for key in keep}
-        scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+        scheduler = DDIMScheduler(
+            **config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
     pipe.register_modules(scheduler=scheduler)
     return pipe
+
+
+def close(ours: Tensor, wanted: Tensor) -> bool:
+    """Equal to 2e-5 of the largest value: x0 = (x_t - sigma eps) / alpha magnifies rounding where alpha is small."""
+    return bool((ours - wanted).abs().max() <= 2e-5 * wanted.abs().max().clamp_min(1))
 
 
 def inputs(teacher: PipelineTeacher, name: str, count: int = 3) -> tuple[Tensor, Tensor, Condition]:
@@ -60,7 +67,12 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, teacher_of: T
     hook = teacher.denoiser.net.register_forward_hook(note, with_kwargs=True)
     prompts = tiny_prompts(name, 2)
     try:
-        pipe(**call_of(name, prompts, 0.0), num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(1))
+        pipe(
+            **call_of(name, prompts, 0.0),
+            num_inference_steps=4,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(1),
+        )
     finally:
         hook.remove()
     flow = isinstance(teacher.path, FlowPath)
@@ -72,8 +84,8 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, teacher_of: T
         ours = teacher.path.target(said.x0, said.eps, t, teacher.denoiser.output)
         assert (ours - out).abs().max() < 1e-5
         if cond.tensors:  # the condition matters: two prompts at one x_t are told apart
-            same = teacher.predict(x[:1].expand_as(x), t, cond)
-            assert (same.eps[0] - same.eps[1]).abs().max() > 1e-2
+            same = teacher.denoiser.raw(x[:1].expand_as(x), t, cond)
+            assert (same[0] - same[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -90,12 +102,12 @@ def test_guided_prediction_is_one_call_of_both_and_extrapolates(name: str, teach
     hook.remove()
     assert len(calls) == 1
     for ours, u, c in ((guided.x0, weak.x0, strong.x0), (guided.eps, weak.eps, strong.eps)):
-        assert torch.allclose(ours, u + 4 * (c - u), atol=2e-4, rtol=1e-5)
+        assert close(ours, u + 4 * (c - u))
     scales = torch.tensor([1.0, 2.5, 7.0])
     several = teacher.predict(x_t, t, cond, guidance=scales)
     for i, scale in enumerate(scales.tolist()):
         alone = teacher.predict(x_t, t, cond, guidance=scale)
-        assert torch.allclose(several.x0[i], alone.x0[i], atol=2e-4, rtol=1e-5)
+        assert close(several.x0[i], alone.x0[i])
 
 
 def test_guidance_without_an_unconditional_mode_is_refused(teacher_of: Teachers) -> None:
@@ -117,7 +129,9 @@ def test_ddim_on_our_path_draws_what_the_pipeline_draws(name: str, teacher_of: T
     ).images
     if name not in WITH_TEXT:  # these pipelines give "pt" as they give arrays or as tensors
         drawn = torch.as_tensor(drawn)
-    noise = torch.cat([torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+    noise = torch.cat(
+        [torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(s)) for s in (7, 8)]
+    )
     cond = teacher.encode(prompts)
     times = [1 - i / steps for i in range(steps)] + [0.0]
     latents = solve(lambda x, t: teacher.predict(x, t, cond, guidance=scale), noise, times, "ddim")
@@ -145,7 +159,9 @@ def test_a_student_starts_as_its_teacher(name: str, teacher_of: Teachers) -> Non
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_lora_student_starts_as_its_teacher_and_trains_adapters_alone(name: str, teacher_of: Teachers) -> None:
+def test_a_lora_student_starts_as_its_teacher_and_trains_adapters_alone(
+    name: str, teacher_of: Teachers
+) -> None:
     teacher = teacher_of(name)
     x_t, t, cond = inputs(teacher, name)
     student = Student.from_teacher(teacher, lora_rank=2)
@@ -157,7 +173,11 @@ def test_a_lora_student_starts_as_its_teacher_and_trains_adapters_alone(name: st
     assert touched and touched <= trained
     assert all(".lora_" in key and f".{ADAPTER}." in key for key in trained)
     # At zero B the gradient lands on B: every adapter that was reached has one.
-    moved = [value.grad for key, value in student.net.named_parameters() if "lora_B" in key and value.grad is not None]
+    moved = [
+        value.grad
+        for key, value in student.net.named_parameters()
+        if "lora_B" in key and value.grad is not None
+    ]
     assert sum(float(grad.abs().max()) > 0 for grad in moved) > len(moved) / 2
     kept = teacher.denoiser.net.state_dict()
     merged = merged_state(student.net)
@@ -254,7 +274,11 @@ def test_every_pipeline_finds_its_family(name: str, teacher_of: Teachers) -> Non
 def test_class_labels_are_checked(teacher_of: Teachers) -> None:
     for name, count in (("unet-classes", 10), ("dit", 1000)):
         teacher = teacher_of(name)
-        assert teacher.encode(["0", " 7 ", str(count - 1)]).tensors["class_labels"].tolist() == [0, 7, count - 1]
+        assert teacher.encode(["0", " 7 ", str(count - 1)]).tensors["class_labels"].tolist() == [
+            0,
+            7,
+            count - 1,
+        ]
         for wrong in (str(count), "-1", "cat", "", "1.5", "²"):
             with pytest.raises(UserError, match=f"is not a class.*0 to {count - 1}"):
                 teacher.encode([wrong])
@@ -264,8 +288,8 @@ def test_class_labels_are_checked(teacher_of: Teachers) -> None:
 def test_dit_takes_its_label_names(teacher_of: Teachers) -> None:
     teacher = teacher_of("dit")
     assert teacher.encode(["goldfish", "tench", "5"]).tensors["class_labels"].tolist() == [1, 0, 5]
-    call = teacher.family.call_arguments("DiTPipeline", ["goldfish", "5"], 0.0)
-    assert call["class_labels"] == [1, 5]
+    spelt = teacher.family.call_prompts(teacher.pipe, ["goldfish", "5"])
+    assert teacher.family.call_arguments("DiTPipeline", spelt, 0.0)["class_labels"] == [1, 5]
 
 
 @pytest.mark.parametrize("name", ["dit", "sd", "sd3"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
@@ -30,7 +32,9 @@ def test_loss_is_zero_where_the_solver_is_exact():
     """A point mass: every DDIM step is exact, so the exact map has no residual."""
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, 0.0), path)
-    method = LCM(teacher, toy_student(GaussianMap(path, MU, 0.0), path), (1.0,), LCM.Options(grid=10, guidance=1.0))
+    method = LCM(
+        teacher, toy_student(GaussianMap(path, MU, 0.0), path), (1.0,), LCM.Options(grid=10, guidance=1.0)
+    )
     batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
     assert float(method.loss("student", batch)[1]["residual"]) < 1e-6
 
@@ -43,7 +47,7 @@ def test_squared_residual_falls_with_the_fourth_power_of_the_step(path):
     for grid in (20, 40, 80):
         method = lcm(path, GaussianMap(path, MU, S), grid=grid)
         squares.append(float(method.loss("student", data_batch(4096))[1]["residual"]) ** 2)
-    for coarse, fine in zip(squares, squares[1:], strict=False):
+    for coarse, fine in pairwise(squares):
         assert 11 < coarse / fine < 22
 
 
@@ -74,7 +78,9 @@ def test_scalings_are_those_of_lcm_scheduler():
     from diffusers import LCMScheduler
 
     path = table_path()
-    method = LCM(ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options())
+    method = LCM(
+        ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options()
+    )
     method.student.family.timestep = lambda path, t: (t * 1000 - 1).round()
     scheduler = LCMScheduler()
     z = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -90,7 +96,9 @@ def test_times_are_those_of_lcm_scheduler():
     from diffusers import DDPMScheduler
 
     path = table_path()
-    method = LCM(ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options())
+    method = LCM(
+        ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options()
+    )
     teacher_scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     for steps, expected in ((1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259])):
         times = method.sampler().on_grid_of(path, teacher_scheduler, steps).times
@@ -107,7 +115,9 @@ def test_guidance_is_folded_into_the_ode(guidance):
     residual = {}
     for g in (1.0, 2.5):
         mean = 0.2 + g * (MU - 0.2)
-        method = lcm(path, GaussianMap(path, mean, S), unguided=Gaussian(path, 0.2, S), grid=50, guidance=guidance)
+        method = lcm(
+            path, GaussianMap(path, mean, S), unguided=Gaussian(path, 0.2, S), grid=50, guidance=guidance
+        )
         residual[g] = float(method.loss("student", data_batch())[1]["residual"])
     assert residual[guidance] < 0.1 * residual[3.5 - guidance]
 

@@ -19,8 +19,9 @@ from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpo
 from stepdistill.distil import Job
 from stepdistill.errors import UserError
 from stepdistill.health import TrainingDiverged, Vitals
-from stepdistill.loop import Run, learning_rate, train
+from stepdistill.loop import Run, train
 from stepdistill.recipe import TrainOptions, load_recipe
+from stepdistill.schedule import learning_rate
 
 HERE = Path(__file__).parent
 COMMON = [
@@ -144,7 +145,14 @@ def test_two_gloo_processes_equal_one(tmp_path):
     """The same curve and weights, for every method."""
     script = tmp_path / "two.py"
     script.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29517",
+        str(script),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, str(Path(__file__).parent), str(tmp_path / "two")],
@@ -188,7 +196,9 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
                 job.student.net.conv_out.bias[0] = math.nan
         return Seen({}, [])
 
-    with pytest.raises(TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"):
+    with pytest.raises(
+        TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"
+    ):
         train(job.method, job.data(tmp_path), recipe, tmp_path, accelerator, preview=poison)
 
 
@@ -199,8 +209,12 @@ def test_resume_needs_a_checkpoint(tmp_path):
 
 def test_resume_refuses_another_recipe_and_names_the_key(tmp_path):
     start(recipe_of("lcm", 5), tmp_path)
-    with pytest.raises(UserError, match=r"the recipe differs .* in options.guidance, train.lr"):
-        start(recipe_of("lcm", 5, "train.lr=3e-4", "options.guidance=3", f"data.pairs={tmp_path}/new"), tmp_path, True)
+    with pytest.raises(UserError, match=r"the recipe differs .* in options.guidance, data.pairs, train.lr"):
+        start(
+            recipe_of("lcm", 5, "train.lr=3e-4", "options.guidance=3", f"data.pairs={tmp_path}/new"),
+            tmp_path,
+            True,
+        )
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -241,7 +255,9 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 save_checkpoint(folder, 20, {{"method": {{"w": torch.ones(1_000_000)}}}}, {{}}, keep=1)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
     assert "UserError: checkpoint" in done.stderr.splitlines()[-1]
     assert "the last good one is" in done.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
@@ -276,5 +292,7 @@ def test_vitals_see_collapse_and_saturation():
     reference = Vitals.of(varied)
     assert reference.diversity == pytest.approx(1 / 3, abs=0.01)  # E|U - U'| of two uniform numbers
     assert [worry.split(":")[0] for worry in Vitals.of(same.clamp(0, 1)).worries(reference)] == ["collapse"]
-    assert [w.split(":")[0] for w in Vitals.of((varied > 0.5).float()).worries(reference)] == ["oversaturation"]
+    assert [w.split(":")[0] for w in Vitals.of((varied > 0.5).float()).worries(reference)] == [
+        "oversaturation"
+    ]
     assert reference.worries(reference) == []

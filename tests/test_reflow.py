@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 from torch import nn
+from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.methods.reflow import STRAIGHT, Reflow
 from stepdistill.path import FlowPath, TablePath, TrigPath, per_sample
@@ -81,7 +83,7 @@ def test_straightness_is_zero_after_reflow():
         times = torch.linspace(1, 0, 65).tolist()
         end = solve(lambda x, t, s=student: s.predict(x, t, Condition()), z, times, "heun")
         x = z
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             velocity = student.predict(x, torch.full((256,), t), Condition()).velocity
             total += (t - s) * float((z - end - velocity).square().mean())
             x = solve(lambda x, t, s=student: s.predict(x, t, Condition()), x, (t, s), "heun")

@@ -68,7 +68,9 @@ def shaken(net: nn.Module, amount: float = 0.2, seed: int = 1) -> None:
 def _louder(component: nn.Module) -> None:
     with torch.no_grad():
         for name, value in component.named_parameters():
-            if value.ndim > 1 and ("attn2" in name or "embed" in name or "conv_out" in name or "proj_out" in name):
+            if value.ndim > 1 and (
+                "attn2" in name or "embed" in name or "conv_out" in name or "proj_out" in name
+            ):
                 value.mul_(2.0)
 
 
@@ -134,7 +136,11 @@ def _sd(prediction_type: str = "epsilon") -> Any:
         tokenizer=_tokenizer(),
         unet=_unet2d_condition(cross_attention_dim=16),
         scheduler=DDIMScheduler(
-            **BETAS, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+            **BETAS,
+            prediction_type=prediction_type,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         ),
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]

@@ -136,7 +136,9 @@ class ToyTeacher:
     shape = SHAPE
     device = torch.device("cpu")
 
-    def __init__(self, net: nn.Module, path: Path, output: Output = "x0", unguided: nn.Module | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, path: Path, output: Output = "x0", unguided: nn.Module | None = None
+    ) -> None:
         self.denoiser = Denoiser(net.requires_grad_(False), path, output, ToyFamily())
         self.unguided = unguided and Denoiser(unguided.requires_grad_(False), path, output, ToyFamily())
 
@@ -145,7 +147,9 @@ class ToyTeacher:
         return self.denoiser.path
 
     @torch.no_grad()
-    def predict(self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0) -> Prediction:
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
         from stepdistill.guidance import extrapolate
 
         strong = self.denoiser.predict(x_t, t, cond)
@@ -159,7 +163,9 @@ def toy_student(net: nn.Module, path: Path, output: Output = "x0") -> Student:
     return Student(net.requires_grad_(True), path, output, ToyFamily())
 
 
-def toy_batch(count: int, step: int = 0, seed: int = 0, pairs: Any = None, images: Tensor | None = None) -> Batch:
+def toy_batch(
+    count: int, step: int = 0, seed: int = 0, pairs: Any = None, images: Tensor | None = None
+) -> Batch:
     """A batch of ``count``; ``pairs`` maps noise [B, 2, 1, 1] to the teacher's sample of it."""
     draws = Draws(seed, step, 0, count)
     noise = draws.normal("noise", SHAPE)

@@ -68,8 +68,12 @@ class Family(ABC):
         """Channels D of those features."""
 
     def student_pipeline(self, pipe: Any) -> str | None:
-        """Name of the pipeline class (of the denoiser and a scheduler) a student is saved as; None keeps the teacher's."""
+        """Class (of a denoiser and a scheduler) a student's pipeline is saved as; None keeps the teacher's."""
         return None
+
+    def call_prompts(self, pipe: Any, prompts: list[str]) -> list[str]:
+        """The prompts as :meth:`call_arguments` takes them: class names that the pipeline knows as their numbers."""
+        return prompts
 
     def call_arguments(self, pipeline: str, prompts: list[str], guidance: float) -> dict[str, Any]:
         """Arguments with which a student's pipeline (of the class ``pipeline``) draws these prompts; ``guidance`` 0 is
@@ -97,13 +101,14 @@ class Family(ABC):
         """Images [B, 3, H, W] in [-1, 1] to the denoiser's scale: the mode of the VAE's posterior, shifted, scaled."""
         config = pipe.vae.config
         latents = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()
-        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return scaled
 
     def to_images(self, pipe: Any, latents: Tensor) -> Tensor:
         """The inverse: latents to images [B, 3, H, W] in [0, 1]."""
         config = pipe.vae.config
         scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        images = pipe.vae.decode(scaled.to(pipe.vae.dtype), return_dict=False)[0]
+        images: Tensor = pipe.vae.decode(scaled.to(pipe.vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def guidance_input(self, net: nn.Module) -> nn.Module:
@@ -130,11 +135,14 @@ class LabelFamily(Family):
     def label_of(self, pipe: Any, prompt: str) -> int:
         """The class number that a prompt means."""
         count = self.classes(pipe)
-        if not prompt.strip().isdigit() or int(prompt) >= count:
+        if not prompt.strip().isdecimal() or int(prompt) >= count:
             raise UserError(
                 f"'{prompt}' is not a class of this {type(pipe).__name__}: give a number from 0 to {count - 1}"
             )
         return int(prompt)
+
+    def call_prompts(self, pipe: Any, prompts: list[str]) -> list[str]:
+        return [str(self.label_of(pipe, prompt)) for prompt in prompts] if self.classes(pipe) else prompts
 
     def encode(self, pipe: Any, prompts: list[str]) -> Condition:
         if not self.classes(pipe):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.types import Condition
 
@@ -44,16 +45,27 @@ class StableDiffusion(Family):
     def guidance_input(self, net: nn.Module) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
+        from stepdistill.student import lora_layers
+
         assert isinstance(net, UNet2DConditionModel)
-        wider = UNet2DConditionModel.from_config({**net.config, "time_cond_proj_dim": GUIDANCE_DIM})
-        wider.load_state_dict(net.state_dict(), strict=False)
+        if lora_layers(net):
+            raise UserError(
+                "options.guidance_range adds weights that a LoRA cannot hold: set student.lora_rank=0, or use one "
+                "fixed options.guidance"
+            )
+        # As a keyword: from_config drops a key of its first argument that the network had by default.
+        wider: Any = UNet2DConditionModel.from_config(net.config, time_cond_proj_dim=GUIDANCE_DIM)
+        wider.load_state_dict({**wider.state_dict(), **net.state_dict()})
         torch.nn.init.zeros_(wider.time_embedding.cond_proj.weight)
-        return wider.to(net.device)
+        widened: nn.Module = wider.to(net.device).train(net.training)
+        return widened
 
     def embed_guidance(self, net: nn.Module, guidance: Tensor) -> Tensor:
         """Sinusoid of 1000 (g - 1), identical to the pipeline's ``get_guidance_scale_embedding``."""
         half = GUIDANCE_DIM // 2
-        rates = torch.exp(torch.arange(half, device=guidance.device) * -(torch.log(torch.tensor(1e4)) / (half - 1)))
+        rates = torch.exp(
+            torch.arange(half, device=guidance.device) * -(torch.log(torch.tensor(1e4)) / (half - 1))
+        )
         phase = 1000 * (guidance.float() - 1)[:, None] * rates[None]
         return torch.cat([torch.sin(phase), torch.cos(phase)], dim=1)
 
@@ -68,7 +80,10 @@ class StableDiffusionXL(StableDiffusion):
             timestep,
             encoder_hidden_states=cond.tensors["encoder_hidden_states"],
             timestep_cond=cond.tensors.get("guidance_embedding"),
-            added_cond_kwargs={"text_embeds": cond.tensors["text_embeds"], "time_ids": cond.tensors["time_ids"]},
+            added_cond_kwargs={
+                "text_embeds": cond.tensors["text_embeds"],
+                "time_ids": cond.tensors["time_ids"],
+            },
             return_dict=False,
         )[0]
         return output
@@ -82,7 +97,9 @@ class StableDiffusionXL(StableDiffusion):
         )
 
     def encode(self, pipe: Any, prompts: list[str]) -> Condition:
-        embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompts, device=pipe.device, do_classifier_free_guidance=False
+        )
         return self._condition(pipe, embeds, pooled)
 
     def null(self, pipe: Any) -> Condition | None:

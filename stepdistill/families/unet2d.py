@@ -27,7 +27,9 @@ class UNet2D(LabelFamily):
         return int(pipe.unet.config.num_class_embeds or 0)
 
     def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        output: Tensor = net(x_t, timestep, class_labels=cond.tensors.get("class_labels"), return_dict=False)[0]
+        output: Tensor = net(x_t, timestep, class_labels=cond.tensors.get("class_labels"), return_dict=False)[
+            0
+        ]
         return output[:, : x_t.shape[1]]
 
     def null(self, pipe: Any) -> Condition | None:

@@ -34,12 +34,16 @@ def find_method(name: str) -> type[Method]:
     elif name in method_names():
         module = importlib.import_module(f"stepdistill.methods.{name}")
     else:
-        raise UserError(f"method {name} is unknown {did_you_mean(name, method_names())}; or give a path, ./my_method.py")
+        raise UserError(
+            f"method {name} is unknown {did_you_mean(name, method_names())}; or give a path, ./my_method.py"
+        )
     found = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise UserError(f"method {name}: the file defines {len(found)} subclasses of Method, it must define one")
+        raise UserError(
+            f"method {name}: the file defines {len(found)} subclasses of Method, it must define one"
+        )
     return found[0]

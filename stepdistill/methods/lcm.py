@@ -37,7 +37,9 @@ class LCM(Method):
 
     class Options(PairOptions):
         guidance: float = 7.5  # fixed guidance of the teacher's step, and of the cached samples
-        guidance_range: tuple[float, float] | None = None  # draw it from here and embed it; (3, 15) in LCM 5.1
+        guidance_range: tuple[float, float] | None = (
+            None  # draw it from here and embed it; (3, 15) in LCM 5.1
+        )
         grid: int = 50  # times on the path; k = 1000 / 50 = 20 (LCM 4.3)
         ema: float = 0.95  # decay of the target network (LCM 5.1)
         huber: float = 0.001  # c of the pseudo-Huber loss
@@ -47,7 +49,9 @@ class LCM(Method):
     def needs_of(cls, options: MethodOptions) -> frozenset[str]:
         return cls.needs | {cast(LCM.Options, options).source}
 
-    def __init__(self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions) -> None:
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
         super().__init__(teacher, student, times, options)
         self.options = cast(LCM.Options, options)
         if self.options.guidance_range:
@@ -93,7 +97,9 @@ class LCM(Method):
             target = self.clean(self.target, z_s, s, student_cond)
         residual = self.clean(self.student, z, t, student_cond) - target
         c = self.options.huber
-        return ((residual.square() + c**2).sqrt() - c).mean(), {"residual": residual.detach().square().mean().sqrt()}
+        return ((residual.square() + c**2).sqrt() - c).mean(), {
+            "residual": residual.detach().square().mean().sqrt()
+        }
 
     def after_step(self, step: int) -> None:
         follow(self.target.net, self.student.net, self.options.ema)

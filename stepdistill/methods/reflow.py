@@ -9,8 +9,8 @@ Liu et al. 2022, "Flow Straight and Fast", 2209.03003; text-conditional in Liu e
 - Distillation, the rest (2.2, "distillation"): E |x(z, 1) - x|^2 at the noise end, or for K steps at the K starts of
   equal segments. ``fresh`` mixes in pairs drawn on the spot from the reflowed student, frozen at the end of the first
   stage and followed for ``flow_steps`` Euler steps (the paper regenerates its pairs with the 2-rectified flow).
-- Both losses are squared errors, or the pseudo-Huber sqrt(r^2 + c^2) - c of the whole sample over its size when
-  ``huber`` is positive (Lee et al. 2024, 2405.20320, eq. 8: less weight on pairs that lie far off).
+- The reflow loss is squared, as its minimiser must be the mean velocity; the distance of the distillation is free, and
+  one that forgives outliers keeps the student off the mean of what it cannot tell apart.
 
 Left out: LPIPS, which is for pixels; further rounds (``pairs`` from a reflowed teacher are a second run).
 """
@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stepdistill.distances import DistanceName, distance
 from stepdistill.pairs import PairOptions
 from stepdistill.path import FlowPath, per_sample
 from stepdistill.sampler import Sampler, uniform_times
@@ -40,12 +41,16 @@ class Reflow(Method):
     class Options(PairOptions):
         guidance: float = 5.0  # of the teacher's samples (InstaFlow 4.1, for SD 1.5)
         reflow_steps: int = 1000  # updates of the first stage; the rest of train.steps distils
-        t_min: float = 0.02  # least time of the reflow loss: below it the velocity is the noise of the reading
+        t_min: float = (
+            0.02  # least time of the reflow loss: below it the velocity is the noise of the reading
+        )
         fresh: float = 0.0  # share in [0, 1] of each distillation batch drawn from the reflowed student
         flow_steps: int = 4  # its Euler steps
-        huber: float = 0.0  # c of the pseudo-Huber loss over sqrt(C H W); 0 is the squared error
+        distance: DistanceName = "l2"  # of the distillation
 
-    def __init__(self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions) -> None:
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
         super().__init__(teacher, student, times, options)
         self.options = cast(Reflow.Options, options)
         self.register_buffer("distilling", torch.tensor(self.options.reflow_steps == 0))
@@ -53,12 +58,6 @@ class Reflow(Method):
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
-
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Squared or pseudo-Huber distance, a mean over elements and samples."""
-        error = (a - b).square().flatten(1).mean(1)  # [B]
-        c = self.options.huber
-        return ((error + c**2).sqrt() - c).mean() if c else error.mean()
 
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = cast(Examples, batch.pairs)
@@ -68,12 +67,14 @@ class Reflow(Method):
         z, x = cast(Tensor, pairs.noise), pairs.x0
         t = batch.draws.uniform("time", self.options.t_min, 1.0)
         velocity = self.student.predict_on(STRAIGHT, STRAIGHT.sample(x, z, t), t, pairs.cond).velocity
-        loss = self.distance(velocity, z - x)
+        loss = distance(velocity, z - x, "l2")
         return loss, {"reflow": loss.detach()}
 
     def distillation_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z, x, cond = cast(Tensor, pairs.noise), pairs.x0, pairs.cond
-        own = batch.draws.uniform("fresh") < self.options.fresh  # [B]: which samples the reflowed student draws
+        own = (
+            batch.draws.uniform("fresh") < self.options.fresh
+        )  # [B]: which samples the reflowed student draws
         if self.options.fresh:
             # Both kinds are made for every sample and chosen by sample, so that halves of a batch add up to it.
             drawn = self.flow_sample(batch.noise, batch.cond)
@@ -89,7 +90,7 @@ class Reflow(Method):
         state = self.student.path.sample(x, z, t)
         # The start of the first segment is pure noise, as in sampling, also where the path keeps a trace of data.
         state = torch.where(per_sample(segment == 0, z), z, state)
-        loss = self.distance(self.student.predict(state, t, cond).x0, x)
+        loss = distance(self.student.predict(state, t, cond).x0, x, self.options.distance)
         return loss, {"distillation": loss.detach()}
 
     @torch.no_grad()

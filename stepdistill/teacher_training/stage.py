@@ -195,7 +195,7 @@ def train_stage(
                 group["lr"] = learning_rate(settings, step)
             value = loss(generator_for(seed, name, step))
             optimiser.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             if settings.ema:

@@ -1,0 +1,335 @@
+"""A student's folder draws in plain diffusers what the student drew, and says so when anything in it was altered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import PIPELINES, shaken, tiny_prompts
+from torch import Tensor
+
+from stepdistill.checkpoint import sha256_of
+from stepdistill.errors import UserError
+from stepdistill.export import TOLERANCE, VERIFICATION, draw_as_pipeline, export, student_pipeline
+from stepdistill.sampler import Sampler, uniform_times
+from stepdistill.student import Student, merged_state
+from stepdistill.teacher import PipelineTeacher
+from stepdistill.verify import verify
+
+Teachers = Callable[[str], PipelineTeacher]
+
+SAMPLERS = {
+    "unet-ddpm": Sampler(uniform_times(1), True),
+    "unet-ddim": Sampler(uniform_times(4), False),
+    "unet-classes": Sampler(uniform_times(2), True),
+    "dit": Sampler(uniform_times(2), True),
+    "sd": Sampler(uniform_times(4), True),
+    "sd-v": Sampler(uniform_times(3), False),
+    "sdxl": Sampler(uniform_times(2), True, grid=50),
+    "sd3": Sampler((1.0, 0.75), False),
+}
+CLASSES = {
+    "unet-ddpm": "DDPMPipeline",
+    "unet-ddim": "DDPMPipeline",
+    "unet-classes": "ConsistencyModelPipeline",
+    "dit": "DiTPipeline",
+    "sd": "StableDiffusionPipeline",
+    "sd-v": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+}
+IN_A_FRESH_PROCESS = ("unet-classes", "dit", "sd", "sd3")
+
+
+class Exported:
+    """A perturbed student and the folder it was exported to."""
+
+    def __init__(self, name: str, teacher: PipelineTeacher, folder: Path, lora_rank: int = 0) -> None:
+        self.name, self.teacher, self.folder = name, teacher, folder
+        self.sampler = SAMPLERS[name].on_grid_of(teacher.path, teacher.pipe.scheduler)
+        self.prompts, self.seeds = tiny_prompts(name, 2), (0, 1)
+        self.student = Student.from_teacher(teacher, lora_rank=lora_rank)
+        trained = [value for value in self.student.net.parameters() if value.requires_grad]
+        shaken(torch.nn.ParameterList(trained), amount=1.0 if lora_rank else 0.2)
+        export(self.student, self.sampler, teacher, folder, self.prompts, "# A card\n", seeds=self.seeds)
+
+    @property
+    def weights(self) -> Path:
+        """The denoiser's weights."""
+        return self.folder / self.teacher.family.denoiser / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def exported(teacher_of: Teachers, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """exported(name): the student of a tiny teacher, exported once."""
+    done: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name not in done:
+            done[name] = Exported(name, teacher_of(name), tmp_path_factory.mktemp(name) / "student")
+        return done[name]
+
+    return get
+
+
+def loaded(folder: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe: Any, folder: Path) -> Tensor:
+    """What a pipeline draws by a folder's manifest, uint8 [B, 3, H, W]."""
+    manifest = json.loads((folder / VERIFICATION / "manifest.json").read_text())
+    generators = [torch.Generator().manual_seed(seed) for seed in manifest["seeds"]]
+    images = np.asarray(pipe(**manifest["call"], generator=generators, output_type="np").images)
+    return torch.tensor(images * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def kept(folder: Path) -> Tensor:
+    """The trainer's own pictures in a folder, uint8 [B, 3, H, W]."""
+    pictures = [np.array(Image.open(folder / VERIFICATION / f"{i}.png").convert("RGB")) for i in range(2)]
+    return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def assert_same(images: Tensor, wanted: Tensor) -> None:
+    difference = (images.int() - wanted.int()).abs().float()
+    assert difference.max() <= TOLERANCE["max"] and difference.mean() <= TOLERANCE["mean"]
+    assert wanted.float().std() > 2  # pictures, not one grey
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_plain_diffusers_draws_what_the_student_drew(name: str, exported: Callable[[str], Exported]) -> None:
+    run = exported(name)
+    pipe = loaded(run.folder)
+    assert type(pipe).__name__ == CLASSES[name]
+    state = getattr(pipe, run.teacher.family.denoiser).state_dict()
+    own = run.student.net.state_dict()
+    assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
+    original = run.teacher.denoiser.net.state_dict()
+    assert not all(torch.equal(state[key], original[key]) for key in own)
+    assert_same(drawn(pipe, run.folder), kept(run.folder))
+    # The teacher's own pipeline was left alone.
+    assert run.teacher.pipe.scheduler is not pipe.scheduler
+    assert getattr(run.teacher.pipe, run.teacher.family.denoiser) is run.teacher.denoiser.net
+    index = json.loads((run.folder / "model_index.json").read_text())
+    assert all(
+        entry[0] in ("diffusers", "transformers", None) for entry in index.values() if isinstance(entry, list)
+    )
+    assert not list(run.folder.rglob("*.py")) and not list(run.folder.rglob("*.bin"))
+    assert (run.folder / "README.md").read_text() == "# A card\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_A_FRESH_PROCESS)
+def test_verify_passes_in_a_process_without_stepdistill(
+    name: str, exported: Callable[[str], Exported]
+) -> None:
+    run = exported(name)
+    found = verify(run.folder)
+    assert found.images == 2 and found.steps == run.sampler.steps
+    assert found.worst <= 1 and found.mean < 0.05
+    assert str(found).startswith(f"verified: {found.files} files unaltered; 2 pictures")
+
+
+@pytest.mark.parametrize("name", ["unet-classes", "dit", "sd", "sd3"])
+def test_saved_and_loaded_twice_it_is_the_same(
+    name: str, exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    run = exported(name)
+    loaded(run.folder).save_pretrained(tmp_path / "again")
+    pipe = loaded(tmp_path / "again")
+    assert type(pipe).__name__ == CLASSES[name]
+    for component in ("model_index.json", "scheduler/scheduler_config.json"):
+        first, second = (
+            json.loads((folder / component).read_text()) for folder in (run.folder, tmp_path / "again")
+        )
+        assert {k: v for k, v in first.items() if k[0] != "_"} == {
+            k: v for k, v in second.items() if k[0] != "_"
+        }
+    again = load_file(tmp_path / "again" / run.weights.relative_to(run.folder))
+    own = run.student.net.state_dict()
+    assert all(torch.equal(again[key], own[key]) for key in own)
+    assert_same(drawn(pipe, run.folder), kept(run.folder))
+
+
+def test_exporting_again_replaces_the_folder_and_leaves_no_other(
+    exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    run = exported("unet-ddpm")
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "old.txt").write_text("from before")
+    export(run.student, run.sampler, run.teacher, folder, run.prompts, "# New\n", seeds=run.seeds)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert not (folder / "old.txt").exists()
+    assert torch.equal(kept(folder), kept(run.folder))
+
+
+def test_a_failed_export_leaves_the_earlier_one(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    run = exported("unet-classes")
+    folder = tmp_path / "student"
+    shutil.copytree(run.folder, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="is not a class"):
+        export(run.student, run.sampler, run.teacher, folder, ["1", "10"], "# Bad\n", seeds=(0, 1))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_dit_labels_may_be_names(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    run = exported("dit")
+    export(run.student, run.sampler, run.teacher, tmp_path / "s", ["tench", "goldfish"], "", seeds=run.seeds)
+    assert torch.equal(kept(tmp_path / "s"), kept(run.folder))
+    assert_same(drawn(loaded(tmp_path / "s"), tmp_path / "s"), kept(run.folder))
+
+
+# --- what verify refuses -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(exported: Callable[[str], Exported], tmp_path: Path) -> Path:
+    """A copy of the class-conditional student's folder, to be damaged."""
+    shutil.copytree(exported("unet-classes").folder, tmp_path / "student")
+    return tmp_path / "student"
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def rejected(folder: Path, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        verify(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_byte_is_found(copied: Path) -> None:
+    content = bytearray((copied / WEIGHTS).read_bytes())
+    content[-5] ^= 1
+    (copied / WEIGHTS).write_bytes(content)
+    rejected(copied, f"{WEIGHTS} was altered since export")
+
+
+def test_an_edited_scheduler_is_found(copied: Path) -> None:
+    file = copied / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "original_inference_steps": 50}, indent=2))
+    rejected(copied, "scheduler/scheduler_config.json was altered since export")
+
+
+def test_a_missing_file_is_found(copied: Path) -> None:
+    (copied / WEIGHTS).unlink()
+    rejected(copied, f"{WEIGHTS} is missing since export")
+
+
+def test_a_missing_or_broken_manifest_is_found(copied: Path) -> None:
+    manifest = copied / VERIFICATION / "manifest.json"
+    manifest.write_text("{")
+    rejected(copied, "manifest.json cannot be read")
+    manifest.write_text("{}")
+    rejected(copied, "manifest.json cannot be read")
+    manifest.unlink()
+    rejected(copied, "is not a student folder")
+
+
+def test_an_altered_picture_is_found(copied: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(copied / VERIFICATION / "0.png")
+    rejected(copied, f"{VERIFICATION}/0.png was altered since export")
+
+
+def forge(folder: Path, name: str) -> None:
+    """Writes a file's present hash into the manifest."""
+    manifest = folder / VERIFICATION / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] = sha256_of(folder / name)
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.mark.slow
+def test_other_weights_under_a_forged_hash_draw_other_pictures(copied: Path) -> None:
+    state = load_file(copied / WEIGHTS)
+    state["conv_out.weight"] = 1.5 * state["conv_out.weight"]
+    save_file(state, copied / WEIGHTS, metadata={"format": "pt"})
+    forge(copied, WEIGHTS)
+    rejected(copied, "pictures differ from the trainer's by .*/255 at most")
+
+
+@pytest.mark.slow
+def test_a_folder_that_does_not_load_is_told_why(copied: Path) -> None:
+    config = json.loads((copied / "model_index.json").read_text())
+    config["unet"] = ["stepdistill.student", "Student"]
+    (copied / "model_index.json").write_text(json.dumps(config))
+    forge(copied, "model_index.json")
+    rejected(copied, "does not draw in a process without stepdistill: .*stepdistill")
+
+
+# --- LoRA and embedded guidance ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_the_adapter_alone_makes_the_teacher_the_student(
+    name: str, teacher_of: Teachers, tmp_path: Path
+) -> None:
+    from tiny import tiny_pipeline
+
+    teacher = teacher_of(name)
+    run = Exported(name, teacher, tmp_path / "student", lora_rank=2)
+    merged = merged_state(run.student.net)
+    saved = load_file(run.weights)
+    assert all(torch.equal(saved[key], merged[key]) for key in merged)
+    original = teacher.denoiser.net.state_dict()
+    assert sum(not torch.equal(merged[key], original[key]) for key in merged) > 10
+    assert_same(drawn(loaded(run.folder), run.folder), kept(run.folder))
+
+    pipe = tiny_pipeline(name)
+    pipe.load_lora_weights(run.folder, weight_name="pytorch_lora_weights.safetensors")
+    pipe.scheduler = run.sampler.scheduler(run.student.path, teacher.pipe.scheduler)
+    x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(3))
+    t, cond = torch.tensor([1.0, 0.3]), teacher.encode(run.prompts)
+    timestep = teacher.family.timestep(teacher.path, t)
+    with torch.no_grad():
+        by_adapter = teacher.family.call(getattr(pipe, teacher.family.denoiser), x_t, timestep, cond)
+        plain = student_pipeline(run.student, run.sampler, teacher)
+        by_merging = teacher.family.call(getattr(plain, teacher.family.denoiser), x_t, timestep, cond)
+    assert (by_adapter - by_merging).abs().max() < 1e-4
+    assert (by_merging - teacher.denoiser.raw(x_t, t, cond)).abs().max() > 1e-2
+    assert_same(drawn(pipe, run.folder), kept(run.folder))
+
+
+@pytest.mark.parametrize("name", ["unet-classes", "dit"])
+def test_a_lora_student_of_a_pipeline_without_adapters_is_merged(
+    name: str, teacher_of: Teachers, tmp_path: Path
+) -> None:
+    run = Exported(name, teacher_of(name), tmp_path / "student", lora_rank=2)
+    assert not (run.folder / "pytorch_lora_weights.safetensors").exists()
+    assert_same(drawn(loaded(run.folder), run.folder), kept(run.folder))
+
+
+@pytest.mark.slow
+def test_a_student_of_embedded_guidance_is_given_its_scale(teacher_of: Teachers, tmp_path: Path) -> None:
+    from stepdistill.methods.lcm import LCM
+
+    teacher = teacher_of("sd")
+    student = Student.from_teacher(teacher)
+    method = LCM(teacher, student, (1.0, 0.5), LCM.Options(guidance=5.5, guidance_range=(2.0, 8.0)))
+    shaken(student.net)
+    sampler = method.sampler().on_grid_of(teacher.path, teacher.pipe.scheduler)
+    folder, prompts = tmp_path / "student", tiny_prompts("sd", 2)
+    export(student, sampler, teacher, folder, prompts, "", seeds=(0, 1))
+    manifest = json.loads((folder / VERIFICATION / "manifest.json").read_text())
+    assert manifest["call"]["guidance_scale"] == 5.5
+    assert json.loads((folder / "unet" / "config.json").read_text())["time_cond_proj_dim"] == 256
+    assert verify(folder).worst <= 1
+    # The scale matters: another one draws another picture.
+    pictures = draw_as_pipeline(student, sampler, teacher, prompts, (0, 1))
+    other = Sampler(sampler.times, sampler.renoise, sampler.grid, guidance=2.0)
+    assert (draw_as_pipeline(student, other, teacher, prompts, (0, 1)) - pictures).abs().max() > 0.02

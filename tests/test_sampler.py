@@ -1,0 +1,214 @@
+"""A sampler draws what its stock scheduler draws, on exactly the grid it names, and says so where none has its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, toy_student
+from torch import Tensor, nn
+
+from stepdistill.errors import UserError
+from stepdistill.path import FlowPath, Path, TablePath, TrigPath
+from stepdistill.sampler import Sampler, times_of, uniform_times
+from stepdistill.student import Denoiser
+from stepdistill.types import Condition
+
+MEAN, DEVIATION = 0.4, 0.6
+
+
+def teacher_scheduler(**more: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **more)
+
+
+TABLE = TablePath.from_alphas_cumprod(teacher_scheduler().alphas_cumprod)
+
+
+class Output(nn.Module):
+    """A closed-form Gaussian as a network of any output kind."""
+
+    def __init__(self, path: Path, kind: Any) -> None:
+        super().__init__()
+        self.x0, self.path, self.kind = Gaussian(path, MEAN, DEVIATION), path, kind
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        said = self.path.read(self.x0(x, t, cond), "x0", x, t)
+        return self.path.target(said.x0, said.eps, t, self.kind)
+
+
+def drawn_by(
+    scheduler: Any, denoiser: Denoiser, noise: Tensor, steps: int, generator: torch.Generator
+) -> Tensor:
+    """diffusers' loop: network, then scheduler.step."""
+    scheduler.set_timesteps(steps)
+    x = noise
+    for timestep in scheduler.timesteps:
+        n = float(timestep)
+        t = torch.full((len(x),), (n + 1) / 1000 if isinstance(denoiser.path, TablePath) else n / 1000)
+        output = denoiser.raw(x, t, Condition())
+        more = {"generator": generator} if type(scheduler).__name__ == "LCMScheduler" else {}
+        x = scheduler.step(output, timestep, x, **more, return_dict=False)[0]
+    return x
+
+
+def ours(sampler: Sampler, denoiser: Denoiser, noise: Tensor, generator: torch.Generator) -> Tensor:
+    fresh: Callable[[int], Tensor] = lambda call: torch.randn(noise.shape, generator=generator)  # noqa: E731
+    with torch.no_grad():
+        return sampler.draw(denoiser, noise, Condition(), fresh)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("renoise", [True, False])
+def test_stock_schedulers_draw_the_same_on_a_table(renoise: bool, kind: Any, steps: int) -> None:
+    prediction = {"eps": "epsilon", "v": "v_prediction"}[kind]
+    teacher = teacher_scheduler(prediction_type=prediction)
+    sampler = Sampler(uniform_times(steps), renoise).on_grid_of(TABLE, teacher)
+    scheduler = sampler.scheduler(TABLE, teacher)
+    assert type(scheduler).__name__ == ("LCMScheduler" if renoise or steps == 1 else "DDIMScheduler")
+    denoiser = Denoiser(Output(TABLE, kind), TABLE, kind, ToyFamily())
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    own = ours(sampler, denoiser, noise, torch.Generator().manual_seed(1))
+    theirs = drawn_by(scheduler, denoiser, noise, steps, torch.Generator().manual_seed(1)).detach()
+    assert (own - theirs).abs().max() < 1e-5
+    assert own.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "times", [(1.0,), (1.0, 0.5), (1.0, 0.75), (1.0, 0.75, 0.5, 0.25), (1.0, 0.9, 0.75, 0.5)]
+)
+def test_the_stock_scheduler_draws_the_same_on_a_flow_path(times: tuple[float, ...]) -> None:
+    path = FlowPath()
+    sampler = Sampler(times, False)
+    scheduler = sampler.scheduler(path, None)
+    assert times_of(path, scheduler, len(times)) == pytest.approx(times, abs=1e-6)
+    denoiser = Denoiser(Output(path, "velocity"), path, "velocity", ToyFamily())
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator()
+    own = ours(sampler.on_grid_of(path, None), denoiser, noise, generator)
+    theirs = drawn_by(scheduler, denoiser, noise, len(times), generator).detach()
+    assert (own - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps"),
+    [
+        (1, [999]),
+        (2, [999, 499]),
+        (4, [999, 749, 499, 249]),
+        (5, [999, 799, 599, 399, 199]),
+        (8, [999, 874, 749, 624, 499, 374, 249, 124]),
+    ],
+)
+def test_grids_are_pinned_by_the_config_alone(steps: int, timesteps: list[int]) -> None:
+    for renoise in (True, False):
+        scheduler = Sampler(uniform_times(steps), renoise).scheduler(TABLE, teacher_scheduler())
+        again = type(scheduler).from_config(dict(scheduler.config))
+        again.set_timesteps(steps)
+        assert again.timesteps.tolist() == timesteps
+    flow = Sampler(uniform_times(steps), False).scheduler(FlowPath(), None)
+    flow.set_timesteps(steps)
+    assert flow.timesteps.tolist() == pytest.approx([1000 * (1 - i / steps) for i in range(steps)], abs=1e-3)
+
+
+def test_a_grid_students_times_are_lcms_own() -> None:
+    sampler = Sampler(uniform_times(4), True, grid=50).on_grid_of(TABLE, teacher_scheduler())
+    assert [round(1000 * time) for time in sampler.times] == [1000, 760, 500, 260]
+    for steps, wanted in ((1, [1.0]), (2, [1.0, 0.5]), (4, [1.0, 0.76, 0.5, 0.26])):
+        assert sampler.on_grid_of(TABLE, teacher_scheduler(), steps).times == pytest.approx(wanted)
+    assert sampler.step_counts == (1, 2, 4, 8)
+
+
+def test_three_steps_land_on_whole_timesteps() -> None:
+    for renoise, timesteps in ((True, [999, 666, 333]), (False, [999, 666, 332])):
+        sampler = Sampler(uniform_times(3), renoise).on_grid_of(TABLE, teacher_scheduler())
+        assert [round(1000 * time) - 1 for time in sampler.times] == timesteps
+
+
+@pytest.mark.parametrize(
+    ("path", "times", "renoise"),
+    [
+        (TABLE, (1.0, 0.4), True),
+        (TABLE, (1.0, 0.4), False),
+        (TABLE, (0.4,), True),
+        (TABLE, (1.0, 0.75, 0.5), True),
+        (FlowPath(), (0.9,), False),
+        (FlowPath(), (0.9, 0.4), False),
+        (FlowPath(), (1.0, 0.8, 0.2), False),
+    ],
+)
+def test_a_grid_that_no_stock_scheduler_has_is_refused(
+    path: Path, times: tuple[float, ...], renoise: bool
+) -> None:
+    with pytest.raises(UserError, match="no stock diffusers scheduler draws in .*the nearest is") as caught:
+        Sampler(times, renoise).scheduler(path, teacher_scheduler())
+    assert "\n" not in str(caught.value)
+
+
+def test_what_has_no_stock_scheduler_is_refused() -> None:
+    with pytest.raises(UserError, match=r"options\.renoise=false"):
+        Sampler((1.0, 0.5), True).scheduler(FlowPath(), None)
+    with pytest.raises(UserError, match="TrigPath have no stock"):
+        Sampler((1.0,), False).scheduler(TrigPath(), None)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_call_that_forgets_the_step_count_raises(steps: int) -> None:
+    scheduler = Sampler(uniform_times(steps), True).scheduler(TABLE, teacher_scheduler())
+    with pytest.raises(ValueError, match="50"):
+        scheduler.set_timesteps(50)
+
+
+def test_the_exported_scheduler_keeps_the_teachers_schedule() -> None:
+    teacher = teacher_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=True)
+    for sampler in (Sampler((1.0, 0.5), True), Sampler((1.0, 0.5), False)):
+        scheduler = sampler.scheduler(TablePath.from_alphas_cumprod(teacher.alphas_cumprod), teacher)
+        assert torch.equal(scheduler.alphas_cumprod, teacher.alphas_cumprod)
+        assert scheduler.config.prediction_type == "v_prediction"
+        assert (
+            scheduler.config.clip_sample is False
+        )  # latents are not pixels, and neither are students' predictions
+
+
+def test_walking_stops_at_the_asked_time() -> None:
+    sampler = Sampler(uniform_times(4), False)
+    path = FlowPath()
+    student = toy_student(GaussianMap(path, MEAN, DEVIATION), path)
+    noise = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    none: Callable[[int], Tensor] = lambda call: torch.zeros_like(noise)  # noqa: E731
+    x = noise
+    for calls in range(4):
+        assert torch.equal(sampler.walk(student, noise, Condition(), none, calls), x)
+        t, s = torch.full((4,), 1 - calls / 4), torch.full((4,), 0.75 - calls / 4)
+        x = student.jump(x, t, s, Condition())
+    assert torch.equal(sampler.draw(student, noise, Condition(), none), x)
+
+
+@pytest.mark.parametrize("path", [FlowPath(), TrigPath()], ids=["flow", "trig"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_consistency_sampling_of_the_exact_map_draws_the_data(path: Path, steps: int) -> None:
+    count = 40_000
+    student = toy_student(GaussianMap(path, MEAN, DEVIATION), path)
+    generator = torch.Generator().manual_seed(steps)
+    noise = torch.randn(count, *SHAPE, generator=generator)
+    drawn = ours(Sampler(uniform_times(steps), True), student, noise, generator)
+    numbers = drawn.numel()
+    # Four standard errors of a mean and of a variance.
+    assert abs(float(drawn.mean()) - MEAN) < 4 * DEVIATION / numbers**0.5
+    assert abs(float(drawn.var()) - DEVIATION**2) < 4 * DEVIATION**2 * (2 / numbers) ** 0.5
+
+
+def test_a_jump_is_the_mean_velocity_times_the_gap() -> None:
+    path = FlowPath()
+    student = toy_student(Gaussian(path, MEAN, DEVIATION), path)
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    t, s = torch.tensor([1.0, 0.6, 0.5]), torch.tensor([0.0, 0.1, 0.5])
+    velocity = student.mean_velocity(x, t, s, Condition())
+    assert torch.allclose(
+        x - (t - s)[:, None, None, None] * velocity, student.jump(x, t, s, Condition()), atol=1e-6
+    )
+    assert torch.allclose(velocity[2], student.predict(x, t, Condition()).velocity[2])
