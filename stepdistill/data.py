@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stepdistill.draws import Draws, generator_for
+from stepdistill.embedded import emoji_captions, emoji_images
 from stepdistill.errors import UserError
 from stepdistill.pairs import PairCache
 from stepdistill.teacher import PipelineTeacher
@@ -43,6 +45,43 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise UserError(f"data.prompts: {file} holds no prompt: write one a line")
     return prompts
+
+
+class Images(Protocol):
+    """Images with captions."""
+
+    @property
+    def captions(self) -> list[str]: ...
+
+    def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class EmbeddedImages:
+    """The images the embedded teacher was trained on.
+
+    Attributes:
+        pixels: uint8 [N, H, W, 3].
+        captions: one for each.
+    """
+
+    pixels: Tensor
+    captions: list[str]
+
+    @staticmethod
+    def read() -> EmbeddedImages:
+        """The embedded emoji."""
+        return EmbeddedImages(torch.from_numpy(emoji_images()), emoji_captions())
+
+    def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1]; they come in one size only."""
+        if self.pixels.shape[1:3] != (height, width):
+            raise UserError(
+                f"the embedded images are {tuple(self.pixels.shape[1:3])}, the teacher draws {height, width}"
+            )
+        return self.pixels[list(index)].permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -144,7 +183,7 @@ class Data:
         teacher: encodes prompts and images.
         prompts: the prompts to train on.
         seed: the run's seed.
-        images: files with captions, or None.
+        images: images with captions, or None.
         pairs: cached pairs of the same prompts, or None.
     """
 
@@ -153,7 +192,7 @@ class Data:
         teacher: PipelineTeacher,
         prompts: Sequence[str],
         seed: int,
-        images: ImageFolder | None = None,
+        images: Images | None = None,
         pairs: PairCache | None = None,
     ) -> None:
         self.teacher, self.seed, self.pairs = teacher, seed, pairs
@@ -170,7 +209,7 @@ class Data:
                 cond = teacher.encode([images.captions[i] for i in rows])
                 return {"x0": teacher.to_latents(pixels), **cond.tensors}
 
-            self.images = Rows(len(images.files), encode)
+            self.images = Rows(len(images.captions), encode)
 
     def _pixels(self) -> tuple[int, int]:
         probe = self.teacher.to_images(torch.zeros(1, *self.teacher.shape, device=self.teacher.device))

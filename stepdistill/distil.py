@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from stepdistill.attention import check_attention, use_xformers
 from stepdistill.checks import check_output, check_recipe, find_pipeline
 from stepdistill.content import module_summaries
-from stepdistill.data import Data, ImageFolder, read_prompts
+from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images, read_prompts
 from stepdistill.embedded import emoji_captions
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
@@ -208,7 +208,7 @@ class Job:
         self.needs = kind.needs_of(self.options)
         check_attention(recipe.train.attention, device)
         self.embedded = pipeline is None and recipe.teacher == "emoji"
-        if "images" in self.needs and recipe.data.images is None:
+        if "images" in self.needs and recipe.data.images is None and not self.embedded:
             raise UserError(
                 f"{recipe.method} with these options learns from images: give a folder in data.images"
             )
@@ -251,12 +251,14 @@ class Job:
     def data(self, output: Path) -> Data:
         """Everything the method asked for; makes the pairs that are missing."""
         recipe, accelerator = self.recipe, self.accelerator
-        images = None
-        if "images" in self.needs:
-            images = ImageFolder.read(Path(cast(str, recipe.data.images)))
-            if images.skipped and accelerator.is_main_process:
-                names = "; ".join(images.skipped[:5]) + ("; ..." if len(images.skipped) > 5 else "")
-                say(f"data.images: {len(images.skipped)} unreadable file(s) skipped: {names}")
+        images: Images | None = None
+        if "images" in self.needs and recipe.data.images is None:
+            images = EmbeddedImages.read()
+        elif "images" in self.needs:
+            images = found = ImageFolder.read(Path(cast(str, recipe.data.images)))
+            if found.skipped and accelerator.is_main_process:
+                names = "; ".join(found.skipped[:5]) + ("; ..." if len(found.skipped) > 5 else "")
+                say(f"data.images: {len(found.skipped)} unreadable file(s) skipped: {names}")
         pairs = None
         if "pairs" in self.needs:
             folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"

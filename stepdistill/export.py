@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from stepdistill.checkpoint import sha256_of
 from stepdistill.ema import Ema
+from stepdistill.errors import UserError
+from stepdistill.families import Family
 from stepdistill.sampler import Sampler
 from stepdistill.student import ADAPTER, Student, lora_layers, merged_state
 from stepdistill.teacher import PipelineTeacher
@@ -63,11 +65,26 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8).cpu()
 
 
+def check_sampler(sampler: Sampler, family: Family) -> None:
+    """Refuses a sampler with which the family's pipeline does not draw one picture from one seed.
+
+    Raises:
+        UserError: for fresh noise between steps where the pipeline keeps its generator to itself.
+    """
+    if sampler.renoise and sampler.steps > 1 and not family.passes_generator:
+        raise UserError(
+            f"a {sampler.steps}-step student that takes fresh noise between steps could not be reproduced from a seed: "
+            f"{', '.join(family.pipelines)} hands its generator to no scheduler. Set student.times=[1.0], or the "
+            "method's options.renoise=false where it has that option"
+        )
+
+
 def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeacher) -> Any:
     """A stock diffusers pipeline that draws as the student does: the teacher's, with another network and scheduler."""
     import diffusers
 
     family = teacher.family
+    check_sampler(sampler, family)
     net = _plain_network(student.net, getattr(teacher.pipe, family.denoiser))
     scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
     other = family.student_pipeline(teacher.pipe)

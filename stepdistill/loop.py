@@ -26,7 +26,7 @@ from stepdistill.ema import Ema
 from stepdistill.errors import UserError
 from stepdistill.health import require_finite
 from stepdistill.log import RunLog
-from stepdistill.recipe import Recipe, TrainOptions, differences, resolved
+from stepdistill.recipe import Recipe, differences, resolved
 from stepdistill.schedule import learning_rate
 from stepdistill.types import Method
 

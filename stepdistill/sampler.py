@@ -102,6 +102,8 @@ class Sampler:
             config = {key: teacher_scheduler.config[key] for key in keep}
             config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
             config["clip_sample"] = False
+            # Read by neither scheduler on these grids; Stable Diffusion pipelines rewrite any other value, and warn.
+            config["steps_offset"] = 1
             if self.renoise or self.steps == 1:
                 uniform = self.steps if path.steps % self.steps == 0 else path.steps
                 # With as many original steps as the student has, a call that forgets num_inference_steps (and so asks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -52,6 +53,14 @@ def path_of(scheduler: Any) -> tuple[Path, Output]:
     return TablePath.from_alphas_cumprod(table), OUTPUTS[kind]
 
 
+def absent_components(folder: FilePath) -> dict[str, None]:
+    """Components that a pipeline folder says it is without (SD3 without T5, say), as from_pretrained must be told."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        return {}
+    return {name: None for name, entry in json.loads(file.read_text()).items() if entry == [None, None]}
+
+
 def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline from an embedded teacher's name, a folder or a hub id; safetensors weights only.
 
@@ -68,7 +77,8 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
     if FilePath(place).is_dir():
         family_named(pipeline_class(FilePath(place)))
     try:
-        return DiffusionPipeline.from_pretrained(place, dtype=dtype, use_safetensors=True)
+        absent = absent_components(FilePath(place))
+        return DiffusionPipeline.from_pretrained(place, dtype=dtype, use_safetensors=True, **absent)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"teacher {source} could not be loaded: {first}") from error

@@ -21,7 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.export import TOLERANCE, VERIFICATION, draw_as_pipeline, export, student_pipeline
 from stepdistill.sampler import Sampler, uniform_times
 from stepdistill.student import Student, merged_state
-from stepdistill.teacher import PipelineTeacher
+from stepdistill.teacher import PipelineTeacher, absent_components, load_teacher
 from stepdistill.verify import verify
 
 Teachers = Callable[[str], PipelineTeacher]
@@ -30,7 +30,7 @@ SAMPLERS = {
     "unet-ddpm": Sampler(uniform_times(1), True),
     "unet-ddim": Sampler(uniform_times(4), False),
     "unet-classes": Sampler(uniform_times(2), True),
-    "dit": Sampler(uniform_times(2), True),
+    "dit": Sampler(uniform_times(2), False),
     "sd": Sampler(uniform_times(4), True),
     "sd-v": Sampler(uniform_times(3), False),
     "sdxl": Sampler(uniform_times(2), True, grid=50),
@@ -83,7 +83,7 @@ def exported(teacher_of: Teachers, tmp_path_factory: pytest.TempPathFactory) -> 
 def loaded(folder: Path) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent_components(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -191,6 +191,32 @@ def test_dit_labels_may_be_names(exported: Callable[[str], Exported], tmp_path: 
     export(run.student, run.sampler, run.teacher, tmp_path / "s", ["tench", "goldfish"], "", seeds=run.seeds)
     assert torch.equal(kept(tmp_path / "s"), kept(run.folder))
     assert_same(drawn(loaded(tmp_path / "s"), tmp_path / "s"), kept(run.folder))
+
+
+def test_fresh_noise_is_refused_where_the_pipeline_keeps_its_generator(
+    exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    run = exported("dit")
+    with pytest.raises(UserError, match="could not be reproduced from a seed: DiTPipeline"):
+        export(
+            run.student, Sampler((1.0, 0.5), True), run.teacher, tmp_path / "s", run.prompts, "", seeds=(0, 1)
+        )
+    assert not list(tmp_path.iterdir())
+    student_pipeline(run.student, Sampler((1.0,), True), run.teacher)  # one step draws no second noise
+
+
+@pytest.mark.parametrize("name", ["unet-classes", "sd", "sd3"])
+def test_a_student_can_teach(name: str, exported: Callable[[str], Exported]) -> None:
+    run = exported(name)
+    teacher = PipelineTeacher(load_teacher(str(run.folder)))
+    x_t, t = (
+        torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.9, 0.2]),
+    )
+    with torch.no_grad():
+        said, wanted = (who.predict(x_t, t, teacher.encode(run.prompts)) for who in (teacher, run.student))
+    assert (said.x0 - wanted.x0).abs().max() < 1e-4
+    assert torch.equal(teacher.path.angle(t), run.student.path.angle(t))
 
 
 # --- what verify refuses -----------------------------------------------------------------------------------------
@@ -322,6 +348,7 @@ def test_a_student_of_embedded_guidance_is_given_its_scale(teacher_of: Teachers,
     student = Student.from_teacher(teacher)
     method = LCM(teacher, student, (1.0, 0.5), LCM.Options(guidance=5.5, guidance_range=(2.0, 8.0)))
     shaken(student.net)
+    torch.nn.init.normal_(student.net.get_parameter("time_embedding.cond_proj.weight"), std=0.3)
     sampler = method.sampler().on_grid_of(teacher.path, teacher.pipe.scheduler)
     folder, prompts = tmp_path / "student", tiny_prompts("sd", 2)
     export(student, sampler, teacher, folder, prompts, "", seeds=(0, 1))

@@ -269,6 +269,6 @@ def _text_encoder(width: int, projected: bool) -> Any:
         bos_token_id=2046,
         eos_token_id=2047,
         pad_token_id=2047,
-        initializer_factor=5.0,
+        initializer_factor=2.0,
     )
     return CLIPTextModelWithProjection(config).eval() if projected else CLIPTextModel(config).eval()

@@ -39,6 +39,8 @@ class Family(ABC):
         denoiser: the pipeline's attribute that holds the network.
         has_prompts: whether conditions come from text prompts.
         lora_targets: suffixes of the layers that carry LoRA.
+        passes_generator: whether the pipeline hands its generator to the scheduler's step, as re-noising between steps
+            needs for a seed to give one picture.
     """
 
     name: ClassVar[str]
@@ -46,6 +48,7 @@ class Family(ABC):
     denoiser: ClassVar[str] = "unet"
     has_prompts: ClassVar[bool] = True
     lora_targets: ClassVar[list[str]] = UNET_LORA
+    passes_generator: ClassVar[bool] = True
 
     @abstractmethod
     def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:

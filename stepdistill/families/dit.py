@@ -16,6 +16,7 @@ class DiT(LabelFamily):
     pipelines = ("DiTPipeline",)
     denoiser = "transformer"
     lora_targets = TRANSFORMER_LORA
+    passes_generator = False
 
     def classes(self, pipe: Any) -> int:
         return int(pipe.transformer.config.num_embeds_ada_norm)

@@ -2,8 +2,8 @@
 
 Luo et al. 2023, "Latent Consistency Models", 2310.04378, on top of Song et al. 2023, "Consistency Models", 2303.01469.
 
-- Skipping steps (LCM 4.3): on a grid of ``grid`` times, z_n is a noised clean latent and z_m one DDIM step of the
-  teacher towards data, k = N / grid timesteps away.
+- Skipping steps (LCM 4.3): on a grid of ``grid`` times, z_n is a noised clean latent (at the noisiest time pure noise,
+  as in sampling) and z_m one DDIM step of the teacher towards data, k = skip N / grid timesteps away.
 - Guidance in the ODE (LCM 4.2, eq. 14): the step uses the guided x0 and eps; one fixed scale, or a scale drawn per
   sample and given to the student as an embedding.
 - Loss (LCM eq. 16): d(f(z_n, n), f_target(z_m, m)) with f = c_skip z + c_out x0, target weights an EMA of the
@@ -40,7 +40,9 @@ class LCM(Method):
         guidance_range: tuple[float, float] | None = (
             None  # draw it from here and embed it; (3, 15) in LCM 5.1
         )
-        grid: int = 50  # times on the path; k = 1000 / 50 = 20 (LCM 4.3)
+        grid: int = 50  # times on the path
+        skip: int = 1  # grid times a teacher step skips: k = 1000 / 50 = 20 timesteps (LCM 4.3)
+        noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
         ema: float = 0.95  # decay of the target network (LCM 5.1)
         huber: float = 0.001  # c of the pseudo-Huber loss
         source: Literal["pairs", "images"] = "pairs"  # where clean latents come from
@@ -81,14 +83,16 @@ class LCM(Method):
         source = cast(Examples, getattr(batch, self.options.source))
         x0, cond = source.x0, source.cond
         path, draws = self.student.path, batch.draws
-        t = (draws.integers("time", self.options.grid) + 1) / self.options.grid
-        s = (t - 1 / self.options.grid).clamp_min(self.end)
-        z = path.sample(x0, draws.normal("eps", tuple(x0.shape[1:])), t)
+        options, eps = self.options, draws.normal("eps", tuple(x0.shape[1:]))
+        t = (draws.integers("time", options.grid) + 1) / options.grid
+        t = torch.where(draws.uniform("start") < options.noise_share, torch.ones_like(t), t)
+        s = (t - options.skip / options.grid).clamp_min(self.end)
+        z = torch.where(per_sample(t == 1, eps), eps, path.sample(x0, eps, t))
 
-        guidance: float | Tensor = self.options.guidance
+        guidance: float | Tensor = options.guidance
         student_cond = cond
-        if self.options.guidance_range:
-            guidance = draws.uniform("guidance", *self.options.guidance_range)
+        if options.guidance_range:
+            guidance = draws.uniform("guidance", *options.guidance_range)
             embedding = self.student.family.embed_guidance(self.student.net, guidance)
             student_cond = cond.with_tensor("guidance_embedding", embedding)
 
@@ -96,7 +100,7 @@ class LCM(Method):
             z_s = self.teacher.predict(z, t, cond, guidance=guidance).at(s)
             target = self.clean(self.target, z_s, s, student_cond)
         residual = self.clean(self.student, z, t, student_cond) - target
-        c = self.options.huber
+        c = options.huber
         return ((residual.square() + c**2).sqrt() - c).mean(), {
             "residual": residual.detach().square().mean().sqrt()
         }

@@ -7,8 +7,8 @@ Liu et al. 2022, "Flow Straight and Fast", 2209.03003; text-conditional in Liu e
   x_t = (1 - t) x + t z. The student keeps its own path and output kind: it is read on the straight path, at the
   angle where the signal-to-noise ratios agree, so its weights stay those that diffusers expects.
 - Distillation, the rest (2.2, "distillation"): E |x(z, 1) - x|^2 at the noise end, or for K steps at the K starts of
-  equal segments. ``fresh`` mixes in pairs drawn on the spot from the reflowed student, frozen at the end of the first
-  stage and followed for ``flow_steps`` Euler steps (the paper regenerates its pairs with the 2-rectified flow).
+  equal segments. ``fresh`` is the share of batches drawn on the spot from the reflowed student, frozen at the end of
+  the first stage and followed for ``flow_steps`` Euler steps (the paper regenerates its pairs with that flow).
 - The reflow loss is squared, as its minimiser must be the mean velocity; the distance of the distillation is free, and
   one that forgives outliers keeps the student off the mean of what it cannot tell apart.
 
@@ -44,7 +44,7 @@ class Reflow(Method):
         t_min: float = (
             0.02  # least time of the reflow loss: below it the velocity is the noise of the reading
         )
-        fresh: float = 0.0  # share in [0, 1] of each distillation batch drawn from the reflowed student
+        fresh: float = 0.0  # share in [0, 1] of the distillation batches drawn from the reflowed student
         flow_steps: int = 4  # its Euler steps
         distance: DistanceName = "l2"  # of the distillation
 
@@ -72,19 +72,9 @@ class Reflow(Method):
 
     def distillation_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z, x, cond = cast(Tensor, pairs.noise), pairs.x0, pairs.cond
-        own = (
-            batch.draws.uniform("fresh") < self.options.fresh
-        )  # [B]: which samples the reflowed student draws
-        if self.options.fresh:
-            # Both kinds are made for every sample and chosen by sample, so that halves of a batch add up to it.
-            drawn = self.flow_sample(batch.noise, batch.cond)
-            z = torch.where(per_sample(own, z), batch.noise, z)
-            x = torch.where(per_sample(own, x), drawn, x)
-            mixed = {
-                key: torch.where(per_sample(own, value), batch.cond.tensors[key], value)
-                for key, value in cond.tensors.items()
-            }
-            cond = Condition(mixed)
+        if batch.draws.shared_integer("fresh", 1000) < 1000 * self.options.fresh:
+            z, cond = batch.noise, batch.cond
+            x = self.flow_sample(z, cond)
         segment = batch.draws.integers("segment", len(self.times))
         t = torch.tensor(self.times, device=z.device)[segment]
         state = self.student.path.sample(x, z, t)

@@ -1,0 +1,97 @@
+"""How much a DMD unit costs beside its bare network passes, in one process: python eval/bench/step.py
+
+A unit is one student update and k updates of the fake network, as the loop does them: batch, draws, losses, backward,
+clipping, optimiser, averages, log. Bare are the forward and backward passes it cannot do without, on ready tensors:
+student forward and backward, teacher forward of 2 B (guidance), fake forward; and k times student forward, fake forward
+and backward. Both are timed in turn; the ratio is of medians. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from stepdistill.distil import Job
+from stepdistill.loop import train
+from stepdistill.methods.dmd import DMD
+from stepdistill.provenance import provenance
+from stepdistill.recipe import load_recipe
+
+
+def unit_seconds(job: Job, accelerator: Accelerator, folder: Path, fake_steps: int) -> float:
+    """Seconds of the second unit of a short run: the first one makes the optimisers' state."""
+    data = job.data(folder)
+    train(job.method, data, job.recipe, folder, accelerator)
+    rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    return float(rows[2 * fake_steps + 1]["seconds"] - rows[fake_steps]["seconds"])
+
+
+def bare_seconds(job: Job, batch: int, fake_steps: int) -> float:
+    """Seconds of the network passes of one unit."""
+    method, teacher = job.method, job.teacher
+    assert isinstance(method, DMD)
+    x, t = torch.randn(batch, *teacher.shape), torch.rand(batch)
+    cond = teacher.encode(job.prompts[:batch])
+    both, both_t, both_cond = torch.cat([x, x]), torch.cat([t, t]), cond.join(cond)
+
+    def learn(net: torch.nn.Module, call: Callable[[], torch.Tensor]) -> None:
+        call().square().mean().backward()
+        net.zero_grad(set_to_none=True)
+
+    method.requires_grad_(True)
+    began = time.perf_counter()
+    learn(method.student.net, lambda: method.student.raw(x, t, cond))
+    with torch.no_grad():
+        teacher.denoiser.raw(both, both_t, both_cond)
+        method.fake.raw(x, t, cond)
+    for _ in range(fake_steps):
+        with torch.no_grad():
+            method.student.raw(x, t, cond)
+        learn(method.fake.net, lambda: method.fake.raw(x, t, cond))
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--fake-steps", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    chosen = parser.parse_args()
+    recipe = load_recipe(
+        method="dmd",
+        teacher="emoji",
+        sets=[
+            *("options.warm_start=0", "options.fake_warm_start=0", "train.sheet_every=0", "train.ema=0.99"),
+            f"options.fake_steps={chosen.fake_steps}",
+            f"train.steps={2 * (chosen.fake_steps + 1)}",
+            f"train.batch={chosen.batch}",
+        ],
+    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    job = Job(recipe, accelerator, None)
+    units, bares = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(chosen.repeats + 1):
+            unit = unit_seconds(job, accelerator, Path(folder), chosen.fake_steps)
+            bare = bare_seconds(job, chosen.batch, chosen.fake_steps)
+            if repeat:  # the first round warms up
+                units.append(unit)
+                bares.append(bare)
+    unit, bare = statistics.median(units), statistics.median(bares)
+    print(f"unit of 1 + {chosen.fake_steps} updates, batch {chosen.batch}: {unit * 1000:.0f} ms")
+    print(f"its bare network passes: {bare * 1000:.0f} ms")
+    print(f"ratio: {unit / bare:.3f} (median of {chosen.repeats}; {provenance()['hardware']})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Batches that follow from the step alone, images that are skipped and named, and the cache of pairs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepdistill.data import Data, EmbeddedImages, ImageFolder, read_prompts
+from stepdistill.draws import Draws, generator_for
+from stepdistill.errors import UserError
+from stepdistill.pairs import PairCache, PairOptions
+from stepdistill.teacher import PipelineTeacher, load_teacher
+
+PROMPTS = ["red apple", "dog", "cat face", "sun", "waving hand"]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return PipelineTeacher(load_teacher("emoji"))
+
+
+def options(**more):
+    return PairOptions(**{"pairs": 12, "pair_steps": 2, "guidance": 2.0, **more})
+
+
+def test_draws_belong_to_the_sample_and_not_to_the_batch():
+    whole = Draws(3, 7, 0, 8)
+    parts = [whole.part(0, 3), whole.part(3, 5)]
+    for name in ("a", "b"):
+        joined = torch.cat([part.normal(name, (2, 2)) for part in parts])
+        assert torch.equal(whole.normal(name, (2, 2)), joined)
+        assert torch.equal(whole.uniform(name), torch.cat([part.uniform(name) for part in parts]))
+    assert not torch.equal(whole.normal("a", (2,)), whole.normal("b", (2,)))
+    assert not torch.equal(whole.normal("a", (2,)), Draws(3, 8, 0, 8).normal("a", (2,)))
+    assert len({part.shared_integer("exit", 1000) for part in (whole, *parts)}) == 1
+
+
+def test_draws_have_the_law_they_are_named_after():
+    draws = Draws(0, 0, 0, 20_000)
+    normal, uniform, integers = draws.normal("n", ()), draws.uniform("u", 2.0, 4.0), draws.integers("i", 5)
+    assert float(normal.mean()) == pytest.approx(0, abs=0.03)
+    assert float(normal.std()) == pytest.approx(1, abs=0.03)
+    assert float(uniform.mean()) == pytest.approx(3, abs=0.02)
+    assert float(uniform.std()) == pytest.approx(2 / 12**0.5, abs=0.02)
+    assert torch.bincount(integers).tolist() == pytest.approx([4000] * 5, abs=300)
+
+
+def test_a_batch_is_the_same_whole_or_in_parts_and_an_epoch_sees_every_prompt(teacher):
+    data = Data(teacher, PROMPTS, seed=1)
+    whole = data.batch(4, 0, 4, 4)
+    parts = [data.batch(4, 0, 2, 4), data.batch(4, 2, 2, 4)]
+    assert torch.equal(whole.noise, torch.cat([part.noise for part in parts]))
+    key = "encoder_hidden_states"
+    assert torch.equal(whole.cond.tensors[key], torch.cat([part.cond.tensors[key] for part in parts]))
+    epoch = torch.cat([data.batch(step, 0, 1, 1).cond.tensors[key] for step in range(5)])
+    assert len({tuple(row.flatten()[-96:].tolist()) for row in epoch}) == 5
+
+
+def test_encoded_prompts_are_those_of_the_pipeline(teacher):
+    data = Data(teacher, PROMPTS, seed=1)
+    direct = teacher.pipe.encode_prompt([PROMPTS[2]], "cpu", 1, False)[0]
+    found = data.condition(torch.tensor([2])).tensors["encoder_hidden_states"]
+    torch.testing.assert_close(found, direct, atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_are_the_teachers_own_samples(teacher, tmp_path):
+    """Two DDIM steps at the cache's guidance from the cache's own noise give the stored clean end."""
+    cache = PairCache(tmp_path, teacher, PROMPTS, options(pair_solver="ddim"), seed=5)
+    data = Data(teacher, PROMPTS, 5, pairs=cache)
+    cache.make(data.condition)
+    index = torch.tensor([0, 7, 11])
+    x, cond = cache.noise(index), data.condition(cache.prompt_index[index])
+    for t, s in ((1.0, 0.5), (0.5, 0.0)):
+        x = teacher.predict(x, torch.full((3,), t), cond, guidance=2.0).at(torch.full((3,), s))
+    torch.testing.assert_close(cache.clean(index), x, atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_go_on_where_they_stopped_and_ranks_share_the_work(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.pairs.SHARD", 4)
+    caches = {
+        name: PairCache(tmp_path / name, teacher, PROMPTS, options(), seed=5) for name in ("one", "two")
+    }
+    data = Data(teacher, PROMPTS, 5)
+    caches["one"].make(data.condition)
+    caches["two"].make(data.condition, rank=0, ranks=2)
+    missing = tmp_path / "two" / "pairs-00001.safetensors"
+    assert not missing.exists()
+    before = (tmp_path / "two" / "pairs-00000.safetensors").stat().st_mtime_ns
+    caches["two"].make(data.condition)
+    assert missing.exists()
+    assert (tmp_path / "two" / "pairs-00000.safetensors").stat().st_mtime_ns == before
+    everything = torch.arange(12)
+    assert torch.equal(caches["one"].clean(everything), caches["two"].clean(everything))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"guidance": 3.0}, "guidance"), ({"pair_steps": 3}, "steps"), ({"pair_solver": "heun"}, "solver"),
+     ({"pairs": 13}, "pairs"), ("prompts", "prompts"), ("seed", "seed"), ("teacher", "teacher")],
+)  # fmt: skip
+def test_pairs_of_anything_else_are_refused_by_name(teacher, tmp_path, change, named):
+    PairCache(tmp_path, teacher, PROMPTS, options(), seed=5)
+    prompts = PROMPTS[:-1] if change == "prompts" else PROMPTS
+    other = teacher
+    if change == "teacher":
+        other = PipelineTeacher(load_teacher("emoji"))
+        with torch.no_grad():
+            other.denoiser.net.conv_out.bias[0] += 1e-3
+    wanted = options(**change) if isinstance(change, dict) else options()
+    with pytest.raises(UserError, match=rf"were made with another {named} \("):
+        PairCache(tmp_path, other, prompts, wanted, seed=6 if change == "seed" else 5)
+
+
+def picture(file, size=(40, 32), mode="RGB"):
+    colour = (200, 30, 60) if mode == "RGB" else 7
+    Image.new(mode, size, colour).save(file)
+
+
+def test_corrupt_images_are_skipped_counted_and_named(tmp_path):
+    picture(tmp_path / "red_apple.png")
+    picture(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("a dog\n")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "notes.md").write_text("left alone")
+    found = ImageFolder.read(tmp_path)
+    assert [file.name for file in found.files] == ["b.png", "red_apple.png"]
+    assert found.captions == ["a dog", "red apple"]
+    assert [line.split(" ")[0] for line in found.skipped] == ["broken.png", "text.jpg"]
+    pixels = found.load([1], 16, 16)
+    assert pixels.shape == (1, 3, 16, 16)
+    torch.testing.assert_close(pixels[0, :, 5, 5], torch.tensor([200, 30, 60]) / 127.5 - 1)
+
+
+def test_captions_come_from_metadata_first(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a red field"}) + "\n")
+    assert ImageFolder.read(tmp_path).captions == ["a red field"]
+
+
+@pytest.mark.parametrize("content", [None, "empty", "broken"])
+def test_a_folder_without_images_is_an_error(tmp_path, content):
+    folder = tmp_path / "images"
+    if content:
+        folder.mkdir()
+    if content == "broken":
+        (folder / "a.png").write_text("no")
+    with pytest.raises(UserError, match=r"data.images: .*images"):
+        ImageFolder.read(folder)
+
+
+def test_images_reach_the_batch_as_latents_of_the_teachers_scale(teacher):
+    """The embedded images, encoded: near unit deviation, and decoded again within the VAE's error."""
+    images = EmbeddedImages.read()
+    few = EmbeddedImages(images.pixels[:40], images.captions[:40])
+    batch = Data(teacher, PROMPTS, 0, images=few).batch(0, 0, 8, 8)
+    x0 = batch.images.x0
+    assert x0.shape == (8, 4, 8, 8)
+    assert 0.5 < float(x0.std()) < 2.0
+    index = torch.randperm(40, generator=generator_for(0, "order", "images", 0))[:8]
+    real = few.load(index.tolist(), 32, 32) / 2 + 0.5
+    error = float((teacher.to_images(x0) - real).square().mean())
+    assert -10 * np.log10(error) > 22  # decibels
+
+
+def test_prompts_are_read_by_line_and_refused_when_there_are_none(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("  a cat \n\n a dog\n")
+    assert read_prompts(file) == ["a cat", "a dog"]
+    file.write_text("\n \n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(file)
+    with pytest.raises(UserError, match="not found"):
+        read_prompts(tmp_path / "none.txt")
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_prompts(file)

@@ -1,0 +1,79 @@
+"""Puts finished runs into the table of train/README.md: python train/results.py RUN...
+
+Each run's report.json is kept as train/results/NAME.json (an earlier one of the same name is replaced), and the table
+between the two markers of train/README.md is written anew from all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def rows(report: dict[str, Any]) -> list[str]:
+    """One row for each step count of a report."""
+    teacher, student = report["teacher"], report["student"]
+    steps_full = max(teacher["fd"], key=int)
+    written = []
+    for steps in student["fd"]:
+        clip, full_clip = student["clip_score"][steps], teacher["clip_score"][steps_full]
+        few = teacher["fd"].get(steps)
+        cells = [
+            report["name"],
+            report["method"],
+            steps,
+            f"**{report['gap_closed'][steps]:.3f}**",
+            f"{student['fd'][steps]:.2f}",
+            "" if few is None else f"{few:.2f}",
+            f"{clip:.3f} ({clip / full_clip:.1%})",
+            f"{report['train_seconds'] / 60:.1f}",
+            f"{report['peak_memory_bytes'] / 2**30:.1f}",
+            (report["commit"] or "")[:8] + "+" * (report["commit"] or "").endswith("+"),
+        ]
+        written.append(f"| {' | '.join(cells)} |")
+    return written
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """The table, with the commands and machines under it."""
+    teacher = reports[0]["teacher"]
+    full = max(teacher["fd"], key=int)
+    lines = [
+        f"Suite {reports[0]['suite']}, {reports[0]['n']} images; teacher `emoji`, guidance {reports[0]['guidance']:g}: "
+        f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance), {teacher['fd'][full]:.2f} at {full}; "
+        f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}.",
+        "",
+        "| run | method | steps | gap closed | FD-emoji | teacher's at these steps | CLIP-emoji (of the teacher's) "
+        "| training, min | memory, GiB | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for report in reports:
+        lines += rows(report)
+    lines += ["", "| run | command | hardware |", "| --- | --- | --- |"]
+    lines += [f"| {report['name']} | `{report['command']}` | {report['hardware']} |" for report in reports]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    store = HERE / "results"
+    store.mkdir(exist_ok=True)
+    for run in sys.argv[1:]:
+        report = json.loads((Path(run) / "report.json").read_text())
+        if not report["student"]["fd"]:
+            raise SystemExit(f"{run} was not evaluated")
+        shutil.copy(Path(run) / "report.json", store / f"{report['name']}.json")
+    reports = [json.loads(file.read_text()) for file in sorted(store.glob("*.json"))]
+    page = HERE / "README.md"
+    text = page.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{table(reports)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
