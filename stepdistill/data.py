@@ -236,6 +236,7 @@ class Data:
                 self.pairs.clean(index).to(device),
                 self.condition(self.pairs.prompt_index[index]),
                 self.pairs.noise(index).to(device),
+                None if (states := self.pairs.states(index)) is None else states.to(device),
             )
         return Batch(draws, draws.normal("noise", self.teacher.shape), cond, **examples)
 

@@ -263,7 +263,8 @@ class Job:
         if "pairs" in self.needs:
             folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
             options = cast(PairOptions, self.options)
-            pairs = PairCache(folder, self.teacher, self.prompts, options, recipe.train.seed)
+            times = self.sampler.times[1:] if "states" in self.needs else ()
+            pairs = PairCache(folder, self.teacher, self.prompts, options, recipe.train.seed, times)
         data = Data(self.teacher, self.prompts, recipe.train.seed, images, pairs)
         if pairs is not None:
             shown = bar(pairs.count, "pairs", unit="pair", shown=accelerator.is_main_process)

@@ -92,6 +92,11 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
         return getattr(diffusers, other)(**{family.denoiser: net, "scheduler": scheduler})
     pipe = copy.copy(teacher.pipe)
     pipe.register_modules(**{family.denoiser: net, "scheduler": scheduler})
+    # from_pretrained gives diffusers' networks as float32 and transformers' as they were saved: of a teacher held in
+    # bfloat16 it would make a pipeline of two types that cannot run.
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and component.dtype != torch.float32:
+            pipe.register_modules(**{name: copy.deepcopy(component).float()})
     return pipe
 
 
@@ -101,7 +106,7 @@ def _plain_network(net: nn.Module, base: Any) -> nn.Module:
         return net
     plain = type(base).from_config(base.config)
     plain.load_state_dict(merged_state(net))
-    return plain.eval()  # type: ignore[no-any-return]
+    return plain.to(next(net.parameters()).device).eval()  # type: ignore[no-any-return]
 
 
 def export(
@@ -133,7 +138,9 @@ def export(
     (partial / "README.md").write_text(card, encoding="utf-8")
     proof = partial / VERIFICATION
     proof.mkdir()
-    images = to_uint8(draw_as_pipeline(student, sampler, teacher, prompts, seeds))
+    as_saved = copy.copy(teacher)  # encodes and decodes in the float32 that was saved
+    as_saved.pipe = pipe
+    images = to_uint8(draw_as_pipeline(student, sampler, as_saved, prompts, seeds))
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
     family = teacher.family

@@ -232,7 +232,7 @@ def train(
                     with accelerator.autocast():
                         loss, logs = method.loss(turn, part)
                     (loss / options.accumulate).backward()
-                    told.append({"loss": loss.detach(), **logs})
+                    told.append({name: value.detach() for name, value in {"loss": loss, **logs}.items()})
                 numbers = {name: float(sum(logs[name] for logs in told)) / len(told) for name in told[0]}
                 if processes > 1:
                     average_gradients(parameters)

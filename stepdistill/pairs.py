@@ -1,8 +1,8 @@
 """(noise, teacher sample) pairs, made once in a sharded cache that knows what it was made with.
 
-A pair is stored as its clean end alone: its noise and its prompt follow from the seed and its number. The cache is
-keyed by the teacher, solver, steps, guidance, prompts and seed, and refused when any of them differs; shards that are
-already there are kept, so an interrupted run goes on where it stopped.
+A pair is stored as its clean end, and where asked for with some states of its trajectory; its noise and its prompt
+follow from the seed and its number. The cache is keyed by the teacher, solver, steps, guidance, prompts and seed, and
+refused when any of them differs; shards that are there already are kept, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from stepdistill.draws import Draws, generator_for
 from stepdistill.errors import UserError
+from stepdistill.path import Prediction
 from stepdistill.sampler import uniform_times
-from stepdistill.solvers import solve
+from stepdistill.solvers import trajectory
 from stepdistill.teacher import PipelineTeacher
-from stepdistill.types import MethodOptions
+from stepdistill.types import Condition, MethodOptions
 
 SHARD = 256
 """Pairs in one file."""
@@ -46,16 +47,25 @@ class PairCache:
         prompts: pair i belongs to prompt ``prompt_index[i]``.
         options: how many, solver, steps, guidance.
         seed: the pairs' noises and prompts follow from it.
+        times: times inside (0, 1) at which the trajectory's states are kept too.
 
     Raises:
-        UserError: when the folder holds pairs made with anything else.
+        UserError: when ``times`` are not among the solver's, or when the folder holds pairs made with anything else.
     """
 
     def __init__(
-        self, folder: Path, teacher: PipelineTeacher, prompts: Sequence[str], options: PairOptions, seed: int
+        self,
+        folder: Path,
+        teacher: PipelineTeacher,
+        prompts: Sequence[str],
+        options: PairOptions,
+        seed: int,
+        times: Sequence[float] = (),
     ) -> None:
         self.folder, self.teacher, self.options, self.seed = folder, teacher, options, seed
         self.count = options.pairs
+        self.grid = (*uniform_times(options.pair_steps), 0.0)
+        self.kept = [_position(self.grid, time) for time in times]
         rounds = [
             torch.randperm(len(prompts), generator=generator_for(seed, "pair prompts", i))
             for i in range(-(-self.count // len(prompts)))
@@ -71,6 +81,7 @@ class PairCache:
                 "pairs": self.count,
                 "seed": seed,
                 "shape": list(teacher.shape),
+                "states": [round(self.grid[i], 6) for i in self.kept],
             }
         )
         self._open: dict[int, safe_open] = {}
@@ -101,7 +112,7 @@ class PairCache:
 
     def make(
         self,
-        condition: Callable[[Tensor], object],
+        condition: Callable[[Tensor], Condition],
         rank: int = 0,
         ranks: int = 1,
         progress: Callable[[int], None] = lambda made: None,
@@ -113,40 +124,57 @@ class PairCache:
             rank, ranks: this process and how many there are.
             progress: told how many pairs each finished shard has.
         """
-        times = (*uniform_times(self.options.pair_steps), 0.0)
         for number in range(rank, -(-self.count // SHARD), ranks):
             rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.count))
             if not self._shard(number).is_file():
-                clean = self._draw(rows, condition(self.prompt_index[rows]), times)
+                drawn = self._draw(rows, condition(self.prompt_index[rows]))
                 partial = self._shard(number).with_suffix(f".{rank}.partial")
-                save_file({"x0": clean.cpu().contiguous()}, partial)
+                save_file({name: value.cpu().contiguous() for name, value in drawn.items()}, partial)
                 partial.rename(self._shard(number))
             progress(len(rows))
 
-    def _draw(self, rows: Tensor, cond: object, times: Sequence[float]) -> Tensor:
-        from stepdistill.types import Condition
-
-        assert isinstance(cond, Condition)
-        device = self.teacher.device
-        parts = []
+    def _draw(self, rows: Tensor, cond: Condition) -> dict[str, Tensor]:
+        device, parts = self.teacher.device, []
         for chunk in torch.arange(len(rows)).split(64):
-            noise, own = self.noise(rows[chunk]).to(device), cond.rows(chunk.to(device))
-            parts.append(
-                solve(
-                    lambda x, t, own=own: self.teacher.predict(x, t, own, guidance=self.options.guidance),  # type: ignore[misc]
-                    noise,
-                    times,
-                    self.options.pair_solver,
-                )
+            own = cond.rows(chunk.to(device))
+
+            def predict(x: Tensor, t: Tensor, own: Condition = own) -> Prediction:
+                return self.teacher.predict(x, t, own, guidance=self.options.guidance)
+
+            noise = self.noise(rows[chunk]).to(device)
+            parts.append(list(trajectory(predict, noise, self.grid, self.options.pair_solver)))
+        drawn = {"x0": torch.cat([states[-1] for states in parts])}
+        if self.kept:
+            # State i + 1 of the grid is the i-th of the trajectory, which leaves out the noise it starts from.
+            drawn["states"] = torch.cat(
+                [torch.stack([states[i - 1] for i in self.kept], 1) for states in parts]
             )
-        return torch.cat(parts)
+        return drawn
 
     def clean(self, index: Tensor) -> Tensor:
         """The clean ends [B, C, H, W] of the pairs ``index`` [B]."""
+        return self._read("x0", index)
+
+    def states(self, index: Tensor) -> Tensor | None:
+        """The kept states [B, K, C, H, W] of those pairs at the K ``times``; None where none are kept."""
+        return self._read("states", index) if self.kept else None
+
+    def _read(self, name: str, index: Tensor) -> Tensor:
         rows = []
         for i in index.tolist():
             number, row = divmod(i, SHARD)
             if number not in self._open:
                 self._open[number] = safe_open(self._shard(number), "pt")
-            rows.append(self._open[number].get_slice("x0")[row : row + 1])
+            rows.append(self._open[number].get_slice(name)[row : row + 1])
         return torch.cat(rows)
+
+
+def _position(grid: Sequence[float], time: float) -> int:
+    """Where ``time`` is in the solver's grid."""
+    nearest = min(range(1, len(grid) - 1), key=lambda i: abs(grid[i] - time), default=0)
+    if not nearest or abs(grid[nearest] - time) > 1.5e-3:
+        raise UserError(
+            f"student.times has {time:g}, which is not among the {len(grid) - 1} steps of the pairs' trajectories: "
+            "make options.pair_steps a multiple of the number of student.times"
+        )
+    return nearest

@@ -6,7 +6,7 @@ returns x_s. ``predict`` is any function (x [B, ...], t [B]) -> Prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -56,8 +56,8 @@ def dpmpp_2m(predict: Predict, x_t: Tensor, now: Prediction, before: Prediction 
 SOLVERS: dict[str, Step] = {"euler": euler, "ddim": ddim, "heun": heun, "dpm++2m": dpmpp_2m}
 
 
-def solve(predict: Predict, x: Tensor, times: Sequence[float], solver: str) -> Tensor:
-    """Follows the ODE from times[0] through to times[-1].
+def trajectory(predict: Predict, x: Tensor, times: Sequence[float], solver: str) -> Iterator[Tensor]:
+    """The states at times[1:], one after the other, of the ODE from x at times[0].
 
     Args:
         predict: the guided teacher, say.
@@ -70,4 +70,11 @@ def solve(predict: Predict, x: Tensor, times: Sequence[float], solver: str) -> T
         now = predict(x, torch.full((len(x),), t, device=x.device))
         x = step(predict, x, now, before, torch.full((len(x),), s, device=x.device))
         before = now
+        yield x
+
+
+def solve(predict: Predict, x: Tensor, times: Sequence[float], solver: str) -> Tensor:
+    """The last state of that trajectory."""
+    for state in trajectory(predict, x, times, solver):
+        x = state
     return x

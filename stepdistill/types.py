@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from stepdistill.sampler import Sampler
     from stepdistill.student import Student
 
-NEEDS = ("noise", "prompts", "images", "pairs")
-"""What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs."""
+NEEDS = ("noise", "prompts", "images", "pairs", "states")
+"""What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs, and with the
+pairs the states their trajectories have at the student's times."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,18 @@ class Examples:
         x0: clean latents [B, C, H, W], in the network's scale.
         cond: their conditions.
         noise: for pairs, the noise [B, C, H, W] the teacher started from; None for images.
+        states: for pairs, the states [B, K - 1, C, H, W] at the student's later times, where the method asked for them.
     """
 
     x0: Tensor
     cond: Condition
     noise: Tensor | None = None
+    states: Tensor | None = None
 
     def part(self, rows: slice) -> Examples:
-        return Examples(self.x0[rows], self.cond.rows(rows), None if self.noise is None else self.noise[rows])
+        """The examples of a slice."""
+        noise, states = (None if value is None else value[rows] for value in (self.noise, self.states))
+        return Examples(self.x0[rows], self.cond.rows(rows), noise, states)
 
 
 @dataclass(frozen=True)

@@ -179,3 +179,21 @@ def test_prompts_are_read_by_line_and_refused_when_there_are_none(tmp_path):
     file.write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="not UTF-8"):
         read_prompts(file)
+
+
+def test_kept_states_lie_on_the_pairs_own_trajectories(teacher, tmp_path):
+    """From a kept state the rest of the solver's steps end in the pair's clean end; other times are refused."""
+    cache = PairCache(
+        tmp_path, teacher, PROMPTS, options(pair_steps=4, pair_solver="ddim"), 5, times=(0.75, 0.25)
+    )
+    data = Data(teacher, PROMPTS, 5, pairs=cache)
+    cache.make(data.condition)
+    index = torch.tensor([1, 10])
+    states, cond = cache.states(index), data.condition(cache.prompt_index[index])
+    assert states.shape == (2, 2, *teacher.shape)
+    x = teacher.predict(states[:, 1], torch.full((2,), 0.25), cond, guidance=2.0).x0
+    torch.testing.assert_close(cache.clean(index), x, atol=1e-4, rtol=1e-4)
+    x = teacher.predict(cache.noise(index), torch.ones(2), cond, guidance=2.0).at(torch.full((2,), 0.75))
+    torch.testing.assert_close(states[:, 0], x, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="not among the 4 steps"):
+        PairCache(tmp_path / "other", teacher, PROMPTS, options(pair_steps=4), 5, times=(0.6,))

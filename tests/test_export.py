@@ -56,7 +56,7 @@ class Exported:
         self.name, self.teacher, self.folder = name, teacher, folder
         self.sampler = SAMPLERS[name].on_grid_of(teacher.path, teacher.pipe.scheduler)
         self.prompts, self.seeds = tiny_prompts(name, 2), (0, 1)
-        self.student = Student.from_teacher(teacher, lora_rank=lora_rank)
+        self.student = Student.from_teacher(teacher, lora_rank, lora_alpha=3.0 * lora_rank or None)
         trained = [value for value in self.student.net.parameters() if value.requires_grad]
         shaken(torch.nn.ParameterList(trained), amount=1.0 if lora_rank else 0.2)
         export(self.student, self.sampler, teacher, folder, self.prompts, "# A card\n", seeds=self.seeds)
@@ -217,6 +217,20 @@ def test_a_student_can_teach(name: str, exported: Callable[[str], Exported]) -> 
         said, wanted = (who.predict(x_t, t, teacher.encode(run.prompts)) for who in (teacher, run.student))
     assert (said.x0 - wanted.x0).abs().max() < 1e-4
     assert torch.equal(teacher.path.angle(t), run.student.path.angle(t))
+
+
+@pytest.mark.parametrize("name", ["unet-classes", "dit", "sd", "sdxl", "sd3"])
+def test_the_student_of_a_bfloat16_teacher_is_float32_throughout(name: str, tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    teacher = PipelineTeacher(tiny_pipeline(name).to(torch.bfloat16))
+    run = Exported(name, teacher, tmp_path / "student")
+    pipe = loaded(run.folder)
+    for component in pipe.components.values():
+        assert not isinstance(component, torch.nn.Module) or component.dtype == torch.float32
+    for component in teacher.pipe.components.values():
+        assert not isinstance(component, torch.nn.Module) or component.dtype == torch.bfloat16
+    assert_same(drawn(pipe, run.folder), kept(run.folder))
 
 
 # --- what verify refuses -----------------------------------------------------------------------------------------

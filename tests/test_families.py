@@ -225,9 +225,13 @@ def test_pixels_are_scaled_to_minus_one_and_one(name: str, teacher_of: Teachers)
 def test_the_guidance_embedding_is_the_pipelines(name: str, teacher_of: Teachers) -> None:
     teacher = teacher_of(name)
     family, net = teacher.family, teacher.denoiser.net
-    scales = torch.tensor([1.0, 1.5, 3.0, 7.5, 14.25])  # in float32 exactly, as is each less 1
+    numbers = [1.0, 1.5, 3.3, 7.5, 12.1, 14.25]
+    scales = torch.tensor(numbers)
     ours = family.embed_guidance(net, scales)
-    theirs = teacher.pipe.get_guidance_scale_embedding(scales - 1, embedding_dim=256)
+    less_one = torch.tensor(
+        [number - 1 for number in numbers]
+    )  # as the pipeline takes it off, before float32
+    theirs = teacher.pipe.get_guidance_scale_embedding(less_one, embedding_dim=256)
     assert (ours - theirs).abs().max() < 1e-6
 
     x_t, t, cond = inputs(teacher, name)
@@ -238,6 +242,21 @@ def test_the_guidance_embedding_is_the_pipelines(name: str, teacher_of: Teachers
     assert torch.equal(said.x0, teacher.predict(x_t, t, Condition(dict(list(cond.tensors.items())[:-1]))).x0)
     said.x0.square().mean().backward()
     assert student.net.get_submodule("time_embedding.cond_proj").weight.grad.abs().max() > 0  # type: ignore[union-attr]
+
+
+def test_sdxls_null_is_what_its_pipeline_takes_for_no_prompt() -> None:
+    for zeros in (True, False):
+        pipe = tiny_pipeline("sdxl")
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+        teacher = PipelineTeacher(pipe)
+        assert teacher.null is not None
+        wanted = {
+            key: torch.zeros_like(value) if zeros else value
+            for key, value in teacher.encode([""]).tensors.items()
+        }
+        for key in ("encoder_hidden_states", "text_embeds"):
+            assert torch.allclose(teacher.null.tensors[key], wanted[key], atol=1e-6)
+        assert teacher.null.tensors["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
 
 
 @pytest.mark.parametrize("name", ["sd3", "dit", "unet-ddpm"])

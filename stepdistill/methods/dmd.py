@@ -23,7 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stepdistill.discriminator import Discriminator, discriminator_loss, generator_loss, noised_logits
+from stepdistill.discriminator import FeatureGan
 from stepdistill.distances import DistanceName, distance
 from stepdistill.guidance import in_interval
 from stepdistill.pairs import PairOptions
@@ -58,7 +58,7 @@ class DMD(Method):
     def needs_of(cls, options: MethodOptions) -> frozenset[str]:
         options = cast(DMD.Options, options)
         images = {"images"} if options.gan_weight else set()
-        pairs = {"pairs"} if options.regression_weight or options.warm_start else set()
+        pairs = {"pairs", "states"} if options.regression_weight or options.warm_start else set()
         return cls.needs | images | pairs
 
     def __init__(
@@ -67,11 +67,10 @@ class DMD(Method):
         super().__init__(teacher, student, times, options)
         self.options = cast(DMD.Options, options)
         self.fake = cast(Denoiser, teacher.denoiser).copy()  # type: ignore[attr-defined]
-        width = student.family.feature_width(student.net)
-        self.head = Discriminator(width) if self.options.gan_weight else None
+        self.gan = FeatureGan(self.fake) if self.options.gan_weight else None
 
     def networks(self) -> dict[str, nn.Module]:
-        fake = [self.fake.net] if self.head is None else [self.fake.net, self.head]
+        fake = [self.fake.net] if self.gan is None else [self.fake.net, self.gan]
         return {"student": self.student.net, "fake": nn.ModuleList(fake)}
 
     def lr_ratio(self, turn: str, step: int) -> float:
@@ -116,47 +115,43 @@ class DMD(Method):
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if turn == "fake":
             return self.fake_loss(batch)
-        warming = batch.draws.step < self.options.warm_start
-        return self.regression(batch) if warming else self.student_loss(batch)
+        if batch.draws.step >= self.options.warm_start:
+            return self.student_loss(batch)
+        return self.regression(batch), {}
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x = self.generate(batch)
         with torch.no_grad():
             field = self.field(x, batch)
-        loss = (
-            0.5 * (x - (x - field).detach()).square().mean()
-        )  # its gradient in x is the field over its size
+        loss = 0.5 * (x - (x - field).detach()).square().mean()  # gradient in x: the field over its size
         logs = {"field": field.abs().mean(), "x_std": x.detach().std()}
-        if self.head is not None:
-            adversarial = generator_loss(noised_logits(self.head, self.fake, x, batch.cond, batch, "gan"))
-            loss, logs["gan"] = loss + self.options.gan_weight * adversarial, adversarial.detach()
+        if self.gan is not None:
+            logs["gan"] = self.gan.for_generator(x, batch)
+            loss = loss + self.options.gan_weight * logs["gan"]
         if self.options.regression_weight:
-            error, more = self.regression(batch)
-            loss, logs = loss + self.options.regression_weight * error, {**logs, **more}
+            logs["regression"] = self.regression(batch)
+            loss = loss + self.options.regression_weight * logs["regression"]
         return loss, logs
 
-    def regression(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distance of G(z) to x on cached pairs, at the first step."""
-        pairs = cast(Examples, batch.pairs)
-        noise = cast(Tensor, pairs.noise)
-        t = torch.full((len(noise),), self.times[0], device=noise.device)
-        x = self.student.predict(noise, t, pairs.cond).x0
-        error = distance(x, pairs.x0, self.options.regression)
-        return error, {"regression": error.detach()}
+    def regression(self, batch: Batch) -> Tensor:
+        """The distance to x of what the student sees of it from a state of its trajectory, one of K at random."""
+        pairs, steps = cast(Examples, batch.pairs), len(self.times)
+        state, index = cast(Tensor, pairs.noise), batch.draws.integers("segment", steps)
+        if pairs.states is not None:
+            every = torch.cat([state[:, None], pairs.states], 1)  # [B, K, C, H, W]
+            state = every[torch.arange(len(index), device=index.device), index]
+        t = torch.tensor(self.times, device=index.device)[index]
+        return distance(self.student.predict(state, t, pairs.cond).x0, pairs.x0, self.options.regression)
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             x = self.generate(batch)
         t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
         x_t = self.fake.path.sample(x, eps, t)
-        target = self.fake.path.target(x, eps, t, self.fake.output)
-        loss = (self.fake.raw(x_t, t, batch.cond) - target).square().mean()
-        logs = {"denoising": loss.detach()}
-        if self.head is not None:
-            images = cast(Examples, batch.images)
-            real = noised_logits(self.head, self.fake, images.x0, images.cond, batch, "gan real")
-            generated = noised_logits(self.head, self.fake, x, batch.cond, batch, "gan")
-            adversarial = discriminator_loss(real, generated)
-            loss = loss + self.options.gan_fake_weight * adversarial
-            logs["discriminator"] = adversarial.detach()
+        error = self.fake.raw(x_t, t, batch.cond) - self.fake.path.target(x, eps, t, self.fake.output)
+        loss = error.square().mean()
+        logs = {"denoising": loss}
+        if self.gan is not None:
+            logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
+            loss = loss + self.options.gan_fake_weight * logs["discriminator"]
         return loss, logs

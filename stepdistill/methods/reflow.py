@@ -68,7 +68,7 @@ class Reflow(Method):
         t = batch.draws.uniform("time", self.options.t_min, 1.0)
         velocity = self.student.predict_on(STRAIGHT, STRAIGHT.sample(x, z, t), t, pairs.cond).velocity
         loss = distance(velocity, z - x, "l2")
-        return loss, {"reflow": loss.detach()}
+        return loss, {"reflow": loss}
 
     def distillation_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z, x, cond = cast(Tensor, pairs.noise), pairs.x0, pairs.cond
@@ -81,7 +81,7 @@ class Reflow(Method):
         # The start of the first segment is pure noise, as in sampling, also where the path keeps a trace of data.
         state = torch.where(per_sample(segment == 0, z), z, state)
         loss = distance(self.student.predict(state, t, cond).x0, x, self.options.distance)
-        return loss, {"distillation": loss.detach()}
+        return loss, {"distillation": loss}
 
     @torch.no_grad()
     def flow_sample(self, z: Tensor, cond: Condition) -> Tensor:
