@@ -26,7 +26,17 @@ def check_recipe(recipe: Recipe) -> None:
         _check_images(Path(recipe.data.images))
 
 
-def find_pipeline(name: str) -> Path:
+def find_teacher(name: str) -> str:
+    """What ``from_pretrained`` loads a teacher from: the folder that the name means, or a Hub name.
+
+    Raises:
+        UserError: it is neither.
+    """
+    _check_teacher(name)
+    return str(_local_pipeline(name) or name)
+
+
+def find_pipeline(name: str | Path) -> Path:
     """The diffusers folder of an embedded teacher's name, a diffusers folder, or a run folder (its student).
 
     Raises:
@@ -36,13 +46,12 @@ def find_pipeline(name: str) -> Path:
         return found
     if Path(name).is_dir():
         raise UserError(f"{name} is not a diffusers pipeline: the folder has no model_index.json")
-    raise UserError(
-        f"pipeline {name} does not exist {did_you_mean(name, embedded_teachers())}; or give a folder"
-    )
+    known = did_you_mean(str(name), embedded_teachers())
+    raise UserError(f"pipeline {name} does not exist {known}; or give a folder")
 
 
-def _local_pipeline(name: str) -> Path | None:
-    if (embedded := teacher_folder(name)) is not None:
+def _local_pipeline(name: str | Path) -> Path | None:
+    if (embedded := teacher_folder(str(name))) is not None:
         return embedded
     folders = (Path(name).expanduser(), Path(name).expanduser() / "student")
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)

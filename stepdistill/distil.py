@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 
 from stepdistill.attention import check_attention, use_xformers
-from stepdistill.checks import check_output, check_recipe, find_pipeline
+from stepdistill.checks import check_output, check_recipe, find_teacher
 from stepdistill.content import module_summaries
 from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images, read_prompts
 from stepdistill.embedded import emoji_captions
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
-from stepdistill.export import averaged, draw_as_pipeline, export, to_uint8
+from stepdistill.export import averaged, check_sampler, draw_as_pipeline, export, to_uint8
 from stepdistill.families.base import LabelFamily
 from stepdistill.log import bar, read_stats, say
 from stepdistill.loop import Run, check_resume, train
@@ -214,7 +214,7 @@ class Job:
             )
         # The teacher computes in the run's precision; the student's weights stay float32 and are cast as they are used.
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        self.source: Any = pipeline if pipeline is not None else find_pipeline(recipe.teacher)
+        self.source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
         self.teacher = PipelineTeacher(pipeline or load_teacher(recipe.teacher, dtype), device)
         if self.options.guidance != 1.0 and self.teacher.null is None:
             raise UserError(
@@ -230,6 +230,7 @@ class Job:
         self.sampler: Sampler = self.method.sampler().on_grid_of(
             self.student.path, self.teacher.pipe.scheduler
         )
+        check_sampler(self.sampler, self.teacher.family)
         self.method.times = self.sampler.times
 
     def _prompts(self) -> list[str]:
@@ -276,7 +277,8 @@ class Job:
     def card(self, command: str, report: dict[str, Any] | None = None) -> str:
         """The student's model card."""
         pipeline = self.teacher.family.student_pipeline(self.teacher.pipe) or type(self.teacher.pipe).__name__
-        call = self.teacher.family.call_arguments(pipeline, self.shown(1), self.sampler.guidance or 0.0)
+        prompts = self.teacher.family.call_prompts(self.teacher.pipe, self.shown(1))
+        call = self.teacher.family.call_arguments(pipeline, prompts, self.sampler.guidance or 0.0)
         return model_card(
             teacher=self.recipe.teacher,
             method=Path(self.recipe.method).stem,

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.embedded import pipeline_folder
+from stepdistill.checks import find_pipeline
 from stepdistill.errors import UserError
 from stepdistill.suite import Suite
+from stepdistill.teacher import absent_components
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
 
 
 def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tuple[Any, str]:
-    """A pipeline object and what to call it, from an object or from what :func:`pipeline_folder` takes.
+    """A pipeline object and what to call it, from an object or from what ``checks.find_pipeline`` takes.
 
     Raises:
         UserError: the path is not a folder with a model_index.json, or diffusers cannot load it.
@@ -30,9 +31,11 @@ def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tu
     if not isinstance(pipeline, (str, Path)):
         pipe, label = pipeline, type(pipeline).__name__
     else:
-        folder, label = pipeline_folder(pipeline), str(pipeline)
+        folder, label = find_pipeline(pipeline), str(pipeline)
         try:
-            pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            pipe = DiffusionPipeline.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, **absent_components(folder)
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: diffusers cannot load it: {' '.join(str(error).split())}") from None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepdistill.errors import UserError
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -28,24 +26,6 @@ def embedded_teachers() -> dict[str, Path]:
 def teacher_folder(name: str) -> Path | None:
     """The diffusers folder of an embedded teacher, or None where no teacher of that name is embedded."""
     return embedded_teachers().get(name)
-
-
-def pipeline_folder(source: str | Path) -> Path:
-    """The diffusers folder that a name or path means: an embedded teacher, a folder with a model_index.json, or a run
-    folder, which means its student.
-
-    Raises:
-        UserError: it means none of them.
-    """
-    path = Path(source).expanduser()
-    for folder in (path, path / "student", embedded_teachers().get(str(source))):
-        if folder is not None and (folder / "model_index.json").is_file():
-            return folder
-    names = ", ".join(embedded_teachers())
-    raise UserError(
-        f"{source} is not a diffusers pipeline folder (no model_index.json in it); "
-        f"give one, or an embedded teacher ({names})"
-    )
 
 
 def features_folder() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.checks import find_pipeline
+from stepdistill.checks import find_teacher
 from stepdistill.content import pipeline_class
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.families import Family, family_named, family_of
@@ -73,7 +73,7 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    place = find_pipeline(source)
+    place = find_teacher(source)
     if FilePath(place).is_dir():
         family_named(pipeline_class(FilePath(place)))
     try:
@@ -103,7 +103,9 @@ class PipelineTeacher:
                 component.requires_grad_(False).eval()
         self.device = torch.device(device)
         path, output = path_of(self.pipe.scheduler)
-        self.denoiser = Denoiser(getattr(self.pipe, self.family.denoiser), path, output, self.family)
+        self.denoiser: Denoiser = Denoiser(
+            getattr(self.pipe, self.family.denoiser), path, output, self.family
+        )
         self.shape = self.family.latent_shape(self.pipe)
         with torch.no_grad():
             self.null = self.family.null(self.pipe)

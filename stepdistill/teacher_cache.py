@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepdistill.checks import find_pipeline
 from stepdistill.content import content_folder
-from stepdistill.embedded import pipeline_folder
 from stepdistill.features import sha256_of_file
 from stepdistill.suite import Suite
 
@@ -66,7 +66,7 @@ def weights_hash(pipeline: Any) -> str:
                     digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
                     digest.update(_bytes(value))
         return digest.hexdigest()
-    folder = pipeline_folder(pipeline)
+    folder = find_pipeline(pipeline)
     named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
     for name, file in sorted(named.items()):
         if name.count("/") > 1 or (name.count("/") == 0 and name != "model_index.json"):

@@ -16,7 +16,7 @@ from stepdistill.path import Path, Prediction
 
 if TYPE_CHECKING:
     from stepdistill.sampler import Sampler
-    from stepdistill.student import Student
+    from stepdistill.student import Denoiser, Student
 
 NEEDS = ("noise", "prompts", "images", "pairs", "states")
 """What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs, and with the
@@ -120,6 +120,9 @@ class Teacher(Protocol):
 
     @property
     def path(self) -> Path: ...
+
+    @property
+    def denoiser(self) -> Denoiser: ...
 
     def predict(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from stepdistill import teacher_cache
+from stepdistill.checks import find_pipeline
 from stepdistill.drawing import Drawing, _trailing, load_pipeline
 from stepdistill.embedded import (
     emoji_captions,
     emoji_images,
     features_folder,
-    pipeline_folder,
     teacher_folder,
     tokenizer_folder,
 )
@@ -337,9 +337,9 @@ def test_weights_hash_sees_content_and_not_the_place(tmp_path: Path) -> None:
 
 def test_a_pipeline_is_found_by_name_by_folder_and_in_a_run(tmp_path: Path) -> None:
     folder = teacher_folder("emoji")
-    assert folder is not None and pipeline_folder("emoji") == pipeline_folder(folder) == folder
+    assert folder is not None and find_pipeline("emoji") == find_pipeline(folder) == folder
     shutil.copytree(folder, tmp_path / "run" / "student")
-    assert pipeline_folder(tmp_path / "run") == tmp_path / "run" / "student"
+    assert find_pipeline(tmp_path / "run") == tmp_path / "run" / "student"
     assert teacher_folder("no such") is None
 
 

@@ -102,17 +102,24 @@ class Family(ABC):
 
     def to_latents(self, pipe: Any, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] to the denoiser's scale: the mode of the VAE's posterior, shifted, scaled."""
-        config = pipe.vae.config
-        latents = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()
-        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-        return scaled
+        latents: Tensor = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()
+        shift, scale = self._affine(pipe.vae.config, latents)
+        return (latents - shift) * scale
 
     def to_images(self, pipe: Any, latents: Tensor) -> Tensor:
         """The inverse: latents to images [B, 3, H, W] in [0, 1]."""
-        config = pipe.vae.config
-        scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        images: Tensor = pipe.vae.decode(scaled.to(pipe.vae.dtype), return_dict=False)[0]
+        shift, scale = self._affine(pipe.vae.config, latents)
+        images: Tensor = pipe.vae.decode((latents / scale + shift).to(pipe.vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @staticmethod
+    def _affine(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale from a VAE's latents to the denoiser's: by channel where the config states both moments."""
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        scale = like.new_tensor(config.scaling_factor)
+        if mean is None or deviation is None:
+            return like.new_tensor(config.get("shift_factor") or 0.0), scale
+        return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(deviation).view(1, -1, 1, 1)
 
     def guidance_input(self, net: nn.Module) -> nn.Module:
         """A copy of the network that also takes the embedded guidance scale, changing nothing at the start."""

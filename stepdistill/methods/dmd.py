@@ -12,8 +12,6 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
   backward simulation): it meets in training what it meets in sampling.
 - Optional: a GAN on the fake network's features with real images (DMD2 4.3); DMD's regression on cached pairs (DMD
   eq. 9, in latent space instead of LPIPS), beside the rest or as a warm start (DMD2 starts one-step SDXL so).
-
-The fake network and its head share one optimiser, as in the paper.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from stepdistill.pairs import PairOptions
 from stepdistill.path import TablePath
 from stepdistill.sampler import Sampler
 from stepdistill.schedule import annealed
-from stepdistill.student import Denoiser, Student
+from stepdistill.student import Student
 from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
 
 
@@ -43,8 +41,7 @@ class DMD(Method):
         guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it is on (2404.07724)
         fake_steps: int = 5  # updates of the fake network per student update (DMD2 4.2)
         fake_lr_ratio: float = 1.0  # learning rate of the fake network over train.lr
-        t_min: float = 0.02  # least noise at which the two scores are compared (DMD 4.1)
-        t_max: float = 0.98  # most
+        score_times: tuple[float, float] = (0.02, 0.98)  # where the two scores are compared (DMD 4.1)
         renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
         gan_weight: float = 0.0  # of the generator's GAN loss: 1e-3 for SD 1.5 (DMD2 C.1); 0: no images
         gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn
@@ -57,16 +54,15 @@ class DMD(Method):
     @classmethod
     def needs_of(cls, options: MethodOptions) -> frozenset[str]:
         options = cast(DMD.Options, options)
-        images = {"images"} if options.gan_weight else set()
-        pairs = {"pairs", "states"} if options.regression_weight or options.warm_start else set()
-        return cls.needs | images | pairs
+        regression = {"pairs", "states"} if options.regression_weight or options.warm_start else set()
+        return cls.needs | regression | ({"images"} if options.gan_weight else set())
 
     def __init__(
         self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
     ) -> None:
         super().__init__(teacher, student, times, options)
         self.options = cast(DMD.Options, options)
-        self.fake = cast(Denoiser, teacher.denoiser).copy()  # type: ignore[attr-defined]
+        self.fake = teacher.denoiser.copy()
         self.gan = FeatureGan(self.fake) if self.options.gan_weight else None
 
     def networks(self) -> dict[str, nn.Module]:
@@ -76,16 +72,15 @@ class DMD(Method):
     def lr_ratio(self, turn: str, step: int) -> float:
         if turn == "fake":
             return self.options.fake_lr_ratio
-        if step < self.options.warm_start:  # annealed by itself, so that the next stage starts from its end
-            return self.options.warm_start_lr_ratio * annealed(step / self.options.warm_start)
-        return 1.0
+        warm = self.options.warm_start  # annealed by itself, so that the next stage starts from its end
+        return self.options.warm_start_lr_ratio * annealed(step / warm) if step < warm else 1.0
 
     def turn(self, step: int) -> str:
         options = self.options
         if step < options.warm_start:
             return "student"
-        matching = step - options.warm_start - options.fake_warm_start
         # In a cycle the fake network comes first: the student never follows a score that has not seen it.
+        matching = step - options.warm_start - options.fake_warm_start
         last = matching >= 0 and matching % (options.fake_steps + 1) == options.fake_steps
         return "student" if last else "fake"
 
@@ -103,7 +98,7 @@ class DMD(Method):
 
     def field(self, x: Tensor, batch: Batch) -> Tensor:
         """(x0_fake - x0_real) / mean|x - x0_real| at a noised x, [B, C, H, W]: where x should move away from."""
-        t = batch.draws.uniform("score t", self.options.t_min, self.options.t_max)
+        t = batch.draws.uniform("score t", *self.options.score_times)
         x_t = self.student.path.sample(x, batch.draws.normal("score eps", tuple(x.shape[1:])), t)
         scale = self.options.score_guidance or self.options.guidance
         guidance = in_interval(scale, t, *self.options.guidance_interval)
@@ -113,11 +108,9 @@ class DMD(Method):
         return (fake - real) / (normaliser + 1e-6)
 
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "fake":
-            return self.fake_loss(batch)
-        if batch.draws.step >= self.options.warm_start:
-            return self.student_loss(batch)
-        return self.regression(batch), {}
+        if turn == "student" and batch.draws.step < self.options.warm_start:
+            return self.regression(batch), {}
+        return self.student_loss(batch) if turn == "student" else self.fake_loss(batch)
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         x = self.generate(batch)

@@ -1,0 +1,138 @@
+"""From recipe to report: foreign teachers, the Python entry, what a run folder holds, and what is refused early."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import tiny_pipeline
+
+import stepdistill
+from stepdistill.distil import export_run
+from stepdistill.errors import UserError
+from stepdistill.verify import verify
+
+SHORT = ["train.batch=4", "train.checkpoint_every=4", "train.sheet_every=4", "evaluate=false"]
+
+
+def saved(name, folder):
+    tiny_pipeline(name).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("red apple\ndog\ncat face\nsun\nwaving hand\n")
+    return f"data.prompts={file}"
+
+
+def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path, prompts):
+    """SD3 folder, own prompts, two Euler steps: student verified, every file of the run there and readable."""
+    teacher = saved("sd3", tmp_path / "sd3")
+    sets = [
+        *SHORT,
+        prompts,
+        "train.steps=8",
+        "options.fake_steps=1",
+        "student.times=[1.0, 0.5]",
+        "options.guidance=2",
+    ]
+    run = stepdistill.distill(teacher=teacher, method="dmd", output=tmp_path / "run", sets=sets)
+    assert run.student == tmp_path / "run" / "student"
+    assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == (
+        "FlowMapEulerDiscreteScheduler"
+    )
+    rows = [json.loads(line) for line in (run.folder / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["turn"] for row in rows] == ["fake", "student"] * 4
+    assert "diversity" in rows[3] and "diversity" in rows[7]
+    assert sorted(file.name for file in (run.folder / "sheets").iterdir()) == [
+        "step-00000004.png",
+        "step-00000008.png",
+    ]
+    recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    assert recipe["options"]["fake_steps"] == 1 and recipe["options"]["score_times"] == [0.02, 0.98]
+    with Image.open(run.folder / "samples.png") as picture:
+        assert picture.width > 16 * 32
+    report = json.loads((run.folder / "report.json").read_text())
+    assert report == json.loads(json.dumps(run.report))
+    needed = (
+        "suite n teacher student gap_closed train_seconds peak_memory_bytes command hardware commit versions"
+    )
+    assert set(needed.split()) <= set(report)
+    assert report["peak_memory_bytes"] > 2**26
+    page = (run.folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 and "http" not in page.replace("http://www.w3.org", "")
+    assert "num_inference_steps=2" in (run.student / "README.md").read_text()
+
+
+def test_a_run_is_exported_again_from_its_checkpoint(tmp_path, prompts):
+    """`export` gives the very weights that the run itself exported, and they verify."""
+    teacher = saved("sd", tmp_path / "sd")
+    sets = [*SHORT, prompts, "train.steps=4", "train.ema=0.5", "options.pairs=4", "options.pair_steps=2"]
+    run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
+    again = export_run(run.folder, tmp_path / "again")
+    from safetensors.torch import load_file
+
+    name = "unet/diffusion_pytorch_model.safetensors"
+    first, second = load_file(run.student / name), load_file(again / name)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert verify(again).images == 4
+
+
+def test_a_pipeline_object_and_classes_need_no_prompts(tmp_path):
+    """A class-conditional teacher given as an object learns from its own class numbers."""
+    sets = [*SHORT, "train.steps=4", "options.pairs=4", "options.pair_steps=2", "options.reflow_steps=2",
+            "options.guidance=1"]  # fmt: skip
+    run = stepdistill.distill(tiny_pipeline("unet-classes"), "reflow", tmp_path / "run", sets=sets)
+    assert "differ from the trainer's by" in run.report["verification"]
+    index = json.loads((run.student / "model_index.json").read_text())
+    assert index["_class_name"] == "ConsistencyModelPipeline"
+
+
+def refused(tmp_path, match, *sets, teacher="sd", method="dmd", **more):
+    folder = tmp_path / "teacher"
+    if not folder.exists():
+        saved(teacher, folder)
+    with pytest.raises(UserError, match=match):
+        stepdistill.distill(folder, method, tmp_path / "run", sets=[*SHORT, *sets], **more)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_teacher_that_draws_from_prompts_needs_prompts(tmp_path):
+    refused(tmp_path, "give a text file with one a line in data.prompts")
+
+
+def test_a_gan_needs_images(tmp_path, prompts):
+    refused(tmp_path, "learns from images: give a folder in data.images", prompts, "options.gan_weight=0.1")
+
+
+def test_guidance_needs_an_unconditional_mode(tmp_path):
+    refused(tmp_path, "has no unconditional mode: set 1", "options.guidance=3", teacher="unet-ddpm")
+
+
+def test_times_that_no_stock_scheduler_draws_are_refused(tmp_path, prompts):
+    refused(tmp_path, r"student.times is \[1.0, 0.3\]", prompts, "student.times=[1.0, 0.3]")
+
+
+def test_xformers_is_refused_with_its_reason(tmp_path, prompts):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused(tmp_path, "train.attention is xformers, but xformers", prompts, "train.attention=xformers")
+
+
+def test_a_batch_that_does_not_split_is_refused(tmp_path, prompts):
+    refused(tmp_path, "batch", prompts, "train.batch=6", "train.accumulate=4")
+
+
+def test_an_unknown_family_is_named_before_a_weight_is_read(tmp_path, prompts):
+    folder = tmp_path / "teacher"
+    saved("sd", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "AudioPipeline"}))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    refused(tmp_path, "no family for AudioPipeline. There are: .*SDXL.*PipelineTeacher", prompts)
