@@ -1,0 +1,112 @@
+"""Every file of methods/ keeps the contract of Method, without being told about the file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.loop import take_turn
+from stepdistill.methods import find_method, method_names
+from stepdistill.path import FlowPath
+from stepdistill.types import NEEDS, Examples
+
+PATH = FlowPath()
+
+
+def build(name, times=None):
+    """A method between a perceptron that teaches and one that learns."""
+    kind = find_method(name)
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    student = toy_student(Perceptron(seed=1), PATH, "velocity")
+    method = kind(teacher, student, times or kind.default_times, kind.Options())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # off the start, where a copy of the teacher may make a loss exactly zero
+        for parameter in method.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return method
+
+
+def batch_for(method, count=8, step=0):
+    """A batch with everything a method can need."""
+    mixture = Mixture(PATH)
+    images = mixture.sample(count, torch.Generator().manual_seed(7))
+    batch = toy_batch(count, step, pairs=lambda z: 0.3 * z + 0.1, images=images)
+    between = [t * batch.pairs.noise + (1 - t) * batch.pairs.x0 for t in method.times[1:]]
+    states = torch.stack(between, 1) if between else None
+    pairs = Examples(batch.pairs.x0, batch.pairs.cond, batch.pairs.noise, states)
+    return type(batch)(batch.draws, batch.noise, batch.cond, batch.images, pairs)
+
+
+def turns_of(method):
+    return {method.turn(step): step for step in reversed(range(200))}
+
+
+@pytest.mark.parametrize("times", [None, (1.0, 0.5)])
+@pytest.mark.parametrize("name", method_names())
+def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, times):
+    method = build(name, times)
+    networks = method.networks()
+    assert set(turns_of(method)) == set(networks)
+    trained = {key: list(net.parameters()) for key, net in networks.items()}
+    for turn, step in turns_of(method).items():
+        method.zero_grad(set_to_none=True)
+        take_turn(trained, turn)
+        loss, logs = method.loss(turn, batch_for(method, step=step))
+        loss.backward()
+        assert loss.ndim == 0 and bool(torch.isfinite(loss))
+        assert all(bool(torch.isfinite(value)) for value in logs.values())
+        for other, parameters in trained.items():
+            reached = [p for p in parameters if p.grad is not None and bool(p.grad.any())]
+            assert bool(reached) == (other == turn), (turn, other)
+    assert all(p.grad is None for p in method.teacher.denoiser.parameters())
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_the_same_seed_gives_the_same_loss_and_another_step_another(name):
+    first, second = build(name), build(name)
+    for turn, step in turns_of(first).items():
+        one = first.loss(turn, batch_for(first, step=step))[0]
+        assert torch.equal(one, second.loss(turn, batch_for(second, step=step))[0])
+        assert not torch.equal(one, first.loss(turn, batch_for(first, step=step + 1000))[0])
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_batch_is_the_mean_of_its_halves_in_loss_and_gradient(name):
+    method = build(name)
+    for turn, step in turns_of(method).items():
+        parameters = list(method.networks()[turn].parameters())
+        batch = batch_for(method, step=step)
+        whole = torch.autograd.grad(method.loss(turn, batch)[0], parameters)
+        halves = [torch.autograd.grad(method.loss(turn, part)[0], parameters) for part in batch.split(2)]
+        for all_of_it, one, two in zip(whole, *halves, strict=True):
+            torch.testing.assert_close(all_of_it, (one + two) / 2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_options_and_needs_are_declared(name):
+    kind = find_method(name)
+    options = kind.Options()
+    assert options.model_config["frozen"] and options.model_config["extra"] == "forbid"
+    assert kind.needs_of(options) <= set(NEEDS)
+    assert kind.default_times[0] == 1.0
+    assert all(a > b for a, b in zip(kind.default_times, (*kind.default_times[1:], 0.0), strict=True))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_the_sampler_draws_with_the_methods_own_student(name):
+    method = build(name, (1.0, 0.5))
+    batch = batch_for(method)
+    drawn = method.sampler().draw(method.student, batch.noise, batch.cond, batch.fresh)
+    assert drawn.shape == (8, *SHAPE)
+    assert bool(torch.isfinite(drawn).all())
+
+
+def test_a_method_from_a_file_is_found(tmp_path):
+    """A subclass of Method in a file of one's own, given by its path."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from stepdistill.methods.lcm import LCM\n\n\nclass Mine(LCM):\n    default_times = (1.0, 0.5)\n"
+    )
+    assert find_method(str(file)).default_times == (1.0, 0.5)
+    assert find_method(str(file)).__name__ == "Mine"
