@@ -9,10 +9,13 @@ adapters and stopped gradients need no wrapper, and every process holds the same
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -76,6 +79,31 @@ def average_numbers(numbers: dict[str, float], device: torch.device) -> dict[str
     flat = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
     torch.distributed.all_reduce(flat)
     return dict(zip(numbers, (flat / torch.distributed.get_world_size()).tolist(), strict=True))
+
+
+class Interruption:
+    """Within it, Ctrl-C and SIGTERM only ask: the step under way ends, so that what is saved is whole. A second one
+    interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {
+                number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 class Run:
@@ -216,62 +244,62 @@ def train(
     own = share * options.accumulate
     main = accelerator.is_main_process
     started = time.perf_counter() - run.seconds
-    try:
-        with (
-            attention(options.attention, accelerator.device),
-            RunLog(folder, options.steps, first=run.step, main=main) as log,
-        ):
-            while run.step < options.steps:
-                step, turn = run.step, method.turn(run.step)
-                parameters, optimizer = run.trained[turn], run.optimizers[turn]
-                take_turn(run.trained, turn)
+    with (
+        attention(options.attention, accelerator.device),
+        RunLog(folder, options.steps, first=run.step, main=main) as log,
+        Interruption() as interruption,
+    ):
+        while run.step < options.steps:
+            step, turn = run.step, method.turn(run.step)
+            parameters, optimizer = run.trained[turn], run.optimizers[turn]
+            take_turn(run.trained, turn)
 
-                # Backward, in equal parts whose mean is the batch's loss.
-                told: list[dict[str, Tensor]] = []
-                for part in data.batch(step, rank * own, own, options.batch).split(options.accumulate):
-                    with accelerator.autocast():
-                        loss, logs = method.loss(turn, part)
-                    (loss / options.accumulate).backward()
-                    told.append({name: value.detach() for name, value in {"loss": loss, **logs}.items()})
-                numbers = {name: float(sum(logs[name] for logs in told)) / len(told) for name in told[0]}
-                if processes > 1:
-                    average_gradients(parameters)
-                    numbers = average_numbers(numbers, accelerator.device)
+            # Backward, in equal parts whose mean is the batch's loss.
+            told: list[dict[str, Tensor]] = []
+            for part in data.batch(step, rank * own, own, options.batch).split(options.accumulate):
+                with accelerator.autocast():
+                    loss, logs = method.loss(turn, part)
+                (loss / options.accumulate).backward()
+                told.append({name: value.detach() for name, value in {"loss": loss, **logs}.items()})
+            numbers = {name: float(sum(logs[name] for logs in told)) / len(told) for name in told[0]}
+            if processes > 1:
+                average_gradients(parameters)
+                numbers = average_numbers(numbers, accelerator.device)
 
-                # Update.
-                norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
-                require_finite({"loss": numbers["loss"], "gradient": float(norm)}, turn, step, run.last_good)
-                rate = learning_rate(options, step) * method.lr_ratio(turn, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                method.after_step(step)
-                if run.ema and turn == "student":
-                    run.ema.update()
-                run.step, run.seconds = step + 1, time.perf_counter() - started
+            # Update.
+            norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
+            require_finite({"loss": numbers["loss"], "gradient": float(norm)}, turn, step, run.last_good)
+            rate = learning_rate(options, step) * method.lr_ratio(turn, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(step)
+            if run.ema and turn == "student":
+                run.ema.update()
+            run.step, run.seconds = step + 1, time.perf_counter() - started
 
-                # Say how it goes.
-                values: dict[str, float | str] = {
-                    "turn": turn,
-                    **numbers,
-                    "grad_norm": float(norm),
-                    "lr": rate,
-                }
-                if main and preview and options.sheet_every and run.step % options.sheet_every == 0:
-                    seen = preview(run.step, run.ema)
-                    values.update(seen.numbers)
-                    for worry in seen.worries:
-                        log.note(f"step {run.step}: {worry}")
-                values["seconds"] = run.seconds
-                log.step(step, values, shown=("turn", "loss"))
-                if options.tracker:
-                    plotted = {f"{turn}/{k}": v for k, v in values.items() if isinstance(v, float)}
-                    accelerator.log(plotted, step=step)
-                if main and (run.step % options.checkpoint_every == 0 or run.step == options.steps):
-                    run.save()
-    except KeyboardInterrupt:
-        if main and run.step > 0:
-            run.save()
-        raise
+            # Say how it goes.
+            values: dict[str, float | str] = {
+                "turn": turn,
+                **numbers,
+                "grad_norm": float(norm),
+                "lr": rate,
+            }
+            if main and preview and options.sheet_every and run.step % options.sheet_every == 0:
+                seen = preview(run.step, run.ema)
+                values.update(seen.numbers)
+                for worry in seen.worries:
+                    log.note(f"step {run.step}: {worry}")
+            values["seconds"] = run.seconds
+            log.step(step, values, shown=("turn", "loss"))
+            if options.tracker:
+                plotted = {f"{turn}/{k}": v for k, v in values.items() if isinstance(v, float)}
+                accelerator.log(plotted, step=step)
+            due = run.step % options.checkpoint_every == 0 or run.step == options.steps
+            if main and (due or interruption.asked):
+                run.save()
+            if interruption.asked:
+                log.note(f"stopped after step {step}; --resume goes on from there")
+                raise KeyboardInterrupt
     return Trained(run.seconds, run.step, run.ema)

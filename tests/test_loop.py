@@ -174,6 +174,42 @@ def test_the_teacher_is_untouched_and_the_same_seed_gives_the_same_loss(method, 
     assert all(p.grad is None for p in first.teacher.denoiser.parameters())
 
 
+def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
+    """SIGINT in the middle of step 7 leaves a checkpoint of 7 whole steps (one more than the last due one)."""
+    import signal
+
+    recipe = recipe_of("lcm", 10)
+    start(recipe, tmp_path / "whole")
+    accelerator = Accelerator(cpu=True)
+    job = Job(recipe, accelerator, None)
+    plain = job.method.after_step
+
+    def interrupted(step):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        plain(step)
+
+    job.method.after_step = interrupted
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train(job.method, job.data(tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
+    assert checkpoints_in(tmp_path / "parts" / "checkpoints")[-1].name == "step-00000007"
+    start(recipe, tmp_path / "parts", resume=True)
+    whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_bf16_starts_where_float32_starts(tmp_path):
+    """The first loss in bf16 is that of float32 within bf16's rounding, and weights stay float32."""
+    start(recipe_of("reflow", 2), tmp_path / "full")
+    job, _ = start(recipe_of("reflow", 2, "train.precision=bf16"), tmp_path / "half")
+    full, half = curve(tmp_path / "full")[0]["loss"], curve(tmp_path / "half")[0]["loss"]
+    assert half == pytest.approx(full, rel=0.05)
+    assert half != full
+    assert {p.dtype for p in job.student.net.parameters()} == {torch.float32}
+    assert {p.dtype for p in job.teacher.denoiser.net.parameters()} == {torch.bfloat16}
+
+
 def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
     job, _ = start(recipe_of("lcm", 5, "student.lora_rank=4"), tmp_path)
     kept = load_file(checkpoints_in(tmp_path / "checkpoints")[-1] / "method.safetensors")
