@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,8 @@ class Job:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, pipeline: DiffusionPipeline | None) -> None:
         self.recipe, self.accelerator = recipe, accelerator
         device = accelerator.device
+        # What the report states is what ran: files may change while a long run is under way.
+        self.origin, self.began = provenance(device), time.perf_counter()
         kind = find_method(recipe.method)
         self.options: MethodOptions = method_options(recipe)
         self.needs = kind.needs_of(self.options)
@@ -296,8 +299,7 @@ class Job:
 
     def finish(self, output: Path, ema: Ema | None, seconds: float, command: str | None) -> dict[str, Any]:
         """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
-        recipe, device = self.recipe, self.accelerator.device
-        origin = provenance(device)
+        recipe, device, origin = self.recipe, self.accelerator.device, self.origin
         command = command or str(origin["command"])
         with averaged(ema):
             self.export(output / "student", command)
@@ -315,6 +317,7 @@ class Job:
                 **self._scores(output / "student"),
                 "verification": str(proof),
                 "train_seconds": round(seconds, 1),
+                "wall_seconds": round(time.perf_counter() - self.began, 1),
                 "peak_memory_bytes": peak_memory(device),
                 **origin,
                 "command": command,

@@ -119,7 +119,15 @@ def write_report(folder: Path, report: Mapping[str, Any], stats: Sequence[Mappin
     picture = base64.b64encode((folder / "samples.png").read_bytes()).decode()
     facts = {
         key: report[key]
-        for key in ("command", "train_seconds", "peak_memory_bytes", "hardware", "commit", "verification")
+        for key in (
+            "command",
+            "train_seconds",
+            "wall_seconds",
+            "peak_memory_bytes",
+            "hardware",
+            "commit",
+            "verification",
+        )
     }
     body = [
         f"<h1>{html.escape(report['name'])}</h1>",

@@ -32,7 +32,7 @@ def rows(report: dict[str, Any]) -> list[str]:
             f"{student['fd'][steps]:.2f}",
             "" if few is None else f"{few:.2f}",
             f"{clip:.3f} ({clip / full_clip:.1%})",
-            f"{report['train_seconds'] / 60:.1f}",
+            f"{report['train_seconds'] / 60:.1f} ({report['wall_seconds'] / 60:.1f})",
             f"{report['peak_memory_bytes'] / 2**30:.1f}",
             (report["commit"] or "")[:8] + "+" * (report["commit"] or "").endswith("+"),
         ]
@@ -50,7 +50,7 @@ def table(reports: list[dict[str, Any]]) -> str:
         f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}.",
         "",
         "| run | method | steps | gap closed | FD-emoji | teacher's at these steps | CLIP-emoji (of the teacher's) "
-        "| training, min | memory, GiB | commit |",
+        "| training (whole run), min | memory, GiB | commit |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for report in reports:
