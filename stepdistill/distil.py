@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from stepdistill.attention import check_attention, use_xformers
 from stepdistill.checks import check_output, check_recipe, find_teacher
@@ -119,6 +120,7 @@ def distil(
         check_recipe(recipe)
     if resume:
         check_resume(output / "checkpoints", recipe)
+    _check_tracker(recipe.train.tracker)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
@@ -167,6 +169,15 @@ def distil(
         report = job.finish(output, trained.ema, trained.seconds, command)
     accelerator.wait_for_everyone()
     return Distilled(output, output / "student", report)
+
+
+def _check_tracker(name: str | None) -> None:
+    able = [str(tracker) for tracker in get_available_trackers()]
+    if name is not None and name not in able:
+        raise UserError(
+            f"train.tracker is {name}, which is not installed or not known to accelerate; installed here: "
+            f"{', '.join(able) or 'none'} (stats.jsonl is always written)"
+        )
 
 
 def export_run(run: Path, output: Path | None = None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -98,7 +99,7 @@ class PairCache:
                     )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = manifest.with_suffix(".partial")
+        partial = manifest.with_suffix(f".{os.getpid()}.partial")  # processes of one run may write it at once
         partial.write_text(json.dumps(key, indent=1))
         partial.rename(manifest)
 

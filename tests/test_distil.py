@@ -125,6 +125,10 @@ def test_xformers_is_refused_with_its_reason(tmp_path, prompts):
     refused(tmp_path, "train.attention is xformers, but xformers", prompts, "train.attention=xformers")
 
 
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, prompts):
+    refused(tmp_path, "train.tracker is nosuch, which is not installed", prompts, "train.tracker=nosuch")
+
+
 def test_a_batch_that_does_not_split_is_refused(tmp_path, prompts):
     refused(tmp_path, "batch", prompts, "train.batch=6", "train.accumulate=4")
 
