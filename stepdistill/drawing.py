@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.checks import find_pipeline
 from stepdistill.errors import UserError
+from stepdistill.log import quiet_loading
 from stepdistill.suite import Suite
 from stepdistill.teacher import absent_components
 
@@ -32,6 +33,7 @@ def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tu
         pipe, label = pipeline, type(pipeline).__name__
     else:
         folder, label = find_pipeline(pipeline), str(pipeline)
+        quiet_loading()
         try:
             pipe = DiffusionPipeline.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, **absent_components(folder)

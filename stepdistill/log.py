@@ -29,6 +29,15 @@ def bar(total: int, label: str, *, unit: str = "it", first: int = 0, shown: bool
     return tqdm(total=total, initial=first, desc=label, unit=unit, disable=not shown, dynamic_ncols=True)
 
 
+def quiet_loading() -> None:
+    """Switches off the bars that diffusers and transformers show for every component they load."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def say(text: str) -> None:
     """One line on stderr that does not break a bar."""
     tqdm.write(text, file=sys.stderr)

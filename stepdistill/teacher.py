@@ -15,6 +15,7 @@ from stepdistill.content import pipeline_class
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.families import Family, family_named, family_of
 from stepdistill.guidance import extrapolate
+from stepdistill.log import quiet_loading
 from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
 from stepdistill.student import Denoiser
 from stepdistill.types import Condition
@@ -67,12 +68,9 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         UserError: when there is nothing to load, or it is of no known family: said before any weight is read.
     """
-    import diffusers.utils.logging
-    import transformers.utils.logging
     from diffusers import DiffusionPipeline
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_loading()
     place = find_teacher(source)
     if FilePath(place).is_dir():
         family_named(pipeline_class(FilePath(place)))

@@ -69,7 +69,7 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
     """Checks a student folder.
 
     Args:
-        folder: what ``train`` or ``export`` wrote as ``student/``.
+        folder: what ``train`` or ``export`` wrote as ``student/``, or the run folder it lies in.
         timeout: seconds the fresh process may take.
 
     Raises:
@@ -77,6 +77,8 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
             differ.
     """
     folder = Path(folder).resolve()
+    if (folder / "student" / VERIFICATION).is_dir():
+        folder = folder / "student"
     file = folder / VERIFICATION / "manifest.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a student folder: it has no {VERIFICATION}/manifest.json")

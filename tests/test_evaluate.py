@@ -98,7 +98,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         load_features("inception:/nowhere.pt")
     with pytest.raises(UserError, match="not known"):
         load_features("vgg")
-    with pytest.raises(UserError, match="not a diffusers pipeline folder"):
+    with pytest.raises(UserError, match="is not a diffusers pipeline"):
         load_pipeline(tmp_path)
 
 
