@@ -67,8 +67,11 @@ def _versions() -> list[Finding]:
         text = "is not installed, only found on the path: versions are not checked (pip install -e .)"
         return [Finding("note", "stepdistill", text)]
     findings = [Finding("ok", "stepdistill", importlib.metadata.version("stepdistill"))]
-    for requirement in {found_in.name: found_in for found_in in reversed(found)}.values():
-        # An extra may list again what another has. Extras are optional, but one that is there must fit.
+    unique: dict[str, Requirement] = {}
+    for requirement in found:
+        unique.setdefault(requirement.name, requirement)  # an extra may list again what another has
+    for requirement in unique.values():
+        # Extras are optional, but one that is there must fit.
         optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
         installed = _installed(requirement.name)
         if not optional or (installed is not None and requirement.name in ("xformers", "torchmetrics")):

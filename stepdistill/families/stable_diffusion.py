@@ -25,9 +25,14 @@ class StableDiffusion(Family):
             timestep,
             encoder_hidden_states=cond.tensors["encoder_hidden_states"],
             timestep_cond=cond.tensors.get("guidance_embedding"),
+            added_cond_kwargs=self.added_conditions(cond),
             return_dict=False,
         )[0]
         return output
+
+    def added_conditions(self, cond: Condition) -> dict[str, Tensor] | None:
+        """What the UNet is told besides the prompt's tokens; nothing for 1.x and 2.x."""
+        return None
 
     def encode(self, pipe: Any, prompts: list[str]) -> Condition:
         embeds, _ = pipe.encode_prompt(prompts, pipe.device, 1, False)
@@ -74,19 +79,8 @@ class StableDiffusionXL(StableDiffusion):
     name = "SDXL"
     pipelines = ("StableDiffusionXLPipeline",)
 
-    def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        output: Tensor = net(
-            x_t,
-            timestep,
-            encoder_hidden_states=cond.tensors["encoder_hidden_states"],
-            timestep_cond=cond.tensors.get("guidance_embedding"),
-            added_cond_kwargs={
-                "text_embeds": cond.tensors["text_embeds"],
-                "time_ids": cond.tensors["time_ids"],
-            },
-            return_dict=False,
-        )[0]
-        return output
+    def added_conditions(self, cond: Condition) -> dict[str, Tensor] | None:
+        return {name: cond.tensors[name] for name in ("text_embeds", "time_ids")}
 
     def _condition(self, pipe: Any, embeds: Tensor, pooled: Tensor) -> Condition:
         _, height, width = self.latent_shape(pipe)
