@@ -29,7 +29,7 @@ from stepdistill.ema import Ema
 from stepdistill.errors import UserError
 from stepdistill.health import require_finite
 from stepdistill.log import RunLog
-from stepdistill.recipe import Recipe, differences, resolved
+from stepdistill.recipe import Recipe, TrainOptions, differences, resolved
 from stepdistill.schedule import learning_rate
 from stepdistill.types import Method
 
@@ -200,8 +200,12 @@ def check_resume(checkpoints: Path, recipe: Recipe) -> Path:
 
 
 def _identity(recipe: Recipe) -> Recipe:
-    """The recipe without what may change between two parts of one run: where its folder lies."""
-    return resolved(recipe).model_copy(update={"output": None})
+    """The recipe without what cannot move a weight, and so may change between two parts of one run: where its folder
+    lies, what is evaluated, what is kept, drawn and tracked."""
+    plain = TrainOptions()
+    free = {"keep": plain.keep, "sheet_every": plain.sheet_every, "tracker": plain.tracker}
+    train_options = recipe.train.model_copy(update=free)
+    return resolved(recipe).model_copy(update={"output": None, "evaluate": True, "train": train_options})
 
 
 def train(

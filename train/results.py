@@ -1,7 +1,7 @@
 """Puts finished runs into the table of train/README.md: python train/results.py RUN...
 
-Each run's report.json is kept as train/results/NAME.json (an earlier one of the same name is replaced), and the table
-between the two markers of train/README.md is written anew from all of them.
+Each run's report.json and samples.png are kept as train/results/NAME.* (earlier ones of the same name are replaced), and
+the table between the two markers of train/README.md is written anew from all of them.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> None:
         if not report["student"]["fd"]:
             raise SystemExit(f"{run} was not evaluated")
         shutil.copy(Path(run) / "report.json", store / f"{report['name']}.json")
+        shutil.copy(Path(run) / "samples.png", store / f"{report['name']}.png")
     reports = [json.loads(file.read_text()) for file in sorted(store.glob("*.json"))]
     page = HERE / "README.md"
     text = page.read_text()
