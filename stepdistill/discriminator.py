@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stepdistill.draws import generator_for
 from stepdistill.student import Denoiser
 from stepdistill.types import Batch, Condition, Examples
 
@@ -20,7 +22,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        groups = max(g for g in (1, 2, 4, 8, 16, 32) if width % g == 0)
+        # Four channels or more in a group: on features of 1x1, a group of one channel would be normalised to nothing.
+        groups = max(g for g in (1, 2, 4, 8, 16, 32) if (width % g == 0 and width >= 4 * g) or g == 1)
         self.body = nn.Sequential(
             nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, width, 1), nn.SiLU()
         )
@@ -54,13 +57,21 @@ class FeatureGan(nn.Module):
     def __init__(self, eye: Denoiser) -> None:
         super().__init__()
         self._eye = [eye]
-        self.head = Discriminator(eye.family.feature_width(eye.net))
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # its start follows from its width, not from the global generator
+            torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
+            self.head = Discriminator(eye.family.feature_width(eye.net))
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Logits [B] of x_t [B, C, H, W] at t [B]: at its best, log of the density of real over that of generated."""
+        return cast(Tensor, self.head(self._eye[0].features(x_t, t, cond)))
 
     def _logits(self, x: Tensor, cond: Condition, batch: Batch, stream: str) -> Tensor:
         """Logits [B] of x noised to t ~ U(0, 1): one law for real and generated, with draws of their own."""
-        eye, draws = self._eye[0], batch.draws
+        draws = batch.draws
         t, eps = draws.uniform(f"{stream} t"), draws.normal(f"{stream} eps", tuple(x.shape[1:]))
-        return cast(Tensor, self.head(eye.features(eye.path.sample(x, eps, t), t, cond)))
+        return self.logits(self._eye[0].path.sample(x, eps, t), t, cond)
 
     def for_generator(self, x: Tensor, batch: Batch) -> Tensor:
         """The generator's loss for its samples x [B, C, H, W]; gradients flow through the features into x."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from stepdistill.loop import Run, check_resume, train
 from stepdistill.methods import find_method
 from stepdistill.pairs import PairCache, PairOptions
 from stepdistill.pictures import ContactSheets, rows_of_pictures, teacher_pictures
-from stepdistill.provenance import provenance
+from stepdistill.provenance import peak_memory, provenance
 from stepdistill.recipe import Recipe, load_recipe, method_options, resolved_yaml
 from stepdistill.report import model_card, write_report
 from stepdistill.sampler import Sampler
@@ -299,7 +297,7 @@ class Job:
             summary=module_summaries("methods").get(self.recipe.method, self.recipe.method),
             steps=self.sampler.steps,
             guidance=self.options.guidance,
-            call={**call, "num_inference_steps": self.sampler.steps},
+            call={**call, "num_inference_steps": self.sampler.steps, **self.sampler.call_arguments()},
             command=command,
             report=report,
         )
@@ -346,7 +344,12 @@ class Job:
         suite = load_suite("emoji" if wanted is True else str(wanted))
         counts, guidance = self.sampler.step_counts, self.options.guidance
         drawn = evaluate(
-            student, suite, steps=counts, guidance=self.sampler.guidance, device=self.accelerator.device
+            student,
+            suite,
+            steps=counts,
+            guidance=self.sampler.guidance,
+            device=self.accelerator.device,
+            eta=self.sampler.gamma or None,
         )
         asked = sorted({1, *counts, suite.teacher_steps})
         guided = teacher_scores(
@@ -390,11 +393,3 @@ class Job:
             (f"student, {steps} step{'s' * (steps > 1)}", to_uint8(own)),
         ]
         rows_of_pictures(rows).save(file)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most memory held so far, bytes: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -57,7 +57,13 @@ class Drawing:
     """
 
     def __init__(
-        self, pipe: Any, suite: Suite, prompts: Sequence[str] | None, guidance: float | None, trailing: bool
+        self,
+        pipe: Any,
+        suite: Suite,
+        prompts: Sequence[str] | None,
+        guidance: float | None,
+        trailing: bool,
+        eta: float | None = None,
     ) -> None:
         self._pipe, self._suite, self._prompts, self._trailing = pipe, suite, prompts, trailing
         self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
@@ -65,6 +71,9 @@ class Drawing:
             raise UserError(f"{type(pipe).__name__} draws from prompts, suite {suite.label} has none")
         if "prompt" not in self._takes and suite.clip_score:
             raise UserError(f"{type(pipe).__name__} takes no prompts: use a suite with clip_score false")
+        if eta is not None and "eta" not in self._takes:
+            raise UserError(f"eta is {eta:g}, but the call of {type(pipe).__name__} takes no eta")
+        self._eta = eta
         self.guidance = None
         if "guidance_scale" in self._takes:
             off = GUIDANCE_OFF.get(type(pipe).__name__, 1.0)
@@ -103,6 +112,8 @@ class Drawing:
             call["batch_size"] = len(rows)
         if self.guidance is not None:
             call["guidance_scale"] = self.guidance
+        if self._eta is not None:
+            call["eta"] = self._eta
         if {"height", "width"} <= takes:
             call.update(height=size, width=size)
         if self._pipe.device.type == "cuda":

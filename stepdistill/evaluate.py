@@ -137,6 +137,7 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: bool = True,
     trailing: bool = False,
+    eta: float | None = None,
 ) -> Report:
     """Draw a suite's images with a pipeline and score them.
 
@@ -152,6 +153,7 @@ def evaluate(
         trailing: let n steps start at the noisiest timestep, as comparisons at few steps need: discrete schedulers get
             timestep_spacing "trailing" (PNDM, which warms up with extra passes, becomes DDIM), flow schedulers the
             times 1, (n-1)/n, ..., 1/n before their shift. For teachers; a student's grid is its own.
+        eta: passed to the call where given: the gamma of a TCD student.
 
     Raises:
         UserError: no such pipeline or suite, the pipeline and the suite do not fit, or an image is not finite (the
@@ -163,7 +165,7 @@ def evaluate(
         raise UserError(f"steps is {steps}; every step count must be at least 1")
     prompts = suite.prompt_list()
     pipe, label = load_pipeline(pipeline, device)
-    drawing = Drawing(pipe, suite, prompts, guidance, trailing)
+    drawing = Drawing(pipe, suite, prompts, guidance, trailing, eta)
     network = suite.network(pipe.device)
     reference = load_reference(suite, network)
     scores = {}

@@ -85,7 +85,8 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
 
     family = teacher.family
     check_sampler(sampler, family)
-    net = _plain_network(student.net, getattr(teacher.pipe, family.denoiser))
+    folded = student.stock_net(sampler.gap) if student.two_times else student.net
+    net = _plain_network(folded, getattr(teacher.pipe, family.denoiser))
     scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:
@@ -149,6 +150,7 @@ def export(
         "call": {
             **family.call_arguments(type(pipe).__name__, spelt, sampler.guidance or 0.0),
             "num_inference_steps": sampler.steps,
+            **sampler.call_arguments(),
         },
         "seeds": list(seeds),
         "tolerance": TOLERANCE,

@@ -1,9 +1,10 @@
-"""Where a number comes from: versions, command, hardware and commit, as every report states them."""
+"""Where a number comes from: versions, command, hardware, commit and memory, as every report states them."""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -61,3 +62,11 @@ def _commit() -> str | None:
             return None
         outputs.append(done.stdout.strip())
     return outputs[0] + "+" * bool(outputs[1])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory held so far, bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

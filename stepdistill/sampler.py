@@ -29,12 +29,35 @@ class Sampler:
             student trained at ``times`` alone.
         guidance: the scale that a student with a guidance embedding is given; None for any other student, whose
             guidance is in its weights.
+        two_times: whether the network is told where each of its jumps ends.
+        gamma: for a student that jumps from any time of a table to any other, the share in [0, 1] by which a jump goes
+            past its end, from where fresh noise leads back (TCD, Zheng et al. 2024, 2402.19159); its last jump
+            ends at timestep 0. A pipeline must be told of it, as its ``eta``. None for any other student.
+        prediction_type: diffusers' name for the output of a student on a table, where it is not the teacher's kind.
     """
 
     times: tuple[float, ...]
     renoise: bool
     grid: int | None = None
     guidance: float | None = None
+    two_times: bool = False
+    gamma: float | None = None
+    prediction_type: str | None = None
+
+    @property
+    def gap(self) -> float:
+        """t - s of every jump, which a stock class holds as a constant.
+
+        Raises:
+            UserError: where the jumps differ in length.
+        """
+        gap = 1 / self.steps
+        if max(abs(t - (1 - i * gap)) for i, t in enumerate(self.times)) > 1.5e-3:
+            raise UserError(
+                f"student.times is {list(self.times)}, jumps of unequal length, which no stock diffusers class can be "
+                f"told of: use {[round(time, 4) for time in uniform_times(self.steps)]}"
+            )
+        return gap
 
     @property
     def steps(self) -> int:
@@ -45,6 +68,10 @@ class Sampler:
         """Step counts worth evaluating."""
         return (1, 2, 4, 8) if self.grid else (self.steps,)
 
+    def call_arguments(self) -> dict[str, float]:
+        """What a pipeline's call needs besides its steps: TCD's gamma, which diffusers calls eta."""
+        return {"eta": self.gamma} if self.gamma else {}
+
     def walk(
         self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor], calls: int
     ) -> Tensor:
@@ -52,8 +79,12 @@ class Sampler:
         x = noise
         for i in range(calls):
             t, s = (torch.full((len(x),), time, device=x.device) for time in self.times[i : i + 2])
-            prediction = denoiser.predict(x, t, cond)
-            x = denoiser.path.sample(prediction.x0, fresh(i), s) if self.renoise else prediction.at(s)
+            prediction = denoiser.predict(x, t, cond, s) if self.two_times else denoiser.predict(x, t, cond)
+            if self.gamma is not None:
+                past = _past(denoiser.path, s, self.gamma)
+                x = denoiser.path.renoise(prediction.at(past), past, s, fresh(i))
+            else:
+                x = denoiser.path.sample(prediction.x0, fresh(i), s) if self.renoise else prediction.at(s)
         return x
 
     def draw(
@@ -72,7 +103,10 @@ class Sampler:
             embedding = denoiser.family.embed_guidance(denoiser.net, scales)
             cond = cond.with_tensor("guidance_embedding", embedding)
         x = self.walk(denoiser, noise, cond, fresh, self.steps - 1)
-        return denoiser.predict(x, torch.full((len(x),), self.times[-1], device=x.device), cond).x0
+        t = torch.full((len(x),), self.times[-1], device=x.device)
+        more = (torch.zeros_like(t),) if self.two_times else ()
+        last = denoiser.predict(x, t, cond, *more)
+        return last.x0 if self.gamma is None else last.at(_past(denoiser.path, torch.zeros_like(t), 0.0))
 
     def scheduler(self, path: Path, teacher_scheduler: Any) -> Any:
         """The stock scheduler that draws as this sampler does, its grid pinned by its config alone.
@@ -80,7 +114,7 @@ class Sampler:
         Raises:
             UserError: when no stock scheduler has this grid.
         """
-        from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler
+        from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
         scheduler: Any
         if isinstance(path, FlowPath):
@@ -101,10 +135,13 @@ class Sampler:
             )
             config = {key: teacher_scheduler.config[key] for key in keep}
             config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
+            config["prediction_type"] = self.prediction_type or config["prediction_type"]
             config["clip_sample"] = False
             # Read by neither scheduler on these grids; Stable Diffusion pipelines rewrite any other value, and warn.
             config["steps_offset"] = 1
-            if self.renoise or self.steps == 1:
+            if self.gamma is not None:
+                scheduler = TCDScheduler(**config, original_inference_steps=self.grid or path.steps)
+            elif self.renoise or self.steps == 1:
                 uniform = self.steps if path.steps % self.steps == 0 else path.steps
                 # With as many original steps as the student has, a call that forgets num_inference_steps (and so asks
                 # for 50) raises instead of drawing on a grid the student never saw.
@@ -135,6 +172,13 @@ class Sampler:
         """The same sampler with the exact times that its scheduler has for ``steps`` (default: its own count)."""
         scheduler = self.scheduler(path, teacher_scheduler)
         return replace(self, times=times_of(path, scheduler, steps or self.steps))
+
+
+def _past(path: Path, s: Tensor, gamma: float) -> Tensor:
+    """The time [B] of timestep floor((1 - gamma) n) of a table, n >= 0 being the timestep of s [B]."""
+    assert isinstance(path, TablePath)
+    n = ((s * path.steps).round() - 1).clamp_min(0)
+    return (torch.floor((1 - gamma) * n) + 1) / path.steps
 
 
 def uniform_times(steps: int) -> tuple[float, ...]:

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.families.base import Family
-from stepdistill.path import Output, Path, Prediction, per_sample
+from stepdistill.errors import UserError
+from stepdistill.families.base import GAP, Family
+from stepdistill.path import FlowPath, Output, Path, Prediction, per_sample
 from stepdistill.types import Condition
 
 if TYPE_CHECKING:
     from stepdistill.teacher import PipelineTeacher
 
 ADAPTER = "student"
+
+STRAIGHT = FlowPath()
+"""The path x_t = (1 - t) x0 + t eps on which flow maps are stated, whatever the networks' own path is."""
+
+
+def carried(path: Path, x_t: Tensor, t: Tensor, own: Path) -> tuple[Tensor, Tensor]:
+    """The point of ``own`` with the signal-to-noise ratio of (x_t [B, ...], t [B]) on ``path``: its state and time.
+
+    Past the end of a discrete table (pure noise on a flow path) that is the table's last point, which is how
+    diffusers' schedulers start from pure noise.
+    """
+    alpha, sigma = path.alpha_sigma(t)
+    # Off both ends by rounding: time_of clamps there, and at the edge of a clamp forward mode has no derivative.
+    angle = torch.atan2(sigma, alpha)
+    own_t = own.time_of(angle * (1 - torch.finfo(angle.dtype).eps) + 1e-30)
+    own_alpha, own_sigma = own.alpha_sigma(own_t)
+    scale = torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma)
+    return per_sample(scale, x_t) * x_t, own_t
+
+
+def predict_elsewhere(
+    predict: Callable[[Tensor, Tensor], Prediction], own: Path, path: Path, x_t: Tensor, t: Tensor
+) -> Prediction:
+    """What ``predict`` (x [B, ...], t [B] on ``own``) says about a point (x_t, t) of another path.
+
+    Same angle, state rescaled, x0 carried over. The prediction's noise is what x_t and x0 leave, which at clean data
+    is the predicted one.
+    """
+    if path == own:
+        return predict(x_t, t)
+    said = predict(*carried(path, x_t, t, own))
+    alpha, sigma = path.alpha_sigma(t)
+    left = (x_t - per_sample(alpha, x_t) * said.x0) / per_sample(sigma, x_t).clamp_min(1e-12)
+    return Prediction(path, said.x0, torch.where(per_sample(sigma == 0, x_t), said.eps, left), t)
 
 
 class Denoiser(nn.Module):
@@ -35,30 +71,30 @@ class Denoiser(nn.Module):
         self.output: Output = output
         self.family = family
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """The network's output in its own kind, float32 [B, C, H, W], at x_t [B, C, H, W] and t [B]."""
+    def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
+        """The network's output in its own kind, float32 [B, C, H, W], at x_t [B, C, H, W] and t [B]; s [B] is the end
+        of the jump, for a network with a second time."""
+        if s is not None:
+            cond = cond.with_tensor(GAP, t - s)
         dtype = next(self.net.parameters()).dtype
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.tensors.items()}
         timestep = self.family.timestep(self.path, t)
         return self.family.call(self.net, x_t.to(dtype), timestep, Condition(tensors)).float()
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        """What the network says about x_t [B, C, H, W] at t [B]."""
-        return self.path.read(self.raw(x_t, t, cond), self.output, x_t, t)
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Prediction:
+        """What the network says about x_t [B, C, H, W] at t [B]; with a second time, for a jump to s [B]."""
+        return self.path.read(self.raw(x_t, t, cond, s), self.output, x_t, t)
 
-    def predict_on(self, path: Path, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        """What the network says about a point of another path: same angle, state rescaled, x0 carried over.
+    def predict_on(
+        self, path: Path, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None
+    ) -> Prediction:
+        """What the network says about a point of another path, see :func:`predict_elsewhere`; s is on that path too."""
 
-        Past the end of a discrete table (pure noise on a flow path) the state counts as the table's last one, which is
-        how diffusers' schedulers start from pure noise. The prediction's noise is what x_t and x0 leave.
-        """
-        alpha, sigma = path.alpha_sigma(t)
-        own_t = self.path.time_of(torch.atan2(sigma, alpha))
-        own_alpha, own_sigma = self.path.alpha_sigma(own_t)
-        scale = torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma)
-        x0 = self.predict(per_sample(scale, x_t) * x_t, own_t, cond).x0
-        eps = (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)
-        return Prediction(path, x0, eps, t)
+        def predict(x: Tensor, own_t: Tensor) -> Prediction:
+            own_s = s if s is None or path == self.path else carried(path, x_t, s, self.path)[1]
+            return self.predict(x, own_t, cond, own_s)
+
+        return predict_elsewhere(predict, self.path, path, x_t, t)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's inner picture of x_t, [B, D, h, w], or [B, N, D] for a transformer."""
@@ -100,16 +136,51 @@ class Student(Denoiser):
             add_lora(net, source.family.lora_targets, lora_rank, lora_alpha or float(lora_rank))
         return Student(net.eval(), source.path, source.output, source.family)
 
+    @property
+    def two_times(self) -> bool:
+        """Whether the network is also told where its jump ends."""
+        return self.family.has_second_time(self.net)
+
+    def add_second_time(self) -> None:
+        """Gives the network its second time t - s, which changes nothing at the start.
+
+        Raises:
+            UserError: where the family has no way to, or the student is a LoRA.
+        """
+        if self.two_times:
+            return
+        if lora_layers(self.net):
+            raise UserError(
+                "this method adds a second time to the network, which a LoRA cannot hold: set student.lora_rank=0"
+            )
+        self.net = self.family.second_time(self.net)
+
+    def stock_net(self, gap: float) -> nn.Module:
+        """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is
+        folded into a bias; otherwise the network itself. ``gap`` is that of the sampler, ``Sampler.gap``."""
+        return self.family.fold_second_time(self.net, gap) if self.two_times else self.net
+
+    def _towards(self, s: Tensor) -> Tensor | None:
+        return s if self.two_times else None
+
     def mean_velocity(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """u(x_t, t, s) with x_s = x_t - (t - s) u, [B, C, H, W]; at s = t the plain velocity."""
-        prediction = self.predict(x_t, t, cond)
+        prediction = self.predict(x_t, t, cond, self._towards(s))
+        if isinstance(self.path, FlowPath):
+            return prediction.velocity  # a DDIM step on the straight path is an Euler step
         gap = per_sample(t - s, x_t)
         mean = (x_t - prediction.at(s)) / torch.where(gap == 0, torch.ones_like(gap), gap)
         return torch.where(gap == 0, prediction.velocity, mean)
 
+    def flow_velocity(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """The same read on the straight path: for x_t, t and s there, x_s = x_t - (t - s) u, whatever the own path is.
+
+        DDIM steps commute with a change of path, so a flow map learnt there is one on the student's own path."""
+        return self.predict_on(STRAIGHT, x_t, t, cond, self._towards(s)).velocity
+
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """x_s from x_t along the student's own DDIM step, [B, C, H, W]."""
-        return self.predict(x_t, t, cond).at(s)
+        return self.predict(x_t, t, cond, self._towards(s)).at(s)
 
 
 def add_lora(net: nn.Module, targets: list[str], rank: int, alpha: float) -> None:

@@ -121,6 +121,16 @@ class PipelineTeacher:
         Raises:
             UserError: when guidance is asked of a model that has no unconditional mode.
         """
+        return self.predict_with_input_gradient(x_t, t, cond, guidance=guidance)
+
+    def predict_with_input_gradient(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """The same prediction with a graph to x_t; the teacher's own weights are frozen and get no gradient.
+
+        Raises:
+            UserError: when guidance is asked of a model that has no unconditional mode.
+        """
         if not isinstance(guidance, Tensor) and guidance == 1.0:
             return self.denoiser.predict(x_t, t, cond)
         if self.null is None:

@@ -130,6 +130,12 @@ class Teacher(Protocol):
         """What the teacher says about x_t [B, ...] at t [B], under classifier-free guidance; never holds a graph."""
         ...
 
+    def predict_with_input_gradient(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """The same prediction with a graph to x_t, and none to the teacher's weights."""
+        ...
+
 
 class MethodOptions(BaseModel):
     """Base of every method's options: frozen, and closed against keys it does not know.

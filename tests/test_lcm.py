@@ -9,6 +9,7 @@ import torch
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.methods.lcm import LCM
+from stepdistill.neighbours import clean
 from stepdistill.path import FlowPath, TablePath, TrigPath
 
 MU, S = 0.7, 0.4
@@ -68,7 +69,7 @@ def test_boundary_is_the_identity_and_has_no_gradient():
     method = LCM(ToyTeacher(Gaussian(path, MU, S), path), student, (1.0,), LCM.Options(guidance=1.0))
     method.student.family.timestep = lambda path, t: (t * 1000 - 1).round()
     z = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
-    out = method.clean(method.student, z, torch.full((8,), 1 / 1000), toy_batch(8).cond)
+    out = clean(method.student, z, torch.full((8,), 1 / 1000), toy_batch(8).cond)
     torch.testing.assert_close(out, z, atol=0, rtol=0)
     out.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in method.student.net.parameters())
@@ -88,7 +89,7 @@ def test_scalings_are_those_of_lcm_scheduler():
         t = torch.tensor([(n + 1) / 1000])
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(n)
         expected = skip * z + out * method.student.predict(z, t, toy_batch(1).cond).x0
-        torch.testing.assert_close(method.clean(method.student, z, t, toy_batch(1).cond), expected)
+        torch.testing.assert_close(clean(method.student, z, t, toy_batch(1).cond), expected)
 
 
 def test_times_are_those_of_lcm_scheduler():
@@ -128,14 +129,14 @@ def test_target_follows_by_its_decay():
     with torch.no_grad():
         method.student.net.mean.fill_(MU + 1)
     method.after_step(0)
-    assert float(method.target.net.mean) == pytest.approx(MU + 0.1)
+    assert float(method.target.denoiser.net.mean) == pytest.approx(MU + 0.1)
     method.after_step(1)
-    assert float(method.target.net.mean) == pytest.approx(MU + 0.19)
+    assert float(method.target.denoiser.net.mean) == pytest.approx(MU + 0.19)
 
 
 def test_target_holds_no_graph():
     path = FlowPath()
     method = lcm(path, GaussianMap(path, MU, S))
     method.loss("student", data_batch(8))[0].backward()
-    assert method.target.net.mean.grad is None
+    assert method.target.denoiser.net.mean.grad is None
     assert method.student.net.mean.grad is not None

@@ -256,7 +256,9 @@ def test_resume_refuses_another_recipe_and_names_the_key(tmp_path):
 def test_resume_takes_what_cannot_move_a_weight(tmp_path):
     """What is evaluated, kept and drawn may change between two parts of a run."""
     start(recipe_of("lcm", 5), tmp_path)
-    _, trained = start(recipe_of("lcm", 5, "evaluate=emoji", "train.keep=5", "train.sheet_every=2"), tmp_path, True)
+    _, trained = start(
+        recipe_of("lcm", 5, "evaluate=emoji", "train.keep=5", "train.sheet_every=2"), tmp_path, True
+    )
     assert trained.step == 5
 
 

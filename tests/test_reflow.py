@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.methods.reflow import STRAIGHT, Reflow
+from stepdistill.methods.reflow import Reflow
 from stepdistill.path import FlowPath, TablePath, TrigPath, per_sample
 from stepdistill.sampler import Sampler
 from stepdistill.solvers import solve
+from stepdistill.straight import STRAIGHT
 from stepdistill.types import Condition
 
 MU, S = 0.7, 0.4

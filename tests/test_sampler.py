@@ -79,6 +79,27 @@ def test_stock_schedulers_draw_the_same_on_a_table(renoise: bool, kind: Any, ste
     assert own.std() > 0.02
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_the_tcd_scheduler_draws_the_same(gamma: float, kind: Any, steps: int) -> None:
+    teacher = teacher_scheduler(prediction_type={"eps": "epsilon", "v": "v_prediction"}[kind])
+    sampler = Sampler(uniform_times(4), True, grid=50, gamma=gamma).on_grid_of(TABLE, teacher, steps)
+    scheduler = sampler.scheduler(TABLE, teacher)
+    assert type(scheduler).__name__ == "TCDScheduler"
+    denoiser = Denoiser(Output(TABLE, kind), TABLE, kind, ToyFamily())
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    own = ours(sampler, denoiser, noise, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    scheduler.set_timesteps(steps)
+    x = noise
+    for timestep in scheduler.timesteps:
+        output = denoiser.raw(x, torch.full((len(x),), (float(timestep) + 1) / 1000), Condition())
+        x = scheduler.step(output, timestep, x, eta=gamma, generator=generator, return_dict=False)[0]
+    assert (own - x.detach()).abs().max() < 1e-5
+    assert own.std() > 0.02
+
+
 @pytest.mark.parametrize(
     "times", [(1.0,), (1.0, 0.5), (1.0, 0.75), (1.0, 0.75, 0.5, 0.25), (1.0, 0.9, 0.75, 0.5)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -40,6 +41,15 @@ class ToyFamily(Family):
 
     def feature_width(self, net: nn.Module) -> int:
         return 32
+
+    def second_time(self, net: nn.Module) -> nn.Module:
+        return net if self.has_second_time(net) else TwoTimes(net)
+
+    def has_second_time(self, net: nn.Module) -> bool:
+        return isinstance(net, TwoTimes | GaussianFlowMap)
+
+    def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
+        return AtGap(net, gap)
 
 
 class Gaussian(nn.Module):
@@ -150,6 +160,11 @@ class ToyTeacher:
     def predict(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
     ) -> Prediction:
+        return self.predict_with_input_gradient(x_t, t, cond, guidance=guidance)
+
+    def predict_with_input_gradient(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
         from stepdistill.guidance import extrapolate
 
         strong = self.denoiser.predict(x_t, t, cond)
@@ -177,3 +192,55 @@ def toy_batch(
         images=None if images is None else Examples(images, Condition()),
         pairs=None if pairs is None else Examples(pairs(z), Condition(), z),
     )
+
+
+class TwoTimes(nn.Module):
+    """A copy of a network with what t - s changes added to its output; nothing at the start."""
+
+    def __init__(self, net: nn.Module, width: int = 64) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(2 + 8 + 4, width), nn.Linear(width, 2)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        gap = cond.tensors["gap"] if "gap" in cond.tensors else torch.zeros_like(t)
+        rates = math.pi * torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=t.dtype)
+        phase, length = t[:, None] * rates, gap[:, None] * rates[:2]
+        h = torch.cat([x.flatten(1), phase.sin(), phase.cos(), length.sin(), length.cos()], 1)
+        added = self.last(torch.nn.functional.silu(self.first(h)))
+        return self.net(x, t, cond) + added[..., None, None]  # type: ignore[no-any-return]
+
+
+class AtGap(nn.Module):
+    """A network with two times at one t - s."""
+
+    def __init__(self, net: nn.Module, gap: float) -> None:
+        super().__init__()
+        self.net, self.gap = net, gap
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.net(x, t, cond.with_tensor("gap", torch.full_like(t, self.gap)))  # type: ignore[no-any-return]
+
+
+class GaussianFlowMap(nn.Module):
+    """The exact mean velocity u(x, t, s) of N(mean, deviation^2 I) on the straight path, as a network with two times.
+
+    With S_t^2 = (1 - t)^2 c^2 + t^2 and X = (1 - s) mu + (S_s / S_t) (x - (1 - t) mu), u = (X - x) / (s - t) without
+    its removable pole: u = -mu + ((1 + c^2) (s + t) - 2 c^2) / ((S_s + S_t) S_t) (x - (1 - t) mu).
+    """
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.deviation = nn.Parameter(torch.tensor(deviation))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        gap = cond.tensors["gap"] if "gap" in cond.tensors else torch.zeros_like(t)
+        c2, s = self.deviation.square(), t - gap
+        at_t, at_s = (((1 - time).square() * c2 + time.square()).sqrt() for time in (t, s))
+        slope = ((1 + c2) * (s + t) - 2 * c2) / ((at_s + at_t) * at_t)
+        return -self.mean + per_sample(slope, x) * (x - per_sample(1 - t, x) * self.mean)

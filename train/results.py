@@ -1,7 +1,7 @@
 """Puts finished runs into the table of train/README.md: python train/results.py RUN...
 
-Each run's report.json and samples.png are kept as train/results/NAME.* (earlier ones of the same name are replaced), and
-the table between the two markers of train/README.md is written anew from all of them.
+Each run's report.json and samples.png are kept as train/results/NAME.* (earlier ones of the same name are replaced),
+and the table between the two markers of train/README.md is written anew from all of them.
 """
 
 from __future__ import annotations

@@ -30,6 +30,14 @@ TRANSFORMER_LORA = (
 ).split()
 
 
+GAP = "gap"
+"""The condition that holds t - s [B], in [0, 1], for a network with a second time."""
+
+GAP_SCALE = 100.0
+"""A gap times this goes through the sinusoids, a tenth of the scale of diffusers' timesteps: gaps of 1 / 100 are told
+apart, and derivatives in s stay a tenth as steep."""
+
+
 class Family(ABC):
     """One family of diffusers pipelines.
 
@@ -89,7 +97,9 @@ class Family(ABC):
             position = t.double() * path.steps - 1
             nearest = position.round()
             # 0.75 in float32 times 1000 must be timestep 749, the very number diffusers' scheduler passes.
-            position = torch.where((position - nearest).abs() < 1e-3, nearest, position)
+            # It is added as a constant: the derivative in t is that of position, not the zero of a rounded number.
+            near = (position - nearest).abs() < 1e-3
+            position = torch.where(near, position + (nearest - position).detach(), position)
             return position.clamp(0, path.steps - 1).float()
         return t.float() * 1000
 
@@ -121,6 +131,17 @@ class Family(ABC):
             return like.new_tensor(config.get("shift_factor") or 0.0), scale
         return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(deviation).view(1, -1, 1, 1)
 
+    def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
+        """A smaller network of the same class with random weights: channels and layers over the old ones in (0, 1].
+
+        Raises:
+            UserError: where the family has no smaller network.
+        """
+        raise UserError(
+            f"options.width and options.depth need a UNet2DModel or UNet2DConditionModel, which {self.name} has not: "
+            "leave both at 1"
+        )
+
     def guidance_input(self, net: nn.Module) -> nn.Module:
         """A copy of the network that also takes the embedded guidance scale, changing nothing at the start."""
         raise UserError(
@@ -131,6 +152,30 @@ class Family(ABC):
     def embed_guidance(self, net: nn.Module, guidance: Tensor) -> Tensor:
         """The embedding [B, D] of guidance scales [B], as the pipeline would make it."""
         raise NotImplementedError(f"{self.name} takes no guidance embedding")
+
+    def second_time(self, net: nn.Module) -> nn.Module:
+        """A copy of the network that is also told t - s, the length of its jump, changing nothing at the start.
+
+        Raises:
+            UserError: where the network has no slot for it.
+        """
+        raise UserError(
+            f"this method needs a network with a second time, which {self.name} has no slot for. There is one in "
+            "unconditional UNet2DModel and in UNet2DConditionModel; or take a method with one time, such as dmd"
+        )
+
+    def has_second_time(self, net: nn.Module) -> bool:
+        """Whether the network is one that :meth:`second_time` made."""
+        return False
+
+    @staticmethod
+    def gap_of(x_t: Tensor, cond: Condition) -> Tensor:
+        """t - s [B] out of a condition; 0, the instantaneous velocity, where nothing says how long the jump is."""
+        return cond.tensors[GAP] if GAP in cond.tensors else x_t.new_zeros(len(x_t))
+
+    def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
+        """The stock network that equals ``net`` wherever t - s is ``gap``: the constant embedding goes into a bias."""
+        raise NotImplementedError(f"{self.name} has no second time")
 
 
 class LabelFamily(Family):

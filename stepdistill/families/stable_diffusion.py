@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
+from stepdistill.families.base import GAP_SCALE, Family
+from stepdistill.slim import slim_unet
 from stepdistill.types import Condition
 
 GUIDANCE_DIM = 256
 """Width of the guidance embedding in LCM (Luo et al. 2023, 2310.04378)."""
+
+GAP_DIM = 128
+"""Width of the second time's embedding; another width than that of guidance, so that a network says which it takes."""
 
 
 class StableDiffusion(Family):
@@ -24,11 +28,17 @@ class StableDiffusion(Family):
             x_t,
             timestep,
             encoder_hidden_states=cond.tensors["encoder_hidden_states"],
-            timestep_cond=cond.tensors.get("guidance_embedding"),
+            timestep_cond=self.time_condition(net, x_t, cond),
             added_cond_kwargs=self.added_conditions(cond),
             return_dict=False,
         )[0]
         return output
+
+    def time_condition(self, net: nn.Module, x_t: Tensor, cond: Condition) -> Tensor | None:
+        """What goes into the slot beside the timestep: the embedded length of a jump, or an embedded guidance."""
+        if self.has_second_time(net):
+            return _sinusoid(GAP_SCALE * self.gap_of(x_t, cond), GAP_DIM)
+        return cond.tensors.get("guidance_embedding")
 
     def added_conditions(self, cond: Condition) -> dict[str, Tensor] | None:
         """What the UNet is told besides the prompt's tokens; nothing for 1.x and 2.x."""
@@ -47,32 +57,62 @@ class StableDiffusion(Family):
     def feature_width(self, net: Any) -> int:
         return int(net.config.block_out_channels[-1])
 
-    def guidance_input(self, net: nn.Module) -> nn.Module:
-        from diffusers import UNet2DConditionModel
+    def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
+        return slim_unet(net, width, depth)
 
+    def guidance_input(self, net: nn.Module) -> nn.Module:
         from stepdistill.student import lora_layers
 
-        assert isinstance(net, UNet2DConditionModel)
         if lora_layers(net):
             raise UserError(
                 "options.guidance_range adds weights that a LoRA cannot hold: set student.lora_rank=0, or use one "
                 "fixed options.guidance"
             )
-        # As a keyword: from_config drops a key of its first argument that the network had by default.
-        wider: Any = UNet2DConditionModel.from_config(net.config, time_cond_proj_dim=GUIDANCE_DIM)
-        wider.load_state_dict({**wider.state_dict(), **net.state_dict()})
-        torch.nn.init.zeros_(wider.time_embedding.cond_proj.weight)
-        widened: nn.Module = wider.to(net.device).train(net.training)
-        return widened
+        return _with_time_condition(net, GUIDANCE_DIM)
 
     def embed_guidance(self, net: nn.Module, guidance: Tensor) -> Tensor:
         """Sinusoid of 1000 (g - 1), identical to the pipeline's ``get_guidance_scale_embedding``."""
-        half = GUIDANCE_DIM // 2
-        rates = torch.exp(
-            torch.arange(half, device=guidance.device) * -(torch.log(torch.tensor(1e4)) / (half - 1))
-        )
-        phase = 1000 * (guidance.float() - 1)[:, None] * rates[None]
-        return torch.cat([torch.sin(phase), torch.cos(phase)], dim=1)
+        return _sinusoid(1000 * (guidance.float() - 1), GUIDANCE_DIM)
+
+    def has_second_time(self, net: Any) -> bool:
+        return bool(net.config.time_cond_proj_dim == GAP_DIM)
+
+    def second_time(self, net: Any) -> nn.Module:
+        """Through the slot for a condition beside the timestep, the one LCM has for its guidance."""
+        if net.config.time_cond_proj_dim is not None:
+            raise UserError(
+                "this method needs a network with a second time, and this UNet2DConditionModel has its one slot taken "
+                f"by a guidance embedding of {net.config.time_cond_proj_dim}: take a teacher without one"
+            )
+        return _with_time_condition(net, GAP_DIM)
+
+    @torch.no_grad()
+    def fold_second_time(self, net: Any, gap: float) -> nn.Module:
+        plain = type(net).from_config(net.config, time_cond_proj_dim=None)
+        added = "time_embedding.cond_proj.weight"
+        plain.load_state_dict({k: v for k, v in net.state_dict().items() if k != added})
+        phase = _sinusoid(torch.tensor([GAP_SCALE * gap], device=net.device), GAP_DIM)
+        # cond_proj adds to the input of linear_1, so a constant there is a constant in linear_1's bias.
+        shift = net.time_embedding.cond_proj(phase) @ net.time_embedding.linear_1.weight.T
+        plain.to(net.device).time_embedding.linear_1.bias += shift[0]
+        return plain.train(net.training)  # type: ignore[no-any-return]
+
+
+def _with_time_condition(net: Any, width: int) -> nn.Module:
+    """A copy with a condition of this width beside the timestep, of no effect at the start."""
+    # As a keyword: from_config drops a key of its first argument that the network had by default.
+    wider = type(net).from_config(net.config, time_cond_proj_dim=width)
+    wider.load_state_dict({**wider.state_dict(), **net.state_dict()})
+    torch.nn.init.zeros_(wider.time_embedding.cond_proj.weight)
+    return wider.to(net.device).train(net.training)  # type: ignore[no-any-return]
+
+
+def _sinusoid(phase: Tensor, width: int) -> Tensor:
+    """Sines and cosines [B, width] of phase [B] at rates from 1 down to 1 / 10000."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=phase.device) * -(torch.log(torch.tensor(1e4)) / (half - 1)))
+    angle = phase[:, None] * rates[None]
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
 
 
 class StableDiffusionXL(StableDiffusion):

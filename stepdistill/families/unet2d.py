@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from stepdistill.families.base import LabelFamily
+from stepdistill.errors import UserError
+from stepdistill.families.base import GAP_SCALE, LabelFamily
+from stepdistill.slim import slim_unet
 from stepdistill.types import Condition
 
 
@@ -27,10 +30,36 @@ class UNet2D(LabelFamily):
         return int(pipe.unet.config.num_class_embeds or 0)
 
     def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        output: Tensor = net(x_t, timestep, class_labels=cond.tensors.get("class_labels"), return_dict=False)[
-            0
-        ]
+        labels = cond.tensors.get("class_labels")
+        if self.has_second_time(net):
+            labels = GAP_SCALE * self.gap_of(x_t, cond)
+        output: Tensor = net(x_t, timestep, class_labels=labels, return_dict=False)[0]
         return output[:, : x_t.shape[1]]
+
+    def has_second_time(self, net: Any) -> bool:
+        return bool(net.config.class_embed_type == "timestep")
+
+    def second_time(self, net: Any) -> nn.Module:
+        """Through the slot for class embeddings, which an unconditional network leaves empty."""
+        if net.class_embedding is not None:
+            raise UserError(
+                "this method needs a network with a second time, and a class-conditional UNet2DModel has its one slot "
+                "taken by the class: take a method with one time, such as dmd"
+            )
+        wider = type(net).from_config(net.config, class_embed_type="timestep")
+        wider.load_state_dict({**wider.state_dict(), **net.state_dict()})
+        nn.init.zeros_(wider.class_embedding.linear_2.weight)
+        nn.init.zeros_(wider.class_embedding.linear_2.bias)
+        return wider.to(net.device).train(net.training)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def fold_second_time(self, net: Any, gap: float) -> nn.Module:
+        plain = type(net).from_config(net.config, class_embed_type=None)
+        state = {k: v for k, v in net.state_dict().items() if not k.startswith("class_embedding.")}
+        plain.load_state_dict(state)
+        phase = net.time_proj(torch.tensor([GAP_SCALE * gap], device=net.device))
+        plain.to(net.device).time_embedding.linear_2.bias += net.class_embedding(phase)[0]
+        return plain.train(net.training)  # type: ignore[no-any-return]
 
     def null(self, pipe: Any) -> Condition | None:
         return None
@@ -40,6 +69,9 @@ class UNet2D(LabelFamily):
 
     def feature_width(self, net: Any) -> int:
         return int(net.config.block_out_channels[-1])
+
+    def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
+        return slim_unet(net, width, depth)
 
     def to_latents(self, pipe: Any, images: Tensor) -> Tensor:
         return images

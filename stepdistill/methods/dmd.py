@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from stepdistill.discriminator import FeatureGan
 from stepdistill.distances import DistanceName, distance
-from stepdistill.guidance import in_interval
+from stepdistill.fake_score import FakeScore, FakeScoreOptions, push, rollout, sampler_of, turn_at
 from stepdistill.pairs import PairOptions
-from stepdistill.path import TablePath
 from stepdistill.sampler import Sampler
 from stepdistill.schedule import annealed
 from stepdistill.student import Student
@@ -35,21 +34,16 @@ from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
 class DMD(Method):
     """See the module's text."""
 
-    class Options(PairOptions):
+    class Options(FakeScoreOptions, PairOptions):
         guidance: float = 1.75  # of the teacher: 1.75 for SD 1.5, 8 for SDXL (DMD2 C.1)
         score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
-        guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it is on (2404.07724)
         fake_steps: int = 5  # updates of the fake network per student update (DMD2 4.2)
-        fake_lr_ratio: float = 1.0  # learning rate of the fake network over train.lr
-        score_times: tuple[float, float] = (0.02, 0.98)  # where the two scores are compared (DMD 4.1)
-        renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
         gan_weight: float = 0.0  # of the generator's GAN loss: 1e-3 for SD 1.5 (DMD2 C.1); 0: no images
         gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn
         regression: DistanceName = "l2"  # distance of the regression on pairs
         regression_weight: float = 0.0  # 0.25 in DMD; 0 leaves it out
         warm_start: int = 0  # first updates of the student, by regression alone
         warm_start_lr_ratio: float = 1.0  # their learning rate over train.lr
-        fake_warm_start: int = 0  # then updates of the fake network, before the student moves on
 
     @classmethod
     def needs_of(cls, options: MethodOptions) -> frozenset[str]:
@@ -62,7 +56,7 @@ class DMD(Method):
     ) -> None:
         super().__init__(teacher, student, times, options)
         self.options = cast(DMD.Options, options)
-        self.fake = teacher.denoiser.copy()
+        self.fake = FakeScore(teacher)
         self.gan = FeatureGan(self.fake) if self.options.gan_weight else None
 
     def networks(self) -> dict[str, nn.Module]:
@@ -76,36 +70,20 @@ class DMD(Method):
         return self.options.warm_start_lr_ratio * annealed(step / warm) if step < warm else 1.0
 
     def turn(self, step: int) -> str:
-        options = self.options
-        if step < options.warm_start:
-            return "student"
-        # In a cycle the fake network comes first: the student never follows a score that has not seen it.
-        matching = step - options.warm_start - options.fake_warm_start
-        last = matching >= 0 and matching % (options.fake_steps + 1) == options.fake_steps
-        return "student" if last else "fake"
+        return turn_at(step, self.options, self.options.warm_start)
 
     def sampler(self) -> Sampler:
-        renoise = self.options.renoise
-        return Sampler(self.times, isinstance(self.student.path, TablePath) if renoise is None else renoise)
+        return sampler_of(self.student, self.times, self.options)
 
     def generate(self, batch: Batch) -> Tensor:
         """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
-        calls = batch.draws.shared_integer("exit", len(self.times))
-        with torch.no_grad():
-            start = self.sampler().walk(self.student, batch.noise, batch.cond, batch.fresh, calls)
-        t = torch.full((len(start),), self.times[calls], device=start.device)
-        return self.student.predict(start, t, batch.cond).x0
+        return rollout(self.student, self.sampler(), batch)
 
     def field(self, x: Tensor, batch: Batch) -> Tensor:
         """(x0_fake - x0_real) / mean|x - x0_real| at a noised x, [B, C, H, W]: where x should move away from."""
-        t = batch.draws.uniform("score t", *self.options.score_times)
-        x_t = self.student.path.sample(x, batch.draws.normal("score eps", tuple(x.shape[1:])), t)
         scale = self.options.score_guidance or self.options.guidance
-        guidance = in_interval(scale, t, *self.options.guidance_interval)
-        real = self.teacher.predict(x_t, t, batch.cond, guidance=guidance).x0
-        fake = self.fake.predict(x_t, t, batch.cond).x0
-        normaliser = (x - real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-        return (fake - real) / (normaliser + 1e-6)
+        views = self.fake.views(self.teacher, x, batch, self.options, scale)
+        return views.error / (views.distance + 1e-6)
 
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if turn == "student" and batch.draws.step < self.options.warm_start:
@@ -116,7 +94,7 @@ class DMD(Method):
         x = self.generate(batch)
         with torch.no_grad():
             field = self.field(x, batch)
-        loss = 0.5 * (x - (x - field).detach()).square().mean()  # gradient in x: the field over its size
+        loss = push(x, field)
         logs = {"field": field.abs().mean(), "x_std": x.detach().std()}
         if self.gan is not None:
             logs["gan"] = self.gan.for_generator(x, batch)
@@ -139,10 +117,7 @@ class DMD(Method):
     def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             x = self.generate(batch)
-        t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
-        x_t = self.fake.path.sample(x, eps, t)
-        error = self.fake.raw(x_t, t, batch.cond) - self.fake.path.target(x, eps, t, self.fake.output)
-        loss = error.square().mean()
+        loss = self.fake.denoising_loss(x, batch)
         logs = {"denoising": loss}
         if self.gan is not None:
             logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)

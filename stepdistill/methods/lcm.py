@@ -17,17 +17,18 @@ Clean latents come from images, or from cached samples of the teacher itself. Le
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from stepdistill.ema import follow
+from stepdistill.neighbours import Source, Target, clean, examples, last_time, noised
 from stepdistill.pairs import PairOptions
-from stepdistill.path import TablePath, per_sample
+from stepdistill.path import TablePath
+from stepdistill.residuals import elementwise_huber, rms
 from stepdistill.sampler import Sampler
-from stepdistill.student import Denoiser, Student
-from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
+from stepdistill.student import Student
+from stepdistill.types import Batch, Method, MethodOptions, Teacher
 
 
 class LCM(Method):
@@ -45,7 +46,7 @@ class LCM(Method):
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
         ema: float = 0.95  # decay of the target network (LCM 5.1)
         huber: float = 0.001  # c of the pseudo-Huber loss
-        source: Literal["pairs", "images"] = "pairs"  # where clean latents come from
+        source: Source = "pairs"  # where clean latents come from
 
     @classmethod
     def needs_of(cls, options: MethodOptions) -> frozenset[str]:
@@ -58,36 +59,21 @@ class LCM(Method):
         self.options = cast(LCM.Options, options)
         if self.options.guidance_range:
             student.net = student.family.guidance_input(student.net)
-        self.target = cast(Denoiser, student).copy().requires_grad_(False)
+        self.target = Target(student, self.options.ema)
 
     def sampler(self) -> Sampler:
         guidance = self.options.guidance if self.options.guidance_range else None
         return Sampler(self.times, isinstance(self.student.path, TablePath), self.options.grid, guidance)
 
-    @property
-    def end(self) -> float:
-        """The grid's last time: timestep 0 of a discrete table, as in LCMScheduler; clean data on a flow path."""
-        path = self.student.path
-        return 1 / path.steps if isinstance(path, TablePath) else 0.0
-
-    def clean(self, denoiser: Denoiser, z: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """The consistency function f(z, t) [B, C, H, W], the identity at the grid's end whatever the network says."""
-        x0 = denoiser.predict(z, t, cond).x0
-        if not isinstance(denoiser.path, TablePath):
-            return torch.where(per_sample(t <= self.end, z), z, x0)
-        n = 10 * denoiser.family.timestep(denoiser.path, t)
-        skip, out = 0.25 / (n.square() + 0.25), n / (n.square() + 0.25).sqrt()
-        return per_sample(skip, z) * z + per_sample(out, z) * x0
-
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        source = cast(Examples, getattr(batch, self.options.source))
+        source = examples(batch, self.options.source)
         x0, cond = source.x0, source.cond
         path, draws = self.student.path, batch.draws
         options, eps = self.options, draws.normal("eps", tuple(x0.shape[1:]))
         t = (draws.integers("time", options.grid) + 1) / options.grid
         t = torch.where(draws.uniform("start") < options.noise_share, torch.ones_like(t), t)
-        s = (t - options.skip / options.grid).clamp_min(self.end)
-        z = torch.where(per_sample(t == 1, eps), eps, path.sample(x0, eps, t))
+        s = (t - options.skip / options.grid).clamp_min(last_time(path))
+        z = noised(path, x0, eps, t)
 
         guidance: float | Tensor = options.guidance
         student_cond = cond
@@ -98,12 +84,9 @@ class LCM(Method):
 
         with torch.no_grad():
             z_s = self.teacher.predict(z, t, cond, guidance=guidance).at(s)
-            target = self.clean(self.target, z_s, s, student_cond)
-        residual = self.clean(self.student, z, t, student_cond) - target
-        c = options.huber
-        return ((residual.square() + c**2).sqrt() - c).mean(), {
-            "residual": residual.detach().square().mean().sqrt()
-        }
+            target = clean(self.target.denoiser, z_s, s, student_cond)
+        residual = clean(self.student, z, t, student_cond) - target
+        return elementwise_huber(residual, options.huber), {"residual": rms(residual)}
 
     def after_step(self, step: int) -> None:
-        follow(self.target.net, self.student.net, self.options.ema)
+        self.target.update()

@@ -12,7 +12,7 @@ Liu et al. 2022, "Flow Straight and Fast", 2209.03003; text-conditional in Liu e
 - The reflow loss is squared, as its minimiser must be the mean velocity; the distance of the distillation is free, and
   one that forgives outliers keeps the student off the mean of what it cannot tell apart.
 
-Left out: LPIPS, which is for pixels; further rounds (``pairs`` from a reflowed teacher are a second run).
+Left out: LPIPS, which is for pixels; further rounds of reflow (see instaflow).
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stepdistill.distances import DistanceName, distance
+from stepdistill.distances import DistanceName
 from stepdistill.pairs import PairOptions
-from stepdistill.path import FlowPath, per_sample
-from stepdistill.sampler import Sampler, uniform_times
-from stepdistill.solvers import solve
+from stepdistill.sampler import Sampler
+from stepdistill.straight import distillation_loss, flow_end, reflow_loss
 from stepdistill.student import Denoiser, Student
 from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
-
-STRAIGHT = FlowPath()
 
 
 class Reflow(Method):
@@ -64,10 +61,8 @@ class Reflow(Method):
         return self.distillation_loss(pairs, batch) if self.distilling else self.reflow_loss(pairs, batch)
 
     def reflow_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        z, x = cast(Tensor, pairs.noise), pairs.x0
         t = batch.draws.uniform("time", self.options.t_min, 1.0)
-        velocity = self.student.predict_on(STRAIGHT, STRAIGHT.sample(x, z, t), t, pairs.cond).velocity
-        loss = distance(velocity, z - x, "l2")
+        loss = reflow_loss(self.student, cast(Tensor, pairs.noise), pairs.x0, pairs.cond, t)
         return loss, {"reflow": loss}
 
     def distillation_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,19 +70,13 @@ class Reflow(Method):
         if batch.draws.shared_integer("fresh", 1000) < 1000 * self.options.fresh:
             z, cond = batch.noise, batch.cond
             x = self.flow_sample(z, cond)
-        segment = batch.draws.integers("segment", len(self.times))
-        t = torch.tensor(self.times, device=z.device)[segment]
-        state = self.student.path.sample(x, z, t)
-        # The start of the first segment is pure noise, as in sampling, also where the path keeps a trace of data.
-        state = torch.where(per_sample(segment == 0, z), z, state)
-        loss = distance(self.student.predict(state, t, cond).x0, x, self.options.distance)
+        name = self.options.distance
+        loss = distillation_loss(self.student, self.times, z, x, cond, batch.draws, name)
         return loss, {"distillation": loss}
 
-    @torch.no_grad()
     def flow_sample(self, z: Tensor, cond: Condition) -> Tensor:
         """The clean end [B, C, H, W] of the reflowed student's trajectory from noise z [B, C, H, W]."""
-        times = (*uniform_times(self.options.flow_steps), 0.0)
-        return solve(lambda x, t: self.flow.predict_on(STRAIGHT, x, t, cond), z, times, "ddim")
+        return flow_end(self.flow, z, cond, self.options.flow_steps)
 
     def after_step(self, step: int) -> None:
         if step + 1 == self.options.reflow_steps:

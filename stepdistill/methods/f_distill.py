@@ -1,0 +1,149 @@
+"""f-distill: DMD for any f-divergence, each sample's field weighted by the density ratio that a discriminator reads.
+
+Xu et al. 2025, "One-step Diffusion Models with f-Divergence Distribution Matching", 2502.15681, on top of DMD2
+(Yin et al. 2024, 2405.14867).
+
+- The gradient of D_f(p || q) = E_q[f(r)], r = p / q at x_t, is that of the reverse KL with each sample weighted by
+  h(r) = r^2 f''(r): constant for the reverse KL (which is DMD), r for the forward KL, the others in ``WEIGHTS``.
+- DMD2's discriminator of noised samples has log r as its best logit, with the data's density for p, which stands for
+  the teacher's. So the GAN, and with it real images, is a part of the method.
+- Twice normalised: r by its mean at that noise level (ten bins of t), then h by its mean.
+- Student turn: the field h(r) (x0_fake - x0_real) / mean|x - x0_real| and the generator's GAN loss. Fake turn: the
+  diffusion loss on sg[x] and the discriminator's loss.
+
+Differs from the authors': both means are running ones, up to the step before, so that a sample's loss does not depend
+on its neighbours; the discriminator reads the fake network's features, as DMD2's does, not the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from stepdistill.discriminator import FeatureGan
+from stepdistill.fake_score import FakeScore, FakeScoreOptions, push, rollout, sampler_of, turn_at
+from stepdistill.path import per_sample
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
+
+Divergence = Literal[
+    "reverse_kl", "forward_kl", "js", "softened_reverse_kl", "hellinger", "neyman", "jeffreys"
+]
+WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda r: r,
+    "js": lambda r: r / (1 + r),
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "hellinger": torch.sqrt,
+    "neyman": lambda r: 1 / r,
+    "jeffreys": lambda r: 1 + r,
+}
+"""h(r), up to a constant that the normalisation removes."""
+BINS = 10
+"""Noise levels with a mean ratio of their own."""
+
+
+class RatioWeight(nn.Module):
+    """h(r) with mean 1, from the discriminator's logits; its means follow what it has seen, one step behind."""
+
+    def __init__(self, options: FDistill.Options) -> None:
+        super().__init__()
+        self.options, self.h = options, WEIGHTS[options.divergence]
+        self.register_buffer("mean_ratio", torch.ones(BINS))
+        self.register_buffer("mean_weight", self.h(torch.ones(1)))
+        self.mean_ratio: Tensor
+        self.mean_weight: Tensor
+        self._seen: list[Tensor] = []  # of this step: sums and counts of r in each bin, sum and count of h
+
+    @torch.no_grad()
+    def forward(self, logit: Tensor, t: Tensor) -> Tensor:
+        """Weights [B] from logits [B] at times [B]."""
+        low, high = self.options.score_times
+        where = ((t - low) / max(high - low, 1e-6) * BINS).long().clamp(0, BINS - 1)
+        ratio = logit.float().clamp(-10, 10).exp().clamp(*self.options.ratio_range)
+        weight = self.h(ratio / self.mean_ratio[where])
+        bins = nn.functional.one_hot(where, BINS).double()
+        sums = [ratio.double() @ bins, bins.sum(0), weight.double().sum()[None], bins.sum()[None]]
+        self._seen.append(torch.cat(sums))
+        return weight / self.mean_weight
+
+    def update(self) -> None:
+        """Takes what the step has seen, on every process, into the means."""
+        if not self._seen:
+            return
+        seen = torch.stack(self._seen).sum(0)
+        self._seen.clear()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(seen)
+        ratios, counts, weight = seen[:BINS], seen[BINS : 2 * BINS], seen[-2:-1] / seen[-1]
+        now = torch.where(counts > 0, ratios / counts.clamp_min(1), self.mean_ratio.double())
+        for mean, value in ((self.mean_ratio, now), (self.mean_weight, weight)):
+            mean.lerp_(value.to(mean.dtype), 1 - self.options.ratio_ema)
+
+
+class FDistill(Method):
+    """See the module's text."""
+
+    needs = frozenset({"noise", "prompts", "images"})
+
+    class Options(FakeScoreOptions):
+        guidance: float = 1.75  # of the teacher, for SD 1.5; 8 for SDXL
+        fake_steps: int = 5  # updates of the fake network per student update; 9 for SD 1.5
+        divergence: Divergence = "js"
+        gan_weight: float = 1e-3  # of the generator's GAN loss, for SD 1.5; 5e-3 for SDXL
+        gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn (DMD2)
+        ratio_range: tuple[float, float] = (0.1, 20.0)  # r is clamped to
+        ratio_ema: float = 0.9  # decay of the running means; 0.5 in the authors' code at batches of thousands
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(FDistill.Options, options)
+        self.fake = FakeScore(teacher)
+        self.gan = FeatureGan(self.fake)
+        self.weight = RatioWeight(self.options)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student.net, "fake": nn.ModuleList([self.fake.net, self.gan])}
+
+    def lr_ratio(self, turn: str, step: int) -> float:
+        return self.options.fake_lr_ratio if turn == "fake" else 1.0
+
+    def turn(self, step: int) -> str:
+        return turn_at(step, self.options)
+
+    def after_step(self, step: int) -> None:
+        self.weight.update()
+
+    def sampler(self) -> Sampler:
+        return sampler_of(self.student, self.times, self.options)
+
+    def generate(self, batch: Batch) -> Tensor:
+        """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
+        return rollout(self.student, self.sampler(), batch)
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if turn == "fake":
+            with torch.no_grad():
+                x = self.generate(batch)
+            logs = {"denoising": self.fake.denoising_loss(x, batch)}
+            logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
+            return logs["denoising"] + self.options.gan_fake_weight * logs["discriminator"], logs
+        x = self.generate(batch)
+        with torch.no_grad():
+            views = self.fake.views(self.teacher, x, batch, self.options, self.options.guidance)
+            weight = self.weight(self.gan.logits(views.x_t, views.t, batch.cond), views.t)
+            field = per_sample(weight, x) * views.error / (views.distance + 1e-6)
+        logs = {
+            "field": field.abs().mean(),
+            "weight_std": weight.std(correction=0),
+            "x_std": x.detach().std(),
+        }
+        logs["gan"] = self.gan.for_generator(x, batch)
+        return push(x, field) + self.options.gan_weight * logs["gan"], logs

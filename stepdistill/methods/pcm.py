@@ -1,0 +1,118 @@
+"""Phased consistency: the trajectory in phases, and in each a consistency map to the phase's own lower edge.
+
+Wang et al. 2024, "Phased Consistency Models", 2405.18407.
+
+- Phases: the student's own times are the edges and the last phase ends at clean data, so that K phases are drawn in K
+  deterministic steps, each from edge to edge. (The authors' code floors the edges to a grid of 50, up to ten timesteps
+  beside the times it draws at.)
+- The map, first order: f(x_t, t) = alpha_e x0 + sigma_e eps to the edge e of t's phase. An edge is the end of the
+  phase above it and the start of the one below. Each t has one e, so the map can be exact.
+- Loss: d(f(x_t, t), sg f(x_s, s)), x_s one guided DDIM step of the teacher from x_t; where s is the edge the target is
+  x_s itself. The target network is the student without gradient; d = sqrt(r^2 + c^2) - c per element.
+- Optional adversarial loss, every other update a turn of the discriminator: f and its target are both noised from
+  their edge e to one time of the phase above it, and told apart by a head on the teacher's features, with the hinge
+  max(0, 1 - D(target)) + max(0, 1 + D(f)); the student's part is -D(f).
+
+Left out: an edge at timestep 0 instead of clean data; heads on nine levels of features (here one).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.discriminator import FeatureGan
+from stepdistill.neighbours import Source, Target, examples, jump, noised
+from stepdistill.pairs import PairOptions
+from stepdistill.residuals import elementwise_huber, rms
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+
+
+class PCM(Method):
+    """See the module's text."""
+
+    default_times = (1.0, 0.75, 0.5, 0.25)
+
+    class Options(PairOptions):
+        guidance: float = 5.5  # of the teacher's step: w in [4, 5], and g = 1 + w
+        grid: int = 50  # times on the path, shared out evenly among the phases
+        start_share: float = 0.0  # share of samples put at their phase's start, where the student is called
+        ema: float = 0.0  # decay of the target network; 0: the student itself
+        huber: float = 0.001  # c of the pseudo-Huber loss
+        gan_weight: float = 0.0  # of the adversarial loss: 0.1 in the authors' code; 0 leaves it out
+        source: Source = "pairs"  # where clean latents come from
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        return cls.needs | {cast(PCM.Options, options).source}
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(PCM.Options, options)
+        self.target = Target(student, self.options.ema)
+        self.gan = FeatureGan(teacher.denoiser) if self.options.gan_weight else None
+
+    def networks(self) -> dict[str, nn.Module]:
+        gan: dict[str, nn.Module] = {} if self.gan is None else {"discriminator": self.gan}
+        return {"student": self.student.net, **gan}
+
+    def turn(self, step: int) -> str:
+        return "student" if self.gan is None or step % 2 else "discriminator"
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.times, renoise=False)
+
+    def phase_times(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Start, t, s and edge e of each sample's phase, [B] each: start >= t > s >= e."""
+        draws, each = batch.draws, max(1, self.options.grid // len(self.times))
+        phase, n = draws.integers("phase", len(self.times)), draws.integers("time", each) + 1
+        n = torch.where(draws.uniform("start") < self.options.start_share, torch.full_like(n, each), n)
+        edges = torch.tensor([*self.times, 0.0], device=n.device)
+        start, e = edges[phase], edges[phase + 1]
+        # lerp gives both ends of a phase exactly: they decide where the map is the identity.
+        return start, torch.lerp(e, start, n / each), torch.lerp(e, start, (n - 1) / each), e
+
+    def two_jumps(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
+        """The student's jump to the edge, its target [B, C, H, W], start and edge of the phase [B], the conditions."""
+        source = examples(batch, self.options.source)
+        start, t, s, e = self.phase_times(batch)
+        eps = batch.draws.normal("eps", tuple(source.x0.shape[1:]))
+        z = noised(self.student.path, source.x0, eps, t)
+        with torch.no_grad():
+            z_s = self.teacher.predict(z, t, source.cond, guidance=self.options.guidance).at(s)
+            target = jump(self.target.denoiser, z_s, s, e, source.cond)
+        return jump(self.student, z, t, e, source.cond), target, start, e, source.cond
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if turn == "discriminator":
+            return self.discriminator_loss(batch)
+        jumped, target, start, e, cond = self.two_jumps(batch)
+        residual = jumped - target
+        loss, logs = elementwise_huber(residual, self.options.huber), {"residual": rms(residual)}
+        if self.gan is not None:
+            logs["gan"] = -self.logits(jumped, start, e, cond, batch).mean()
+            loss = loss + self.options.gan_weight * logs["gan"]
+        return loss, logs
+
+    def discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            jumped, target, start, e, cond = self.two_jumps(batch)
+        real, fake = (self.logits(x, start, e, cond, batch) for x in (target, jumped))
+        loss = ((1 - real).clamp_min(0) + (1 + fake).clamp_min(0)).mean()
+        return loss, {"discriminator": loss}
+
+    def logits(self, x_e: Tensor, start: Tensor, e: Tensor, cond: Condition, batch: Batch) -> Tensor:
+        """Logits [B] of x_e [B, C, H, W] noised from its edge to a time of its phase, equal for both kinds."""
+        t = torch.lerp(e, start, batch.draws.uniform("gan t"))
+        eps = batch.draws.normal("gan eps", tuple(x_e.shape[1:]))
+        gan = cast(FeatureGan, self.gan)
+        return gan.logits(self.student.path.renoise(x_e, e, t, eps), t, cond)
+
+    def after_step(self, step: int) -> None:
+        self.target.update()

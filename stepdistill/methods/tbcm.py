@@ -1,0 +1,98 @@
+"""Trajectory-backward consistency: neighbours on the teacher's own trajectory from noise; no latents are needed.
+
+Tang et al. 2025, "Image-Free Timestep Distillation via Continuous-Time Consistency with Trajectory-Sampled Pairs",
+2511.20410 (the Trajectory-Backward Consistency Model).
+
+- Trajectory: from noise, ``route`` guided DDIM steps of the teacher to the path's last time. Its times are drawn anew
+  for every sample, the first 1 and the i-th uniform between the i-th and the (i+1)-th of a reference route with flow
+  times shift u / (1 + (shift - 1) u): with fixed times the student would learn no others.
+- Loss: d(f(x_i), sg f(x_(i+1))) over ``points`` pairs of each trajectory. The teacher's calls are paid for by the
+  trajectory, and what the student meets in training is what it meets in sampling, also where teacher and data differ.
+- The paper's loss is continuous in time, on the tangent df/dt that its residual divided by the step tends to; here it
+  stays a difference. d = sqrt(|r|^2 + c^2) - c with one norm a sample has the gradient r / |r|, which normalises the
+  residual as the paper normalises the tangent. The pair at pure noise, which the paper drops (its weight 1 / tan t is
+  0 there), is kept: every drawing starts there.
+- f is x0, and the identity at the last time; on a discrete table with the scalings of diffusers' LCMScheduler.
+
+Left out: the tangent with its warm-up and calm-down, the learned weight, the embedded guidance, the filter that drops
+black pictures.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from stepdistill.neighbours import SAMPLER_GRID, Target, clean, last_time
+from stepdistill.path import FlowPath, TablePath
+from stepdistill.residuals import pseudo_huber, rms
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+
+STRAIGHT = FlowPath()
+
+
+class TBCM(Method):
+    """See the module's text."""
+
+    default_times = (1.0, 0.75, 0.5, 0.25)
+
+    class Options(MethodOptions):
+        guidance: float = 4.5  # of the teacher; the paper draws it from 4, 4.5 and 5 and embeds it
+        route: int = 16  # steps of a trajectory
+        shift: float = 2.5  # of the reference route, in flow times
+        points: int = 16  # pairs of each trajectory that are learned from; all by default
+        huber: float = 0.00054  # c over the square root of the dimension (iCT, 2310.14189)
+        ema: float = 0.0  # decay of the target network; 0: the student itself
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(TBCM.Options, options)
+        self.target = Target(student, self.options.ema)
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.times, isinstance(self.student.path, TablePath), SAMPLER_GRID)
+
+    def route(self, batch: Batch) -> Tensor:
+        """The times of each sample's trajectory, [B, route + 1], strictly descending from 1 to the last time."""
+        options, path = self.options, self.student.path
+        u = torch.linspace(1, 0, options.route + 1)
+        # Flow times, at the same signal-to-noise ratio on this path; a table ends before the flow time 1.
+        start = STRAIGHT.time_of(path.angle(torch.ones(1)))
+        angles = STRAIGHT.angle(start * options.shift * u / (1 + (options.shift - 1) * u))
+        reference = path.time_of(angles).clamp_min(last_time(path)).to(batch.noise.device)
+        share = 1 - torch.stack([batch.draws.uniform(f"time {i}") for i in range(1, options.route)], 1)
+        inner = torch.lerp(reference[2:], reference[1:-1], share)  # share in (0, 1]: never the lower end
+        first, last = (torch.full_like(inner[:, :1], end) for end in (1.0, last_time(path)))
+        return torch.cat([first, inner, last], 1)
+
+    @torch.no_grad()
+    def trajectory(self, noise: Tensor, times: Tensor, cond: Condition) -> Tensor:
+        """The teacher's states [B, route + 1, C, H, W] at those times, from noise [B, C, H, W] on."""
+        states = [noise]
+        for t, s in pairwise(times.unbind(1)):
+            now = self.teacher.predict(states[-1], t, cond, guidance=self.options.guidance)
+            states.append(now.at(s))
+        return torch.stack(states, 1)
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        times = self.route(batch)
+        states = self.trajectory(batch.noise, times, batch.cond)
+        count, route = len(times), self.options.route
+        order = batch.draws.normal("points", (route,)).argsort(1)[:, : self.options.points]
+        i = order.flatten()
+        row = torch.arange(count, device=i.device).repeat_interleave(order.shape[1])
+        cond = batch.cond.rows(row)
+        with torch.no_grad():
+            target = clean(self.target.denoiser, states[row, i + 1], times[row, i + 1], cond)
+        residual = clean(self.student, states[row, i], times[row, i], cond) - target
+        return pseudo_huber(residual, self.options.huber).mean(), {"residual": rms(residual)}
+
+    def after_step(self, step: int) -> None:
+        self.target.update()

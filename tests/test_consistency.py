@@ -1,0 +1,227 @@
+"""Consistency distillation against closed forms: orders, schedules of levels, boundary, target network."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from consistency_toy import error, mixture_method, table_path, train
+from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.levels import lognormal_law
+from stepdistill.methods.consistency import Consistency
+from stepdistill.neighbours import Target, clean, last_time
+from stepdistill.path import EDMPath, FlowPath, TrigPath
+from stepdistill.residuals import pseudo_huber
+
+MU, S = 0.7, 0.4
+PATHS = [FlowPath(), TrigPath(), table_path()]
+NAMES = ["flow", "trig", "table"]
+
+
+def consistency(path, student, **options):
+    teacher = ToyTeacher(Gaussian(path, MU, S), path)
+    return Consistency(teacher, toy_student(student, path), (1.0,), Consistency.Options(**options))
+
+
+def data_batch(count=512, step=0):
+    return toy_batch(count, step, pairs=lambda z: MU + S * z)
+
+
+@pytest.mark.parametrize(("solver", "ratio"), [("heun", 64), ("ddim", 16), ("none", 4)])
+@pytest.mark.parametrize("path", PATHS[:2], ids=NAMES[:2])
+def test_squared_residual_at_the_exact_map_has_the_order_of_the_solver(path, solver, ratio):
+    """h^6 for Heun, h^4 for DDIM, and h^2 (the noise of the pair) without a teacher (card, test G3)."""
+    squares = []
+    for grid in (40, 80):
+        method = consistency(path, GaussianMap(path, MU, S), solver=solver, grid=grid, rho=3.0)
+        squares.append(float(method.loss("student", data_batch(4096))[1]["residual"]) ** 2)
+    coarse, fine = squares
+    assert 0.6 * ratio < coarse / fine < 1.6 * ratio
+
+
+@pytest.mark.parametrize("solver", ["heun", "ddim", "none"])
+def test_loss_is_zero_on_a_point_mass(solver):
+    path = FlowPath()
+    teacher = ToyTeacher(Gaussian(path, MU, 0.0), path)
+    student = toy_student(GaussianMap(path, MU, 0.0), path)
+    method = Consistency(teacher, student, (1.0,), Consistency.Options(solver=solver))
+    batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
+    assert float(method.loss("student", batch)[1]["residual"]) < 2e-6
+
+
+def test_distillation_and_training_have_one_expected_gradient_for_a_linear_f():
+    """Where f is linear in x the noise of the pair averages out: with squared losses and neighbours close together the
+    mean gradients agree (card 2.1)."""
+    path, gradients = FlowPath(), {}
+    for solver in ("ddim", "none"):
+        method = consistency(
+            path, GaussianMap(path, MU, S), solver=solver, grid=80, rho=3.0, huber=None, ema=0.0
+        )
+        with torch.no_grad():
+            method.student.net.deviation.add_(0.2)
+        method.loss("student", data_batch(20_000))[0].backward()
+        gradients[solver] = float(method.student.net.deviation.grad)
+    assert gradients["none"] == pytest.approx(gradients["ddim"], rel=0.1)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_the_grid_runs_from_the_boundary_to_pure_noise(path):
+    method = consistency(path, GaussianMap(path, MU, S))
+    t = method.time_of(method.grid(0))
+    assert len(t) == 18
+    assert float(t[0]) == pytest.approx(last_time(path))
+    assert float(t[-1]) == 1.0
+    assert bool((t.diff() > 0).all())
+
+
+def test_levels_are_those_of_the_cm_scheduler():
+    """Karras' grid of 40 levels is CMStochasticIterativeScheduler's; its index 22 is 1.382 (card 2.1)."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40)
+    method = consistency(EDMPath(80.0), GaussianMap(EDMPath(80.0), MU, S), grid=39)
+    levels = method.grid(0).flip(0)
+    assert float(levels[22]) == pytest.approx(1.382, abs=1e-3)
+    scheduler.set_timesteps(40)
+    torch.testing.assert_close(levels, scheduler.sigmas[:40].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_curriculum_of_ict():
+    """N = 11, 21, 41, ..., 1281 over 400,000 updates, doubling every 50,000 (card 2.2)."""
+    path = FlowPath()
+    method = consistency(path, GaussianMap(path, MU, S), grid=10, double_every=50_000)
+    sizes = [len(method.grid(step)) for step in range(0, 400_000, 50_000)]
+    assert sizes == [11, 21, 41, 81, 161, 321, 641, 1281]
+    assert len(method.grid(4_000_000)) == 1281
+
+
+def test_the_index_law_of_ict_is_lognormal():
+    path = TrigPath()
+    method = consistency(path, GaussianMap(path, MU, S), grid=320, law="lognormal")
+    grid = method.grid(0)
+    law = lognormal_law(grid, -1.1, 2.0)
+    assert float(law.sum()) == pytest.approx(1, abs=1e-5)
+    log = (grid[1:] * grid[:-1]).log() / 2
+    mean = float((law * log).sum())
+    assert mean == pytest.approx(-1.1, abs=0.1)
+    assert float((law * (log - mean).square()).sum()) ** 0.5 == pytest.approx(2.0, abs=0.1)
+    upper, lower = method.levels(data_batch(4000))
+    assert bool((upper > lower).all())
+    assert float(((upper * lower).log() / 2).mean()) == pytest.approx(mean, abs=4 * 2 / 4000**0.5)
+
+
+def test_the_schedule_of_ect():
+    """Stage 0: r = 0 for small t and t / 2 for large; stage 7: r / t = 0.996 (card 2.3)."""
+    path = EDMPath()
+    method = consistency(
+        path, GaussianMap(path, MU, S), schedule="ect", double_every=100, log_mean=0.0, log_deviation=3.0
+    )
+    t, r = method.levels(data_batch(2000, step=0))
+    assert bool((r >= 0).all()) and bool((r < t).all())
+    assert bool((r[t < 0.5] == 0).all())
+    torch.testing.assert_close(r[t > 15], t[t > 15] / 2, rtol=1e-5, atol=0)
+    t, r = method.levels(data_batch(2000, step=700))
+    assert bool(((r / t)[t > 10] - 0.996).abs().max() < 1e-3)
+
+
+def test_ect_with_the_whole_gap_is_the_denoising_loss():
+    path = FlowPath()
+    method = consistency(
+        path, Perceptron(), schedule="ect", solver="none", q=1e-6, huber=None, ema=0.0, weight=True
+    )
+    batch = data_batch()
+    upper, lower = method.levels(batch)
+    assert not bool(lower.any())
+    t, x0 = method.time_of(upper), batch.pairs.x0
+    x_t = path.sample(x0, batch.draws.normal("eps", SHAPE), t)
+    denoising = (method.student.predict(x_t, t, batch.cond).x0 - x0).square().flatten(1).mean(1)
+    torch.testing.assert_close(
+        method.loss("student", batch)[0], (denoising / upper).mean(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_weighted_training_residuals_do_not_depend_on_the_grid():
+    """A student off the exact map by a function of t alone has a residual like the gap: 1 / (t - r) cancels it."""
+    path, losses = TrigPath(), []
+    for grid in (160, 320):
+        method = consistency(
+            path, Gaussian(path, MU, S), grid=grid, huber=0.0, weight=True, ema=0.0, law="lognormal"
+        )
+        losses.append(float(method.loss("student", data_batch(2000))[0].detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_boundary_is_the_identity_and_has_no_gradient(path):
+    """Card, test G1."""
+    student = toy_student(Perceptron(), path, "velocity")
+    student.family.timestep = lambda path, t: (t * 1000 - 1).round()
+    z = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
+    out = clean(student, z, torch.full((8,), last_time(path)), toy_batch(8).cond)
+    torch.testing.assert_close(out, z, atol=0, rtol=0)
+    out.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in student.net.parameters())
+
+
+def test_pseudo_huber_is_a_norm_far_out_and_a_square_close_by():
+    r = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0))
+    norm = r.flatten(1).norm(dim=1)
+    torch.testing.assert_close(pseudo_huber(r, 0.0), norm)
+    torch.testing.assert_close(pseudo_huber(100 * r, 0.03), 100 * norm, rtol=1e-2, atol=0.1)
+    c = 10.0 * math.sqrt(2)
+    torch.testing.assert_close(pseudo_huber(r, 10.0), norm.square() / (2 * c), rtol=0.02, atol=1e-5)
+    zero = torch.zeros(3, *SHAPE, requires_grad=True)
+    pseudo_huber(zero, 0.0).sum().backward()
+    assert not zero.grad.any()
+
+
+def test_target_is_an_average_or_the_student_without_gradient():
+    path = FlowPath()
+    student = toy_student(GaussianMap(path, MU, S), path)
+    average, same = Target(student, 0.9), Target(student, 0.0)
+    with torch.no_grad():
+        student.net.mean.fill_(MU + 1)
+    average.update()
+    same.update()
+    assert float(average.denoiser.net.mean) == pytest.approx(MU + 0.1)
+    assert same.denoiser is student
+    assert not list(same.parameters())
+    # The gradient with the student as its own target is that with the target as a fixed copy.
+    gradients = []
+    for ema in (0.0, 0.5):
+        method = consistency(path, Gaussian(path, MU, S), ema=ema)
+        method.loss("student", data_batch())[0].backward()
+        gradients.append(method.student.net.deviation.grad)
+        assert method.teacher.denoiser.net.mean.grad is None
+    assert torch.equal(*gradients)
+
+
+NARROW = {"sigma_max": 10.0, "log_mean": 0.0, "log_deviation": 1.2, "ema": 0.0, "weight": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {**NARROW, "schedule": "ect", "double_every": 100, "solver": "ddim"},
+        {
+            **NARROW,
+            "sigma_min": 0.02,
+            "grid": 10,
+            "double_every": 150,
+            "law": "lognormal",
+            "solver": "none",
+            "huber": 0.05,
+        },
+    ],
+    ids=["cd", "ect", "ict"],
+)
+def test_training_brings_one_step_to_the_end_of_the_ode(options):
+    """From the teacher's own x0 at pure noise, the mean of the mixture, to the clean end of each noise's trajectory."""
+    method = mixture_method(Consistency, source="images", noise_share=0.2, **options)
+    before = error(method, 1)
+    after = error(train(method, 500), 1)
+    print(f"one step: {before:.3f} -> {after:.3f}")
+    assert after < 0.5 * before
