@@ -38,6 +38,7 @@ class LCM(Method):
 
     class Options(PairOptions):
         guidance: float = 7.5  # fixed guidance of the teacher's step, and of the cached samples
+        step_guidance: float | None = None  # of the teacher's step where it should differ from the samples'
         guidance_range: tuple[float, float] | None = (
             None  # draw it from here and embed it; (3, 15) in LCM 5.1
         )
@@ -75,7 +76,7 @@ class LCM(Method):
         s = (t - options.skip / options.grid).clamp_min(last_time(path))
         z = noised(path, x0, eps, t)
 
-        guidance: float | Tensor = options.guidance
+        guidance: float | Tensor = options.step_guidance or options.guidance
         student_cond = cond
         if options.guidance_range:
             guidance = draws.uniform("guidance", *options.guidance_range)
