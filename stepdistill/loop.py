@@ -22,6 +22,7 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stepdistill.allocator import keep_freed_memory
 from stepdistill.attention import attention
 from stepdistill.checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
 from stepdistill.data import Data
@@ -235,6 +236,8 @@ def train(
         UserError: when the run cannot be resumed or a checkpoint cannot be written.
     """
     options = recipe.train
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     run = Run(method, recipe, folder)
     if resume:
         run.restore()

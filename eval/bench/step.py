@@ -26,12 +26,17 @@ from stepdistill.provenance import provenance
 from stepdistill.recipe import load_recipe
 
 
+WARM, TIMED = 2, 3
+"""Units of a short run that are left out, as the first ones make the optimisers' state, and units that are timed."""
+
+
 def unit_seconds(job: Job, accelerator: Accelerator, folder: Path, fake_steps: int) -> float:
-    """Seconds of the second unit of a short run: the first one makes the optimisers' state."""
+    """Seconds of a unit of a short run, once the run is under way: the mean of its last ones."""
     data = job.data(folder)
     train(job.method, data, job.recipe, folder, accelerator)
     rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-    return float(rows[2 * fake_steps + 1]["seconds"] - rows[fake_steps]["seconds"])
+    unit = fake_steps + 1
+    return float(rows[-1]["seconds"] - rows[WARM * unit - 1]["seconds"]) / TIMED
 
 
 def bare_seconds(job: Job, batch: int, fake_steps: int) -> float:
@@ -73,7 +78,7 @@ def main() -> None:
         sets=[
             *("options.warm_start=0", "options.fake_warm_start=0", "train.sheet_every=0", "train.ema=0.99"),
             f"options.fake_steps={chosen.fake_steps}",
-            f"train.steps={2 * (chosen.fake_steps + 1)}",
+            f"train.steps={(WARM + TIMED) * (chosen.fake_steps + 1)}",
             f"train.batch={chosen.batch}",
         ],
     )
@@ -83,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(chosen.repeats + 1):
             unit = unit_seconds(job, accelerator, Path(folder), chosen.fake_steps)
-            bare = bare_seconds(job, chosen.batch, chosen.fake_steps)
+            bare = statistics.mean(bare_seconds(job, chosen.batch, chosen.fake_steps) for _ in range(TIMED))
             if repeat:  # the first round warms up
                 units.append(unit)
                 bares.append(bare)
