@@ -25,7 +25,6 @@ from stepdistill.methods.dmd import DMD
 from stepdistill.provenance import provenance
 from stepdistill.recipe import load_recipe
 
-
 WARM, TIMED = 2, 3
 """Units of a short run that are left out, as the first ones make the optimisers' state, and units that are timed."""
 
