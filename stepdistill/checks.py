@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -101,7 +102,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
         ) from None
     finally:
         for place in made:
-            if place.is_dir():
+            with contextlib.suppress(OSError):  # another run may be in it by now
                 place.rmdir()
 
 

@@ -1,18 +1,30 @@
-"""What the flow-map methods share: the teacher on the straight path, times of a jump, and the weight of a residual.
+"""What the flow-map methods share: the teacher on the straight path, a jump's times, the student and its warm start.
 
 A flow map X(x, t, s) = x - (t - s) u(x, t, s) takes a point at time t to the time s of the same trajectory. All of it
 is stated on the straight path, where u is a mean velocity and u(x, t, t) the velocity itself (Boffi et al. 2024,
 2406.07507; Geng et al. 2025, 2505.13447); networks of other paths are read there, so their weights serve as they are.
+
+A discrete table ends before pure noise: at t = 0.936 of the straight path for Stable Diffusion's. Beyond it a network
+can only be read at its last point, where no flow map satisfies its equation, so no jump starts there; and a drawing
+starts at the table's end from a standard normal state, as diffusers' schedulers do.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Literal, cast
 
+import torch
+from torch import Tensor, nn
+
+from stepdistill.derivative import STEP, Derivative, Way
+from stepdistill.distances import DistanceName, distance
 from stepdistill.draws import Draws
-from stepdistill.student import STRAIGHT, predict_elsewhere
-from stepdistill.types import Condition, Teacher
+from stepdistill.pairs import PairOptions
+from stepdistill.path import Path, per_sample
+from stepdistill.sampler import Sampler
+from stepdistill.schedule import annealed
+from stepdistill.student import STRAIGHT, Student, carried, predict_elsewhere
+from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
 
 
 @torch.no_grad()
@@ -25,6 +37,11 @@ def teacher_velocity(
     ).velocity
 
 
+def on_straight(path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The point of the straight path where a network of ``path`` sees what it sees at x [B, ...] and t [B]."""
+    return (x, t) if path == STRAIGHT else carried(path, x, t, STRAIGHT)
+
+
 def logit_normal(draws: Draws, stream: str, mean: float, deviation: float) -> Tensor:
     """Times [B] in (0, 1) whose logit is normal."""
     return torch.sigmoid(mean + deviation * draws.normal(stream, ()))
@@ -35,3 +52,154 @@ def adaptive(error: Tensor, power: float, offset: float) -> Tensor:
     (2505.13447, eq. 22)."""
     size = error.flatten(1).square().sum(1)  # [B]
     return (size / (size.detach() + offset) ** power).mean()
+
+
+def sizes(vectors: Tensor) -> Tensor:
+    """The root mean square of each sample, [B], without a graph."""
+    return vectors.detach().flatten(1).square().mean(1).sqrt()
+
+
+class Balance(nn.Module):
+    """The ratio of the mean sizes of two gradients, from running means over steps and processes.
+
+    Held from one step to the next, it is the same for all parts of a batch.
+
+    Args:
+        decay: of the running means, at each update.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("means", torch.zeros(2))
+        self.means: Tensor
+        self._seen: list[Tensor] = []  # of this step: sums and counts of both
+
+    @property
+    def ratio(self) -> Tensor:
+        """Mean size of the first over that of the second, a scalar; 1 before both were seen."""
+        known = bool((self.means > 0).all())
+        return self.means[0] / self.means[1] if known else torch.ones_like(self.means[0])
+
+    def see(self, first: Tensor, second: Tensor) -> None:
+        """Takes in the sizes of some samples of either, each [B], which may be empty."""
+        sums = [first.sum(), second.sum()]
+        counts = [first.new_tensor(float(len(first))), first.new_tensor(float(len(second)))]
+        self._seen.append(torch.stack([*sums, *counts]).double())
+
+    def update(self) -> None:
+        """Moves the means by what the step has seen, on every process."""
+        if not self._seen:
+            return
+        seen = torch.stack(self._seen).sum(0)
+        self._seen.clear()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(seen)
+        for i in range(2):
+            if seen[2 + i] > 0:
+                now = (seen[i] / seen[2 + i]).to(self.means.dtype)
+                self.means[i] = now if self.means[i] == 0 else self.means[i].lerp(now, 1 - self.decay)
+
+
+class MapOptions(PairOptions):
+    """Options of a method that learns a flow map."""
+
+    warm_start: int = 0  # first updates of the student, by regression on pairs alone
+    warm_start_lr_ratio: float = 1.0  # their learning rate over train.lr
+    regression: DistanceName = "l2"  # distance of that regression
+    derivative: Way = "auto"  # exact, difference, or the first where it can be had
+    derivative_step: float = STEP  # h of the differences, in units of [0, 1]
+
+
+class JumpOptions(MapOptions):
+    """Options of a flow map that is learnt at noised clean latents."""
+
+    source: Literal["pairs", "images", "student"] = "pairs"  # where they come from; the student's own need no data
+    same: float = 0.25  # share of samples with s = t: plain velocity matching
+    to_data: float = 0.25  # share of samples with s = 0
+    noise_share: float = 0.25  # share of samples that start where every drawing starts
+    power: float = 1.0  # p of the weight (MeanFlow table 1e)
+    offset: float = 1e-3  # c of the weight
+    warmup: int = 2000  # updates over which the derivative fades in; 0: it is whole from the start
+
+
+class FlowMapMethod(Method):
+    """A method whose student is a flow map: with a second time, a derivative, and a warm start on pairs.
+
+    The warm start regresses u on the mean velocities between the states of the teacher's trajectories (consistency
+    mid-training, Hu et al. 2025, 2509.24526), of which pairs keep those at the student's times.
+    """
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.map_options = cast(MapOptions, options)
+        student.add_second_time()
+        self.derivative = Derivative(self.map_options.derivative, self.map_options.derivative_step)
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        warm = {"pairs", "states"} if cast(MapOptions, options).warm_start else set()
+        source = {options.source} - {"student"} if isinstance(options, JumpOptions) else set()
+        return cls.needs | warm | source
+
+    def lr_ratio(self, turn: str, step: int) -> float:
+        warm = self.map_options.warm_start  # annealed by itself, so that the next stage starts from its end
+        return self.map_options.warm_start_lr_ratio * annealed(step / warm) if step < warm else 1.0
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.times, renoise=False, two_times=True)
+
+    def beginning(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Where drawings from ``noise`` [B, ...] start: the state and its time [B] on the straight path."""
+        return on_straight(self.student.path, noise, torch.ones(len(noise), device=noise.device))
+
+    def regression(self, batch: Batch) -> Tensor:
+        """The distance of u to (x_t - x_s) / (t - s) for two points of a pair's trajectory at random; a scalar."""
+        pairs, times, draws = cast(Examples, batch.pairs), self.times, batch.draws
+        noise = cast(Tensor, pairs.noise)
+        between = [] if pairs.states is None else list(pairs.states.unbind(1))
+        points, at = torch.stack([noise, *between, pairs.x0], 1), noise.new_tensor([*times, 0.0])
+        last = points.shape[1] - 1
+        start = draws.integers("regression start", last)
+        end = start + 1 + (draws.uniform("regression end") * (last - start)).long()
+        if last != len(times):
+            at = at[[0, -1]]
+        rows, path = torch.arange(len(noise), device=noise.device), self.student.path
+        x, t = on_straight(path, points[rows, start], at[start])
+        y, s = on_straight(path, points[rows, end], at[end])
+        mean = (x - y) / per_sample(t - s, x)
+        return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.map_options.regression)
+
+    def jumps(self, draws: Draws, a: Tensor, b: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Start t <= last and end s <= t of each sample's jump from two times a and b, and which samples start where
+        drawings do; each [B]."""
+        options = cast(JumpOptions, self.map_options)
+        first = draws.uniform("start") < options.noise_share
+        t = torch.where(first, last, torch.maximum(a, b).minimum(last))
+        kind = draws.uniform("kind")
+        s = torch.where(kind < options.same + options.to_data, torch.zeros_like(t), torch.minimum(a, b))
+        return t, torch.where(kind < options.same, t, s.minimum(t)), first
+
+    def points(self, batch: Batch, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
+        """States x_t [B, ...], their clean latents, the start and the end of a jump from each, and the condition."""
+        options, draws = cast(JumpOptions, self.map_options), batch.draws
+        if options.source == "student":
+            with torch.no_grad():
+                x0 = self.sampler().draw(self.student, batch.noise, batch.cond, batch.fresh)
+            cond = batch.cond
+        else:
+            source = cast(Examples, getattr(batch, options.source))
+            x0, cond = source.x0, source.cond
+        eps = draws.normal("eps", tuple(x0.shape[1:]))
+        start, last = self.beginning(eps)
+        t, s, first = self.jumps(draws, a, b, last)
+        x_t = torch.where(per_sample(first, x0), start, STRAIGHT.sample(x0, eps, t))
+        return x_t, x0, t, s, cond
+
+    def share(self, step: int) -> float:
+        """How much of the derivative counts at an update, in [0, 1]."""
+        options = cast(JumpOptions, self.map_options)
+        done = step - options.warm_start
+        return min(1.0, done / options.warmup) if options.warmup else 1.0
