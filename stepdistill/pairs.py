@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -66,42 +66,54 @@ class PairCache:
         self.folder, self.teacher, self.options, self.seed = folder, teacher, options, seed
         self.count = options.pairs
         self.grid = (*uniform_times(options.pair_steps), 0.0)
-        self.kept = [_position(self.grid, time) for time in times]
-        rounds = [
-            torch.randperm(len(prompts), generator=generator_for(seed, "pair prompts", i))
-            for i in range(-(-self.count // len(prompts)))
-        ]
-        self.prompt_index = torch.cat(rounds)[: self.count]
-        self._claim(
+        wanted = [_position(self.grid, time) for time in times]
+        self.made, self.kept = self._claim(
             {
                 "teacher": teacher.fingerprint(),
                 "solver": options.pair_solver,
                 "steps": options.pair_steps,
                 "guidance": options.guidance,
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-                "pairs": self.count,
                 "seed": seed,
                 "shape": list(teacher.shape),
-                "states": [round(self.grid[i], 6) for i in self.kept],
-            }
+            },
+            wanted,
         )
+        self.columns = [self.kept.index(position) for position in wanted]
+        rounds = [
+            torch.randperm(len(prompts), generator=generator_for(seed, "pair prompts", i))
+            for i in range(-(-self.made // len(prompts)))
+        ]
+        self.prompt_index = torch.cat(rounds)[: self.made]
         self._open: dict[int, safe_open] = {}
 
-    def _claim(self, key: dict[str, object]) -> None:
+    def _claim(self, key: dict[str, object], wanted: list[int]) -> tuple[int, list[int]]:
+        """How many pairs the cache is of and the positions of the states it keeps; written down when it is new. A run
+        may take the first pairs of a larger cache, and some of the states it keeps."""
         manifest = self.folder / "manifest.json"
         if manifest.is_file():
             found = json.loads(manifest.read_text())
-            for name, wanted in key.items():
-                if found.get(name) != wanted:
-                    raise UserError(
-                        f"the pairs in {self.folder} were made with another {name} ({found.get(name)}, this run has "
-                        f"{wanted}): delete the folder or name another one in data.pairs"
-                    )
-            return
+            for name, value in key.items():
+                if found.get(name) != value:
+                    self._refuse(name, found.get(name), value)
+            kept = [_position(self.grid, time) for time in found["states"]]
+            if self.count > found["pairs"]:
+                self._refuse("pairs", found["pairs"], self.count)
+            if not set(wanted) <= set(kept):
+                self._refuse("states", found["states"], [round(self.grid[i], 6) for i in wanted])
+            return int(found["pairs"]), kept
         self.folder.mkdir(parents=True, exist_ok=True)
+        key = {**key, "pairs": self.count, "states": [round(self.grid[i], 6) for i in wanted]}
         partial = manifest.with_suffix(f".{os.getpid()}.partial")  # processes of one run may write it at once
         partial.write_text(json.dumps(key, indent=1))
         partial.rename(manifest)
+        return self.count, wanted
+
+    def _refuse(self, name: str, found: object, wanted: object) -> NoReturn:
+        raise UserError(
+            f"the pairs in {self.folder} were made with another {name} ({found}, this run has {wanted}): delete the "
+            "folder or name another one in data.pairs"
+        )
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"pairs-{number:05d}.safetensors"
@@ -126,13 +138,13 @@ class PairCache:
             progress: told how many pairs each finished shard has.
         """
         for number in range(rank, -(-self.count // SHARD), ranks):
-            rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.count))
+            rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.made))
             if not self._shard(number).is_file():
                 drawn = self._draw(rows, condition(self.prompt_index[rows]))
                 partial = self._shard(number).with_suffix(f".{rank}.partial")
                 save_file({name: value.cpu().contiguous() for name, value in drawn.items()}, partial)
                 partial.rename(self._shard(number))
-            progress(len(rows))
+            progress(min(len(rows), self.count - number * SHARD))
 
     def _draw(self, rows: Tensor, cond: Condition) -> dict[str, Tensor]:
         device, parts = self.teacher.device, []
@@ -157,8 +169,8 @@ class PairCache:
         return self._read("x0", index)
 
     def states(self, index: Tensor) -> Tensor | None:
-        """The kept states [B, K, C, H, W] of those pairs at the K ``times``; None where none are kept."""
-        return self._read("states", index) if self.kept else None
+        """The states [B, K, C, H, W] of those pairs at the K ``times``; None where none were asked for."""
+        return self._read("states", index)[:, self.columns] if self.columns else None
 
     def _read(self, name: str, index: Tensor) -> Tensor:
         rows = []

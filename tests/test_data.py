@@ -115,6 +115,23 @@ def test_pairs_of_anything_else_are_refused_by_name(teacher, tmp_path, change, n
         PairCache(tmp_path, other, prompts, wanted, seed=6 if change == "seed" else 5)
 
 
+def test_a_run_may_take_the_first_pairs_of_a_larger_cache_and_some_of_its_states(teacher, tmp_path):
+    wide = options(pair_steps=4, pair_solver="ddim")
+    whole = PairCache(tmp_path, teacher, PROMPTS, wide, 5, times=(0.75, 0.5, 0.25))
+    fewer = wide.model_copy(update={"pairs": 7})
+    part = PairCache(tmp_path, teacher, PROMPTS, fewer, 5, times=(0.5,))
+    part.make(
+        Data(teacher, PROMPTS, 5, pairs=part).condition
+    )  # leaves a shard that is whole for the larger one
+    index = torch.tensor([0, 6])
+    assert (part.count, part.states(index).shape[1]) == (7, 1)
+    torch.testing.assert_close(part.states(index)[:, 0], whole.states(index)[:, 1], atol=0, rtol=0)
+    assert whole.clean(torch.tensor([11])).shape == (1, *teacher.shape)
+    bare = PairCache(tmp_path / "bare", teacher, PROMPTS, wide, 5)
+    with pytest.raises(UserError, match=r"another states \(\[\], this run has \[0.5\]\)"):
+        PairCache(bare.folder, teacher, PROMPTS, wide, 5, times=(0.5,))
+
+
 def picture(file, size=(40, 32), mode="RGB"):
     colour = (200, 30, 60) if mode == "RGB" else 7
     Image.new(mode, size, colour).save(file)
