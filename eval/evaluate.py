@@ -3,6 +3,7 @@
 python eval/evaluate.py score PIPELINE --suite emoji --steps 1 4       scores of a pipeline folder, as a table
 python eval/evaluate.py reference emoji                                eval/reference/emoji.safetensors
 python eval/evaluate.py teachers                                       eval/reference/teachers.json (minutes)
+python eval/evaluate.py teachers --fill                                what its entries lack; their other scores stay
 """
 
 from __future__ import annotations
@@ -25,22 +26,31 @@ from stepdistill.suite import load_suite, make_reference
 SHIPPED = (("emoji-quick", 2.5, (1, 4, 25)), ("emoji", 1.0, (1, 25)), ("emoji", 2.5, (1, 2, 4, 8, 25)))
 
 
-def teachers(names: list[str], quiet: bool) -> None:
-    """Compute the shipped scores and write teachers.json; entries of other teachers stay."""
+def teachers(names: list[str], quiet: bool, fill: bool) -> None:
+    """Compute the shipped scores and write teachers.json; entries of other teachers stay, and with ``fill`` every score
+    that is there."""
     file = content_folder("eval") / "reference" / teacher_cache.SHIPPED
     entries = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     for name in names:
         folder = embedded_teachers()[name]
-        entries = {key: entry for key, entry in entries.items() if entry["teacher"] != name}
+        before = {key: entry["scores"] for key, entry in entries.items() if fill}
+        if not fill:
+            entries = {key: entry for key, entry in entries.items() if entry["teacher"] != name}
         for suite_name, guidance, steps in SHIPPED:
             suite = load_suite(suite_name)
             origin = provenance()
-            for count in steps:
+            for count in reversed(steps):
+                key = teacher_cache.key(weights_hash(folder), suite, count, guidance)
+                kept = before.get(key, {})
+                if teacher_cache.NEWEST in kept:
+                    continue
                 found = teacher_scores(
                     folder, suite, steps=count, guidance=guidance, progress=not quiet, refresh=True
                 )
                 scores = {k: v for k, v in asdict(found[count]).items() if k != "cached"}
-                key = teacher_cache.key(weights_hash(folder), suite, count, guidance)
+                if kept and abs(kept["fd"] - scores["fd"]) > 0.01 * scores["fd"]:
+                    raise SystemExit(f"{suite.label}, {count} steps: FD is {scores['fd']}, was {kept['fd']}")
+                scores |= kept
                 about = {"teacher": name, "suite": suite.label, "guidance": guidance, "steps": count}
                 entries[key] = {
                     **about,
@@ -71,6 +81,7 @@ def main() -> int:
     table = verbs.add_parser("teachers")
     table.add_argument("names", nargs="*", default=sorted(embedded_teachers()))
     table.add_argument("--quiet", action="store_true")
+    table.add_argument("--fill", action="store_true")
     given = parser.parse_args()
     try:
         if given.verb == "score":
@@ -91,7 +102,7 @@ def main() -> int:
             make_reference(suite, output)
             print(output)
         else:
-            teachers(given.names, given.quiet)
+            teachers(given.names, given.quiet, given.fill)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -60,6 +60,14 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "al
         tables["teachers"] = {name: content.pipeline_class(path) for name, path in folders.items() if path}
     if kind in ("all", "methods"):
         tables["methods"] = content.module_summaries("methods")
+    if kind == "methods":  # what a method needs is in its class, so that this alone imports torch
+        from stepdistill.methods import needs
+
+        told = {name: needs(name) for name in tables["methods"]}
+        width = max(map(len, told.values()))
+        tables["methods"] = {
+            name: f"{told[name].ljust(width)}  {text}" for name, text in tables["methods"].items()
+        }
     if kind in ("all", "recipes"):
         tables["recipes"] = {name: content.header(path) for name, path in content.recipe_files().items()}
     if kind in ("all", "suites"):
@@ -169,9 +177,12 @@ def evaluate_pipeline(
     trailing: Annotated[
         bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")
     ] = False,
+    diversity: Annotated[
+        int, typer.Option(help="Also draw so many samples of each of 100 prompts: how much they differ.")
+    ] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
 ) -> None:
-    """Measure a pipeline: Frechet distance, KID and CLIP score."""
+    """Measure a pipeline: Frechet distance, KID, CLIP score, precision and recall, density and coverage."""
     from stepdistill.checks import find_pipeline
 
     counts = _step_counts(steps)
@@ -179,8 +190,12 @@ def evaluate_pipeline(
     if output is not None:
         _check_file(output)
     from stepdistill.evaluate import evaluate
+    from stepdistill.suite import load_suite
 
-    report = evaluate(folder, suite=suite, steps=counts, guidance=guidance, batch=batch, trailing=trailing)
+    protocol = load_suite(suite)
+    if diversity:
+        protocol = protocol.with_diversity(diversity)
+    report = evaluate(folder, suite=protocol, steps=counts, guidance=guidance, batch=batch, trailing=trailing)
     print(report.markdown())
     if output is not None:
         report.save(output)
@@ -189,19 +204,65 @@ def evaluate_pipeline(
 
 @app.command()
 def compare(
-    reports: Annotated[list[str], typer.Argument(help="Run folders, or report.json files.")],
-    output: Annotated[Path | None, typer.Option(help="HTML file to write as well.")] = None,
+    reports: Annotated[
+        list[str] | None, typer.Argument(help="Run folders, or report.json files; or none, and --methods.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Train first: all, or methods, shipped recipes and recipe files, separated by commas."
+        ),
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="Teacher of the runs that are trained.")] = "emoji",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Training time of each run, such as 90s, 10m or 1h; by default no limit."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Set one key of every recipe; may repeat."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for compare.html, compare.json and the runs; trained: runs/compare_TEACHER."
+        ),
+    ] = None,
 ) -> None:
-    """Put finished runs side by side, ranked."""
-    from stepdistill import compare as comparison
+    """Put runs side by side, ranked: finished ones, or one for each of several methods, trained first.
 
-    read = [comparison.read_report(path) for path in reports]
-    print(comparison.text_table(comparison.rank(read)))
-    if output is not None:
-        _check_file(output)
-        folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in reports]
-        output.write_text(comparison.html_page(read, folders), encoding="utf-8")
-        print(output)
+    The same command goes on where it was stopped: finished runs are kept, unfinished ones resumed, failed ones tried
+    again.
+    """
+    if bool(reports) == bool(methods):
+        raise UserError("compare: give either run folders, or --methods (all, or names separated by commas)")
+    if reports and (budget or sets or teacher != "emoji"):
+        raise UserError("compare: --budget, --set and --teacher are of runs that are trained: add --methods")
+    folder = output
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a folder")
+    from stepdistill import side_by_side
+
+    if methods:
+        wanted = side_by_side.plan(
+            methods, teacher, side_by_side.seconds_of(budget) if budget else 0.0, sets or ()
+        )
+        folder = output or Path("runs") / f"compare_{Path(teacher).name}"
+        side_by_side.check_folder(folder)
+        compared = side_by_side.compare_methods(wanted, folder, _command())
+    else:
+        compared = side_by_side.collect(reports or [], _command())
+    from stepdistill.compare import rank, text_table
+
+    print(text_table(rank(compared.reports)))
+    for name, error in compared.failed.items():
+        print(f"{name}: failed: {error}")
+    if compared.without_recipe:
+        print(f"no recipe for: {', '.join(compared.without_recipe)}")
+    if folder is not None:
+        print(side_by_side.write_all(compared, folder))
+    if compared.failed and not compared.reports:
+        raise typer.Exit(1)
 
 
 @app.command()

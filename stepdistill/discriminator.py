@@ -67,6 +67,13 @@ class FeatureGan(nn.Module):
         """Logits [B] of x_t [B, C, H, W] at t [B]: at its best, log of the density of real over that of generated."""
         return cast(Tensor, self.head(self._eye[0].features(x_t, t, cond)))
 
+    def logits_above(self, x_e: Tensor, e: Tensor, start: Tensor, cond: Condition, batch: Batch) -> Tensor:
+        """Logits [B] of x_e [B, C, H, W] noised from e [B] to a time between e and ``start`` [B]; noise and time are
+        the same for both kinds of a batch."""
+        t = torch.lerp(e, start, batch.draws.uniform("gan t"))
+        eps = batch.draws.normal("gan eps", tuple(x_e.shape[1:]))
+        return self.logits(self._eye[0].path.renoise(x_e, e, t, eps), t, cond)
+
     def _logits(self, x: Tensor, cond: Condition, batch: Batch, stream: str) -> Tensor:
         """Logits [B] of x noised to t ~ U(0, 1): one law for real and generated, with draws of their own."""
         draws = batch.draws

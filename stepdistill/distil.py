@@ -20,10 +20,10 @@ from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images, read_pro
 from stepdistill.embedded import emoji_captions
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
-from stepdistill.export import averaged, check_sampler, draw_as_pipeline, export, to_uint8
+from stepdistill.export import averaged, check_sampler, draw_as_pipeline, export, to_uint8, with_code_note
 from stepdistill.families.base import LabelFamily
 from stepdistill.log import bar, read_stats, say
-from stepdistill.loop import Run, check_resume, train
+from stepdistill.loop import Run, Trained, check_resume, train
 from stepdistill.methods import find_method
 from stepdistill.pairs import PairCache, PairOptions
 from stepdistill.pictures import ContactSheets, rows_of_pictures, teacher_pictures
@@ -31,6 +31,7 @@ from stepdistill.provenance import peak_memory, provenance
 from stepdistill.recipe import Recipe, load_recipe, method_options, resolved_yaml
 from stepdistill.report import model_card, write_report
 from stepdistill.sampler import Sampler
+from stepdistill.scores import by_metric
 from stepdistill.student import Student
 from stepdistill.suite import load_suite
 from stepdistill.teacher import PipelineTeacher, load_teacher
@@ -39,8 +40,6 @@ from stepdistill.verify import verify
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from stepdistill.ema import Ema
 
 TEACHER_STEPS = 25
 """Steps of the teacher's pictures where no suite says otherwise."""
@@ -164,7 +163,7 @@ def distil(
         accelerator.end_training()
     report: dict[str, Any] = {}
     if accelerator.is_main_process:
-        report = job.finish(output, trained.ema, trained.seconds, command)
+        report = job.finish(output, trained, command)
     accelerator.wait_for_everyone()
     return Distilled(output, output / "student", report)
 
@@ -276,7 +275,7 @@ class Job:
         if "pairs" in self.needs:
             folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
             options = cast(PairOptions, self.options)
-            times = self.sampler.times[1:] if "states" in self.needs else ()
+            times = self.method.pair_times() if "states" in self.needs else ()
             pairs = PairCache(folder, self.teacher, self.prompts, options, recipe.train.seed, times)
         data = Data(self.teacher, self.prompts, recipe.train.seed, images, pairs)
         if pairs is not None:
@@ -306,11 +305,11 @@ class Job:
         """Writes the student folder with the network's present weights."""
         export(self.student, self.sampler, self.teacher, folder, self.shown(4), self.card(command))
 
-    def finish(self, output: Path, ema: Ema | None, seconds: float, command: str | None) -> dict[str, Any]:
+    def finish(self, output: Path, trained: Trained, command: str | None) -> dict[str, Any]:
         """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
         recipe, device, origin = self.recipe, self.accelerator.device, self.origin
         command = command or str(origin["command"])
-        with averaged(ema):
+        with averaged(trained.ema):
             self.export(output / "student", command)
             proof = verify(output / "student")
             report: dict[str, Any] = {
@@ -323,16 +322,20 @@ class Job:
                 "teacher": {"fd": {}, "clip_score": {}},
                 "student": {"fd": {}, "clip_score": {}},
                 "gap_closed": {},
+                "recall_of_teachers": {},
                 **self._scores(output / "student"),
                 "verification": str(proof),
-                "train_seconds": round(seconds, 1),
+                "updates": trained.step,
+                "updates_planned": recipe.train.steps,
+                "train_seconds": round(trained.seconds, 1),
                 "wall_seconds": round(time.perf_counter() - self.began, 1),
                 "peak_memory_bytes": peak_memory(device),
                 **origin,
                 "command": command,
             }
             self._samples(output / "samples.png")
-        (output / "student" / "README.md").write_text(self.card(command, report), encoding="utf-8")
+        card = with_code_note(self.card(command, report), output / "student")
+        (output / "student" / "README.md").write_text(card, encoding="utf-8")
         write_report(output, report, read_stats(output))
         return report
 
@@ -359,25 +362,22 @@ class Job:
         # The teacher at one step is taken at its better guidance, so that the gap is not flattered.
         best = min(guided[1], plain[1], key=lambda scores: scores.fd)
         teachers = {**guided, 1: best}
-        full = guided[suite.teacher_steps].fd
+        full = guided[suite.teacher_steps]
         return {
             "suite": suite.label,
             "n": suite.n,
             "metrics": dict(drawn.metrics),
             "protocol": dict(drawn.protocol),
             "guidance": guidance,
-            "teacher": {
-                "fd": {str(k): v.fd for k, v in teachers.items()},
-                "kid": {str(k): v.kid for k, v in teachers.items()},
-                "clip_score": {str(k): v.clip_score for k, v in teachers.items()},
+            "teacher": by_metric(teachers),
+            "student": by_metric(drawn.scores),
+            "gap_closed": {str(k): gap_closed(v.fd, best.fd, full.fd) for k, v in drawn.scores.items()},
+            # Of the teacher at full steps; a student below 0.9 of it has lost some of what the teacher draws.
+            "recall_of_teachers": {
+                str(k): v.recall / full.recall
+                for k, v in drawn.scores.items()
+                if v.recall is not None and full.recall
             },
-            "student": {
-                "fd": {str(k): v.fd for k, v in drawn.scores.items()},
-                "kid": {str(k): v.kid for k, v in drawn.scores.items()},
-                "clip_score": {str(k): v.clip_score for k, v in drawn.scores.items()},
-                "seconds_per_image": {str(k): v.seconds_per_image for k, v in drawn.scores.items()},
-            },
-            "gap_closed": {str(k): gap_closed(v.fd, best.fd, full) for k, v in drawn.scores.items()},
         }
 
     def _samples(self, file: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.checks import find_pipeline
 from stepdistill.errors import UserError
+from stepdistill.experts import is_own_code, travelling_code
 from stepdistill.log import quiet_loading
 from stepdistill.suite import Suite
 from stepdistill.teacher import absent_components
@@ -33,10 +34,16 @@ def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tu
         pipe, label = pipeline, type(pipeline).__name__
     else:
         folder, label = find_pipeline(pipeline), str(pipeline)
+        code = travelling_code(folder)
         quiet_loading()
         try:
             pipe = DiffusionPipeline.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, **absent_components(folder)
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                # A student of several experts carries a class of ours; other code is not run.
+                trust_remote_code=bool(code) and all(is_own_code(file) for file in code),
+                **absent_components(folder),
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: diffusers cannot load it: {' '.join(str(error).split())}") from None

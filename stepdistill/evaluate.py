@@ -6,8 +6,7 @@ prompt and a seed of its own (a torch.Generator on the CPU), so a score does not
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,17 @@ from stepdistill.drawing import Drawing, load_pipeline
 from stepdistill.errors import UserError
 from stepdistill.features import FeatureNetwork
 from stepdistill.log import bar
+from stepdistill.metrics.balls import Balls
 from stepdistill.metrics.clip_score import MeanState, cosines
+from stepdistill.metrics.coverage import coverage
+from stepdistill.metrics.density import density
+from stepdistill.metrics.diversity import Diversity, pairwise_diversity
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
 from stepdistill.metrics.kid import kernel_distance
+from stepdistill.metrics.precision import precision
+from stepdistill.metrics.recall import recall
 from stepdistill.provenance import provenance
+from stepdistill.scores import Report, Scores, StepScores
 from stepdistill.suite import Reference, Suite, load_reference, load_suite
 from stepdistill.teacher_cache import weights_hash
 
@@ -39,92 +45,6 @@ __all__ = [
     "teacher_scores",
     "weights_hash",
 ]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the images of one suite scored.
-
-    Attributes:
-        n: number of images.
-        fd: Frechet distance to the suite's reference (FD-emoji: times 100); lower is better.
-        kid, kid_se: unbiased kernel distance and its standard error; None where the suite leaves it out.
-        clip_score: mean cosine of image and prompt; None where the suite leaves it out.
-    """
-
-    n: int
-    fd: float
-    kid: float | None
-    kid_se: float | None
-    clip_score: float | None
-
-
-@dataclass(frozen=True)
-class StepScores(Scores):
-    """Scores of a pipeline at one step count.
-
-    Attributes:
-        seconds_per_image: wall time of drawing alone (text encoder, network, VAE), without the features.
-        network_evaluations: passes of the denoiser per image; a guided step counts two.
-    """
-
-    seconds_per_image: float
-    network_evaluations: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """Scores with all that is needed to get them again; ``save`` writes it as JSON.
-
-    Attributes:
-        suite: ``name@version``.
-        pipeline: what was scored: a folder or a class name.
-        n: images per step count.
-        guidance: guidance_scale of the calls, None where the pipeline takes none.
-        trailing: whether the scheduler was re-configured (see :func:`evaluate`).
-        scores: by step count.
-        metrics: what ``fd`` and ``clip_score`` are called.
-        protocol: resize, SHA-256 of features, reference and suite, the rule of the seeds.
-        versions, command, hardware, commit: where the numbers come from; commit is None outside a checkout.
-    """
-
-    suite: str
-    pipeline: str
-    n: int
-    guidance: float | None
-    trailing: bool
-    scores: Mapping[int, StepScores]
-    metrics: Mapping[str, str | None]
-    protocol: Mapping[str, str]
-    versions: Mapping[str, str]
-    command: str
-    hardware: str
-    commit: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: step counts become strings."""
-        return {**asdict(self), "scores": {str(k): asdict(v) for k, v in self.scores.items()}}
-
-    def save(self, file: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(file).write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
-
-    def markdown(self, *, header: bool = True) -> str:
-        """A table with one row for each step count."""
-        fd, clip = self.metrics["fd"], self.metrics["clip_score"] or "CLIP"
-        lines = [
-            f"| pipeline | suite | steps | guidance | {fd} | KID | {clip} | passes | ms an image |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for steps, s in sorted(self.scores.items()):
-            kid = "" if s.kid is None or s.kid_se is None else f"{s.kid:.4f} ± {s.kid_se:.4f}"
-            score = "" if s.clip_score is None else f"{s.clip_score:.3f}"
-            guidance = "" if self.guidance is None else f"{self.guidance:g}"
-            lines.append(
-                f"| {self.pipeline} | {self.suite} | {steps} | {guidance} | {s.fd:.2f} | {kid} | {score} "
-                f"| {s.network_evaluations:g} | {1000 * s.seconds_per_image:.1f} |"
-            )
-        return "\n".join(lines if header else lines[2:])
 
 
 def evaluate(
@@ -175,7 +95,14 @@ def evaluate(
         base = _score(_advance(batches, shown), prompts, suite, network, reference)
         shown.close()
         seconds, passes = drawing.seconds / suite.n, drawing.passes / suite.n
-        scores[count] = StepScores(**asdict(base), seconds_per_image=seconds, network_evaluations=passes)
+        spread = _diversity(pipe, suite, count, batch, network, drawing.guidance, trailing, eta)
+        scores[count] = StepScores(
+            **asdict(base),
+            seconds_per_image=seconds,
+            network_evaluations=passes,
+            diversity=spread.value if spread else None,
+            diversity_se=spread.standard_error if spread else None,
+        )
     return Report(
         suite=suite.label,
         pipeline=label,
@@ -191,6 +118,10 @@ def evaluate(
             "reference_sha256": reference.sha256,
             "suite_sha256": suite.sha256(),
             "seeds": f"image i: torch.Generator('cpu').manual_seed({suite.first_seed} + i)",
+            "neighbours": str(suite.neighbours),
+            "diversity": f"{suite.diversity} samples of {suite.diversity_prompts} prompts"
+            if suite.diversity
+            else "none",
         },
         **provenance(pipe.device),
     )
@@ -225,6 +156,7 @@ def _score(
 ) -> Scores:
     moments, similarity = Moments.empty(network.dimension), MeanState()
     kept: list[Tensor] = []
+    near = suite.neighbours > 0 and reference.features is not None
     for pixels in images:
         features = network.images(pixels)  # [B, D]
         if suite.clip_score:
@@ -235,8 +167,8 @@ def _score(
                 )
             similarity.add(cosines(features, network.texts(texts)))
         moments.add(features)
-        # Kept for the kernel distance, and while fewer than D features make the covariance singular.
-        if suite.kid or moments.count <= network.dimension:
+        # Kept for the kernel distance and the neighbours, and while fewer than D features make the covariance singular.
+        if suite.kid or near or moments.count <= network.dimension:
             kept.append(features)
     if moments.count < 3:
         raise UserError(f"a distance needs at least 3 images, there are {moments.count}")
@@ -247,13 +179,41 @@ def _score(
     kid = None
     if suite.kid and reference.features is not None:
         kid = kernel_distance(torch.cat(kept), reference.features, gamma=network.kernel_scale)
+    balls = None
+    if near and reference.features is not None and moments.count > suite.neighbours:
+        balls = Balls.between(reference.features, torch.cat(kept), suite.neighbours)
     return Scores(
         n=moments.count,
         fd=network.fd_scale * distance,
         kid=None if kid is None else kid.value,
         kid_se=None if kid is None else kid.standard_error,
         clip_score=similarity.mean if suite.clip_score else None,
+        precision=precision(balls) if balls else None,
+        recall=recall(balls) if balls else None,
+        density=density(balls) if balls else None,
+        coverage=coverage(balls) if balls else None,
     )
+
+
+def _diversity(
+    pipe: Any,
+    suite: Suite,
+    steps: int,
+    batch: int,
+    network: FeatureNetwork,
+    guidance: float | None,
+    trailing: bool,
+    eta: float | None,
+) -> Diversity | None:
+    """Of ``suite.diversity`` samples of each of the first prompts, drawn from the seeds that follow the suite's own."""
+    prompts = (suite.prompt_list() or [])[: suite.diversity_prompts]
+    if not suite.diversity:
+        return None
+    every = [prompt for prompt in prompts for _ in range(suite.diversity)]
+    more = suite.model_copy(update={"n": len(every), "first_seed": suite.seed(suite.n)})
+    drawing = Drawing(pipe, more, every, guidance, trailing, eta)
+    features = torch.cat([network.images(pixels) for pixels in drawing.batches(steps, batch)])  # [P M, D]
+    return pairwise_diversity(features.unflatten(0, (len(prompts), suite.diversity)))
 
 
 @dataclass(frozen=True)
@@ -264,7 +224,7 @@ class TeacherScores(StepScores):
         cached: ``shipped`` (eval/reference/teachers.json), ``user`` (the user's cache folder) or None: just computed.
     """
 
-    cached: str | None
+    cached: str | None = None
 
 
 def teacher_scores(

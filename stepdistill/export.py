@@ -1,5 +1,7 @@
 """Student -> a diffusers folder of stock classes, its step grid pinned, with what ``verify`` needs to prove it.
 
+The one exception is a student of several experts, whose network is of a class of ours that travels along.
+
 The folder holds the teacher's pipeline with the student's network and scheduler in place, ``verification/`` (prompts,
 seeds, the trainer's own pictures, and the SHA-256 of every file), a model card, and for a LoRA student the adapter as
 ``pytorch_lora_weights.safetensors`` beside the merged weights.
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from stepdistill.checkpoint import sha256_of
 from stepdistill.ema import Ema
 from stepdistill.errors import UserError
+from stepdistill.experts import Experts, one_network, travelling_code
 from stepdistill.families import Family
 from stepdistill.sampler import Sampler
 from stepdistill.student import ADAPTER, Student, lora_layers, merged_state
@@ -86,7 +89,12 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     family = teacher.family
     check_sampler(sampler, family)
     folded = student.stock_net(sampler.gap) if student.two_times else student.net
-    net = _plain_network(folded, getattr(teacher.pipe, family.denoiser))
+    base = getattr(teacher.pipe, family.denoiser)
+    if isinstance(folded, Experts):
+        bounds = family.timestep(student.path, torch.tensor(folded.bounds)).tolist()
+        net = one_network([_plain_network(expert, base) for expert in folded.nets], bounds)
+    else:
+        net = _plain_network(folded, base)
     scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:
@@ -135,8 +143,12 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     pipe = student_pipeline(student, sampler, teacher)
     pipe.save_pretrained(partial)
-    _save_adapter(student.net, teacher, partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    if isinstance(student.net, Experts):
+        for i, net in enumerate(student.net.nets):
+            _save_adapter(net, teacher, partial / f"expert-{i + 1}")
+    else:
+        _save_adapter(student.net, teacher, partial)
+    (partial / "README.md").write_text(with_code_note(card, partial), encoding="utf-8")
     proof = partial / VERIFICATION
     proof.mkdir()
     as_saved = copy.copy(teacher)  # encodes and decodes in the float32 that was saved
@@ -159,6 +171,26 @@ def export(
     (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+STOCK = "It is made of stock diffusers classes alone."
+"""What a model card says of a student without code of its own."""
+
+
+def with_code_note(card: str, folder: Path) -> str:
+    """The model card of a student folder; where Python files travel in it, it says which, why, and how to load."""
+    found = travelling_code(folder)
+    if not found:
+        return card
+    names = ", ".join(f"`{path.relative_to(folder).as_posix()}`" for path in found)
+    note = (
+        f"**It carries code of its own, {names}, and loads with `trust_remote_code=True` alone**: its network is one "
+        "expert for each stretch of its steps, and no stock diffusers class changes weights between steps. The file "
+        "imports torch and diffusers only; `stepdistill verify` checks that it is the one stepdistill ships. All else "
+        "is stock, and diffusers logs while loading that it expected a stock network."
+    )
+    plain = 'from_pretrained("path/to/this/folder")'
+    return card.replace(plain, plain[:-1] + ", trust_remote_code=True)").replace(STOCK, note)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -1,33 +1,56 @@
 """The fake score of distribution matching: a network that follows the student's samples, and how a student meets it.
 
 What Diff-Instruct, DMD, f-distill, SiD and SIM share: a copy of the teacher trained to denoise the student's samples,
-whose turns precede the student's; the student's rollout to one exit step; both networks' views of a noised sample; and
-a loss whose gradient is a given field.
+whose turns precede the student's; the student's rollout to one exit step; both networks' views of a noised sample; a
+loss whose gradient is a given field; and, around them, the method that lacks only its own loss of those views.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepdistill.discriminator import FeatureGan
 from stepdistill.guidance import in_interval
 from stepdistill.path import Prediction, TablePath
+from stepdistill.regression import WarmStartOptions, regression, warm_start_rate
 from stepdistill.sampler import Sampler
 from stepdistill.student import Denoiser, Student
-from stepdistill.types import Batch, MethodOptions, Teacher
+from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
 
 
-class FakeScoreOptions(MethodOptions):
-    """Options of a method with a fake score."""
+class FakeTurnOptions(MethodOptions):
+    """Options of a method with a second network that follows the student's samples: its turns."""
 
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is on (2404.07724)
     fake_steps: int = 1  # updates of the fake network per student update
     fake_lr_ratio: float = 1.0  # learning rate of the fake network over train.lr
     fake_warm_start: int = 0  # updates of the fake network before the student's first
+
+
+class FakeScoreOptions(FakeTurnOptions):
+    """Options of a method with a fake score."""
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is on (2404.07724)
+    score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
     score_times: tuple[float, float] = (0.02, 0.98)  # where the two scores are compared (DMD 4.1)
     renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
+
+    @property
+    def score_scale(self) -> float:
+        """The teacher's guidance where the scores are compared."""
+        return self.score_guidance or self.guidance
+
+
+class ScoreOptions(FakeScoreOptions, WarmStartOptions):
+    """Options of every ScoreMethod. Their defaults leave a method without data: no pairs, no images."""
+
+    regression_weight: float = 0.0  # of the regression beside the method's own loss; 0 leaves it out
+    gan_weight: float = 0.0  # of the generator's GAN loss on the fake network's features; 0: no images
+    gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn
 
 
 @dataclass(frozen=True)
@@ -86,27 +109,31 @@ class FakeScore(Denoiser):
         scale: float,
         *,
         through_inputs: bool = False,
+        since: float = 0.0,
     ) -> Views:
         """Both networks' views of x noised by a fresh (t, eps).
 
         Args:
             teacher: the frozen network.
-            x: the student's clean samples [B, C, H, W].
+            x: the student's clean samples [B, C, H, W]; its states at ``since`` where that is not 0.
             batch: their draws and conditions.
             options: where the scores are compared, and where guidance is on.
             scale: the teacher's guidance there.
             through_inputs: keep the graph from both predictions through x_t into x; otherwise there is none.
+            since: where x is; the t of ``score_times`` in [0, 1] are then taken in [since, 1].
         """
-        t = batch.draws.uniform("score t", *options.score_times)
+        t = since + (1 - since) * batch.draws.uniform("score t", *options.score_times)
         guidance = in_interval(scale, t, *options.guidance_interval) if scale != 1.0 else 1.0
         with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
-            x_t = self.path.sample(x, batch.draws.normal("score eps", tuple(x.shape[1:])), t)
+            eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
+            s = torch.full_like(t, since)
+            x_t = self.path.renoise(x, s, t, eps) if since else self.path.sample(x, eps, t)
             look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
             real = look(x_t, t, batch.cond, guidance=guidance)
             return Views(x, x_t, t, real, self.predict(x_t, t, batch.cond))
 
 
-def turn_at(step: int, options: FakeScoreOptions, warm_start: int = 0) -> str:
+def turn_at(step: int, options: FakeTurnOptions, warm_start: int = 0) -> str:
     """Whose turn the optimiser step is: ``warm_start`` student updates, ``fake_warm_start`` fake ones, then cycles of
     ``fake_steps`` fake updates and one of the student."""
     if step < warm_start:
@@ -123,12 +150,22 @@ def sampler_of(student: Student, times: tuple[float, ...], options: FakeScoreOpt
     return Sampler(times, isinstance(student.path, TablePath) if renoise is None else renoise)
 
 
-def rollout(student: Student, sampler: Sampler, batch: Batch) -> Tensor:
+def exit_of(batch: Batch, first: int, last: int) -> int:
+    """The call in first .. last - 1 at which this batch's rollout ends: one for the whole batch."""
+    return first + batch.draws.shared_integer("exit", last - first)
+
+
+def rollout(student: Student, sampler: Sampler, batch: Batch, first: int = 0) -> Tensor:
     """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only that call has a graph.
 
     Backward simulation (Yin et al. 2024, 2405.14867, 4.5): the student meets in training what it meets in sampling.
+
+    Args:
+        student, sampler: who draws, and how.
+        batch: its noise, conditions and draws.
+        first: the first call that may be the last.
     """
-    calls = batch.draws.shared_integer("exit", sampler.steps)
+    calls = exit_of(batch, first, sampler.steps)
     with torch.no_grad():
         start = sampler.walk(student, batch.noise, batch.cond, batch.fresh, calls)
     t = torch.full((len(start),), sampler.times[calls], device=start.device)
@@ -138,3 +175,91 @@ def rollout(student: Student, sampler: Sampler, batch: Batch) -> Tensor:
 def push(x: Tensor, field: Tensor) -> Tensor:
     """A scalar whose gradient in x [B, ...] is field / number of elements: descent moves x against the field."""
     return 0.5 * (x - (x - field).detach()).square().mean()
+
+
+class ScoreMethod(Method):
+    """A method that compares two scores: everything but its loss of a student's sample, :meth:`match`.
+
+    Student turns: a warm start by regression on pairs where one is wanted, then ``match`` on the sample of a rollout,
+    with the GAN's and the regression's losses beside it where they have a weight. Fake turns: the diffusion loss on
+    sg[x], and the discriminator's.
+
+    Class attributes:
+        through_inputs: whether the loss has a gradient through what both networks see.
+    """
+
+    through_inputs: ClassVar[bool] = False
+    options: ScoreOptions
+    fake: FakeScore
+    gan: FeatureGan | None
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        options = cast(ScoreOptions, options)
+        pairs = {"pairs", "states"} if options.regression_weight or options.warm_start else set()
+        return cls.needs | pairs | ({"images"} if options.gan_weight else set())
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(ScoreOptions, options)
+        self.fake = FakeScore(teacher)
+        self.gan = FeatureGan(self.fake) if "images" in self.needs_of(options) else None
+
+    def networks(self) -> dict[str, nn.Module]:
+        fake = [self.fake.net] if self.gan is None else [self.fake.net, self.gan]
+        return {"student": self.student.net, "fake": nn.ModuleList(fake)}
+
+    def lr_ratio(self, turn: str, step: int) -> float:
+        return self.options.fake_lr_ratio if turn == "fake" else warm_start_rate(step, self.options)
+
+    def turn(self, step: int) -> str:
+        return turn_at(step, self.options, self.options.warm_start)
+
+    def sampler(self) -> Sampler:
+        return sampler_of(self.student, self.times, self.options)
+
+    def generate(self, batch: Batch) -> Tensor:
+        """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
+        return rollout(self.student, self.sampler(), batch)
+
+    def views(self, x: Tensor, batch: Batch) -> Views:
+        """What both networks see in x [B, C, H, W], noised."""
+        options, through = self.options, self.through_inputs
+        return self.fake.views(self.teacher, x, batch, options, options.score_scale, through_inputs=through)
+
+    @abstractmethod
+    def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's own loss of the student's samples x [B, C, H, W], which have a graph, and what to log."""
+
+    def regression(self, batch: Batch) -> Tensor:
+        """The distance to x of what the student sees of it from a state of its trajectory, one of K at random."""
+        return regression(self.student, self.times, batch, self.options.regression)
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if turn == "fake":
+            return self.fake_loss(batch)
+        if batch.draws.step < self.options.warm_start:
+            return self.regression(batch), {}
+        x = self.generate(batch)
+        loss, logs = self.match(x, batch)
+        logs["x_std"] = x.detach().std()
+        if self.gan is not None:
+            logs["gan"] = self.gan.for_generator(x, batch)
+            loss = loss + self.options.gan_weight * logs["gan"]
+        if self.options.regression_weight:
+            logs["regression"] = self.regression(batch)
+            loss = loss + self.options.regression_weight * logs["regression"]
+        return loss, logs
+
+    def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The fake network's diffusion loss on the student's samples, and the discriminator's where there is one."""
+        with torch.no_grad():
+            x = self.generate(batch)
+        loss = self.fake.denoising_loss(x, batch)
+        logs = {"denoising": loss}
+        if self.gan is not None:
+            logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
+            loss = loss + self.options.gan_fake_weight * logs["discriminator"]
+        return loss, logs

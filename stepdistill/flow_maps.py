@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.derivative import STEP, Derivative, Way
-from stepdistill.distances import DistanceName, distance
+from stepdistill.distances import distance
 from stepdistill.draws import Draws
-from stepdistill.pairs import PairOptions
 from stepdistill.path import Path, per_sample
+from stepdistill.regression import WarmStartOptions, warm_start_rate
 from stepdistill.sampler import Sampler
-from stepdistill.schedule import annealed
 from stepdistill.student import STRAIGHT, Student, carried, predict_elsewhere
 from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
 
@@ -101,12 +100,10 @@ class Balance(nn.Module):
                 self.means[i] = now if self.means[i] == 0 else self.means[i].lerp(now, 1 - self.decay)
 
 
-class MapOptions(PairOptions):
+class MapOptions(WarmStartOptions):
     """Options of a method that learns a flow map."""
 
-    warm_start: int = 0  # first updates of the student, by regression on pairs alone
-    warm_start_lr_ratio: float = 1.0  # their learning rate over train.lr
-    regression: DistanceName = "l2"  # distance of that regression
+    warm_times: tuple[float, ...] = ()  # of the warm start's jumps, beside the student's own times
     derivative: Way = "auto"  # exact, difference, or the first where it can be had
     derivative_step: float = STEP  # h of the differences, in units of [0, 1]
 
@@ -114,12 +111,18 @@ class MapOptions(PairOptions):
 class JumpOptions(MapOptions):
     """Options of a flow map that is learnt at noised clean latents."""
 
-    source: Literal["pairs", "images", "student"] = "pairs"  # where they come from; the student's own need no data
-    same: float = 0.25  # share of samples with s = t: plain velocity matching
+    source: Literal["pairs", "images", "student"] = (
+        "pairs"  # where they come from; the student's own need no data
+    )
+    same: float = (
+        0.25  # share of samples with s = t: plain velocity matching, which a teacher's copy starts with
+    )
     to_data: float = 0.25  # share of samples with s = 0
     noise_share: float = 0.25  # share of samples that start where every drawing starts
-    power: float = 1.0  # p of the weight (MeanFlow table 1e)
-    offset: float = 1e-3  # c of the weight
+    # At p = 1 (MeanFlow) the gradient falls with the error: short jumps, whose target a teacher makes exact, outweigh
+    # the long ones for good. At 1/2 every sample counts alike.
+    power: float = 0.5  # p of the weight
+    offset: float = 0.1  # c of the weight
     warmup: int = 2000  # updates over which the derivative fades in; 0: it is whole from the start
 
 
@@ -127,7 +130,7 @@ class FlowMapMethod(Method):
     """A method whose student is a flow map: with a second time, a derivative, and a warm start on pairs.
 
     The warm start regresses u on the mean velocities between the states of the teacher's trajectories (consistency
-    mid-training, Hu et al. 2025, 2509.24526), of which pairs keep those at the student's times.
+    mid-training, Hu et al. 2025, 2509.24526), of which pairs keep those at the student's times and ``warm_times``.
     """
 
     def __init__(
@@ -144,9 +147,11 @@ class FlowMapMethod(Method):
         source = {options.source} - {"student"} if isinstance(options, JumpOptions) else set()
         return cls.needs | warm | source
 
+    def pair_times(self) -> tuple[float, ...]:
+        return tuple(sorted({*self.times[1:], *self.map_options.warm_times}, reverse=True))
+
     def lr_ratio(self, turn: str, step: int) -> float:
-        warm = self.map_options.warm_start  # annealed by itself, so that the next stage starts from its end
-        return self.map_options.warm_start_lr_ratio * annealed(step / warm) if step < warm else 1.0
+        return warm_start_rate(step, self.map_options)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False, two_times=True)
@@ -157,15 +162,16 @@ class FlowMapMethod(Method):
 
     def regression(self, batch: Batch) -> Tensor:
         """The distance of u to (x_t - x_s) / (t - s) for two points of a pair's trajectory at random; a scalar."""
-        pairs, times, draws = cast(Examples, batch.pairs), self.times, batch.draws
+        pairs, draws = cast(Examples, batch.pairs), batch.draws
         noise = cast(Tensor, pairs.noise)
         between = [] if pairs.states is None else list(pairs.states.unbind(1))
-        points, at = torch.stack([noise, *between, pairs.x0], 1), noise.new_tensor([*times, 0.0])
+        points, at = (
+            torch.stack([noise, *between, pairs.x0], 1),
+            noise.new_tensor([1.0, *self.pair_times(), 0.0]),
+        )
         last = points.shape[1] - 1
         start = draws.integers("regression start", last)
         end = start + 1 + (draws.uniform("regression end") * (last - start)).long()
-        if last != len(times):
-            at = at[[0, -1]]
         rows, path = torch.arange(len(noise), device=noise.device), self.student.path
         x, t = on_straight(path, points[rows, start], at[start])
         y, s = on_straight(path, points[rows, end], at[end])

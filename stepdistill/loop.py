@@ -137,6 +137,12 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.last_good: Path | None = None
 
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done, or the time for them is spent."""
+        budget = self.options.budget_seconds
+        return self.step >= self.options.steps or 0 < budget <= self.seconds
+
     def _method_state(self) -> dict[str, Tensor]:
         state = self.method.state_dict()
         return {name: state[name] for name in self.state_names if name in state}
@@ -202,10 +208,10 @@ def check_resume(checkpoints: Path, recipe: Recipe) -> Path:
 
 def _identity(recipe: Recipe) -> Recipe:
     """The recipe without what cannot move a weight, and so may change between two parts of one run: where its folder
-    lies, what is evaluated, what is kept, drawn and tracked."""
+    lies, what is evaluated, how long it may take, what is kept, drawn and tracked."""
     plain = TrainOptions()
-    free = {"keep": plain.keep, "sheet_every": plain.sheet_every, "tracker": plain.tracker}
-    train_options = recipe.train.model_copy(update=free)
+    names = ("budget_seconds", "keep", "sheet_every", "tracker")
+    train_options = recipe.train.model_copy(update={name: getattr(plain, name) for name in names})
     return resolved(recipe).model_copy(update={"output": None, "evaluate": True, "train": train_options})
 
 
@@ -256,7 +262,7 @@ def train(
         RunLog(folder, options.steps, first=run.step, main=main) as log,
         Interruption() as interruption,
     ):
-        while run.step < options.steps:
+        while not run.done:
             step, turn = run.step, method.turn(run.step)
             parameters, optimizer = run.trained[turn], run.optimizers[turn]
             take_turn(run.trained, turn)
@@ -269,9 +275,11 @@ def train(
                 (loss / options.accumulate).backward()
                 told.append({name: value.detach() for name, value in {"loss": loss, **logs}.items()})
             numbers = {name: float(sum(logs[name] for logs in told)) / len(told) for name in told[0]}
+            elapsed = time.perf_counter() - started
             if processes > 1:
                 average_gradients(parameters)
-                numbers = average_numbers(numbers, accelerator.device)
+                numbers = average_numbers({**numbers, "seconds": elapsed}, accelerator.device)
+                elapsed = numbers.pop("seconds")  # one time for all, so that a budget stops all at one step
 
             # Update.
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
@@ -284,7 +292,7 @@ def train(
             method.after_step(step)
             if run.ema and turn == "student":
                 run.ema.update()
-            run.step, run.seconds = step + 1, time.perf_counter() - started
+            run.step, run.seconds = step + 1, elapsed
 
             # Say how it goes.
             values: dict[str, float | str] = {
@@ -303,7 +311,7 @@ def train(
             if options.tracker:
                 plotted = {f"{turn}/{k}": v for k, v in values.items() if isinstance(v, float)}
                 accelerator.log(plotted, step=step)
-            due = run.step % options.checkpoint_every == 0 or run.step == options.steps
+            due = run.step % options.checkpoint_every == 0 or run.done
             if main and (due or interruption.asked):
                 run.save()
             if interruption.asked:

@@ -27,6 +27,12 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def within(value: Tensor, low: float, high: float) -> Tensor:
+    """``value`` clamped to [low, high]; unlike torch's clamp it keeps its forward-mode derivative at the very ends."""
+    value = torch.where(value < low, torch.full_like(value, low), value)
+    return torch.where(value > high, torch.full_like(value, high), value)
+
+
 class Path(ABC):
     """x_t = alpha(t) x0 + sigma(t) eps for t in [0, 1], with alpha(0) = 1 and sigma(0) = 0."""
 
@@ -214,9 +220,11 @@ class TablePath(Path):
         """Lower index [B], fraction inside the segment [B] and the table on t's device, in float64."""
         table = self.angles.to(t.device)
         # Times are float32: without the rounding, 0.75 * N would read the table a hair off its own entry.
-        position = (t.double() * self.steps).clamp(0, self.steps)
+        position = within(t.double() * self.steps, 0, self.steps)
         nearest = position.round()
-        position = torch.where((position - nearest).abs() < 1e-4 * self.steps / 1000, nearest, position)
+        near = (position - nearest).abs() < 1e-4 * self.steps / 1000
+        # Added as a constant: the derivative in t is that of position, not the zero of a rounded number.
+        position = torch.where(near, position + (nearest - position).detach(), position)
         lower = position.floor().clamp(max=self.steps - 1).long()
         return lower, position - lower, table
 

@@ -78,6 +78,8 @@ class TrainOptions(_Model):
 
     Attributes:
         steps: optimiser steps, over all networks.
+        budget_seconds: training time after which the run ends as if its steps were done, exported and measured, the
+            rate where its schedule had it; 0 sets no limit.
         batch: samples per optimiser step, over all processes and accumulation.
         accumulate: parts a process works through one after the other to make one optimiser step.
         lr: learning rate of the student; a method scales it for its other networks.
@@ -96,6 +98,7 @@ class TrainOptions(_Model):
     """
 
     steps: _Positive = 1000
+    budget_seconds: Annotated[float, Field(ge=0)] = 0.0
     batch: _Positive = 64
     accumulate: _Positive = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -168,6 +171,12 @@ def load_recipe(
     if path is not None:
         sources[""] = str(path) if _is_path(name_or_path) else path.name
         tree = _read_yaml(path, sources[""])
+        own = tree.get("method")
+        if isinstance(own, str) and own.endswith(".py") and not Path(own).is_file():
+            beside = (
+                path.parent / own
+            )  # a method's file may lie where the command is run, or beside its recipe
+            tree["method"] = str(beside) if beside.is_file() else own
     for key, value in (("teacher", teacher), ("method", method)):
         if value is not None:
             tree[key] = value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.experts import Experts
 from stepdistill.families.base import GAP, Family
 from stepdistill.path import FlowPath, Output, Path, Prediction, per_sample
 from stepdistill.types import Condition
@@ -76,10 +77,15 @@ class Denoiser(nn.Module):
         of the jump, for a network with a second time."""
         if s is not None:
             cond = cond.with_tensor(GAP, t - s)
-        dtype = next(self.net.parameters()).dtype
+        if isinstance(self.net, Experts):
+            return self.net.by_time(t, lambda net, own: self._call(net, x_t[own], t[own], cond.rows(own)))
+        return self._call(self.net, x_t, t, cond)
+
+    def _call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        dtype = next(net.parameters()).dtype
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.tensors.items()}
         timestep = self.family.timestep(self.path, t)
-        return self.family.call(self.net, x_t.to(dtype), timestep, Condition(tensors)).float()
+        return self.family.call(net, x_t.to(dtype), timestep, Condition(tensors)).float()
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Prediction:
         """What the network says about x_t [B, C, H, W] at t [B]; with a second time, for a jump to s [B]."""
@@ -139,7 +145,8 @@ class Student(Denoiser):
     @property
     def two_times(self) -> bool:
         """Whether the network is also told where its jump ends."""
-        return self.family.has_second_time(self.net)
+        first = self.net.nets[0] if isinstance(self.net, Experts) else self.net
+        return self.family.has_second_time(first)
 
     def add_second_time(self) -> None:
         """Gives the network its second time t - s, which changes nothing at the start.

@@ -44,6 +44,11 @@ class Suite(BaseModel):
         images: what the reference is made of: ``emoji`` or a folder of images.
         kid: also compute the kernel distance (needs a reference with features).
         clip_score: also compute the image-text cosine.
+        neighbours: k of precision, recall, density and coverage; 0 leaves them out. They are also left out where the
+            reference has no features, or there are not more than k images.
+        diversity: samples of one prompt whose pairwise diversity is measured as well; 0 leaves it out. They are drawn
+            besides the n images and move no other score.
+        diversity_prompts: how many of the first prompts that is done for.
         teacher_steps: the step count at which a teacher counts as full.
         folder: where the file lay; relative paths start there. Not part of the protocol.
     """
@@ -63,6 +68,9 @@ class Suite(BaseModel):
     images: str = "emoji"
     kid: bool = True
     clip_score: bool = True
+    neighbours: int = Field(default=5, ge=0)
+    diversity: int = Field(default=0, ge=0)
+    diversity_prompts: int = Field(default=100, ge=1)
     teacher_steps: int = Field(ge=1)
     folder: Path = Field(default=Path(), exclude=True, repr=False)
 
@@ -70,12 +78,26 @@ class Suite(BaseModel):
     def _texts_need_prompts(self) -> Suite:
         if self.clip_score and self.prompts is None:
             raise ValueError("clip_score needs prompts: give them, or set clip_score to false")
+        if self.diversity == 1 or (self.diversity and self.prompts is None):
+            raise ValueError("diversity needs prompts, and 2 samples of each or more (0 leaves it out)")
         return self
 
     @property
     def label(self) -> str:
         """``name@version``."""
         return f"{self.name}@{self.version}"
+
+    def with_diversity(self, samples: int) -> Suite:
+        """The same suite that measures the diversity of so many samples of a prompt as well.
+
+        Raises:
+            UserError: fewer than 2, or a suite without prompts.
+        """
+        if samples < 2 or self.prompts is None:
+            raise UserError(
+                f"diversity is {samples}: give 2 samples of a prompt or more, and a suite that has prompts"
+            )
+        return self.model_copy(update={"diversity": samples})
 
     def seed(self, index: int) -> int:
         """The seed of image ``index``."""
@@ -127,8 +149,10 @@ class Suite(BaseModel):
 
     def sha256(self) -> str:
         """Of everything that moves a score: the protocol (keys at their defaults left out, so that a new key does not
-        change old suites), the prompts, the network's weights and the reference file."""
-        protocol = self.model_dump(mode="json", exclude_defaults=True, exclude={"images", "teacher_steps"})
+        change old suites), the prompts, the network's weights and the reference file. What only adds a score of its
+        own, diversity, is not part of it."""
+        apart = {"images", "teacher_steps", "diversity", "diversity_prompts"}
+        protocol = self.model_dump(mode="json", exclude_defaults=True, exclude=apart)
         content = {
             "suite": protocol,
             "prompts": self.prompt_list(),
@@ -223,8 +247,8 @@ def make_reference(
 ) -> None:
     """Write the statistics of the suite's real images to a safetensors file, with the protocol in its header.
 
-    Tensors: mean [D] and covariance [D, D] in float64; with ``kid``, features [N, D] in float16 (their rounding moves
-    the kernel distance by less than 1e-6 on the emoji).
+    Tensors: mean [D] and covariance [D, D] in float64; with ``kid`` or ``neighbours``, features [N, D] in float16
+    (their rounding moves the kernel distance by less than 1e-6 on the emoji).
     """
     from safetensors.torch import save_file
 
@@ -232,7 +256,7 @@ def make_reference(
     features = torch.cat([network.images(pixels) for pixels in _real_images(suite, batch)])  # [N, D]
     moments = Moments.of(features)
     tensors = {"mean": moments.mean, "covariance": moments.covariance}
-    if suite.kid:
+    if suite.kid or suite.neighbours:
         tensors["features"] = features.half()
     protocol = {
         "images": suite.images,

@@ -17,6 +17,8 @@ from stepdistill.features import sha256_of_file
 from stepdistill.suite import Suite
 
 SHIPPED = "teachers.json"
+NEWEST = "coverage"
+"""The metric that suites compute and that was added last."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,25 @@ def weights_hash(pipeline: Any) -> str:
 def key(weights: str, suite: Suite, steps: int, guidance: float) -> str:
     """The name of a score: it changes with anything that can move it."""
     content = [weights, suite.label, suite.sha256(), steps, float(guidance)]
+    if suite.diversity:  # a score of its own, apart from the suite's hash
+        content += [suite.diversity, suite.diversity_prompts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def find(name: str) -> Entry | None:
-    """The cached score of a key, or None. A file of the user's cache that cannot be read counts as absent."""
+    """The cached score of a key, or None. A file of the user's cache that cannot be read counts as absent, and so
+    does a score from before a metric of the suites' was there."""
     shipped = content_folder("eval") / "reference" / SHIPPED
     if shipped.is_file():
         entries = json.loads(shipped.read_text("utf-8"))
-        if name in entries:
+        if name in entries and NEWEST in entries[name]["scores"]:
             return Entry(entries[name]["scores"], "shipped")
     file = cache_folder() / "teachers" / f"{name}.json"
     try:
-        return Entry(json.loads(file.read_text("utf-8"))["scores"], "user")
+        scores = json.loads(file.read_text("utf-8"))["scores"]
     except (OSError, ValueError, KeyError):
         return None
+    return Entry(scores, "user") if NEWEST in scores else None
 
 
 def store(name: str, content: dict[str, Any]) -> None:

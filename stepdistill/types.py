@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NEEDS = ("noise", "prompts", "images", "pairs", "states")
 """What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs, and with the
-pairs the states their trajectories have at the student's times."""
+pairs the states of their trajectories at the method's ``pair_times``, the student's own by default."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Examples:
         x0: clean latents [B, C, H, W], in the network's scale.
         cond: their conditions.
         noise: for pairs, the noise [B, C, H, W] the teacher started from; None for images.
-        states: for pairs, the states [B, K - 1, C, H, W] at the student's later times, where the method asked for them.
+        states: for pairs, the states [B, K, C, H, W] at the method's ``pair_times``, where it asked for them.
     """
 
     x0: Tensor
@@ -191,6 +191,11 @@ class Method(nn.Module, ABC):
     def networks(self) -> dict[str, nn.Module]:
         """Networks that are trained, by name; each gets an optimiser of its own."""
         return {"student": self.student.net}
+
+    def pair_times(self) -> tuple[float, ...]:
+        """Times inside (0, 1), descending, at which cached pairs keep states of their trajectories, where they are
+        asked for."""
+        return self.times[1:]
 
     def lr_ratio(self, turn: str, step: int) -> float:
         """The learning rate over that of ``train`` for the network whose turn the step is."""

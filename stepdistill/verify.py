@@ -2,6 +2,7 @@
 
 The folder's files are hashed and compared with its manifest; then a fresh Python process, in which stepdistill cannot
 be imported, loads it with nothing but ``DiffusionPipeline.from_pretrained`` and draws the manifest's prompts and seeds.
+Code that travels in the folder is run only where it is, byte for byte, a file of ours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from stepdistill.checkpoint import sha256_of
 from stepdistill.errors import UserError
+from stepdistill.experts import is_own_code, travelling_code
 from stepdistill.export import VERIFICATION
 
 PROGRAM = """
@@ -22,10 +24,10 @@ sys.modules["stepdistill"] = None  # an import of it raises ImportError
 os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
 import numpy, torch
 from diffusers import DiffusionPipeline
-folder, manifest = sys.argv[1], json.load(open(sys.argv[2]))
+folder, manifest, code = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3] == "code"
 index = json.load(open(f"{folder}/model_index.json"))
 absent = {name: None for name, entry in index.items() if entry == [None, None]}  # SD3 without T5, say
-pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent)
+pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **absent)
 pipe.set_progress_bar_config(disable=True)
 generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
 images = pipe(**manifest["call"], generator=generators, output_type="np").images
@@ -73,8 +75,8 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
         timeout: seconds the fresh process may take.
 
     Raises:
-        UserError: when the folder is no student, a file is missing or altered, it does not load, or its pictures
-            differ.
+        UserError: when the folder is no student, a file is missing or altered, it carries foreign code, it does not
+            load, or its pictures differ.
     """
     folder = Path(folder).resolve()
     if (folder / "student" / VERIFICATION).is_dir():
@@ -93,8 +95,15 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
             raise UserError(f"{folder}: {name} is missing since export")
         if sha256_of(folder / name) != expected:
             raise UserError(f"{folder}: {name} was altered since export (its SHA-256 is not the manifest's)")
+    code = travelling_code(folder)
+    for path in code:
+        if not is_own_code(path):
+            raise UserError(
+                f"{folder} carries {path.relative_to(folder).as_posix()}, which is not a file this stepdistill ships, "
+                "so it was not run: verify it with the version that wrote it, or read it and load the folder yourself"
+            )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PROGRAM, str(folder), str(file)],
+        [sys.executable, "-I", "-c", PROGRAM, str(folder), str(file), "code" if code else "stock"],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stepdistill import checks, compare, content
+from stepdistill import checks, content
 from stepdistill.cli import main
 from stepdistill.doctor import check_requirement
 from stepdistill.embedded import embedded_teachers
@@ -105,57 +104,6 @@ def test_cp_copies_a_recipe_byte_for_byte_and_keeps_what_is_there(
         refused = cli("cp", name, str(tmp_path), cwd=tmp_path)
         assert (refused.returncode, "exists already" in refused.stderr) == (2, True)
     assert cli("cp", "gone", "x.yaml", cwd=tmp_path).returncode == 2
-
-
-def write_report(folder: Path, fd: dict[str, float], **changes: object) -> str:
-    report: dict[str, object] = {
-        "suite": "emoji@1",
-        "n": 2000,
-        "student": {"fd": fd, "clip_score": dict.fromkeys(fd, 0.8)},
-        "teacher": {"fd": {"1": 5.0, "25": 1.0}, "clip_score": {}},
-        "gap_closed": {steps: (5 - value) / 4 for steps, value in fd.items()},
-        "train_seconds": 61.0,
-        "peak_memory_bytes": 3 * 2**20,
-        "method": "dmd",
-        "command": "stepdistill train <b>",
-    }
-    folder.mkdir()
-    (folder / "report.json").write_text(json.dumps(report | changes))
-    return str(folder)
-
-
-def test_compare_ranks_by_steps_then_distance(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a = write_report(tmp_path / "a", {"1": 3.0, "4": 1.5})
-    b = write_report(tmp_path / "b", {"1": 2.0})
-    Image.new("RGB", (2, 2)).save(tmp_path / "b" / "samples.png")
-    page = tmp_path / "compare.html"
-    lines = output_of(capsys, monkeypatch, "compare", a, b, "--output", str(page)).splitlines()
-    assert [line.split() for line in lines[1:4]] == [
-        ["b", "dmd", "1", "2.000", "0.800", "0.750", "61", "s", "3", "MiB"],
-        ["a", "dmd", "1", "3.000", "0.800", "0.500", "61", "s", "3", "MiB"],
-        ["a", "dmd", "4", "1.500", "0.800", "0.875", "61", "s", "3", "MiB"],
-    ]
-    text = page.read_text()
-    assert text.count("data:image/png;base64,") == 1
-    assert "stepdistill train &lt;b&gt;" in text
-    assert "http" not in text
-
-
-@pytest.mark.parametrize(("field", "value"), [("suite", "emoji@2"), ("n", 200)])
-def test_compare_refuses_to_rank_different_protocols(tmp_path: Path, field: str, value: object) -> None:
-    a = compare.read_report(write_report(tmp_path / "a", {"1": 3.0}))
-    b = compare.read_report(write_report(tmp_path / "b", {"1": 2.0}, **{field: value}))
-    with pytest.raises(UserError, match=f"{field} differs: {a[field]} .a., {value} .b."):
-        compare.rank([a, b])
-
-
-def test_compare_reads_what_eval_wrote(tmp_path: Path) -> None:
-    score = {"n": 2000, "fd": 1.25, "clip_score": None, "kid": 0.1}
-    (tmp_path / "mine.json").write_text(json.dumps({"suite": "emoji@1", "n": 2000, "scores": {"2": score}}))
-    (row,) = compare.rank([compare.read_report(tmp_path / "mine.json")])
-    assert (row.name, row.steps, row.fd, row.clip_score, row.gap_closed) == ("mine", 2, 1.25, None, None)
 
 
 def test_run_folders_are_numbered_and_found_again(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_
 
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
+from stepdistill.methods.f_distill import FDistill
+from stepdistill.methods.sid import SiD
+from stepdistill.methods.sim import SIM
 from stepdistill.path import FlowPath, TrigPath
 
 MU, S = 0.7, 0.8
@@ -91,3 +94,22 @@ def test_training_brings_a_gaussian_student_home():
 def test_asks_for_noise_and_prompts_alone():
     assert DiffInstruct.needs_of(DiffInstruct.Options()) == {"noise", "prompts"}
     assert toy_batch(2).noise.shape == (2, *SHAPE)
+
+
+@pytest.mark.parametrize("kind", [DiffInstruct, DMD, FDistill, SiD, SIM])
+def test_every_score_method_may_start_by_regression_on_pairs(kind):
+    """Then its first updates are the student's, on |G(noise) - x|^2, zero at the pairs' own map; off by default."""
+    path = FlowPath()
+    teacher = ToyTeacher(Perceptron(), path, "velocity")
+    options = kind.Options(warm_start=3, warm_start_lr_ratio=8.0, fake_warm_start=1)
+    method = kind(teacher, toy_student(Affine(MU, S), path), (1.0,), options)
+    assert kind.needs_of(options) >= {"pairs", "states"} and not kind.needs_of(kind.Options()) & {
+        "pairs",
+        "states",
+    }
+    assert [method.turn(step) for step in range(5)] == ["student"] * 3 + ["fake"] * 2
+    assert [method.lr_ratio("student", step) for step in (0, 3)] == [8.0, 1.0]
+    loss, _ = method.loss("student", toy_batch(8, 2, pairs=lambda z: MU + S * z))
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
+    loss, _ = method.loss("student", toy_batch(8, 2, pairs=lambda z: MU + 0.5 + S * z))
+    assert float(loss.detach()) == pytest.approx(0.25, rel=1e-5)

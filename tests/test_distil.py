@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageChops
 from tiny import tiny_pipeline
 
 import stepdistill
@@ -70,18 +70,56 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert "num_inference_steps=2" in (run.student / "README.md").read_text()
 
 
-def test_a_run_is_exported_again_from_its_checkpoint(tmp_path, prompts):
-    """`export` gives the very weights that the run itself exported, and they verify."""
-    teacher = saved("sd", tmp_path / "sd")
-    sets = [*SHORT, prompts, "train.steps=4", "train.ema=0.5", "options.pairs=4", "options.pair_steps=2"]
-    run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
-    again = export_run(run.folder, tmp_path / "again")
+def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_takes_its_adapter(
+    tmp_path, prompts
+):
+    """`export` gives the very weights that the run itself exported, and they verify; the teacher's own folder with the
+    adapter loaded draws the same pictures."""
+    from diffusers import DiffusionPipeline, LCMScheduler
     from safetensors.torch import load_file
 
-    name = "unet/diffusion_pytorch_model.safetensors"
-    first, second = load_file(run.student / name), load_file(again / name)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    teacher = saved("sd", tmp_path / "sd")
+    sets = [*SHORT, prompts, "train.steps=4", "train.ema=0.5", "train.lr=1e-2", "student.lora_rank=2",
+            "student.times=[1.0, 0.5]", "options.pairs=4", "options.pair_steps=2", "options.guidance=2"]  # fmt: skip
+    run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
+    assert "drawn in 2 step(s) by plain diffusers" in run.report["verification"]
+    again = export_run(run.folder, tmp_path / "again")
+    for name in ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"):
+        first, second = load_file(run.student / name), load_file(again / name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
     assert verify(again).images == 4
+
+    manifest = json.loads((run.student / "verification" / "manifest.json").read_text())
+    pipe = DiffusionPipeline.from_pretrained(teacher, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LCMScheduler.from_pretrained(run.student, subfolder="scheduler")
+
+    def far_from_the_trainers(pipe):
+        generators = [torch.Generator().manual_seed(seed) for seed in manifest["seeds"]]
+        images = pipe(**manifest["call"], generator=generators, output_type="pil").images
+        ours = (Image.open(run.student / "verification" / f"{i}.png") for i in range(len(images)))
+        pairs = zip(images, ours, strict=True)
+        return max(high for a, b in pairs for _, high in ImageChops.difference(a, b).getextrema())
+
+    assert far_from_the_trainers(pipe) > 8
+    pipe.load_lora_weights(run.student, weight_name="pytorch_lora_weights.safetensors")
+    assert far_from_the_trainers(pipe) <= 2
+
+
+def test_a_run_with_a_second_time_ends_in_the_stock_class(tmp_path, prompts):
+    """MeanFlow on an eps teacher of a table, one step: trained, folded, exported, verified in a fresh process."""
+    teacher = saved("sd", tmp_path / "sd")
+    sets = [*SHORT, prompts, "train.steps=3", "train.lr=1e-2", "options.pairs=4", "options.pair_steps=2",
+            "options.guidance=2", "options.warmup=0"]  # fmt: skip
+    run = stepdistill.distill(teacher=teacher, method="meanflow", output=tmp_path / "run", sets=sets)
+    assert "drawn in 1 step(s) by plain diffusers" in run.report["verification"]
+    config = json.loads((run.student / "unet" / "config.json").read_text())
+    assert config["_class_name"] == "UNet2DConditionModel" and config["time_cond_proj_dim"] is None
+
+
+def test_a_second_time_is_refused_where_the_teacher_has_no_slot_for_it(tmp_path, prompts):
+    match = "needs a network with a second time, which Stable Diffusion 3 has no slot for"
+    refused(tmp_path, match, prompts, teacher="sd3", method="meanflow")
 
 
 def test_a_pipeline_object_and_classes_need_no_prompts(tmp_path):

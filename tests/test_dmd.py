@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.decoupled import augmentation
 from stepdistill.discriminator import discriminator_loss, generator_loss
+from stepdistill.errors import UserError
+from stepdistill.first_step import first_step_loss, x0_of_jump
 from stepdistill.methods.dmd import DMD
 from stepdistill.path import FlowPath, TrigPath
 
@@ -224,3 +227,104 @@ def test_networks_are_two_and_share_no_weight():
         id(p) for p in networks["fake"].parameters()
     }
     assert isinstance(networks["fake"], nn.ModuleList) and len(networks["fake"]) == 2
+
+
+# --- guidance at a time of its own (card 11) ---------------------------------------------------------------------
+
+NULL, SCALE = 0.2, 3.0
+
+
+def guided(path, times=(1.0,), **options):
+    """DMD of a guided Gaussian teacher, with a fake network that is exact for N(1, S^2)."""
+    teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, NULL, S))
+    method = DMD(teacher, toy_student(Affine(1.0, S), path), times, DMD.Options(guidance=SCALE, **options))
+    method.fake.net = Gaussian(path, 1.0, S)
+    return method
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_at_one_time_the_two_parts_are_dmds_error(path):
+    """x0_fake - x0_guided = (x0_fake - x0_real) - (g - 1) (x0_real - x0_null) at the same x_t, and the latter is
+    (g - 1) (mu_c - mu_u) sigma^2 / V."""
+    method, batch = guided(path), toy_batch(32)
+    x = method.generate(batch).detach()
+    views = method.views(x, batch)
+    towards, plain = augmentation(method.teacher, views.x_t, views.t, batch.cond, SCALE)
+    torch.testing.assert_close(views.fake.x0 - plain - towards, views.error, rtol=1e-4, atol=1e-5)
+    alpha, sigma = path.alpha_sigma(views.t)
+    expected = (SCALE - 1) * (MU - NULL) * sigma**2 / (alpha**2 * S**2 + sigma**2)
+    torch.testing.assert_close(towards.flatten(1), expected[:, None].expand(-1, 2), rtol=1e-3, atol=1e-4)
+
+
+def test_without_guidance_decoupling_changes_nothing():
+    one, two = (dmd(FlowPath(), 1.0, 1.2, guidance=1.0, decoupled=decoupled) for decoupled in (False, True))
+    batch = toy_batch(16)
+    assert torch.equal(one.loss("student", batch)[0], two.loss("student", batch)[0])
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_guidance_acts_below_the_time_of_the_students_call(step):
+    """With times 1 and 0.5 its time is under 0.98 or 0.5, and the field is the closed form there."""
+    path, method = FlowPath(), guided(FlowPath(), times=(1.0, 0.5), decoupled=True)
+    batch = toy_batch(16, step)
+    x = method.generate(batch).detach()
+    views = method.fake.views(method.teacher, x, batch, method.options, 1.0)
+    towards = views.error / (views.distance + 1e-6) - method.field(x, batch)
+    last = (1.0, 0.5)[batch.draws.shared_integer("exit", 2)]
+    t = batch.draws.uniform("guidance t", 0.02, min(0.98, last))
+    x_t = path.sample(x, batch.draws.normal("guidance eps", SHAPE), t)
+    size = (x - method.teacher.predict(x_t, t, batch.cond).x0).abs().flatten(1).mean(1).clamp_min(0.1)
+    expected = (SCALE - 1) * (MU - NULL) * t**2 / ((1 - t) ** 2 * S**2 + t**2) / size
+    torch.testing.assert_close(towards.flatten(1), expected[:, None].expand(-1, 2), rtol=1e-3, atol=1e-4)
+
+
+# --- a first step that keeps diversity (card 12) -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_clean_prediction_of_a_jump_is_the_inverse_of_the_ddim_step(path):
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(8, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+    t, s = torch.full((8,), 0.95, dtype=torch.float64), torch.full((8,), 0.3, dtype=torch.float64)
+    said = x0_of_jump(path, path.sample(x0, eps, t), t, path.sample(x0, eps, s), s)
+    torch.testing.assert_close(said, x0)
+
+
+def test_the_first_steps_target_is_the_mean_velocity_of_the_teachers_trajectory():
+    """u* = (eps - z) / (1 - t) with z on the exact ODE of a Gaussian: (1 - t) mu + sqrt(V_t) eps; a long trajectory
+    comes close, and one of a single step asks for the teacher's own prediction."""
+    path, batch = FlowPath(), toy_batch(16)
+    teacher = ToyTeacher(Gaussian(path, MU, S), path)
+    last = 0.6
+    deviation = math.sqrt((1 - last) ** 2 * S**2 + last**2)
+    # x0 = eps - u* = eps - (eps - z) / (1 - t)
+    exact = toy_student(Affine(MU, 1 - (1 - deviation) / (1 - last)), path)
+    assert float(first_step_loss(exact, teacher, batch, 1.0, 160, 400)) < 1e-5
+    assert float(first_step_loss(exact, teacher, batch, 1.0, 12, 30)) < 1e-3
+    copy = toy_student(Gaussian(path, MU, S), path)
+    assert float(first_step_loss(copy, teacher, batch, 1.0, 1, 30)) < 1e-10
+    assert float(first_step_loss(copy, teacher, batch, 1.0, 160, 400)) > 1e-3
+
+
+def test_matching_leaves_the_first_step_to_its_regression():
+    """No exit at the first call: the matching's gradient in what that call returns is zero (card 12, test 1)."""
+    path = FlowPath()
+    teacher = ToyTeacher(Perceptron(), path, "velocity")
+    options = DMD.Options(first_step_weight=0.05, first_step_calls=2, first_step_grid=8)
+    method = DMD(teacher, toy_student(Perceptron(seed=1), path, "velocity"), (1.0, 0.75, 0.5, 0.25), options)
+    exits = set()
+    for step in range(30):
+        graphs: list[bool] = []
+        hook = method.student.net.register_forward_hook(
+            lambda m, a, out, g=graphs: g.append(out.requires_grad)
+        )
+        x = method.generate(toy_batch(4, step))
+        hook.remove()
+        exits.add(len(graphs) - 1)
+        assert graphs[0] is False and x.requires_grad
+    assert exits == {1, 2, 3}
+    loss, logs = method.loss("student", toy_batch(4))
+    loss.backward()
+    assert float(logs["first_step"]) > 0
+    with pytest.raises(UserError, match="leaves a student of one step"):
+        DMD(teacher, toy_student(Perceptron(), path, "velocity"), (1.0,), options)

@@ -71,6 +71,10 @@ def test_suite_hash_moves_with_the_protocol_and_not_with_the_place(tmp_path: Pat
             "name: x\nversion: 1\nn: 5\nreference: r\nresolution: 32\nteacher_steps: 2",
             "clip_score needs prompts",
         ),
+        (
+            "name: x\nversion: 1\nn: 5\nreference: r\nresolution: 32\nteacher_steps: 2\nprompts: emoji\ndiversity: 1",
+            "diversity needs prompts, and 2 samples",
+        ),
         ("- 1", "a suite is a table"),
         ("a: [", "not YAML"),
     ],
@@ -197,8 +201,37 @@ def test_report_says_where_its_numbers_come_from(teacher: Any, tmp_path: Path) -
         "suite_sha256",
         "seeds",
     }
+    near = [content["scores"]["2"][key] for key in ("precision", "recall", "density", "coverage")]
+    assert all(0 <= value <= 6 for value in near) and content["scores"]["2"]["diversity"] is None
     assert content["versions"]["torch"] and content["hardware"] and content["command"]
     assert len(report.markdown().splitlines()) == 4 and "FD-emoji" in report.markdown()
+
+
+def test_diversity_is_of_samples_of_one_prompt_from_seeds_of_their_own(teacher: Any) -> None:
+    """It equals the mean over pairs of pictures drawn by hand, moves no other score and no hash."""
+    suite = tiny(diversity=3, diversity_prompts=2)
+    plain = evaluate(teacher, tiny(), progress=False).scores[1]
+    found = evaluate(teacher, suite, progress=False).scores[1]
+    assert (found.fd, found.recall, plain.diversity) == (plain.fd, plain.recall, None)
+    assert suite.sha256() == tiny().sha256()
+    assert teacher_cache.key("w", suite, 1, 1.0) != teacher_cache.key("w", tiny(), 1, 1.0)
+    prompts = suite.prompt_list()
+    assert prompts is not None
+    network, each = suite.network(), []
+    for p in range(2):
+        seeds = [torch.Generator().manual_seed(suite.first_seed + 7 + 3 * p + i) for i in range(3)]
+        images = teacher(
+            [prompts[p]] * 3, num_inference_steps=1, guidance_scale=1.0, generator=seeds, output_type="np"
+        )
+        pixels = torch.from_numpy(images.images * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+        x = network.images(pixels).double()
+        each += [1 - float(x[i] @ x[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert found.diversity == pytest.approx(sum(each) / 6, abs=1e-3)
+
+
+def test_a_suite_without_neighbours_or_without_features_has_no_recall(teacher: Any) -> None:
+    assert evaluate(teacher, tiny(neighbours=0), progress=False).scores[1].recall is None
+    assert evaluate(teacher, tiny(n=5), progress=False).scores[1].recall is None  # not more than k images
 
 
 def test_an_image_that_is_not_finite_names_its_prompt() -> None:
@@ -289,6 +322,11 @@ def test_teacher_scores_come_back_from_the_cache(teacher: Any, tmp_path: Path) -
     assert first[1].fd == again[1].fd and first[2].clip_score == again[2].clip_score
     other = teacher_scores(folder, tiny(), steps=1, guidance=2.5, progress=False)
     assert other[1].cached is None and other[1].fd != first[1].fd
+    for file in (tmp_path / "cache" / "teachers").iterdir():
+        old = json.loads(file.read_text())
+        del old["scores"]["coverage"]  # from before the metric was there: counts as none
+        file.write_text(json.dumps(old))
+    assert teacher_scores(folder, tiny(), steps=2, guidance=1.0, progress=False)[2].cached is None
     for file in (tmp_path / "cache" / "teachers").iterdir():
         file.write_text("{")  # a damaged cache counts as none
     assert teacher_scores(folder, tiny(), steps=1, guidance=1.0, progress=False)[1].cached is None

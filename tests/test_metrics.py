@@ -11,9 +11,15 @@ from torch import Tensor
 
 from stepdistill.embedded import emoji_captions, emoji_images
 from stepdistill.features import load_features, resize_clean
+from stepdistill.metrics.balls import Balls
 from stepdistill.metrics.clip_score import MeanState, cosines
+from stepdistill.metrics.coverage import coverage
+from stepdistill.metrics.density import density
+from stepdistill.metrics.diversity import pairwise_diversity
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
 from stepdistill.metrics.kid import kernel_distance
+from stepdistill.metrics.precision import precision
+from stepdistill.metrics.recall import recall
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -182,3 +188,89 @@ def test_embedded_images_and_captions_match() -> None:
     assert seen.shape == read.shape == (3781, 64)
     torch.testing.assert_close(seen.norm(dim=1), torch.ones(3781))
     assert float(cosines(seen, read).mean()) == pytest.approx(0.903, abs=1e-3)
+
+
+def near(real: Tensor, drawn: Tensor, nearest: int, **options: int) -> tuple[float, float, float, float]:
+    balls = Balls.between(real, drawn, nearest, **options)
+    return precision(balls), recall(balls), density(balls), coverage(balls)
+
+
+def line(*points: float) -> Tensor:
+    return torch.tensor(points)[:, None]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_neighbour_metrics_of_known_balls(block: int) -> None:
+    """Real 0, 1, ..., 9 and drawn 0, 1, ..., 4 and 20, balls to the nearest neighbour, edges included.
+
+    Real balls have radius 1 and hold 2, 3, 3, 3, 3 of the drawn ones in turn, and none hold 20. The drawn balls of
+    radius 1 hold 0 to 5, the one at 20 reaches back to 4 and holds all from 4 on: recall is flattered by that outlier,
+    coverage is not. Only the balls of 0 to 5 hold a drawn point.
+    """
+    real, drawn = line(*range(10)), line(0, 1, 2, 3, 4, 20)
+    found = near(real, drawn, 1, block=block)
+    assert found == pytest.approx((5 / 6, 1.0, 14 / 6, 0.6), abs=1e-12)
+    assert near(real, drawn[:5], 1, block=block) == pytest.approx((1.0, 0.6, 14 / 5, 0.6), abs=1e-12)
+    # To the second nearest: radius 1 inside, 2 at the ends, so that the ball of 0 holds 0, 1, 2.
+    assert near(real, drawn[:5], 2, block=block)[2] == pytest.approx((2 + 3 + 4 + 3 + 3) / (2 * 5), abs=1e-12)
+
+
+def test_of_a_set_with_itself_all_is_found_and_density_counts_the_centre() -> None:
+    """Every ball holds its centre and k others: density is (k + 1) / k, the rest 1."""
+    x = normal(200, 6)
+    for k in (1, 5):
+        assert near(x, x, k) == pytest.approx((1.0, 1.0, (k + 1) / k, 1.0), abs=1e-12)
+    assert near(x, x + 100, 5) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_precision_and_recall_change_places_with_the_sets() -> None:
+    real, drawn = normal(150, 4), 0.7 * normal(120, 4, seed=1) + 0.4
+    forth, back = near(real, drawn, 3), near(drawn, real, 3)
+    assert (forth[0], forth[1]) == (back[1], back[0]) and 0 < forth[1] < 1
+
+
+def test_density_and_coverage_of_one_distribution_have_the_expectations_of_their_ranks() -> None:
+    """For M real and N drawn points of any one law: E density = 1, and a ball holds no drawn point with probability
+    (M-1)...(M-k) / ((M+N-1)...(M+N-k)), the chance that the k nearest of all others are real."""
+    m, n, k = 30, 20, 3
+    found = torch.tensor(
+        [near(normal(m, 2, seed=2 * i), normal(n, 2, seed=2 * i + 1).double(), k) for i in range(400)],
+        dtype=torch.float64,
+    )
+    missed = math.prod((m - j) / (m + n - j) for j in range(1, k + 1))
+    for column, expected in ((2, 1.0), (3, 1 - missed)):
+        error = float(found[:, column].std()) / math.sqrt(len(found))
+        assert abs(float(found[:, column].mean()) - expected) < 3 * error
+
+
+def test_a_lost_mode_is_seen_by_recall_and_coverage_and_not_by_precision() -> None:
+    real = torch.cat([normal(100, 2), normal(100, 2, seed=1) + 50])
+    found = near(real, normal(200, 2, seed=2), 5)
+    assert (
+        found[0] > 0.9
+        and found[1] == pytest.approx(0.5, abs=0.05)
+        and found[3] == pytest.approx(0.5, abs=0.05)
+    )
+
+
+def test_balls_need_more_features_than_neighbours() -> None:
+    with pytest.raises(ValueError, match="need more features than that"):
+        Balls.between(normal(5, 2), normal(50, 2), 5)
+
+
+def test_diversity_is_the_mean_over_pairs() -> None:
+    x = 3 * normal(6, 5, 8)
+    unit = x / x.norm(dim=2, keepdim=True)
+    each = [sum(1 - float(u[i] @ u[j]) for i in range(5) for j in range(5) if i != j) / 20 for u in unit]
+    found = pairwise_diversity(x)
+    assert found.value == pytest.approx(sum(each) / 6, abs=1e-12)
+    assert found.standard_error == pytest.approx(float(torch.tensor(each).std()) / math.sqrt(6), abs=1e-6)
+
+
+def test_diversity_of_one_image_is_zero_of_opposites_two_and_of_a_basis_one() -> None:
+    basis = torch.eye(4)[None]
+    assert pairwise_diversity(basis).value == pytest.approx(1.0)
+    assert pairwise_diversity(basis[:, :1].repeat(3, 5, 1)).value == pytest.approx(0.0, abs=1e-12)
+    assert pairwise_diversity(torch.stack([basis[0, :1], -basis[0, :1]], 1)).value == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="2 samples of a prompt"):
+        pairwise_diversity(basis[:, :1])

@@ -13,6 +13,7 @@ from toy import SHAPE, GaussianFlowMap, Perceptron, toy_student
 
 from stepdistill.derivative import directional_derivative
 from stepdistill.errors import UserError
+from stepdistill.export import TOLERANCE, draw_as_pipeline, student_pipeline
 from stepdistill.path import FlowPath, TablePath
 from stepdistill.sampler import Sampler, uniform_times
 from stepdistill.student import STRAIGHT, Student, carried
@@ -123,6 +124,24 @@ def test_a_student_of_equal_jumps_folds_into_the_stock_class(
     assert float((unfolded - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("name", ["unet-ddpm", "sd"])
+def test_a_stock_pipeline_draws_several_jumps_as_the_trainer_does(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    student = two_timed(teacher, moved=True)
+    plain = Sampler(uniform_times(3), renoise=False, two_times=True)
+    sampler = plain.on_grid_of(student.path, teacher.pipe.scheduler)
+    pipe, prompts, seeds = student_pipeline(student, sampler, teacher), tiny_prompts(name, 2), (0, 1)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    call = teacher.family.call_arguments(type(pipe).__name__, prompts, 0.0)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = pipe(**call, num_inference_steps=3, generator=generators, output_type="np").images
+    images = torch.tensor(drawn).permute(0, 3, 1, 2)
+    ours = draw_as_pipeline(student, sampler, teacher, prompts, seeds)
+    difference = (images - ours).abs() * 255
+    assert float(difference.max()) <= TOLERANCE["max"] and float(difference.mean()) < 0.1
+    assert float(ours.std()) > 0.01
+
+
 def test_jumps_of_unequal_length_do_not_fold() -> None:
     with pytest.raises(UserError, match="jumps of unequal length"):
         _ = Sampler((1.0, 0.3), renoise=False, two_times=True).gap
@@ -165,10 +184,15 @@ def test_flow_velocities_of_a_table_student_have_derivatives(name: str, teacher_
 
 def test_times_that_snap_to_a_timestep_keep_their_derivative(teacher_of: Teachers) -> None:
     family, path = teacher_of("unet-ddpm").family, teacher_of("unet-ddpm").path
-    t = torch.tensor([0.5, 0.5004, 0.75])
-    value, rate = torch.func.jvp(lambda t: family.timestep(path, t), (t,), (torch.ones(3),))
-    assert torch.equal(value[[0, 2]], torch.tensor([499.0, 749.0]))
-    torch.testing.assert_close(rate, torch.full((3,), 1000.0))
+    t = torch.tensor([0.5, 0.5004, 0.75, 1.0])
+    value, rate = torch.func.jvp(lambda t: family.timestep(path, t), (t,), (torch.ones(4),))
+    assert torch.equal(value[[0, 2, 3]], torch.tensor([499.0, 749.0, 999.0]))
+    torch.testing.assert_close(rate, torch.full((4,), 1000.0))
+    # The schedule too, at entries of the table, both ends of it, and between: alpha' and sigma' as `rates` has them.
+    t = torch.tensor([0.0, 0.001, 0.5, 0.5004, 0.75, 1.0])
+    for i in (0, 1):
+        rate = torch.func.jvp(lambda t, i=i: path.alpha_sigma(t)[i], (t,), (torch.ones(6),))[1]
+        torch.testing.assert_close(rate, path.rates(t)[i], atol=1e-5, rtol=1e-5)
 
 
 def test_a_point_carried_to_another_path_and_back_is_itself(teacher_of: Teachers) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
-from stepdistill.path import Path, TablePath
+from stepdistill.path import Path, TablePath, within
 from stepdistill.types import Condition
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Family(ABC):
             # It is added as a constant: the derivative in t is that of position, not the zero of a rounded number.
             near = (position - nearest).abs() < 1e-3
             position = torch.where(near, position + (nearest - position).detach(), position)
-            return position.clamp(0, path.steps - 1).float()
+            return within(position, 0, path.steps - 1).float()
         return t.float() * 1000
 
     def latent_shape(self, pipe: Any) -> tuple[int, int, int]:

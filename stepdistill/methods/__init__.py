@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Literal, get_args, get_origin
+
+from pydantic import ValidationError
 
 from stepdistill.errors import UserError, did_you_mean
-from stepdistill.types import Method
+from stepdistill.types import NEEDS, Method
 
 
 def method_names() -> list[str]:
@@ -26,11 +31,7 @@ def find_method(name: str) -> type[Method]:
         file = Path(name)
         if not file.is_file():
             raise UserError(f"method {name}: there is no such file")
-        spec = importlib.util.spec_from_file_location(f"stepdistill_method_{file.stem}", file)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        module = _module_of(file.resolve(), file.stat().st_mtime_ns)
     elif name in method_names():
         module = importlib.import_module(f"stepdistill.methods.{name}")
     else:
@@ -47,3 +48,36 @@ def find_method(name: str) -> type[Method]:
             f"method {name}: the file defines {len(found)} subclasses of Method, it must define one"
         )
     return found[0]
+
+
+@cache
+def _module_of(file: Path, changed_ns: int) -> ModuleType:
+    """The module in a file, run once as long as the file stays as it is, so that a run has one class of it."""
+    spec = importlib.util.spec_from_file_location(f"stepdistill_method_{file.stem}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"method {file}: it cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def needs(name: str) -> str:
+    """What a method asks of the data with its default options, and in brackets what single options can add."""
+    kind = find_method(name)
+    try:
+        plain = kind.Options()
+    except ValidationError:  # an option without a default
+        return ", ".join(need for need in NEEDS if need in kind.needs)
+    own = kind.needs_of(plain)
+    more: set[str] = set()
+    for field, info in kind.Options.model_fields.items():
+        default = info.default
+        values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        for value in values or ([type(default)(1)] if type(default) in (int, float, bool) else []):
+            more |= kind.needs_of(plain.model_copy(update={field: value})) - own
+    text = ", ".join(need for need in NEEDS if need in own)
+    extra = ", ".join(need for need in NEEDS if need in more)
+    return f"{text} (+ {extra})" if extra else text

@@ -12,114 +12,87 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
   backward simulation): it meets in training what it meets in sampling.
 - Optional: a GAN on the fake network's features with real images (DMD2 4.3); DMD's regression on cached pairs (DMD
   eq. 9, in latent space instead of LPIPS), beside the rest or as a warm start (DMD2 starts one-step SDXL so).
+- ``decoupled`` (Liu et al. 2025, 2511.22677, see decoupled.py): the guidance in the real score acts at a time of its
+  own, below the one the student was called at; the matching of distributions is unguided, at any time.
+- ``first_step_weight`` (DP-DMD, Wu et al. 2026, 2602.03139, see first_step.py): the first of K >= 2 steps learns from
+  the teacher's trajectory alone and the others from matching. The paper keeps the graph of all of those; here the
+  rollout exits at one of them, as above.
 """
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepdistill.discriminator import FeatureGan
-from stepdistill.distances import DistanceName, distance
-from stepdistill.fake_score import FakeScore, FakeScoreOptions, push, rollout, sampler_of, turn_at
-from stepdistill.pairs import PairOptions
-from stepdistill.sampler import Sampler
-from stepdistill.schedule import annealed
+from stepdistill.decoupled import augmentation_field
+from stepdistill.errors import UserError
+from stepdistill.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout
+from stepdistill.first_step import first_step_loss
 from stepdistill.student import Student
-from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
+from stepdistill.types import Batch, MethodOptions, Teacher
 
 
-class DMD(Method):
+class DMD(ScoreMethod):
     """See the module's text."""
 
-    class Options(FakeScoreOptions, PairOptions):
+    class Options(ScoreOptions):
         guidance: float = 1.75  # of the teacher: 1.75 for SD 1.5, 8 for SDXL (DMD2 C.1)
-        score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
         fake_steps: int = 5  # updates of the fake network per student update (DMD2 4.2)
         gan_weight: float = 0.0  # of the generator's GAN loss: 1e-3 for SD 1.5 (DMD2 C.1); 0: no images
-        gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn
-        regression: DistanceName = "l2"  # distance of the regression on pairs
         regression_weight: float = 0.0  # 0.25 in DMD; 0 leaves it out
-        warm_start: int = 0  # first updates of the student, by regression alone
-        warm_start_lr_ratio: float = 1.0  # their learning rate over train.lr
+        decoupled: bool = False  # guidance at a time of its own
+        first_step_weight: float = 0.0  # of the first step's regression: 0.05 in DP-DMD; 0 leaves it out
+        first_step_calls: int = 5  # the teacher's steps that make its target
+        first_step_grid: int = 30  # of so many to the clean sample
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        options = cast(DMD.Options, options)
-        regression = {"pairs", "states"} if options.regression_weight or options.warm_start else set()
-        return cls.needs | regression | ({"images"} if options.gan_weight else set())
+    options: Options
 
     def __init__(
         self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
     ) -> None:
         super().__init__(teacher, student, times, options)
-        self.options = cast(DMD.Options, options)
-        self.fake = FakeScore(teacher)
-        self.gan = FeatureGan(self.fake) if self.options.gan_weight else None
+        if self.options.first_step_weight and len(times) < 2:
+            raise UserError(
+                f"options.first_step_weight is {self.options.first_step_weight:g}, which leaves a student of one step "
+                "nothing to match: give student.times two or more, or set it to 0"
+            )
 
-    def networks(self) -> dict[str, nn.Module]:
-        fake = [self.fake.net] if self.gan is None else [self.fake.net, self.gan]
-        return {"student": self.student.net, "fake": nn.ModuleList(fake)}
-
-    def lr_ratio(self, turn: str, step: int) -> float:
-        if turn == "fake":
-            return self.options.fake_lr_ratio
-        warm = self.options.warm_start  # annealed by itself, so that the next stage starts from its end
-        return self.options.warm_start_lr_ratio * annealed(step / warm) if step < warm else 1.0
-
-    def turn(self, step: int) -> str:
-        return turn_at(step, self.options, self.options.warm_start)
-
-    def sampler(self) -> Sampler:
-        return sampler_of(self.student, self.times, self.options)
+    @property
+    def first_exit(self) -> int:
+        """The first call that matching may train."""
+        return 1 if self.options.first_step_weight else 0
 
     def generate(self, batch: Batch) -> Tensor:
         """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
-        return rollout(self.student, self.sampler(), batch)
+        return rollout(self.student, self.sampler(), batch, self.first_exit)
 
     def field(self, x: Tensor, batch: Batch) -> Tensor:
         """(x0_fake - x0_real) / mean|x - x0_real| at a noised x, [B, C, H, W]: where x should move away from."""
-        scale = self.options.score_guidance or self.options.guidance
-        views = self.fake.views(self.teacher, x, batch, self.options, scale)
+        if self.options.decoupled:
+            return self.decoupled_field(x, batch)
+        views = self.views(x, batch)
         return views.error / (views.distance + 1e-6)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "student" and batch.draws.step < self.options.warm_start:
-            return self.regression(batch), {}
-        return self.student_loss(batch) if turn == "student" else self.fake_loss(batch)
+    def decoupled_field(self, x: Tensor, batch: Batch) -> Tensor:
+        """The unguided field, less what guidance adds at another time."""
+        views = self.fake.views(self.teacher, x, batch, self.options, 1.0)
+        called_at = self.times[exit_of(batch, self.first_exit, len(self.times))]
+        towards = augmentation_field(self.teacher, x, batch, self.options, called_at)
+        return views.error / (views.distance + 1e-6) - towards
 
-    def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        x = self.generate(batch)
+    def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        options = self.options
         with torch.no_grad():
             field = self.field(x, batch)
-        loss = push(x, field)
-        logs = {"field": field.abs().mean(), "x_std": x.detach().std()}
-        if self.gan is not None:
-            logs["gan"] = self.gan.for_generator(x, batch)
-            loss = loss + self.options.gan_weight * logs["gan"]
-        if self.options.regression_weight:
-            logs["regression"] = self.regression(batch)
-            loss = loss + self.options.regression_weight * logs["regression"]
-        return loss, logs
-
-    def regression(self, batch: Batch) -> Tensor:
-        """The distance to x of what the student sees of it from a state of its trajectory, one of K at random."""
-        pairs, steps = cast(Examples, batch.pairs), len(self.times)
-        state, index = cast(Tensor, pairs.noise), batch.draws.integers("segment", steps)
-        if pairs.states is not None:
-            every = torch.cat([state[:, None], pairs.states], 1)  # [B, K, C, H, W]
-            state = every[torch.arange(len(index), device=index.device), index]
-        t = torch.tensor(self.times, device=index.device)[index]
-        return distance(self.student.predict(state, t, pairs.cond).x0, pairs.x0, self.options.regression)
-
-    def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            x = self.generate(batch)
-        loss = self.fake.denoising_loss(x, batch)
-        logs = {"denoising": loss}
-        if self.gan is not None:
-            logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
-            loss = loss + self.options.gan_fake_weight * logs["discriminator"]
+        loss, logs = push(x, field), {"field": field.abs().mean()}
+        if options.first_step_weight:
+            logs["first_step"] = first_step_loss(
+                self.student,
+                self.teacher,
+                batch,
+                options.guidance,
+                options.first_step_calls,
+                options.first_step_grid,
+            )
+            loss = loss + options.first_step_weight * logs["first_step"]
         return loss, logs

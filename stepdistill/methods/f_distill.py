@@ -10,6 +10,7 @@ Xu et al. 2025, "One-step Diffusion Models with f-Divergence Distribution Matchi
 - Twice normalised: r by its mean at that noise level (ten bins of t), then h by its mean.
 - Student turn: the field h(r) (x0_fake - x0_real) / mean|x - x0_real| and the generator's GAN loss. Fake turn: the
   diffusion loss on sg[x] and the discriminator's loss.
+- Optional: regression on cached pairs as a warm start or beside the rest, as in DMD.
 
 Differs from the authors': both means are running ones, up to the step before, so that a sample's loss does not depend
 on its neighbours; the discriminator reads the fake network's features, as DMD2's does, not the teacher's.
@@ -25,11 +26,10 @@ import torch.distributed
 from torch import Tensor, nn
 
 from stepdistill.discriminator import FeatureGan
-from stepdistill.fake_score import FakeScore, FakeScoreOptions, push, rollout, sampler_of, turn_at
+from stepdistill.fake_score import ScoreMethod, ScoreOptions, push
 from stepdistill.path import per_sample
-from stepdistill.sampler import Sampler
 from stepdistill.student import Student
-from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
+from stepdistill.types import Batch, MethodOptions, Teacher
 
 Divergence = Literal[
     "reverse_kl", "forward_kl", "js", "softened_reverse_kl", "hellinger", "neyman", "jeffreys"
@@ -86,64 +86,34 @@ class RatioWeight(nn.Module):
             mean.lerp_(value.to(mean.dtype), 1 - self.options.ratio_ema)
 
 
-class FDistill(Method):
+class FDistill(ScoreMethod):
     """See the module's text."""
 
     needs = frozenset({"noise", "prompts", "images"})
 
-    class Options(FakeScoreOptions):
+    class Options(ScoreOptions):
         guidance: float = 1.75  # of the teacher, for SD 1.5; 8 for SDXL
         fake_steps: int = 5  # updates of the fake network per student update; 9 for SD 1.5
         divergence: Divergence = "js"
         gan_weight: float = 1e-3  # of the generator's GAN loss, for SD 1.5; 5e-3 for SDXL
-        gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn (DMD2)
         ratio_range: tuple[float, float] = (0.1, 20.0)  # r is clamped to
         ratio_ema: float = 0.9  # decay of the running means; 0.5 in the authors' code at batches of thousands
+
+    options: Options
 
     def __init__(
         self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
     ) -> None:
         super().__init__(teacher, student, times, options)
-        self.options = cast(FDistill.Options, options)
-        self.fake = FakeScore(teacher)
-        self.gan = FeatureGan(self.fake)
         self.weight = RatioWeight(self.options)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student.net, "fake": nn.ModuleList([self.fake.net, self.gan])}
-
-    def lr_ratio(self, turn: str, step: int) -> float:
-        return self.options.fake_lr_ratio if turn == "fake" else 1.0
-
-    def turn(self, step: int) -> str:
-        return turn_at(step, self.options)
 
     def after_step(self, step: int) -> None:
         self.weight.update()
 
-    def sampler(self) -> Sampler:
-        return sampler_of(self.student, self.times, self.options)
-
-    def generate(self, batch: Batch) -> Tensor:
-        """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
-        return rollout(self.student, self.sampler(), batch)
-
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "fake":
-            with torch.no_grad():
-                x = self.generate(batch)
-            logs = {"denoising": self.fake.denoising_loss(x, batch)}
-            logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
-            return logs["denoising"] + self.options.gan_fake_weight * logs["discriminator"], logs
-        x = self.generate(batch)
+    def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        gan = cast(FeatureGan, self.gan)
         with torch.no_grad():
-            views = self.fake.views(self.teacher, x, batch, self.options, self.options.guidance)
-            weight = self.weight(self.gan.logits(views.x_t, views.t, batch.cond), views.t)
+            views = self.views(x, batch)
+            weight = self.weight(gan.logits(views.x_t, views.t, batch.cond), views.t)
             field = per_sample(weight, x) * views.error / (views.distance + 1e-6)
-        logs = {
-            "field": field.abs().mean(),
-            "weight_std": weight.std(correction=0),
-            "x_std": x.detach().std(),
-        }
-        logs["gan"] = self.gan.for_generator(x, batch)
-        return push(x, field) + self.options.gan_weight * logs["gan"], logs
+        return push(x, field), {"field": field.abs().mean(), "weight_std": weight.std(correction=0)}

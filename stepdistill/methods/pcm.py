@@ -96,23 +96,17 @@ class PCM(Method):
         residual = jumped - target
         loss, logs = elementwise_huber(residual, self.options.huber), {"residual": rms(residual)}
         if self.gan is not None:
-            logs["gan"] = -self.logits(jumped, start, e, cond, batch).mean()
+            logs["gan"] = -self.gan.logits_above(jumped, e, start, cond, batch).mean()
             loss = loss + self.options.gan_weight * logs["gan"]
         return loss, logs
 
     def discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             jumped, target, start, e, cond = self.two_jumps(batch)
-        real, fake = (self.logits(x, start, e, cond, batch) for x in (target, jumped))
+        gan = cast(FeatureGan, self.gan)
+        real, fake = (gan.logits_above(x, e, start, cond, batch) for x in (target, jumped))
         loss = ((1 - real).clamp_min(0) + (1 + fake).clamp_min(0)).mean()
         return loss, {"discriminator": loss}
-
-    def logits(self, x_e: Tensor, start: Tensor, e: Tensor, cond: Condition, batch: Batch) -> Tensor:
-        """Logits [B] of x_e [B, C, H, W] noised from its edge to a time of its phase, equal for both kinds."""
-        t = torch.lerp(e, start, batch.draws.uniform("gan t"))
-        eps = batch.draws.normal("gan eps", tuple(x_e.shape[1:]))
-        gan = cast(FeatureGan, self.gan)
-        return gan.logits(self.student.path.renoise(x_e, e, t, eps), t, cond)
 
     def after_step(self, step: int) -> None:
         self.target.update()

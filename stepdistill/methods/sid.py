@@ -12,6 +12,8 @@ Score identity Distillation for One-Step Text-to-Image Generation" (SiD-LSG), 24
   is (x0_real - x0_fake) . (x0_fake - x).
 - Fake turn: the ordinary diffusion loss on sg[x], before each update of the student.
 - K steps: the student is trained where a rollout of its own exits.
+- Optional, and not in the papers: regression on cached pairs as a warm start or beside the rest, and a GAN (SiDA's is
+  another one).
 
 Differs from the paper: times are uniform in ``score_times``, SiD-LSG's choice, instead of the EDM grid without its
 noisiest fifth; the loss is a mean over elements instead of a hundred times the sum (Adam divides both out); the student
@@ -21,15 +23,10 @@ the adversarial term of SiDA.
 
 from __future__ import annotations
 
-from typing import cast
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from stepdistill.fake_score import FakeScore, FakeScoreOptions, Views, rollout, sampler_of, turn_at
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, Method, MethodOptions, Teacher
+from stepdistill.fake_score import ScoreMethod, ScoreOptions, Views
+from stepdistill.types import Batch
 
 
 def numerator(views: Views, alpha: float) -> Tensor:
@@ -38,54 +35,22 @@ def numerator(views: Views, alpha: float) -> Tensor:
     return gap * ((views.real.x0 - views.x) - alpha * gap)
 
 
-class SiD(Method):
+class SiD(ScoreMethod):
     """See the module's text."""
 
-    class Options(FakeScoreOptions):
+    through_inputs = True
+
+    class Options(ScoreOptions):
         alpha: float = 1.2  # of the correction: 1.2, and 1.0 on AFHQ and for text to image (SiD, SiD-LSG)
         fake_steps: int = 1  # the two networks alternate, the fake one first
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(SiD.Options, options)
-        self.fake = FakeScore(teacher)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student.net, "fake": self.fake.net}
-
-    def lr_ratio(self, turn: str, step: int) -> float:
-        return self.options.fake_lr_ratio if turn == "fake" else 1.0
-
-    def turn(self, step: int) -> str:
-        return turn_at(step, self.options)
-
-    def sampler(self) -> Sampler:
-        return sampler_of(self.student, self.times, self.options)
-
-    def generate(self, batch: Batch) -> Tensor:
-        """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
-        return rollout(self.student, self.sampler(), batch)
-
-    def views(self, x: Tensor, batch: Batch) -> Views:
-        """What both networks see in x, with the graph through their inputs."""
-        return self.fake.views(
-            self.teacher, x, batch, self.options, self.options.guidance, through_inputs=True
-        )
+    options: Options
 
     def divergence(self, views: Views) -> Tensor:
         """The student's loss at these views, a scalar."""
         # The floor is the authors': at t near 0 the teacher returns x itself.
         return (numerator(views, self.options.alpha) / views.distance.detach().clamp_min(1e-5)).mean()
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "fake":
-            with torch.no_grad():
-                x = self.generate(batch)
-            loss = self.fake.denoising_loss(x, batch)
-            return loss, {"denoising": loss}
-        x = self.generate(batch)
+    def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         views = self.views(x, batch)
-        logs = {"error": views.error.detach().abs().mean(), "x_std": x.detach().std()}
-        return self.divergence(views), logs
+        return self.divergence(views), {"error": views.error.detach().abs().mean()}

@@ -12,6 +12,7 @@ Luo et al. 2024, "One-Step Diffusion Distillation through Score Implicit Matchin
   itself. L2, d = |y|^2: twice SiD's loss at alpha = 1 before its normaliser.
 - Fake turn: the ordinary diffusion loss on sg[x], before each update of the student.
 - K steps: the student is trained where a rollout of its own exits.
+- Optional, and not in the paper: regression on cached pairs as a warm start or beside the rest, and a GAN.
 
 Differs from the paper: times are uniform in ``score_times``; the student starts at t = 1 instead of sigma = 2.5. The
 paper's value of c was not at hand: the default is that of Song and Dhariwal 2023 (2310.14189) for consistency training.
@@ -20,22 +21,21 @@ paper's value of c was not at hand: the default is that of Song and Dhariwal 202
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepdistill.fake_score import FakeScore, FakeScoreOptions, Views, rollout, sampler_of, turn_at
+from stepdistill.fake_score import ScoreMethod, ScoreOptions, Views
 from stepdistill.path import per_sample
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, Method, MethodOptions, Teacher
+from stepdistill.types import Batch
 
 
-class SIM(Method):
+class SIM(ScoreMethod):
     """See the module's text."""
 
-    class Options(FakeScoreOptions):
+    through_inputs = True
+
+    class Options(ScoreOptions):
         distance: Literal["huber", "l2"] = "huber"  # d
         c: float = 0.00054  # of the Pseudo-Huber distance, times sqrt(elements of a sample)
         weight: Literal["x0", "score"] = "x0"  # w(t): such that kappa drops out, or 1
@@ -44,34 +44,7 @@ class SIM(Method):
         )
         fake_steps: int = 1  # the two networks alternate, the fake one first
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(SIM.Options, options)
-        self.fake = FakeScore(teacher)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student.net, "fake": self.fake.net}
-
-    def lr_ratio(self, turn: str, step: int) -> float:
-        return self.options.fake_lr_ratio if turn == "fake" else 1.0
-
-    def turn(self, step: int) -> str:
-        return turn_at(step, self.options)
-
-    def sampler(self) -> Sampler:
-        return sampler_of(self.student, self.times, self.options)
-
-    def generate(self, batch: Batch) -> Tensor:
-        """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
-        return rollout(self.student, self.sampler(), batch)
-
-    def views(self, x: Tensor, batch: Batch) -> Views:
-        """What both networks see in x, with the graph through their inputs."""
-        return self.fake.views(
-            self.teacher, x, batch, self.options, self.options.guidance, through_inputs=True
-        )
+    options: Options
 
     def divergence(self, views: Views) -> Tensor:
         """-d'(y) . (score_fake - score(x_t | x)) of each sample, [B]."""
@@ -87,13 +60,6 @@ class SIM(Method):
         size = (y.flatten(1).square().sum(1) + c**2).sqrt()
         return -inner / (size.detach() if self.options.stop_denominator else size)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "fake":
-            with torch.no_grad():
-                x = self.generate(batch)
-            loss = self.fake.denoising_loss(x, batch)
-            return loss, {"denoising": loss}
-        x = self.generate(batch)
+    def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         views = self.views(x, batch)
-        logs = {"error": views.error.detach().abs().mean(), "x_std": x.detach().std()}
-        return self.divergence(views).mean(), logs
+        return self.divergence(views).mean(), {"error": views.error.detach().abs().mean()}

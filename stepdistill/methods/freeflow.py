@@ -1,0 +1,150 @@
+"""FreeFlow: a flow map without data, by prediction along the student's own path from noise, and by correction.
+
+"Flow Map Distillation Without Data", 2025, 2511.19428. Source: method card 4.1, after two summaries that agree.
+
+- Every jump starts at the noise end, x at t = 1, and ends anywhere: X(s) = x - (t - s) u(x, t, s). There is no image,
+  no pair and no noised sample, so states that a guided teacher never visits cannot enter.
+- Prediction: the student's own velocity, dX/ds = u - (t - s) d_s u, is to be the teacher's at the student's own state.
+  With e = dX/ds - v_T(X(s), s), u moves against w e, w = 1 / (|e|^2 / d + c)^p. The derivative is partial, z held
+  fixed, and has no gradient through it.
+- Correction, on ``correction_share`` of the samples: what prediction gets wrong accumulates along s. A second network
+  follows the velocity v_fake of the student's own samples x0, re-noised to x_r; -(v_fake - v_T) on x0 is the gradient
+  of KL(student || teacher) up to a positive factor of r, so u moves against lambda (v_fake - v_T).
+- lambda = ``correction`` times the ratio of the mean sizes of the two vectors as they are sent back, here from running
+  means, so that a batch equals its parts. The law of r leans to noise, and guidance is off above
+  ``correction_interval``: at high noise it over-saturates there.
+
+Added: the correction is divided by the teacher's mean error on x_r, as in DMD (2311.18828, eq. 8), since where alpha is
+small an eps network's velocity is uncertain in proportion to 1 / alpha. For K steps, jumps start at the student's own
+states at ``times``, one of them drawn for each batch (the paper trains t = 1 alone). ``warm_start`` regresses on pairs.
+The paper's law of s and learning rates were not at hand. Left out: a guidance scale that the student is told.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.fake_score import FakeScore, FakeTurnOptions, push, turn_at
+from stepdistill.flow_maps import (
+    Balance,
+    FlowMapMethod,
+    MapOptions,
+    adaptive,
+    logit_normal,
+    on_straight,
+    sizes,
+    teacher_velocity,
+)
+from stepdistill.guidance import in_interval
+from stepdistill.path import per_sample
+from stepdistill.student import STRAIGHT, Student
+from stepdistill.types import Batch, Condition, MethodOptions, Teacher
+
+
+class FreeFlow(FlowMapMethod):
+    """See the module's text."""
+
+    class Options(MapOptions, FakeTurnOptions):
+        guidance: float = 3.0  # of the teacher's velocity on the student's path, and of the pairs
+        end_mean: float = -0.2  # of the logit of s / t
+        end_deviation: float = 1.0  # of the same
+        to_data: float = 0.2  # share of the prediction's samples with s = 0
+        end_min: float = 0.01  # least time the teacher is read at on the path
+        power: float = 0.5  # p of the prediction's weight; 1 in the paper, where small errors then weigh most
+        offset: float = 0.01  # c of the weight
+        correction: float = 1.0  # size of the correction over that of the prediction; 0.3 to 3 are alike
+        correction_share: float = 0.25  # of the samples
+        correction_guidance: float | None = None  # of the teacher there, where it should differ
+        correction_interval: tuple[float, float] = (0.0, 0.7)  # times r at which guidance is on there
+        correction_mean: float = 0.8  # of the logit of r; without high noise training fails
+        correction_deviation: float = 1.0  # of the same
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(FreeFlow.Options, options)
+        self.fake = FakeScore(teacher)
+        self.balance = Balance(decay=0.95)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student.net, "fake": self.fake.net}
+
+    def lr_ratio(self, turn: str, step: int) -> float:
+        return self.options.fake_lr_ratio if turn == "fake" else super().lr_ratio(turn, step)
+
+    def turn(self, step: int) -> str:
+        return turn_at(step, self.options, self.options.warm_start)
+
+    def after_step(self, step: int) -> None:
+        self.balance.update()
+
+    @torch.no_grad()
+    def starts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's own states [B, ...] and their time [B] on the straight path, at one of ``times``."""
+        calls = batch.draws.shared_integer("exit", len(self.times))
+        x = self.sampler().walk(self.student, batch.noise, batch.cond, batch.fresh, calls)
+        return on_straight(self.student.path, x, torch.full((len(x),), self.times[calls], device=x.device))
+
+    def prediction(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """u [B, ...] of the jumps from x at t to s, and e = dX/ds - v_T(X, s), which has no graph."""
+
+        def u(t: Tensor, s: Tensor) -> Tensor:
+            return self.student.flow_velocity(x, t, s, cond)
+
+        rate = self.derivative(u, (t, s), (torch.zeros_like(t), torch.ones_like(s)))
+        mean = u(t, s)
+        now, gap = mean.detach(), per_sample(t - s, x)
+        read_at = s.clamp_min(self.options.end_min)
+        v = teacher_velocity(self.teacher, x - gap * now, read_at, cond, self.options.guidance)
+        return mean, now - gap * rate - v
+
+    @torch.no_grad()
+    def field(self, x0: Tensor, r: Tensor, n: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """v_fake - v_T at the student's samples x0 [B, ...] re-noised by n [B, ...] to r [B], and mean|v - v_T|, [B],
+        for the velocity v = n - x0 that the teacher is to guess."""
+        options, x_r = self.options, STRAIGHT.sample(x0, n, r)
+        scale = options.correction_guidance or options.guidance
+        guidance = in_interval(scale, r, *options.correction_interval) if scale != 1.0 else 1.0
+        v = teacher_velocity(self.teacher, x_r, r, cond, guidance)
+        field = self.fake.predict_on(STRAIGHT, x_r, r, cond).velocity - v
+        return field, (n - x0 - v).abs().flatten(1).mean(1)
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        options, draws = self.options, batch.draws
+        if turn == "student" and draws.step < options.warm_start:
+            return self.regression(batch), {}
+        x, t = self.starts(batch)
+        if turn == "fake":
+            with torch.no_grad():
+                mean = self.student.flow_velocity(x, t, torch.zeros_like(t), batch.cond)
+            loss = self.fake.denoising_loss(x - per_sample(t, x) * mean, batch)
+            return loss, {"denoising": loss}
+        s = t * logit_normal(draws, "end", options.end_mean, options.end_deviation)
+        s = torch.where(draws.uniform("to data") < options.to_data, torch.zeros_like(s), s)
+        r = logit_normal(draws, "renoise t", options.correction_mean, options.correction_deviation)
+        n = draws.normal("renoise eps", tuple(x.shape[1:]))
+        corrected = draws.uniform("kind") < options.correction_share
+        lam, zero = options.correction * self.balance.ratio, x.new_zeros(())
+        loss, told, logs = zero, [zero.new_zeros(0)] * 2, {"residual": zero, "field": zero, "lambda": lam}
+        if len(rows := (~corrected).nonzero()[:, 0]):
+            mean, error = self.prediction(x[rows], t[rows], s[rows], batch.cond.rows(rows))
+            apart = (mean - (mean.detach() - error)) / math.sqrt(x[0].numel())
+            term = 0.5 * adaptive(apart, options.power, options.offset)  # scaled as push is
+            loss = loss + len(rows) / len(x) * term
+            told[0] = sizes(error) / (sizes(error).square() + options.offset) ** options.power
+            logs["residual"] = sizes(error).mean()
+        if len(rows := corrected.nonzero()[:, 0]):
+            cond = batch.cond.rows(rows)
+            mean = self.student.flow_velocity(x[rows], t[rows], torch.zeros_like(t[rows]), cond)
+            x0 = (x[rows] - per_sample(t[rows], x) * mean).detach()
+            field, uncertain = self.field(x0, r[rows], n[rows], cond)
+            field = field / per_sample(uncertain + 1e-6, x)
+            loss = loss + lam * len(rows) / len(x) * push(mean, field)
+            told[1], logs["field"] = sizes(field), sizes(field).mean()
+        self.balance.see(*told)
+        return loss, logs

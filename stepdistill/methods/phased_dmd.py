@@ -1,0 +1,141 @@
+"""Phased DMD: experts for stretches of noise, each matched at the noise where its stretch ends, one after another.
+
+Fan et al. 2025, "Phased DMD: Few-step Distribution Matching Distillation via Score Matching within Subintervals",
+2510.27684.
+
+- The K steps fall into ``phases``; phase k has an expert and ends at s = t_k, the last one at 0. Phases are trained in
+  turn, from the samples of those before: an expert learns its stretch alone, and no expert a one-step jump to data.
+- Student turn: the expert's state x_s = a rollout with Euler (DDIM) steps, the last from a random step of its phase
+  straight to s, which alone has a graph; for t in (s, 1), reaching up to pure noise in every phase, and
+  x_t = a x_s + c eps (see subinterval.py), a (score_fake - score_real) is the exact gradient of
+  KL(student || teacher) at t in x_s: no normaliser, and with one phase and s = 0 Diff-Instruct's plain KL.
+- Fake turn: the fake network sees x_s and never a clean sample: regression on the subinterval's target (eq. 11-13),
+  with weight 1 / c^2, clamped. It starts from the teacher anew in each phase.
+- Experts are full networks, or LoRA on one base. Exported as one pipeline whose network calls the expert of each step:
+  a class of our own that travels along (see experts.py).
+
+A phase takes ``warm_start + fake_warm_start + phase_updates (fake_steps + 1)`` optimiser steps, the last phase what is
+left of ``train.steps``. Each expert is a network with an optimiser of its own, ``expert-1``, ..., ``student``: averaged
+weights are those of the last, because the samples that it learnt from were those of the others' plain weights.
+Optional, and not in the paper: every expert's first ``warm_start`` updates are a regression on cached pairs at its own
+times. Left out: shifted times (they are uniform), a second fake network for low noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import cast
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from stepdistill.errors import UserError
+from stepdistill.experts import Experts
+from stepdistill.fake_score import FakeScore, FakeScoreOptions, exit_of, push, sampler_of, turn_at
+from stepdistill.path import per_sample
+from stepdistill.regression import WarmStartOptions, regression, warm_start_rate
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.subinterval import kernel, subinterval_loss
+from stepdistill.types import Batch, Method, MethodOptions, Teacher
+
+
+class PhasedDMD(Method):
+    """See the module's text."""
+
+    default_times = (1.0, 0.75, 0.5, 0.25)
+
+    class Options(FakeScoreOptions, WarmStartOptions):
+        guidance: float = 4.0  # of the teacher
+        fake_steps: int = 5  # updates of the fake network per update of an expert
+        phases: int = 2  # experts; 4 for 4 steps are slightly better and cost more
+        phase_updates: PositiveInt = (
+            30  # matching updates of each expert but the last, at the very least: recipes say more
+        )
+        clamp: float = 10.0  # greatest weight of the fake network's loss (eq. 13)
+        renoise: bool | None = False  # the paper's steps are Euler steps
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        warm = cast(PhasedDMD.Options, options).warm_start
+        return cls.needs | ({"pairs", "states"} if warm else set())
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = own = cast(PhasedDMD.Options, options)
+        if not 1 <= own.phases <= len(times):
+            raise UserError(
+                f"options.phases is {own.phases}, but student.times has {len(times)}: a phase has one step or more"
+            )
+        edges = [round(k * len(times) / own.phases) for k in range(own.phases + 1)]
+        self.spans = list(pairwise(edges))  # first call of each phase, and of the one after it
+        student.net = Experts(student.net, [(times[i - 1] + times[i]) / 2 for i in edges[1:-1]])
+        self.names = [*(f"expert-{k + 1}" for k in range(own.phases - 1)), "student"]
+        self.fake = FakeScore(teacher)
+
+    def networks(self) -> dict[str, nn.Module]:
+        nets = cast(Experts, self.student.net).nets
+        return {**dict(zip(self.names, nets, strict=True)), "fake": self.fake.net}
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The phase that an optimiser step belongs to, and its number within the phase."""
+        own = self.options
+        length = own.warm_start + own.fake_warm_start + own.phase_updates * (own.fake_steps + 1)
+        phase = min(step // length, own.phases - 1)
+        return phase, step - phase * length
+
+    def end(self, phase: int) -> float:
+        """s, where the phase ends."""
+        return (*self.times, 0.0)[self.spans[phase][1]]
+
+    def turn(self, step: int) -> str:
+        phase, inner = self.place(step)
+        whose = turn_at(inner, self.options, self.options.warm_start)
+        return "fake" if whose == "fake" else self.names[phase]
+
+    def lr_ratio(self, turn: str, step: int) -> float:
+        if turn == "fake":
+            return self.options.fake_lr_ratio
+        return warm_start_rate(self.place(step)[1], self.options)
+
+    def after_step(self, step: int) -> None:
+        if self.place(step + 1)[0] > self.place(step)[0]:
+            self.fake.net.load_state_dict(self.teacher.denoiser.net.state_dict())
+
+    def sampler(self) -> Sampler:
+        return sampler_of(self.student, self.times, self.options)
+
+    def generate(self, batch: Batch, phase: int) -> Tensor:
+        """States x_s [B, C, H, W] at the phase's end; only the jump to it, from a random step of the phase, has a
+        graph."""
+        calls, sampler = exit_of(batch, *self.spans[phase]), self.sampler()
+        with torch.no_grad():
+            start = sampler.walk(self.student, batch.noise, batch.cond, batch.fresh, calls)
+        jump = replace(sampler, times=(self.times[calls], self.end(phase)))
+        return jump.walk(self.student, start, batch.cond, lambda call: batch.fresh(calls), 1)
+
+    def field(self, x_s: Tensor, batch: Batch, since: float) -> Tensor:
+        """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where they should move away from."""
+        options = self.options
+        views = self.fake.views(self.teacher, x_s, batch, options, options.score_scale, since=since)
+        ratio, _ = kernel(self.fake.path, torch.full_like(views.t, since), views.t)
+        return per_sample(ratio, x_s) * (views.fake.score - views.real.score)
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        options, (phase, inner) = self.options, self.place(batch.draws.step)
+        since = self.end(phase)
+        if turn == "fake":
+            with torch.no_grad():
+                x_s = self.generate(batch, phase)
+            loss = subinterval_loss(self.fake, x_s, since, batch, options.clamp)
+            return loss, {"denoising": loss}
+        if inner < options.warm_start:
+            return regression(self.student, self.times, batch, options.regression, self.spans[phase]), {}
+        x_s = self.generate(batch, phase)
+        with torch.no_grad():
+            field = self.field(x_s, batch, since)
+        return push(x_s, field), {"field": field.abs().mean(), "x_std": x_s.detach().std()}

@@ -1,0 +1,142 @@
+"""Continuous-time consistency: what the consistency function changes by along the teacher's trajectory is taken back.
+
+Lu and Song 2024, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models" (sCM), 2410.11081; its
+distillation, sCD.
+
+- TrigFlow view of any path: at the angle a = atan2(sigma, alpha) the state y = x_t / |(alpha, sigma)| is cos(a) x0 +
+  sin(a) eps, and what a network says of (x0, eps) is F = cos(a) eps - sin(a) x0, the velocity dy/da; its x0 is then
+  f = cos(a) y - sin(a) F, and y itself at a = 0. Data deviation 1, as latents have it.
+- Tangent (algorithm 1), cos(a) df/da with v the guided teacher's F and d/da along its trajectory:
+  g = -cos^2(a) (F - v) - r cos(a) sin(a) (y + dF/da), the second part fading in, r = min(1, step / ``warmup``).
+  dF/da is forward-mode or a difference, never with a gradient through it.
+- Normalised: g / (|g| + c), here with the root mean square for |.|, so that c holds at any resolution.
+- Loss (algorithm 1): e^w |F - sg[F + g]|^2 - w per element, with the adaptive weight w(a) learnt alongside.
+- Levels tan(a) are lognormal. On a discrete table times are its own entries and derivatives differences over whole
+  entries: between two of them no embedding was trained, and the exact derivative of a pretrained one is mostly that.
+
+Clean latents come from cached samples of the teacher, or from images. Students of a table are drawn by LCMScheduler, as
+f is x0 there. Left out: training without a teacher (sCT); changes of the network (embedding, normalisation).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.derivative import STEP, Derivative, Way
+from stepdistill.draws import Draws
+from stepdistill.neighbours import SAMPLER_GRID, Source, examples, noised
+from stepdistill.pairs import PairOptions
+from stepdistill.path import Prediction, TablePath, per_sample
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+
+
+def trig_velocity(said: Prediction) -> Tensor:
+    """F = cos(a) eps - sin(a) x0 [B, ...] at the angle a of the prediction's time: dy/da in TrigFlow."""
+    a = per_sample(said.path.angle(said.t), said.x0)
+    return torch.cos(a) * said.eps - torch.sin(a) * said.x0
+
+
+class Weight(nn.Module):
+    """w(a) [B], linear in cosines of the angle a [B]; 0 at the start. At its best e^-w is the mean error at a."""
+
+    def __init__(self, waves: int = 8) -> None:
+        super().__init__()
+        self.amplitudes = nn.Parameter(torch.zeros(waves))
+
+    def forward(self, a: Tensor) -> Tensor:
+        waves = torch.arange(len(self.amplitudes), device=a.device)
+        return torch.cos(2 * a[:, None] * waves) @ self.amplitudes
+
+
+class SCM(Method):
+    """See the module's text."""
+
+    default_times = (1.0, 0.75, 0.5, 0.25)
+
+    class Options(PairOptions):
+        guidance: float = 4.5  # of the teacher's velocity: 4 to 5 in SANA-Sprint (2503.09641), 1 to 2 in sCM
+        log_mean: float = -0.8  # of the lognormal level, for latents (sCM, ImageNet 512)
+        log_deviation: float = 1.6  # its deviation in the logarithm
+        noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
+        warmup: int = 10_000  # updates over which the derivative fades in (H); 0: it is whole from the start
+        offset: float = 0.1  # c of the normalisation
+        adaptive: bool = True  # the learnt weight; rCM (2510.08431) does without
+        derivative: Way | None = None  # null: difference on a table, and auto elsewhere
+        derivative_step: float = STEP  # h of the differences, in units of [0, 1]
+        source: Source = "pairs"  # where clean latents come from
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        return cls.needs | {cast(SCM.Options, options).source}
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(SCM.Options, options)
+        way = self.options.derivative or ("difference" if isinstance(student.path, TablePath) else "auto")
+        self.derivative = Derivative(way, self.options.derivative_step)
+        self.weight = Weight() if self.options.adaptive else None
+
+    def networks(self) -> dict[str, nn.Module]:
+        net = self.student.net
+        return {"student": net if self.weight is None else nn.ModuleList([net, self.weight])}
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.times, isinstance(self.student.path, TablePath), SAMPLER_GRID)
+
+    def drawn_times(self, draws: Draws) -> Tensor:
+        """Times [B] in (0, 1] whose levels are lognormal, a share of them at pure noise."""
+        options, path = self.options, self.student.path
+        level = (options.log_mean + options.log_deviation * draws.normal("level", ())).exp()
+        t = path.time_of(torch.atan(level))
+        if isinstance(path, TablePath):
+            t = (t * path.steps).ceil().clamp_min(1) / path.steps
+        return torch.where(draws.uniform("start") < options.noise_share, torch.ones_like(t), t)
+
+    @torch.no_grad()
+    def tangent(self, now: Prediction, F: Tensor, cond: Condition, share: float) -> Tensor:
+        """g = cos(a) df/da [B, C, H, W], of its second part only a share.
+
+        Args:
+            now: what the guided teacher says at the state.
+            F: what the student says there, as a velocity [B, C, H, W].
+            cond: the conditions.
+            share: r, in [0, 1].
+        """
+        path, t = self.student.path, now.t
+        a = per_sample(path.angle(t), F)
+        g = -torch.cos(a).square() * (F - trig_velocity(now))
+        if share == 0:
+            return g
+
+        def along(time: Tensor) -> Tensor:  # the trajectory near t is the arc of the teacher's DDIM step
+            return trig_velocity(self.student.predict(now.at(time), time, cond))
+
+        one = torch.ones_like(t)
+        rate = self.derivative(along, (t,), (one,))
+        speed = self.derivative(path.angle, (t,), (one,))  # da/dt, in the way that the first call has settled
+        y = torch.cos(a) * now.x0 + torch.sin(a) * now.eps
+        return g - share * torch.cos(a) * torch.sin(a) * (y + rate / per_sample(speed, rate))
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        options, draws, path = self.options, batch.draws, self.student.path
+        source = examples(batch, options.source)
+        t = self.drawn_times(draws)
+        x_t = noised(path, source.x0, draws.normal("eps", tuple(source.x0.shape[1:])), t)
+        now = self.teacher.predict(x_t, t, source.cond, guidance=options.guidance)
+        F = trig_velocity(self.student.predict(x_t, t, source.cond))
+        share = min(1.0, draws.step / options.warmup) if options.warmup else 1.0
+        g = self.tangent(now, F.detach(), source.cond, share)
+        size = g.flatten(1).norm(dim=1) / math.sqrt(g[0].numel())  # [B]
+        target = F.detach() + g / per_sample(size + options.offset, g)
+        error = (F - target).square().flatten(1).mean(1)  # [B]
+        w = self.weight(path.angle(t)) if self.weight is not None else torch.zeros_like(error)
+        logs = {"tangent": size.square().mean().sqrt(), "error": error.detach().mean()}
+        return (w.exp() * error - w).mean(), {**logs, **self.derivative.logs()}

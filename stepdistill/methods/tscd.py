@@ -1,0 +1,150 @@
+"""Trajectory segmented consistency: trajectory consistency within segments, which are merged from stage to stage.
+
+Ren et al. 2024, "Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis", 2404.13686.
+
+- Stages of k = 8, 4, 2, 1 equal segments of time, one after another in one run: a stage goes on from the weights of the
+  one before, and the student of the last, full weights or one LoRA, is drawn in 1, 2, 4 or 8 steps.
+- Loss (algorithm 1): d(f(z_n, n, e), f_target(z_m, m, e)), z_m a guided DDIM step of the frozen teacher from z_n, and e
+  uniform on the grid's times from the lower edge of n's segment up to m; f(x_t, t, e) = alpha_e x0 + sigma_e eps, as in
+  TCD, which the last stage is. An edge of two segments belongs to the lower one, as nothing of the upper lies below it.
+- Adversarial term, in the late stages: the student's jump and its target, noised from e to one time of the segment, are
+  told apart by a head on the teacher's features; the student's part is -log D.
+- Score term: DMD's gradient (2311.18828) on the student's one-step samples, with a fake score network.
+- Sampled with gamma = 1, as the unified LoRA: each jump goes to clean data and fresh noise leads back.
+
+Left out: human feedback (reward models, segmentation loss) and timestep 800 as a start; no weights were published.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.discriminator import FeatureGan, discriminator_loss, generator_loss
+from stepdistill.errors import UserError
+from stepdistill.fake_score import FakeScore, FakeScoreOptions, push, rollout, turn_at
+from stepdistill.neighbours import Source, Target, examples, jump, last_time, noised
+from stepdistill.pairs import PairOptions
+from stepdistill.path import TablePath
+from stepdistill.residuals import elementwise_huber, rms
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+
+ONE_STEP = Sampler((1.0,), renoise=False)
+
+
+class TSCD(Method):
+    """See the module's text."""
+
+    default_times = (1.0, 0.75, 0.5, 0.25)
+
+    class Options(FakeScoreOptions, PairOptions):
+        guidance: float = 7.5  # of the teacher's step, and of the cached samples
+        segments: tuple[int, ...] = (8, 4, 2, 1)  # of each stage
+        stage_updates: int = 2000  # optimiser steps of each stage; the last one goes on
+        grid: int = 40  # times on the path, a multiple of each number of segments
+        skip: int = 1  # grid times a teacher step skips, within the segment
+        noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
+        ema: float = 0.95  # decay of the target network; 0: the student itself
+        huber: float | None = None  # c of the pseudo-Huber loss per element; null: squared
+        gan_weight: float = 0.0  # of the adversarial term; 0 leaves it out
+        score_weight: float = 0.0  # of the score term; 0 leaves it out
+        critic_segments: int = 2  # both terms act in stages of at most so many segments
+        gamma: float = 1.0  # fresh noise between steps on a table, a pipeline's `eta`; renoise=false: 0
+        source: Source = "pairs"  # where clean latents come from
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        return cls.needs | {cast(TSCD.Options, options).source}
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = options = cast(TSCD.Options, options)
+        each = options.segments
+        if not each or any(k < 1 or options.grid % k for k in each) or list(each) != sorted(each)[::-1]:
+            raise UserError(
+                f"options.segments is {list(each)}: they must descend, and each divide options.grid={options.grid}"
+            )
+        self.early = sum(k > options.critic_segments for k in each) * options.stage_updates
+        self.target = Target(student, options.ema)
+        self.gan = FeatureGan(teacher.denoiser) if options.gan_weight else None
+        self.fake = FakeScore(teacher) if options.score_weight else None
+
+    def networks(self) -> dict[str, nn.Module]:
+        critics = nn.ModuleList(part for part in (self.fake and self.fake.net, self.gan) if part is not None)
+        return {"student": self.student.net, **({"fake": critics} if len(critics) else {})}
+
+    def segments(self, step: int) -> int:
+        """k of the stage that the optimiser step belongs to."""
+        return self.options.segments[: step // self.options.stage_updates + 1][-1]
+
+    def turn(self, step: int) -> str:
+        return turn_at(step, self.options, self.early) if "fake" in self.networks() else "student"
+
+    def lr_ratio(self, turn: str, step: int) -> float:
+        return self.options.fake_lr_ratio if turn == "fake" else 1.0
+
+    def sampler(self) -> Sampler:
+        table = isinstance(self.student.path, TablePath)
+        gamma = 0.0 if self.options.renoise is False else self.options.gamma
+        return Sampler(self.times, table, self.options.grid, gamma=gamma if table else None)
+
+    def two_jumps(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
+        """The student's jump and its target [B, C, H, W], their end and their segment's start [B], the conditions."""
+        options, draws = self.options, batch.draws
+        source, path = examples(batch, options.source), self.student.path
+        each = options.grid // self.segments(draws.step)
+        n = draws.integers("time", options.grid) + 1
+        n = torch.where(draws.uniform("start") < options.noise_share, torch.full_like(n, options.grid), n)
+        low = (n - 1) // each * each  # an edge ends the segment below it
+        m = torch.maximum(n - options.skip, low)
+        e = torch.minimum(low + (draws.uniform("end") * (m - low + 1)).floor(), m)
+        t, s, e, start = (k / options.grid for k in (n, m, e, low + each))
+        s, e = s.clamp_min(last_time(path)), e.clamp_min(last_time(path))
+        z = noised(path, source.x0, draws.normal("eps", tuple(source.x0.shape[1:])), t)
+        with torch.no_grad():
+            z_s = self.teacher.predict(z, t, source.cond, guidance=options.guidance).at(s)
+            target = jump(self.target.denoiser, z_s, s, e, source.cond)
+        return jump(self.student, z, t, e, source.cond), target, e, start, source.cond
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if turn == "fake":
+            return self.critics_loss(batch)
+        options = self.options
+        jumped, target, e, start, cond = self.two_jumps(batch)
+        r = jumped - target
+        loss = r.square().mean() if options.huber is None else elementwise_huber(r, options.huber)
+        logs = {"residual": rms(r)}
+        if batch.draws.step < self.early:
+            return loss, logs
+        if self.gan is not None:
+            logs["gan"] = generator_loss(self.gan.logits_above(jumped, e, start, cond, batch))
+            loss = loss + options.gan_weight * logs["gan"]
+        if self.fake is not None:
+            x = rollout(self.student, ONE_STEP, batch)
+            views = self.fake.views(self.teacher, x, batch, options, options.score_scale)
+            field = views.error / (views.distance.detach() + 1e-6)
+            logs["field"] = field.abs().mean()
+            loss = loss + options.score_weight * push(x, field)
+        return loss, logs
+
+    def critics_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss and the fake network's, of those there are."""
+        logs = {}
+        with torch.no_grad():
+            jumped, target, e, start, cond = self.two_jumps(batch)
+            x = rollout(self.student, ONE_STEP, batch)
+        if self.gan is not None:
+            real, made = (self.gan.logits_above(each, e, start, cond, batch) for each in (target, jumped))
+            logs["discriminator"] = discriminator_loss(real, made)
+        if self.fake is not None:
+            logs["denoising"] = self.fake.denoising_loss(x, batch)
+        return torch.stack(list(logs.values())).sum(), logs
+
+    def after_step(self, step: int) -> None:
+        self.target.update()

@@ -1,0 +1,54 @@
+"""Regression of a student on cached pairs: what a method may start with, or hold on to beside its own loss."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from stepdistill.distances import DistanceName, distance
+from stepdistill.pairs import PairOptions
+from stepdistill.schedule import annealed
+from stepdistill.student import Student
+from stepdistill.types import Batch, Examples
+
+
+class WarmStartOptions(PairOptions):
+    """Options of a method that may start by regression alone; without a warm start it asks for no pairs."""
+
+    regression: DistanceName = "l2"  # distance of the regression on pairs
+    warm_start: int = 0  # first updates of the student, by regression alone
+    warm_start_lr_ratio: float = 1.0  # their learning rate over train.lr
+
+
+def warm_start_rate(step: int, options: WarmStartOptions) -> float:
+    """The student's learning rate over that of ``train``: annealed within the warm start by itself, so that the next
+    stage starts from its end; 1 after it."""
+    warm = options.warm_start
+    return options.warm_start_lr_ratio * annealed(step / warm) if step < warm else 1.0
+
+
+def regression(
+    student: Student,
+    times: tuple[float, ...],
+    batch: Batch,
+    name: DistanceName,
+    span: tuple[int, int] | None = None,
+) -> Tensor:
+    """The distance of what the student sees in a state of a pair's trajectory to the pair's end, a scalar.
+
+    Args:
+        student: learns.
+        times: its K times; state 0 of a pair is its noise, state i the cached one at ``times[i]``.
+        batch: with pairs, and for K > 1 their states.
+        name: of the distance.
+        span: the states are drawn, one for each sample, from times[span[0]:span[1]]; default all.
+    """
+    pairs, (first, last) = cast(Examples, batch.pairs), span or (0, len(times))
+    state, index = cast(Tensor, pairs.noise), first + batch.draws.integers("segment", last - first)
+    if pairs.states is not None:
+        every = torch.cat([state[:, None], pairs.states], 1)  # [B, K, C, H, W]
+        state = every[torch.arange(len(index), device=index.device), index]
+    t = torch.tensor(times, device=index.device)[index]
+    return distance(student.predict(state, t, pairs.cond).x0, pairs.x0, name)

@@ -1,0 +1,220 @@
+"""FreeFlow against closed forms on Gaussians, and data-free methods in the loop with nothing to load."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path as File
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from flow_toy import MU, C, Velocity, errors, from_the_teacher
+from tiny import tiny_pipeline
+from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.data import Data, EmbeddedImages, ImageFolder
+from stepdistill.distil import Job
+from stepdistill.flow_maps import Balance, on_straight
+from stepdistill.loop import train
+from stepdistill.methods.freeflow import FreeFlow
+from stepdistill.pairs import PairCache
+from stepdistill.path import FlowPath, TablePath, TrigPath, per_sample
+from stepdistill.recipe import load_recipe
+from stepdistill.student import STRAIGHT
+from stepdistill.types import Batch, Condition, Examples
+
+PATH = FlowPath()
+
+
+def freeflow(net: torch.nn.Module, times: tuple[float, ...] = (1.0,), **options: Any) -> FreeFlow:
+    teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH)
+    chosen = FreeFlow.Options.model_validate({"guidance": 1.0, **options})
+    return FreeFlow(teacher, toy_student(net, PATH, "velocity"), times, chosen)
+
+
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.6)])
+def test_prediction_vanishes_at_the_exact_map_and_not_beside_it(times: tuple[float, ...]) -> None:
+    """dX/ds = v(X, s) along the whole path, from noise and from the student's own states."""
+    method = freeflow(GaussianFlowMap(MU, C), times)
+    for step in range(4):  # both starts are drawn within these
+        batch = toy_batch(64, step)
+        x, t = method.starts(batch)
+        s = t * batch.draws.uniform("s", 0.02, 1.0)
+        assert float(method.prediction(x, t, s, Condition())[1].abs().max()) < 1e-4
+        with torch.no_grad():
+            method.student.net.mean += 0.1
+        mean, error = method.prediction(x, t, s, Condition())
+        # At the shifted map's states the teacher differs by the shift alone: -0.1 (1 - k_s (1 - s)) per element.
+        variance = (1 - s).square() * C**2 + s.square()
+        slope = (s - (1 - s) * C**2) / variance
+        torch.testing.assert_close(
+            error, per_sample(-0.1 * (1 + slope * (1 - s)), mean).expand_as(error), atol=1e-4, rtol=1e-3
+        )
+        with torch.no_grad():
+            method.student.net.mean -= 0.1
+
+
+def test_a_teachers_copy_starts_without_error_at_the_end_of_no_jump() -> None:
+    """At s = t = 1 the student's own velocity is u(z, 1, 1), which the second time leaves the teacher's."""
+    net = Perceptron()
+    method = FreeFlow(
+        ToyTeacher(net, PATH, "velocity"), toy_student(Perceptron(), PATH, "velocity"), (1.0,),
+        FreeFlow.Options(guidance=1.0),
+    )  # fmt: skip
+    one = torch.ones(8)
+    assert not bool(method.prediction(toy_batch(8).noise, one, one, Condition())[1].any())
+
+
+def test_the_corrections_field_of_a_mean_shift() -> None:
+    """Samples of N(m, c^2) under a teacher of N(0, c^2): v_fake - v_T = -m r / S_r^2 everywhere, so that u, whose
+    negative moves x0, falls with -m and the shift is taken back (card 4.1, test b)."""
+    shift = 0.3
+    method = freeflow(GaussianFlowMap(MU + shift, C))
+    method.fake.net = Velocity(Gaussian(PATH, MU + shift, C)).requires_grad_(False)
+    method.fake.output = "velocity"
+    generator = torch.Generator().manual_seed(0)
+    x0, n = (torch.randn(64, *SHAPE, generator=generator) for _ in range(2))
+    r = torch.rand(64, generator=generator) * 0.9 + 0.05
+    field, _ = method.field(MU + shift + C * x0, r, n, Condition())
+    exact = -shift * r / ((1 - r).square() * C**2 + r.square())
+    torch.testing.assert_close(field, per_sample(exact, field).expand_as(field), atol=1e-4, rtol=1e-3)
+
+    chosen = freeflow(GaussianFlowMap(MU + shift, C), correction_share=1.0)
+    chosen.fake = method.fake
+    chosen.loss("student", toy_batch(64))[0].backward()
+    assert float(chosen.student.net.mean.grad) > 0
+
+
+def test_guidance_is_off_at_high_noise_in_the_correction_alone() -> None:
+    teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH, unguided=Gaussian(PATH, 0.2, C))
+    goal = 0.2 + 3.0 * (MU - 0.2)
+    student = toy_student(GaussianFlowMap(goal, C), PATH, "velocity")
+    method = FreeFlow(teacher, student, (1.0,), FreeFlow.Options(guidance=3.0))
+    x, one = toy_batch(32).noise, torch.ones(32)
+    assert float(method.prediction(x, one, 0.9 * one, Condition())[1].abs().max()) < 1e-4
+    for r, mean in ((0.6, goal), (0.8, MU)):
+        method.fake.net = Velocity(Gaussian(PATH, mean, C)).requires_grad_(False)
+        method.fake.output = "velocity"
+        assert float(method.field(x, r * one, x.flip(0), Condition())[0].abs().max()) < 1e-4
+
+
+def test_the_balance_is_the_ratio_of_means_and_a_batch_equals_its_parts() -> None:
+    """Scaling both sizes leaves it; parts of unlike counts add up to the whole; unseen, it is 1."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(10, generator=generator), torch.rand(6, generator=generator)
+    whole, parts = Balance(0.9), Balance(0.9)
+    assert float(whole.ratio) == 1
+    for scale in (1.0, 5.0):
+        whole.see(scale * first, scale * second)
+        parts.see(scale * first[:2], scale * second[:0])
+        parts.see(scale * first[2:], scale * second)
+        assert float(whole.ratio) == float(parts.ratio)  # not within a step
+        whole.update()
+        parts.update()
+        torch.testing.assert_close(whole.means, parts.means)
+        assert float(whole.ratio) == pytest.approx(float(first.mean() / second.mean()), rel=1e-5)
+
+
+def test_a_drawing_starts_where_the_samplers_first_call_is() -> None:
+    """On a path that ends before pure noise, jumps of the sampler are jumps of the straight map from there."""
+    betas = torch.linspace(0.02, 0.12, 50)
+    path = TablePath.from_alphas_cumprod((1 - betas).cumprod(0))
+    for own in (path, TrigPath(), FlowPath()):
+        student = toy_student(Perceptron(), own, "eps" if own is path else "v" if own != PATH else "velocity")
+        z, cond = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0)), Condition()
+        one, half = torch.ones(8), torch.full((8,), 0.5)
+        x, t = on_straight(own, z, one)
+        y, s = on_straight(own, student.jump(z, one, half, cond), half)
+        ours = x - per_sample(t - s, x) * student.flow_velocity(x, t, s, cond)
+        torch.testing.assert_close(ours, y, atol=2e-4, rtol=1e-3)
+        assert float(t[0]) == pytest.approx(
+            1.0 if own is not path else float(STRAIGHT.time_of(path.angle(one))[0])
+        )
+
+
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.6)])
+def test_the_warm_start_is_regression_on_the_trajectories_mean_velocity(times: tuple[float, ...]) -> None:
+    """Zero at the exact map, for jumps between any two kept states."""
+    exact = GaussianFlowMap(MU, C)
+    method = freeflow(exact, times, warm_start=10)
+    assert method.needs_of(method.options) == {"noise", "prompts", "pairs", "states"}
+    plain = toy_batch(64, pairs=lambda z: MU + C * z)
+    z = plain.pairs.noise
+    s = torch.full((64,), 0.6)
+    between = (z - 0.4 * exact(z, torch.ones(64), Condition({"gap": 1 - s})))[:, None]
+    pairs = Examples(plain.pairs.x0, Condition(), z, between.detach() if len(times) > 1 else None)
+    batch = Batch(plain.draws, plain.noise, plain.cond, None, pairs)
+    assert method.turn(0) == "student" and method.turn(10) == "fake"
+    with torch.no_grad():
+        assert float(method.loss("student", batch)[0]) < 1e-9
+        exact.mean += 0.1
+        assert float(method.loss("student", batch)[0]) > 5e-3
+
+
+def test_training_without_data_brings_the_student_to_the_trajectories_end() -> None:
+    """Both networks learn, from noise alone; one step of the teacher's weights gives its mean at the start."""
+    method = from_the_teacher(FreeFlow, FreeFlow.Options(guidance=1.0, derivative="difference"))
+    start, end = errors(method, steps=700)
+    assert end < 0.5 * start, (start, end)
+
+
+class Sealed(Batch):
+    """A batch whose images and pairs raise."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("images", "pairs"):
+            raise AssertionError(f"a data-free method asked for {name}")
+        return super().__getattribute__(name)
+
+    def split(self, parts: int) -> list[Batch]:
+        assert parts == 1
+        return [self]
+
+
+class SealedData(Data):
+    """Training data that hands out sealed batches."""
+
+    def batch(self, step: int, first: int, count: int, size: int) -> Batch:
+        plain = super().batch(step, first, count, size)
+        assert plain.images is None and plain.pairs is None
+        return Sealed(plain.draws, plain.noise, plain.cond)
+
+
+@pytest.mark.parametrize("method", ["freeflow", "sim"])
+def test_it_trains_with_no_data_to_load_and_the_network_unplugged(
+    method: str, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaders of images and pairs raise, as do sockets; the data folder named in the recipe does not exist."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a data-free method loads nothing")
+
+    here = File(__file__).parent
+    recipe = load_recipe(
+        here / "empty.yaml",
+        method=method,
+        sets=[
+            f"data.prompts={here / 'prompts.txt'}", f"data.images={tmp_path}/absent",
+            f"data.pairs={tmp_path}/absent", "train.steps=6", "train.batch=4",
+            "train.sheet_every=0", "train.checkpoint_every=6", "train.lr=1e-4", "options.guidance=2.0",
+            "evaluate=false",
+        ],
+    )  # fmt: skip
+    pipeline = tiny_pipeline("sd")
+    for kind, name in (
+        (EmbeddedImages, "read"),
+        (ImageFolder, "read"),
+        (PairCache, "__init__"),
+        (socket, "socket"),
+    ):
+        monkeypatch.setattr(kind, name, refuse)
+    accelerator = Accelerator(cpu=True)
+    job = Job(recipe, accelerator, pipeline)
+    start = {name: value.clone() for name, value in job.student.net.state_dict().items()}
+    data = SealedData(job.teacher, job.prompts, recipe.train.seed)
+    assert job.data(tmp_path).images is None  # what the recipe itself would have loaded
+    trained = train(job.method, data, recipe, tmp_path, accelerator)
+    assert trained.step == 6
+    assert any(not torch.equal(value, start[name]) for name, value in job.student.net.state_dict().items())
+    assert not (tmp_path / "absent").exists()

@@ -1,0 +1,72 @@
+"""The worked example of a method from outside the package: its theorem, and its recipe from start to student."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_pipeline
+from toy import Gaussian, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.content import content_folder
+from stepdistill.distil import distil
+from stepdistill.errors import UserError
+from stepdistill.methods import find_method, needs
+from stepdistill.path import FlowPath
+from stepdistill.recipe import load_recipe
+
+EXAMPLE = content_folder("train") / "examples" / "own_method.py"
+
+
+def halving(mean: float, deviation: float, student_mean: float):
+    kind, path = find_method(str(EXAMPLE)), FlowPath()
+    teacher = ToyTeacher(Gaussian(path, mean, deviation), path)
+    return kind(
+        teacher, toy_student(Gaussian(path, student_mean, deviation), path), (1.0, 0.5), kind.Options()
+    )
+
+
+def test_one_step_and_two_agree_where_trajectories_are_straight() -> None:
+    """All data at one point: the teacher's x0 is that point everywhere, so is the target, and the loss of a student at
+    another point is the mean weight times the squared distance."""
+    batch = toy_batch(64, pairs=lambda z: torch.full_like(z, 0.7))
+    assert halving(0.7, 0.0, 0.7).loss("student", batch)[0].item() < 1e-10
+    loss, logs = halving(0.7, 0.0, 0.2).loss("student", batch)
+    assert logs["error"].item() == pytest.approx(0.25, rel=1e-4)
+    # t is 1 or 1/2 with SNR 0 or 1: every weight is at its floor of 1.
+    assert loss.item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_example_is_short_and_one_class() -> None:
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+    assert find_method(str(EXAMPLE)) is find_method(str(EXAMPLE))  # one class in all parts of a run
+    assert needs(str(EXAMPLE)) == "noise, prompts, pairs"
+
+
+def test_needs_tell_what_single_options_add() -> None:
+    assert needs("reflow") == "noise, prompts, pairs"
+    assert needs("lcm") == "noise, prompts, pairs (+ images)"
+    assert needs("dmd") == "noise, prompts (+ images, pairs, states)"
+
+
+def test_a_recipe_finds_the_method_beside_it_and_gives_a_verified_student(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(EXAMPLE.parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    tiny_pipeline("unet-classes").save_pretrained(tmp_path / "teacher")
+    sets = ["train.steps=3", "train.batch=4", "train.sheet_every=0", "options.pairs=4", "options.pair_steps=2",
+            "options.guidance=1", "evaluate=false"]  # fmt: skip
+    recipe = load_recipe(folder / "own_method.yaml", teacher=str(tmp_path / "teacher"), sets=sets)
+    run = distil(recipe, output=tmp_path / "run")
+    assert run.report["method"] == str(folder / "own_method.py")
+    assert "differ from the trainer's by" in run.report["verification"]
+    assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+
+
+def test_a_method_file_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("import no_such_module_at_all")
+    with pytest.raises(UserError, match=r"broken.py: it cannot be imported: ModuleNotFoundError"):
+        find_method(str(file))

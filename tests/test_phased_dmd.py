@@ -1,0 +1,352 @@
+"""Phased DMD: its target by quadrature, its field in closed form, its phases, and its export (card 10)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import shaken, tiny_prompts
+from torch import nn
+from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.checkpoint import sha256_of
+from stepdistill.errors import UserError
+from stepdistill.experts import Experts
+from stepdistill.export import STOCK, VERIFICATION, export, with_code_note
+from stepdistill.loop import take_turn
+from stepdistill.methods.diff_instruct import DiffInstruct
+from stepdistill.methods.phased_dmd import PhasedDMD
+from stepdistill.path import EDMPath, FlowPath, TrigPath
+from stepdistill.report import model_card
+from stepdistill.student import Student, lora_layers, merged_state
+from stepdistill.subinterval import kernel, scaled_target
+from stepdistill.verify import verify
+
+MU, S = 0.7, 0.8
+PATHS = [FlowPath(), TrigPath(), EDMPath()]
+KINDS = ("x0", "eps", "v", "velocity")
+
+
+def column(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def phased(path=FlowPath(), times=(1.0, 0.5), net=None, output="x0", **options):  # noqa: B008
+    """Phased DMD of a Gaussian teacher."""
+    teacher = ToyTeacher(Gaussian(path, MU, S), path)
+    student = toy_student(net or Affine(0.0, 1.0), path, output)
+    return PhasedDMD(teacher, student, times, PhasedDMD.Options(**{"guidance": 1.0, **options}))
+
+
+# --- the subinterval target --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_kernel_joins_the_marginals_and_the_targets_explain_x_t(path):
+    """a alpha_s = alpha_t, a^2 sigma_s^2 + c^2 = sigma_t^2, and alpha_t x0* + sigma_t eps* = x_t at every s < t."""
+    s, t = column(0.1, 0.3, 0.5, 0.62), column(0.4, 0.9, 0.8, 0.63)
+    ratio, spread = kernel(path, s, t)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = path.alpha_sigma(s), path.alpha_sigma(t)
+    torch.testing.assert_close(ratio * alpha_s, alpha_t)
+    torch.testing.assert_close((ratio * sigma_s) ** 2 + spread**2, sigma_t**2)
+    x_s, eps = column(0.3, -1.2, 2.0, 0.1), column(-0.4, 1.1, 0.2, -2.0)
+    x0, noise = (scaled_target(path, x_s, s, t, eps, kind) / spread for kind in ("x0", "eps"))
+    torch.testing.assert_close(alpha_t * x0 + sigma_t * noise, ratio * x_s + spread * eps)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_whole_interval_it_is_the_ordinary_target(path, kind):
+    t, x0, eps = column(0.2, 0.5, 0.9), column(1.0, -0.5, 2.0), column(0.3, -1.0, 0.2)
+    s = torch.zeros_like(t)
+    _, spread = kernel(path, s, t)
+    torch.testing.assert_close(
+        scaled_target(path, x0, s, t, eps, kind) / spread, path.target(x0, eps, t, kind)
+    )
+
+
+def test_two_forms_of_the_flow_target_agree():
+    """((alpha_s^2 sigma_t + alpha_t sigma_s^2) / (alpha_s^2 c)) eps - x_s / alpha_s = (sigma_t eps / c - x_t) / alpha_t
+    (eq. 12 and its second form)."""
+    path, s, t = FlowPath(), column(0.5, 0.2), column(0.8, 0.9)
+    x_s, eps = column(0.4, -1.0), column(1.3, 0.2)
+    ratio, c = kernel(path, s, t)
+    first = ((1 - s) ** 2 * t + (1 - t) * s**2) / ((1 - s) ** 2 * c) * eps - x_s / (1 - s)
+    second = (t * eps / c - (ratio * x_s + c * eps)) / (1 - t)
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+    ours = scaled_target(path, x_s, s, t, eps, "velocity") / c
+    torch.testing.assert_close(ours, first, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", [FlowPath(), TrigPath()])
+def test_its_mean_given_x_t_is_the_marginal_velocity_and_that_of_the_plain_one_is_not(path):
+    """x0 in {-1, 0, 1, 2}, s = 0.5, t = 0.8, by quadrature over x_s given x_t; that of (x_s, eps) is off by 0.1."""
+    s, t, atoms = column(0.5), column(0.8), column(-1, 0, 1, 2)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = path.alpha_sigma(s), path.alpha_sigma(t)
+    ratio, c = kernel(path, s, t)
+    grid = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    density = torch.exp(-((grid[:, None] - alpha_s * atoms) ** 2) / (2 * sigma_s**2)).sum(1)
+    wrong = 0.0
+    for x_t in (-0.7, 0.1, 0.9):
+        posterior = density * torch.exp(-((x_t - ratio * grid) ** 2) / (2 * c**2))
+        posterior /= posterior.sum()
+        eps = (x_t - ratio * grid) / c
+        many = (torch.full_like(grid, 0.5), torch.full_like(grid, 0.8))
+        target = scaled_target(path, grid, *many, eps, "velocity") / c
+        weight = torch.softmax(-((x_t - alpha_t * atoms) ** 2) / (2 * sigma_t**2), 0)
+        x0 = (weight * atoms).sum()
+        exact = path.target(x0, (x_t - alpha_t * x0) / sigma_t, t, "velocity")
+        assert float((posterior * target).sum()) == pytest.approx(float(exact), abs=1e-6)
+        naive = path.target(grid, eps, many[1], "velocity")
+        wrong = max(wrong, abs(float((posterior * naive).sum()) - float(exact)))
+    assert wrong > 0.1
+
+
+# --- the student's field -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [FlowPath(), TrigPath()])
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_field_is_the_gradient_of_the_kl_in_closed_form(path, shift):
+    """States of mean m_s, the teacher's spread: a (a m_s - alpha_t mu) / V_t everywhere, zero at m_s = alpha_s mu."""
+    method, batch = phased(path), toy_batch(16)
+    method.fake.net = Gaussian(path, MU + shift, S)
+    field = method.field(torch.randn(16, *SHAPE), batch, since=0.5)
+    t, s = 0.5 + 0.5 * batch.draws.uniform("score t", 0.02, 0.98), torch.full((16,), 0.5)
+    (alpha, sigma), (alpha_s, _) = path.alpha_sigma(t), path.alpha_sigma(s)
+    ratio, m_s = kernel(path, s, t)[0], alpha_s * (MU + shift)
+    expected = ratio * (ratio * m_s - alpha * MU) / (alpha**2 * S**2 + sigma**2)
+    torch.testing.assert_close(field.flatten(1), expected[:, None].expand(-1, 2), rtol=1e-3, atol=1e-5)
+
+
+def test_one_phase_of_one_step_is_the_plain_kl_of_diff_instruct():
+    path, batch = FlowPath(), toy_batch(32)
+    one = phased(times=(1.0,), net=Affine(0.1, 1.2), phases=1)
+    options = DiffInstruct.Options(weight="kl")
+    plain = DiffInstruct(one.teacher, toy_student(Affine(0.1, 1.2), path), (1.0,), options)
+    for method in (one, plain):
+        method.fake.net = Gaussian(path, -0.2, 1.1)
+    loss, other = (method.loss("student", batch)[0] for method in (one, plain))
+    torch.testing.assert_close(loss, other)
+    loss.backward(), other.backward()
+    shifts = (one.student.net.nets[0].shift.grad, plain.student.net.shift.grad)
+    torch.testing.assert_close(*shifts)
+    assert shifts[0] != 0
+
+
+def test_the_fakes_loss_on_the_whole_interval_is_the_ordinary_one():
+    """Without a clamp, and with one weighted by min(1, clamp c^2)."""
+    method, batch = phased(times=(1.0,), phases=1, clamp=math.inf), toy_batch(32)
+    x = method.generate(batch, 0).detach()
+    torch.testing.assert_close(method.loss("fake", batch)[0], method.fake.denoising_loss(x, batch))
+    t = torch.full((2000,), 0.001)
+    assert bool(torch.isfinite(scaled_target(FlowPath(), t, t, t, t, "eps")).all())  # where t meets s
+
+
+# --- phases ------------------------------------------------------------------------------------------------------
+
+FOUR = (1.0, 0.75, 0.5, 0.25)
+
+
+def test_phases_take_turns_and_the_fake_network_starts_anew():
+    method = phased(times=FOUR, phase_updates=2, fake_steps=2, warm_start=1)
+    turns = [method.turn(step) for step in range(16)]
+    fake = ["fake"] * 2
+    assert turns[:7] == ["expert-1", *fake, "expert-1", *fake, "expert-1"]
+    assert turns[7:14] == [turn.replace("expert-1", "student") for turn in turns[:7]]
+    assert turns[14:] == fake  # the last phase goes on
+    assert list(method.networks()) == ["expert-1", "student", "fake"]
+    assert [method.end(phase) for phase in (0, 1)] == [0.5, 0.0]
+    with torch.no_grad():
+        method.fake.net.mean += 1
+    for step in range(6):
+        method.after_step(step)
+    assert method.fake.net.mean.item() == pytest.approx(MU + 1)
+    method.after_step(6)
+    assert method.fake.net.mean.item() == pytest.approx(MU)
+    with pytest.raises(UserError, match=r"options\.phases is 3, but student\.times has 2"):
+        phased(phases=3)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 180, 181, 182, 183])
+def test_a_phase_ends_where_the_sampler_arrives_and_reaches_its_expert_alone(step):
+    """From the phase's last step the state is the sampler's own at s; only that expert has gradients."""
+    method, batch = phased(times=FOUR, net=Perceptron(), output="velocity"), toy_batch(8, step)
+    shaken(method.student.net.nets[1])
+    phase, sampler = step // 180, method.sampler()
+    x_s = method.generate(batch, phase)
+    exit = (2 * phase) + batch.draws.shared_integer("exit", 2)
+    if exit == 2 * phase + 1:
+        draw = sampler.draw if phase else lambda *a: sampler.walk(*a, 2)
+        torch.testing.assert_close(x_s, draw(method.student, batch.noise, batch.cond, batch.fresh))
+    turn = ("expert-1", "student")[phase]
+    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    take_turn(trained, turn)
+    method.loss(turn, batch)[0].backward()
+    assert {name for name, values in trained.items() if any(p.grad is not None for p in values)} == {turn}
+
+
+def test_experts_answer_for_their_own_times_in_a_mixed_batch():
+    method = phased(times=FOUR, net=Perceptron(), output="velocity")
+    shaken(method.student.net.nets[1])
+    x, t, cond = torch.randn(6, *SHAPE), torch.tensor([1.0, 0.2, 0.75, 0.5, 0.6, 0.63]), toy_batch(6).cond
+    said = method.student.raw(x, t, cond)
+    for i, expert in enumerate([0, 1, 0, 1, 1, 0]):  # the bound is midway between 0.75 and 0.5
+        alone = method.student.net.nets[expert](x[i : i + 1], t[i : i + 1], cond)
+        torch.testing.assert_close(said[i : i + 1], alone)
+
+
+def test_warm_start_regresses_each_expert_at_its_own_times():
+    method = phased(warm_start=2)
+    assert method.needs_of(method.options) == {"noise", "prompts", "pairs", "states"}
+    assert PhasedDMD.needs_of(PhasedDMD.Options()) == {"noise", "prompts"}
+    batch = toy_batch(8, 0, pairs=lambda z: MU + S * z)
+    with torch.no_grad():
+        method.student.net.nets[0].shift.fill_(MU)
+        method.student.net.nets[0].scale.fill_(S)
+    assert method.loss("expert-1", batch)[0].item() == pytest.approx(0.0, abs=1e-12)
+    assert method.lr_ratio("expert-1", 0) == method.options.warm_start_lr_ratio
+    assert method.lr_ratio("expert-1", 1) == pytest.approx(0.5)
+
+
+def test_training_phase_after_phase_brings_a_gaussian_student_home():
+    """Each expert closes at least half the gap of the mean and deviation of its states to the teacher's."""
+    method = phased(net=Affine(-0.5, 0.9), phase_updates=100, fake_steps=2)
+    optimizers = {
+        name: torch.optim.Adam(net.parameters(), lr=0.03, betas=(0.5, 0.9))
+        for name, net in method.networks().items()
+    }
+
+    def errors():
+        with torch.no_grad():
+            batch = toy_batch(400, 10_000)
+            states = [method.sampler().walk(method.student, batch.noise, batch.cond, batch.fresh, 1)]
+            states += [method.sampler().draw(method.student, batch.noise, batch.cond, batch.fresh)]
+        goals = ((MU / 2, math.sqrt(S**2 + 1) / 2), (MU, S))
+        return [
+            abs(float(x.mean()) - mean) + abs(float(x.std()) - deviation)
+            for x, (mean, deviation) in zip(states, goals, strict=True)
+        ]
+
+    before = errors()
+    for step in range(600):
+        turn = method.turn(step)
+        optimizers[turn].zero_grad()
+        method.loss(turn, toy_batch(16, step))[0].backward()
+        optimizers[turn].step()
+        method.after_step(step)
+    assert all(after < 0.5 * start for after, start in zip(errors(), before, strict=True)), (before, errors())
+
+
+# --- export ------------------------------------------------------------------------------------------------------
+
+
+def test_experts_share_the_base_of_their_adapters(teacher_of):
+    student = Student.from_teacher(teacher_of("unet-ddpm"), lora_rank=2)
+    experts = Experts(student.net, (0.5,))
+    one, two = (dict(net.named_parameters()) for net in experts.nets)
+    for name, value in one.items():
+        assert (value is two[name]) == (not value.requires_grad)
+    assert len({id(p) for p in experts.parameters() if not p.requires_grad}) < len(one)
+
+
+@pytest.fixture(scope="module")
+def exported(teacher_of, tmp_path_factory):
+    """A phased LoRA student of the tiny Stable Diffusion, and its folder."""
+    teacher, folder = teacher_of("sd"), tmp_path_factory.mktemp("phased") / "student"
+    student = Student.from_teacher(teacher, lora_rank=2, lora_alpha=6.0)
+    method = PhasedDMD(teacher, student, FOUR, PhasedDMD.Options())
+    for i, expert in enumerate(student.net.nets):
+        shaken(nn.ParameterList([p for p in expert.parameters() if p.requires_grad]), amount=3.0, seed=i)
+    sampler = method.sampler().on_grid_of(teacher.path, teacher.pipe.scheduler)
+    card = model_card(
+        teacher="sd",
+        method="phased_dmd",
+        summary="",
+        steps=4,
+        guidance=4.0,
+        call={"prompt": ["x"]},
+        command="",
+    )
+    assert STOCK in card
+    export(student, sampler, teacher, folder, tiny_prompts("sd", 2), card, seeds=(0, 1))
+    return student, folder
+
+
+def load(folder):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures(pipe, folder):
+    manifest = json.loads((folder / VERIFICATION / "manifest.json").read_text())
+    generators = [torch.Generator().manual_seed(seed) for seed in manifest["seeds"]]
+    return np.asarray(pipe(**manifest["call"], generator=generators, output_type="np").images) * 255
+
+
+def test_a_stock_pipeline_switches_experts_by_step(exported, tmp_path):
+    student, folder = exported
+    kept = np.stack([np.asarray(Image.open(folder / VERIFICATION / f"{i}.png")) for i in range(2)])
+    pipe = load(folder)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    for net, own in zip(pipe.unet.experts, student.net.nets, strict=True):
+        merged = merged_state(own)
+        assert lora_layers(own) and all(torch.equal(net.state_dict()[key], merged[key]) for key in merged)
+    calls = []
+    for i, net in enumerate(pipe.unet.experts):
+        net.register_forward_hook(lambda m, a, out, i=i: calls.append(i))
+    assert np.abs(pictures(pipe, folder) - kept).max() <= 1
+    assert calls == [0, 0, 1, 1]
+    # Saved by the reader and loaded again, it still has its code.
+    pipe.save_pretrained(tmp_path / "again")
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["unet"] == ["phased_experts", "PhasedExperts"]
+    assert np.abs(pictures(load(tmp_path / "again"), folder) - kept).max() <= 1
+    # With one expert at all steps the pictures are others.
+    pipe.unet.experts[1] = pipe.unet.experts[0]
+    assert np.abs(pictures(pipe, folder) - kept).max() > 8
+    with pytest.raises(ValueError, match="belong to 2 experts"):
+        pipe.unet(torch.zeros(2, 4, 8, 8), torch.tensor([999, 1]))
+
+
+def test_the_card_says_that_code_travels_and_why(exported):
+    _, folder = exported
+    card = (folder / "README.md").read_text()
+    assert 'from_pretrained("path/to/this/folder", trust_remote_code=True)' in card
+    assert "`unet/phased_experts.py`" in card and "no stock diffusers class changes weights" in card
+    assert STOCK not in card and with_code_note(card, folder) == card
+    assert sorted(path.parent.name for path in folder.rglob("pytorch_lora_weights.safetensors")) == [
+        "expert-1",
+        "expert-2",
+    ]
+
+
+@pytest.mark.slow
+def test_verify_passes_in_a_process_without_stepdistill(exported):
+    found = verify(exported[1])
+    assert found.images == 2 and found.steps == 4 and found.worst <= 1
+
+
+def test_foreign_code_is_not_run(exported, tmp_path: Path):
+    import shutil
+
+    folder = tmp_path / "student"
+    shutil.copytree(exported[1], folder)
+    file = folder / "unet" / "phased_experts.py"
+    file.write_text(file.read_text() + "\nraise SystemExit\n")
+    manifest = folder / VERIFICATION / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["unet/phased_experts.py"] = sha256_of(file)
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"carries unet/phased_experts\.py, which is not a file this stepdistill ships"
+    ):
+        verify(folder)

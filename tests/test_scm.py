@@ -1,0 +1,250 @@
+"""sCM against closed forms: TrigFlow read from any path, the tangent and its zeros, its derivative, its weight."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from consistency_toy import table_path
+from torch import nn
+from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.methods.scm import SCM, Weight, trig_velocity
+from stepdistill.neighbours import noised
+from stepdistill.path import EDMPath, FlowPath, Prediction, TrigPath, per_sample
+from stepdistill.types import Condition
+
+MU, S = 0.7, 0.4
+PATHS = [FlowPath(), TrigPath(), EDMPath(), table_path()]
+NAMES = ["flow", "trig", "edm", "table"]
+
+
+def scm(path, student, unguided=None, deviation=S, mean=MU, output="x0", **options):
+    teacher = ToyTeacher(Gaussian(path, mean, deviation), path, unguided=unguided)
+    chosen = {"guidance": 1.0, "warmup": 0, "derivative": "exact", **options}
+    return SCM(teacher, toy_student(student, path, output), (1.0,), SCM.Options(**chosen))
+
+
+def data(count=64, step=0):
+    return toy_batch(count, step, pairs=lambda z: MU + S * z)
+
+
+def at(method, count=64, share=1.0):
+    """Raw tangents g, what the teacher says, and angles, at points drawn as the loss draws them."""
+    batch = data(count)
+    t = method.drawn_times(batch.draws)
+    x_t = noised(method.student.path, batch.pairs.x0, batch.draws.normal("eps", SHAPE), t)
+    now = method.teacher.predict(x_t, t, Condition(), guidance=method.options.guidance)
+    said = trig_velocity(method.student.predict(x_t, t, Condition())).detach()
+    return method.tangent(now, said, Condition(), share), now, per_sample(method.student.path.angle(t), x_t)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_x0_and_noise_are_a_rotation_of_state_and_velocity(path):
+    """x0 = cos y - sin F and eps = sin y + cos F with y = x_t / |(alpha, sigma)| (card 1.1)."""
+    x0, eps = torch.randn(2, 16, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.05, 0.95, 16, dtype=torch.float64)
+    alpha, sigma = path.alpha_sigma(t)
+    y = path.sample(x0, eps, t) / per_sample(torch.hypot(alpha, sigma), x0)
+    a, F = per_sample(path.angle(t), x0), trig_velocity(Prediction(path, x0, eps, t))
+    torch.testing.assert_close(torch.cos(a) * y - torch.sin(a) * F, x0)
+    torch.testing.assert_close(torch.sin(a) * y + torch.cos(a) * F, eps)
+
+
+def test_a_flow_network_read_so_is_sana_sprints_wrapper():
+    """F = ((1 - 2 t) x + (1 - 2 t + 2 t^2) v) / sqrt(t^2 + (1 - t)^2) (2503.09641; card 1.1)."""
+    path = FlowPath()
+    x, v = torch.randn(2, 16, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.0, 1.0, 16, dtype=torch.float64)
+    F, t = trig_velocity(path.read(v, "velocity", x, t)), per_sample(t, x)
+    wanted = ((1 - 2 * t) * x + (1 - 2 * t + 2 * t**2) * v) / (t**2 + (1 - t) ** 2).sqrt()
+    torch.testing.assert_close(F, wanted)
+
+
+@pytest.mark.parametrize("way", ["exact", "difference"])
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_the_tangent_vanishes_at_the_exact_consistency_function_and_not_beside_it(path, way):
+    """Card 1.6, G2; of a guided teacher too, whose ODE is that of the mean m0 + g (m - m0)."""
+    mean = 0.2 + 2.5 * (MU - 0.2)
+    method = scm(
+        path,
+        GaussianMap(path, mean, S),
+        Gaussian(path, 0.2, S),
+        guidance=2.5,
+        derivative=way,
+        noise_share=0.1,
+    )
+    exact = float(at(method)[0].square().mean().sqrt())
+    with torch.no_grad():
+        method.student.net.deviation += 0.1
+    beside = float(at(method)[0].square().mean().sqrt())
+    assert exact < (2e-5 if way == "exact" else 2e-2 * beside), (exact, beside)
+    assert beside > 0.01
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_the_teachers_own_tangent_has_a_closed_form(path):
+    """Data N(0, 1): on TrigFlow every velocity is 0, so at the student's start g = -r cos(a) sin(a) y (card 1.5)."""
+    method = scm(path, Gaussian(path, 0.0, 1.0), mean=0.0, deviation=1.0)
+    for share in (0.0, 0.3, 1.0):
+        g, now, a = at(method, share=share)
+        y = torch.cos(a) * now.x0 + torch.sin(a) * now.eps
+        torch.testing.assert_close(g, -share * torch.cos(a) * torch.sin(a) * y, atol=2e-4, rtol=1e-3)
+
+
+def test_the_tangent_is_the_limit_of_the_discrete_residual():
+    """cos(a) (f(y, a) - f(y_b, b)) / sin(a - b), b one teacher step below a: the gap to g halves with a - b for any
+    network (card, G10)."""
+    path = TrigPath()
+    method = scm(path, Perceptron(), output="velocity", log_deviation=0.5)
+    g, now, a = at(method)
+    said = method.student.predict(now.at(now.t), now.t, Condition()).x0
+    gaps = []
+    for h in (0.04, 0.02, 0.01):
+        s = now.t - h / (math.pi / 2)
+        below = method.student.predict(now.at(s), s, Condition()).x0
+        gaps.append(float((torch.cos(a) * (said - below) / math.sin(h) - g).detach().norm()))
+    assert gaps[0] < 0.1 * float(g.norm())
+    assert gaps[0] / gaps[1] == pytest.approx(2, abs=0.2) and gaps[1] / gaps[2] == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_differences_tend_to_the_exact_derivative(path):
+    """Four times nearer at half the step, on a table too."""
+    law = {"output": "v", "log_mean": 0.0, "log_deviation": 0.5}
+    exact = at(scm(path, Perceptron(), **law))[0]
+    gaps = []
+    for step in (0.02, 0.01):
+        method = scm(path, Perceptron(), derivative="difference", derivative_step=step, **law)
+        gaps.append(float((at(method)[0] - exact).norm()))
+    assert gaps[1] < 0.02 * float(exact.norm())
+    assert gaps[0] > 3.5 * gaps[1]
+
+
+def test_without_the_derivative_it_is_velocity_matching():
+    """At step 0 of a warm-up a student that starts as its teacher has no gradient; under guidance g = cos^2 (v - F)."""
+    path = TrigPath()
+    method = scm(path, Gaussian(path, MU, S), warmup=10, adaptive=False)
+    method.loss("student", data())[0].backward()
+    assert abs(float(method.student.net.mean.grad)) < 1e-6
+    method = scm(path, Gaussian(path, MU, S), Gaussian(path, 0.2, S), warmup=10, guidance=3.0)
+    g, now, a = at(method, share=0.0)
+    plain = trig_velocity(method.student.predict(now.at(now.t), now.t, Condition())).detach()
+    torch.testing.assert_close(g, torch.cos(a).square() * (trig_velocity(now) - plain))
+
+
+def test_the_pull_of_a_sample_is_bounded_however_large_its_tangent():
+    """|F - target| = |g| / (|g| + c) < 1 in root mean squares, and the gradient in F is -2 e^w g / (|g| + c)."""
+    path = TrigPath()
+    method = scm(path, Perceptron(), output="velocity", adaptive=False, offset=0.1)
+    small, logs = method.loss("student", data())
+    small = small.detach()
+    with torch.no_grad():
+        method.teacher.denoiser.net.mean += 100.0
+    large = method.loss("student", data())[0].detach()
+    assert float(small) < float(large) < 1
+    size = at(method)[0].flatten(1).square().mean(1).sqrt()
+    torch.testing.assert_close(large, (size / (size + 0.1)).square().mean(), rtol=1e-3, atol=1e-5)
+    assert 0 < float(logs["tangent"]) < float(size.max())
+
+
+def test_the_learnt_weight_ends_at_the_inverse_error():
+    """argmin_w of e^w E - w is -ln E at every angle (card, G11)."""
+    weight, a = Weight(), torch.linspace(0, math.pi / 2, 64)
+    errors = torch.exp(1 + torch.cos(4 * a) - 0.5 * torch.cos(2 * a))
+    optimizer = torch.optim.LBFGS(weight.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight(a).exp() * errors - weight(a)).mean()
+        loss.backward()
+        return loss
+
+    assert bool((weight(a) == 0).all())
+    optimizer.step(closure)
+    torch.testing.assert_close(weight(a).exp() * errors, torch.ones(64), atol=1e-2, rtol=0)
+
+
+def test_times_of_a_table_are_its_entries_and_the_share_at_noise_is_what_was_asked():
+    method = scm(table_path(), Perceptron(), noise_share=0.3)
+    t = method.drawn_times(data(2000).draws)
+    assert torch.equal((t * 1000).round() / 1000, t)
+    assert float(t.min()) >= 1 / 1000 and float(t.max()) == 1
+    assert float((t == 1).float().mean()) == pytest.approx(0.3 + 0.7 * 0.015, abs=0.04)
+    level = torch.tan(scm(TrigPath(), Perceptron()).drawn_times(data(2000).draws) * math.pi / 2).log()
+    assert float(level.mean()) == pytest.approx(-0.8, abs=0.12)
+    assert float(level.std()) == pytest.approx(1.6, abs=0.1)
+
+
+def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(teacher_of):
+    """An eps teacher with guidance: two updates, then a stock pipeline draws what the trainer draws."""
+    from tiny import tiny_prompts
+
+    from stepdistill.export import draw_as_pipeline, student_pipeline
+    from stepdistill.student import Student
+    from stepdistill.types import Batch, Examples
+
+    teacher = teacher_of("sd")
+    student = Student.from_teacher(teacher)
+    method = SCM(teacher, student, (1.0, 0.5), SCM.Options(guidance=2.5, warmup=1, noise_share=0.5))
+    optimizer = torch.optim.Adam([p for net in method.networks().values() for p in net.parameters()], 1e-3)
+    prompts = tiny_prompts("sd", 4)
+    for step in (1, 2):
+        plain = toy_batch(4, step)
+        x0, noise = (plain.draws.normal(name, teacher.shape) for name in ("x0", "noise"))
+        cond = teacher.encode(prompts)
+        loss, logs = method.loss("student", Batch(plain.draws, noise, cond, pairs=Examples(x0, cond)))
+        assert bool(torch.isfinite(loss)) and 0 < float(logs["error"]) < 1
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert method.derivative.way == "difference"  # what a table has by default
+    sampler = method.sampler().on_grid_of(student.path, teacher.pipe.scheduler)
+    pipe = student_pipeline(student, sampler, teacher)
+    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    drawn = pipe(
+        prompts[:2], num_inference_steps=2, guidance_scale=0.0, generator=generators, output_type="pt"
+    )
+    ours = draw_as_pipeline(student, sampler, teacher, prompts[:2], (0, 1))
+    assert float((drawn.images - ours).abs().max()) < 1e-2 and float(ours.std()) > 0.01
+
+
+class Velocity(nn.Module):
+    """The Gaussian's exact velocity on the trigonometric path, and a perceptron's correction, zero at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.exact, self.correction = Gaussian(TrigPath(), MU, S).requires_grad_(False), Perceptron()
+        nn.init.zeros_(self.correction.last.weight)
+        nn.init.zeros_(self.correction.last.bias)
+
+    def forward(self, x, t, cond):
+        a = per_sample(TrigPath().angle(t), x)
+        return (torch.cos(a) * x - self.exact(x, t, cond)) / torch.sin(a) + self.correction(x, t, cond)
+
+
+def test_one_step_moves_from_the_teachers_mean_towards_the_trajectorys_end():
+    path = TrigPath()
+    student = toy_student(Velocity(), path, "v")
+    options = SCM.Options(
+        guidance=1.0, log_mean=0.0, log_deviation=1.4, warmup=50, adaptive=False, derivative="difference"
+    )
+    method = SCM(ToyTeacher(Velocity(), path, "v"), student, (1.0,), options)
+    z = torch.randn(500, *SHAPE, generator=torch.Generator().manual_seed(5))
+
+    @torch.no_grad()
+    def error():
+        drawn = student.predict(z, torch.ones(500), Condition()).x0
+        return float((drawn - (MU + S * z)).square().mean().sqrt())
+
+    optimizer = torch.optim.Adam(student.net.correction.parameters(), 1e-3, betas=(0.9, 0.99))
+    start, steps = error(), 320
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        optimizer.zero_grad()
+        method.loss("student", data(48, step))[0].backward()
+        optimizer.step()
+    print(f"before {start}, after {error()}")
+    assert error() < 0.5 * start

@@ -1,0 +1,56 @@
+"""Halving: one step of the student lands where two steps of the teacher land.
+
+Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models", 2202.00512, algorithm 2, one
+round: a student of K steps from a teacher of 2K. A method from outside the package, explained in ../own_method.md.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from stepdistill.pairs import PairOptions
+from stepdistill.path import per_sample
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
+from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
+
+
+class Halving(Method):
+    """See the module's text."""
+
+    needs = frozenset({"noise", "prompts", "pairs"})  # pairs: clean latents without real images
+    default_times = (1.0, 0.75, 0.5, 0.25)
+
+    class Options(PairOptions):
+        largest_weight: float = 10.0  # of SNR = (alpha / sigma)^2, the weight of the loss in x0
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(Halving.Options, options)
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.times, renoise=False)
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        guidance, path, pairs = self.options.guidance, self.student.path, cast(Examples, batch.pairs)
+        edges = torch.tensor([*self.times, 0.0], device=batch.noise.device)
+        index = batch.draws.integers("step", len(self.times))
+        t, s = edges[index], edges[index + 1]
+        middle = (t + s) / 2
+        x_t = path.sample(pairs.x0, batch.draws.normal("eps", tuple(batch.noise.shape[1:])), t)
+
+        # Two DDIM steps of the teacher, and the x0 with which one step arrives at the same point.
+        first = self.teacher.predict(x_t, t, pairs.cond, guidance=guidance)
+        second = self.teacher.predict(first.at(middle), middle, pairs.cond, guidance=guidance)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        ratio = per_sample(sigma_s / sigma_t, x_t)
+        target = (second.at(s) - ratio * x_t) / (per_sample(alpha_s, x_t) - ratio * per_sample(alpha_t, x_t))
+
+        weight = (alpha_t / sigma_t).square().clamp(1.0, self.options.largest_weight)  # [B]
+        error = (self.student.predict(x_t, t, pairs.cond).x0 - target).square().flatten(1).mean(1)  # [B]
+        return (weight * error).mean(), {"error": error.mean()}
