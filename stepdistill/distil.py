@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,36 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from stepdistill.attention import check_attention, use_xformers
-from stepdistill.checks import check_output, check_recipe, find_teacher
-from stepdistill.content import module_summaries
-from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images, read_prompts
-from stepdistill.embedded import emoji_captions
+from stepdistill.checks import check_output, check_recipe
 from stepdistill.errors import UserError
-from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
-from stepdistill.export import averaged, check_sampler, draw_as_pipeline, export, to_uint8, with_code_note
-from stepdistill.families.base import LabelFamily
-from stepdistill.log import bar, read_stats, say
-from stepdistill.loop import Run, Trained, check_resume, train
-from stepdistill.methods import find_method
-from stepdistill.pairs import PairCache, PairOptions
-from stepdistill.pictures import ContactSheets, rows_of_pictures, teacher_pictures
-from stepdistill.provenance import peak_memory, provenance
-from stepdistill.recipe import Recipe, load_recipe, method_options, resolved_yaml
-from stepdistill.report import model_card, write_report
-from stepdistill.sampler import Sampler
-from stepdistill.scores import by_metric
-from stepdistill.student import Student
-from stepdistill.suite import load_suite
-from stepdistill.teacher import PipelineTeacher, load_teacher
-from stepdistill.types import Method, MethodOptions
+from stepdistill.export import averaged
+from stepdistill.job import TEACHER_STEPS, Job
+from stepdistill.loop import Run, check_resume, train
+from stepdistill.pictures import ContactSheets
+from stepdistill.recipe import DEFAULT_METHOD, Recipe, load_recipe, resolved_yaml
 from stepdistill.verify import verify
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-TEACHER_STEPS = 25
-"""Steps of the teacher's pictures where no suite says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +42,7 @@ class Distilled:
 
 def distill(
     teacher: str | Path | DiffusionPipeline = "emoji",
-    method: str = "dmd",
+    method: str | None = None,
     output: str | Path = "runs/distilled",
     *,
     recipe: str | Path | None = None,
@@ -73,7 +53,7 @@ def distill(
 
     Args:
         teacher: an embedded teacher, a diffusers folder, a hub id, or a pipeline object.
-        method: a method's name or a path to one, ``./my_method.py``.
+        method: a method's name or a path to one, ``./my_method.py``; default the recipe's, dmd without a recipe.
         output: the run folder.
         recipe: a shipped recipe or a YAML file; default the method's quick recipe on the embedded teacher.
         sets: assignments laid over the recipe, such as ``"train.steps=500"``.
@@ -87,7 +67,7 @@ def distill(
     wanted = load_recipe(
         recipe,
         teacher=str(teacher) if named else type(teacher).__name__,
-        method=method,
+        method=method or (None if recipe else DEFAULT_METHOD),
         sets=sets,
     )
     return distil(wanted, output=Path(output), resume=resume, pipeline=pipeline)
@@ -198,198 +178,3 @@ def export_run(run: Path, output: Path | None = None) -> Path:
         job.export(folder, f"stepdistill export {run}")
     verify(folder)
     return folder
-
-
-class Job:
-    """A recipe's teacher, student, method and sampler, loaded and checked against each other.
-
-    Args:
-        recipe: what to do.
-        accelerator: where.
-        pipeline: the teacher, where it is an object.
-    """
-
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, pipeline: DiffusionPipeline | None) -> None:
-        self.recipe, self.accelerator = recipe, accelerator
-        device = accelerator.device
-        # What the report states is what ran: files may change while a long run is under way.
-        self.origin, self.began = provenance(device), time.perf_counter()
-        kind = find_method(recipe.method)
-        self.options: MethodOptions = method_options(recipe)
-        self.needs = kind.needs_of(self.options)
-        check_attention(recipe.train.attention, device)
-        self.embedded = pipeline is None and recipe.teacher == "emoji"
-        if "images" in self.needs and recipe.data.images is None and not self.embedded:
-            raise UserError(
-                f"{recipe.method} with these options learns from images: give a folder in data.images"
-            )
-        # The teacher computes in the run's precision; the student's weights stay float32 and are cast as they are used.
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        self.source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
-        self.teacher = PipelineTeacher(pipeline or load_teacher(recipe.teacher, dtype), device)
-        if self.options.guidance != 1.0 and self.teacher.null is None:
-            raise UserError(
-                f"options.guidance is {self.options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1"
-            )
-        self.prompts = self._prompts()
-        self.student = Student.from_teacher(self.teacher, recipe.student.lora_rank, recipe.student.lora_alpha)
-        if recipe.train.attention == "xformers":
-            use_xformers(self.student.net)
-            use_xformers(self.teacher.denoiser.net)
-        times = recipe.student.times or kind.default_times
-        self.method: Method = kind(self.teacher, self.student, tuple(times), self.options).to(device)
-        self.sampler: Sampler = self.method.sampler().on_grid_of(
-            self.student.path, self.teacher.pipe.scheduler
-        )
-        check_sampler(self.sampler, self.teacher.family)
-        self.method.times = self.sampler.times
-
-    def _prompts(self) -> list[str]:
-        family, file = self.teacher.family, self.recipe.data.prompts
-        if file is not None:
-            return read_prompts(Path(file))
-        if self.embedded:
-            return emoji_captions()
-        if isinstance(family, LabelFamily):
-            return [str(label) for label in range(max(1, family.classes(self.teacher.pipe)))]
-        raise UserError(
-            f"{self.recipe.teacher} draws from prompts: give a text file with one a line in data.prompts"
-        )
-
-    def shown(self, count: int) -> list[str]:
-        """Prompts spread over all, for pictures."""
-        return [self.prompts[i * len(self.prompts) // count] for i in range(count)]
-
-    def data(self, output: Path) -> Data:
-        """Everything the method asked for; makes the pairs that are missing."""
-        recipe, accelerator = self.recipe, self.accelerator
-        images: Images | None = None
-        if "images" in self.needs and recipe.data.images is None:
-            images = EmbeddedImages.read()
-        elif "images" in self.needs:
-            images = found = ImageFolder.read(Path(cast(str, recipe.data.images)))
-            if found.skipped and accelerator.is_main_process:
-                names = "; ".join(found.skipped[:5]) + ("; ..." if len(found.skipped) > 5 else "")
-                say(f"data.images: {len(found.skipped)} unreadable file(s) skipped: {names}")
-        pairs = None
-        if "pairs" in self.needs:
-            folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
-            options = cast(PairOptions, self.options)
-            times = self.method.pair_times() if "states" in self.needs else ()
-            pairs = PairCache(folder, self.teacher, self.prompts, options, recipe.train.seed, times)
-        data = Data(self.teacher, self.prompts, recipe.train.seed, images, pairs)
-        if pairs is not None:
-            shown = bar(pairs.count, "pairs", unit="pair", shown=accelerator.is_main_process)
-            pairs.make(data.condition, accelerator.process_index, accelerator.num_processes, shown.update)
-            shown.close()
-            accelerator.wait_for_everyone()
-        return data
-
-    def card(self, command: str, report: dict[str, Any] | None = None) -> str:
-        """The student's model card."""
-        pipeline = self.teacher.family.student_pipeline(self.teacher.pipe) or type(self.teacher.pipe).__name__
-        prompts = self.teacher.family.call_prompts(self.teacher.pipe, self.shown(1))
-        call = self.teacher.family.call_arguments(pipeline, prompts, self.sampler.guidance or 0.0)
-        return model_card(
-            teacher=self.recipe.teacher,
-            method=Path(self.recipe.method).stem,
-            summary=module_summaries("methods").get(self.recipe.method, self.recipe.method),
-            steps=self.sampler.steps,
-            guidance=self.options.guidance,
-            call={**call, "num_inference_steps": self.sampler.steps, **self.sampler.call_arguments()},
-            command=command,
-            report=report,
-        )
-
-    def export(self, folder: Path, command: str) -> None:
-        """Writes the student folder with the network's present weights."""
-        export(self.student, self.sampler, self.teacher, folder, self.shown(4), self.card(command))
-
-    def finish(self, output: Path, trained: Trained, command: str | None) -> dict[str, Any]:
-        """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
-        recipe, device, origin = self.recipe, self.accelerator.device, self.origin
-        command = command or str(origin["command"])
-        with averaged(trained.ema):
-            self.export(output / "student", command)
-            proof = verify(output / "student")
-            report: dict[str, Any] = {
-                "name": output.name,
-                "method": recipe.method,
-                "summary": module_summaries("methods").get(recipe.method, recipe.method),
-                "teacher_name": recipe.teacher,
-                "suite": None,
-                "n": 0,
-                "teacher": {"fd": {}, "clip_score": {}},
-                "student": {"fd": {}, "clip_score": {}},
-                "gap_closed": {},
-                "recall_of_teachers": {},
-                **self._scores(output / "student"),
-                "verification": str(proof),
-                "updates": trained.step,
-                "updates_planned": recipe.train.steps,
-                "train_seconds": round(trained.seconds, 1),
-                "wall_seconds": round(time.perf_counter() - self.began, 1),
-                "peak_memory_bytes": peak_memory(device),
-                **origin,
-                "command": command,
-            }
-            self._samples(output / "samples.png")
-        card = with_code_note(self.card(command, report), output / "student")
-        (output / "student" / "README.md").write_text(card, encoding="utf-8")
-        write_report(output, report, read_stats(output))
-        return report
-
-    def _scores(self, student: Path) -> dict[str, Any]:
-        """Teacher and student on the recipe's suite, as report.json has them; nothing where there is no suite."""
-        wanted = self.recipe.evaluate
-        if wanted is False or (wanted is True and not self.embedded):
-            return {}
-        suite = load_suite("emoji" if wanted is True else str(wanted))
-        counts, guidance = self.sampler.step_counts, self.options.guidance
-        drawn = evaluate(
-            student,
-            suite,
-            steps=counts,
-            guidance=self.sampler.guidance,
-            device=self.accelerator.device,
-            eta=self.sampler.gamma or None,
-        )
-        asked = sorted({1, *counts, suite.teacher_steps})
-        guided = teacher_scores(
-            self.source, suite, steps=asked, guidance=guidance, device=self.accelerator.device
-        )
-        plain = teacher_scores(self.source, suite, steps=1, guidance=1.0, device=self.accelerator.device)
-        # The teacher at one step is taken at its better guidance, so that the gap is not flattered.
-        best = min(guided[1], plain[1], key=lambda scores: scores.fd)
-        teachers = {**guided, 1: best}
-        full = guided[suite.teacher_steps]
-        return {
-            "suite": suite.label,
-            "n": suite.n,
-            "metrics": dict(drawn.metrics),
-            "protocol": dict(drawn.protocol),
-            "guidance": guidance,
-            "teacher": by_metric(teachers),
-            "student": by_metric(drawn.scores),
-            "gap_closed": {str(k): gap_closed(v.fd, best.fd, full.fd) for k, v in drawn.scores.items()},
-            # Of the teacher at full steps; a student below 0.9 of it has lost some of what the teacher draws.
-            "recall_of_teachers": {
-                str(k): v.recall / full.recall
-                for k, v in drawn.scores.items()
-                if v.recall is not None and full.recall
-            },
-        }
-
-    def _samples(self, file: Path) -> None:
-        """samples.png: the same prompts and seeds by the teacher at full steps, at the student's, and the student."""
-        prompts, seeds, steps = self.shown(16), list(range(16)), self.sampler.steps
-        guidance = self.options.guidance
-        full = teacher_pictures(self.teacher, prompts, seeds, TEACHER_STEPS, guidance)
-        few = teacher_pictures(self.teacher, prompts, seeds, steps, guidance)
-        own = draw_as_pipeline(self.student, self.sampler, self.teacher, prompts, seeds)
-        rows = [
-            (f"teacher, {TEACHER_STEPS} steps", to_uint8(full)),
-            (f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(few)),
-            (f"student, {steps} step{'s' * (steps > 1)}", to_uint8(own)),
-        ]
-        rows_of_pictures(rows).save(file)

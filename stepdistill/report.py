@@ -99,14 +99,14 @@ def score_table(report: Mapping[str, Any]) -> str:
         return ""
     names = report["metrics"]
     rows = [
-        f"| who | steps | {names['fd']} | {names['clip_score']} | gap closed |",
-        "| --- | --- | --- | --- | --- |",
+        f"| who | steps | {names['fd']} | {names['clip_score']} | recall | gap closed |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for who in ("teacher", "student"):
         for steps, fd in report[who]["fd"].items():
-            clip = report[who]["clip_score"].get(steps)
+            clip, recall = (report[who].get(name, {}).get(steps) for name in ("clip_score", "recall"))
             gap = report["gap_closed"].get(steps) if who == "student" else None
-            cells = [f"{fd:.3f}", "" if clip is None else f"{clip:.3f}", "" if gap is None else f"{gap:.3f}"]
+            cells = ["" if number is None else f"{number:.3f}" for number in (fd, clip, recall, gap)]
             rows.append(f"| {who} | {steps} | {' | '.join(cells)} |")
     rows.append(f"\nSuite {report['suite']}, {report['n']} images.")
     rows.append("Gap closed: 0 is the teacher at one step, 1 at full steps.")

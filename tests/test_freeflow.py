@@ -14,8 +14,8 @@ from tiny import tiny_pipeline
 from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.data import Data, EmbeddedImages, ImageFolder
-from stepdistill.distil import Job
 from stepdistill.flow_maps import Balance, on_straight
+from stepdistill.job import Job
 from stepdistill.loop import train
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.pairs import PairCache

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
-from stepdistill.distil import Job
 from stepdistill.errors import UserError
 from stepdistill.health import TrainingDiverged, Vitals
+from stepdistill.job import Job
 from stepdistill.loop import Run, train
 from stepdistill.recipe import TrainOptions, load_recipe
 from stepdistill.schedule import learning_rate
@@ -125,7 +125,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_loop import METHODS, recipe_of
 from accelerate import Accelerator
-from stepdistill.distil import Job
+from stepdistill.job import Job
 from stepdistill.loop import train
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

@@ -14,8 +14,8 @@ from tiny import tiny_pipeline, tiny_prompts
 from torch import nn
 
 import stepdistill
-from stepdistill.distil import Job
 from stepdistill.errors import UserError
+from stepdistill.job import Job
 from stepdistill.loop import Run
 from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.recipe import load_recipe

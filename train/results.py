@@ -24,6 +24,10 @@ def rows(report: dict[str, Any]) -> list[str]:
     for steps in student["fd"]:
         clip, full_clip = student["clip_score"][steps], teacher["clip_score"][steps_full]
         few = teacher["fd"].get(steps)
+        recall, share = (
+            student.get("recall", {}).get(steps),
+            report.get("recall_of_teachers", {}).get(steps),
+        )
         cells = [
             report["name"],
             report["method"],
@@ -32,6 +36,7 @@ def rows(report: dict[str, Any]) -> list[str]:
             f"{student['fd'][steps]:.2f}",
             "" if few is None else f"{few:.2f}",
             f"{clip:.3f} ({clip / full_clip:.1%})",
+            "" if recall is None or share is None else f"{recall:.3f} ({share:.1%})",
             f"{report['train_seconds'] / 60:.1f} ({report['wall_seconds'] / 60:.1f})",
             f"{report['peak_memory_bytes'] / 2**30:.1f}",
             (report["commit"] or "")[:8] + "+" * (report["commit"] or "").endswith("+"),
@@ -50,8 +55,8 @@ def table(reports: list[dict[str, Any]]) -> str:
         f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}.",
         "",
         "| run | method | steps | gap closed | FD-emoji | teacher's at these steps | CLIP-emoji (of the teacher's) "
-        "| training (whole run), min | memory, GiB | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| recall (of the teacher's) | training (whole run), min | memory, GiB | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for report in reports:
         lines += rows(report)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from stepdistill.distil import Job
+from stepdistill.job import Job
 from stepdistill.loop import train
 from stepdistill.methods.dmd import DMD
 from stepdistill.provenance import provenance
