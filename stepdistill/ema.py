@@ -24,16 +24,21 @@ class Ema:
         net: the network; only its trainable parameters are averaged.
         decay: in (0, 1). Early on the decay is min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is
             not an average with its own start.
+        power: where not 0, the decay of update n is (1 - 1 / n)^(power + 1) instead: the weights of the past fall as a
+            power of their age (Karras et al. 2024, 2312.02696, 3.1), and the start is forgotten at the first update.
     """
 
-    def __init__(self, net: nn.Module, decay: float) -> None:
-        self.net, self.decay, self.updates = net, decay, 0
+    def __init__(self, net: nn.Module, decay: float, power: float = 0.0) -> None:
+        self.net, self.decay, self.power, self.updates = net, decay, power, 0
         self.shadow = {k: p.detach().float().clone() for k, p in net.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the network's present weights."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        n = self.updates
+        decay = min(self.decay, (1 + n) / (10 + n))
+        if self.power:
+            decay = (1 - 1 / (n + 1)) ** (self.power + 1)
         parameters = dict(self.net.named_parameters())
         torch._foreach_lerp_(
             list(self.shadow.values()), [parameters[name].float() for name in self.shadow], 1 - decay

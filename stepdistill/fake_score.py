@@ -34,7 +34,6 @@ class FakeTurnOptions(MethodOptions):
 class FakeScoreOptions(FakeTurnOptions):
     """Options of a method with a fake score."""
 
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is on (2404.07724)
     score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
     score_times: tuple[float, float] = (0.02, 0.98)  # where the two scores are compared (DMD 4.1)
     renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path

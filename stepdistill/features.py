@@ -1,8 +1,15 @@
 """Feature networks of the evaluation: images (and texts) in, features out, on the machine's own files only.
 
-A network is named by a specification: ``emoji`` (embedded), ``clip:FOLDER`` (a transformers CLIPModel with its
-tokenizer) or ``inception:FILE`` (the TorchScript Inception of Karras et al., ``inception-2015-12-05.pt``, as clean-fid
-and EDM use it). Every network states how it resizes and the SHA-256 of its weights: a score without them says nothing.
+A network is named by a specification:
+
+    emoji             embedded
+    inception         FID's Inception, from the folders where the FID tools keep it
+    inception:FILE    the same from a file: a state dict or clean-fid's TorchScript
+    clip:FOLDER       a transformers CLIPModel with its tokenizer, or a hub id: clip:openai/clip-vit-base-patch32
+    dinov2:FOLDER     a transformers Dinov2Model, or a hub id: dinov2:facebook/dinov2-large
+
+Every network states how it resizes and the SHA-256 of its weights: a score without them says nothing. A network of
+one's own is a :class:`~stepdistill.module_features.ModuleFeatures`.
 """
 
 from __future__ import annotations
@@ -19,7 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepdistill import embedded
+from stepdistill.dino_features import DinoFeatures
 from stepdistill.errors import UserError, did_you_mean
+from stepdistill.inception_features import InceptionFeatures, check_public, find_weights
+from stepdistill.resize import resize_clean
+
+__all__ = [
+    "ClipFeatures",
+    "DinoFeatures",
+    "FeatureNetwork",
+    "InceptionFeatures",
+    "features_sha256",
+    "load_features",
+    "resize_clean",
+    "sha256_of_file",
+]
 
 
 class FeatureNetwork(Protocol):
@@ -68,16 +89,6 @@ def sha256_of_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def resize_clean(pixels: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, H, W] to float32 [B, 3, size, size] in [0, 255]: antialiased bicubic on floats without rounding,
-    the ``clean`` protocol (Parmar et al. 2021, 2104.11222), equal to their PIL path to 3e-3 of 255."""
-    wide = pixels.float()
-    if wide.shape[-2:] == (size, size):
-        return wide
-    wide = F.interpolate(wide, (size, size), mode="bicubic", align_corners=False, antialias=True)
-    return wide.clamp(0, 255)
-
-
 class ClipFeatures:
     """A transformers CLIPModel; L2-normalised features of both towers.
 
@@ -121,11 +132,15 @@ class ClipFeatures:
         self.kernel_scale = 1.0  # unit vectors: the kernel is (cosine + 1)^3
         self.sha256 = _folder_sha256(folder)
 
-    @torch.no_grad()
-    def images(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Unit features [B, D] of images [B, 3, H, W] in [0, 255], uint8 or float, with a graph."""
         wide = (resize_clean(pixels.to(self._device), self._size) - self._mean) / self._std
         projected = self._model.get_image_features(pixel_values=wide).pooler_output  # [B, D]
-        return F.normalize(projected.float(), dim=1).cpu()
+        return F.normalize(projected.float(), dim=1)
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        return self.embed(pixels).cpu()
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -138,56 +153,12 @@ class ClipFeatures:
         return F.normalize(projected.float(), dim=1).cpu()
 
 
-class InceptionFeatures:
-    """The 2,048 pooled features of FID, from the TorchScript file ``inception-2015-12-05.pt``.
-
-    Args:
-        file: the TorchScript file.
-        mode: ``clean`` (bicubic, antialiased, then the network's layers) or ``tf1`` (the network's own bilinear
-            resize, as the CIFAR and ImageNet literature has it).
-        device: where it runs.
-    """
-
-    fd_scale = 1.0
-    dimension = 2048
-    clip_name = None
-    kernel_scale = 1 / 2048
-
-    def __init__(self, file: Path, *, mode: str, device: torch.device) -> None:
-        if mode not in ("clean", "tf1"):
-            raise UserError(
-                f"resize {mode!r} is not a mode of Inception features {did_you_mean(mode, ('clean', 'tf1'))}"
-            )
-        self._mode = mode
-        load: Any = torch.jit.load  # TorchScript: an archive of its own, nothing of Python's is run
-        self._model = load(str(file), map_location=device).eval()
-        self._device = device
-        self.name = f"inception:{file}"
-        self.sha256 = sha256_of_file(file)
-        self.fd_name = f"FID ({mode})"
-        self.resize = (
-            "clean (bicubic, antialiased, float) to 299" if mode == "clean" else "tf1 (bilinear) to 299"
-        )
-
-    @torch.no_grad()
-    def images(self, pixels: Tensor) -> Tensor:
-        if self._mode == "tf1":
-            raw: Tensor = self._model(pixels.to(self._device), return_features=True)
-            return raw.flatten(1).float().cpu()
-        wide = (resize_clean(pixels.to(self._device), 299) - 128) / 128
-        pooled: Tensor = self._model.layers(wide)
-        return pooled.flatten(1).float().cpu()
-
-    def texts(self, prompts: Sequence[str]) -> Tensor:
-        raise UserError("Inception has no text features: set clip_score to false in the suite")
-
-
 def load_features(spec: str, *, resize: str = "clean", device: torch.device | str = "cpu") -> FeatureNetwork:
     """The network a specification names; loaded once per process.
 
     Args:
-        spec: ``emoji``, ``clip:FOLDER`` or ``inception:FILE``.
-        resize: ``clean``, or ``tf1`` for Inception.
+        spec: see the head of this module.
+        resize: ``clean``, for Inception also ``tf1`` and ``pytorch``.
         device: where it runs.
 
     Raises:
@@ -203,7 +174,11 @@ def features_sha256(spec: str) -> str:
         UserError: the specification is unknown, or its file is missing.
     """
     kind, path = _locate(spec)
-    return sha256_of_file(path) if kind == "inception" else _folder_sha256(path)
+    if kind != "inception":
+        return _folder_sha256(path)
+    sha256 = sha256_of_file(path)
+    check_public(path, sha256)
+    return sha256
 
 
 def _folder_sha256(folder: Path) -> str:
@@ -213,20 +188,48 @@ def _folder_sha256(folder: Path) -> str:
 
 
 def _locate(spec: str) -> tuple[str, Path]:
-    """``emoji``, ``clip`` or ``inception``, and where its weights lie."""
+    """``emoji``, ``inception``, ``clip`` or ``dinov2``, and where its weights lie."""
     kind, _, location = spec.partition(":")
     if spec == "emoji":
         return "emoji", embedded.features_folder()
-    if kind not in ("clip", "inception") or not location:
-        known = "emoji, clip:FOLDER (a transformers CLIPModel), inception:FILE (inception-2015-12-05.pt)"
-        raise UserError(f"features {spec!r} are not known; there are {known}")
+    if spec == "inception":
+        return "inception", find_weights()
+    if kind not in ("inception", "clip", "dinov2") or not location:
+        known = (
+            "emoji, inception (from the usual folders), inception:FILE, clip:FOLDER (a transformers CLIPModel), "
+            "dinov2:FOLDER (a Dinov2Model)"
+        )
+        near = did_you_mean(kind, ("emoji", "inception", "clip", "dinov2"))
+        raise UserError(f"features {spec!r} are not known {near}; there are {known}")
     path = Path(location).expanduser()
-    if kind == "inception" and not path.is_file():
-        what = "download inception-2015-12-05.pt, the file clean-fid uses, and give its path"
-        raise UserError(f"features {spec!r}: no file {path}; {what}")
-    if kind == "clip" and not (path / "config.json").is_file():
-        raise UserError(f"features {spec!r}: {path} is not a transformers CLIPModel folder (no config.json)")
-    return kind, path
+    if kind == "inception":
+        if not path.is_file():
+            raise UserError(
+                f"features {spec!r}: no file {path}; give pt_inception-2015-12-05-6726825d.pth (pytorch-fid's and "
+                "torch-fidelity's) or inception-2015-12-05.pt (clean-fid's)"
+            )
+        return kind, path
+    if (path / "config.json").is_file():
+        return kind, path
+    model = {"clip": "CLIPModel", "dinov2": "Dinov2Model"}[kind]
+    if path.exists() or location.count("/") != 1:
+        raise UserError(f"features {spec!r}: {path} is not a transformers {model} folder (no config.json)")
+    return kind, _from_hub(spec, location, model)
+
+
+def _from_hub(spec: str, identifier: str, model: str) -> Path:
+    """The folder of a hub id in the hub's cache, downloaded where the hub may be asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "model*.safetensors"]
+    try:
+        return Path(snapshot_download(identifier, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"features {spec!r}: no folder {identifier}, and no such model in the hub's cache or to be had "
+            f"({type(error).__name__}); give the folder of a transformers {model}"
+        ) from None
 
 
 @cache
@@ -245,8 +248,14 @@ def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
             device=device,
         )
     if kind == "inception":
-        return InceptionFeatures(path, mode=resize, device=device)
-    mean, std = _pixel_statistics(path)
+        return InceptionFeatures(path, sha256=sha256_of_file(path), mode=resize, device=device)
+    if kind == "dinov2":
+        mean, std = _pixel_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        sha256 = _folder_sha256(path)
+        return DinoFeatures(path, name=spec, sha256=sha256, mean=mean, std=std, device=device)
+    mean, std = _pixel_statistics(
+        path, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    )
     return ClipFeatures(
         path,
         path,
@@ -260,9 +269,10 @@ def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
     )
 
 
-def _pixel_statistics(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation of preprocessor_config.json, OpenAI's where the folder has none."""
+def _pixel_statistics(
+    folder: Path, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of preprocessor_config.json; those given where the folder has none."""
     file = folder / "preprocessor_config.json"
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    mean = config.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
-    return mean, config.get("image_std", (0.26862954, 0.26130258, 0.27577711))
+    return config.get("image_mean", mean), config.get("image_std", std)

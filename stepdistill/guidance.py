@@ -27,7 +27,8 @@ def extrapolate(weak: Prediction, strong: Prediction, scale: float | Tensor) -> 
     )
 
 
-def in_interval(scale: float, t: Tensor, low: float, high: float) -> Tensor:
-    """``scale`` where low <= t <= high, else 1 (Kynkaanniemi et al. 2024, 2404.07724). t and the result are [B]."""
+def in_interval(scale: float | Tensor, t: Tensor, low: float, high: float) -> Tensor:
+    """``scale``, one or [B], where low <= t <= high, else 1 (Kynkaanniemi et al. 2024, 2404.07724); t and the result
+    are [B]."""
     inside = (t >= low) & (t <= high)
-    return torch.where(inside, torch.full_like(t, scale), torch.ones_like(t))
+    return torch.where(inside, torch.as_tensor(scale, dtype=t.dtype, device=t.device), torch.ones_like(t))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from stepdistill.attention import check_attention, use_xformers
 from stepdistill.checks import find_teacher
@@ -18,6 +20,7 @@ from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
 from stepdistill.export import averaged, check_sampler, draw_as_pipeline, export, to_uint8, with_code_note
 from stepdistill.families.base import LabelFamily
+from stepdistill.features import ClipFeatures, load_features
 from stepdistill.log import bar, read_stats, say
 from stepdistill.loop import Trained
 from stepdistill.methods import find_method
@@ -31,6 +34,7 @@ from stepdistill.scores import by_metric
 from stepdistill.student import Student
 from stepdistill.suite import load_suite
 from stepdistill.teacher import PipelineTeacher, load_teacher
+from stepdistill.terms import WithTerms
 from stepdistill.types import Method, MethodOptions
 from stepdistill.verify import verify
 
@@ -57,7 +61,7 @@ class Job:
         self.origin, self.began = provenance(device), time.perf_counter()
         kind = find_method(recipe.method)
         self.options: MethodOptions = method_options(recipe)
-        self.needs = kind.needs_of(self.options)
+        self.needs = kind.needs_of(self.options) | recipe.terms.needs
         check_attention(recipe.train.attention, device)
         self.embedded = pipeline is None and recipe.teacher == "emoji"
         if "images" in self.needs and recipe.data.images is None and not self.embedded:
@@ -67,7 +71,11 @@ class Job:
         # The teacher computes in the run's precision; the student's weights stay float32 and are cast as they are used.
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self.source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
-        self.teacher = PipelineTeacher(pipeline or load_teacher(recipe.teacher, dtype), device)
+        self.teacher = PipelineTeacher(
+            pipeline or load_teacher(recipe.teacher, dtype),
+            device,
+            guidance_interval=self.options.guidance_interval,
+        )
         if self.options.guidance != 1.0 and self.teacher.null is None:
             raise UserError(
                 f"options.guidance is {self.options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1"
@@ -84,6 +92,17 @@ class Job:
         )
         check_sampler(self.sampler, self.teacher.family)
         self.method.times = self.sampler.times
+        if recipe.terms.needs:
+            self.method = WithTerms(self.method, recipe.terms, self._embed()).to(device)
+
+    def _embed(self) -> Callable[[Tensor], Tensor] | None:
+        """Latents to features of their images, with a graph; None where no term asks for it."""
+        terms = self.recipe.terms
+        if not terms.perceptual_weight:
+            return None
+        network = cast(ClipFeatures, load_features(terms.perceptual, device=self.accelerator.device))
+        family, pipe = self.teacher.family, self.teacher.pipe
+        return lambda latents: network.embed(255 * family.to_images(pipe, latents))
 
     def _prompts(self) -> list[str]:
         family, file = self.teacher.family, self.recipe.data.prompts
@@ -115,7 +134,9 @@ class Job:
         pairs = None
         if "pairs" in self.needs:
             folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
-            options = cast(PairOptions, self.options)
+            options = self.options
+            if not isinstance(options, PairOptions):  # a term's, beside a method without pairs of its own
+                options = PairOptions(guidance=options.guidance)
             times = self.method.pair_times() if "states" in self.needs else ()
             pairs = PairCache(folder, self.teacher, self.prompts, options, recipe.train.seed, times)
         data = Data(self.teacher, self.prompts, recipe.train.seed, images, pairs)

@@ -128,7 +128,8 @@ class Run:
             )
             for name, parameters in self.trained.items()
         }
-        self.ema = Ema(networks["student"], options.ema) if options.ema else None
+        averaged = options.ema or options.ema_power
+        self.ema = Ema(networks["student"], options.ema, options.ema_power) if averaged else None
         # A frozen parameter of a trained network (the base of an adapter) is the teacher's and need not be kept; other
         # frozen modules of the method (target networks) are state.
         frozen = {id(p) for net in networks.values() for p in net.parameters() if not p.requires_grad}

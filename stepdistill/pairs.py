@@ -73,6 +73,7 @@ class PairCache:
                 "solver": options.pair_solver,
                 "steps": options.pair_steps,
                 "guidance": options.guidance,
+                "interval": list(teacher.guidance_interval),
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
                 "seed": seed,
                 "shape": list(teacher.shape),
@@ -92,7 +93,7 @@ class PairCache:
         may take the first pairs of a larger cache, and some of the states it keeps."""
         manifest = self.folder / "manifest.json"
         if manifest.is_file():
-            found = json.loads(manifest.read_text())
+            found = {"interval": [0.0, 1.0], **json.loads(manifest.read_text())}
             for name, value in key.items():
                 if found.get(name) != value:
                     self._refuse(name, found.get(name), value)

@@ -29,20 +29,15 @@ def warm_start_rate(step: int, options: WarmStartOptions) -> float:
     return options.warm_start_lr_ratio * annealed(step / warm) if step < warm else 1.0
 
 
-def regression(
-    student: Student,
-    times: tuple[float, ...],
-    batch: Batch,
-    name: DistanceName,
-    span: tuple[int, int] | None = None,
-) -> Tensor:
-    """The distance of what the student sees in a state of a pair's trajectory to the pair's end, a scalar.
+def ends(
+    student: Student, times: tuple[float, ...], batch: Batch, span: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The end that the student sees from a state of each pair's trajectory, and the pair's own, [B, C, H, W] each.
 
     Args:
         student: learns.
         times: its K times; state 0 of a pair is its noise, state i the cached one at ``times[i]``.
         batch: with pairs, and for K > 1 their states.
-        name: of the distance.
         span: the states are drawn, one for each sample, from times[span[0]:span[1]]; default all.
     """
     pairs, (first, last) = cast(Examples, batch.pairs), span or (0, len(times))
@@ -51,4 +46,16 @@ def regression(
         every = torch.cat([state[:, None], pairs.states], 1)  # [B, K, C, H, W]
         state = every[torch.arange(len(index), device=index.device), index]
     t = torch.tensor(times, device=index.device)[index]
-    return distance(student.predict(state, t, pairs.cond).x0, pairs.x0, name)
+    s = torch.zeros_like(t) if student.two_times else None
+    return student.predict(state, t, pairs.cond, s).x0, pairs.x0
+
+
+def regression(
+    student: Student,
+    times: tuple[float, ...],
+    batch: Batch,
+    name: DistanceName,
+    span: tuple[int, int] | None = None,
+) -> Tensor:
+    """The distance ``name`` of the two :func:`ends`, a scalar."""
+    return distance(*ends(student, times, batch, span), name)

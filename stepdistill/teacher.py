@@ -14,7 +14,7 @@ from stepdistill.checks import find_teacher
 from stepdistill.content import pipeline_class
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.families import Family, family_named, family_of
-from stepdistill.guidance import extrapolate
+from stepdistill.guidance import extrapolate, in_interval
 from stepdistill.log import quiet_loading
 from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
 from stepdistill.student import Denoiser
@@ -89,10 +89,18 @@ class PipelineTeacher:
         pipe: the pipeline.
         device: where its networks go.
         family: how the pipeline is called; found by its class when not given.
+        guidance_interval: times at which guidance is on.
     """
 
-    def __init__(self, pipe: Any, device: torch.device | str = "cpu", family: Family | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        device: torch.device | str = "cpu",
+        family: Family | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         self.pipe: Any = pipe
+        self.guidance_interval = guidance_interval
         self.family = family or family_of(pipe)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(device)
@@ -144,6 +152,8 @@ class PipelineTeacher:
             Prediction(self.path, x0, eps, t)
             for x0, eps in zip(both.x0.chunk(2), both.eps.chunk(2), strict=True)
         )
+        if self.guidance_interval != (0.0, 1.0):
+            guidance = in_interval(guidance, t, *self.guidance_interval)
         return extrapolate(weak, strong, guidance)
 
     @torch.no_grad()

@@ -142,11 +142,13 @@ class MethodOptions(BaseModel):
 
     Attributes:
         guidance: classifier-free guidance of the teacher that the student takes over; 1 is none.
+        guidance_interval: times at which it is on (Kynkaanniemi et al. 2024, 2404.07724), also in cached pairs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 class Method(nn.Module, ABC):

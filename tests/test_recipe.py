@@ -79,7 +79,7 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
 
 
 KEYS_OF_STUDENT = "times, lora_rank, lora_alpha"
-KEYS_OF_RECIPE = "teacher, method, options, student, data, train, evaluate, output"
+KEYS_OF_RECIPE = "teacher, method, options, terms, student, data, train, evaluate, output"
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
         method_options(load_recipe("my.yaml"))
     assert str(caught.value) == (
         "my.yaml: options.critic_step is not an option of mine "
-        "(did you mean critic_steps? It has: guidance, critic_steps)"
+        "(did you mean critic_steps? It has: guidance, guidance_interval, critic_steps)"
     )
     recipe = load_recipe("my.yaml", sets=["options={guidance: high}"])
     with pytest.raises(UserError, match=r"^--set: options\.guidance is 'high' and should be a valid number"):
         method_options(recipe)
     options = method_options(load_recipe("my.yaml", sets=["options={guidance: 1e-1}"]))
-    assert options.model_dump() == {"guidance": 0.1, "critic_steps": 5}
+    assert options.model_dump() == {"guidance": 0.1, "guidance_interval": (0.0, 1.0), "critic_steps": 5}
 
 
 def test_resolved_yaml_reads_back_to_an_equal_recipe_with_every_key(here: Path) -> None:
@@ -175,7 +175,7 @@ def test_resolved_yaml_reads_back_to_an_equal_recipe_with_every_key(here: Path) 
     assert load_recipe("recipe.yaml") == resolved(recipe)
     tree = yaml.safe_load(Path("recipe.yaml").read_text())
     assert set(tree) == set(Recipe.model_fields)
-    assert tree["options"] == {"guidance": 1.0, "critic_steps": 5}
+    assert tree["options"] == {"guidance": 1.0, "guidance_interval": [0.0, 1.0], "critic_steps": 5}
     assert tree["student"] == {"times": [1.0, 0.1], "lora_rank": 0, "lora_alpha": None}
 
 

@@ -1,0 +1,172 @@
+"""Terms that a recipe adds to any method, the two kinds of averages, and the guidance interval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from toy import Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.ema import Ema
+from stepdistill.errors import UserError
+from stepdistill.job import Job
+from stepdistill.loop import train
+from stepdistill.methods import find_method, method_names
+from stepdistill.path import FlowPath
+from stepdistill.recipe import TermOptions, load_recipe
+from stepdistill.teacher import PipelineTeacher, load_teacher
+from stepdistill.terms import WithTerms
+
+HERE = Path(__file__).parent
+PATH = FlowPath()
+
+
+def plain(name="reflow", times=(1.0,)):
+    kind = find_method(name)
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    return kind(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), times, kind.Options())
+
+
+def batch(step=0):
+    images = Mixture(PATH).sample(8, torch.Generator().manual_seed(7))
+    return toy_batch(8, step, pairs=lambda z: 0.3 * z + 0.1, images=images)
+
+
+def direction(latents):
+    """Unit features of toy latents."""
+    return nn.functional.normalize(latents.flatten(1) + 2, dim=1)
+
+
+def test_terms_add_to_the_methods_own_loss():
+    terms = TermOptions(regression_weight=0.5, regression="l1", perceptual_weight=0.25)
+    method = WithTerms(plain(), terms, direction)
+    total, logs = method.loss("student", batch())
+    own, _ = method.method.loss("student", batch())
+    sample = batch()
+    seen = method.student.predict(sample.pairs.noise, torch.ones(8), sample.pairs.cond).x0
+    regression = (seen - sample.pairs.x0).abs().mean()
+    cosine = (direction(seen) * direction(sample.pairs.x0)).sum(1)
+    assert float(logs["term regression"]) == pytest.approx(float(regression), rel=1e-6)
+    assert float(logs["term perceptual"]) == pytest.approx(float((2 - 2 * cosine).mean()), rel=1e-5)
+    assert float(total) == pytest.approx(
+        float(own + 0.5 * regression + 0.25 * (2 - 2 * cosine).mean()), rel=1e-5
+    )
+
+
+def test_terms_vanish_with_their_gradient_at_the_exact_student():
+    method = WithTerms(plain(), TermOptions(regression_weight=1.0, perceptual_weight=1.0), direction)
+    exact = method.student
+
+    def land(z):
+        with torch.no_grad():
+            return exact.predict(z, torch.ones(len(z)), batch().cond).x0
+
+    _, logs = method.loss("student", toy_batch(8, pairs=land))
+    for name in ("term regression", "term perceptual"):
+        gradients = torch.autograd.grad(logs[name], list(exact.net.parameters()), retain_graph=True)
+        assert float(logs[name].detach()) == pytest.approx(0, abs=1e-10)
+        assert all(float(gradient.abs().max()) < 1e-4 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ["dmd", "reflow"])
+def test_the_discriminators_turns_come_between_the_methods_own(name):
+    """Without them the sequence of turns, rates and losses is that of the method alone."""
+    alone, method = plain(name), WithTerms(plain(name), TermOptions(gan_weight=1e-9, gan_lr_ratio=3.0))
+    turns = [method.turn(step) for step in range(24)]
+    assert turns[::2] == ["discriminator"] * 12
+    assert turns[1::2] == [alone.turn(step) for step in range(12)]
+    assert {method.lr_ratio("discriminator", step) for step in range(0, 24, 2)} == {3.0}
+    for step in range(12):
+        turn = alone.turn(step)
+        loss, _ = method.loss(turn, batch(2 * step + 1))
+        own = alone.loss(turn, batch_at(step))[0]
+        assert turn == "fake" or float(loss) == pytest.approx(float(own), rel=1e-4, abs=1e-6)
+
+
+def batch_at(step):
+    """The batch of the run's step 2 step + 1 as the method's step ``step``."""
+    from dataclasses import replace
+
+    sample = batch(2 * step + 1)
+    return replace(sample, draws=replace(sample.draws, step=step))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_any_method_takes_them(name):
+    kind = find_method(name)
+    times = (1.0, 0.5) if len(kind.default_times) > 1 else (1.0,)
+    method = WithTerms(plain(name, times), TermOptions(regression_weight=1.0, gan_weight=1.0))
+    turn = next(
+        turn for step in range(1, 400) if (turn := method.turn(step)) not in ("fake", "discriminator")
+    )
+    sample = batch(1)
+    if len(times) > 1:
+        pairs = sample.pairs
+        states = (0.5 * pairs.noise + 0.5 * pairs.x0)[:, None]
+        sample = type(sample)(
+            sample.draws,
+            sample.noise,
+            sample.cond,
+            sample.images,
+            type(pairs)(pairs.x0, pairs.cond, pairs.noise, states),
+        )
+    for which, names in ((turn, {"term regression", "term gan"}), ("discriminator", {"discriminator"})):
+        loss, logs = method.loss(which, sample)
+        assert names <= set(logs) and bool(torch.isfinite(loss))
+
+
+def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
+    sets = [
+        f"data.prompts={HERE / 'prompts.txt'}", "train.steps=4", "train.batch=4", "train.sheet_every=0",
+        "options.pairs=8", "options.pair_steps=4", "options.guidance=2.0", "student.times=[1.0, 0.5]", "evaluate=false",
+        "terms.regression_weight=0.1", "terms.perceptual_weight=0.1", "terms.gan_weight=0.01",
+        "train.ema_power=6.94",
+    ]  # fmt: skip
+    accelerator = Accelerator(cpu=True)
+    job = Job(load_recipe(HERE / "empty.yaml", method="lcm", sets=sets), accelerator, None)
+    assert job.needs >= {"pairs", "states", "images"}
+    before = {name: value.clone() for name, value in job.teacher.denoiser.net.state_dict().items()}
+    trained = train(job.method, job.data(tmp_path), job.recipe, tmp_path, accelerator)
+    rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [row["turn"] for row in rows] == ["discriminator", "student"] * 2
+    assert {"term regression", "term perceptual", "term gan"} <= set(rows[1])
+    assert 0 < rows[1]["term perceptual"] < 4
+    after = job.teacher.denoiser.net.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert trained.ema is not None and trained.ema.updates == 2
+
+
+def test_only_networks_with_a_graph_can_be_perceptual():
+    with pytest.raises(UserError, match=r"terms\.perceptual.*emoji or clip:FOLDER"):
+        load_recipe(HERE / "empty.yaml", method="lcm", sets=["terms.perceptual=inception:file.pt"])
+
+
+def test_a_power_functions_average_weighs_the_past_by_a_power_of_its_age():
+    """After n updates the i-th value has weight (i^(g+1) - (i-1)^(g+1)) / n^(g+1): with g = 1 and w_i = i,
+    sum i (2 i - 1) / n^2."""
+    net = nn.Linear(1, 1, bias=False)
+    ema = Ema(net, 0.0, power=1.0)
+    for i in range(1, 6):
+        net.weight.data.fill_(i)
+        ema.update()
+    expected = sum(i * (2 * i - 1) for i in range(1, 6)) / 25
+    assert float(ema.shadow["weight"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_guidance_is_off_outside_its_interval():
+    pipe = load_teacher("emoji")
+    whole, part = PipelineTeacher(pipe), PipelineTeacher(pipe, guidance_interval=(0.0, 0.5))
+    x, cond = (
+        torch.randn(2, *whole.shape, generator=torch.Generator().manual_seed(0)),
+        whole.encode(["cat", "dog"]),
+    )
+    t = torch.tensor([0.3, 0.7])
+    guided, plain_one = whole.predict(x, t, cond, guidance=3.0).x0, whole.predict(x, t, cond).x0
+    seen = part.predict(x, t, cond, guidance=3.0).x0
+    torch.testing.assert_close(seen[0], guided[0])
+    torch.testing.assert_close(seen[1], plain_one[1], atol=1e-4, rtol=1e-4)
+    assert float((seen[1] - guided[1]).abs().max()) > 1e-2
