@@ -169,7 +169,12 @@ def sample(
 
 @app.command("eval")
 def evaluate_pipeline(
-    pipeline: Pipeline,
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            help="Embedded teacher, diffusers folder, run folder (its student); or images: a folder, zip, npz or tar."
+        ),
+    ],
     suite: Annotated[str, typer.Option(help="Evaluation suite: a shipped name or a .yaml file.")] = "emoji",
     steps: Annotated[str, typer.Option(help="Step counts, separated by commas.")] = "1",
     guidance: Guidance = None,
@@ -180,13 +185,20 @@ def evaluate_pipeline(
     diversity: Annotated[
         int, typer.Option(help="Also draw so many samples of each of 100 prompts: how much they differ.")
     ] = 0,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference statistics in place of the suite's, as `stats` makes them.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
 ) -> None:
-    """Measure a pipeline: Frechet distance, KID, CLIP score, precision and recall, density and coverage."""
-    from stepdistill.checks import find_pipeline
+    """Measure a pipeline, or images: Frechet distance, KID, CLIP score, precision and recall, density and coverage."""
+    from stepdistill.image_sources import pipeline_or_images
 
     counts = _step_counts(steps)
-    folder = find_pipeline(pipeline)
+    folder = pipeline_or_images(pipeline)
+    if folder is None and (counts != (1,) or guidance is not None or trailing or diversity):
+        raise UserError(
+            f"{pipeline} holds images: --steps, --guidance, --trailing and --diversity are of pipelines"
+        )
     if output is not None:
         _check_file(output)
     from stepdistill.evaluate import evaluate
@@ -195,11 +207,53 @@ def evaluate_pipeline(
     protocol = load_suite(suite)
     if diversity:
         protocol = protocol.with_diversity(diversity)
-    report = evaluate(folder, suite=protocol, steps=counts, guidance=guidance, batch=batch, trailing=trailing)
+    if reference is not None:
+        from stepdistill.reference import for_reference
+
+        protocol = for_reference(protocol, reference)
+    if folder is None:
+        from stepdistill.evaluate_images import evaluate_images
+
+        report = evaluate_images(pipeline, protocol, batch=batch)
+    else:
+        report = evaluate(
+            folder, suite=protocol, steps=counts, guidance=guidance, batch=batch, trailing=trailing
+        )
     print(report.markdown())
     if output is not None:
         report.save(output)
         print(output)
+
+
+@app.command()
+def stats(
+    images: Annotated[str, typer.Argument(help="Real images: a folder, zip, npz or tar.")],
+    output: Annotated[Path, typer.Option(help="Statistics file to write (.safetensors).")],
+    features: Annotated[
+        str, typer.Option(help="emoji, inception, inception:FILE, clip:FOLDER or dinov2:FOLDER.")
+    ] = "emoji",
+    resize: Annotated[
+        str, typer.Option(help="How images reach the network: clean, tf1 or pytorch.")
+    ] = "clean",
+    resolution: Annotated[
+        int, typer.Option(min=0, help="Bring the images to this size first; 0 leaves each at its own.")
+    ] = 0,
+    moments_only: Annotated[
+        bool, typer.Option("--moments-only", help="Leave out what KID, precision and recall need.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 256,
+) -> None:
+    """Make reference statistics of real images, with their protocol inside."""
+    _check_file(output)
+    from stepdistill.image_sources import open_images
+
+    source = open_images(images, resolution=resolution)
+    from stepdistill.reference import make_statistics, network_of
+
+    network = network_of(features, resize)
+    keep = not moments_only
+    made = make_statistics(source, network, output, resolution=resolution, keep_features=keep, batch=batch)
+    print(f"{output}: {made['n']} images, {made['features']}, {made['resize']}")
 
 
 @app.command()

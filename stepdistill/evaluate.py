@@ -83,11 +83,15 @@ def evaluate(
     counts = [steps] if isinstance(steps, int) else list(dict.fromkeys(steps))
     if not counts or min(counts) < 1:
         raise UserError(f"steps is {steps}; every step count must be at least 1")
+    if not (suite.n and suite.resolution):
+        raise UserError(
+            f"suite {suite.label} leaves n or resolution open: it measures images; a pipeline needs both"
+        )
     prompts = suite.prompt_list()
     pipe, label = load_pipeline(pipeline, device)
     drawing = Drawing(pipe, suite, prompts, guidance, trailing, eta)
     network = suite.network(pipe.device)
-    reference = load_reference(suite, network)
+    reference = load_reference(suite, network, progress=progress)
     scores = {}
     for count in counts:
         batches = drawing.batches(count, batch)
@@ -112,13 +116,8 @@ def evaluate(
         scores=scores,
         metrics={"fd": network.fd_name, "clip_score": network.clip_name if suite.clip_score else None},
         protocol={
-            "resize": network.resize,
-            "features": network.name,
-            "features_sha256": network.sha256,
-            "reference_sha256": reference.sha256,
-            "suite_sha256": suite.sha256(),
+            **suite.protocol(network),
             "seeds": f"image i: torch.Generator('cpu').manual_seed({suite.first_seed} + i)",
-            "neighbours": str(suite.neighbours),
             "diversity": f"{suite.diversity} samples of {suite.diversity_prompts} prompts"
             if suite.diversity
             else "none",
@@ -158,6 +157,10 @@ def _score(
     kept: list[Tensor] = []
     near = suite.neighbours > 0 and reference.features is not None
     for pixels in images:
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            nan = " with NaN" if pixels.is_floating_point() and pixels.isnan().any() else ""
+            found = f"{pixels.dtype} {list(pixels.shape)}{nan}"
+            raise UserError(f"images are {found}; give batches uint8 [B, 3, H, W] in 0..255")
         features = network.images(pixels)  # [B, D]
         if suite.clip_score:
             texts = (prompts or [])[moments.count : moments.count + len(features)]

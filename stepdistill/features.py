@@ -7,9 +7,9 @@ A network is named by a specification:
     inception:FILE    the same from a file: a state dict or clean-fid's TorchScript
     clip:FOLDER       a transformers CLIPModel with its tokenizer, or a hub id: clip:openai/clip-vit-base-patch32
     dinov2:FOLDER     a transformers Dinov2Model, or a hub id: dinov2:facebook/dinov2-large
+    module:NAME       one's own: the function NAME, as package.module:function, makes it (see module_features.py)
 
-Every network states how it resizes and the SHA-256 of its weights: a score without them says nothing. A network of
-one's own is a :class:`~stepdistill.module_features.ModuleFeatures`.
+Every network states how it resizes and the SHA-256 of its weights: a score without them says nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from stepdistill import embedded
 from stepdistill.dino_features import DinoFeatures
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.inception_features import InceptionFeatures, check_public, find_weights
+from stepdistill.module_features import user_network
+from stepdistill.precision import full_float32
 from stepdistill.resize import resize_clean
 
 __all__ = [
@@ -99,6 +101,8 @@ class ClipFeatures:
         fd_name, fd_scale, clip_name: see :class:`FeatureNetwork`.
         mean, std: of the pixels in [0, 1], per channel.
         device: where it runs.
+
+    ``logit_scale`` is the factor of the cosine in the model's own loss, which PickScore reads.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class ClipFeatures:
         self._device = device
         self.name, self.fd_name, self.fd_scale, self.clip_name = name, fd_name, fd_scale, clip_name
         self.dimension = int(model.config.projection_dim)
+        self.logit_scale = float(model.logit_scale.exp())
         self.resize = f"clean (bicubic, antialiased, float) to {self._size}"
         self.kernel_scale = 1.0  # unit vectors: the kernel is (cosine + 1)^3
         self.sha256 = _folder_sha256(folder)
@@ -139,10 +144,12 @@ class ClipFeatures:
         return F.normalize(projected.float(), dim=1)
 
     @torch.no_grad()
+    @full_float32()
     def images(self, pixels: Tensor) -> Tensor:
         return self.embed(pixels).cpu()
 
     @torch.no_grad()
+    @full_float32()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
             list(prompts), padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
@@ -173,6 +180,8 @@ def features_sha256(spec: str) -> str:
     Raises:
         UserError: the specification is unknown, or its file is missing.
     """
+    if spec.startswith("module:"):
+        return load_features(spec).sha256
     kind, path = _locate(spec)
     if kind != "inception":
         return _folder_sha256(path)
@@ -197,9 +206,9 @@ def _locate(spec: str) -> tuple[str, Path]:
     if kind not in ("inception", "clip", "dinov2") or not location:
         known = (
             "emoji, inception (from the usual folders), inception:FILE, clip:FOLDER (a transformers CLIPModel), "
-            "dinov2:FOLDER (a Dinov2Model)"
+            "dinov2:FOLDER (a Dinov2Model), module:PACKAGE.MODULE:FUNCTION (one's own)"
         )
-        near = did_you_mean(kind, ("emoji", "inception", "clip", "dinov2"))
+        near = did_you_mean(kind, ("emoji", "inception", "clip", "dinov2", "module"))
         raise UserError(f"features {spec!r} are not known {near}; there are {known}")
     path = Path(location).expanduser()
     if kind == "inception":
@@ -234,6 +243,8 @@ def _from_hub(spec: str, identifier: str, model: str) -> Path:
 
 @cache
 def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
+    if spec.startswith("module:"):
+        return user_network(spec, resize, device)
     kind, path = _locate(spec)
     if kind == "emoji":
         return ClipFeatures(

@@ -4,10 +4,10 @@ An :class:`ImageSource` gives uint8 [H, W, 3] in the order of the names (numbers
 comes before 10.png), holds a bounded number of images, and accounts for every file it met:
 
 - used as it is: 8-bit RGB.
-- converted, and counted: grayscale and 1-bit (three equal channels), palette, CMYK (PIL's conversion, no colour profile),
-  an alpha channel that is opaque everywhere (dropped), and, where a resolution is asked for, every other size (the
-  central square, resized with PIL's Lanczos filter). The orientation that a camera notes is not applied, as everywhere
-  in the FID literature.
+- converted, and counted: grayscale and 1-bit (three equal channels), palette, CMYK (PIL's conversion, no colour
+  profile), an alpha channel that is opaque everywhere (dropped), and, where a resolution is asked for, every other
+  size (the central square, resized with PIL's Lanczos filter). The orientation that a camera notes is not applied, as
+  everywhere in the FID literature.
 - refused, and named: files that cannot be decoded, 16-bit and float images (there is more than one way to 8 bits),
   images with transparent pixels (what lies behind them is not stated), animations and pages, and files of other kinds.
 
@@ -17,7 +17,6 @@ Nothing is unpickled and only PIL's own readers of the formats below are used.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tarfile
 import zipfile
@@ -26,20 +25,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from stepdistill.errors import UserError
+from stepdistill.image_decoding import Decoded, Refused, decode, fit, to_pixels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
 ENDINGS = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .gif .ppm .pgm".split())
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 LARGEST_FILE = 1 << 28
 """Bytes; a member of an archive that claims more is refused."""
@@ -53,20 +53,9 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class _Refused(Exception):
-    """Why an image is not used."""
-
-
 class _Entry(NamedTuple):
     name: str
     read: Callable[[], bytes]
-
-
-class _Decoded(NamedTuple):
-    name: str
-    pixels: NDArray[np.uint8] | None
-    notes: tuple[str, ...]
-    """What was converted, or, without pixels, the reason."""
 
 
 @dataclass
@@ -87,7 +76,7 @@ class ImageSource:
     kind: str
     found: int | None
     skipped: list[Skipped]
-    _open: Callable[[], Iterator[_Decoded]]
+    _open: Callable[[], Iterator[Decoded]]
     companions: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
     used: int = 0
@@ -108,18 +97,24 @@ class ImageSource:
             self._digest.update(np.ascontiguousarray(pixels).data)
             yield name, pixels
 
-    def batches(self, batch: int) -> Iterator[Tensor]:
-        """The images uint8 [B, 3, H, W], at most ``batch`` at a time and only equal sizes together, in order."""
-        import torch
+    def batches(self, batch: int, *, ordered: bool = True) -> Iterator[Tensor]:
+        """The images uint8 [B, 3, H, W], at most ``batch`` at a time and only equal sizes together.
 
-        rows: list[NDArray[np.uint8]] = []
+        Args:
+            batch: images at a time.
+            ordered: in the order of the names; else sizes that alternate are collected, up to 4 batches in all.
+        """
+        held: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
         for _, pixels in self:
-            if rows and (len(rows) == batch or rows[0].shape != pixels.shape):
-                yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
-                rows = []
-            rows.append(pixels)
-        if rows:
-            yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+            if ordered and held and pixels.shape not in held:
+                yield _stack(held.popitem()[1])
+            held.setdefault(pixels.shape, []).append(pixels)
+            if len(held[pixels.shape]) == batch:
+                yield _stack(held.pop(pixels.shape))
+            elif sum(map(len, held.values())) >= 4 * batch:
+                yield _stack(held.pop(max(held, key=lambda shape: len(held[shape]))))
+        for rows in held.values():
+            yield _stack(rows)
 
     def pixels_sha256(self) -> str:
         """Of sizes and pixels of the images given out so far: equal for a folder, a zip and an npz of one set."""
@@ -148,10 +143,32 @@ class ImageSource:
         return lines
 
 
+def _stack(rows: list[NDArray[np.uint8]]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+
+
 def is_source(path: str | Path) -> bool:
     """Whether a path is of a kind that :func:`open_images` reads: a folder or an archive."""
     place = Path(path).expanduser()
     return place.is_dir() or (place.is_file() and place.name.lower().endswith(ARCHIVES))
+
+
+def pipeline_or_images(name: str | Path) -> Path | None:
+    """The folder of a pipeline, or None where the name is of images.
+
+    Raises:
+        UserError: it is of neither, or of a run that has no student yet.
+    """
+    from stepdistill.checks import find_pipeline
+
+    try:
+        return find_pipeline(name)
+    except UserError:
+        if is_source(name) and not (Path(name).expanduser() / "recipe.yaml").is_file():
+            return None
+        raise
 
 
 def open_images(images: str | Path | Iterable[Any], *, resolution: int = 0) -> ImageSource:
@@ -166,7 +183,7 @@ def open_images(images: str | Path | Iterable[Any], *, resolution: int = 0) -> I
             that ends too early, or an item of an iterable that is no image.
     """
     if not isinstance(images, (str, Path)):
-        return ImageSource("iterator", "iterator", None, [], lambda: _items(images, resolution))
+        return ImageSource("iterator", "iterator", None, [], partial(_items, images, resolution))
     place, label = Path(images).expanduser(), str(images)
     if place.is_dir():
         return _from_folder(place, label, resolution)
@@ -208,7 +225,7 @@ def _from_folder(folder: Path, label: str, resolution: int) -> ImageSource:
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     entries = [_Entry(name, reader(path)) for name, path in files.items()]
     chosen, foreign = _sorted_images(entries, label)
-    return ImageSource(label, "folder", len(chosen), foreign, lambda: _decode_all(chosen, resolution, False))
+    return ImageSource(label, "folder", len(chosen), foreign, partial(_decode_all, chosen, resolution, False))
 
 
 def _from_zip(file: Path, label: str, resolution: int) -> ImageSource:
@@ -219,13 +236,13 @@ def _from_zip(file: Path, label: str, resolution: int) -> ImageSource:
 
     entries = [_Entry(info.filename, reader(info)) for info in archive.infolist() if not info.is_dir()]
     chosen, foreign = _sorted_images(entries, label)
-    return ImageSource(label, "zip", len(chosen), foreign, lambda: _decode_all(chosen, resolution, True))
+    return ImageSource(label, "zip", len(chosen), foreign, partial(_decode_all, chosen, resolution, True))
 
 
 def _from_tar(file: Path, label: str, resolution: int) -> ImageSource:
     """Fields of a webdataset sample share the name up to its first dot; those that are no images are its companions."""
     compressed = not file.name.lower().endswith(".tar")
-    archive = tarfile.open(file, "r:*")  # noqa: SIM115: read while the source lives
+    archive = tarfile.open(file, "r:*")  # noqa: SIM115 (read while the source lives)
 
     def reader(member: tarfile.TarInfo) -> Callable[[], bytes]:
         def read() -> bytes:
@@ -236,24 +253,27 @@ def _from_tar(file: Path, label: str, resolution: int) -> ImageSource:
 
     entries = [_Entry(member.name, reader(member)) for member in archive.getmembers() if member.isfile()]
     chosen, foreign = _sorted_images(entries, label)
+    whole = {key for key, ending in (_sample(entry.name) for entry in chosen) if "." not in ending}
     samples = {_sample(entry.name)[0] for entry in chosen}
-    whole = {key for key, ending in map(_sample, (entry.name for entry in chosen)) if "." not in ending}
-    source = ImageSource(
-        label, "tar", None, [], lambda: _decode_all([e for e in chosen if e not in other], resolution, True)
-    )
-    other = [entry for entry in chosen if "." in _sample(entry.name)[1] and _sample(entry.name)[0] in whole]
-    source.skipped += [Skipped(entry.name, "another field of a sample that has an image") for entry in other]
-    for skipped in foreign:
-        key, ending = _sample(skipped.name)
-        if key in samples:
-            source.companions[ending] += 1
+    images, skipped, companions = [], [], Counter[str]()
+    for entry in chosen:
+        key, ending = _sample(entry.name)
+        if "." in ending and key in whole:
+            skipped.append(Skipped(entry.name, "another field of a sample that has an image"))
         else:
-            source.skipped.append(skipped)
-    source.found = len(chosen) - len(other)
-    order = [entry.name for entry in entries if entry in chosen]
-    if compressed and order != [entry.name for entry in chosen]:
+            images.append(entry)
+    for other in foreign:
+        key, ending = _sample(other.name)
+        if key in samples:
+            companions[ending] += 1
+        else:
+            skipped.append(other)
+    names = {entry.name for entry in images}
+    order = [entry.name for entry in entries if entry.name in names]
+    if compressed and order != [entry.name for entry in images]:
         raise UserError(f"{label} is compressed and its files are not in the order of their names: unpack it")
-    return source
+    decoded = partial(_decode_all, images, resolution, True)
+    return ImageSource(label, "tar", len(images), skipped, decoded, companions)
 
 
 def _sample(name: str) -> tuple[str, str]:
@@ -273,7 +293,7 @@ def _from_npz(file: Path, label: str, resolution: int) -> ImageSource:
         with archive.open("arr_0.npy") as stream:
             shape = _array_header(stream, label)
 
-    def pictures() -> Iterator[_Decoded]:
+    def pictures() -> Iterator[Decoded]:
         size = int(np.prod(shape[1:]))
         try:
             with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
@@ -283,7 +303,7 @@ def _from_npz(file: Path, label: str, resolution: int) -> ImageSource:
                     if len(data) < size:
                         raise UserError(f"{label} is cut off: arr_0 ends in image {i} of {shape[0]}")
                     pixels = np.frombuffer(data, np.uint8).reshape(shape[1:])
-                    yield _Decoded(f"arr_0[{i}]", *_fit(pixels, resolution, ()))
+                    yield Decoded(f"arr_0[{i}]", *fit(pixels, resolution, ()))
         except _DAMAGE as error:
             raise _damaged(label, error) from None
 
@@ -298,29 +318,31 @@ def _array_header(stream: Any, label: str) -> tuple[int, ...]:
         raise UserError(f"{label}: arr_0 is of npy version {version}; write it with numpy.savez")
     shape, fortran, dtype = read[version](stream)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or min(shape[1:]) < 1:
-        raise UserError(f"{label}: arr_0 is {dtype} {list(shape)}; images are uint8 [N, H, W, 3] (no floats, no NaN)")
+        raise UserError(
+            f"{label}: arr_0 is {dtype} {list(shape)}; images are uint8 [N, H, W, 3] (no floats, no NaN)"
+        )
     if shape[0] == 0:
         raise UserError(f"{label} holds no images: arr_0 is empty")
     return tuple(shape)
 
 
-def _items(images: Iterable[Any], resolution: int) -> Iterator[_Decoded]:
+def _items(images: Iterable[Any], resolution: int) -> Iterator[Decoded]:
     for i, item in enumerate(images):
         name = f"image {i}"
         try:
             if isinstance(item, Image.Image):
-                yield _Decoded(name, *_to_pixels(item, resolution))
+                yield Decoded(name, *to_pixels(item, resolution))
                 continue
             if not isinstance(item, np.ndarray):
-                raise _Refused(f"is a {type(item).__name__}")
+                raise Refused(f"is a {type(item).__name__}")
             if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or item.size == 0:
                 nan = " with NaN" if item.dtype.kind == "f" and np.isnan(item).any() else ""
-                raise _Refused(f"is {item.dtype} {list(item.shape)}{nan}")
-        except _Refused as refused:
+                raise Refused(f"is {item.dtype} {list(item.shape)}{nan}")
+        except Refused as refused:
             raise UserError(
                 f"{name} {refused}; give PIL images, or arrays uint8 [H, W, 3] in 0..255"
             ) from None
-        yield _Decoded(name, *_fit(item, resolution, ()))
+        yield Decoded(name, *fit(item, resolution, ()))
 
 
 def _sorted_images(entries: list[_Entry], label: str) -> tuple[list[_Entry], list[Skipped]]:
@@ -332,7 +354,9 @@ def _sorted_images(entries: list[_Entry], label: str) -> tuple[list[_Entry], lis
         for path in parts
     ]
     foreign = [
-        Skipped(entry.name, "not an image file") for entry, yes in zip(ordered, is_image, strict=True) if not yes
+        Skipped(entry.name, "not an image file")
+        for entry, yes in zip(ordered, is_image, strict=True)
+        if not yes
     ]
     chosen = [entry for entry, yes in zip(ordered, is_image, strict=True) if yes]
     if not chosen:
@@ -343,20 +367,20 @@ def _sorted_images(entries: list[_Entry], label: str) -> tuple[list[_Entry], lis
 
 def _not_too_large(member: Any, size: int) -> Any:
     if size > LARGEST_FILE:
-        raise _Refused(f"claims {size} bytes; {LARGEST_FILE} are allowed")
+        raise Refused(f"claims {size} bytes; {LARGEST_FILE} are allowed")
     return member
 
 
-def _decode_all(entries: list[_Entry], resolution: int, archived: bool) -> Iterator[_Decoded]:
+def _decode_all(entries: list[_Entry], resolution: int, archived: bool) -> Iterator[Decoded]:
     """Decodes in threads, a bounded number ahead, in order. Archives are read in this thread: their position is one."""
     with ThreadPoolExecutor(_DECODERS) as pool:
         ahead: deque[Any] = deque()
         for entry in entries:
             try:
-                read = (lambda data=entry.read(): data) if archived else entry.read
+                read = partial(bytes, entry.read()) if archived else entry.read
             except Exception as error:  # a damaged member of an archive that can be read otherwise
                 read = _raiser(error)
-            ahead.append(pool.submit(_decode, entry.name, read, resolution))
+            ahead.append(pool.submit(decode, entry.name, read, resolution))
             if len(ahead) >= 4 * _DECODERS:
                 yield ahead.popleft().result()
         while ahead:
@@ -368,53 +392,3 @@ def _raiser(error: Exception) -> Callable[[], bytes]:
         raise error
 
     return read
-
-
-def _decode(name: str, read: Callable[[], bytes], resolution: int) -> _Decoded:
-    try:
-        with Image.open(io.BytesIO(read()), formats=FORMATS) as image:
-            return _Decoded(name, *_to_pixels(image, resolution))
-    except _Refused as refused:
-        return _Decoded(name, None, (str(refused),))
-    except Exception as error:  # a damaged file can raise anything in a decoder
-        return _Decoded(name, None, (f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}",))
-
-
-def _to_pixels(image: Image.Image, resolution: int) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """8-bit RGB and what was converted, or _Refused with the reason."""
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photograph and its previews
-        raise _Refused(f"animated or of several pages ({getattr(image, 'n_frames', 1)}): save one frame")
-    if image.mode in ("I", "F") or image.mode.startswith("I;") or _is_deep(image):
-        raise _Refused("not 8-bit (16-bit, 32-bit or float): save it with 8 bits a channel")
-    if image.mode not in ("RGB", "RGBA", "LA", "PA", "L", "1", "P", "CMYK"):
-        raise _Refused(f"of mode {image.mode}: save it as RGB")
-    notes: tuple[str, ...] = ()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] != 255:
-            raise _Refused("has transparent pixels: put it on a background first")
-        notes = ("opaque alpha dropped",)
-    elif image.mode != "RGB":
-        notes = ({"P": "palette to RGB", "CMYK": "CMYK to RGB"}.get(image.mode, "grayscale to RGB"),)
-    return _fit(np.asarray(image.convert("RGB")), resolution, notes)
-
-
-def _is_deep(image: Image.Image) -> bool:
-    """More than 8 bits a channel, which PIL would cut to 8: its decoders' arguments say so."""
-    for tile in getattr(image, "tile", []):
-        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if any(isinstance(value, str) and ";16" in value for value in arguments):
-            return True
-        if image.format == "PPM" and any(isinstance(value, int) and value > 255 for value in arguments):
-            return True
-    return False
-
-
-def _fit(
-    pixels: NDArray[np.uint8], resolution: int, notes: tuple[str, ...]
-) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """The central square at resolution x resolution, by PIL's Lanczos filter, where the size is another."""
-    if not resolution or pixels.shape[:2] == (resolution, resolution):
-        return pixels, notes
-    fitted = ImageOps.fit(Image.fromarray(pixels), (resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(fitted), (*notes, f"cropped and resized to {resolution}x{resolution} (Lanczos)")

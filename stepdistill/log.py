@@ -16,11 +16,11 @@ from tqdm import tqdm
 STATS = "stats.jsonl"
 
 
-def bar(total: int, label: str, *, unit: str = "it", first: int = 0, shown: bool = True) -> Any:
+def bar(total: int | None, label: str, *, unit: str = "it", first: int = 0, shown: bool = True) -> Any:
     """A tqdm bar on stderr with rate and time left; ``.update(n)`` moves it, ``.close()`` ends it.
 
     Args:
-        total: units from the very start of the work.
+        total: units from the very start of the work; None where it is not known.
         label: what is being done.
         unit: what one unit is called.
         first: units that were done before, by the run that is resumed.

@@ -68,6 +68,8 @@ class Report:
         metrics: what ``fd`` and ``clip_score`` are called.
         protocol: resize, SHA-256 of features, reference and suite, the rule of the seeds.
         versions, command, hardware, commit: where the numbers come from; commit is None outside a checkout.
+        images: of images that were there already: what was used, converted and skipped, and the pixels' SHA-256. Their
+            only step count is 0.
     """
 
     suite: str
@@ -82,6 +84,7 @@ class Report:
     command: str
     hardware: str
     commit: str | None
+    images: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: step counts become strings."""
@@ -107,9 +110,10 @@ class Report:
             )
             spread = "" if s.diversity is None else f"{s.diversity:.4f} ± {s.diversity_se:.4f}"
             guidance = "" if self.guidance is None else f"{self.guidance:g}"
+            drawn = f"{s.network_evaluations:g} | {1000 * s.seconds_per_image:.1f}" if steps else " | "
             lines.append(
-                f"| {self.pipeline} | {self.suite} | {steps} | {guidance} | {s.fd:.2f} | {kid} | {score} "
-                f"| {near} | {spread} | {s.network_evaluations:g} | {1000 * s.seconds_per_image:.1f} |"
+                f"| {self.pipeline} | {self.suite} | {steps or ''} | {guidance} | {s.fd:.2f} | {kid} | {score} "
+                f"| {near} | {spread} | {drawn} |"
             )
         return "\n".join(lines if header else lines[2:])
 

@@ -130,7 +130,10 @@ def test_an_npz_reference_gives_the_same_distance_and_a_foreign_one_is_refused(t
     pixels = torch.from_numpy(emoji_images()[:300]).permute(0, 3, 1, 2)
     captions = emoji_captions()[:300]
     ours = score_images(torch.split(pixels, 128), captions, suite)
-    plain = suite.model_copy(update={"reference": str(tmp_path / "stats.npz"), "kid": False})
+    stated = {"features": "emoji", "resize": "clean", "resolution": 32}
+    plain = suite.changed(
+        {"reference": str(tmp_path / "stats.npz"), "kid": False, "reference_protocol": stated}
+    )
     theirs = score_images(torch.split(pixels, 100), captions, plain)
     assert theirs.fd == pytest.approx(ours.fd, abs=1e-6)
     assert theirs.clip_score == pytest.approx(ours.clip_score, abs=1e-6) and theirs.kid is None

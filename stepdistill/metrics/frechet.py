@@ -186,7 +186,7 @@ def _gram(x: Tensor) -> Tensor:
     dimension = x.shape[1]
     product = x.new_empty(dimension, dimension)
     for start in range(0, dimension, BLOCK):
-        columns = slice(start, start + BLOCK)
-        product[start:, columns] = x[:, start:].T @ x[:, columns]
-        product[columns, start:] = product[start:, columns].T
+        stop = start + BLOCK
+        product[start:, start:stop] = x[:, start:].T @ x[:, start:stop]
+        product[start:stop, stop:] = product[stop:, start:stop].T
     return product

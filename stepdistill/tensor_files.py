@@ -1,0 +1,41 @@
+"""Named tensors of a file, without running anything that the file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import UserError
+
+
+def read_tensors(file: Path, like: str) -> dict[str, Tensor]:
+    """Of a safetensors file or a PyTorch state dict; the latter by PyTorch's restricted unpickler, which makes tensors
+    and plain containers and nothing else.
+
+    Args:
+        file: the file.
+        like: what it should be, for the message.
+
+    Raises:
+        UserError: it is damaged or holds something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            try:
+                return load_file(file)
+            except SafetensorError as error:
+                raise ValueError(str(error)) from None
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not named tensors")
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    except (RuntimeError, ValueError, EOFError, OSError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{file} is not readable as weights ({reason}); it must be {like}") from None
