@@ -104,6 +104,7 @@ class MapOptions(WarmStartOptions):
     """Options of a method that learns a flow map."""
 
     warm_times: tuple[float, ...] = ()  # of the warm start's jumps, beside the student's own times
+    to_data: float = 0.25  # share of samples whose jump ends in clean data
     derivative: Way = "auto"  # exact, difference, or the first where it can be had
     derivative_step: float = STEP  # h of the differences, in units of [0, 1]
 
@@ -117,7 +118,6 @@ class JumpOptions(MapOptions):
     same: float = (
         0.25  # share of samples with s = t: plain velocity matching, which a teacher's copy starts with
     )
-    to_data: float = 0.25  # share of samples with s = 0
     noise_share: float = 0.25  # share of samples that start where every drawing starts
     # At p = 1 (MeanFlow) the gradient falls with the error: short jumps, whose target a teacher makes exact, outweigh
     # the long ones for good. At 1/2 every sample counts alike.
@@ -169,9 +169,15 @@ class FlowMapMethod(Method):
             torch.stack([noise, *between, pairs.x0], 1),
             noise.new_tensor([1.0, *self.pair_times(), 0.0]),
         )
-        last = points.shape[1] - 1
-        start = draws.integers("regression start", last)
+        last, options = points.shape[1] - 1, self.map_options
+        if isinstance(options, JumpOptions):
+            start = draws.integers("regression start", last)
+            start = torch.where(draws.uniform("start") < options.noise_share, torch.zeros_like(start), start)
+        else:  # jumps start where the student's steps do
+            own = [i for i, time in enumerate((1.0, *self.pair_times())) if time in self.times]
+            start = torch.tensor(own, device=noise.device)[draws.integers("regression start", len(own))]
         end = start + 1 + (draws.uniform("regression end") * (last - start)).long()
+        end = torch.where(draws.uniform("kind") < options.to_data, torch.full_like(end, last), end)
         rows, path = torch.arange(len(noise), device=noise.device), self.student.path
         x, t = on_straight(path, points[rows, start], at[start])
         y, s = on_straight(path, points[rows, end], at[end])

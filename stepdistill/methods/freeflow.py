@@ -52,7 +52,7 @@ class FreeFlow(FlowMapMethod):
         guidance: float = 3.0  # of the teacher's velocity on the student's path, and of the pairs
         end_mean: float = -0.2  # of the logit of s / t
         end_deviation: float = 1.0  # of the same
-        to_data: float = 0.2  # share of the prediction's samples with s = 0
+        to_data: float = 0.2  # share of the prediction's samples with s = 0, and of the warm start's
         end_min: float = 0.01  # least time the teacher is read at on the path
         power: float = 0.5  # p of the prediction's weight; 1 in the paper, where small errors then weigh most
         offset: float = 0.01  # c of the weight
