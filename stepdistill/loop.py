@@ -198,7 +198,8 @@ def check_resume(checkpoints: Path, recipe: Recipe) -> Path:
         raise UserError(
             f"--resume: there is no checkpoint in {checkpoints}; leave --resume out to start anew"
         )
-    changed = differences(Recipe.model_validate(read_state(found[-1])["recipe"]), _identity(recipe))
+    made_with = Recipe.model_validate(read_state(found[-1])["recipe"])
+    changed = differences(_identity(made_with), _identity(recipe))
     if changed:
         raise UserError(
             f"--resume: the recipe differs from the one {found[-1]} was made with, in {', '.join(changed)}: "
