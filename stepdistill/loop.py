@@ -30,8 +30,9 @@ from stepdistill.ema import Ema
 from stepdistill.errors import UserError
 from stepdistill.health import require_finite
 from stepdistill.log import RunLog
-from stepdistill.recipe import Recipe, TrainOptions, differences, resolved
+from stepdistill.recipe import Recipe, differences, resolved
 from stepdistill.schedule import learning_rate
+from stepdistill.sections import TrainOptions
 from stepdistill.types import Method
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from stepdistill.recipe import TrainOptions
+from stepdistill.sections import TrainOptions
 
 
 def annealed(done: float) -> float:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from stepdistill.discriminator import FeatureGan
 from stepdistill.distances import distance
-from stepdistill.recipe import TermOptions
 from stepdistill.regression import ends
 from stepdistill.sampler import Sampler
+from stepdistill.sections import TermOptions
 from stepdistill.types import Batch, Examples, Method, MethodOptions
 
 DISCRIMINATOR = "discriminator"

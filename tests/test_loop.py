@@ -20,8 +20,9 @@ from stepdistill.errors import UserError
 from stepdistill.health import TrainingDiverged, Vitals
 from stepdistill.job import Job
 from stepdistill.loop import Run, train
-from stepdistill.recipe import TrainOptions, load_recipe
+from stepdistill.recipe import load_recipe
 from stepdistill.schedule import learning_rate
+from stepdistill.sections import TrainOptions
 
 HERE = Path(__file__).parent
 COMMON = [

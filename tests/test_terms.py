@@ -17,7 +17,8 @@ from stepdistill.job import Job
 from stepdistill.loop import train
 from stepdistill.methods import find_method, method_names
 from stepdistill.path import FlowPath
-from stepdistill.recipe import TermOptions, load_recipe
+from stepdistill.recipe import load_recipe
+from stepdistill.sections import TermOptions
 from stepdistill.teacher import PipelineTeacher, load_teacher
 from stepdistill.terms import WithTerms
 
