@@ -75,6 +75,23 @@ def _check_teacher(name: str) -> None:
         )
 
 
+def check_writable(folder: Path) -> None:
+    """The folder can be written to; it is made when it is missing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output folder {folder} cannot be written: {error.strerror}; give another --output"
+        ) from None
+
+
 def check_output(folder: Path, *, resume: bool) -> None:
     """The run folder can be made and written to, and does not hold another run. Leaves the disk as it was.
 
@@ -92,14 +109,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
         )
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"output folder {folder} cannot be written: {error.strerror}; give another --output"
-        ) from None
+        check_writable(folder)
     finally:
         for place in made:
             with contextlib.suppress(OSError):  # another run may be in it by now

@@ -295,14 +295,14 @@ def compare(
     folder = output
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
-    from stepdistill import side_by_side
+    from stepdistill import checks, side_by_side
 
     if methods:
         wanted = side_by_side.plan(
             methods, teacher, side_by_side.seconds_of(budget) if budget else 0.0, sets or ()
         )
         folder = output or Path("runs") / f"compare_{Path(teacher).name}"
-        side_by_side.check_folder(folder)
+        checks.check_writable(folder)
         compared = side_by_side.compare_methods(wanted, folder, _command())
     else:
         compared = side_by_side.collect(reports or [], _command())

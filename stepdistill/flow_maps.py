@@ -22,6 +22,7 @@ from stepdistill.draws import Draws
 from stepdistill.path import Path, per_sample
 from stepdistill.regression import WarmStartOptions, warm_start_rate
 from stepdistill.sampler import Sampler
+from stepdistill.step_sums import StepSums
 from stepdistill.student import STRAIGHT, Student, carried, predict_elsewhere
 from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
 
@@ -72,7 +73,7 @@ class Balance(nn.Module):
         self.decay = decay
         self.register_buffer("means", torch.zeros(2))
         self.means: Tensor
-        self._seen: list[Tensor] = []  # of this step: sums and counts of both
+        self._seen = StepSums()  # sums and counts of both
 
     @property
     def ratio(self) -> Tensor:
@@ -84,16 +85,13 @@ class Balance(nn.Module):
         """Takes in the sizes of some samples of either, each [B], which may be empty."""
         sums = [first.sum(), second.sum()]
         counts = [first.new_tensor(float(len(first))), first.new_tensor(float(len(second)))]
-        self._seen.append(torch.stack([*sums, *counts]).double())
+        self._seen.add(torch.stack([*sums, *counts]))
 
     def update(self) -> None:
         """Moves the means by what the step has seen, on every process."""
-        if not self._seen:
+        seen = self._seen.take()
+        if seen is None:
             return
-        seen = torch.stack(self._seen).sum(0)
-        self._seen.clear()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen)
         for i in range(2):
             if seen[2 + i] > 0:
                 now = (seen[i] / seen[2 + i]).to(self.means.dtype)

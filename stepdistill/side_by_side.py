@@ -273,21 +273,6 @@ def _forwarded(child: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def check_folder(folder: Path) -> None:
-    """The folder can be made and written to.
-
-    Raises:
-        UserError: it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written: {error.strerror}") from None
-
-
 def compare_methods(wanted: Plan, folder: Path, command: str) -> Comparison:
     """Trains what a plan asks for under ``folder``, the page written anew after every run; see :func:`train_all`."""
 

@@ -97,7 +97,8 @@ class WithTerms(Method):
             return loss, logs
         logs = dict(logs)
         if terms.regression_weight or terms.perceptual_weight:
-            seen, wanted = ends(self.student, self.times, batch)
+            # The states that pairs keep are those of the method's pair times, which may be more than the student's own.
+            seen, wanted = ends(self.student, (self.times[0], *self.pair_times()), batch)
             if terms.regression_weight:
                 logs["term regression"] = distance(seen, wanted, terms.regression)
                 loss = loss + terms.regression_weight * logs["term regression"]

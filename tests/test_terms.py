@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,33 @@ def test_terms_vanish_with_their_gradient_at_the_exact_student():
         assert all(float(gradient.abs().max()) < 1e-4 for gradient in gradients)
 
 
+def test_the_regression_reads_each_state_at_its_own_time():
+    """A flow map's pairs keep more states than the student has times. On straight trajectories the state at t is
+    t z + (1 - t) x, so one read at another time shows."""
+    kind = find_method("flow_map")
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    student = toy_student(Perceptron(seed=1), PATH, "velocity")
+    method = kind(teacher, student, (1.0, 0.5), kind.Options(warm_times=(0.75, 0.25)))
+    assert method.pair_times() == (0.75, 0.5, 0.25)
+    sample, asked = batch(), []
+    pairs = sample.pairs
+    states = torch.stack([t * pairs.noise + (1 - t) * pairs.x0 for t in method.pair_times()], 1)
+    sample = replace(sample, pairs=replace(pairs, states=states))
+    predict = student.predict
+
+    def watched(x, t, cond, s=None):
+        asked.append((x, t))
+        return predict(x, t, cond, s)
+
+    student.predict = watched
+    terms = WithTerms(method, TermOptions(regression_weight=1.0))
+    terms.loss("student", sample)
+    x, t = asked[-1]
+    line = t.view(-1, 1, 1, 1) * pairs.noise + (1 - t.view(-1, 1, 1, 1)) * pairs.x0
+    torch.testing.assert_close(x, line)
+    assert len(set(t.tolist())) > 2
+
+
 @pytest.mark.parametrize("name", ["dmd", "reflow"])
 def test_the_discriminators_turns_come_between_the_methods_own(name):
     """Without them the sequence of turns, rates and losses is that of the method alone."""
@@ -90,8 +118,6 @@ def test_the_discriminators_turns_come_between_the_methods_own(name):
 
 def batch_at(step):
     """The batch of the run's step 2 step + 1 as the method's step ``step``."""
-    from dataclasses import replace
-
     sample = batch(2 * step + 1)
     return replace(sample, draws=replace(sample.draws, step=step))
 

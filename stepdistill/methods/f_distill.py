@@ -22,12 +22,12 @@ from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from stepdistill.discriminator import FeatureGan
 from stepdistill.fake_score import ScoreMethod, ScoreOptions, push
 from stepdistill.path import per_sample
+from stepdistill.step_sums import StepSums
 from stepdistill.student import Student
 from stepdistill.types import Batch, MethodOptions, Teacher
 
@@ -58,7 +58,7 @@ class RatioWeight(nn.Module):
         self.register_buffer("mean_weight", self.h(torch.ones(1)))
         self.mean_ratio: Tensor
         self.mean_weight: Tensor
-        self._seen: list[Tensor] = []  # of this step: sums and counts of r in each bin, sum and count of h
+        self._seen = StepSums()  # sums and counts of r in each bin, sum and count of h
 
     @torch.no_grad()
     def forward(self, logit: Tensor, t: Tensor) -> Tensor:
@@ -69,17 +69,14 @@ class RatioWeight(nn.Module):
         weight = self.h(ratio / self.mean_ratio[where])
         bins = nn.functional.one_hot(where, BINS).double()
         sums = [ratio.double() @ bins, bins.sum(0), weight.double().sum()[None], bins.sum()[None]]
-        self._seen.append(torch.cat(sums))
+        self._seen.add(torch.cat(sums))
         return weight / self.mean_weight
 
     def update(self) -> None:
         """Takes what the step has seen, on every process, into the means."""
-        if not self._seen:
+        seen = self._seen.take()
+        if seen is None:
             return
-        seen = torch.stack(self._seen).sum(0)
-        self._seen.clear()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen)
         ratios, counts, weight = seen[:BINS], seen[BINS : 2 * BINS], seen[-2:-1] / seen[-1]
         now = torch.where(counts > 0, ratios / counts.clamp_min(1), self.mean_ratio.double())
         for mean, value in ((self.mean_ratio, now), (self.mean_weight, weight)):
