@@ -17,20 +17,15 @@ from torch import Tensor
 from stepdistill import teacher_cache
 from stepdistill.drawing import Drawing, load_pipeline
 from stepdistill.errors import UserError
+from stepdistill.extraction import Extraction
 from stepdistill.features import FeatureNetwork
 from stepdistill.log import bar
-from stepdistill.metrics.balls import Balls
-from stepdistill.metrics.clip_score import MeanState, cosines
-from stepdistill.metrics.coverage import coverage
-from stepdistill.metrics.density import density
+from stepdistill.measure import measure
 from stepdistill.metrics.diversity import Diversity, pairwise_diversity
-from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
-from stepdistill.metrics.kid import kernel_distance
-from stepdistill.metrics.precision import precision
-from stepdistill.metrics.recall import recall
 from stepdistill.provenance import provenance
+from stepdistill.row_table import RowTable
 from stepdistill.scores import Report, Scores, StepScores
-from stepdistill.suite import Reference, Suite, load_reference, load_suite
+from stepdistill.suite import Suite, load_reference, load_suite
 from stepdistill.teacher_cache import weights_hash
 
 __all__ = [
@@ -90,18 +85,19 @@ def evaluate(
     prompts = suite.prompt_list()
     pipe, label = load_pipeline(pipeline, device)
     drawing = Drawing(pipe, suite, prompts, guidance, trailing, eta)
-    network = suite.network(pipe.device)
+    extraction = Extraction(suite, pipe.device)
+    network = extraction.network
     reference = load_reference(suite, network, progress=progress)
     scores = {}
     for count in counts:
         batches = drawing.batches(count, batch)
         shown = bar(suite.n, f"{suite.label}, {count} step{'s' * (count > 1)}", unit="image", shown=progress)
-        base = _score(_advance(batches, shown), prompts, suite, network, reference)
+        rows = _rows(_advance(batches, shown), prompts, extraction)
         shown.close()
         seconds, passes = drawing.seconds / suite.n, drawing.passes / suite.n
         spread = _diversity(pipe, suite, count, batch, network, drawing.guidance, trailing, eta)
         scores[count] = StepScores(
-            **asdict(base),
+            **asdict(measure(rows, suite, network, reference)),
             seconds_per_image=seconds,
             network_evaluations=passes,
             diversity=spread.value if spread else None,
@@ -142,60 +138,18 @@ def score_images(
         device: where the features are computed.
     """
     suite = load_suite(suite)
-    network = suite.network(device)
-    return _score(images, prompts, suite, network, load_reference(suite, network))
+    extraction = Extraction(suite, device)
+    reference = load_reference(suite, extraction.network)
+    return measure(_rows(images, prompts, extraction), suite, extraction.network, reference)
 
 
-def _score(
-    images: Iterable[Tensor],
-    prompts: Sequence[str] | None,
-    suite: Suite,
-    network: FeatureNetwork,
-    reference: Reference,
-) -> Scores:
-    moments, similarity = Moments.empty(network.dimension), MeanState()
-    kept: list[Tensor] = []
-    near = suite.neighbours > 0 and reference.features is not None
+def _rows(images: Iterable[Tensor], prompts: Sequence[str] | None, extraction: Extraction) -> RowTable:
+    """The rows of all images; prompt i belongs to image i."""
+    rows = RowTable()
     for pixels in images:
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-            nan = " with NaN" if pixels.is_floating_point() and pixels.isnan().any() else ""
-            found = f"{pixels.dtype} {list(pixels.shape)}{nan}"
-            raise UserError(f"images are {found}; give batches uint8 [B, 3, H, W] in 0..255")
-        features = network.images(pixels)  # [B, D]
-        if suite.clip_score:
-            texts = (prompts or [])[moments.count : moments.count + len(features)]
-            if len(texts) != len(features):
-                raise UserError(
-                    f"{len(prompts or [])} prompts for more images; the CLIP score needs one prompt an image"
-                )
-            similarity.add(cosines(features, network.texts(texts)))
-        moments.add(features)
-        # Kept for the kernel distance and the neighbours, and while fewer than D features make the covariance singular.
-        if suite.kid or near or moments.count <= network.dimension:
-            kept.append(features)
-    if moments.count < 3:
-        raise UserError(f"a distance needs at least 3 images, there are {moments.count}")
-    if moments.count <= network.dimension:
-        distance = frechet_distance_of_features(torch.cat(kept), reference.moments)
-    else:
-        distance = frechet_distance(moments, reference.moments)
-    kid = None
-    if suite.kid and reference.features is not None:
-        kid = kernel_distance(torch.cat(kept), reference.features, gamma=network.kernel_scale)
-    balls = None
-    if near and reference.features is not None and moments.count > suite.neighbours:
-        balls = Balls.between(reference.features, torch.cat(kept), suite.neighbours)
-    return Scores(
-        n=moments.count,
-        fd=network.fd_scale * distance,
-        kid=None if kid is None else kid.value,
-        kid_se=None if kid is None else kid.standard_error,
-        clip_score=similarity.mean if suite.clip_score else None,
-        precision=precision(balls) if balls else None,
-        recall=recall(balls) if balls else None,
-        density=density(balls) if balls else None,
-        coverage=coverage(balls) if balls else None,
-    )
+        texts = None if prompts is None else prompts[rows.count : rows.count + len(pixels)]
+        rows.add(extraction(pixels, texts))
+    return rows
 
 
 def _diversity(

@@ -3,32 +3,8 @@ without their factor 2.5 and without the clamp at zero)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-
-@dataclass
-class MeanState:
-    """A streaming mean in float64, merged in any order."""
-
-    count: int = 0
-    total: float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """Take in numbers [B]."""
-        self.count += len(values)
-        self.total += float(values.detach().double().sum())
-
-    def merge(self, other: MeanState) -> MeanState:
-        """The mean of both sets."""
-        return MeanState(self.count + other.count, self.total + other.total)
-
-    @property
-    def mean(self) -> float:
-        """The mean; needs one number."""
-        return self.total / self.count
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
