@@ -20,11 +20,15 @@ from stepdistill.derivative import STEP, Derivative, Way
 from stepdistill.distances import distance
 from stepdistill.draws import Draws
 from stepdistill.path import Path, per_sample
+from stepdistill.polyline import Polyline
 from stepdistill.regression import WarmStartOptions, warm_start_rate
-from stepdistill.sampler import Sampler
+from stepdistill.sampler import Sampler, uniform_times
 from stepdistill.step_sums import StepSums
 from stepdistill.student import STRAIGHT, Student, carried, predict_elsewhere
 from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
+
+SHORTEST = 1e-3
+"""Below this length a jump's mean velocity is read off the trajectory's direction: a difference would be rounding."""
 
 
 @torch.no_grad()
@@ -101,7 +105,8 @@ class Balance(nn.Module):
 class MapOptions(WarmStartOptions):
     """Options of a method that learns a flow map."""
 
-    warm_times: tuple[float, ...] = ()  # of the warm start's jumps, beside the student's own times
+    # Of the warm start's jumps, beside the student's own; or all steps of the pairs' solver, and any time between them.
+    warm_times: tuple[float, ...] | Literal["all"] = ()
     to_data: float = 0.25  # share of samples whose jump ends in clean data
     derivative: Way = "auto"  # exact, difference, or the first where it can be had
     derivative_step: float = STEP  # h of the differences, in units of [0, 1]
@@ -128,7 +133,8 @@ class FlowMapMethod(Method):
     """A method whose student is a flow map: with a second time, a derivative, and a warm start on pairs.
 
     The warm start regresses u on the mean velocities between the states of the teacher's trajectories (consistency
-    mid-training, Hu et al. 2025, 2509.24526), of which pairs keep those at the student's times and ``warm_times``.
+    mid-training, Hu et al. 2025, 2509.24526), of which pairs keep those at the student's times and ``warm_times``. With
+    ``all`` it knows the trajectories at every time, and the velocity there, on which u(x, t, t) is regressed.
     """
 
     def __init__(
@@ -146,7 +152,10 @@ class FlowMapMethod(Method):
         return cls.needs | warm | source
 
     def pair_times(self) -> tuple[float, ...]:
-        return tuple(sorted({*self.times[1:], *self.map_options.warm_times}, reverse=True))
+        options = self.map_options
+        if options.warm_times == "all":
+            return uniform_times(options.pair_steps)[1:]
+        return tuple(sorted({*self.times[1:], *options.warm_times}, reverse=True))
 
     def lr_ratio(self, turn: str, step: int) -> float:
         return warm_start_rate(step, self.map_options)
@@ -160,27 +169,50 @@ class FlowMapMethod(Method):
 
     def regression(self, batch: Batch) -> Tensor:
         """The distance of u to (x_t - x_s) / (t - s) for two points of a pair's trajectory at random; a scalar."""
-        pairs, draws = cast(Examples, batch.pairs), batch.draws
-        noise = cast(Tensor, pairs.noise)
+        pairs = cast(Examples, batch.pairs)
+        noise, path = cast(Tensor, pairs.noise), self.student.path
         between = [] if pairs.states is None else list(pairs.states.unbind(1))
-        points, at = (
+        line = Polyline.of(
             torch.stack([noise, *between, pairs.x0], 1),
             noise.new_tensor([1.0, *self.pair_times(), 0.0]),
+            lambda x, t: on_straight(path, x, t),
         )
-        last, options = points.shape[1] - 1, self.map_options
+        whole = self.map_options.warm_times == "all"
+        t, s = self._any_times(batch.draws, line) if whole else self._states_times(batch.draws, line)
+        x, gap = line.at(t), per_sample(t - s, noise)
+        mean = torch.where(gap > SHORTEST, (x - line.at(s)) / gap.clamp_min(SHORTEST), line.velocity(t))
+        return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.map_options.regression)
+
+    def _states_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
+        """Start and end [B] of the warm start's jumps, among the times of the states."""
+        last, options = len(line.times) - 1, self.map_options
         if isinstance(options, JumpOptions):
             start = draws.integers("regression start", last)
             start = torch.where(draws.uniform("start") < options.noise_share, torch.zeros_like(start), start)
-        else:  # jumps start where the student's steps do
-            own = [i for i, time in enumerate((1.0, *self.pair_times())) if time in self.times]
-            start = torch.tensor(own, device=noise.device)[draws.integers("regression start", len(own))]
+        else:
+            start = self._own_start(draws)
         end = start + 1 + (draws.uniform("regression end") * (last - start)).long()
         end = torch.where(draws.uniform("kind") < options.to_data, torch.full_like(end, last), end)
-        rows, path = torch.arange(len(noise), device=noise.device), self.student.path
-        x, t = on_straight(path, points[rows, start], at[start])
-        y, s = on_straight(path, points[rows, end], at[end])
-        mean = (x - y) / per_sample(t - s, x)
-        return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.map_options.regression)
+        return line.times[start], line.times[end]
+
+    def _any_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
+        """The same at any times of the line, and s = t on the share ``same``."""
+        options, kind = self.map_options, draws.uniform("kind")
+        same = options.same if isinstance(options, JumpOptions) else 0.0
+        if isinstance(options, JumpOptions):
+            t = line.times[0] * draws.uniform("regression start")
+            t = torch.where(draws.uniform("start") < options.noise_share, line.times[0], t)
+        else:
+            t = line.times[self._own_start(draws)]
+        s = torch.where(kind < same + options.to_data, 0.0, t * draws.uniform("regression end"))
+        return t, torch.where(kind < same, t, s)
+
+    def _own_start(self, draws: Draws) -> Tensor:
+        """Positions [B] in (1, *pair_times) of jumps that start where the student's steps do."""
+        known = (1.0, *self.pair_times())
+        own = [min(range(len(known)), key=lambda i: abs(known[i] - time)) for time in self.times]
+        drawn = draws.integers("regression start", len(own))
+        return torch.tensor(own, device=drawn.device)[drawn]
 
     def jumps(self, draws: Draws, a: Tensor, b: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Start t <= last and end s <= t of each sample's jump from two times a and b, and which samples start where

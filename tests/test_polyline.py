@@ -1,0 +1,46 @@
+"""A first-order solver's trajectory is known at every time, and a flow map is regressed on it at any two of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import SHAPE, Gaussian, ToyTeacher
+
+from stepdistill.flow_maps import on_straight
+from stepdistill.path import FlowPath, TablePath
+from stepdistill.polyline import Polyline
+from stepdistill.sampler import uniform_times
+from stepdistill.solvers import trajectory
+from stepdistill.types import Condition
+
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+PATHS = [FlowPath(), TablePath.from_alphas_cumprod(torch.cumprod(1 - BETAS, 0))]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["flow", "table"])
+def test_between_two_ddim_states_lies_the_state_of_a_shorter_step_and_its_direction_is_the_teachers_velocity(
+    path: FlowPath | TablePath,
+) -> None:
+    teacher = ToyTeacher(Gaussian(path, 0.7, 0.4), path)
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def predict(x, t):
+        return teacher.predict(x, t, Condition())
+
+    def states_at(grid):
+        with torch.no_grad():
+            return torch.stack([noise, *trajectory(predict, noise, grid, "ddim")], 1)
+
+    grid = (*uniform_times(4), 0.0)
+    line = Polyline.of(states_at(grid), torch.tensor(grid), lambda x, t: on_straight(path, x, t))
+    for time in (0.875, 0.6, 0.3):  # one more state on the way, and nothing after it
+        shorter = states_at((*[t for t in grid if t > time], time))[:, -1]
+        x, t = on_straight(path, shorter, torch.full((16,), time))
+        torch.testing.assert_close(line.at(t), x, atol=1e-4, rtol=1e-4)
+    for i, time in enumerate(grid[:-1]):
+        x, t = line.states[:, i], line.times[i].expand(16)
+        own, own_t = states_at(grid)[:, i], torch.full((16,), time)
+        said = predict(own, own_t)
+        torch.testing.assert_close(line.velocity(t), said.eps - said.x0, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(line.at(t), x)
+    torch.testing.assert_close(line.at(line.times[-1].expand(16)), line.states[:, -1], atol=1e-5, rtol=1e-5)
