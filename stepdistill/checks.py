@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stepdistill.embedded import embedded_teachers, teacher_folder
 from stepdistill.errors import UserError, did_you_mean
+from stepdistill.prompts import read_prompts
 from stepdistill.recipe import Recipe
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -22,7 +23,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     _check_teacher(recipe.teacher)
     if recipe.data.prompts is not None:
-        _check_prompts(Path(recipe.data.prompts))
+        read_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:
         _check_images(Path(recipe.data.images))
 
@@ -92,6 +93,33 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
+def check_folder(folder: Path) -> None:
+    """As :func:`check_writable`, and leaves the disk as it was.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        check_writable(folder)
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # another run may be in it by now
+                place.rmdir()
+
+
+def check_file(path: Path) -> None:
+    """A file that is written after minutes of work can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; give a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} is not there or cannot be written")
+
+
 def check_output(folder: Path, *, resume: bool) -> None:
     """The run folder can be made and written to, and does not hold another run. Leaves the disk as it was.
 
@@ -107,13 +135,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
         raise UserError(
             f"{folder} holds a run already: add --resume to go on with it, or give another --output"
         )
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        check_writable(folder)
-    finally:
-        for place in made:
-            with contextlib.suppress(OSError):  # another run may be in it by now
-                place.rmdir()
+    check_folder(folder)
 
 
 def next_run_folder(root: Path, name: str) -> Path:
@@ -139,20 +161,6 @@ def newest_run_folder(root: Path, name: str) -> Path:
     if not numbered:
         raise UserError(f"--resume: there is no run {root / name} to go on with; give its folder as --output")
     return numbered[max(numbered)]
-
-
-def _check_prompts(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"data.prompts: {path} does not exist; give a text file with one prompt per line")
-    try:
-        with path.open(encoding="utf-8") as file:
-            empty = not any(line.strip() for line in file)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
-    if empty:
-        raise UserError(f"data.prompts: {path} holds no prompt; write one per line")
 
 
 def _check_images(folder: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from stepdistill.errors import UserError
+from stepdistill.cli_eval import evaluate_pipeline
+from stepdistill.errors import OtherProcessError, UserError
 
 app = typer.Typer(
     name="stepdistill",
@@ -32,6 +34,9 @@ def main() -> None:
     """Runs the command line: a UserError is one line on stderr and exit status 2, anything else keeps its traceback."""
     try:
         app()
+    except OtherProcessError:
+        time.sleep(10)  # a launcher ends all processes when one ends, and that other one has yet to say why
+        raise SystemExit(2) from None
     except UserError as error:
         print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -159,70 +164,47 @@ def sample(
     output: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
 ) -> None:
     """Draw pictures from prompts, on one grid."""
+    from stepdistill.checks import check_file
+
+    check_file(output)
     from stepdistill.sample import grid
     from stepdistill.sample import sample as draw
 
-    _check_file(output)
     grid(draw(student, prompt, steps=steps, guidance=guidance, seed=seed)).save(output)
     print(output)
 
 
-@app.command("eval")
-def evaluate_pipeline(
-    pipeline: Annotated[
-        str,
-        typer.Argument(
-            help="Embedded teacher, diffusers folder, run folder (its student); or images: a folder, zip, npz or tar."
-        ),
+app.command("eval")(evaluate_pipeline)
+
+
+@app.command()
+def geneval(
+    pipeline: Pipeline,
+    prompts: Annotated[
+        Path, typer.Option(help="GenEval's evaluation_metadata.jsonl; also GenEval 2's file.")
     ],
-    suite: Annotated[str, typer.Option(help="Evaluation suite: a shipped name or a .yaml file.")] = "emoji",
-    steps: Annotated[str, typer.Option(help="Step counts, separated by commas.")] = "1",
+    output: Annotated[Path, typer.Option(help="Folder to write to; a begun one is finished.")],
+    steps: Annotated[int, typer.Option(min=1, help="Network evaluations per picture.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures of each prompt.")] = 4,
     guidance: Guidance = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Picture j of prompt i: seed + samples * i + j.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     trailing: Annotated[
         bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")
     ] = False,
-    diversity: Annotated[
-        int, typer.Option(help="Also draw so many samples of each of 100 prompts: how much they differ.")
-    ] = 0,
-    reference: Annotated[
-        Path | None, typer.Option(help="Reference statistics in place of the suite's, as `stats` makes them.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
 ) -> None:
-    """Measure a pipeline, or images: Frechet distance, KID, CLIP score, precision and recall, density and coverage."""
-    from stepdistill.image_sources import pipeline_or_images
+    """Draw GenEval's prompts into its folder format, which its own environment then scores."""
+    from stepdistill.checks import find_pipeline
+    from stepdistill.geneval import check_export, export_geneval, read_metadata
 
-    counts = _step_counts(steps)
-    folder = pipeline_or_images(pipeline)
-    if folder is None and (counts != (1,) or guidance is not None or trailing or diversity):
-        raise UserError(
-            f"{pipeline} holds images: --steps, --guidance, --trailing and --diversity are of pipelines"
-        )
-    if output is not None:
-        _check_file(output)
-    from stepdistill.evaluate import evaluate
-    from stepdistill.suite import load_suite
-
-    protocol = load_suite(suite)
-    if diversity:
-        protocol = protocol.with_diversity(diversity)
-    if reference is not None:
-        from stepdistill.reference import for_reference
-
-        protocol = for_reference(protocol, reference)
-    if folder is None:
-        from stepdistill.evaluate_images import evaluate_images
-
-        report = evaluate_images(pipeline, protocol, batch=batch)
-    else:
-        report = evaluate(
-            folder, suite=protocol, steps=counts, guidance=guidance, batch=batch, trailing=trailing
-        )
-    print(report.markdown())
-    if output is not None:
-        report.save(output)
-        print(output)
+    find_pipeline(pipeline)
+    read_metadata(prompts)
+    check_export(output)
+    drawn = export_geneval(
+        pipeline, prompts, output, steps=steps, samples=samples, guidance=guidance, seed=seed, batch=batch,
+        trailing=trailing,
+    )  # fmt: skip
+    print(f"{output}: {drawn} pictures drawn")
 
 
 @app.command()
@@ -241,25 +223,38 @@ def stats(
     moments_only: Annotated[
         bool, typer.Option("--moments-only", help="Leave out what KID, precision and recall need.")
     ] = False,
+    spatial: Annotated[
+        bool, typer.Option("--spatial", help="Also what sFID needs; inception from a state dict has it.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 256,
 ) -> None:
     """Make reference statistics of real images, with their protocol inside."""
-    _check_file(output)
+    from stepdistill.checks import check_file
+
+    check_file(output)
     from stepdistill.image_sources import open_images
 
     source = open_images(images, resolution=resolution)
     from stepdistill.reference import make_statistics, network_of
 
     network = network_of(features, resize)
-    keep = not moments_only
-    made = make_statistics(source, network, output, resolution=resolution, keep_features=keep, batch=batch)
+    made = make_statistics(
+        source,
+        network,
+        output,
+        resolution=resolution,
+        keep_features=not moments_only,
+        spatial=spatial,
+        batch=batch,
+    )
     print(f"{output}: {made['n']} images, {made['features']}, {made['resize']}")
 
 
 @app.command()
 def compare(
     reports: Annotated[
-        list[str] | None, typer.Argument(help="Run folders, or report.json files; or none, and --methods.")
+        list[str] | None,
+        typer.Argument(help="Run folders, folders or files of `eval --output`; or none, and --methods."),
     ] = None,
     methods: Annotated[
         str | None,
@@ -283,7 +278,7 @@ def compare(
         ),
     ] = None,
 ) -> None:
-    """Put runs side by side, ranked: finished ones, or one for each of several methods, trained first.
+    """Put runs and evaluations side by side, ranked, or one run for each of several methods, trained first.
 
     The same command goes on where it was stopped: finished runs are kept, unfinished ones resumed, failed ones tried
     again.
@@ -365,21 +360,6 @@ def _default_run_folder(method: str, teacher: str, resume: bool) -> Path:
         raise UserError("give --output DIR when several processes train together")
     name = f"{Path(method).stem}_{Path(teacher).name}"
     return (checks.newest_run_folder if resume else checks.next_run_folder)(Path("runs"), name)
-
-
-def _step_counts(text: str) -> tuple[int, ...]:
-    counts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in counts):
-        raise UserError(f"--steps {text}: give step counts separated by commas, such as 1,2,4")
-    return tuple(int(part) for part in counts)
-
-
-def _check_file(path: Path) -> None:
-    """A file that is written after minutes of work can be written."""
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; give a file")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output {path}: the folder {path.parent} is not there or cannot be written")
 
 
 def _command() -> str:

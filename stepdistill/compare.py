@@ -1,19 +1,24 @@
-"""Finished runs side by side, ranked only where their numbers mean the same. Reads reports; imports no torch."""
+"""Finished runs and evaluations side by side, ranked only where their numbers mean the same. Reads reports; imports no
+torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
+from stepdistill.rounded import with_error
 
-# Numbers under two values of one of these cannot be ranked.
+# Numbers under two values of one of these cannot be ranked, nor of any field of the protocol that both reports state.
 SAME_FIELDS = ("suite", "n")
-# The same for what stands in a report's protocol, where both reports state it.
-SAME_PROTOCOL = ("resize", "features_sha256", "reference_sha256", "seeds", "neighbours")
+# What only adds a score or an error of its own moves no other.
+APART = ("diversity", "standard_errors")
+# What makes an evaluation's number mean anything: a report that does not state it is not ranked with one that does.
+ESSENTIAL = ("resize", "features_sha256", "reference_sha256", "suite_sha256")
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class Row:
     Attributes:
         name: the run's name, or its folder's.
         method: its method.
-        steps: network evaluations per image.
+        steps: network evaluations per image; 0 of images that were there already.
         gap_closed: share of the way from the one-step teacher to the full teacher, 1 is the teacher.
-        fd: Frechet distance of the student, lower is better.
-        kid: kernel distance, lower is better.
-        clip_score: CLIP score of the student, higher is better.
+        fd, fd_se: Frechet distance of the student, lower is better, and its standard error.
+        kid, kid_se: kernel distance, lower is better, and its standard error.
+        clip_score, clip_score_se: CLIP score of the student, higher is better, and its standard error.
         recall, density: see stepdistill.metrics; higher is better.
         recall_of_teachers: recall over that of the teacher at full steps.
         ms_per_image: milliseconds of drawing an image, in the batches and on the machine of the evaluation.
@@ -40,8 +45,11 @@ class Row:
     steps: int
     gap_closed: float | None
     fd: float | None
+    fd_se: float | None
     kid: float | None
+    kid_se: float | None
     clip_score: float | None
+    clip_score_se: float | None
     recall: float | None
     density: float | None
     recall_of_teachers: float | None
@@ -70,9 +78,9 @@ COLUMNS = (
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """The report of a run folder, the report.json itself, or what ``stepdistill eval`` wrote.
+    """The report of a run folder, the report.json itself, or what ``stepdistill eval`` wrote, of a pipeline or images.
 
-    A missing name becomes the folder's.
+    A missing name becomes the folder's, or the file's where it is not called report.json.
 
     Raises:
         UserError: no report there, or not a report.
@@ -101,33 +109,50 @@ def _from_evaluation(report: dict[str, Any], file: Path) -> dict[str, Any]:
     scores: dict[str, dict[str, Any]] = report["scores"]
     keys = dict.fromkeys(key for score in scores.values() for key in score)
     student = {key: {steps: score.get(key) for steps, score in scores.items()} for key in keys}
-    return {"name": file.stem, "method": "-", **report, "student": student}
+    name = file.resolve().parent.name if file.stem == "report" else file.stem
+    return {"name": name, "method": "-", **report, "student": student}
 
 
 def rank(reports: Sequence[dict[str, Any]]) -> list[Row]:
     """One row per run and number of steps: by steps, then by Frechet distance, best first.
 
     Raises:
-        UserError: the reports were measured differently; the field and its values are named.
+        UserError: the reports were measured differently; every field that differs is named, with its values.
     """
-    for field in SAME_FIELDS:
-        _require_one_value(field, {str(report["name"]): str(report[field]) for report in reports})
-    for field in SAME_PROTOCOL:
-        stated = {str(report["name"]): (report.get("protocol") or {}).get(field) for report in reports}
-        _require_one_value(
-            f"protocol.{field}", {name: str(value) for name, value in stated.items() if value is not None}
-        )
+    if found := differences(reports):
+        raise UserError(f"these reports cannot be ranked: {'; '.join(found)}; evaluate them with one suite")
     rows = [row for report in reports for row in _rows(report)]
     return sorted(rows, key=lambda row: (row.steps, row.fd is None, row.fd or 0.0))
 
 
-def _require_one_value(field: str, by_name: Mapping[str, str]) -> None:
-    values = {value: name for name, value in by_name.items()}
-    if len(values) > 1:
-        found = ", ".join(f"{value} ({name})" for value, name in values.items())
-        raise UserError(
-            f"these reports cannot be ranked: {field} differs: {found}; evaluate them with one suite"
-        )
+def differences(reports: Sequence[dict[str, Any]]) -> list[str]:
+    """What was not measured alike, each field with its values. Command, machine, versions, commit and times do not
+    matter; neither do seeds of images that were there already, which nobody states."""
+    protocols = [report.get("protocol") or {} for report in reports]
+    keys = dict.fromkeys(key for protocol in protocols for key in protocol)
+    found = [_values(field, ((report, report[field]) for report in reports)) for field in SAME_FIELDS]
+    for key in sorted(keys, key=lambda key: key == "suite_sha256"):  # which differs with most others: last
+        if key not in APART:
+            needed = key in ESSENTIAL
+            stated = (
+                (report, protocol.get(key, "not stated" if needed and "scores" in report else None))
+                for report, protocol in zip(reports, protocols, strict=True)
+            )
+            found.append(_values(f"protocol.{key}", stated))
+    return [text for text in found if text]
+
+
+def _values(field: str, stated: Iterable[tuple[dict[str, Any], Any]]) -> str:
+    """The values of a field and who has them, where there is more than one; None is not a value."""
+    by_value = {str(value): str(report["name"]) for report, value in stated if value is not None}
+    if len(by_value) < 2:
+        return ""
+    return f"{field} differs: " + ", ".join(f"{_short(value)} ({name})" for value, name in by_value.items())
+
+
+def _short(value: str) -> str:
+    """Hashes by their first digits."""
+    return f"{value[:16]}..." if re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _rows(report: dict[str, Any]) -> list[Row]:
@@ -144,12 +169,15 @@ def _rows(report: dict[str, Any]) -> list[Row]:
             steps=int(steps),
             gap_closed=(report.get("gap_closed") or {}).get(steps),
             fd=of("fd", steps),
+            fd_se=of("fd_se", steps),
             kid=of("kid", steps),
+            kid_se=of("kid_se", steps),
             clip_score=of("clip_score", steps),
+            clip_score_se=of("clip_score_se", steps),
             recall=of("recall", steps),
             density=of("density", steps),
             recall_of_teachers=(report.get("recall_of_teachers") or {}).get(steps),
-            ms_per_image=None if (s := of("seconds_per_image", steps)) is None else 1000 * s,
+            ms_per_image=1000 * s if (s := of("seconds_per_image", steps)) else None,  # 0: nothing was drawn
             train_seconds=report.get("train_seconds"),
             peak_memory_bytes=report.get("peak_memory_bytes"),
             updates=report.get("updates"),
@@ -166,11 +194,11 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         row.method,
-        str(row.steps),
+        str(row.steps) if row.steps else "-",
         _number(row.gap_closed, "{:.3f}"),
-        _number(row.fd, "{:.3f}"),
-        _number(row.kid, "{:.4f}"),
-        _number(row.clip_score, "{:.3f}"),
+        _number(row.fd, "{:.3f}", row.fd_se),
+        _number(row.kid, "{:.4f}", row.kid_se),
+        _number(row.clip_score, "{:.3f}", row.clip_score_se),
         _number(row.recall, "{:.3f}") + share,
         _number(row.density, "{:.3f}"),
         _number(row.ms_per_image, "{:.1f}"),
@@ -180,17 +208,47 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _number(value: float | None, form: str, error: float | None = None) -> str:
+    return "-" if value is None else with_error(value, error, form)
+
+
+def not_told_apart(row: Row, rows: Sequence[Row]) -> list[str]:
+    """Names of the other rows at this number of steps whose distance is within the standard errors of this row's: the
+    difference is at most the sum of the two. Where a standard error is not known nothing is said."""
+    return [
+        other.name
+        for other in rows
+        if (other.steps, other.name) != (row.steps, row.name)
+        and other.steps == row.steps
+        and None not in (row.fd, row.fd_se, other.fd, other.fd_se)
+        and abs((row.fd or 0) - (other.fd or 0)) <= (row.fd_se or 0) + (other.fd_se or 0)
+    ]
+
+
+def filled(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """COLUMNS and the rows' cells, without the columns in which no row has anything."""
+    lines = [COLUMNS, *(cells(row) for row in rows)]
+    kept = [i for i in range(len(COLUMNS)) if i < 3 or any(line[i] != "-" for line in lines[1:])]
+    return [tuple(line[i] for i in kept) for line in lines]
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned columns for a terminal: names to the left, numbers to the right. Columns in which no row has
-    anything are left out."""
-    table = [COLUMNS, *(cells(row) for row in rows)]
-    kept = [i for i in range(len(COLUMNS)) if i < 3 or any(line[i] != "-" for line in table[1:])]
-    widths = {i: max(len(line[i]) for line in table) for i in kept}
-    return "\n".join(
-        "  ".join(line[i].ljust(widths[i]) if i < 2 else line[i].rjust(widths[i]) for i in kept).rstrip()
+    """The rows as aligned columns for a terminal: names to the left, numbers to the right. Below them stands whose
+    distances are not told apart by their standard errors."""
+    table = filled(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in table
-    )
+    ]
+    for i, row in enumerate(rows):
+        if better := not_told_apart(row, rows[:i]):
+            at = f"{row.steps} step{'s' * (row.steps > 1)}: " if row.steps else ""
+            lines.append(
+                f"{at}the FD of {row.name} is not told apart from that of {', '.join(better)}: they lie within their "
+                "standard errors"
+            )
+    return "\n".join(lines)

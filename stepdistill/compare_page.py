@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import os
@@ -11,16 +10,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepdistill.compare import COLUMNS, cells, rank
+from stepdistill.compare import filled, not_told_apart, rank
 from stepdistill.plots import Series, line_plot
+from stepdistill.web_page import document, embedded_picture, table
 
-STYLE = (
-    "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}"
-    "table{border-collapse:collapse;font-size:14px}td,th{padding:.3em .6em;border-bottom:1px solid #ccc}"
-    "td,th{text-align:right}"
-    "td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}img{max-width:100%}code{font-size:13px}"
+_STYLE = "td,th{text-align:right}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
+ABOUT_RUNS = (
+    " Gap closed: 0 is the teacher with one step, 1 the teacher with all of its steps. Recall in brackets: over that "
+    "of the teacher with all of its steps. An update counts for one network; where a budget ended a training, those "
+    "done of those planned."
 )
-FACTS = ("summary", "command", "hardware", "commit", "verification")
+FACTS = ("pipeline", "summary", "command", "hardware", "commit", "verification")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-SCORES = "gap_closed fd kid clip_score recall density recall_of_teachers ms_per_image".split()
+SCORES = (
+    *"gap_closed fd fd_se kid kid_se clip_score clip_score_se recall density recall_of_teachers".split(),
+    "ms_per_image",
+)
 COSTS = "train_seconds peak_memory_bytes updates updates_planned".split()
 
 
@@ -112,22 +115,18 @@ def html_page(comparison: Comparison, picture: bytes | None = None) -> str:
         UserError: the reports were measured differently.
     """
     reports = comparison.reports
-    body = ["<h1>Runs compared</h1>"]
+    runs = any(report.get("gap_closed") for report in reports)
+    body = [f"<h1>{'Runs' if runs or not reports else 'Evaluations'} compared</h1>"]
     if reports:
         fd = (reports[0].get("metrics") or {}).get("fd") or "FD"
         body += [
             f"<p>Suite {html.escape(str(reports[0]['suite']))}, n = {html.escape(str(reports[0]['n']))}. FD is "
-            f"{html.escape(fd)}: lower is better. Gap closed: 0 is the teacher with one step, 1 the teacher with all "
-            "of its steps. Recall in brackets: over that of the teacher with all of its steps. An update counts for "
-            "one network; where a budget ended a training, those done of those planned.</p>",
+            f"{html.escape(fd)}: lower is better.{ABOUT_RUNS * runs}</p>",
             _table(comparison),
             _plots(comparison, fd),
         ]
     if picture is not None:
-        data = base64.b64encode(picture).decode()
-        body.append(
-            f'<h2>The same prompts and seeds</h2><img alt="samples" src="data:image/png;base64,{data}">'
-        )
+        body.append(f"<h2>The same prompts and seeds</h2>{embedded_picture(picture, 'samples')}")
     if comparison.failed:
         items = "".join(f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in comparison.failed.items())
         body.append(f"<h2>Failed</h2><ul>{items}</ul>")
@@ -137,19 +136,20 @@ def html_page(comparison: Comparison, picture: bytes | None = None) -> str:
         _section(report, folder, picture is None)
         for report, folder in zip(reports, comparison.folders, strict=True)
     ]
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>stepdistill compare</title>"
-        f"<style>{STYLE}</style>{''.join(body)}</html>\n"
-    )
+    return document("stepdistill compare", _STYLE, body)
 
 
 def _table(comparison: Comparison) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    rows = (
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in cells(row)) + "</tr>"
-        for row in rank(comparison.reports)
-    )
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    """The ranked rows, with those whose distance is within the standard errors of each other's."""
+    rows = rank(comparison.reports)
+    alike = [", ".join(not_told_apart(row, rows)) for row in rows]
+    head, *lines = filled(rows)
+    if any(alike):
+        head = (*head, "FD not told apart from")
+        lines = [(*line, names) for line, names in zip(lines, alike, strict=True)]
+    known = any(row.fd_se is not None for row in rows)
+    note = "<p>± is one standard error. FDs are not told apart where they differ by no more than the sum of theirs.</p>"
+    return table(head, lines) + note * known
 
 
 def _plots(comparison: Comparison, fd: str) -> str:
@@ -166,7 +166,9 @@ def _plots(comparison: Comparison, fd: str) -> str:
     teacher = (_teacher(comparison.reports).get("fd") or {}).items()
     points = [(float(steps), float(score)) for steps, score in teacher if score]
     ticks = sorted({row.steps for row in rows} | {steps for steps, _ in points})
-    first = line_plot([*by_steps, Series("teacher", points, dashed=True)], "steps", fd, ticks)
+    if points:
+        by_steps.append(Series("teacher", points, dashed=True))
+    first = line_plot(by_steps, "steps", fd, ticks)
     second = line_plot(by_time, "training, minutes", fd)
     return "".join(
         f"<h2>{html.escape(fd)} against {what}</h2>{plot}"
@@ -182,7 +184,5 @@ def _section(report: dict[str, Any], folder: Path | None, with_picture: bool) ->
     ]
     picture = folder / "samples.png" if folder is not None and with_picture else None
     if picture is not None and picture.is_file():
-        data = base64.b64encode(picture.read_bytes()).decode()
-        name = html.escape(str(report["name"]))
-        facts.append(f'<img alt="samples of {name}" src="data:image/png;base64,{data}">')
+        facts.append(embedded_picture(picture.read_bytes(), f"samples of {report['name']}"))
     return "".join(facts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,12 @@ def content_folder(name: Folder) -> Path:
     raise FileNotFoundError(
         f"stepdistill's content folder {name}/ is missing beside {_PACKAGE}: reinstall it"
     )
+
+
+def cache_folder() -> Path:
+    """The user's cache: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
+    given = os.environ.get("STEPDISTILL_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "stepdistill"
 
 
 def recipe_files() -> dict[str, Path]:

@@ -28,25 +28,6 @@ CACHE_BYTES = 2**31
 """Conditions (or latents) are computed once and kept while they are smaller than this in all."""
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one a line, empty lines left out.
-
-    Raises:
-        UserError: when there is no such file or no prompt in it.
-    """
-    if not file.is_file():
-        raise UserError(f"data.prompts: {file} not found: give a text file with one prompt a line")
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.prompts: {file} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-    if not prompts:
-        raise UserError(f"data.prompts: {file} holds no prompt: write one a line")
-    return prompts
-
-
 class Images(Protocol):
     """Images with captions."""
 

@@ -10,6 +10,14 @@ class UserError(ValueError):
     """Bad input. The command line prints the message alone, without a traceback, and exits with 2."""
 
 
+class MissingWeights(UserError):
+    """A file of weights is not here: what does not need it can still be computed."""
+
+
+class OtherProcessError(UserError):
+    """Another process of the same work has failed and says why; the command line ends without a second message."""
+
+
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """``(did you mean X? There are: ...)`` for an unknown name."""
     names = sorted(allowed)

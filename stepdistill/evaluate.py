@@ -6,7 +6,8 @@ prompt and a seed of its own (a torch.Generator on the CPU), so a score does not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ import torch
 from torch import Tensor
 
 from stepdistill import teacher_cache
-from stepdistill.drawing import Drawing, load_pipeline
+from stepdistill.drawing import load_pipeline
 from stepdistill.errors import UserError
+from stepdistill.evaluation_folder import workplace, write_results
 from stepdistill.extraction import Extraction
-from stepdistill.features import FeatureNetwork
-from stepdistill.log import bar
 from stepdistill.measure import measure
-from stepdistill.metrics.diversity import Diversity, pairwise_diversity
+from stepdistill.processes import ALONE, Processes
 from stepdistill.provenance import provenance
-from stepdistill.row_table import RowTable
 from stepdistill.scores import Report, Scores, StepScores
+from stepdistill.shards import ShardWriter
+from stepdistill.statement import statement, tell
 from stepdistill.suite import Suite, load_reference, load_suite
 from stepdistill.teacher_cache import weights_hash
+from stepdistill.work import Work
 
 __all__ = [
     "Report",
@@ -53,6 +55,8 @@ def evaluate(
     progress: bool = True,
     trailing: bool = False,
     eta: float | None = None,
+    output: str | Path | None = None,
+    processes: Processes | None = None,
 ) -> Report:
     """Draw a suite's images with a pipeline and score them.
 
@@ -69,10 +73,15 @@ def evaluate(
             timestep_spacing "trailing" (PNDM, which warms up with extra passes, becomes DDIM), flow schedulers the
             times 1, (n-1)/n, ..., 1/n before their shift. For teachers; a student's grid is its own.
         eta: passed to the call where given: the gamma of a TCD student.
+        output: folder for report.json, report.md, report.html and what they are made of. An evaluation that was stopped
+            goes on from the images that it had drawn when it is called again.
+        processes: those that draw together, each its part; all of them must call this, and all get the report. Give
+            ``stepdistill.processes.launched()``. None is this process alone, whatever others there are.
 
     Raises:
-        UserError: no such pipeline or suite, the pipeline and the suite do not fit, or an image is not finite (the
-            message names the prompt).
+        UserError: no such pipeline or suite, the pipeline and the suite do not fit, an image is not finite (the message
+            names the prompt), or ``output`` holds another evaluation or a damaged file.
+        OtherProcessError: another process ended with an error.
     """
     suite = load_suite(suite)
     counts = [steps] if isinstance(steps, int) else list(dict.fromkeys(steps))
@@ -82,44 +91,45 @@ def evaluate(
         raise UserError(
             f"suite {suite.label} leaves n or resolution open: it measures images; a pipeline needs both"
         )
-    prompts = suite.prompt_list()
-    pipe, label = load_pipeline(pipeline, device)
-    drawing = Drawing(pipe, suite, prompts, guidance, trailing, eta)
-    extraction = Extraction(suite, pipe.device)
-    network = extraction.network
-    reference = load_reference(suite, network, progress=progress)
-    scores = {}
-    for count in counts:
-        batches = drawing.batches(count, batch)
-        shown = bar(suite.n, f"{suite.label}, {count} step{'s' * (count > 1)}", unit="image", shown=progress)
-        rows = _rows(_advance(batches, shown), prompts, extraction)
-        shown.close()
-        seconds, passes = drawing.seconds / suite.n, drawing.passes / suite.n
-        spread = _diversity(pipe, suite, count, batch, network, drawing.guidance, trailing, eta)
-        scores[count] = StepScores(
-            **asdict(measure(rows, suite, network, reference)),
-            seconds_per_image=seconds,
-            network_evaluations=passes,
-            diversity=spread.value if spread else None,
-            diversity_se=spread.standard_error if spread else None,
-        )
-    return Report(
+    processes = processes or ALONE
+    processes.together(suite.reference_file)  # its absence is told before anything is loaded
+    folder = None if output is None else Path(output)
+    device = processes.device if device is None else device
+    work = processes.together(lambda: Work(pipeline, suite, device, guidance, trailing, eta))
+    main, extraction, drawing = processes.main, work.extraction, work.drawing
+    reference = processes.together(
+        lambda: load_reference(suite, extraction.network, progress=progress) if main else None
+    )
+    with workplace(folder, processes) as place:
+        parts = processes.together(lambda: work.parts(place, counts, processes, keyed=folder is not None))
+        with processes.sharing(place):
+            for part in parts:
+                shown = progress and main
+                work.draw(part, batch, processes, place, shown=shown, pictures=folder is not None)
+                if reference is not None:
+                    part.save(work.scores(part, reference, pictures=folder is not None))
+            scores = {part.steps: part.wait(processes, place) for part in parts}
+    drawn = {
+        "seeds": f"image i: torch.Generator('cpu').manual_seed({suite.first_seed} + i)",
+        "diversity": f"{suite.diversity} samples of {suite.diversity_prompts} prompts"
+        if suite.diversity
+        else "none",
+    }
+    report = Report(
         suite=suite.label,
-        pipeline=label,
+        pipeline=work.label,
         n=suite.n,
         guidance=drawing.guidance,
         trailing=trailing,
         scores=scores,
-        metrics={"fd": network.fd_name, "clip_score": network.clip_name if suite.clip_score else None},
-        protocol={
-            **suite.protocol(network),
-            "seeds": f"image i: torch.Generator('cpu').manual_seed({suite.first_seed} + i)",
-            "diversity": f"{suite.diversity} samples of {suite.diversity_prompts} prompts"
-            if suite.diversity
-            else "none",
-        },
-        **provenance(pipe.device),
+        **statement(extraction, scores[counts[0]], drawn),
+        **provenance(work.pipe.device),
     )
+    if main:
+        tell(report)
+        if folder is not None:
+            write_results(report, folder, suite)
+    return report
 
 
 def score_images(
@@ -140,37 +150,12 @@ def score_images(
     suite = load_suite(suite)
     extraction = Extraction(suite, device)
     reference = load_reference(suite, extraction.network)
-    return measure(_rows(images, prompts, extraction), suite, extraction.network, reference)
-
-
-def _rows(images: Iterable[Tensor], prompts: Sequence[str] | None, extraction: Extraction) -> RowTable:
-    """The rows of all images; prompt i belongs to image i."""
-    rows = RowTable()
-    for pixels in images:
-        texts = None if prompts is None else prompts[rows.count : rows.count + len(pixels)]
-        rows.add(extraction(pixels, texts))
-    return rows
-
-
-def _diversity(
-    pipe: Any,
-    suite: Suite,
-    steps: int,
-    batch: int,
-    network: FeatureNetwork,
-    guidance: float | None,
-    trailing: bool,
-    eta: float | None,
-) -> Diversity | None:
-    """Of ``suite.diversity`` samples of each of the first prompts, drawn from the seeds that follow the suite's own."""
-    prompts = (suite.prompt_list() or [])[: suite.diversity_prompts]
-    if not suite.diversity:
-        return None
-    every = [prompt for prompt in prompts for _ in range(suite.diversity)]
-    more = suite.model_copy(update={"n": len(every), "first_seed": suite.seed(suite.n)})
-    drawing = Drawing(pipe, more, every, guidance, trailing, eta)
-    features = torch.cat([network.images(pixels) for pixels in drawing.batches(steps, batch)])  # [P M, D]
-    return pairwise_diversity(features.unflatten(0, (len(prompts), suite.diversity)))
+    with tempfile.TemporaryDirectory(prefix="stepdistill-") as folder:
+        rows = ShardWriter(Path(folder))
+        for pixels in images:
+            texts = None if prompts is None else prompts[rows.count : rows.count + len(pixels)]
+            rows.add(extraction(pixels, texts))
+        return measure(rows.table(), suite, extraction.network, reference)
 
 
 @dataclass(frozen=True)
@@ -254,9 +239,3 @@ def gap_closed(fd_student: float, fd_teacher_one: float, fd_teacher_full: float)
             f"the teacher scores {fd_teacher_one:.3f} at one step and {fd_teacher_full:.3f} at full steps: no gap"
         )
     return (fd_teacher_one - fd_student) / gap
-
-
-def _advance(batches: Iterator[Tensor], shown: Any) -> Iterator[Tensor]:
-    for pixels in batches:
-        yield pixels
-        shown.update(len(pixels))

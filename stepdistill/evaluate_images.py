@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.ahead import ahead
+from stepdistill.checks import check_writable
 from stepdistill.errors import UserError
-from stepdistill.evaluate import score_images
+from stepdistill.evaluation_folder import steps_folder, write_results
+from stepdistill.extraction import Extraction
+from stepdistill.gallery import FILE as GALLERY
+from stepdistill.gallery import Pictures, make_gallery, side_of
 from stepdistill.image_sources import ImageSource, open_images
 from stepdistill.log import bar, say
-from stepdistill.provenance import provenance
+from stepdistill.measure import measure
+from stepdistill.provenance import peak_memory, provenance
 from stepdistill.scores import Report, StepScores
-from stepdistill.suite import Suite, load_suite
+from stepdistill.shards import ShardWriter
+from stepdistill.statement import statement, tell
+from stepdistill.suite import Suite, load_reference, load_suite
 
 
 def evaluate_images(
@@ -26,6 +36,7 @@ def evaluate_images(
     batch: int = 256,
     device: torch.device | str | None = None,
     progress: bool = True,
+    output: str | Path | None = None,
 ) -> Report:
     """Score the images of a folder, a zip, an npz, a webdataset tar or an iterable; see ``image_sources``.
 
@@ -39,6 +50,7 @@ def evaluate_images(
         batch: images whose features are computed at a time. Scores do not depend on it.
         device: where the features are computed; None is CUDA if there is one.
         progress: show a bar.
+        output: folder for report.json, report.md, report.html and the gallery.
 
     Raises:
         UserError: the images or the reference cannot be read, there are fewer or more images than the suite asks, or an
@@ -51,38 +63,73 @@ def evaluate_images(
             f"{source.label} holds {source.found} images, suite {suite.label} asks {suite.n}: "
             "give exactly as many, or a suite with another n"
         )
-    prompts = suite.prompt_list() if suite.clip_score else None
+    prompts = suite.prompt_list() if suite.reads_prompts else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     suite.reference_file()  # its absence is told before anything is loaded
-    try:
-        with bar(source.found, f"{suite.label}, {source.label}", unit="image", shown=progress) as shown:
-            pixels = _all(suite.n, source, source.batches(batch, ordered=prompts is not None), shown)
-            found = score_images(pixels, prompts, suite, device=device)
-    finally:
-        for line in source.remarks():
-            say(line)
-    suite, network = suite.changed({"n": found.n}), suite.network(device)
-    return Report(
+    extraction = Extraction(suite, device)
+    reference = load_reference(suite, extraction.network)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        check_writable(folder)
+    kept = Pictures(side_of(suite.resolution))
+    # An iterator of the user's own is left in the thread that it was made in.
+    drawn = ahead(
+        _all(suite.n, source, source.numbered(batch, ordered=prompts is not None)),
+        depth=2 if isinstance(images, (str, Path)) else 0,
+    )
+    with tempfile.TemporaryDirectory(prefix="stepdistill-") as place:
+        rows = ShardWriter(Path(place))
+        try:
+            with (
+                closing(drawn),
+                bar(source.found, f"{suite.label}, {source.label}", unit="image", shown=progress) as shown,
+            ):
+                for places, pixels in drawn:
+                    found = extraction(pixels, None if prompts is None else [prompts[i] for i in places])
+                    rows.add(found, places)
+                    if folder is not None:
+                        kept.add(places, pixels, found.get("clip_score"))
+                    shown.update(len(pixels))
+        finally:
+            for line in source.remarks():
+                say(line)
+        table = rows.table()
+        scores = measure(table, suite, extraction.network, reference)
+        if folder is not None:
+            file = steps_folder(folder, 0) / GALLERY
+            file.parent.mkdir(parents=True, exist_ok=True)
+            make_gallery(table, kept.kept(), prompts).save(file)
+    suite = extraction.suite = suite.changed({"n": scores.n})
+    memory = peak_memory(torch.device(device))
+    report = Report(
         suite=suite.label,
         pipeline=source.label,
-        n=found.n,
+        n=scores.n,
         guidance=None,
         trailing=False,
-        scores={0: StepScores(**asdict(found), seconds_per_image=0.0, network_evaluations=0.0)},
-        metrics={"fd": network.fd_name, "clip_score": network.clip_name if suite.clip_score else None},
-        protocol=suite.protocol(network),
+        scores={
+            0: StepScores(
+                **asdict(scores), seconds_per_image=0.0, network_evaluations=0.0, peak_memory_bytes=memory
+            )
+        },
+        **statement(extraction, scores),
         **provenance(device),
         images=source.account(),
     )
+    tell(report)
+    if folder is not None:
+        write_results(report, folder, suite)
+    return report
 
 
-def _all(n: int, source: ImageSource, batches: Iterator[Tensor], shown: Any) -> Iterator[Tensor]:
-    """The source's images, which must be n where n is not 0; moves the bar."""
-    for pixels in batches:
+def _all(
+    n: int, source: ImageSource, batches: Iterator[tuple[list[int], Tensor]]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The source's images, which must be n where n is not 0."""
+    for places, pixels in batches:
         if n and source.used > n:
             raise UserError(f"{source.label} gives more than the {n} images that the suite asks: give {n}")
-        yield pixels
-        shown.update(len(pixels))
+        yield places, pixels
     if n and source.used < n:
         why = (
             f"{source.skipped[-1].name}: {source.skipped[-1].reason}"

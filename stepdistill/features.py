@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stepdistill import embedded
 from stepdistill.dino_features import DinoFeatures
-from stepdistill.errors import UserError, did_you_mean
+from stepdistill.errors import MissingWeights, UserError, did_you_mean
 from stepdistill.inception_features import InceptionFeatures, check_public, find_weights
 from stepdistill.module_features import user_network
 from stepdistill.precision import full_float32
@@ -213,7 +213,7 @@ def _locate(spec: str) -> tuple[str, Path]:
     path = Path(location).expanduser()
     if kind == "inception":
         if not path.is_file():
-            raise UserError(
+            raise MissingWeights(
                 f"features {spec!r}: no file {path}; give pt_inception-2015-12-05-6726825d.pth (pytorch-fid's and "
                 "torch-fidelity's) or inception-2015-12-05.pt (clean-fid's)"
             )
@@ -222,12 +222,25 @@ def _locate(spec: str) -> tuple[str, Path]:
         return kind, path
     model = {"clip": "CLIPModel", "dinov2": "Dinov2Model"}[kind]
     if path.exists() or location.count("/") != 1:
-        raise UserError(f"features {spec!r}: {path} is not a transformers {model} folder (no config.json)")
+        problem = f"features {spec!r}: {path} is not a transformers {model} folder (no config.json)"
+        raise UserError(problem) if path.exists() else MissingWeights(problem)
     return kind, _from_hub(spec, location, model)
 
 
 def _from_hub(spec: str, identifier: str, model: str) -> Path:
     """The folder of a hub id in the hub's cache, downloaded where the hub may be asked."""
+    found = _hub_folder(identifier)
+    if isinstance(found, Path):
+        return found
+    raise MissingWeights(
+        f"features {spec!r}: no folder {identifier}, and no such model in the hub's cache or to be had "
+        f"({found}); give the folder of a transformers {model}"
+    )
+
+
+@cache
+def _hub_folder(identifier: str) -> Path | str:
+    """The folder, or the name of the error: a hub that cannot be reached is asked once, as it takes long to say so."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -235,10 +248,7 @@ def _from_hub(spec: str, identifier: str, model: str) -> Path:
     try:
         return Path(snapshot_download(identifier, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"features {spec!r}: no folder {identifier}, and no such model in the hub's cache or to be had "
-            f"({type(error).__name__}); give the folder of a transformers {model}"
-        ) from None
+        return type(error).__name__
 
 
 @cache

@@ -98,21 +98,29 @@ class ImageSource:
             yield name, pixels
 
     def batches(self, batch: int, *, ordered: bool = True) -> Iterator[Tensor]:
-        """The images uint8 [B, 3, H, W], at most ``batch`` at a time and only equal sizes together.
+        """The images of :meth:`numbered` alone."""
+        return (pixels for _, pixels in self.numbered(batch, ordered=ordered))
+
+    def numbered(self, batch: int, *, ordered: bool = True) -> Iterator[tuple[list[int], Tensor]]:
+        """The images uint8 [B, 3, H, W], at most ``batch`` at a time and only equal sizes together, and their places in
+        the order of the names, from 0.
 
         Args:
             batch: images at a time.
             ordered: in the order of the names; else sizes that alternate are collected, up to 4 batches in all.
         """
-        held: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
-        for _, pixels in self:
+        held: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = {}
+        for place, (_, pixels) in enumerate(self):
             if ordered and held and pixels.shape not in held:
                 yield _stack(held.popitem()[1])
-            held.setdefault(pixels.shape, []).append(pixels)
+            held.setdefault(pixels.shape, []).append((place, pixels))
             if len(held[pixels.shape]) == batch:
                 yield _stack(held.pop(pixels.shape))
             elif sum(map(len, held.values())) >= 4 * batch:
                 yield _stack(held.pop(max(held, key=lambda shape: len(held[shape]))))
+            late = next((shape for shape, rows in held.items() if place - rows[0][0] >= 4 * batch), None)
+            if late is not None:
+                yield _stack(held.pop(late))
         for rows in held.values():
             yield _stack(rows)
 
@@ -143,10 +151,11 @@ class ImageSource:
         return lines
 
 
-def _stack(rows: list[NDArray[np.uint8]]) -> Tensor:
+def _stack(rows: list[tuple[int, NDArray[np.uint8]]]) -> tuple[list[int], Tensor]:
     import torch
 
-    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+    pixels = np.stack([pixels for _, pixels in rows])
+    return [place for place, _ in rows], torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def is_source(path: str | Path) -> bool:
@@ -253,17 +262,17 @@ def _from_tar(file: Path, label: str, resolution: int) -> ImageSource:
 
     entries = [_Entry(member.name, reader(member)) for member in archive.getmembers() if member.isfile()]
     chosen, foreign = _sorted_images(entries, label)
-    whole = {key for key, ending in (_sample(entry.name) for entry in chosen) if "." not in ending}
-    samples = {_sample(entry.name)[0] for entry in chosen}
+    whole = {key for key, ending in (sample_of(entry.name) for entry in chosen) if "." not in ending}
+    samples = {sample_of(entry.name)[0] for entry in chosen}
     images, skipped, companions = [], [], Counter[str]()
     for entry in chosen:
-        key, ending = _sample(entry.name)
+        key, ending = sample_of(entry.name)
         if "." in ending and key in whole:
             skipped.append(Skipped(entry.name, "another field of a sample that has an image"))
         else:
             images.append(entry)
     for other in foreign:
-        key, ending = _sample(other.name)
+        key, ending = sample_of(other.name)
         if key in samples:
             companions[ending] += 1
         else:
@@ -276,7 +285,7 @@ def _from_tar(file: Path, label: str, resolution: int) -> ImageSource:
     return ImageSource(label, "tar", len(images), skipped, decoded, companions)
 
 
-def _sample(name: str) -> tuple[str, str]:
+def sample_of(name: str) -> tuple[str, str]:
     """A webdataset name's sample and field: (a/b/001, seg.png) of a/b/001.seg.png."""
     folder, slash, last = name.rpartition("/")
     stem, _, ending = last.partition(".")

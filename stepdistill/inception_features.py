@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.errors import UserError, did_you_mean
+from stepdistill.content import cache_folder
+from stepdistill.errors import MissingWeights, UserError, did_you_mean
 from stepdistill.inception import Activations, Inception, Layer
 from stepdistill.precision import full_float32
 from stepdistill.resize import RESIZES, Resize, resize
@@ -35,8 +36,6 @@ SIZE = 299
 
 def usual_folders() -> list[Path]:
     """Where the FID tools keep these files: stepdistill's cache, PyTorch's hub, the temporary folder (clean-fid)."""
-    from stepdistill.teacher_cache import cache_folder
-
     places = [
         cache_folder(),
         Path(torch.hub.get_dir()) / "checkpoints",
@@ -50,7 +49,7 @@ def find_weights() -> Path:
     """The first public weights in the usual folders.
 
     Raises:
-        UserError: there are none; the message names the files, the folders and the hashes.
+        MissingWeights: there are none; the message names the files, the folders and the hashes.
     """
     folders = usual_folders()
     for name in PUBLIC:
@@ -58,7 +57,7 @@ def find_weights() -> Path:
             if (folder / name).is_file():
                 return folder / name
     first, *_, script = PUBLIC
-    raise UserError(
+    raise MissingWeights(
         f"FID's Inception weights are not here: no {', '.join(PUBLIC)} in {', '.join(map(str, folders))}; put one of "
         f"them there or give its path as inception:FILE (SHA-256 {STATE_SHA256} of {first}, {TORCHSCRIPT_SHA256} of "
         f"{script}); features emoji, clip:FOLDER and dinov2:FOLDER need none"
@@ -138,6 +137,16 @@ class InceptionFeatures:
         pooled: Tensor = self._script.layers(self._prepared(pixels))
         return pooled.flatten(1).float().cpu()
 
+    @property
+    def layers_missing(self) -> str | None:
+        """Why :meth:`activations` cannot be had of these weights; None where it can."""
+        if self._own is not None:
+            return None
+        return (
+            f"{self.name}: the Inception score and sFID read layers that the TorchScript file does not give; "
+            f"use {next(iter(PUBLIC))} (SHA-256 {STATE_SHA256})"
+        )
+
     @full_float32()
     def activations(self, pixels: Tensor, layer: Layer = "2048") -> Activations:
         """Features, logits (for the Inception score) and spatial features (for sFID) of uint8 [B, 3, H, W], on the CPU.
@@ -146,10 +155,7 @@ class InceptionFeatures:
             UserError: the weights are the TorchScript file, whose inner layers cannot be read.
         """
         if self._own is None:
-            raise UserError(
-                f"{self.name}: the Inception score and sFID read layers that the TorchScript file does not give; "
-                f"use {next(iter(PUBLIC))}"
-            )
+            raise UserError(str(self.layers_missing))
         found: Activations = self._own(self._prepared(pixels), layer)
         logits, spatial = (None if x is None else x.cpu() for x in (found.logits, found.spatial))
         return Activations(found.features.cpu(), logits, spatial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from stepdistill.attention import check_attention, use_xformers
 from stepdistill.checks import find_teacher
 from stepdistill.content import module_summaries
-from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images, read_prompts
+from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images
 from stepdistill.embedded import emoji_captions
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
@@ -26,6 +27,7 @@ from stepdistill.loop import Trained
 from stepdistill.methods import find_method
 from stepdistill.pairs import PairCache, PairOptions
 from stepdistill.pictures import rows_of_pictures, teacher_pictures
+from stepdistill.prompts import read_prompts
 from stepdistill.provenance import peak_memory, provenance
 from stepdistill.recipe import Recipe, method_options
 from stepdistill.report import model_card, write_report
@@ -222,11 +224,15 @@ class Job:
         )
         plain = teacher_scores(self.source, suite, steps=1, guidance=1.0, device=self.accelerator.device)
         # The teacher at one step is taken at its better guidance, so that the gap is not flattered.
-        best = min(guided[1], plain[1], key=lambda scores: scores.fd)
+        best = min(guided[1], plain[1], key=lambda scores: math.inf if scores.fd is None else scores.fd)
         teachers = {**guided, 1: best}
         full = guided[suite.teacher_steps]
         try:
-            gaps = {str(k): gap_closed(v.fd, best.fd, full.fd) for k, v in drawn.scores.items()}
+            gaps = {
+                str(k): gap_closed(v.fd, best.fd, full.fd)
+                for k, v in drawn.scores.items()
+                if not (v.fd is None or best.fd is None or full.fd is None)
+            }
         except UserError as error:  # every other number stands all the same
             gaps = {}
             say(f"gap closed is left out: {error}")

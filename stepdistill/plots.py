@@ -97,10 +97,16 @@ def _axis(values: Sequence[float], start: float, end: float) -> Callable[[float]
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """1, 2 and 5 times powers of ten within the values' range; its ends where that gives fewer than two."""
+    """1, 2 and 5 times powers of ten within the values' range; even steps where that gives fewer than three, and the
+    range's ends where there are none."""
     low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [
         mark * 10.0**power for power in powers for mark in (1, 2, 5) if low <= mark * 10.0**power <= high
     ]
+    if len(found) < 3 and high > low:
+        rough = (high - low) / 4
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(mark * power for mark in (1, 2, 5, 10) if mark * power >= rough)
+        found = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return found if len(found) > 1 else sorted({float(f"{low:.3g}"), float(f"{high:.3g}")})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from stepdistill.embedded import emoji_images
-from stepdistill.errors import UserError
-from stepdistill.features import FeatureNetwork, load_features
+from stepdistill.errors import MissingWeights, UserError
+from stepdistill.features import FeatureNetwork, features_sha256, load_features
 from stepdistill.image_sources import ImageSource, open_images
+from stepdistill.inception_features import InceptionFeatures
 from stepdistill.log import bar, quiet_loading, say
 from stepdistill.metrics.frechet import Moments
+from stepdistill.metrics.sfid import DIMENSION
 from stepdistill.reference_files import Reference, read_reference
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ STATED = ("features", "resize", "resolution")
 """What must be known of a reference: its network, its resize mode and the resolution of its images."""
 
 
-def load_reference(suite: Suite, network: FeatureNetwork, *, progress: bool = False) -> Reference:
+def load_reference(suite: Suite, network: FeatureNetwork | None, *, progress: bool = False) -> Reference:
     """The suite's reference statistics, checked against the network that will be compared with them.
 
     Where the suite wants the kernel distance or neighbours and the file has images instead of features (ADM's npz),
@@ -41,39 +44,76 @@ def load_reference(suite: Suite, network: FeatureNetwork, *, progress: bool = Fa
 
     Args:
         suite: the protocol.
-        network: its feature network.
+        network: its feature network; None where its weights are missing and other metrics are left: then the file is
+            read, and nothing is compared with it.
         progress: show a bar where features are computed.
 
     Raises:
         UserError: the file is missing or damaged, of another network, resize or resolution, of another dimension,
-            does not say what made it and neither does the suite, or has no features where ``kid`` needs them.
+            does not say what made it and neither does the suite, or has no features where ``kid`` needs them; or the
+            same of CMMD's reference.
     """
     file = suite.reference_file()
     reference = read_reference(file, suite.features.partition(":")[0])
+    if network is not None:
+        reference = _checked(reference, file, suite, network, progress)
+    return replace(reference, embeddings=_embeddings(suite, network, reference))
+
+
+def _embeddings(suite: Suite, network: FeatureNetwork | None, reference: Reference) -> Tensor | None:
+    """What CMMD compares with; None where the suite has no CMMD, or its network's weights are missing."""
+    if suite.cmmd is None or (network is None and suite.cmmd == suite.features):
+        return None
+    file = suite.cmmd_reference_file()
+    found = reference if file is None else read_reference(file)
+    if file is not None:
+        try:
+            sha256 = features_sha256(suite.cmmd)
+        except MissingWeights:
+            return None
+        mine = {"features_sha256": sha256, "resolution": suite.resolution}
+        _check_protocol(file, found.protocol, mine)
+    if found.features is None:
+        raise UserError(
+            f"{file or suite.reference_file()} holds no features, which cmmd needs: remake it with stepdistill stats"
+        )
+    return found.features
+
+
+def _checked(
+    reference: Reference, file: Path, suite: Suite, network: FeatureNetwork, progress: bool
+) -> Reference:
+    """The statistics, which fit the suite and its network; with features where they are needed and can be had."""
     dimension = len(reference.moments.total)
     if dimension != network.dimension:
         raise UserError(
             f"{file} has {dimension} features, {network.name} has {network.dimension}: another network made it"
         )
     if reference.protocol:
-        _check_protocol(file, reference.protocol, suite, network)
+        mine = {
+            "features_sha256": network.sha256,
+            "resize": network.resize,
+            "resolution": suite.resolution,
+        }
+        _check_protocol(file, reference.protocol, mine)
     else:
         _check_statement(file, suite, network)
     if reference.has_images and (suite.kid or suite.neighbours):
-        features = _features_of(open_images(file), network, progress)
-        return Reference(
-            reference.moments, features, reference.protocol, reference.sha256, reference.spatial, True
-        )
+        reference = replace(reference, features=_features_of(open_images(file), network, progress))
     if suite.kid and reference.features is None:
         raise UserError(
             f"{file} holds no features, which kid needs: remake it with stepdistill stats, or set kid to false"
         )
+    if suite.sfid and reference.spatial is None:
+        raise UserError(
+            f"{file} holds no spatial moments, which sfid needs: remake it with stepdistill stats --spatial, take "
+            "ADM's npz, or set sfid to false"
+        )
     return reference
 
 
-def _check_protocol(file: Path, protocol: Mapping[str, Any], suite: Suite, network: FeatureNetwork) -> None:
+def _check_protocol(file: Path, protocol: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """What the file says of itself is what the suite does."""
-    mine = {"features_sha256": network.sha256, "resize": network.resize, "resolution": suite.resolution}
     for key, value in mine.items():
         if key not in protocol:
             raise UserError(f"{file} does not say its {key}: remake it with stepdistill stats")
@@ -135,30 +175,34 @@ def make_statistics(
     *,
     resolution: int,
     keep_features: bool = True,
+    spatial: bool = False,
     batch: int = 256,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the statistics of images to a safetensors file, with the protocol in its header, which is given back.
 
     Tensors: mean [D] and covariance [D, D] in float64 and, unless left out, features [N, D] in float16 (their rounding
-    moves the kernel distance by less than 1e-6 on the emoji). Memory: one batch of images, and the features.
+    moves the kernel distance by less than 1e-6 on the emoji); for sFID spatial_mean [2023] and spatial_covariance in
+    float64. Memory: one batch of images, and the features.
 
     Args:
         source: the images, opened at ``resolution``.
         network: the feature network.
         output: the file.
         resolution: of the images; 0 where each has its own size.
-        keep_features: for the kernel distance, precision, recall, density and coverage.
+        keep_features: for the kernel distance, CMMD, precision, recall, density and coverage.
+        spatial: also the moments that sFID needs; Inception from a state dict alone has them.
         batch: images at a time.
         progress: show a bar. What was converted and skipped is told on stderr in any case.
 
     Raises:
-        UserError: fewer than 2 images, features that are not finite, or another ending than .safetensors.
+        UserError: fewer than 2 images, features that are not finite, another ending than .safetensors, or a network
+            without spatial features where they are asked.
     """
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: statistics are safetensors files; let the name end in .safetensors")
     try:
-        tensors, protocol = _statistics(source, network, resolution, keep_features, batch, progress)
+        tensors, protocol = _statistics(source, network, resolution, keep_features, spatial, batch, progress)
     finally:
         for line in source.remarks():
             say(line)
@@ -187,7 +231,8 @@ def make_reference(
         raise UserError(f"suite {suite.label}: {error}; or let images be emoji") from None
     if embedded:  # their hash would say nothing that the package's version does not
         source.label = suite.images
-        _write(output, *_statistics(source, suite.network(device), suite.resolution, keep, batch, False))
+        network = suite.network(device)
+        _write(output, *_statistics(source, network, suite.resolution, keep, suite.sfid, batch, False))
         return
     make_statistics(
         source,
@@ -195,6 +240,7 @@ def make_reference(
         output,
         resolution=suite.resolution,
         keep_features=keep,
+        spatial=suite.sfid,
         batch=batch,
         progress=False,
     )
@@ -205,13 +251,19 @@ def _statistics(
     network: FeatureNetwork,
     resolution: int,
     keep_features: bool,
+    spatial: bool,
     batch: int,
     progress: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     moments, kept = Moments.empty(network.dimension), []
+    places = Moments.empty(DIMENSION if spatial else 0)
     with bar(source.found, f"statistics of {source.label}", unit="image", shown=progress) as shown:
         for pixels in source.batches(batch, ordered=False):
-            features = network.images(pixels)  # [B, D]
+            if spatial:
+                features, of_places = _inner_features(network, pixels)
+                places.add(of_places)
+            else:
+                features = network.images(pixels)  # [B, D]
             if not features.isfinite().all():
                 raise UserError(f"{network.name} gives NaN or Inf for images of {source.label}")
             moments.add(features)
@@ -223,6 +275,8 @@ def _statistics(
     tensors = {"mean": moments.mean, "covariance": moments.covariance}
     if keep_features:
         tensors["features"] = torch.cat(kept)
+    if spatial:
+        tensors |= {"spatial_mean": places.mean, "spatial_covariance": places.covariance}
     protocol = {
         "images": source.label,
         "n": moments.count,
@@ -232,6 +286,14 @@ def _statistics(
         "resize": network.resize,
     }
     return tensors, protocol
+
+
+def _inner_features(network: FeatureNetwork, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [B, D] and spatial features [B, 2023] of images."""
+    found = network.activations(pixels) if isinstance(network, InceptionFeatures) else None
+    if found is None or found.spatial is None:
+        raise UserError(f"features {network.name} have no spatial features: sFID is of inception")
+    return found.features, found.spatial
 
 
 def for_reference(suite: Suite, file: Path) -> Suite:

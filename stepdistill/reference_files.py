@@ -35,6 +35,7 @@ class Reference:
         sha256: of the file.
         spatial: moments of the spatial features of sFID, where the file has them.
         has_images: the file holds the images themselves (arr_0 of ADM's npz).
+        embeddings: CLIP embeddings [M, E] float32 of the real images, for CMMD.
     """
 
     moments: Moments
@@ -43,6 +44,7 @@ class Reference:
     sha256: str
     spatial: Moments | None = None
     has_images: bool = False
+    embeddings: Tensor | None = None
 
 
 def read_reference(file: Path, network: str = "inception") -> Reference:
@@ -78,7 +80,11 @@ def _read_safetensors(file: Path) -> Reference:
         raise UserError(f"{file} holds {found}; statistics are mean and covariance, with their protocol")
     moments = _moments(file, tensors["mean"].numpy(), tensors["covariance"].numpy(), int(protocol["n"]))
     features = tensors["features"].float() if "features" in tensors else None
-    return Reference(moments, features, protocol, sha256_of_file(file))
+    spatial = None
+    if {"spatial_mean", "spatial_covariance"} <= set(tensors):
+        mean, covariance = (tensors[key].numpy() for key in ("spatial_mean", "spatial_covariance"))
+        spatial = _moments(file, mean, covariance, int(protocol["n"]))
+    return Reference(moments, features, protocol, sha256_of_file(file), spatial)
 
 
 def _read_npz(file: Path) -> Reference:

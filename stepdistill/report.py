@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from stepdistill.web_page import document, embedded_picture, table
 
 CARD = """---
 library_name: diffusers
@@ -99,7 +100,7 @@ def score_table(report: Mapping[str, Any]) -> str:
         return ""
     names = report["metrics"]
     rows = [
-        f"| who | steps | {names['fd']} | {names['clip_score']} | recall | gap closed |",
+        f"| who | steps | {names['fd'] or 'FD'} | {names['clip_score'] or 'CLIP score'} | recall | gap closed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for who in ("teacher", "student"):
@@ -116,7 +117,6 @@ def score_table(report: Mapping[str, Any]) -> str:
 def write_report(folder: Path, report: Mapping[str, Any], stats: Sequence[Mapping[str, Any]]) -> None:
     """Writes report.json and report.html into a run folder that holds samples.png and recipe.yaml."""
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    picture = base64.b64encode((folder / "samples.png").read_bytes()).decode()
     facts = {
         key: report[key]
         for key in (
@@ -132,30 +132,26 @@ def write_report(folder: Path, report: Mapping[str, Any], stats: Sequence[Mappin
     body = [
         f"<h1>{html.escape(report['name'])}</h1>",
         f"<p>{html.escape(report['summary'])}</p>",
-        f'<img alt="samples" src="data:image/png;base64,{picture}">',
+        embedded_picture((folder / "samples.png").read_bytes(), "samples"),
         _html_table(score_table(report)),
         *(_curve(stats, turn) for turn in dict.fromkeys(str(row["turn"]) for row in stats)),
         f"<h2>Run</h2><pre>{html.escape(yaml.safe_dump(facts, sort_keys=False, width=110))}</pre>",
         f"<h2>Recipe</h2><pre>{html.escape((folder / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
     ]
-    style = (
-        "body{font:15px sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "table{border-collapse:collapse}td,th{padding:3px 12px;border-bottom:1px solid #ccc;text-align:left}"
-        "pre{background:#f4f4f4;padding:1em;overflow:auto}"
-    )
-    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(report["name"])}</title><style>{style}</style>'
-    (folder / "report.html").write_text(page + "\n".join(body), encoding="utf-8")
+    page = document(str(report["name"]), "td,th{text-align:left}", body)
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def _html_table(markdown: str) -> str:
     """A Markdown table with the text under it, as HTML."""
     lines = markdown.splitlines()
-    rows = [line.strip("|").split("|") for line in lines if line.startswith("|") and "---" not in line]
-    cells = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell.strip())}</td>' for cell in row)}</tr>" for row in rows
-    )
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|") and "---" not in line
+    ]
     rest = " ".join(html.escape(line) for line in lines if line and not line.startswith("|"))
-    return f"<table>{cells}</table><p>{rest}</p>" if rows else "<p>Not evaluated.</p>"
+    return f"{table(rows[0], rows[1:])}<p>{rest}</p>" if rows else "<p>Not evaluated.</p>"
 
 
 def _curve(stats: Sequence[Mapping[str, Any]], turn: str, width: int = 520, height: int = 160) -> str:

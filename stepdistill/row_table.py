@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -11,25 +12,22 @@ Rows = dict[str, Tensor]
 """Tensors [B, ...] by name, a row an image, such as ``features`` [B, D] and ``clip_score`` [B]."""
 
 
-class RowTable:
-    """Rows in memory, batch by batch."""
+class RowTable(ABC):
+    """Rows of images, wherever they are kept; see ``shards``.
 
-    def __init__(self) -> None:
-        self._batches: list[Rows] = []
-        self.count = 0
+    Attributes:
+        count: how many images.
+    """
 
-    def add(self, rows: Rows) -> None:
-        """Take in the rows of the images that follow."""
-        self._batches.append(rows)
-        self.count += len(next(iter(rows.values())))
+    count: int
 
+    @abstractmethod
     def __contains__(self, name: object) -> bool:
-        return bool(self._batches) and name in self._batches[0]
+        """Whether the rows have this name."""
 
+    @abstractmethod
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The rows [B, ...] of one name, some at a time."""
-        for rows in self._batches:
-            yield rows[name]
+        """The rows [B, ...] of one name in order, some at a time."""
 
     def whole(self, name: str) -> Tensor:
         """All rows [N, ...] of one name."""

@@ -49,7 +49,8 @@ class DataOptions(Section):
     """What it learns from.
 
     Attributes:
-        prompts: text file with one prompt per line; None takes the teacher's own captions.
+        prompts: a text file with one prompt per line, or another kind of file that stepdistill.prompts reads; None
+            takes the teacher's own captions.
         images: folder of real images with captions, for methods that need them; None takes the teacher's own.
         pairs: folder of cached (noise, teacher sample) pairs; None keeps them in the run folder.
     """

@@ -6,7 +6,6 @@ that have a report are kept, interrupted ones go on from their last checkpoint, 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -286,7 +285,7 @@ def compare_methods(wanted: Plan, folder: Path, command: str) -> Comparison:
 
 
 def collect(paths: Sequence[str], command: str) -> Comparison:
-    """Finished runs by their folders or reports.
+    """Finished runs and evaluations by their folders or reports.
 
     Raises:
         UserError: one of them is none.
@@ -297,11 +296,18 @@ def collect(paths: Sequence[str], command: str) -> Comparison:
         if names.count(str(report["name"])) > 1:  # told apart by where they lie
             report["name"] = str(path)
     folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in paths]
-    return Comparison(reports, folders, origin={"command": command})
+    kept = [
+        place if "scores" not in report or any(place.glob("steps_*/gallery.safetensors")) else None
+        for report, place in zip(reports, folders, strict=True)
+    ]  # a file of an evaluation may lie anywhere
+    return Comparison(reports, kept, origin={"command": command})
 
 
 def write_all(compared: Comparison, folder: Path) -> Path:
-    """The page with the students' pictures, where all runs have a student of one teacher; gives back the page."""
+    """The page with the students' pictures, where all runs have a student of one teacher, or else with those that the
+    evaluations kept; gives back the page."""
+    from stepdistill import compare_pictures
+
     rows = [
         (str(report["name"]), place, report)
         for report, place in zip(compared.reports, compared.folders, strict=True)
@@ -312,61 +318,11 @@ def write_all(compared: Comparison, folder: Path) -> Path:
     if len(teachers) == 1:
         guidance = float(rows[0][2].get("guidance") or 1.0)
         try:
-            picture = draw_students([(name, place) for name, place, _ in rows], teachers.pop(), guidance)
+            picture = compare_pictures.draw_students(
+                [(name, place) for name, place, _ in rows], teachers.pop(), guidance
+            )
         except UserError as error:
             say(f"no pictures: {error}")
+    elif not rows:
+        picture = compare_pictures.kept_pictures(compared)
     return write(compared, folder, picture)
-
-
-def draw_students(
-    runs: Sequence[tuple[str, Path]], teacher: str, guidance: float, columns: int = 12
-) -> bytes:
-    """PNG of the same prompts and seeds: the teacher with 25 steps and with one, then every student.
-
-    Args:
-        runs: labels and run folders; each has student/.
-        teacher: an embedded name, a folder or a hub id.
-        guidance: of the teacher's pictures.
-        columns: pictures in a row; the teacher's own captions, where it is embedded, or else the first student's
-            verification prompts.
-
-    Raises:
-        UserError: a pipeline that does not load.
-    """
-    import torch
-
-    from stepdistill.drawing import load_pipeline
-    from stepdistill.embedded import emoji_captions
-    from stepdistill.export import VERIFICATION, to_uint8
-    from stepdistill.pictures import rows_of_pictures, teacher_pictures
-    from stepdistill.teacher import PipelineTeacher, load_teacher
-
-    manifests = [
-        json.loads((folder / "student" / VERIFICATION / "manifest.json").read_text()) for _, folder in runs
-    ]
-    prompts: Any = manifests[0]["call"].get("prompt", manifests[0]["call"].get("class_labels"))
-    seeds = manifests[0]["seeds"]
-    if teacher == DEFAULT_TEACHER:
-        captions = emoji_captions()
-        prompts = [captions[i * len(captions) // columns] for i in range(columns)]
-        seeds = list(range(columns))
-    rows = []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = PipelineTeacher(load_teacher(teacher, torch.float32), device)
-    for steps in (25, 1):
-        texts = [str(prompt) for prompt in prompts or seeds]
-        drawn = teacher_pictures(source, texts, seeds, steps, guidance)
-        rows.append((f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(drawn)))
-    for (label, folder), manifest in zip(runs, manifests, strict=True):
-        call = dict(manifest["call"])
-        if "prompt" in call:
-            call["prompt"] = prompts
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        pipe, _ = load_pipeline(folder / "student", device)
-        with torch.no_grad():
-            images = torch.from_numpy(pipe(**call, generator=generators, output_type="np").images)
-        steps = call["num_inference_steps"]
-        rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(images.permute(0, 3, 1, 2))))
-    file = io.BytesIO()
-    rows_of_pictures(rows).save(file, "PNG")
-    return file.getvalue()

@@ -7,21 +7,27 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from stepdistill.content import content_folder, suite_files
+from stepdistill.content import cache_folder, content_folder, suite_files
 from stepdistill.draws import generator_for
 from stepdistill.embedded import emoji_captions
-from stepdistill.errors import UserError, did_you_mean
+from stepdistill.errors import MissingWeights, UserError, did_you_mean
 from stepdistill.features import FeatureNetwork, features_sha256, sha256_of_file
+from stepdistill.prompts import FORMS, read_prompts
 from stepdistill.reference import load_reference, make_reference, network_of
 from stepdistill.reference_files import Reference
+from stepdistill.suite_metrics import MetricKeys
 
 __all__ = ["Reference", "ReferenceProtocol", "Suite", "load_reference", "load_suite", "make_reference"]
+
+
+MISSING = "missing"
+"""Stands for the SHA-256 of weights that are not here, in hashes and protocols."""
 
 
 class ReferenceProtocol(BaseModel):
@@ -42,39 +48,38 @@ class ReferenceProtocol(BaseModel):
     features_sha256: str | None = None
 
 
-class Suite(BaseModel):
-    """One protocol, as ``eval/suites/*.yaml`` writes it.
+class Suite(MetricKeys):
+    """One protocol, as ``eval/suites/*.yaml`` writes it. Which metrics it has, MetricKeys says.
 
     Attributes:
         name: its name; scores are reported as ``name@version``.
         version: raised with every change that moves a score.
         n: number of images drawn; 0 leaves it open, for images that are there already: all of them.
-        prompts: ``emoji`` (the embedded captions), a text file with a prompt a line (absolute, or beside the suite's
-            file), or None for pipelines that take none.
+        prompts: ``emoji`` (the embedded captions), a file as :mod:`stepdistill.prompts` reads it (absolute, or a name
+            that is looked for as that of the reference is), or None for pipelines that take none.
         selection: ``first`` n prompts in order, or ``shuffled``: the first n of torch.randperm over all prompts with
             the generator ``generator_for("suite", "prompts")``, so smaller suites are the beginning of larger ones.
             Fewer prompts than n are repeated in order.
         first_seed: image i is drawn with torch.Generator("cpu").manual_seed(first_seed + i).
+        labels: of class-conditional pipelines: ``balanced``, image i is of class i mod the number of classes; or
+            ``uniform``, torch.randint over the classes with the generator ``generator_for("suite", "labels")``.
         resolution: images are drawn and compared at resolution x resolution pixels; 0 is each image's own size, for
             images that are there already.
+        draw_resolution: images are drawn at this size instead, or at the pipeline's ``own``, and brought to
+            ``resolution`` as images that are there already are: central square, PIL's Lanczos filter. 0: as
+            ``resolution``, and another size is an error.
         features: ``emoji``, ``clip:FOLDER`` or ``inception:FILE``.
         resize: ``clean``, or for Inception also ``tf1`` or ``pytorch``.
-        reference: statistics of the real images: a file in eval/reference, or a path (safetensors made by
-            ``stepdistill stats``, npz of clean-fid, EDM or ADM, or EDM2's pkl).
+        reference: statistics of the real images (safetensors made by ``stepdistill stats``, npz of clean-fid, EDM or
+            ADM, or EDM2's pkl): a path, or a name that is looked for beside the suite's file, in eval/reference and
+            in reference/ of the user's cache.
         reference_protocol: what made the reference, for files that do not say it themselves (npz, pkl).
         images: what the reference is made of: ``emoji``, or a folder or an archive of images.
-        kid: also compute the kernel distance (needs a reference with features).
-        clip_score: also compute the image-text cosine.
-        neighbours: k of precision, recall, density and coverage; 0 leaves them out. They are also left out where the
-            reference has no features, or there are not more than k images.
-        diversity: samples of one prompt whose pairwise diversity is measured as well; 0 leaves it out. They are drawn
-            besides the n images and move no other score.
-        diversity_prompts: how many of the first prompts that is done for.
+        source: where prompts and reference come from, for the message that they are missing. Not part of the protocol.
         teacher_steps: the step count at which a teacher counts as full.
         folder: where the file lay; relative paths start there. Not part of the protocol.
+        derived: in what the suite differs from the one of its name, see :meth:`derive`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: int = Field(ge=1)
@@ -82,19 +87,18 @@ class Suite(BaseModel):
     prompts: str | None = None
     selection: Literal["first", "shuffled"] = "first"
     first_seed: int = Field(default=0, ge=0)
+    labels: Literal["balanced", "uniform"] = "balanced"
     resolution: int = Field(ge=0)
+    draw_resolution: Annotated[int, Field(ge=0)] | Literal["own"] = 0
     features: str = "emoji"
     resize: Literal["clean", "tf1", "pytorch"] = "clean"
     reference: str
     reference_protocol: ReferenceProtocol | None = None
     images: str = "emoji"
-    kid: bool = True
-    clip_score: bool = True
-    neighbours: int = Field(default=5, ge=0)
-    diversity: int = Field(default=0, ge=0)
-    diversity_prompts: int = Field(default=100, ge=1)
+    source: str = ""
     teacher_steps: int = Field(ge=1)
     folder: Path = Field(default=Path(), exclude=True, repr=False)
+    derived: tuple[str, ...] = Field(default=(), exclude=True)
 
     @field_validator("n")
     @classmethod
@@ -104,21 +108,14 @@ class Suite(BaseModel):
         return n
 
     @model_validator(mode="after")
-    def _texts_need_prompts(self) -> Suite:
-        if self.clip_score and self.prompts is None:
-            raise ValueError("clip_score needs prompts: give them, or set clip_score to false")
-        if self.clip_score and self.n == 0:
-            raise ValueError(
-                "clip_score needs n, as image i belongs to prompt i: give n, or set clip_score to false"
-            )
-        if self.diversity == 1 or (self.diversity and self.prompts is None):
-            raise ValueError("diversity needs prompts, and 2 samples of each or more (0 leaves it out)")
+    def _metrics_fit(self) -> Suite:
+        self.check_metrics(self.features, self.prompts, self.n)
         return self
 
     @property
     def label(self) -> str:
-        """``name@version``."""
-        return f"{self.name}@{self.version}"
+        """``name@version``; of a derived suite also in what it differs: ``name@version+n=500``."""
+        return "+".join((f"{self.name}@{self.version}", *self.derived))
 
     def with_diversity(self, samples: int) -> Suite:
         """The same suite that measures the diversity of so many samples of a prompt as well.
@@ -139,9 +136,30 @@ class Suite(BaseModel):
             UserError: a key or value that a suite does not allow.
         """
         try:
-            return Suite.model_validate({**self.model_dump(), "folder": self.folder, **changes})
+            return Suite.model_validate(
+                {**self.model_dump(), "folder": self.folder, "derived": self.derived, **changes}
+            )
         except ValidationError as error:
             raise UserError(f"suite {self.label}: {_first_problem(error)}") from None
+
+    def derive(self, *, n: int | None = None, prompts: Path | None = None) -> Suite:
+        """The protocol with another number of images or other prompts, as a suite of its own: its label says so, and
+        its scores do not compare with those of the whole one.
+
+        Raises:
+            UserError: the prompt file does not exist, or a suite with CLIP score is left without n.
+        """
+        changes: dict[str, Any] = {}
+        derived = list(self.derived)
+        if prompts is not None:
+            if not prompts.is_file():
+                raise UserError(f"--prompts {prompts} not found: give {FORMS}")
+            changes["prompts"] = str(prompts.absolute())
+            derived.append(f"prompts={prompts.name}")
+        if n is not None and n != self.n:
+            changes["n"] = n
+            derived.append(f"n={n}")
+        return self.changed({**changes, "derived": tuple(derived)})
 
     def seed(self, index: int) -> int:
         """The seed of image ``index``."""
@@ -160,14 +178,8 @@ class Suite(BaseModel):
         else:
             file = self._find(self.prompts, "prompts")
             if file is None:
-                raise UserError(
-                    f"suite {self.label}: no prompt file {self.prompts} (a text file with one prompt a line)"
-                )
-            lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise UserError(
-                f"suite {self.label}: the prompt file {self.prompts} holds no prompt; write one a line"
-            )
+                raise UserError(self._missing("prompt file", self.prompts, "prompts", "give --prompts FILE"))
+            lines = read_prompts(file, f"suite {self.label}")
         if self.selection == "shuffled":
             order = torch.randperm(len(lines), generator=generator_for("suite", "prompts"))
             lines = [lines[i] for i in order.tolist()]
@@ -181,6 +193,25 @@ class Suite(BaseModel):
         """
         return network_of(self.features, self.resize, device)
 
+    def aesthetic_file(self) -> Path:
+        """Where the aesthetic head lies, or would lie: absolute, or beside the suite's file."""
+        given = Path(self.aesthetic or "").expanduser()
+        return self._find(str(given), "reference") or self.folder / given
+
+    def cmmd_reference_file(self) -> Path | None:
+        """Where CMMD's statistics lie; None where they are those of the reference.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        if self.cmmd_reference is None:
+            return None
+        file = self._find(self.cmmd_reference, "reference")
+        if file is None:
+            advice = f"make it with `stepdistill stats --features {self.cmmd}`"
+            raise UserError(self._missing("statistics", self.cmmd_reference, "reference", advice))
+        return file
+
     def reference_file(self) -> Path:
         """Where the reference statistics lie.
 
@@ -193,43 +224,75 @@ class Suite(BaseModel):
             )
         file = self._find(self.reference, "reference")
         if file is None:
-            raise UserError(
-                f"suite {self.label}: no reference statistics {self.reference}; make them with `stepdistill stats`, "
-                f"or give the path of an npz with mu and sigma"
-            )
+            advice = "make them with `stepdistill stats`, or give --reference FILE"
+            raise UserError(self._missing("reference statistics", self.reference, "reference", advice))
         return file
 
-    def protocol(self, network: FeatureNetwork) -> dict[str, str]:
-        """What a report states of the suite, besides its numbers: two scores compare only where all of it is equal."""
+    def protocol(self, network: FeatureNetwork | None) -> dict[str, str]:
+        """What a report states of the suite, besides its numbers: two scores compare only where all of it is equal.
+
+        Args:
+            network: the suite's; None where its weights are missing.
+        """
+        networks = {} if not self.clip_prefix else {"clip_prefix": self.clip_prefix}
+        for key, spec in self.networks().items():
+            networks |= {key: _without_folder(spec), f"{key}_sha256": _weights(spec)}
         return {
-            "resize": network.resize,
-            "features": network.name,
-            "features_sha256": network.sha256,
+            "resize": network.resize if network else self.resize,
+            "features": _without_folder(network.name if network else self.features),
+            "features_sha256": network.sha256 if network else MISSING,
             "reference_sha256": sha256_of_file(self.reference_file()),
             "suite_sha256": self.sha256(),
             "neighbours": str(self.neighbours),
+            **networks,
+            **self._further_files(),
         }
 
     def sha256(self) -> str:
         """Of everything that moves a score: the protocol (keys at their defaults left out, so that a new key does not
-        change old suites), the prompts, the network's weights and the reference file. What only adds a score of its
-        own, diversity, is not part of it."""
-        apart = {"images", "teacher_steps", "diversity", "diversity_prompts"}
+        change old suites), the prompts, the networks' weights and the reference files. What only adds a score of its
+        own, diversity, is not part of it, and neither are intervals."""
+        apart = {"images", "source", "teacher_steps", "diversity", "diversity_prompts", "intervals"}
         protocol = self.model_dump(mode="json", exclude_defaults=True, exclude=apart)
-        content = {
+        for key in protocol.keys() & _FILES:  # their content counts, wherever they lie
+            protocol[key] = Path(protocol[key]).name
+        for key in protocol.keys() & {"features", *self.networks()}:
+            kind = protocol[key].partition(":")[0]
+            protocol[key] = protocol[key] if kind == "module" else kind
+        content: dict[str, Any] = {
             "suite": protocol,
             "prompts": self.prompt_list(),
-            "features": features_sha256(self.features),
+            "features": _weights(self.features),
             "reference": sha256_of_file(self.reference_file()),
         }
+        if networks := self.networks():
+            content |= {"networks": {key: _weights(spec) for key, spec in networks.items()}}
+            content |= {"files": self._further_files()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _further_files(self) -> dict[str, str]:
+        """The SHA-256 of the files besides networks and reference."""
+        found = {}
+        if (file := self.cmmd_reference_file()) is not None:
+            found["cmmd_reference_sha256"] = sha256_of_file(file)
+        if self.aesthetic is not None:
+            head = self.aesthetic_file()
+            found["aesthetic_sha256"] = sha256_of_file(head) if head.is_file() else MISSING
+        return found
+
+    def _places(self, kind: str) -> tuple[Path, ...]:
+        """Where a file that is named without a folder is looked for."""
+        return self.folder, content_folder("eval") / kind, cache_folder() / kind
 
     def _find(self, name: str, kind: str) -> Path | None:
         given = Path(name).expanduser()
-        places = (
-            [given] if given.is_absolute() else [self.folder / given, content_folder("eval") / kind / given]
-        )
+        places = [folder / given for folder in self._places(kind)]  # an absolute path stays what it is
         return next((place for place in places if place.is_file()), None)
+
+    def _missing(self, what: str, name: str, kind: str, advice: str) -> str:
+        given, source = Path(name).expanduser(), self.source and f" (from: {self.source})"
+        looked = "" if given.is_absolute() else f" in {', '.join(map(str, self._places(kind)))}"
+        return f"suite {self.label}: no {what} {name}{looked}{source}; {advice}"
 
 
 def load_suite(name_or_path: str | Path | Suite) -> Suite:
@@ -250,7 +313,7 @@ def load_suite(name_or_path: str | Path | Suite) -> Suite:
         content = yaml.safe_load(file.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or "folder" in content:
+    if not isinstance(content, dict) or content.keys() & _OWN:
         raise UserError(f"{file}: a suite is a table of {', '.join(_keys())}")
     try:
         return Suite.model_validate({**content, "folder": file.resolve().parent})
@@ -258,8 +321,14 @@ def load_suite(name_or_path: str | Path | Suite) -> Suite:
         raise UserError(f"{file}: {_first_problem(error)}") from None
 
 
+_FILES = frozenset({"prompts", "reference", "cmmd_reference", "aesthetic"})
+"""Keys of a Suite that name files."""
+_OWN = frozenset({"folder", "derived"})
+"""Fields of a Suite that are not keys of its file."""
+
+
 def _keys() -> list[str]:
-    return [key for key in Suite.model_fields if key != "folder"]
+    return [key for key in Suite.model_fields if key not in _OWN]
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -271,8 +340,20 @@ def _first_problem(error: ValidationError) -> str:
         return f"{key} is not a key of a suite {did_you_mean(key, _keys())}"
     if problem["type"] == "missing":
         return f"{key} is missing"
-    return (
-        f"{key + ': ' if key else ''}{problem['msg']} (found {problem['input']!r})"
-        if key
-        else str(problem["msg"])
-    )
+    said = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{key}: {said} (found {problem['input']!r})" if key else said
+
+
+def _weights(spec: str) -> str:
+    """The SHA-256 of a network's weights, or MISSING."""
+    try:
+        return features_sha256(spec)
+    except MissingWeights:
+        return MISSING
+
+
+def _without_folder(spec: str) -> str:
+    """A specification that names a path, with its last part: the same weights compare wherever they lie."""
+    kind, _, location = spec.partition(":")
+    here = kind != "module" and location and Path(location).expanduser().exists()
+    return f"{kind}:{Path(location).name}" if here else spec

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.checks import find_pipeline
-from stepdistill.content import content_folder
+from stepdistill.content import cache_folder, content_folder
 from stepdistill.features import sha256_of_file
 from stepdistill.suite import Suite
 
@@ -32,12 +32,6 @@ class Entry:
 
     scores: dict[str, Any]
     source: str
-
-
-def cache_folder() -> Path:
-    """The user's cache: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
-    given = os.environ.get("STEPDISTILL_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "stepdistill"
 
 
 def weights_hash(pipeline: Any) -> str:
@@ -85,6 +79,8 @@ def key(weights: str, suite: Suite, steps: int, guidance: float) -> str:
     content = [weights, suite.label, suite.sha256(), steps, float(guidance)]
     if suite.diversity:  # a score of its own, apart from the suite's hash
         content += [suite.diversity, suite.diversity_prompts]
+    if suite.intervals:  # an error of its own, apart as well
+        content.append("intervals")
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from stepdistill.log import RunLog, read_stats
 from stepdistill.recipe import Recipe
 from stepdistill.sample import grid
 
-VERBS = ["ls", "cp", "train", "sample", "eval", "stats", "compare", "export", "verify", "doctor"]
+VERBS = ["ls", "cp", "train", "sample", "eval", "geneval", "stats", "compare", "export", "verify", "doctor"]
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

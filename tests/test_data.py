@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.data import Data, EmbeddedImages, ImageFolder, read_prompts
+from stepdistill.data import Data, EmbeddedImages, ImageFolder
 from stepdistill.draws import Draws, generator_for
 from stepdistill.errors import UserError
 from stepdistill.pairs import PairCache, PairOptions
+from stepdistill.prompts import read_prompts
 from stepdistill.teacher import PipelineTeacher, load_teacher
 
 PROMPTS = ["red apple", "dog", "cat face", "sun", "waving hand"]

@@ -327,6 +327,16 @@ def test_teacher_scores_come_back_from_the_cache(teacher: Any, tmp_path: Path) -
     assert other[1].cached is None and other[1].fd != first[1].fd
     for file in (tmp_path / "cache" / "teachers").iterdir():
         old = json.loads(file.read_text())
+        new = {key: old["scores"].pop(key) for key in ("fd_se", "sfid", "cmmd_se", "aesthetic")}
+        file.write_text(json.dumps(old))
+        assert new["fd_se"] > 0
+    # From before the errors, and metrics that this suite does not ask, were there: found all the same.
+    found = teacher_scores(folder, tiny(), steps=2, guidance=1.0, progress=False)[2]
+    assert (found.cached, found.fd, found.fd_se) == ("user", first[2].fd, None)
+    errors = tiny(intervals=True)
+    assert teacher_cache.key("w", errors, 1, 1.0) != teacher_cache.key("w", tiny(), 1, 1.0)
+    for file in (tmp_path / "cache" / "teachers").iterdir():
+        old = json.loads(file.read_text())
         del old["scores"]["coverage"]  # from before the metric was there: counts as none
         file.write_text(json.dumps(old))
     assert teacher_scores(folder, tiny(), steps=2, guidance=1.0, progress=False)[2].cached is None

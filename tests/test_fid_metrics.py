@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.extraction import Extraction
 from stepdistill.features import features_sha256, load_features
 from stepdistill.inception import Inception, random_state, shapes
 from stepdistill.inception_features import STATE_SHA256, check_public
@@ -34,6 +35,7 @@ from stepdistill.metrics.sample_size import too_few
 from stepdistill.metrics.sfid import sfid
 from stepdistill.module_features import ModuleFeatures
 from stepdistill.resize import RESIZES, resize
+from stepdistill.suite import load_suite
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -398,6 +400,13 @@ def test_a_torchscript_file_gives_features_and_names_what_it_cannot_give(tmp_pat
         torch.testing.assert_close(found.images(pixels), module.layers(prepared).detach())
     with pytest.raises(UserError, match="the TorchScript file does not give"):
         found.activations(pixels)  # type: ignore[attr-defined]
+    suite = load_suite("folder").changed(
+        {"features": f"inception:{tmp_path / 'script.pt'}", "sfid": True, "inception_score": True}
+    )
+    extraction = Extraction(suite)
+    assert set(extraction.not_computed) == {"sfid", "inception_score"}
+    assert STATE_SHA256 in extraction.not_computed["sfid"]
+    assert set(extraction(pixels, None)) == {"features"}
 
 
 OWN = """

@@ -250,6 +250,19 @@ def test_a_lost_mode_is_seen_by_recall_and_coverage_and_not_by_precision() -> No
     )
 
 
+def test_balls_without_a_group_are_those_of_the_others() -> None:
+    """Radii included: without the third of them that holds most of its neighbours, a ball reaches much further."""
+    real, drawn = normal(60, 2), normal(40, 2, seed=1)
+    drawn[::3] = 0.01 * normal(14, 2, seed=2)  # one group is a heap
+    for block in (7, 1024):
+        found = Balls.between(real, drawn, 3, groups=3, block=block)
+        for group in range(3):
+            alone = Balls.between(real, drawn[torch.arange(40) % 3 != group], 3)
+            assert torch.equal(found.covered_without[group], alone.covered)
+            assert torch.equal(found.reached_without[group], alone.reached)
+    assert Balls.between(real, drawn, 3).covered_without.shape == (0, 60)
+
+
 def test_balls_need_more_features_than_neighbours() -> None:
     with pytest.raises(ValueError, match="need more features than that"):
         Balls.between(normal(5, 2), normal(50, 2), 5)

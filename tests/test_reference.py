@@ -311,16 +311,42 @@ def test_from_two_folders_to_a_report(
         "stats real --output real.npz": "let the name end in .safetensors",
         "stats real --resize tf1 --output x.safetensors": "features emoji have no resize 'tf1'",
         "stats one --output x.safetensors": "statistics need at least 2 images, there are 1",
+        "eval drawn --suite another.yaml": "another.npz has 2048 features, emoji has 64: another network made it",
+        "eval nan.npz --suite folder --reference real.safetensors": "arr_0 is float32 [3, 8, 8, 3]",
+        "eval cut.npz --suite folder --reference real.safetensors": "cut.npz is damaged, cut off",
+        "eval drawn --suite folder --reference cut.npz": "cut.npz is damaged, cut off or not an npz of numbers",
+        "eval drawn --suite folder --reference bomb.pkl": "nothing of it was run",
+        "eval odd --suite folder --reference real.safetensors": "at least 3 images, there are 1",
+        "eval emoji --suite labels.yaml": "draws from prompts, suite labels@1 has none",
     }
+    np.savez("nan.npz", arr_0=np.full((3, 8, 8, 3), np.nan, np.float32))
+    np.savez("whole.npz", arr_0=pixels[:5])
+    Path("cut.npz").write_bytes(Path("whole.npz").read_bytes()[:900])
+    Path("bomb.pkl").write_bytes(pickle.dumps({"mu": Bomb(tmp_path / "it_ran")}))
+    Path("odd").mkdir()
+    rgb = Image.fromarray(pixels[0])
+    rgb.convert("CMYK").save("odd/cmyk.tif")
+    rgb.save("odd/animated.gif", save_all=True, append_images=[Image.fromarray(pixels[1])])
+    Image.fromarray(pixels[0, :, :, 0].astype(np.uint16) * 257).save("odd/deep.png")
+    np.savez("another.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    labels = "version: 1\nresolution: 32\nclip_score: false\nkid: false\nteacher_steps: 1\n"
+    stated = "reference_protocol: {features: emoji, resize: clean, resolution: 32}\n"
+    Path("labels.yaml").write_text(f"{labels}n: 70\nname: labels\nreference: real.safetensors\n")
+    Path("another.yaml").write_text(f"{labels}n: 0\nname: another\nreference: another.npz\n{stated}")
     Path("empty").mkdir()
     Path("one").mkdir()
     Image.fromarray(pixels[0]).save("one/a.png")
     np.savez("edm.npz", mu=np.zeros(64), sigma=np.eye(64))
     for command, says in bad.items():
         assert run(monkeypatch, *command.split()) == 2
-        last = capsys.readouterr().err.splitlines()[-1]
+        told = capsys.readouterr().err
+        last = told.splitlines()[-1]
         assert last.startswith("stepdistill: ") and says in last
-    assert not Path("x.safetensors").exists()
+        if command.startswith("eval odd"):
+            for name, reason in {"animated.gif": "animated", "deep.png": "not 8-bit"}.items():
+                assert f"  {name}: {reason}" in told
+            assert "odd: 1 images: CMYK to RGB" in told
+    assert not Path("x.safetensors").exists() and not Path("it_ran").exists()
 
 
 def test_the_number_of_images_is_the_suites_or_an_error() -> None:

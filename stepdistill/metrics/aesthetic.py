@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepdistill.errors import UserError
+from stepdistill.errors import MissingWeights, UserError
 from stepdistill.features import sha256_of_file
 from stepdistill.tensor_files import read_tensors
 
@@ -55,7 +55,7 @@ def load_aesthetic_head(file: Path) -> AestheticHead:
         UserError: the file is missing, damaged, or no chain of linear layers to one number.
     """
     if not file.is_file():
-        raise UserError(f"no file {file}; the aesthetic score needs sac+logos+ava1-l14-linearMSE.pth")
+        raise MissingWeights(f"no file {file}; the aesthetic score needs sac+logos+ava1-l14-linearMSE.pth")
     state = read_tensors(file, "an aesthetic head: sac+logos+ava1-l14-linearMSE.pth or its like")
     prefixes = [name.removesuffix("weight") for name in state if re.fullmatch(r"(.*\.)?weight", name)]
     prefixes.sort(key=lambda prefix: [int(part) for part in re.findall(r"\d+", prefix)])

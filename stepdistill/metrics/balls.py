@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepdistill.metrics.blocks import rows_at_once
+
 
 @dataclass(frozen=True)
 class Balls:
@@ -23,27 +25,35 @@ class Balls:
         holding: for each drawn feature, how many balls of real features hold it, [N] int64.
         covered: for each real feature, whether a ball of a drawn feature holds it, [M] bool.
         reached: for each real feature, whether its own ball holds a drawn feature, [M] bool.
+        covered_without, reached_without: the last two where the drawn features i, i + G, i + 2 G, ... are left out, for
+            every i < G, [G, M] bool; [0, M] where that was not asked. Recall and coverage are means over the real
+            features of what the drawn ones do to them together, so that their spread over seeds is no mean's: the
+            jackknife reads it from these.
     """
 
     nearest: int
     holding: Tensor
     covered: Tensor
     reached: Tensor
+    covered_without: Tensor
+    reached_without: Tensor
 
     @staticmethod
-    def between(real: Tensor, drawn: Tensor, nearest: int, *, block: int = 1024) -> Balls:
+    def between(real: Tensor, drawn: Tensor, nearest: int, *, groups: int = 0, block: int = 1024) -> Balls:
         """The balls of real features [M, D] and drawn features [N, D].
 
         Args:
             real: features [M, D], M > nearest.
             drawn: features [N, D], N > nearest.
             nearest: k, at least 1.
-            block: rows of the distance matrix held at a time.
+            groups: G, for what is left when one of so many groups of drawn features is left out; 0 leaves that out.
+            block: rows of the distance matrix held at a time, fewer where they are long.
 
         Raises:
-            ValueError: a set has no k-th nearest other feature.
+            ValueError: a set has no k-th nearest other feature, also without a group.
         """
-        if min(len(real), len(drawn)) <= nearest or nearest < 1:
+        largest = -(-len(drawn) // groups) if groups else 0
+        if min(len(real), len(drawn) - largest) <= nearest or nearest < 1:
             raise ValueError(
                 f"balls to the nearest {nearest} need more features than that on both sides, and at least one "
                 f"neighbour; there are {len(real)} and {len(drawn)} features"
@@ -53,16 +63,23 @@ class Balls:
         real_radius, drawn_radius = (
             _radius(x, nearest, block) + rounding for x in (real, drawn)
         )  # [M], [N], squared
-        holding = []
-        covered = torch.zeros(len(real), dtype=torch.bool)
-        reached = torch.zeros(len(real), dtype=torch.bool)
-        for rows, radius in zip(torch.split(drawn, block), torch.split(drawn_radius, block), strict=True):
-            distance = _squared_distances(rows, real)  # [block, M]
+        without = _radii_without(drawn, nearest, groups, block) + rounding  # [N, G], squared
+        holding = torch.zeros(len(drawn), dtype=torch.int64)
+        covered, reached = torch.zeros(2, len(real), dtype=torch.bool)
+        covered_without, reached_by = torch.zeros(2, groups, len(real), dtype=torch.bool)
+        block = rows_at_once(len(real), block)
+        for start in range(0, len(drawn), block):
+            part = slice(start, start + block)
+            distance = _squared_distances(drawn[part], real)  # [block, M]
             inside = distance <= real_radius
-            holding.append(inside.sum(1))
+            holding[part] = inside.sum(1)
             reached |= inside.any(0)
-            covered |= (distance <= radius[:, None]).any(0)
-        return Balls(nearest, torch.cat(holding), covered, reached)
+            covered |= (distance <= drawn_radius[part, None]).any(0)
+            for group in range(groups):
+                reached_by[group] |= inside[(group - start) % groups :: groups].any(0)
+                covered_without[group] |= (distance <= without[part, group, None]).any(0)
+        reached_without = reached_by.sum(0) > reached_by.int()  # by another group than the one left out
+        return Balls(nearest, holding, covered, reached, covered_without, reached_without)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -72,10 +89,33 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 def _radius(x: Tensor, nearest: int, block: int) -> Tensor:
     """The squared distance [N] of every row of x [N, D] to the k-th nearest other row."""
-    found = []
+    found, block = x.new_empty(len(x)), rows_at_once(len(x), block)
+    # Into one tensor: small ones in between would split the freed memory.
     for start in range(0, len(x), block):
         distance = _squared_distances(x[start : start + block], x)
         own = torch.arange(len(distance))
         distance[own, start + own] = torch.inf
-        found.append(distance.kthvalue(nearest, 1).values)
-    return torch.cat(found)
+        found[start : start + block] = distance.kthvalue(nearest, 1).values
+    return found
+
+
+def _radii_without(x: Tensor, nearest: int, groups: int, block: int) -> Tensor:
+    """The same [N, G] for every group of rows i, i + G, ... that is left out; minus infinity for its own rows."""
+    found, block = x.new_empty(len(x), groups), rows_at_once(len(x), block)
+    for start in range(0, len(x) if groups else 0, block):
+        distance = _squared_distances(x[start : start + block], x)
+        own = torch.arange(start, start + len(distance))
+        distance[own - start, own] = torch.inf
+        # A few more than k neighbours are enough, as it is rare that many of them are of one group.
+        near = distance.topk(min(4 * nearest, len(x) - 1), largest=False)
+        for group in range(groups):
+            rank = (near.indices % groups != group).cumsum(1)  # of those that are left
+            enough = rank[:, -1] >= nearest
+            place = (rank < nearest).sum(1).clamp_max(rank.shape[1] - 1)
+            radius = near.values.gather(1, place[:, None])[:, 0]
+            if not enough.all():
+                left = distance[~enough][:, torch.arange(len(x)) % groups != group]
+                radius[~enough] = left.kthvalue(nearest, 1).values
+            radius[own % groups == group] = -torch.inf
+            found[start : start + block, group] = radius
+    return found

@@ -122,9 +122,10 @@ def frechet_distance_of_features(features: Tensor, b: Moments) -> float:
     if count > dimension:
         return frechet_distance(Moments.of(features), b)
     mean, centred = _centred(features)
-    squares = torch.linalg.eigvalsh(centred @ b.covariance @ centred.T)  # [N]
+    covariance = b.covariance
+    squares = torch.linalg.eigvalsh(centred @ covariance @ centred.T)  # [N]
     shared = _root_sum(squares, min(count, b.count) - 1)
-    spread = centred.square().sum() + b.covariance.trace() - 2 * shared
+    spread = centred.square().sum() + covariance.trace() - 2 * shared
     return float((mean - b.mean).square().sum() + spread)
 
 

@@ -37,10 +37,10 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> InceptionScore:
     count = len(logits)
     if not 1 <= splits <= count:
         raise ValueError(f"the Inception score of {splits} splits needs that many images, there are {count}")
-    logs = logits.detach().double().cpu().log_softmax(1)  # [N, C]
     scores = []
     for part in range(splits):
-        log = logs[part * count // splits : (part + 1) * count // splits]
+        rows = logits[part * count // splits : (part + 1) * count // splits]
+        log = rows.detach().double().cpu().log_softmax(1)  # [N / splits, C]
         share = log.exp()
         # Mean KL = H(mean p) - mean H(p); xlogy is 0 at probability 0.
         mean = share.mean(0)

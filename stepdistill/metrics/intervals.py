@@ -45,7 +45,8 @@ class Interval:
 
 
 def of_mean(values: Tensor, *, level: float = 0.95) -> Interval:
-    """Of a mean over images, from one number an image [N]: CLIP score, precision, density.
+    """Of a mean over images, from one number an image [N]: CLIP score, precision, density. Not of recall and coverage,
+    which are means over the real images.
 
     Raises:
         ValueError: fewer than two numbers.
@@ -101,8 +102,18 @@ def jackknife(
         [statistic(torch.cat([*parts[:i], *parts[i + 1 :]]).sort().values) for i in range(groups)],
         dtype=torch.float64,
     )
-    error = math.sqrt((groups - 1) * float(values.var(correction=0)))
-    return Interval(statistic(torch.arange(count)), error, level)
+    return from_leaving_out(statistic(torch.arange(count)), values, level=level)
+
+
+def from_leaving_out(value: float, without: Tensor, *, level: float = 0.95) -> Interval:
+    """The jackknife of a value from those without one group of images each [G].
+
+    Raises:
+        ValueError: fewer than two groups.
+    """
+    _check(len(without))
+    variance = float(without.detach().double().cpu().var(correction=0))
+    return Interval(value, math.sqrt((len(without) - 1) * variance), level)
 
 
 def _check(count: int) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepdistill.metrics.blocks import rows_at_once
+
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """k of rows [N, D] and [M, D], shape [N, M]."""
 
@@ -38,7 +40,7 @@ def mean_discrepancy(
         kernel: k.
         with_itself: False counts pairs of different samples only, and the estimate is unbiased; True counts every
             sample with itself, too: at least 0, and too large by about the mean of k(x, x) - k(x, x'), over N and M.
-        block: rows of the kernel matrix held at a time.
+        block: rows of the kernel matrix held at a time, fewer where they are long.
 
     Raises:
         ValueError: a side has fewer than 3 features.
@@ -67,7 +69,11 @@ def mean_discrepancy(
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Kernel, block: int) -> Tensor:
     """sum_j k(x_i, y_j) for every i, shape [N]."""
-    return torch.cat([kernel(rows, y).sum(1) for rows in torch.split(x, block)])
+    sums, block = x.new_empty(len(x)), rows_at_once(len(y), block)
+    # Into one tensor: small ones in between would split the freed memory.
+    for start in range(0, len(x), block):
+        sums[start : start + block] = kernel(x[start : start + block], y).sum(1)
+    return sums
 
 
 def _own(x: Tensor, kernel: Kernel, block: int) -> Tensor:

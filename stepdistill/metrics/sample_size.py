@@ -15,7 +15,8 @@ def too_few(metric: str, count: int, dimension: int) -> str | None:
 
     Args:
         metric: ``fd`` (FID and every other Frechet distance), ``sfid``, ``fid_infinity``, ``kid``, ``cmmd``,
-            ``inception_score``, ``precision``, ``recall``, ``density`` or ``coverage``.
+            ``inception_score``, ``precision``, ``recall``, ``density``, ``coverage`` or, for these four at once,
+            ``neighbours``.
         count: N, the drawn images.
         dimension: D of the features.
 
@@ -31,11 +32,12 @@ def too_few(metric: str, count: int, dimension: int) -> str | None:
             f"fid_infinity of {count} images: its smallest part has {count // 6} images for {dimension} features, "
             f"where the distance is no line over 1/N yet; take {6 * (dimension + 1):,} or more"
         )
-    if metric in ("precision", "recall", "density", "coverage"):
+    if metric in ("precision", "recall", "density", "coverage", "neighbours"):
         if count >= ENOUGH_NEIGHBOURS:
             return None
+        name = "precision, recall, density, coverage" if metric == "neighbours" else metric
         return (
-            f"{metric} of {count} images: the balls to the nearest neighbours shrink with N, so it compares only at "
+            f"{name} of {count} images: the balls to the nearest neighbours shrink with N: compare only at "
             f"equal N; the literature takes {ENOUGH_NEIGHBOURS:,} or more"
         )
     if metric == "inception_score":

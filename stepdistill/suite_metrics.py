@@ -1,0 +1,134 @@
+"""The keys of a suite that say which metrics it has, and by which networks."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+AESTHETIC_NETWORK = "clip:openai/clip-vit-large-patch14"
+"""The network that LAION's public aesthetic heads read."""
+
+
+class MetricKeys(BaseModel):
+    """The metrics of a suite; the Frechet distance in ``features`` is always one of them.
+
+    Attributes:
+        kid: also compute the kernel distance (needs a reference with features).
+        neighbours: k of precision, recall, density and coverage; 0 leaves them out. They are also left out where the
+            reference has no features, or there are not more than k images.
+        fid_infinity: also compute the Frechet distance at n without end.
+        inception_score, sfid: also compute these; they read more layers of Inception, so ``features`` must be
+            ``inception`` from a state dict, and sFID's reference must have spatial moments (ADM's npz, or
+            ``stepdistill stats --spatial``).
+        clip_score: also compute the image-text cosine.
+        clip_network: its network, as ``clip:openai/clip-vit-base-patch32`` or ``clip:FOLDER``; None is ``features``.
+        clip_prefix: put before every prompt of the CLIP score, such as ``"A photo depicts "``.
+        cmmd: the CLIP network of CMMD, as ``clip:openai/clip-vit-large-patch14-336``; None leaves it out.
+        cmmd_reference: its statistics file, of ``stepdistill stats --features clip:...``, with features. Not needed
+            where ``cmmd`` is ``features``: then it is the reference.
+        pick_score: the CLIP model of PickScore, as ``clip:yuvalkirstain/PickScore_v1``; None leaves it out.
+        aesthetic: the file of the aesthetic head, as ``sac+logos+ava1-l14-linearMSE.pth``; None leaves it out.
+        aesthetic_network: the CLIP network that the head reads.
+        diversity: samples of one prompt whose pairwise diversity is measured as well; 0 leaves it out. They are drawn
+            besides the n images and move no other score.
+        diversity_prompts: how many of the first prompts that is done for.
+        intervals: standard errors of Frechet distances also where they are expensive, of more than 256 features; the
+            others always have them. It moves no score.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kid: bool = True
+    neighbours: int = Field(default=5, ge=0)
+    fid_infinity: bool = False
+    inception_score: bool = False
+    sfid: bool = False
+    clip_score: bool = True
+    clip_network: str | None = None
+    clip_prefix: str = ""
+    cmmd: str | None = None
+    cmmd_reference: str | None = None
+    pick_score: str | None = None
+    aesthetic: str | None = None
+    aesthetic_network: str = AESTHETIC_NETWORK
+    diversity: int = Field(default=0, ge=0)
+    diversity_prompts: int = Field(default=100, ge=1)
+    intervals: bool = False
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a score compares images with their prompts."""
+        return self.clip_score or self.pick_score is not None
+
+    def networks(self) -> dict[str, str]:
+        """The specifications of the networks besides ``features``, by the key that names them."""
+        given = {
+            "clip_network": self.clip_network,
+            "cmmd": self.cmmd,
+            "pick_score": self.pick_score,
+            "aesthetic_network": self.aesthetic_network if self.aesthetic is not None else None,
+        }
+        return {key: spec for key, spec in given.items() if spec is not None}
+
+    def asked(self, features: str) -> dict[str, str]:
+        """The metrics, named as in ``Scores``, and the specification of the network that each reads.
+
+        Args:
+            features: of the suite.
+        """
+        wanted = {
+            "fd": True,
+            "kid": self.kid,
+            "fid_infinity": self.fid_infinity,
+            "sfid": self.sfid,
+            "inception_score": self.inception_score,
+            **dict.fromkeys(("precision", "recall", "density", "coverage"), self.neighbours > 0),
+            "diversity": self.diversity > 0,
+        }
+        found = {name: features for name, asked in wanted.items() if asked}
+        if self.clip_score:
+            found["clip_score"] = self.clip_network or features
+        if self.cmmd is not None:
+            found["cmmd"] = self.cmmd
+        if self.pick_score is not None:
+            found["pick_score"] = self.pick_score
+        if self.aesthetic is not None:
+            found["aesthetic"] = self.aesthetic_network
+        return found
+
+    def check_metrics(self, features: str, prompts: str | None, n: int) -> None:
+        """Whether the metrics fit together and to the rest of the suite.
+
+        Raises:
+            ValueError: they do not; pydantic makes it a suite's error.
+        """
+        for name, asked, off in (
+            ("clip_score", self.clip_score, "set clip_score to false"),
+            ("pick_score", self.pick_score is not None, "leave pick_score out"),
+        ):
+            if asked and prompts is None:
+                raise ValueError(f"{name} needs prompts: give them, or {off}")
+            if asked and n == 0:
+                raise ValueError(f"{name} needs n, as image i belongs to prompt i: give n, or {off}")
+        if self.diversity == 1 or (self.diversity and prompts is None):
+            raise ValueError("diversity needs prompts, and 2 samples of each or more (0 leaves it out)")
+        kind = features.partition(":")[0]
+        if (self.inception_score or self.sfid) and kind != "inception":
+            name = "inception_score" if self.inception_score else "sfid"
+            raise ValueError(
+                f"{name} reads layers of Inception: set features to inception, or {name} to false"
+            )
+        if not self.clip_score and (self.clip_network is not None or self.clip_prefix):
+            raise ValueError("clip_network and clip_prefix are of the CLIP score: set clip_score to true")
+        if self.clip_score and self.clip_network is None and kind in ("inception", "dinov2", "module"):
+            raise ValueError(
+                f"features {features} have no texts: give clip_network, or set clip_score to false"
+            )
+        for name, spec in self.networks().items():
+            if spec != "emoji" and not spec.startswith("clip:"):
+                raise ValueError(f"{name} is {spec}: it must be a CLIP network, clip:FOLDER or clip:HUB/NAME")
+        if self.cmmd is None and self.cmmd_reference is not None:
+            raise ValueError("cmmd_reference is of CMMD: give cmmd, its network")
+        if self.cmmd not in (None, features) and self.cmmd_reference is None:
+            raise ValueError(f"cmmd needs cmmd_reference, made by stepdistill stats --features {self.cmmd}")
+        if self.aesthetic is None and self.aesthetic_network != AESTHETIC_NETWORK:
+            raise ValueError("aesthetic_network is of the aesthetic score: give aesthetic, its head file")
