@@ -52,6 +52,22 @@ def find_pipeline(name: str | Path) -> Path:
     raise UserError(f"pipeline {name} does not exist {known}; or give a folder")
 
 
+def pipeline_or_images(name: str | Path) -> Path | None:
+    """The folder of a pipeline, or None where the name is of images.
+
+    Raises:
+        UserError: it is of neither, or of a run that has no student yet.
+    """
+    try:
+        return find_pipeline(name)
+    except UserError:
+        from stepdistill.image_sources import is_source
+
+        if is_source(name) and not (Path(name).expanduser() / "recipe.yaml").is_file():
+            return None
+        raise
+
+
 def _local_pipeline(name: str | Path) -> Path | None:
     if (embedded := teacher_folder(str(name))) is not None:
         return embedded

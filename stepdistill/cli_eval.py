@@ -38,7 +38,7 @@ def evaluate_pipeline(
         typer.Option(help="Prompts in place of the suite's: .txt, .jsonl, .json, .csv, .tsv or .tar."),
     ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", min=2, help="Number of images in place of the suite's, for a try.")
+        int | None, typer.Option("--n", min=1, help="Number of images in place of the suite's, for a try.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -54,7 +54,7 @@ def evaluate_pipeline(
     processes = launched()
 
     def check() -> tuple[tuple[int, ...], Path | None, Suite]:
-        from stepdistill.image_sources import pipeline_or_images
+        from stepdistill.checks import pipeline_or_images
 
         counts = _step_counts(steps)
         folder = pipeline_or_images(pipeline)

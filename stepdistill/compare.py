@@ -218,7 +218,7 @@ def not_told_apart(row: Row, rows: Sequence[Row]) -> list[str]:
     return [
         other.name
         for other in rows
-        if (other.steps, other.name) != (row.steps, row.name)
+        if other is not row
         and other.steps == row.steps
         and None not in (row.fd, row.fd_se, other.fd, other.fd_se)
         and abs((row.fd or 0) - (other.fd or 0)) <= (row.fd_se or 0) + (other.fd_se or 0)

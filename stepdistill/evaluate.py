@@ -97,6 +97,8 @@ def evaluate(
     device = processes.device if device is None else device
     work = processes.together(lambda: Work(pipeline, suite, device, guidance, trailing, eta))
     main, extraction, drawing = processes.main, work.extraction, work.drawing
+    if folder is not None:  # before features of a reference's images are computed
+        processes.together(lambda: work.refuse_another(folder) if main else None)
     reference = processes.together(
         lambda: load_reference(suite, extraction.network, progress=progress) if main else None
     )

@@ -24,7 +24,7 @@ from stepdistill.log import bar, say
 from stepdistill.measure import measure
 from stepdistill.provenance import peak_memory, provenance
 from stepdistill.scores import Report, StepScores
-from stepdistill.shards import ShardWriter
+from stepdistill.shards import MANIFEST, ShardWriter
 from stepdistill.statement import statement, tell
 from stepdistill.suite import Suite, load_reference, load_suite
 
@@ -57,6 +57,11 @@ def evaluate_images(
             image with a prompt cannot be used.
     """
     suite = load_suite(suite)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        if any(folder.glob(f"steps_*/{MANIFEST}")):
+            raise UserError(f"{folder} holds the evaluation of a pipeline: give another --output")
+        check_writable(folder)
     source = open_images(images, resolution=suite.resolution)
     if suite.n and source.found not in (None, suite.n):
         raise UserError(
@@ -68,9 +73,6 @@ def evaluate_images(
     suite.reference_file()  # its absence is told before anything is loaded
     extraction = Extraction(suite, device)
     reference = load_reference(suite, extraction.network)
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        check_writable(folder)
     kept = Pictures(side_of(suite.resolution))
     # An iterator of the user's own is left in the thread that it was made in.
     drawn = ahead(

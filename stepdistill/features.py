@@ -98,6 +98,7 @@ class ClipFeatures:
         folder: CLIPModel folder (config.json, model.safetensors).
         tokenizer: folder of its tokenizer.
         name: its specification.
+        sha256: of its weights.
         fd_name, fd_scale, clip_name: see :class:`FeatureNetwork`.
         mean, std: of the pixels in [0, 1], per channel.
         device: where it runs.
@@ -111,6 +112,7 @@ class ClipFeatures:
         tokenizer: Path,
         *,
         name: str,
+        sha256: str,
         fd_name: str,
         fd_scale: float,
         clip_name: str,
@@ -135,7 +137,7 @@ class ClipFeatures:
         self.logit_scale = float(model.logit_scale.exp())
         self.resize = f"clean (bicubic, antialiased, float) to {self._size}"
         self.kernel_scale = 1.0  # unit vectors: the kernel is (cosine + 1)^3
-        self.sha256 = _folder_sha256(folder)
+        self.sha256 = sha256
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Unit features [B, D] of images [B, 3, H, W] in [0, 255], uint8 or float, with a graph."""
@@ -184,15 +186,34 @@ def features_sha256(spec: str) -> str:
         return load_features(spec).sha256
     kind, path = _locate(spec)
     if kind != "inception":
-        return _folder_sha256(path)
+        return _folder_sha256(path, kind)
     sha256 = sha256_of_file(path)
     check_public(path, sha256)
     return sha256
 
 
-def _folder_sha256(folder: Path) -> str:
-    """Of the only safetensors file of a folder, or of the digests of its shards in order."""
+PIXELS = {
+    "emoji": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and deviation of the pixels in [0, 1] that the networks of a kind are used to."""
+
+
+def _pixel_statistics(folder: Path, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of preprocessor_config.json; those of its kind where the folder has none."""
+    file = folder / "preprocessor_config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    mean, std = PIXELS[kind]
+    return tuple(config.get("image_mean", mean)), tuple(config.get("image_std", std))
+
+
+def _folder_sha256(folder: Path, kind: str) -> str:
+    """Of the only safetensors file of a folder, or of the digests of its shards in order; and of the pixels' mean and
+    deviation where they are not those of its kind, as they move the features."""
     digests = [sha256_of_file(shard) for shard in sorted(folder.glob("*.safetensors"))]
+    if (statistics := _pixel_statistics(folder, kind)) != PIXELS[kind]:
+        digests.append(json.dumps(statistics))
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -256,31 +277,30 @@ def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
     if spec.startswith("module:"):
         return user_network(spec, resize, device)
     kind, path = _locate(spec)
+    if kind == "inception":
+        return InceptionFeatures(path, sha256=sha256_of_file(path), mode=resize, device=device)
+    mean, std = _pixel_statistics(path, kind)
+    sha256 = _folder_sha256(path, kind)
     if kind == "emoji":
         return ClipFeatures(
             path,
             embedded.tokenizer_folder(),
             name="emoji",
+            sha256=sha256,
             fd_name="FD-emoji",
             fd_scale=100.0,
             clip_name="CLIP-emoji",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
+            mean=mean,
+            std=std,
             device=device,
         )
-    if kind == "inception":
-        return InceptionFeatures(path, sha256=sha256_of_file(path), mode=resize, device=device)
     if kind == "dinov2":
-        mean, std = _pixel_statistics(path, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        sha256 = _folder_sha256(path)
         return DinoFeatures(path, name=spec, sha256=sha256, mean=mean, std=std, device=device)
-    mean, std = _pixel_statistics(
-        path, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    )
     return ClipFeatures(
         path,
         path,
         name=spec,
+        sha256=sha256,
         fd_name=f"FD-CLIP ({path.name})",
         fd_scale=1.0,
         clip_name=f"CLIP score ({path.name})",
@@ -288,12 +308,3 @@ def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
         std=std,
         device=device,
     )
-
-
-def _pixel_statistics(
-    folder: Path, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation of preprocessor_config.json; those given where the folder has none."""
-    file = folder / "preprocessor_config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return config.get("image_mean", mean), config.get("image_std", std)

@@ -121,9 +121,8 @@ def export_geneval(
 
     weights = weights_hash(pipeline)
     pipe, label = load_pipeline(pipeline, device)
-    total = samples * len(rows)
     suite = Suite(
-        name="geneval", version=1, n=total, first_seed=seed, resolution=0, draw_resolution="own",
+        name="geneval", version=1, n=0, first_seed=seed, resolution=0, draw_resolution="own",
         reference="", kid=False, clip_score=False, teacher_steps=1,
     )  # fmt: skip
     texts = [prompt for _, prompt in rows for _ in range(samples)]

@@ -164,22 +164,6 @@ def is_source(path: str | Path) -> bool:
     return place.is_dir() or (place.is_file() and place.name.lower().endswith(ARCHIVES))
 
 
-def pipeline_or_images(name: str | Path) -> Path | None:
-    """The folder of a pipeline, or None where the name is of images.
-
-    Raises:
-        UserError: it is of neither, or of a run that has no student yet.
-    """
-    from stepdistill.checks import find_pipeline
-
-    try:
-        return find_pipeline(name)
-    except UserError:
-        if is_source(name) and not (Path(name).expanduser() / "recipe.yaml").is_file():
-            return None
-        raise
-
-
 def open_images(images: str | Path | Iterable[Any], *, resolution: int = 0) -> ImageSource:
     """The images of a folder (nested), a zip, an npz (``arr_0`` uint8 [N, H, W, 3]), a webdataset tar, or an iterable.
 

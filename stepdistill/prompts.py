@@ -77,7 +77,8 @@ def _read(file: Path) -> Iterable[str]:
         tab = name.endswith(".tsv")
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tab else ",")
         return [_field(row, f"line {table.line_num}") for row in table]
-    return [line for line in text.splitlines() if line.strip()]
+    # Not splitlines: captions of the web have form feeds and U+2028 inside, and row i belongs to image i.
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _field(row: Any, place: str) -> str:

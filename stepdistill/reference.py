@@ -77,6 +77,7 @@ def _embeddings(suite: Suite, network: FeatureNetwork | None, reference: Referen
         raise UserError(
             f"{file or suite.reference_file()} holds no features, which cmmd needs: remake it with stepdistill stats"
         )
+    _check_count(file or suite.reference_file(), len(found.features), 3)
     return found.features
 
 
@@ -104,12 +105,22 @@ def _checked(
         raise UserError(
             f"{file} holds no features, which kid needs: remake it with stepdistill stats, or set kid to false"
         )
+    if reference.features is not None:
+        _check_count(file, len(reference.features), max(3 * suite.kid, suite.neighbours + 1))
     if suite.sfid and reference.spatial is None:
         raise UserError(
             f"{file} holds no spatial moments, which sfid needs: remake it with stepdistill stats --spatial, take "
             "ADM's npz, or set sfid to false"
         )
     return reference
+
+
+def _check_count(file: Path, count: int, least: int) -> None:
+    """There are as many real images as the metrics need that compare single ones."""
+    if count < least:
+        raise UserError(
+            f"{file} is of {count} images, the suite's metrics need {least}: make statistics of more, or leave them out"
+        )
 
 
 def _check_protocol(file: Path, protocol: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -298,7 +309,8 @@ def _inner_features(network: FeatureNetwork, pixels: Tensor) -> tuple[Tensor, Te
 
 def for_reference(suite: Suite, file: Path) -> Suite:
     """The suite with another reference. A suite that leaves n open (``folder``) takes features, resize and resolution
-    from what the file says of itself.
+    from what the file says of itself. What a suite states of its file (``reference_protocol``) is kept where the other
+    one has the same name.
 
     Raises:
         UserError: the file is missing, damaged, or does not say what made it.
@@ -306,6 +318,8 @@ def for_reference(suite: Suite, file: Path) -> Suite:
     if not file.is_file():
         raise UserError(f"no reference statistics {file}: make them with stepdistill stats")
     changed: dict[str, Any] = {"reference": str(file.absolute())}
+    if file.name != Path(suite.reference).name:  # what the suite states is of its own file
+        changed["reference_protocol"] = None
     if suite.n == 0:
         reference = read_reference(file)
         if not set(STATED) <= set(reference.protocol):

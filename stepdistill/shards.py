@@ -113,7 +113,7 @@ class Shards(RowTable):
         from safetensors.torch import save_file
 
         pictures = pictures or {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # a temporary one that is gone with the main process stays gone
         tensors = {f"rows.{name}": value.detach().cpu().contiguous() for name, value in rows.items()}
         if pictures:
             tensors["pictures"] = torch.stack(list(pictures.values()))

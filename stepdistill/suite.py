@@ -102,9 +102,9 @@ class Suite(MetricKeys):
 
     @field_validator("n")
     @classmethod
-    def _more_than_one(cls, n: int) -> int:
-        if n == 1:
-            raise ValueError("a distance needs at least 2 images (0 leaves their number open)")
+    def _enough(cls, n: int) -> int:
+        if 0 < n < 3:
+            raise ValueError("a distance needs at least 3 images (0 leaves their number open)")
         return n
 
     @model_validator(mode="after")

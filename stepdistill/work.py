@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from stepdistill.metrics.diversity import Diversity, pairwise_diversity
 from stepdistill.processes import Processes
 from stepdistill.row_table import Rows
 from stepdistill.scores import StepScores
-from stepdistill.shards import Shards, claim
+from stepdistill.shards import MANIFEST, Shards, claim
 from stepdistill.suite import Reference, Suite
 from stepdistill.teacher_cache import weights_hash
 
@@ -38,6 +39,7 @@ class Part:
         images: the suite's n.
         samples: those of diversity; None where the suite asks none.
         own_images, own_samples: the shards that this process draws.
+        at_once: the processes that have images to draw.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class Part:
     samples: Shards | None
     own_images: Sequence[int]
     own_samples: Sequence[int]
+    at_once: int
 
     def save(self, scores: StepScores) -> None:
         """Tell the other processes."""
@@ -92,6 +95,16 @@ class Work:
             more = suite.model_copy(update={"n": len(self._repeated), "first_seed": suite.seed(suite.n)})
             self._sampled = Drawing(self.pipe, more, self._repeated, guidance, trailing, eta)
 
+    def refuse_another(self, folder: Path) -> None:
+        """The folder holds nothing of another evaluation, at whatever step count.
+
+        Raises:
+            UserError: it does, or a manifest is damaged.
+        """
+        for manifest in sorted(folder.glob(f"steps_[0-9]*/{MANIFEST}")):
+            steps = int(manifest.parent.name.removeprefix("steps_"))
+            claim(manifest.parent, {**self._key, "steps": steps})
+
     def parts(self, folder: Path, counts: Sequence[int], processes: Processes, *, keyed: bool) -> list[Part]:
         """What this process has to draw. No process may begin before all have asked this.
 
@@ -104,7 +117,7 @@ class Work:
         Raises:
             UserError: it holds another evaluation's, or a damaged file.
         """
-        key = self._key() if keyed and processes.main else {}
+        key = self._key if keyed and processes.main else {}
         parts = []
         for steps in counts:
             place = steps_folder(folder, steps)
@@ -119,8 +132,10 @@ class Work:
                 for shards in every:
                     shards.tidy()
                     shards.check()
-            own = [shards.missing()[processes.rank :: processes.count] for shards in every]
-            parts.append(Part(steps, images, samples, own[0], own[1] if samples else []))
+            missing = [shards.missing() for shards in every]
+            own = [numbers[processes.rank :: processes.count] for numbers in missing]
+            at_once = min(processes.count, len(missing[0]))
+            parts.append(Part(steps, images, samples, own[0], own[1] if samples else [], at_once))
         return parts
 
     def draw(
@@ -159,7 +174,7 @@ class Work:
                     batch=batch,
                     side=side,
                     device=self.pipe.device,
-                    processes=processes.count,
+                    processes=part.at_once,
                     advance=advance,
                 )
                 if processes.main:
@@ -200,6 +215,7 @@ class Work:
         assert network is not None
         return {"features": network.images(pixels)}
 
+    @cached_property
     def _key(self) -> dict[str, Any]:
         """All that the rows depend on."""
         suite, protocol = self.suite, self.suite.protocol(self.extraction.network)

@@ -189,6 +189,8 @@ def test_prompts_are_read_by_line_and_refused_when_there_are_none(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("  a cat \n\n a dog\n")
     assert read_prompts(file) == ["a cat", "a dog"]
+    file.write_bytes("a\u2028cat\r\na\x0cdog\n".encode())  # line ends to str.splitlines
+    assert read_prompts(file) == ["a\u2028cat", "a\x0cdog"]
     file.write_text("\n \n")
     with pytest.raises(UserError, match="holds no prompt"):
         read_prompts(file)

@@ -32,6 +32,7 @@ from stepdistill.measure import measure
 from stepdistill.processes import Processes
 from stepdistill.shards import Cost, Shards, ShardWriter, claim
 from stepdistill.suite import Suite, load_reference, load_suite
+from stepdistill.work import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"seconds_per_image", "images_per_second", "peak_memory_bytes"}
@@ -189,6 +190,16 @@ def test_one_two_and_three_processes_with_uneven_shards_give_one_number_and_one_
     ]
 
 
+def test_of_more_processes_than_shards_only_those_that_draw_count(
+    teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "SIZE", 5)
+    work = Work(teacher, tiny(), "cpu", None, False, None)
+    parts = [work.parts(tmp_path, [1], Processes(rank, 8), keyed=False)[0] for rank in range(8)]
+    assert [list(part.own_images) for part in parts] == [[0], [1], [2], [3], [4], [], [], []]
+    assert {part.at_once for part in parts} == {5}  # images per second are of these
+
+
 def test_a_gallery_keeps_squares_of_one_size() -> None:
     wide = torch.zeros(1, 3, 10, 30, dtype=torch.uint8)
     wide[..., 10:20] = 200
@@ -237,6 +248,10 @@ def test_a_killed_evaluation_goes_on_from_its_shards(
     shard = tmp_path / "cut" / "steps_1" / "images_000005.safetensors"
     with pytest.raises(UserError, match=r"of other guidance \(1\.0 there, 2\.0 here\)"):
         evaluate(teacher, suite, guidance=2.0, progress=False, output=tmp_path / "cut")
+    report = (tmp_path / "cut" / "report.json").read_text()
+    with pytest.raises(UserError, match=r"steps_1 holds the rows of another evaluation, of other guidance"):
+        evaluate(teacher, suite, steps=2, guidance=2.0, progress=False, output=tmp_path / "cut")
+    assert (tmp_path / "cut" / "report.json").read_text() == report
     kept = shard.read_bytes()
     for damage in (kept[:-9], kept[:-1] + bytes([kept[-1] ^ 1]), b"", b"no header at all"):
         shard.write_bytes(damage)
@@ -257,6 +272,9 @@ def test_a_shard_of_other_images_and_shards_without_a_manifest_are_refused(tmp_p
         shards.check()
     with pytest.raises(UserError, match=r"holds shards without manifest\.json"):
         claim(tmp_path, {"n": 10})
+    with pytest.raises(FileNotFoundError):  # a temporary folder that the main process has removed
+        Shards(tmp_path / "gone" / "steps_1", 5).write(0, {"features": torch.zeros(5, 2)}, Cost())
+    assert not (tmp_path / "gone").exists()
     claim(tmp_path / "own", {"n": 10})
     claim(tmp_path / "own", {"n": 10})
     with pytest.raises(UserError, match=r"other n \(10 there, 11 here\), eta \(null there, 0\.5 here\)"):
@@ -292,6 +310,10 @@ def test_the_order_of_files_and_the_batch_move_no_score(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").is_file()
     alone = score_images(pixels.split(40), None, suite)
     assert asdict(alone) == {name: getattr(one, name) for name in asdict(alone)}
+    (tmp_path / "drawn" / "steps_4").mkdir(parents=True)
+    (tmp_path / "drawn" / "steps_4" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="holds the evaluation of a pipeline"):
+        evaluate_images(tmp_path / "a", suite, progress=False, output=tmp_path / "drawn")
 
 
 def test_images_of_alternating_sizes_keep_their_order(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from stepdistill.embedded import (
 )
 from stepdistill.errors import UserError
 from stepdistill.evaluate import Scores, evaluate, gap_closed, score_images, teacher_scores, weights_hash
-from stepdistill.features import load_features
+from stepdistill.features import features_sha256, load_features
 from stepdistill.suite import Suite, load_reference, load_suite, make_reference
 
 
@@ -424,7 +424,11 @@ def test_a_clip_folder_of_ones_own_gives_the_features_of_its_weights(tmp_path: P
         '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
     )
     mine, shipped = load_features(f"clip:{tmp_path}"), load_features("emoji")
-    assert mine.sha256 == shipped.sha256 and mine.fd_name != shipped.fd_name and mine.fd_scale == 1
+    assert mine.fd_name != shipped.fd_name and mine.fd_scale == 1
+    assert mine.sha256 == features_sha256(f"clip:{tmp_path}")
+    assert mine.sha256 != shipped.sha256  # these are not the pixels that CLIP is used to
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "elsewhere.json")
+    assert features_sha256(f"clip:{tmp_path}") == shipped.sha256
     pixels = torch.from_numpy(emoji_images()[:20]).permute(0, 3, 1, 2)
     torch.testing.assert_close(mine.images(pixels), shipped.images(pixels))
     torch.testing.assert_close(mine.texts(emoji_captions()[:5]), shipped.texts(emoji_captions()[:5]))

@@ -87,6 +87,11 @@ def test_an_export_that_was_stopped_is_finished_and_nothing_is_drawn_twice(
         export_geneval(tiny_pipeline("dit"), prompts, tmp_path / "other", progress=False)
 
 
+def test_one_picture_of_one_prompt_is_an_export(pipe: Any, prompts: Path, tmp_path: Path) -> None:
+    prompts.write_text(json.dumps(ROWS[0]))
+    assert export_geneval(pipe, prompts, tmp_path / "out", steps=1, samples=1, progress=False) == 1
+
+
 def test_geneval_2_also_gets_the_table_of_its_pictures(pipe: Any, tmp_path: Path) -> None:
     file, out = tmp_path / "geneval2_data.jsonl", tmp_path / "out"
     rows = [{"prompt": prompt, "vqa_list": [["Is it?", "Yes"]]} for prompt in ("two cows", "a cow")]

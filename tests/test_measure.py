@@ -21,7 +21,7 @@ from stepdistill.features import ClipFeatures, load_features
 from stepdistill.image_sources import open_images
 from stepdistill.inception import random_state
 from stepdistill.inception_features import PUBLIC, STATE_SHA256, InceptionFeatures, usual_folders
-from stepdistill.measure import measure
+from stepdistill.measure import BLOCK, in_random_order, measure
 from stepdistill.metrics.aesthetic import load_aesthetic_head
 from stepdistill.metrics.balls import Balls
 from stepdistill.metrics.clip_score import cosines
@@ -138,7 +138,7 @@ def test_every_metric_of_one_suite_equals_its_function_by_hand(
     balls = Balls.between(reference.features, drawn.features, 3)
     # The statistics file keeps features in half precision.
     distance = cmmd(clip.images(batch(DRAWN)), clip.images(batch(REAL)).half().float())
-    score = inception_score(drawn.logits)
+    score = inception_score(in_random_order(drawn.logits))
     texts = clip.texts([f"A photo depicts {prompt}" for prompt in prompts])
     clip_score = of_mean(cosines(clip.images(batch(DRAWN)), texts))
     picks = of_mean(20.0855369 * cosines(pick.images(batch(DRAWN)), pick.texts(prompts)))
@@ -185,7 +185,7 @@ def test_every_metric_of_one_suite_equals_its_function_by_hand(
     assert (
         stated["clip_network_sha256"] == stated["cmmd_sha256"] == clip.sha256 != stated["pick_score_sha256"]
     )
-    assert stated["clip_prefix"] == "A photo depicts " and "mod 20" in stated["standard_errors"]
+    assert stated["clip_prefix"] == "A photo depicts " and "random groups" in stated["standard_errors"]
     assert len(stated["aesthetic_sha256"]) == len(stated["cmmd_reference_sha256"]) == 64
     header, _, row = report.markdown().splitlines()
     assert "CMMD (clip)" in header and header.count("|") == row.count("|") and "±" in row
@@ -274,6 +274,35 @@ def test_standard_errors_are_the_spread_over_disjoint_draws_and_batches_change_n
     assert found[0].fd == pytest.approx(found[1].fd, abs=6 * (found[0].fd_se or 0))
 
 
+@pytest.mark.parametrize(("count", "dimension"), [(400, 4), (100, 120)])
+def test_the_order_of_the_images_moves_no_standard_error(count: int, dimension: int) -> None:
+    """Five classes that take turns: every 20th image is of one class, and a group of those no random one. With more
+    images than features, and with fewer."""
+    generator = torch.Generator().manual_seed(2)
+    real = 4 * torch.randn(5, dimension, generator=generator).repeat(80, 1)
+    real += torch.randn(400, dimension, generator=generator)
+    network = ModuleFeatures(torch.nn.Flatten(), name="pixels", dimension=dimension, size=2)
+    reference = Reference(Moments.of(real), real, {}, "")
+    turns = 4 * torch.randn(5, dimension, generator=generator).repeat(count // 5, 1)
+    turns += torch.randn(count, dimension, generator=generator)
+    lots = [turns[torch.randperm(count, generator=generator)] for _ in range(6)]
+    suite = gaussian_suite(neighbours=3)
+    of_turns, *of_lots = (measure(table_of(x, 100), suite, network, reference) for x in (turns, *lots))
+    for name in ("fd", "recall", "coverage"):
+        usual = float(np.mean([getattr(scores, f"{name}_se") for scores in of_lots]))
+        assert getattr(of_turns, name) == pytest.approx(getattr(of_lots[0], name), rel=1e-9), name
+        assert getattr(of_turns, f"{name}_se") == pytest.approx(usual, rel=0.6), name
+
+
+def test_the_inception_score_does_not_depend_on_folders_of_one_class_each() -> None:
+    logits = 20 * torch.eye(1008)[torch.arange(1000) // 100]  # ten classes, one after the other
+    table = InMemory({"logits": logits}, 300)
+    suite = gaussian_suite(features="inception", inception_score=True)
+    found = measure(table, suite, None, Reference(Moments.empty(1), None, {}, ""))
+    assert inception_score(logits).value == pytest.approx(1, abs=1e-4)
+    assert found.inception_score == pytest.approx(10, rel=0.1)
+
+
 def test_many_rows_are_read_in_blocks_with_the_moments_of_all() -> None:
     """More rows than a block holds, in batches that fit into none; and with no more rows than features."""
     generator = torch.Generator().manual_seed(1)
@@ -281,7 +310,8 @@ def test_many_rows_are_read_in_blocks_with_the_moments_of_all() -> None:
     many = torch.randn(17_003, 12, generator=generator)
     found = measure(table_of(many, 999), gaussian_suite(), PIXELS, reference)
     assert found.fd == pytest.approx(frechet_distance(Moments.of(many), reference.moments), rel=1e-10)
-    groups = [Moments.of(many[torch.arange(17_003) % 20 != i]) for i in range(20)]
+    mixed = torch.cat([in_random_order(block) for block in many.split(BLOCK)])
+    groups = [Moments.of(mixed[torch.arange(17_003) % 20 != i]) for i in range(20)]
     values = np.array([frechet_distance(kept, reference.moments) for kept in groups])
     assert found.fd_se == pytest.approx(19**0.5 * values.std(), rel=1e-7)
     few = measure(table_of(many[:9], 2), gaussian_suite(), PIXELS, reference)

@@ -294,6 +294,10 @@ def test_from_two_folders_to_a_report(
     assert [skipped["name"] for skipped in report["images"]["skipped"]] == ["broken.png"]
     suite = for_reference(load_suite("folder"), Path("real.safetensors"))
     assert (suite.resolution, suite.features, suite.resize, suite.kid) == (32, "emoji", "clean", True)
+    named = suite.changed({"reference": "edm.npz", "reference_protocol": {"resolution": 32}, "n": 70})
+    Path("edm.npz").write_bytes(b"")  # what a suite states of its own file says nothing of another one
+    assert for_reference(named, Path("edm.npz")).reference_protocol == named.reference_protocol
+    assert for_reference(named, Path("real.safetensors")).reference_protocol is None
     batch = torch.from_numpy(pixels[100:170]).permute(0, 3, 1, 2)
     direct = score_images(torch.split(batch, 23), None, suite)
     assert report["scores"]["0"]["fd"] == pytest.approx(direct.fd, rel=1e-5)
@@ -306,6 +310,8 @@ def test_from_two_folders_to_a_report(
         "eval drawn --suite folder --reference gone.npz": "no reference statistics gone.npz",
         "eval empty --suite folder": "empty holds no images: it is empty",
         "eval one --suite folder --reference real.safetensors": "at least 3 images, there are 1",
+        "eval drawn --suite folder --reference few.safetensors": "is of 4 images, the suite's metrics need 6",
+        "eval drawn --suite emoji --n 2": "a distance needs at least 3 images",
         "eval drawn --suite folder --reference edm.npz": "edm.npz does not say what made it",
         "eval emoji --suite folder --reference real.safetensors": "leaves n or resolution open",
         "stats real --output real.npz": "let the name end in .safetensors",
@@ -337,6 +343,8 @@ def test_from_two_folders_to_a_report(
     Path("one").mkdir()
     Image.fromarray(pixels[0]).save("one/a.png")
     np.savez("edm.npz", mu=np.zeros(64), sigma=np.eye(64))
+    few = open_images(pixels[:4])
+    make_statistics(few, suite.network(), Path("few.safetensors"), resolution=32, progress=False)
     for command, says in bad.items():
         assert run(monkeypatch, *command.split()) == 2
         told = capsys.readouterr().err

@@ -28,7 +28,7 @@ class Balls:
         covered_without, reached_without: the last two where the drawn features i, i + G, i + 2 G, ... are left out, for
             every i < G, [G, M] bool; [0, M] where that was not asked. Recall and coverage are means over the real
             features of what the drawn ones do to them together, so that their spread over seeds is no mean's: the
-            jackknife reads it from these.
+            jackknife reads it from these. For it the drawn features must have no pattern in their order.
     """
 
     nearest: int

@@ -12,7 +12,7 @@ from stepdistill.metrics.frechet import Moments, frechet_distance
 from stepdistill.metrics.intervals import Interval
 
 GROUPS = 20
-"""Image i belongs to group i mod 20, in whatever process it is drawn."""
+"""How many: 20 know the error to about 16 %."""
 
 
 def frechet_interval(groups: Sequence[Moments], reference: Moments, *, level: float = 0.95) -> Interval:
