@@ -184,13 +184,16 @@ class FlowMapMethod(Method):
         return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.map_options.regression)
 
     def _states_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
-        """Start and end [B] of the warm start's jumps, among the times of the states."""
+        """Start and end [B] of the warm start's jumps on the straight path, among the times of the states; those of a
+        method without jumps of its own choice start where the student's steps do."""
         last, options = len(line.times) - 1, self.map_options
         if isinstance(options, JumpOptions):
             start = draws.integers("regression start", last)
             start = torch.where(draws.uniform("start") < options.noise_share, torch.zeros_like(start), start)
         else:
-            start = self._own_start(draws)
+            known = (1.0, *self.pair_times())
+            own = torch.tensor([known.index(time) for time in self.times], device=line.times.device)
+            start = own[draws.integers("regression start", len(own))]
         end = start + 1 + (draws.uniform("regression end") * (last - start)).long()
         end = torch.where(draws.uniform("kind") < options.to_data, torch.full_like(end, last), end)
         return line.times[start], line.times[end]
@@ -203,16 +206,11 @@ class FlowMapMethod(Method):
             t = line.times[0] * draws.uniform("regression start")
             t = torch.where(draws.uniform("start") < options.noise_share, line.times[0], t)
         else:
-            t = line.times[self._own_start(draws)]
+            own = torch.tensor(self.times, device=line.times.device)
+            starts = on_straight(self.student.path, own, own)[1]
+            t = starts[draws.integers("regression start", len(starts))]
         s = torch.where(kind < same + options.to_data, 0.0, t * draws.uniform("regression end"))
         return t, torch.where(kind < same, t, s)
-
-    def _own_start(self, draws: Draws) -> Tensor:
-        """Positions [B] in (1, *pair_times) of jumps that start where the student's steps do."""
-        known = (1.0, *self.pair_times())
-        own = [min(range(len(known)), key=lambda i: abs(known[i] - time)) for time in self.times]
-        drawn = draws.integers("regression start", len(own))
-        return torch.tensor(own, device=drawn.device)[drawn]
 
     def jumps(self, draws: Draws, a: Tensor, b: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Start t <= last and end s <= t of each sample's jump from two times a and b, and which samples start where

@@ -14,9 +14,10 @@ from tiny import tiny_pipeline
 from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.data import Data, EmbeddedImages, ImageFolder
-from stepdistill.flow_maps import Balance, on_straight
+from stepdistill.flow_maps import Balance, FlowMapMethod, on_straight
 from stepdistill.job import Job
 from stepdistill.loop import train
+from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.pairs import PairCache
 from stepdistill.path import FlowPath, TablePath, TrigPath, per_sample
@@ -148,6 +149,31 @@ def test_the_warm_start_is_regression_on_the_trajectories_mean_velocity(times: t
     assert method.turn(0) == "student" and method.turn(10) == "fake"
     with torch.no_grad():
         assert float(method.loss("student", batch)[0]) < 1e-9
+        exact.mean += 0.1
+        assert float(method.loss("student", batch)[0]) > 5e-3
+
+
+@pytest.mark.parametrize("kind", [FreeFlow, FlowMap])
+def test_on_whole_trajectories_it_is_zero_at_the_exact_map_also_for_jumps_of_no_length(
+    kind: type[FlowMapMethod],
+) -> None:
+    """Data at one point: every trajectory is a straight line, known from any states; 0.6 is none of their times."""
+    exact = GaussianFlowMap(MU, 1e-4)
+    options = kind.Options(warm_start=10, warm_times="all", pair_steps=4)
+    method = kind(
+        ToyTeacher(Gaussian(PATH, MU, 1e-4), PATH), toy_student(exact, PATH, "velocity"), (1.0, 0.6), options
+    )
+    plain = toy_batch(64, pairs=lambda z: MU + 0 * z)
+    z, x0 = plain.pairs.noise, plain.pairs.x0
+    assert method.pair_times() == (0.75, 0.5, 0.25)
+    states = torch.stack([t * z + (1 - t) * x0 for t in method.pair_times()], 1)
+    batch = Batch(plain.draws, plain.noise, plain.cond, None, Examples(x0, Condition(), z, states))
+    asked: list[float] = []
+    exact.register_forward_pre_hook(lambda _, given: asked.extend(given[1].tolist()))
+    with torch.no_grad():
+        assert float(method.loss("student", batch)[0]) < 1e-5
+        if kind is FreeFlow:  # its jumps start where the student's steps do
+            assert {round(t, 6) for t in asked} == {1.0, 0.6}
         exact.mean += 0.1
         assert float(method.loss("student", batch)[0]) > 5e-3
 
