@@ -14,6 +14,8 @@ from typing import Literal
 
 Folder = Literal["train", "eval", "pipelines"]
 
+LFS = b"version https://git-lfs"
+"""What a Git LFS pointer begins with."""
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -51,6 +53,12 @@ def pipeline_class(folder: Path) -> str:
     """The class a diffusers folder says it is, such as StableDiffusionPipeline."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return str(index.get("_class_name", "of no stated class"))
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git leaves in the place of one that Git LFS keeps, until it is pulled."""
+    with file.open("rb") as stream:
+        return stream.read(len(LFS)) == LFS
 
 
 def module_summaries(package: Literal["methods", "families"]) -> dict[str, str]:

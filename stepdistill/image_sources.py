@@ -276,6 +276,12 @@ def sample_of(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending
 
 
+def of_macos(name: str) -> bool:
+    """Whether a file is one of those that macOS puts beside each file in an archive: ._a.jpg beside a.jpg."""
+    path = Path(name)
+    return path.name.startswith("._") or "__MACOSX" in path.parts
+
+
 def _from_npz(file: Path, label: str, resolution: int) -> ImageSource:
     with zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -341,11 +347,7 @@ def _items(images: Iterable[Any], resolution: int) -> Iterator[Decoded]:
 def _sorted_images(entries: list[_Entry], label: str) -> tuple[list[_Entry], list[Skipped]]:
     """The entries that end like images, in the order of their names, and the others."""
     ordered = sorted(entries, key=lambda entry: natural(entry.name))
-    parts = [Path(entry.name) for entry in ordered]
-    is_image = [
-        path.suffix.lower() in ENDINGS and not path.name.startswith("._") and "__MACOSX" not in path.parts
-        for path in parts
-    ]
+    is_image = [Path(entry.name).suffix.lower() in ENDINGS and not of_macos(entry.name) for entry in ordered]
     foreign = [
         Skipped(entry.name, "not an image file")
         for entry, yes in zip(ordered, is_image, strict=True)

@@ -3,9 +3,9 @@
     .txt (or any other ending)   one prompt a line; empty lines are left out
     .jsonl, .json                texts, or objects with "prompt", "caption" or "text": a line each, a list or a table
     .csv, .tsv                   the column "prompt", "caption" or "text"
-    .tar (.tar.gz, .tgz, ...)    a webdataset: of each sample, in the order of the names, its .txt or .json
+    .tar (.tar.gz, .tgz, ...)    a webdataset: of each sample, in the order of the names, its .txt, else its .json
 
-Imports no torch, so that a mistake is told at once.
+Names of keys and columns count without case. Imports no torch, so that a mistake is told at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stepdistill.content import is_lfs_pointer
 from stepdistill.errors import UserError
 
 KEYS = ("prompt", "caption", "text")
@@ -42,11 +43,15 @@ def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
     """
     if not file.is_file():
         raise UserError(f"{what}: {file} not found: give {FORMS}")
+    if is_lfs_pointer(file):
+        raise UserError(
+            f"{what}: {file} is a Git LFS pointer, not the file itself: run git lfs pull where it lies"
+        )
     try:
         prompts = [prompt.strip() for prompt in _read(file)]
     except UnicodeDecodeError as error:
         raise UserError(f"{what}: {file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except _Row as row:
+    except BadRow as row:
         raise UserError(f"{what}: {file}: {row}") from None
     except _DAMAGE as error:
         raise UserError(f"{what}: {file} cannot be read: {' '.join(str(error).split())}") from None
@@ -55,7 +60,7 @@ def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
     return prompts
 
 
-class _Row(Exception):
+class BadRow(Exception):
     """What is wrong with one row."""
 
 
@@ -70,53 +75,78 @@ def _read(file: Path) -> Iterable[str]:
     if name.endswith(".json"):
         content = json.loads(text)
         if not isinstance(content, (dict, list)):
-            raise _Row("is neither a list nor a table of prompts")
+            raise BadRow("is neither a list nor a table of prompts")
         rows = content.items() if isinstance(content, dict) else enumerate(content, 1)
-        return [_field(row, f"entry {key}") for key, row in rows]
+        return [text_of(row, f"entry {key}") for key, row in rows]
     if name.endswith((".csv", ".tsv")):
-        tab = name.endswith(".tsv")
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tab else ",")
-        return [_field(row, f"line {table.line_num}") for row in table]
+        return [text_of(row, place) for place, row in table_rows(text, tab=name.endswith(".tsv"))]
     # Not splitlines: captions of the web have form feeds and U+2028 inside, and row i belongs to image i.
     return [line for line in text.split("\n") if line.strip()]
 
 
-def _field(row: Any, place: str) -> str:
+def text_of(row: Any, place: str) -> str:
+    """The prompt of a row: a text, or a table with one of KEYS.
+
+    Raises:
+        BadRow: it has none.
+    """
     if isinstance(row, str):
         return row
-    named = [row[key] for key in KEYS if key in row] if isinstance(row, dict) else []
-    if not named or not isinstance(named[0], str):
-        found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise _Row(f"{place} has no text under {', '.join(KEYS)} (it has {found or 'nothing'})")
-    return named[0]
+    found = row if isinstance(row, dict) else {}
+    name = next((own for key in KEYS for own in found if str(own).strip().lower() == key), None)
+    if name is None:
+        has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise BadRow(f"{place} has no text under {', '.join(KEYS)} (it has {has or 'nothing'})")
+    value = found[name]
+    if isinstance(value, list):
+        raise BadRow(f"{place}: {name} is a list of {len(value)}: give each text a row of its own")
+    if not isinstance(value, str):
+        raise BadRow(f"{place}: {name} is {'empty' if value is None else repr(value)}, not a text")
+    return value
+
+
+def table_rows(text: str, *, tab: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a .csv or .tsv with a header, each with its place for messages."""
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tab else ",")
+    for row in table:
+        yield f"line {table.line_num}", row
 
 
 def _json(text: str, place: str) -> str:
     try:
-        return _field(json.loads(text), place)
+        return text_of(json.loads(text), place)
     except json.JSONDecodeError as error:
-        raise _Row(f"{place} is not JSON ({error})") from None
+        raise BadRow(f"{place} is not JSON ({error})") from None
 
 
 def _of_webdataset(file: Path) -> Iterator[str]:
-    from stepdistill.image_sources import natural, sample_of
+    from stepdistill.image_sources import natural, of_macos, sample_of
 
-    captions: dict[str, str | None] = {}
+    samples: dict[str, dict[str, tuple[str, str]]] = {}  # of each sample: ending -> name and text
     with tarfile.open(file, "r:*") as archive:
         for member in archive:
-            if not member.isfile():
+            if not member.isfile() or of_macos(member.name):
                 continue
             key, ending = sample_of(member.name)
-            captions.setdefault(key, None)
-            if ending not in ("txt", "json") or (ending == "json" and captions[key] is not None):
+            fields = samples.setdefault(key, {})
+            if ending not in ("txt", "json"):
                 continue
             if member.size > LARGEST_CAPTION:
-                raise _Row(f"{member.name} claims {member.size} bytes; a caption may have {LARGEST_CAPTION}")
+                raise BadRow(
+                    f"{member.name} claims {member.size} bytes; a caption may have {LARGEST_CAPTION}"
+                )
             stream = archive.extractfile(member)
-            text = stream.read().decode("utf-8") if stream else ""
-            captions[key] = text if ending == "txt" else _json(text, member.name)
-    for key in sorted(captions, key=natural):
-        caption = captions[key]
-        if caption is None:
-            raise _Row(f"sample {key} has neither {key}.txt nor {key}.json")
-        yield caption
+            try:
+                fields[ending] = member.name, stream.read().decode("utf-8-sig") if stream else ""
+            except UnicodeDecodeError as error:
+                raise BadRow(
+                    f"{member.name} is not UTF-8 text ({error.reason} at byte {error.start})"
+                ) from None
+    for key in sorted(samples, key=natural):
+        if "txt" in samples[key]:  # a .json beside it tells where the image is from, as a rule
+            yield samples[key]["txt"][1]
+        elif "json" in samples[key]:
+            name, text = samples[key]["json"]
+            yield _json(text, name)
+        else:
+            raise BadRow(f"sample {key} has neither {key}.txt nor {key}.json")

@@ -14,6 +14,11 @@ def with_error(value: float, error: float | None, form: str = "{:.4g}") -> str:
         form: how the number is written then.
     """
     if error is None or not 0 < error < math.inf:
-        return form.format(value)
+        return _unsigned_zero(form.format(value))
     digits = min(8, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{_unsigned_zero(f'{value:.{digits}f}')} ± {error:.{digits}f}"
+
+
+def _unsigned_zero(text: str) -> str:
+    """A number below 0 by less than its last digit is written as 0."""
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text

@@ -147,6 +147,9 @@ def test_nearest_of_points_on_a_line() -> None:
 def test_a_number_is_written_to_the_second_digit_of_its_error() -> None:
     assert with_error(1.23456, 0.0123) == "1.235 ± 0.012" and with_error(123.4, 45.0) == "123 ± 45"
     assert with_error(0.00123456, None) == "0.001235" and with_error(2.0, 0.0, "{:.3f}") == "2.000"
+    # What rounding leaves of a distance of 0 has no sign.
+    assert with_error(-5.8e-14, None, "{:.2f}") == "0.00" and with_error(-1e-9, 0.01) == "0.000 ± 0.010"
+    assert with_error(-0.006, None, "{:.2f}") == "-0.01" and with_error(-0.3, 0.02) == "-0.300 ± 0.020"
 
 
 def saved(report: Report, file: Path, **scores: float) -> str:

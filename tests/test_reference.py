@@ -171,6 +171,11 @@ def test_damaged_statistics_are_one_line(tmp_path: Path) -> None:
         "nan": ({**good, "mu": bad_mean}, "has NaN or Inf"),
         "shape": ({**good, "sigma": COVARIANCE[:5]}, "must be"),
         "skew": ({**good, "sigma": np.triu(COVARIANCE)}, "not symmetric"),
+        "indefinite": (
+            {**good, "sigma": COVARIANCE - COVARIANCE.max() * np.eye(6)},
+            "not positive semidefinite",
+        ),
+        "complex": ({**good, "sigma": COVARIANCE + 1e-3j * np.abs(COVARIANCE).max()}, "is complex"),
         "bare": ({"mu": MEAN}, "holds mu; reference statistics are mu and sigma"),
         "images": ({"arr_0": MEAN}, "make statistics of its images with stepdistill stats"),
         "objects": ({**good, "mu": np.array([{}], dtype=object)}, "not an npz of numbers"),
@@ -187,6 +192,22 @@ def test_damaged_statistics_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             read_reference(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_rounding_does_to_a_singular_covariance_is_read(tmp_path: Path) -> None:
+    """float16 puts eigenvalues of 0 some 1e-5 of the largest below 0; a matrix square root leaves imaginary parts."""
+    flat = ROOT[:, :3] @ ROOT[:, :3].T
+    top = np.linalg.eigvalsh(flat)[-1]
+    for name, sigma in (("half", flat.astype(np.float16)), ("root", flat + 1e-9j * top)):
+        np.savez(tmp_path / f"{name}.npz", mu=MEAN, sigma=sigma)
+        found = read_reference(tmp_path / f"{name}.npz").moments.covariance
+        np.testing.assert_allclose(found, flat, rtol=0, atol=1e-3 * top)
+    np.savez(tmp_path / "sunk.npz", mu=MEAN, sigma=flat - 5e-4 * top * np.eye(6))
+    read_reference(tmp_path / "sunk.npz")
+    np.savez(tmp_path / "sunk.npz", mu=MEAN, sigma=flat - 2e-3 * top * np.eye(6))
+    with pytest.raises(UserError, match="not positive semidefinite"):
+        read_reference(tmp_path / "sunk.npz")
 
 
 def test_a_file_without_protocol_must_be_stated_and_a_mismatch_is_an_error(tmp_path: Path) -> None:

@@ -240,16 +240,12 @@ def write(folder: Path, name: str) -> Path:
     """PROMPTS as a file of that ending."""
     file = folder / name
     if name.endswith(".tar"):
-        with tarfile.open(file, "w") as archive:
-            for i in (2, 10, 0, 1):  # 10 stands for 3: numbers count as numbers
-                text = PROMPTS[min(i, 3)]
-                member, data = (
-                    (f"s/{i}.json", json.dumps({"caption": text})) if i % 2 else (f"s/{i}.txt", text)
-                )
-                for entry, content in ((member, data.encode()), (f"s/{i}.jpg", b"no matter")):
-                    info = tarfile.TarInfo(entry)
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
+        members: list[tuple[str, bytes]] = []
+        for i in (2, 10, 0, 1):  # 10 stands for 3: numbers count as numbers
+            text = PROMPTS[min(i, 3)]
+            member, data = (f"s/{i}.json", json.dumps({"caption": text})) if i % 2 else (f"s/{i}.txt", text)
+            members += [(member, data.encode()), (f"s/{i}.jpg", b"no matter")]
+        shard(file, *members)
         return file
     quoted = ['"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS]
     content = {
@@ -261,6 +257,35 @@ def write(folder: Path, name: str) -> Path:
     }
     file.write_text(content[name], encoding="utf-8")
     return file
+
+
+def shard(file: Path, *members: tuple[str, bytes]) -> Path:
+    """A tar of these files in this order."""
+    with tarfile.open(file, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file
+
+
+def test_the_text_of_a_sample_counts_before_its_table_and_files_of_macos_do_not(tmp_path: Path) -> None:
+    """Whatever the order in the archive, as names are in order in one and shuffled in another."""
+    table, text = ("0.json", b'{"url": "u", "width": 512}'), ("0.txt", b"\xef\xbb\xbfred")
+    for members in ((table, text), (text, table), (("._0.jpg", b"x"), ("__MACOSX/0.jpg", b"x"), text)):
+        assert read_prompts(shard(tmp_path / "s.tar", ("0.jpg", b"x"), *members)) == ["red"]
+    with pytest.raises(UserError, match=r"0\.json has no text under .*it has url, width"):
+        read_prompts(shard(tmp_path / "s.tar", table))
+    with pytest.raises(UserError, match=r"s\.tar: 0\.txt is not UTF-8 text .*byte 3"):
+        read_prompts(shard(tmp_path / "s.tar", ("0.txt", b"caf\xe9")))
+
+
+def test_names_of_columns_and_keys_count_without_case(tmp_path: Path) -> None:
+    """As PartiPrompts.tsv has them."""
+    (tmp_path / "parti.tsv").write_text("Prompt\tCategory\nbond\tAbstract\n")
+    (tmp_path / "a.csv").write_text("id, TEXT\n0,bond\n")
+    (tmp_path / "b.jsonl").write_text('{"Caption": "bond"}\n')
+    assert all(read_prompts(tmp_path / name) == ["bond"] for name in ("parti.tsv", "a.csv", "b.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json", "p.csv", "p.tsv", "p.tar"])
@@ -277,13 +302,16 @@ def test_a_prompt_file_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
             '{"prompt": "x"}\n{"tag": 1}',
             r"line 2 has no text under prompt, caption, text \(it has tag",
         ),
-        "c.json": ('{"7": {"prompt": 3}}', "entry 7 has no text"),
+        "c.json": ('{"7": {"prompt": 3}}', "entry 7: prompt is 3, not a text"),
         "d.json": ("[", "cannot be read"),
         "e.csv": ("id,name\n1,x\n", "line 2 has no text .*it has id, name"),
         "f.csv": ("prompt\n", "holds no prompt"),
         "g.txt": ("\n \n", "holds no prompt"),
         "h.tar": ("no archive", "cannot be read"),
         "i.json": ("3", "is neither a list nor a table"),
+        "k.jsonl": ('{"caption": ["a", "b"]}', "line 1: caption is a list of 2: give each text a row"),
+        "l.jsonl": ('{"caption": null}', "line 1: caption is empty, not a text"),
+        "m.txt": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
     }
     for name, (text, says) in broken.items():
         (tmp_path / name).write_text(text)
