@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,16 @@ from stepdistill.sampler import Sampler
 from stepdistill.student import Denoiser, Student
 from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
 
+FakeLoss = Literal["output", "x0"]
+"""In what a fake network's error is squared: its own output, or the clean sample read from it."""
+
 
 class FakeTurnOptions(MethodOptions):
-    """Options of a method with a second network that follows the student's samples: its turns."""
+    """Options of a method with a second network that follows the student's samples: its turns and its loss."""
 
+    # x0: what the fields are made of. An eps output would weigh an error in x0 by alpha^2 / sigma^2, which is nearly 0
+    # at high noise, where those fields are largest. So do FastGen's recipes (SD 1.5, Flux, Wan); DMD2 on SD: output.
+    fake_loss: FakeLoss = "x0"
     fake_steps: int = 1  # updates of the fake network per student update
     fake_lr_ratio: float = 1.0  # learning rate of the fake network over train.lr
     fake_warm_start: int = 0  # updates of the fake network before the student's first
@@ -41,7 +47,7 @@ class FakeScoreOptions(FakeTurnOptions):
     @property
     def score_scale(self) -> float:
         """The teacher's guidance where the scores are compared."""
-        return self.score_guidance or self.guidance
+        return self.guidance if self.score_guidance is None else self.score_guidance
 
 
 class ScoreOptions(FakeScoreOptions, WarmStartOptions):
@@ -92,10 +98,12 @@ class FakeScore(Denoiser):
         copy = teacher.denoiser.copy()
         super().__init__(copy.net, copy.path, copy.output, copy.family)
 
-    def denoising_loss(self, x: Tensor, batch: Batch) -> Tensor:
-        """The diffusion loss in the network's own output kind on samples x [B, C, H, W], at t ~ U(0, 1); a scalar."""
+    def denoising_loss(self, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:
+        """The diffusion loss of samples x [B, C, H, W] at t ~ U(0, 1), squared in ``kind``; a scalar."""
         t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
         x_t = self.path.sample(x, eps, t)
+        if kind == "x0":
+            return (self.predict(x_t, t, batch.cond).x0 - x).square().mean()
         error = self.raw(x_t, t, batch.cond) - self.path.target(x, eps, t, self.output)
         return error.square().mean()
 
@@ -256,7 +264,7 @@ class ScoreMethod(Method):
         """The fake network's diffusion loss on the student's samples, and the discriminator's where there is one."""
         with torch.no_grad():
             x = self.generate(batch)
-        loss = self.fake.denoising_loss(x, batch)
+        loss = self.fake.denoising_loss(x, batch, self.options.fake_loss)
         logs = {"denoising": loss}
         if self.gan is not None:
             logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepdistill.fake_score import FakeLoss
 from stepdistill.path import Output, Path, per_sample
 from stepdistill.student import Denoiser
 from stepdistill.types import Batch
@@ -44,9 +45,11 @@ def scaled_target(path: Path, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor, ki
     return path.target(x0, per_sample(sigma_t, eps) * eps, t, kind)
 
 
-def subinterval_loss(fake: Denoiser, x_s: Tensor, since: float, batch: Batch, clamp: float) -> Tensor:
-    """min(1 / c^2, clamp) |c fake(x_t) - c target|^2 at t ~ U(since, 1), a scalar: the ordinary diffusion loss in the
-    network's output, weighted by min(1, clamp c^2), which holds the target's variance down.
+def subinterval_loss(
+    fake: Denoiser, x_s: Tensor, since: float, batch: Batch, clamp: float, kind: FakeLoss
+) -> Tensor:
+    """min(1 / c^2, clamp) |c fake(x_t) - c target|^2 at t ~ U(since, 1), a scalar: the ordinary diffusion loss
+    weighted by min(1, clamp c^2), which holds the target's variance down.
 
     Args:
         fake: the network, which has a graph.
@@ -54,12 +57,16 @@ def subinterval_loss(fake: Denoiser, x_s: Tensor, since: float, batch: Batch, cl
         since: s, for the whole batch.
         batch: its draws and conditions.
         clamp: greatest weight; infinity leaves the ordinary loss.
+        kind: whether the error is in the network's output or in the x0 read from it.
     """
     t = since + (1 - since) * batch.draws.uniform("fake t")
     s, eps = torch.full_like(t, since), batch.draws.normal("fake eps", tuple(x_s.shape[1:]))
     ratio, spread = kernel(fake.path, s, t)
     x_t = per_sample(ratio, x_s) * x_s + per_sample(spread, x_s) * eps
-    error = per_sample(spread, x_s) * fake.raw(x_t, t, batch.cond)
-    error = error - scaled_target(fake.path, x_s, s, t, eps, fake.output)
+    if kind == "x0":
+        said, target = fake.predict(x_t, t, batch.cond).x0, scaled_target(fake.path, x_s, s, t, eps, "x0")
+    else:
+        said, target = fake.raw(x_t, t, batch.cond), scaled_target(fake.path, x_s, s, t, eps, fake.output)
+    error = per_sample(spread, x_s) * said - target
     weight = spread.square().reciprocal().clamp_max(clamp)
     return (per_sample(weight, error) * error.square()).mean()

@@ -21,7 +21,7 @@ from stepdistill.export import STOCK, VERIFICATION, export, with_code_note
 from stepdistill.loop import take_turn
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.phased_dmd import PhasedDMD
-from stepdistill.path import EDMPath, FlowPath, TrigPath
+from stepdistill.path import EDMPath, FlowPath, TrigPath, per_sample
 from stepdistill.report import model_card
 from stepdistill.student import Student, lora_layers, merged_state
 from stepdistill.subinterval import kernel, scaled_target
@@ -139,11 +139,29 @@ def test_one_phase_of_one_step_is_the_plain_kl_of_diff_instruct():
     assert shifts[0] != 0
 
 
-def test_the_fakes_loss_on_the_whole_interval_is_the_ordinary_one():
-    """Without a clamp, and with one weighted by min(1, clamp c^2)."""
-    method, batch = phased(times=(1.0,), phases=1, clamp=math.inf), toy_batch(32)
+@pytest.mark.parametrize("kind", ["output", "x0"])
+def test_the_fakes_loss_on_the_whole_interval_is_the_ordinary_one(kind):
+    """Without a clamp."""
+    options = {"phases": 1, "clamp": math.inf, "fake_loss": kind}
+    method, batch = phased(times=(1.0,), net=Perceptron(), output="velocity", **options), toy_batch(32)
     x = method.generate(batch, 0).detach()
-    torch.testing.assert_close(method.loss("fake", batch)[0], method.fake.denoising_loss(x, batch))
+    torch.testing.assert_close(method.loss("fake", batch)[0], method.fake.denoising_loss(x, batch, kind))
+
+
+def test_the_fakes_loss_is_clamped_where_t_meets_s():
+    """At s = 0.5 the error of each sample in its own target has weight min(1, clamp c^2), by hand on the flow path."""
+    method, batch, s = phased(clamp=3.0), toy_batch(64), 0.5
+    x_s = method.generate(batch, 0).detach()
+    t, eps = s + (1 - s) * batch.draws.uniform("fake t"), batch.draws.normal("fake eps", SHAPE)
+    ratio = (1 - t) / (1 - s)
+    c = (t**2 - (ratio * s) ** 2).sqrt()
+    x_t = per_sample(ratio, x_s) * x_s + per_sample(c, x_s) * eps
+    target = x_s / (1 - s) - per_sample((1 - t) * s**2 / ((1 - s) ** 2 * c), x_s) * eps
+    error = (method.fake.predict(x_t, t, batch.cond).x0 - target).square().flatten(1).mean(1)
+    weight = (3.0 * c**2).clamp_max(1)
+    assert 0.1 < float((weight < 1).float().mean()) < 0.9
+    loss, _ = method.loss("fake", batch)
+    assert float(loss.detach()) == pytest.approx(float((weight * error).mean().detach()), rel=1e-3)
     t = torch.full((2000,), 0.001)
     assert bool(torch.isfinite(scaled_target(FlowPath(), t, t, t, t, "eps")).all())  # where t meets s
 

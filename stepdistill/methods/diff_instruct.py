@@ -11,8 +11,8 @@ Luo et al. 2023, "Diff-Instruct: A Universal Approach for Transferring Knowledge
 - K steps: the student is trained where a rollout of its own exits, as in DMD2.
 - Optional, and not in the paper: regression on cached pairs as a warm start or beside the rest, and a GAN.
 
-Differs from the paper: times are uniform in ``score_times`` and the fake network's loss is in its own output kind,
-instead of EDM's log-normal noise levels and weights; the loss is a mean over elements instead of a sum. Left out:
+Differs from the paper: times are uniform in ``score_times``, and for the fake network in (0, 1), where its loss has no
+weight, instead of EDM's log-normal noise levels and weights; the loss is a mean over elements, not a sum. Left out:
 dropout and augmentation of the fake network's samples (its copies of the teacher run in evaluation mode, so that both
 networks are one function at the start and the field is exactly zero there).
 """

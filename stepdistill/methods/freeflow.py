@@ -108,7 +108,7 @@ class FreeFlow(FlowMapMethod):
         """v_fake - v_T at the student's samples x0 [B, ...] re-noised by n [B, ...] to r [B], and mean|v - v_T|, [B],
         for the velocity v = n - x0 that the teacher is to guess."""
         options, x_r = self.options, STRAIGHT.sample(x0, n, r)
-        scale = options.correction_guidance or options.guidance
+        scale = options.guidance if options.correction_guidance is None else options.correction_guidance
         guidance = in_interval(scale, r, *options.correction_interval) if scale != 1.0 else 1.0
         v = teacher_velocity(self.teacher, x_r, r, cond, guidance)
         field = self.fake.predict_on(STRAIGHT, x_r, r, cond).velocity - v
@@ -122,7 +122,7 @@ class FreeFlow(FlowMapMethod):
         if turn == "fake":
             with torch.no_grad():
                 mean = self.student.flow_velocity(x, t, torch.zeros_like(t), batch.cond)
-            loss = self.fake.denoising_loss(x - per_sample(t, x) * mean, batch)
+            loss = self.fake.denoising_loss(x - per_sample(t, x) * mean, batch, options.fake_loss)
             return loss, {"denoising": loss}
         s = t * logit_normal(draws, "end", options.end_mean, options.end_deviation)
         s = torch.where(draws.uniform("to data") < options.to_data, torch.zeros_like(s), s)

@@ -33,7 +33,15 @@ from torch import Tensor, nn
 
 from stepdistill.errors import UserError
 from stepdistill.experts import Experts
-from stepdistill.fake_score import FakeScore, FakeScoreOptions, exit_of, push, sampler_of, turn_at
+from stepdistill.fake_score import (
+    FakeLoss,
+    FakeScore,
+    FakeScoreOptions,
+    exit_of,
+    push,
+    sampler_of,
+    turn_at,
+)
 from stepdistill.path import per_sample
 from stepdistill.regression import WarmStartOptions, regression, warm_start_rate
 from stepdistill.sampler import Sampler
@@ -50,6 +58,9 @@ class PhasedDMD(Method):
     class Options(FakeScoreOptions, WarmStartOptions):
         guidance: float = 4.0  # of the teacher
         fake_steps: int = 5  # updates of the fake network per update of an expert
+        fake_loss: FakeLoss = (
+            "output"  # as eq. 13; the field is of scores, eps over sigma, and so it weighs alike
+        )
         phases: int = 2  # experts; 4 for 4 steps are slightly better and cost more
         phase_updates: PositiveInt = (
             30  # matching updates of each expert but the last, at the very least: recipes say more
@@ -131,7 +142,7 @@ class PhasedDMD(Method):
         if turn == "fake":
             with torch.no_grad():
                 x_s = self.generate(batch, phase)
-            loss = subinterval_loss(self.fake, x_s, since, batch, options.clamp)
+            loss = subinterval_loss(self.fake, x_s, since, batch, options.clamp, options.fake_loss)
             return loss, {"denoising": loss}
         if inner < options.warm_start:
             return regression(self.student, self.times, batch, options.regression, self.spans[phase]), {}

@@ -143,7 +143,7 @@ class TSCD(Method):
             real, made = (self.gan.logits_above(each, e, start, cond, batch) for each in (target, jumped))
             logs["discriminator"] = discriminator_loss(real, made)
         if self.fake is not None:
-            logs["denoising"] = self.fake.denoising_loss(x, batch)
+            logs["denoising"] = self.fake.denoising_loss(x, batch, self.options.fake_loss)
         return torch.stack(list(logs.values())).sum(), logs
 
     def after_step(self, step: int) -> None:
