@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from stepdistill.captions import read_metadata
 from stepdistill.embedded import embedded_teachers, teacher_folder
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.prompts import read_prompts
@@ -184,6 +185,7 @@ def _check_images(folder: Path) -> None:
         raise UserError(f"data.images: {folder} is not a folder; give the folder that holds the images")
     if not any(folder.iterdir()):
         raise UserError(f"data.images: {folder} is empty")
+    read_metadata(folder)
 
 
 def _is_offline() -> bool:

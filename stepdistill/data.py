@@ -6,7 +6,7 @@ stopped and several processes read disjoint parts of the same batch.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +16,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stepdistill.captions import caption_of, printable, read_metadata
 from stepdistill.draws import Draws, generator_for
 from stepdistill.embedded import emoji_captions, emoji_images
 from stepdistill.errors import UserError
+from stepdistill.image_decoding import decode
+from stepdistill.image_sources import ENDINGS, Skipped, decode_files, is_image
 from stepdistill.pairs import PairCache
 from stepdistill.teacher import PipelineTeacher
 from stepdistill.types import Batch, Condition, Examples
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CACHE_BYTES = 2**31
 """Conditions (or latents) are computed once and kept while they are smaller than this in all."""
 
@@ -67,64 +69,86 @@ class EmbeddedImages:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Image files with captions.
+    """Image files with captions, read by the rules of ``image_sources``, but turned upright.
 
     Attributes:
-        files: readable images, sorted by name.
-        captions: one for each: from ``metadata.jsonl`` (``file_name``, ``text``), else a ``.txt`` beside it, else
-            the file's name with ``_`` and ``-`` as spaces.
-        skipped: files that look like images and cannot be read, with the reason.
+        folder: where they lie.
+        files: usable images, sorted by name.
+        captions: one for each, see ``captions``.
+        skipped: files that look like images and are not used, with the reason.
+        converted: what was done to the used ones, with their number.
+        sources: where captions came from, with their number.
     """
 
+    folder: Path
     files: list[Path]
     captions: list[str]
-    skipped: list[str]
+    skipped: list[Skipped]
+    converted: Counter[str]
+    sources: Counter[str]
 
     @staticmethod
     def read(folder: Path) -> ImageFolder:
         """Looks through a folder and all below it.
 
         Raises:
-            UserError: when the folder is missing or holds no readable image.
+            UserError: when the folder is missing or holds no usable image, or a file of captions is no such.
         """
-        from PIL import Image
-
         if not folder.is_dir():
             raise UserError(f"data.images: {folder} is not a folder: give one with images")
-        listed = {}
-        if (folder / "metadata.jsonl").is_file():
-            for line in (folder / "metadata.jsonl").read_text().splitlines():
-                row = json.loads(line)
-                listed[row["file_name"]] = row.get("text", "")
+        stated = read_metadata(folder)
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if is_image(path.relative_to(folder).as_posix()) and path.is_file()
+        )
         files, captions, skipped = [], [], []
-        for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
-            try:
-                with Image.open(file) as image:
-                    image.load()
-            except (OSError, SyntaxError, ValueError) as error:
-                skipped.append(f"{file.relative_to(folder)} ({error})")
-                continue
-            beside = file.with_suffix(".txt")
-            name = file.stem.replace("_", " ").replace("-", " ")
-            fallback = beside.read_text().strip() if beside.is_file() else name
-            files.append(file)
-            captions.append(listed.get(str(file.relative_to(folder)), fallback))
+        converted, sources = Counter[str](), Counter[str]()
+        for file, (name, pixels, notes) in zip(found, decode_files(folder, found, upright=True), strict=True):
+            if pixels is None:
+                skipped.append(Skipped(printable(name), "; ".join(notes)))
+            elif (caption := caption_of(file, stated)) is None:
+                skipped.append(
+                    Skipped(printable(name), "its name is not UTF-8, and there is no other caption")
+                )
+            else:
+                files.append(file)
+                captions.append(caption.text)
+                sources[caption.source] += 1
+                converted.update(notes)
         if not files:
             raise UserError(
-                f"data.images: {folder} holds no readable image of {', '.join(IMAGE_SUFFIXES)} ({len(skipped)} broken)"
+                f"data.images: {folder} holds no usable image of {', '.join(sorted(ENDINGS))} ({len(skipped)} skipped"
+                + (f": {skipped[0].name} {skipped[0].reason})" if skipped else ")")
             )
-        return ImageFolder(files, captions, skipped)
+        return ImageFolder(folder, files, captions, skipped, converted, sources)
+
+    def remarks(self, most: int = 5) -> list[str]:
+        """Lines that say where captions came from, what was converted and what was skipped, naming the first."""
+        origins = ", ".join(f"{count} from {source}" for source, count in self.sources.items())
+        lines = [f"data.images: {len(self.files)} images, captions: {origins}"]
+        lines += [f"data.images: {count} images: {what}" for what, count in sorted(self.converted.items())]
+        if self.skipped:
+            names = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:most])
+            more = "; ..." if len(self.skipped) > most else ""
+            lines.append(f"data.images: {len(self.skipped)} files skipped: {names}{more}")
+        return lines
 
     def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1]: centre-cropped to the aspect ratio and resized with Lanczos."""
-        import numpy as np
-        from PIL import Image, ImageOps
+        """Images [B, 3, H, W] in [-1, 1]: centre-cropped to the aspect ratio and resized with Lanczos.
 
+        Raises:
+            UserError: when a file was altered since and cannot be used any more.
+        """
         rows = []
         for i in index:
-            with Image.open(self.files[i]) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-            rows.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1))
+            file = self.files[i]
+            name, pixels, notes = decode(str(file), file.read_bytes, (height, width), upright=True)
+            if pixels is None:
+                raise UserError(
+                    f"data.images: {name} was usable at the start of the run and {'; '.join(notes)}"
+                )
+            rows.append(torch.tensor(pixels).permute(2, 0, 1))
         return torch.stack(rows).float() / 127.5 - 1
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
+
+from stepdistill.content import LFS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,10 +36,25 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def decode(name: str, read: Callable[[], bytes], resolution: int) -> Decoded:
+Size = int | tuple[int, int]
+"""Of pixels: a square's side, or height and width; 0 leaves an image at its own size."""
+
+
+def decode(name: str, read: Callable[[], bytes], size: Size, *, upright: bool = False) -> Decoded:
+    """An image file's pixels, or the reason why not, whatever is wrong with it.
+
+    Args:
+        name: of the file.
+        read: gives its bytes.
+        size: see :func:`fit`.
+        upright: turn it as its EXIF says that the camera was held.
+    """
     try:
-        with Image.open(io.BytesIO(read()), formats=FORMATS) as image:
-            return Decoded(name, *to_pixels(image, resolution))
+        content = read()
+        if content.startswith(LFS):
+            raise Refused("is a Git LFS pointer, not the image: run git lfs pull where it lies")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return Decoded(name, *to_pixels(image, size, upright=upright))
     except Refused as refused:
         return Decoded(name, None, (str(refused),))
     except UnidentifiedImageError:
@@ -47,7 +65,9 @@ def decode(name: str, read: Callable[[], bytes], resolution: int) -> Decoded:
         )
 
 
-def to_pixels(image: Image.Image, resolution: int) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+def to_pixels(
+    image: Image.Image, size: Size, *, upright: bool = False
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """8-bit RGB and what was converted, or Refused with the reason."""
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photograph and its previews
         raise Refused(f"animated or of several pages ({getattr(image, 'n_frames', 1)}): save one frame")
@@ -63,7 +83,10 @@ def to_pixels(image: Image.Image, resolution: int) -> tuple[NDArray[np.uint8], t
         notes = ("opaque alpha dropped",)
     elif image.mode != "RGB":
         notes = ({"P": "palette to RGB", "CMYK": "CMYK to RGB"}.get(image.mode, "grayscale to RGB"),)
-    return fit(np.asarray(image.convert("RGB")), resolution, notes)
+    if upright and image.getexif().get(Base.Orientation, 1) in range(2, 9):
+        image = ImageOps.exif_transpose(image)
+        notes = (*notes, "turned upright (EXIF orientation)")
+    return fit(np.asarray(image.convert("RGB")), size, notes)
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -78,10 +101,11 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def fit(
-    pixels: NDArray[np.uint8], resolution: int, notes: tuple[str, ...]
+    pixels: NDArray[np.uint8], size: Size, notes: tuple[str, ...]
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """The central square at resolution x resolution, by PIL's Lanczos filter, where the size is another."""
-    if not resolution or pixels.shape[:2] == (resolution, resolution):
+    """The central part of the size's aspect ratio, by PIL's Lanczos filter, where the size is another."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if not height or pixels.shape[:2] == (height, width):
         return pixels, notes
-    fitted = ImageOps.fit(Image.fromarray(pixels), (resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(fitted), (*notes, f"cropped and resized to {resolution}x{resolution} (Lanczos)")
+    fitted = ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted), (*notes, f"cropped and resized to {width}x{height} (Lanczos)")

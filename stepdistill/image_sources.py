@@ -7,7 +7,7 @@ comes before 10.png), holds a bounded number of images, and accounts for every f
 - converted, and counted: grayscale and 1-bit (three equal channels), palette, CMYK (PIL's conversion, no colour
   profile), an alpha channel that is opaque everywhere (dropped), and, where a resolution is asked for, every other
   size (the central square, resized with PIL's Lanczos filter). The orientation that a camera notes is not applied, as
-  everywhere in the FID literature.
+  everywhere in the FID literature; images that are trained on (``data.images``) are turned upright.
 - refused, and named: files that cannot be decoded, 16-bit and float images (there is more than one way to 8 bits),
   images with transparent pixels (what lies behind them is not stated), animations and pages, and files of other kinds.
 
@@ -276,6 +276,11 @@ def sample_of(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending
 
 
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return Path(name).suffix.lower() in ENDINGS and not of_macos(name)
+
+
 def of_macos(name: str) -> bool:
     """Whether a file is one of those that macOS puts beside each file in an archive: ._a.jpg beside a.jpg."""
     path = Path(name)
@@ -347,13 +352,8 @@ def _items(images: Iterable[Any], resolution: int) -> Iterator[Decoded]:
 def _sorted_images(entries: list[_Entry], label: str) -> tuple[list[_Entry], list[Skipped]]:
     """The entries that end like images, in the order of their names, and the others."""
     ordered = sorted(entries, key=lambda entry: natural(entry.name))
-    is_image = [Path(entry.name).suffix.lower() in ENDINGS and not of_macos(entry.name) for entry in ordered]
-    foreign = [
-        Skipped(entry.name, "not an image file")
-        for entry, yes in zip(ordered, is_image, strict=True)
-        if not yes
-    ]
-    chosen = [entry for entry, yes in zip(ordered, is_image, strict=True) if yes]
+    chosen = [entry for entry in ordered if is_image(entry.name)]
+    foreign = [Skipped(entry.name, "not an image file") for entry in ordered if not is_image(entry.name)]
     if not chosen:
         others = f"only {len(foreign)} other files ({foreign[0].name}, ...)" if foreign else "it is empty"
         raise UserError(f"{label} holds no images: {others}; images end in {', '.join(sorted(ENDINGS))}")
@@ -366,7 +366,15 @@ def _not_too_large(member: Any, size: int) -> Any:
     return member
 
 
-def _decode_all(entries: list[_Entry], resolution: int, archived: bool) -> Iterator[Decoded]:
+def decode_files(folder: Path, files: Iterable[Path], *, upright: bool = False) -> Iterator[Decoded]:
+    """Image files below a folder at their own sizes, named relative to it, in the order given."""
+    entries = [_Entry(file.relative_to(folder).as_posix(), file.read_bytes) for file in files]
+    return _decode_all(entries, 0, False, upright)
+
+
+def _decode_all(
+    entries: list[_Entry], resolution: int, archived: bool, upright: bool = False
+) -> Iterator[Decoded]:
     """Decodes in threads, a bounded number ahead, in order. Archives are read in this thread: their position is one."""
     with ThreadPoolExecutor(_DECODERS) as pool:
         ahead: deque[Any] = deque()
@@ -375,7 +383,7 @@ def _decode_all(entries: list[_Entry], resolution: int, archived: bool) -> Itera
                 read = partial(bytes, entry.read()) if archived else entry.read
             except Exception as error:  # a damaged member of an archive that can be read otherwise
                 read = _raiser(error)
-            ahead.append(pool.submit(decode, entry.name, read, resolution))
+            ahead.append(pool.submit(decode, entry.name, read, resolution, upright=upright))
             if len(ahead) >= 4 * _DECODERS:
                 yield ahead.popleft().result()
         while ahead:

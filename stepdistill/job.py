@@ -130,9 +130,8 @@ class Job:
             images = EmbeddedImages.read()
         elif "images" in self.needs:
             images = found = ImageFolder.read(Path(cast(str, recipe.data.images)))
-            if found.skipped and accelerator.is_main_process:
-                names = "; ".join(found.skipped[:5]) + ("; ..." if len(found.skipped) > 5 else "")
-                say(f"data.images: {len(found.skipped)} unreadable file(s) skipped: {names}")
+            for remark in found.remarks() if accelerator.is_main_process else ():
+                say(remark)
         pairs = None
         if "pairs" in self.needs:
             folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"

@@ -27,7 +27,7 @@ KEYS = ("prompt", "caption", "text")
 FORMS = "a text file with one prompt a line, or .jsonl, .json, .csv, .tsv or a webdataset .tar with captions"
 LARGEST_CAPTION = 1 << 20
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-_DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, csv.Error, json.JSONDecodeError)
+DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, csv.Error, json.JSONDecodeError)
 
 
 def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
@@ -43,17 +43,11 @@ def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
     """
     if not file.is_file():
         raise UserError(f"{what}: {file} not found: give {FORMS}")
-    if is_lfs_pointer(file):
-        raise UserError(
-            f"{what}: {file} is a Git LFS pointer, not the file itself: run git lfs pull where it lies"
-        )
     try:
         prompts = [prompt.strip() for prompt in _read(file)]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what}: {file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except BadRow as row:
         raise UserError(f"{what}: {file}: {row}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{what}: {file} cannot be read: {' '.join(str(error).split())}") from None
     if not any(prompts):
         raise UserError(f"{what}: {file} holds no prompt; write one a line")
@@ -61,17 +55,39 @@ def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
 
 
 class BadRow(Exception):
-    """What is wrong with one row."""
+    """What is wrong with a file of texts, or with one row of it."""
+
+
+def text_in(file: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        BadRow: it is not UTF-8, or a Git LFS pointer.
+    """
+    _refuse_pointer(file)
+    return _utf8(file.read_bytes(), "").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _refuse_pointer(file: Path) -> None:
+    if is_lfs_pointer(file):
+        raise BadRow("is a Git LFS pointer, not the file itself: run git lfs pull where it lies")
+
+
+def _utf8(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"{place}is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _read(file: Path) -> Iterable[str]:
     name = file.name.lower()
     if name.endswith(_TARS):
+        _refuse_pointer(file)
         return _of_webdataset(file)
-    text = file.read_text(encoding="utf-8-sig")
+    text = text_in(file)
     if name.endswith(".jsonl"):
-        lines = enumerate(text.split("\n"), 1)
-        return [_json(line, f"line {i}") for i, line in lines if line.strip()]
+        return [text_of(row, place) for place, row in json_rows(text)]
     if name.endswith(".json"):
         content = json.loads(text)
         if not isinstance(content, (dict, list)):
@@ -92,17 +108,29 @@ def text_of(row: Any, place: str) -> str:
     """
     if isinstance(row, str):
         return row
-    found = row if isinstance(row, dict) else {}
-    name = next((own for key in KEYS for own in found if str(own).strip().lower() == key), None)
+    name = next((own for key in KEYS if (own := named(row, key)) is not None), None)
     if name is None:
         has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise BadRow(f"{place} has no text under {', '.join(KEYS)} (it has {has or 'nothing'})")
-    value = found[name]
+    value = row[name]
     if isinstance(value, list):
         raise BadRow(f"{place}: {name} is a list of {len(value)}: give each text a row of its own")
     if not isinstance(value, str):
         raise BadRow(f"{place}: {name} is {'empty' if value is None else repr(value)}, not a text")
     return value
+
+
+def named(row: Any, key: str) -> str | None:
+    """What a table calls ``key``, whatever its case; None where it has no such key."""
+    keys = row if isinstance(row, dict) else ()
+    return next((own for own in keys if str(own).strip().lower() == key), None)
+
+
+def json_rows(text: str) -> Iterator[tuple[str, Any]]:
+    """What the lines of a .jsonl hold, each with its place for messages; empty lines are left out."""
+    for i, line in enumerate(text.split("\n"), 1):  # U+2028 inside a text ends no line
+        if line.strip():
+            yield f"line {i}", _json(line, f"line {i}")
 
 
 def table_rows(text: str, *, tab: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -112,9 +140,9 @@ def table_rows(text: str, *, tab: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"line {table.line_num}", row
 
 
-def _json(text: str, place: str) -> str:
+def _json(text: str, place: str) -> Any:
     try:
-        return text_of(json.loads(text), place)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRow(f"{place} is not JSON ({error})") from None
 
@@ -136,17 +164,12 @@ def _of_webdataset(file: Path) -> Iterator[str]:
                     f"{member.name} claims {member.size} bytes; a caption may have {LARGEST_CAPTION}"
                 )
             stream = archive.extractfile(member)
-            try:
-                fields[ending] = member.name, stream.read().decode("utf-8-sig") if stream else ""
-            except UnicodeDecodeError as error:
-                raise BadRow(
-                    f"{member.name} is not UTF-8 text ({error.reason} at byte {error.start})"
-                ) from None
+            fields[ending] = member.name, _utf8(stream.read() if stream else b"", f"{member.name} ")
     for key in sorted(samples, key=natural):
         if "txt" in samples[key]:  # a .json beside it tells where the image is from, as a rule
             yield samples[key]["txt"][1]
         elif "json" in samples[key]:
             name, text = samples[key]["json"]
-            yield _json(text, name)
+            yield text_of(_json(text, name), name)
         else:
             raise BadRow(f"sample {key} has neither {key}.txt nor {key}.json")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from stepdistill.checks import check_recipe
 from stepdistill.data import Data, EmbeddedImages, ImageFolder
 from stepdistill.draws import Draws, generator_for
 from stepdistill.errors import UserError
+from stepdistill.image_sources import open_images
 from stepdistill.pairs import PairCache, PairOptions
 from stepdistill.prompts import read_prompts
+from stepdistill.recipe import load_recipe
 from stepdistill.teacher import PipelineTeacher, load_teacher
 
 PROMPTS = ["red apple", "dog", "cat face", "sun", "waving hand"]
@@ -148,7 +153,8 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path):
     found = ImageFolder.read(tmp_path)
     assert [file.name for file in found.files] == ["b.png", "red_apple.png"]
     assert found.captions == ["a dog", "red apple"]
-    assert [line.split(" ")[0] for line in found.skipped] == ["broken.png", "text.jpg"]
+    assert [skipped.name for skipped in found.skipped] == ["broken.png", "text.jpg"]
+    assert all("cannot be read" in skipped.reason for skipped in found.skipped)
     pixels = found.load([1], 16, 16)
     assert pixels.shape == (1, 3, 16, 16)
     torch.testing.assert_close(pixels[0, :, 5, 5], torch.tensor([200, 30, 60]) / 127.5 - 1)
@@ -158,6 +164,118 @@ def test_captions_come_from_metadata_first(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a red field"}) + "\n")
     assert ImageFolder.read(tmp_path).captions == ["a red field"]
+
+
+def test_what_has_no_one_way_to_8_bits_is_skipped_by_the_rules_of_evaluation(tmp_path):
+    """16 bits, transparency, several frames, a bomb, a Git LFS pointer; of the rest both readers give one set of
+    pixels."""
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "gray.png", mode="L")
+    ramp = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.new("RGBA", (32, 32), (255, 0, 255, 0)).save(tmp_path / "clear.png")
+    frame = Image.new("RGB", (8, 8), "red")
+    frame.save(tmp_path / "moving.webp", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
+    (tmp_path / "pointer.jpg").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    (tmp_path / "._a.png").write_text("of macOS")
+    os.rename(tmp_path / "gray.png", os.fsencode(tmp_path) + b"/gr\xe4y.png")
+    picture(tmp_path / "gray.png", mode="L")
+    found = ImageFolder.read(tmp_path)
+    reasons = dict(found.skipped)
+    assert [file.name for file in found.files] == ["a.png", "gray.png"]
+    assert reasons.keys() == {
+        "deep.png",
+        "clear.png",
+        "moving.webp",
+        "bomb.png",
+        "pointer.jpg",
+        "gr\\xe4y.png",
+    }
+    for name, word in (("deep.png", "8-bit"), ("clear.png", "transparent"), ("moving.webp", "animated"),
+                       ("bomb.png", "exceeds limit"), ("pointer.jpg", "git lfs pull"),
+                       ("gr\\xe4y.png", "not UTF-8")):  # fmt: skip
+        assert word in reasons[name]
+    scored = dict(open_images(tmp_path))
+    for i, file in enumerate(found.files):
+        pixels = (found.load([i], 32, 40)[0] + 1) * 127.5
+        assert torch.equal(pixels.permute(1, 2, 0).round().byte(), torch.tensor(scored[file.name]))
+    assert found.remarks()[0] == "data.images: 2 images, captions: 2 from their file names"
+    assert found.remarks()[1] == "data.images: 1 images: grayscale to RGB"
+    assert found.remarks()[-1].startswith("data.images: 6 files skipped: bomb.png: cannot be read")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_photographs_are_turned_upright(tmp_path, turn):
+    """An upright picture, stored as a camera in each of EXIF's eight positions stores it, is trained on upright."""
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8] = 255
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.transpose(1, 0, 2), 6: upright.transpose(1, 0, 2)[::-1],
+              7: upright.transpose(1, 0, 2)[::-1, ::-1], 8: upright.transpose(1, 0, 2)[:, ::-1]}[turn]  # fmt: skip
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    exif = image.getexif()
+    exif[0x0112] = turn
+    image.save(tmp_path / "photo.png", exif=exif)
+    found = ImageFolder.read(tmp_path)
+    pixels = found.load([0], 16, 24)[0]
+    assert torch.equal(pixels.permute(1, 2, 0), torch.tensor(upright).float() / 127.5 - 1)
+    assert found.converted == ({} if turn == 1 else {"turned upright (EXIF orientation)": 1})
+
+
+def test_captions_come_from_the_nearest_metadata_under_any_of_the_names(tmp_path):
+    """jsonl or csv, of the folder or one above; then a text beside the image; then its name."""
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    for name in ("a", "b", "c", "sub/n", "sub/deep/m", "sub/o_p"):
+        picture(tmp_path / f"{name}.png")
+    rows = [{"file_name": "a.png", "Caption": " of a "}, {"file_name": "sub/n.png", "text": "from above"},
+            {"file_name": "./sub/deep/m.png", "text": "line\u2028end"}]  # fmt: skip
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + text, "utf-8")
+    (tmp_path / "metadata.csv").write_text('file_name,id,text\nb.png,1,"of b, too"\n')
+    (tmp_path / "sub" / "metadata.jsonl").write_text(json.dumps({"file_name": "n.png", "prompt": "nested"}))
+    (tmp_path / "c.txt").write_text("\ufeffof c\n", "utf-8")
+    (tmp_path / "a.txt").write_text("not this")
+    found = ImageFolder.read(tmp_path)
+    names = [file.relative_to(tmp_path).as_posix() for file in found.files]
+    assert dict(zip(names, found.captions, strict=True)) == {
+        "a.png": "of a", "b.png": "of b, too", "c.png": "of c",
+        "sub/n.png": "nested", "sub/deep/m.png": "line\u2028end", "sub/o_p.png": "o p",
+    }  # fmt: skip
+    assert found.sources == {"metadata.jsonl": 2, "metadata.csv": 1, "sub/metadata.jsonl": 1,
+                             "texts beside them": 1, "their file names": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("metadata.jsonl", b'{"image": "a.png", "text": "x"}', "line 1 has no file_name"),
+        ("metadata.jsonl", b'\n{"file_name": "a.png", "text": null}', "line 2: text is empty, not a text"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png", "alt": "x"}',
+            "line 1 has no text under prompt, caption, text",
+        ),
+        ("metadata.jsonl", b'{"file_name": "a.png"', "line 1 is not JSON"),
+        ("metadata.jsonl", b'["a.png", "x"]', "line 1 has no file_name"),
+        ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", r"is not UTF-8 text .*byte 24\)"),
+        ("metadata.csv", b"file_name,text\na.png\n", "line 2: text is empty"),
+        ("metadata.csv", b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
+        ("a.txt", b"caf\xe9", r"is not UTF-8 text .*byte 3\)"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_one_line(tmp_path, file, content, says):
+    picture(tmp_path / "a.png")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"data.images: .*{re.escape(file)}: .*{says}") as caught:
+        ImageFolder.read(tmp_path)
+    assert "\n" not in str(caught.value)
+    if file != "a.txt":  # said before torch is loaded
+        recipe = load_recipe(None, method="dmd", sets=[f"data.images={tmp_path}", "terms.gan_weight=0.1"])
+        with pytest.raises(UserError, match=says):
+            check_recipe(recipe)
 
 
 @pytest.mark.parametrize("content", [None, "empty", "broken"])
