@@ -196,6 +196,7 @@ class ScoreMethod(Method):
     """
 
     through_inputs: ClassVar[bool] = False
+    starts_below = True
     options: ScoreOptions
     fake: FakeScore
     gan: FeatureGan | None

@@ -88,6 +88,11 @@ class Job:
             use_xformers(self.student.net)
             use_xformers(self.teacher.denoiser.net)
         times = recipe.student.times or kind.default_times
+        if times[0] < 1 and not kind.starts_below:
+            raise UserError(
+                f"student.times starts at {times[0]:g}, but {recipe.method} learns from what starts as pure noise: "
+                "set 1.0, or take a method that matches distributions, such as dmd or sid"
+            )
         self.method: Method = kind(self.teacher, self.student, tuple(times), self.options).to(device)
         self.sampler: Sampler = self.method.sampler().on_grid_of(
             self.student.path, self.teacher.pipe.scheduler

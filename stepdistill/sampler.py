@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 class Sampler:
     """A few-step sampler: at each time predict x0, then go to the next time, and end with x0.
 
+    Where the first time t is below 1, the network is still handed standard normal noise, as though that were a state at
+    t: it is a generator that is called at t (DMD2's SDXL at timestep 399, SiD-LSG at 625), and no point of a trajectory
+    is alpha x0 + sigma eps there. So only a method that matches the distribution of what is drawn can train it
+    (``Method.starts_below``); an x0 error that an eps or v output makes is smaller there than at t = 1.
+
     Attributes:
-        times: where the network is called, descending, the first is 1 (pure noise).
+        times: where the network is called, descending; the first, 1 or less, with pure noise.
         renoise: go on with fresh noise, alpha x0 + sigma eps (consistency sampling); otherwise with the predicted
             noise (DDIM, Euler).
         grid: for a student trained on a grid of this many times, any of whose step counts may be drawn; None for a
@@ -118,6 +123,11 @@ class Sampler:
 
         scheduler: Any
         if isinstance(path, FlowPath):
+            if self.times[0] < 1 - 1.5e-3:
+                raise UserError(
+                    f"student.times starts at {self.times[0]:g}, but diffusers' flow schedulers call a network first "
+                    "at pure noise: set 1.0"
+                )
             if self.renoise:
                 raise UserError(
                     "options.renoise is true, but diffusers' flow schedulers take fresh noise from the global "
@@ -135,6 +145,13 @@ class Sampler:
             )
             config = {key: teacher_scheduler.config[key] for key in keep}
             config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
+            last = path.steps if self.grid else round(self.times[0] * path.steps)
+            if (
+                last < path.steps
+            ):  # schedulers call a network first at the end of their table, so it ends there
+                betas = teacher_scheduler.betas[:last].tolist()
+                config |= {"num_train_timesteps": last, "trained_betas": betas}
+                config["rescale_betas_zero_snr"] = False
             config["prediction_type"] = self.prediction_type or config["prediction_type"]
             config["clip_sample"] = False
             # Read by neither scheduler on these grids; Stable Diffusion pipelines rewrite any other value, and warn.
@@ -142,7 +159,7 @@ class Sampler:
             if self.gamma is not None:
                 scheduler = TCDScheduler(**config, original_inference_steps=self.grid or path.steps)
             elif self.renoise or self.steps == 1:
-                uniform = self.steps if path.steps % self.steps == 0 else path.steps
+                uniform = self.steps if last % self.steps == 0 else last
                 # With as many original steps as the student has, a call that forgets num_inference_steps (and so asks
                 # for 50) raises instead of drawing on a grid the student never saw.
                 scheduler = LCMScheduler(**config, original_inference_steps=self.grid or uniform)

@@ -26,7 +26,8 @@ class StudentOptions(Section):
     """What the student is.
 
     Attributes:
-        times: where it jumps from, descending in (0, 1]; None takes the method's default.
+        times: where it jumps from, descending in (0, 1]; None takes the method's default. A first time below 1 is for
+            dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
         lora_rank: rank of the adapters that are trained; 0 trains the whole network.
         lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
     """

@@ -158,11 +158,14 @@ class Method(nn.Module, ABC):
         Options: the schema of ``options:`` in a recipe.
         needs: what the method always asks of the data, out of NEEDS.
         default_times: the student's times when the recipe gives none, descending from 1.
+        starts_below: whether the student may be called first at a time below 1, there too with standard normal noise:
+            its samples are matched as a distribution, and nothing ties its noise to a trajectory. See ``Sampler``.
     """
 
     Options: ClassVar[type[MethodOptions]]
     needs: ClassVar[frozenset[str]] = frozenset({"noise", "prompts"})
     default_times: ClassVar[tuple[float, ...]] = (1.0,)
+    starts_below: ClassVar[bool] = False
 
     @classmethod
     def needs_of(cls, options: MethodOptions) -> frozenset[str]:
@@ -177,7 +180,7 @@ class Method(nn.Module, ABC):
         Args:
             teacher: what is distilled.
             student: a copy of the teacher that is trained.
-            times: where the student is called, descending from 1.
+            times: where the student is called, descending from 1, or from below it with ``starts_below``.
             options: an instance of the class's Options.
         """
         super().__init__()

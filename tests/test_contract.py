@@ -42,8 +42,16 @@ def turns_of(method):
     return {method.turn(step): step for step in reversed(range(200))}
 
 
-@pytest.mark.parametrize("times", [None, (1.0, 0.5)])
-@pytest.mark.parametrize("name", method_names())
+BELOW = [name for name in method_names() if find_method(name).starts_below]
+
+
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        *((name, times) for name in method_names() for times in (None, (1.0, 0.5))),
+        *((name, times) for name in BELOW for times in ((0.4,), (0.6, 0.3))),
+    ],
+)
 def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, times):
     method = build(name, times)
     networks = method.networks()
@@ -60,6 +68,21 @@ def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, tim
             reached = [p for p in parameters if p.grad is not None and bool(p.grad.any())]
             assert bool(reached) == (other == turn), (turn, other)
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
+
+
+def test_methods_that_match_distributions_start_below_pure_noise():
+    """The noise itself is the network's input: net(z, t) is what is matched, what is drawn, and what a warm start
+    regresses on."""
+    assert BELOW == ["diff_instruct", "dmd", "f_distill", "sid", "sim"]
+    for name in BELOW:
+        method = build(name, (0.4,))
+        batch = batch_for(method)
+        t = torch.full((8,), 0.4)
+        seen = method.student.predict(batch.noise, t, batch.cond).x0
+        assert torch.equal(method.generate(batch), seen)
+        assert torch.equal(method.sampler().draw(method.student, batch.noise, batch.cond, batch.fresh), seen)
+        of_pairs = method.student.predict(batch.pairs.noise, t, batch.pairs.cond).x0
+        assert torch.equal(method.regression(batch), (of_pairs - batch.pairs.x0).square().mean())
 
 
 @pytest.mark.parametrize("name", method_names())

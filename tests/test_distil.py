@@ -122,6 +122,29 @@ def test_a_second_time_is_refused_where_the_teacher_has_no_slot_for_it(tmp_path,
     refused(tmp_path, match, prompts, teacher="sd3", method="meanflow")
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "times", "more"),
+    [
+        ("unet-ddim", "sid", [0.626], ["options.warm_start=2", "options.pairs=4", "options.pair_steps=2"]),
+        ("sd", "dmd", [0.4, 0.2], ["options.guidance=2", "options.fake_steps=1"]),
+    ],
+)
+def test_a_student_that_starts_below_pure_noise_is_trained_exported_and_verified(
+    name, method, times, more, tmp_path, prompts
+):
+    teacher = saved(name, tmp_path / "teacher")
+    sets = [*SHORT, *more, *([prompts] if name == "sd" else []), "train.steps=6", f"student.times={times}"]
+    run = stepdistill.distill(teacher, method, tmp_path / "run", sets=sets)
+    assert f"drawn in {len(times)} step(s) by plain diffusers" in run.report["verification"]
+    config = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())
+    assert config["num_train_timesteps"] == len(config["trained_betas"]) == round(1000 * times[0])
+
+
+def test_a_start_below_pure_noise_is_refused_where_trajectories_are_learnt(tmp_path, prompts):
+    match = r"student.times starts at 0\.4, but lcm learns from what starts as pure noise: set 1\.0"
+    refused(tmp_path, match, prompts, "student.times=[0.4]", method="lcm")
+
+
 def test_a_pipeline_object_and_classes_need_no_prompts(tmp_path):
     """A class-conditional teacher given as an object learns from its own class numbers."""
     sets = [*SHORT, "train.steps=4", "options.pairs=4", "options.pair_steps=2", "options.reflow_steps=2",

@@ -262,10 +262,12 @@ def test_without_guidance_decoupling_changes_nothing():
     assert torch.equal(one.loss("student", batch)[0], two.loss("student", batch)[0])
 
 
+@pytest.mark.parametrize("start", [1.0, 0.6])
 @pytest.mark.parametrize("step", range(4))
-def test_guidance_acts_below_the_time_of_the_students_call(step):
-    """With times 1 and 0.5 its time is under 0.98 or 0.5, and the field is the closed form there."""
-    path, method = FlowPath(), guided(FlowPath(), times=(1.0, 0.5), decoupled=True)
+def test_guidance_acts_below_the_time_of_the_students_call(step, start):
+    """With times 1 and 0.5 its time is under 0.98 or 0.5, and the field is the closed form there. Wherever the first
+    call is, it is handed pure noise, so its time is under 0.98."""
+    path, method = FlowPath(), guided(FlowPath(), times=(start, 0.5), decoupled=True)
     batch = toy_batch(16, step)
     x = method.generate(batch).detach()
     views = method.fake.views(method.teacher, x, batch, method.options, 1.0)
@@ -326,5 +328,5 @@ def test_matching_leaves_the_first_step_to_its_regression():
     loss, logs = method.loss("student", toy_batch(4))
     loss.backward()
     assert float(logs["first_step"]) > 0
-    with pytest.raises(UserError, match="leaves a student of one step"):
+    with pytest.raises(UserError, match=r"takes two student.times or more from 1.0 on"):
         DMD(teacher, toy_student(Perceptron(), path, "velocity"), (1.0,), options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,41 @@ def test_stock_schedulers_draw_the_same_on_a_table(renoise: bool, kind: Any, ste
     # DDIMScheduler steps by floor(1000 / 3) = 333 from 666 to the level of 333, and calls the network there at 332.
     assert (own - theirs).abs().max() < (2e-3 if steps == 3 and not renoise else 1e-5)
     assert own.std() > 0.02
+
+
+@pytest.mark.parametrize("times", [(0.4,), (0.626,), (0.4, 0.2), (0.63, 0.42, 0.21)])
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("renoise", [True, False])
+def test_stock_schedulers_start_below_pure_noise(renoise: bool, kind: Any, times: tuple[float, ...]) -> None:
+    """The scheduler has the first part of the teacher's table, by its config alone, and asks for unit noise."""
+    prediction = {"eps": "epsilon", "v": "v_prediction"}[kind]
+    teacher = teacher_scheduler(prediction_type=prediction)
+    sampler = Sampler(times, renoise).on_grid_of(TABLE, teacher)
+    assert sampler.times == pytest.approx(times)
+    made = sampler.scheduler(TABLE, teacher)
+    scheduler = type(made).from_config(json.loads(made.to_json_string()))
+    last = round(1000 * times[0])
+    assert torch.equal(scheduler.alphas_cumprod, teacher.alphas_cumprod[:last])
+    assert float(scheduler.init_noise_sigma) == 1
+    denoiser = Denoiser(Output(TABLE, kind), TABLE, kind, ToyFamily())
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    own = ours(sampler, denoiser, noise, torch.Generator().manual_seed(1))
+    theirs = drawn_by(scheduler, denoiser, noise, len(times), torch.Generator().manual_seed(1)).detach()
+    assert [round(1000 * time) - 1 for time in sampler.times] == scheduler.timesteps.tolist()
+    assert (own - theirs).abs().max() < 1e-5
+    assert own.std() > 0.02
+    if len(times) == 1:  # DMD2's convention: the noise itself is the network's input, x0 is read at that time
+        t = torch.full((16,), times[0])
+        alpha, sigma = (float(value[0]) for value in TABLE.alpha_sigma(t))
+        gain = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
+        torch.testing.assert_close(own, MEAN + gain * (noise - alpha * MEAN), atol=1e-5, rtol=1e-5)
+
+
+def test_a_table_with_zero_terminal_snr_is_cut_as_it_is() -> None:
+    teacher = teacher_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    path = TablePath.from_alphas_cumprod(teacher.alphas_cumprod)
+    scheduler = Sampler((0.5,), True).scheduler(path, teacher)
+    assert torch.equal(scheduler.alphas_cumprod, teacher.alphas_cumprod[:500])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -156,10 +192,8 @@ def test_three_steps_land_on_whole_timesteps() -> None:
     [
         (TABLE, (1.0, 0.4), True),
         (TABLE, (1.0, 0.4), False),
-        (TABLE, (0.4,), True),
+        (TABLE, (0.6, 0.4), True),
         (TABLE, (1.0, 0.75, 0.5), True),
-        (FlowPath(), (0.9,), False),
-        (FlowPath(), (0.9, 0.4), False),
         (FlowPath(), (1.0, 0.8, 0.2), False),
     ],
 )
@@ -174,15 +208,20 @@ def test_a_grid_that_no_stock_scheduler_has_is_refused(
 def test_what_has_no_stock_scheduler_is_refused() -> None:
     with pytest.raises(UserError, match=r"options\.renoise=false"):
         Sampler((1.0, 0.5), True).scheduler(FlowPath(), None)
+    for times in ((0.9,), (0.9, 0.45)):
+        with pytest.raises(UserError, match=r"starts at 0\.9, but diffusers' flow schedulers .*: set 1\.0"):
+            Sampler(times, False).scheduler(FlowPath(), None)
     with pytest.raises(UserError, match="TrigPath have no stock"):
         Sampler((1.0,), False).scheduler(TrigPath(), None)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_a_call_that_forgets_the_step_count_raises(steps: int) -> None:
-    scheduler = Sampler(uniform_times(steps), True).scheduler(TABLE, teacher_scheduler())
-    with pytest.raises(ValueError, match="50"):
-        scheduler.set_timesteps(50)
+    for start in (1.0, 0.4):
+        times = tuple(start * time for time in uniform_times(steps))
+        scheduler = Sampler(times, True).scheduler(TABLE, teacher_scheduler())
+        with pytest.raises(ValueError, match="50"):
+            scheduler.set_timesteps(50)
 
 
 def test_the_exported_scheduler_keeps_the_teachers_schedule() -> None:

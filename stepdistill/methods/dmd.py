@@ -10,6 +10,7 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
   the fake score keeps up (DMD2 4.2, two time-scale update rule).
 - K steps: the student runs through its own first steps without a graph and is trained where it exits (DMD2 4.5,
   backward simulation): it meets in training what it meets in sampling.
+- DMD2's one-step SDXL is called at timestep 399, still with pure noise: ``student.times: [0.4]`` (see ``Sampler``).
 - Optional: a GAN on the fake network's features with real images (DMD2 4.3); DMD's regression on cached pairs (DMD
   eq. 9, in latent space instead of LPIPS), beside the rest or as a warm start (DMD2 starts one-step SDXL so).
 - ``decoupled`` (Liu et al. 2025, 2511.22677, see decoupled.py): the guidance in the real score acts at a time of its
@@ -51,10 +52,10 @@ class DMD(ScoreMethod):
         self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
     ) -> None:
         super().__init__(teacher, student, times, options)
-        if self.options.first_step_weight and len(times) < 2:
+        if self.options.first_step_weight and (len(times) < 2 or times[0] < 1):
             raise UserError(
-                f"options.first_step_weight is {self.options.first_step_weight:g}, which leaves a student of one step "
-                "nothing to match: give student.times two or more, or set it to 0"
+                f"options.first_step_weight is {self.options.first_step_weight:g}, which takes two student.times or "
+                f"more from 1.0 on, one to follow the teacher and one to match: found {list(times)}; or set it to 0"
             )
 
     @property
@@ -76,7 +77,8 @@ class DMD(ScoreMethod):
     def decoupled_field(self, x: Tensor, batch: Batch) -> Tensor:
         """The unguided field, less what guidance adds at another time."""
         views = self.fake.views(self.teacher, x, batch, self.options, 1.0)
-        called_at = self.times[exit_of(batch, self.first_exit, len(self.times))]
+        call = exit_of(batch, self.first_exit, len(self.times))
+        called_at = self.times[call] if call else 1.0  # pure noise settles nothing, wherever it is handed in
         towards = augmentation_field(self.teacher, x, batch, self.options, called_at)
         return views.error / (views.distance + 1e-6) - towards
 

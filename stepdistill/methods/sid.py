@@ -17,8 +17,8 @@ Score identity Distillation for One-Step Text-to-Image Generation" (SiD-LSG), 24
 
 Differs from the paper: times are uniform in ``score_times``, SiD-LSG's choice, instead of the EDM grid without its
 noisiest fifth; the loss is a mean over elements instead of a hundred times the sum (Adam divides both out); the student
-starts at t = 1 instead of sigma = 2.5. Left out: guidance of the fake network (SiD-LSG's long and short guidance),
-the adversarial term of SiDA.
+is called at t = 1 unless ``student.times`` says otherwise ([0.626] is timestep 625, SiD-LSG's; SiD's is sigma = 2.5).
+Left out: guidance of the fake network (SiD-LSG's long and short guidance), the adversarial term of SiDA.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ Luo et al. 2024, "One-Step Diffusion Distillation through Score Implicit Matchin
 - K steps: the student is trained where a rollout of its own exits.
 - Optional, and not in the paper: regression on cached pairs as a warm start or beside the rest, and a GAN.
 
-Differs from the paper: times are uniform in ``score_times``; the student starts at t = 1 instead of sigma = 2.5. The
-paper's value of c was not at hand: the default is that of Song and Dhariwal 2023 (2310.14189) for consistency training.
+Differs from the paper: times are uniform in ``score_times``; the student is called at t = 1 instead of sigma = 2.5
+unless ``student.times`` says otherwise. The paper's value of c was not at hand: the default is that of Song and
+Dhariwal 2023 (2310.14189) for consistency training.
 """
 
 from __future__ import annotations
