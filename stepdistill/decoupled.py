@@ -30,15 +30,16 @@ def augmentation_field(
 ) -> Tensor:
     """The augmentation over mean|x - x0_real|, [B, C, H, W]: where guidance wants x [B, C, H, W] to move to.
 
-    Its time is uniform below ``t_max``, where the student was called: noisier ones would plan anew what is settled
-    there. Both parts have a normaliser of their own, or this one, the larger, would decide alone; its floor of 0.1 is
-    that of CDM (2605.06376), for at small t teacher and x agree.
+    Its time is uniform on the schedule below ``t_max``, where the student was called: noisier ones would plan anew
+    what is settled there. Both parts have a normaliser of their own, or this one, the larger, would decide alone; its
+    floor of 0.1 is that of CDM (2605.06376), for at small t teacher and x agree.
     """
     scale, (low, high) = options.score_scale, options.score_times
     if scale == 1.0:
         return torch.zeros_like(x)
-    t = batch.draws.uniform("guidance t", min(low, t_max), min(high, t_max))
-    x_t = teacher.path.sample(x, batch.draws.normal("guidance eps", tuple(x.shape[1:])), t)
+    path, last = teacher.path, teacher.path.unshifted(t_max)
+    t = path.shifted(batch.draws.uniform("guidance t", min(low, last), min(high, last)))
+    x_t = path.sample(x, batch.draws.normal("guidance eps", tuple(x.shape[1:])), t)
     guidance = in_interval(scale, t, *options.guidance_interval)
     towards, plain = augmentation(teacher, x_t, t, batch.cond, guidance)
     size = (x - plain).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)

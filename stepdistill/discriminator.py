@@ -70,15 +70,17 @@ class FeatureGan(nn.Module):
     def logits_above(self, x_e: Tensor, e: Tensor, start: Tensor, cond: Condition, batch: Batch) -> Tensor:
         """Logits [B] of x_e [B, C, H, W] noised from e [B] to a time between e and ``start`` [B]; noise and time are
         the same for both kinds of a batch."""
-        t = torch.lerp(e, start, batch.draws.uniform("gan t"))
+        path = self._eye[0].path
+        t = path.shifted(torch.lerp(path.unshifted(e), path.unshifted(start), batch.draws.uniform("gan t")))
         eps = batch.draws.normal("gan eps", tuple(x_e.shape[1:]))
-        return self.logits(self._eye[0].path.renoise(x_e, e, t, eps), t, cond)
+        return self.logits(path.renoise(x_e, e, t, eps), t, cond)
 
     def _logits(self, x: Tensor, cond: Condition, batch: Batch, stream: str) -> Tensor:
-        """Logits [B] of x noised to t ~ U(0, 1): one law for real and generated, with draws of their own."""
-        draws = batch.draws
-        t, eps = draws.uniform(f"{stream} t"), draws.normal(f"{stream} eps", tuple(x.shape[1:]))
-        return self.logits(self._eye[0].path.sample(x, eps, t), t, cond)
+        """Logits [B] of x noised to uniform times of the schedule: one law for real and generated, with draws of
+        their own."""
+        draws, path = batch.draws, self._eye[0].path
+        t, eps = path.shifted(draws.uniform(f"{stream} t")), draws.normal(f"{stream} eps", tuple(x.shape[1:]))
+        return self.logits(path.sample(x, eps, t), t, cond)
 
     def for_generator(self, x: Tensor, batch: Batch) -> Tensor:
         """The generator's loss for its samples x [B, C, H, W]; gradients flow through the features into x."""

@@ -41,7 +41,8 @@ class FakeScoreOptions(FakeTurnOptions):
     """Options of a method with a fake score."""
 
     score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
-    score_times: tuple[float, float] = (0.02, 0.98)  # where the two scores are compared (DMD 4.1)
+    # Where the two scores are compared (DMD 4.1), before a flow teacher's time shift.
+    score_times: tuple[float, float] = (0.02, 0.98)
     renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
 
     @property
@@ -99,8 +100,10 @@ class FakeScore(Denoiser):
         super().__init__(copy.net, copy.path, copy.output, copy.family)
 
     def denoising_loss(self, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:
-        """The diffusion loss of samples x [B, C, H, W] at t ~ U(0, 1), squared in ``kind``; a scalar."""
+        """The diffusion loss of samples x [B, C, H, W] at uniform times of the teacher's schedule, squared in ``kind``;
+        a scalar."""
         t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
+        t = self.path.shifted(t)
         x_t = self.path.sample(x, eps, t)
         if kind == "x0":
             return (self.predict(x_t, t, batch.cond).x0 - x).square().mean()
@@ -129,7 +132,8 @@ class FakeScore(Denoiser):
             through_inputs: keep the graph from both predictions through x_t into x; otherwise there is none.
             since: where x is; the t of ``score_times`` in [0, 1] are then taken in [since, 1].
         """
-        t = since + (1 - since) * batch.draws.uniform("score t", *options.score_times)
+        low = self.path.unshifted(since)
+        t = self.path.shifted(low + (1 - low) * batch.draws.uniform("score t", *options.score_times))
         guidance = in_interval(scale, t, *options.guidance_interval) if scale != 1.0 else 1.0
         with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
             eps = batch.draws.normal("score eps", tuple(x.shape[1:]))

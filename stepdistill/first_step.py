@@ -37,15 +37,16 @@ def first_step_loss(
         batch: its noise and conditions.
         guidance: of the teacher's trajectory.
         calls: the teacher's first steps, which make the jump.
-        grid: all the steps it would take to the clean sample.
+        grid: all the steps it would take to the clean sample, on its own schedule.
     """
     noise, cond = batch.noise, batch.cond
     one = torch.ones(len(noise), device=noise.device)
+    times = [teacher.path.shifted(1 - i / grid) for i in range(calls + 1)]
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
         return teacher.predict(x, t, cond, guidance=guidance)
 
     with torch.no_grad():
-        z = solve(predict, noise, [1 - i / grid for i in range(calls + 1)], "ddim")
-        target = x0_of_jump(teacher.path, noise, one, z, one * (1 - calls / grid))
+        z = solve(predict, noise, times, "ddim")
+        target = x0_of_jump(teacher.path, noise, one, z, one * times[-1])
     return (student.predict(noise, one, cond).x0 - target).square().mean()

@@ -22,7 +22,7 @@ from stepdistill.draws import Draws
 from stepdistill.path import Path, per_sample
 from stepdistill.polyline import Polyline
 from stepdistill.regression import WarmStartOptions, warm_start_rate
-from stepdistill.sampler import Sampler, uniform_times
+from stepdistill.sampler import Sampler, schedule_times
 from stepdistill.step_sums import StepSums
 from stepdistill.student import STRAIGHT, Student, carried, predict_elsewhere
 from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
@@ -137,6 +137,8 @@ class FlowMapMethod(Method):
     ``all`` it knows the trajectories at every time, and the velocity there, on which u(x, t, t) is regressed.
     """
 
+    shifted_times = False  # exported as steps of equal length, of which one constant tells
+
     def __init__(
         self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
     ) -> None:
@@ -154,7 +156,7 @@ class FlowMapMethod(Method):
     def pair_times(self) -> tuple[float, ...]:
         options = self.map_options
         if options.warm_times == "all":
-            return uniform_times(options.pair_steps)[1:]
+            return schedule_times(self.student.path, options.pair_steps)[1:]
         return tuple(sorted({*self.times[1:], *options.warm_times}, reverse=True))
 
     def lr_ratio(self, turn: str, step: int) -> float:

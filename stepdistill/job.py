@@ -77,6 +77,7 @@ class Job:
             pipeline or load_teacher(recipe.teacher, dtype),
             device,
             guidance_interval=self.options.guidance_interval,
+            shift=self.options.shift,
         )
         if self.options.guidance != 1.0 and self.teacher.null is None:
             raise UserError(
@@ -87,13 +88,15 @@ class Job:
         if recipe.train.attention == "xformers":
             use_xformers(self.student.net)
             use_xformers(self.teacher.denoiser.net)
-        times = recipe.student.times or kind.default_times
+        times = tuple(recipe.student.times or kind.default_times)
+        if not recipe.student.times and kind.shifted_times:
+            times = tuple(self.teacher.path.shifted(time) for time in times)
         if times[0] < 1 and not kind.starts_below:
             raise UserError(
                 f"student.times starts at {times[0]:g}, but {recipe.method} learns from what starts as pure noise: "
                 "set 1.0, or take a method that matches distributions, such as dmd or sid"
             )
-        self.method: Method = kind(self.teacher, self.student, tuple(times), self.options).to(device)
+        self.method: Method = kind(self.teacher, self.student, times, self.options).to(device)
         self.sampler: Sampler = self.method.sampler().on_grid_of(
             self.student.path, self.teacher.pipe.scheduler
         )

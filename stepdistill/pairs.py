@@ -21,8 +21,8 @@ from torch import Tensor
 
 from stepdistill.draws import Draws, generator_for
 from stepdistill.errors import UserError
-from stepdistill.path import Prediction
-from stepdistill.sampler import uniform_times
+from stepdistill.path import FlowPath, Prediction
+from stepdistill.sampler import schedule_times
 from stepdistill.solvers import trajectory
 from stepdistill.teacher import PipelineTeacher
 from stepdistill.types import Condition, MethodOptions
@@ -65,7 +65,7 @@ class PairCache:
     ) -> None:
         self.folder, self.teacher, self.options, self.seed = folder, teacher, options, seed
         self.count = options.pairs
-        self.grid = (*uniform_times(options.pair_steps), 0.0)
+        self.grid = (*schedule_times(teacher.path, options.pair_steps), 0.0)
         wanted = [_position(self.grid, time) for time in times]
         self.made, self.kept = self._claim(
             {
@@ -74,6 +74,7 @@ class PairCache:
                 "steps": options.pair_steps,
                 "guidance": options.guidance,
                 "interval": list(teacher.guidance_interval),
+                "shift": teacher.path.shift if isinstance(teacher.path, FlowPath) else 1.0,
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
                 "seed": seed,
                 "shape": list(teacher.shape),
@@ -93,7 +94,7 @@ class PairCache:
         may take the first pairs of a larger cache, and some of the states it keeps."""
         manifest = self.folder / "manifest.json"
         if manifest.is_file():
-            found = {"interval": [0.0, 1.0], **json.loads(manifest.read_text())}
+            found = {"interval": [0.0, 1.0], "shift": 1.0, **json.loads(manifest.read_text())}
             for name, value in key.items():
                 if found.get(name) != value:
                     self._refuse(name, found.get(name), value)
@@ -188,7 +189,8 @@ def _position(grid: Sequence[float], time: float) -> int:
     nearest = min(range(1, len(grid) - 1), key=lambda i: abs(grid[i] - time), default=0)
     if not nearest or abs(grid[nearest] - time) > 1.5e-3:
         raise UserError(
-            f"student.times has {time:g}, which is not among the {len(grid) - 1} steps of the pairs' trajectories: "
-            "make options.pair_steps a multiple of the number of student.times"
+            f"student.times has {time:g}, which is not among the {len(grid) - 1} steps of the pairs' trajectories "
+            f"(the nearest is {grid[nearest]:g}): leave student.times to the teacher's schedule, and make "
+            "options.pair_steps a multiple of their number"
         )
     return nearest

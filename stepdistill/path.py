@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from stepdistill.shift import Times, shifted
 
 Output = Literal["x0", "eps", "v", "velocity"]
 """What a network returns: x0, eps, v = alpha eps - sigma x0 (Salimans and Ho 2022, 2202.00512), or dx_t/dt."""
@@ -47,6 +49,14 @@ class Path(ABC):
     @abstractmethod
     def time_of(self, angle: Tensor) -> Tensor:
         """The t in [0, 1] at which atan2(sigma, alpha) is ``angle``; angles past the end of the path give t = 1."""
+
+    def shifted(self, u: Times) -> Times:
+        """The times that an even spacing u in [0, 1] becomes on this path: u itself, but for a flow path's shift."""
+        return u
+
+    def unshifted(self, t: Times) -> Times:
+        """The u whose time is t."""
+        return t
 
     def angle(self, t: Tensor) -> Tensor:
         """atan2(sigma(t), alpha(t)) in [0, pi/2], shape [B]."""
@@ -145,7 +155,19 @@ class Prediction:
 
 @dataclass(frozen=True)
 class FlowPath(Path):
-    """The straight path alpha = 1 - t, sigma = t (Liu et al. 2022, 2209.03003; Lipman et al. 2022, 2210.02747)."""
+    """The straight path alpha = 1 - t, sigma = t (Liu et al. 2022, 2209.03003; Lipman et al. 2022, 2210.02747).
+
+    Attributes:
+        shift: the time shift s of the teacher's schedule. It moves no point of the path, so paths are equal without it.
+    """
+
+    shift: float = field(default=1.0, compare=False)
+
+    def shifted(self, u: Times) -> Times:
+        return shifted(u, self.shift)
+
+    def unshifted(self, t: Times) -> Times:
+        return shifted(t, 1 / self.shift)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t

@@ -13,7 +13,7 @@ from stepdistill.ema import Ema
 from stepdistill.export import averaged, draw_as_pipeline, to_uint8
 from stepdistill.health import Vitals
 from stepdistill.loop import Seen
-from stepdistill.sampler import Sampler, uniform_times
+from stepdistill.sampler import Sampler, schedule_times
 from stepdistill.solvers import solve
 from stepdistill.student import Student
 from stepdistill.teacher import PipelineTeacher
@@ -44,13 +44,13 @@ def rows_of_pictures(rows: Sequence[tuple[str, Tensor]], tile: int = 64) -> Imag
 def teacher_pictures(
     teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
 ) -> Tensor:
-    """The teacher's pictures [B, 3, H, W] in [0, 1] after ``steps`` DDIM steps on the uniform grid 1, ..., 1/steps."""
+    """The teacher's pictures [B, 3, H, W] in [0, 1] after ``steps`` DDIM steps on the grid of its schedule."""
     shape = (1, *teacher.shape)
     noise = torch.cat(
         [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     )
     cond = teacher.encode(list(prompts))
-    times = (*uniform_times(steps), 0.0)
+    times = (*schedule_times(teacher.path, steps), 0.0)
     latents = solve(
         lambda x, t: teacher.predict(x, t, cond, guidance=guidance), noise.to(teacher.device), times, "ddim"
     )

@@ -133,7 +133,7 @@ class Sampler:
                     "options.renoise is true, but diffusers' flow schedulers take fresh noise from the global "
                     "generator, so the student could not be reproduced from a seed. Set options.renoise=false"
                 )
-            scheduler = FlowMapEulerDiscreteScheduler(shift=self._shift())
+            scheduler = FlowMapEulerDiscreteScheduler(shift=self._shift(path))
         elif isinstance(path, TablePath):
             keep = (
                 "num_train_timesteps",
@@ -170,10 +170,10 @@ class Sampler:
         self._check_grid(path, scheduler)
         return scheduler
 
-    def _shift(self) -> float:
-        """The s of t = s u / (1 + (s - 1) u) that maps the uniform grid u to these times."""
+    def _shift(self, path: FlowPath) -> float:
+        """The s of the time shift that maps the uniform grid to these times; that of the path for one step."""
         if self.steps == 1:
-            return 1.0
+            return path.shift
         t, u = self.times[-1], 1 / self.steps
         return round(t * (1 - u) / (u * (1 - t)), 6)
 
@@ -201,6 +201,11 @@ def _past(path: Path, s: Tensor, gamma: float) -> Tensor:
 def uniform_times(steps: int) -> tuple[float, ...]:
     """1, 1 - 1/K, ..., 1/K."""
     return tuple(1 - i / steps for i in range(steps))
+
+
+def schedule_times(path: Path, steps: int) -> tuple[float, ...]:
+    """The times of K steps of a teacher on its path: the uniform ones, on a flow path with its time shift."""
+    return tuple(path.shifted(time) for time in uniform_times(steps))
 
 
 def times_of(path: Path, scheduler: Any, steps: int) -> tuple[float, ...]:

@@ -48,8 +48,8 @@ def scaled_target(path: Path, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor, ki
 def subinterval_loss(
     fake: Denoiser, x_s: Tensor, since: float, batch: Batch, clamp: float, kind: FakeLoss
 ) -> Tensor:
-    """min(1 / c^2, clamp) |c fake(x_t) - c target|^2 at t ~ U(since, 1), a scalar: the ordinary diffusion loss
-    weighted by min(1, clamp c^2), which holds the target's variance down.
+    """min(1 / c^2, clamp) |c fake(x_t) - c target|^2 at uniform times of the schedule in (since, 1), a scalar: the
+    ordinary diffusion loss weighted by min(1, clamp c^2), which holds the target's variance down.
 
     Args:
         fake: the network, which has a graph.
@@ -59,7 +59,8 @@ def subinterval_loss(
         clamp: greatest weight; infinity leaves the ordinary loss.
         kind: whether the error is in the network's output or in the x0 read from it.
     """
-    t = since + (1 - since) * batch.draws.uniform("fake t")
+    low = fake.path.unshifted(since)
+    t = fake.path.shifted(low + (1 - low) * batch.draws.uniform("fake t"))
     s, eps = torch.full_like(t, since), batch.draws.normal("fake eps", tuple(x_s.shape[1:]))
     ratio, spread = kernel(fake.path, s, t)
     x_t = per_sample(ratio, x_s) * x_s + per_sample(spread, x_s) * eps

@@ -17,6 +17,7 @@ from stepdistill.families import Family, family_named, family_of
 from stepdistill.guidance import extrapolate, in_interval
 from stepdistill.log import quiet_loading
 from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
+from stepdistill.shift import shift_of
 from stepdistill.student import Denoiser
 from stepdistill.types import Condition
 
@@ -90,6 +91,10 @@ class PipelineTeacher:
         device: where its networks go.
         family: how the pipeline is called; found by its class when not given.
         guidance_interval: times at which guidance is on.
+        shift: of the times, for a flow model; None takes its scheduler's own.
+
+    Raises:
+        UserError: for a shift where there is none, or a scheduler of its own whose spacing is no shift.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class PipelineTeacher:
         device: torch.device | str = "cpu",
         family: Family | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        shift: float | None = None,
     ) -> None:
         self.pipe: Any = pipe
         self.guidance_interval = guidance_interval
@@ -109,6 +115,13 @@ class PipelineTeacher:
                 component.requires_grad_(False).eval()
         self.device = torch.device(device)
         path, output = path_of(self.pipe.scheduler)
+        if isinstance(path, FlowPath):
+            path = FlowPath(shift or shift_of(self.pipe.scheduler, self.family.image_tokens(self.pipe)))
+        elif shift is not None:
+            raise UserError(
+                f"options.shift is {shift:g}, but the times of a {type(self.pipe.scheduler).__name__} have no shift, "
+                "which only flow models have: leave it out"
+            )
         self.denoiser: Denoiser = Denoiser(
             getattr(self.pipe, self.family.denoiser), path, output, self.family
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveFloat
 from torch import Tensor, nn
 
 from stepdistill.draws import Draws
@@ -143,12 +143,14 @@ class MethodOptions(BaseModel):
     Attributes:
         guidance: classifier-free guidance of the teacher that the student takes over; 1 is none.
         guidance_interval: times at which it is on (Kynkaanniemi et al. 2024, 2404.07724), also in cached pairs.
+        shift: of a flow teacher's times, see shift.py; None takes that of its scheduler.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    shift: PositiveFloat | None = None
 
 
 class Method(nn.Module, ABC):
@@ -157,7 +159,8 @@ class Method(nn.Module, ABC):
     Class attributes:
         Options: the schema of ``options:`` in a recipe.
         needs: what the method always asks of the data, out of NEEDS.
-        default_times: the student's times when the recipe gives none, descending from 1.
+        default_times: the student's times when the recipe gives none, descending from 1; a flow teacher's shift is
+            applied to them where ``shifted_times``.
         starts_below: whether the student may be called first at a time below 1, there too with standard normal noise:
             its samples are matched as a distribution, and nothing ties its noise to a trajectory. See ``Sampler``.
     """
@@ -165,6 +168,7 @@ class Method(nn.Module, ABC):
     Options: ClassVar[type[MethodOptions]]
     needs: ClassVar[frozenset[str]] = frozenset({"noise", "prompts"})
     default_times: ClassVar[tuple[float, ...]] = (1.0,)
+    shifted_times: ClassVar[bool] = True
     starts_below: ClassVar[bool] = False
 
     @classmethod

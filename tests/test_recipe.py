@@ -160,13 +160,18 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
         method_options(load_recipe("my.yaml"))
     assert str(caught.value) == (
         "my.yaml: options.critic_step is not an option of mine "
-        "(did you mean critic_steps? It has: guidance, guidance_interval, critic_steps)"
+        "(did you mean critic_steps? It has: guidance, guidance_interval, shift, critic_steps)"
     )
     recipe = load_recipe("my.yaml", sets=["options={guidance: high}"])
     with pytest.raises(UserError, match=r"^--set: options\.guidance is 'high' and should be a valid number"):
         method_options(recipe)
     options = method_options(load_recipe("my.yaml", sets=["options={guidance: 1e-1}"]))
-    assert options.model_dump() == {"guidance": 0.1, "guidance_interval": (0.0, 1.0), "critic_steps": 5}
+    assert options.model_dump() == {
+        "guidance": 0.1,
+        "guidance_interval": (0.0, 1.0),
+        "shift": None,
+        "critic_steps": 5,
+    }
 
 
 def test_resolved_yaml_reads_back_to_an_equal_recipe_with_every_key(here: Path) -> None:

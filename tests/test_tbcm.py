@@ -42,7 +42,7 @@ def test_routes_descend_strictly_through_the_reference_intervals(path):
 
 def test_the_reference_route_is_the_shifted_flow_schedule():
     """With shift 1 the i-th time is uniform between 1 - (i + 1) / 16 and 1 - i / 16; shift 2.5 moves them to noise."""
-    plain = tbcm(FlowPath(), Perceptron(), shift=1.0).route(toy_batch(2000)).mean(0)
+    plain = tbcm(FlowPath(), Perceptron(), route_shift=1.0).route(toy_batch(2000)).mean(0)
     torch.testing.assert_close(plain[1:-1], 1 - (torch.arange(1, 16) + 0.5) / 16, atol=2e-3, rtol=0)
     shifted = tbcm(FlowPath(), Perceptron()).route(toy_batch(2000)).mean(0)
     assert bool((shifted[1:-1] > plain[1:-1] + 0.01).all())

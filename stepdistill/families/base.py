@@ -110,6 +110,12 @@ class Family(ABC):
         height, width = (size, size) if isinstance(size, int) else size
         return int(config.in_channels), int(height), int(width)
 
+    def image_tokens(self, pipe: Any) -> int:
+        """Tokens of an image at the pipeline's default size, by which a dynamic time shift goes."""
+        _, height, width = self.latent_shape(pipe)
+        side = getattr(pipe, self.denoiser).config.get("patch_size") or 1
+        return (height // side) * (width // side)
+
     def to_latents(self, pipe: Any, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] to the denoiser's scale: the mode of the VAE's posterior, shifted, scaled."""
         latents: Tensor = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()

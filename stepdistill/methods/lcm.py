@@ -71,9 +71,9 @@ class LCM(Method):
         x0, cond = source.x0, source.cond
         path, draws = self.student.path, batch.draws
         options, eps = self.options, draws.normal("eps", tuple(x0.shape[1:]))
-        t = (draws.integers("time", options.grid) + 1) / options.grid
-        t = torch.where(draws.uniform("start") < options.noise_share, torch.ones_like(t), t)
-        s = (t - options.skip / options.grid).clamp_min(last_time(path))
+        u = (draws.integers("time", options.grid) + 1) / options.grid
+        u = torch.where(draws.uniform("start") < options.noise_share, torch.ones_like(u), u)
+        t, s = path.shifted(u), path.shifted((u - options.skip / options.grid).clamp_min(last_time(path)))
         z = noised(path, x0, eps, t)
 
         guidance: float | Tensor = options.step_guidance or options.guidance

@@ -73,10 +73,12 @@ class PCM(Method):
         draws, each = batch.draws, max(1, self.options.grid // len(self.times))
         phase, n = draws.integers("phase", len(self.times)), draws.integers("time", each) + 1
         n = torch.where(draws.uniform("start") < self.options.start_share, torch.full_like(n, each), n)
-        edges = torch.tensor([*self.times, 0.0], device=n.device)
+        path, edges = self.student.path, torch.tensor([*self.times, 0.0], device=n.device)
         start, e = edges[phase], edges[phase + 1]
-        # lerp gives both ends of a phase exactly: they decide where the map is the identity.
-        return start, torch.lerp(e, start, n / each), torch.lerp(e, start, (n - 1) / each), e
+        low, high = path.unshifted(e), path.unshifted(start)
+        t, s = (path.shifted(torch.lerp(low, high, k / each)) for k in (n, n - 1))
+        # Both ends of a phase exactly: they decide where the map is the identity.
+        return start, torch.where(n == each, start, t), torch.where(n == 1, e, s), e
 
     def two_jumps(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
         """The student's jump to the edge, its target [B, C, H, W], start and edge of the phase [B], the conditions."""

@@ -18,7 +18,7 @@ A phase takes ``warm_start + fake_warm_start + phase_updates (fake_steps + 1)`` 
 left of ``train.steps``. Each expert is a network with an optimiser of its own, ``expert-1``, ..., ``student``: averaged
 weights are those of the last, because the samples that it learnt from were those of the others' plain weights.
 Optional, and not in the paper: every expert's first ``warm_start`` updates are a regression on cached pairs at its own
-times. Left out: shifted times (they are uniform), a second fake network for low noise.
+times. Left out: a second fake network for low noise.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from stepdistill.neighbours import SAMPLER_GRID, Target, clean, last_time
 from stepdistill.path import FlowPath, TablePath
 from stepdistill.residuals import pseudo_huber, rms
 from stepdistill.sampler import Sampler
+from stepdistill.shift import shifted
 from stepdistill.student import Student
 from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
 
@@ -44,7 +45,7 @@ class TBCM(Method):
     class Options(MethodOptions):
         guidance: float = 4.5  # of the teacher; the paper draws it from 4, 4.5 and 5 and embeds it
         route: int = 16  # steps of a trajectory
-        shift: float = 2.5  # of the reference route, in flow times
+        route_shift: float = 2.5  # of the reference route, in flow times
         points: int = 16  # pairs of each trajectory that are learned from; all by default
         huber: float = 0.00054  # c over the square root of the dimension (iCT, 2310.14189)
         ema: float = 0.0  # decay of the target network; 0: the student itself
@@ -65,7 +66,7 @@ class TBCM(Method):
         u = torch.linspace(1, 0, options.route + 1)
         # Flow times, at the same signal-to-noise ratio on this path; a table ends before the flow time 1.
         start = STRAIGHT.time_of(path.angle(torch.ones(1)))
-        angles = STRAIGHT.angle(start * options.shift * u / (1 + (options.shift - 1) * u))
+        angles = STRAIGHT.angle(start * shifted(u, options.route_shift))
         reference = path.time_of(angles).clamp_min(last_time(path)).to(batch.noise.device)
         share = 1 - torch.stack([batch.draws.uniform(f"time {i}") for i in range(1, options.route)], 1)
         inner = torch.lerp(reference[2:], reference[1:-1], share)  # share in (0, 1]: never the lower end

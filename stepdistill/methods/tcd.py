@@ -70,7 +70,7 @@ class TCD(Method):
         n = torch.where(draws.uniform("start") < options.noise_share, torch.full_like(n, options.grid), n)
         m = (n - options.skip).clamp_min(0)
         e = (draws.uniform("end") * (m + 1)).floor().clamp(max=m)
-        t, s, e = (number / options.grid for number in (n, m, e))
+        t, s, e = (path.shifted(number / options.grid) for number in (n, m, e))
         s, e = s.clamp_min(end), e.clamp_min(end)
         z = noised(path, source.x0, draws.normal("eps", tuple(source.x0.shape[1:])), t)
 

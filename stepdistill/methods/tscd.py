@@ -104,7 +104,7 @@ class TSCD(Method):
         low = (n - 1) // each * each  # an edge ends the segment below it
         m = torch.maximum(n - options.skip, low)
         e = torch.minimum(low + (draws.uniform("end") * (m - low + 1)).floor(), m)
-        t, s, e, start = (k / options.grid for k in (n, m, e, low + each))
+        t, s, e, start = (path.shifted(k / options.grid) for k in (n, m, e, low + each))
         s, e = s.clamp_min(last_time(path)), e.clamp_min(last_time(path))
         z = noised(path, source.x0, draws.normal("eps", tuple(source.x0.shape[1:])), t)
         with torch.no_grad():

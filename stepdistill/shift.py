@@ -1,0 +1,56 @@
+"""The time shift of flow models, t = s u / (1 + (s - 1) u): where a schedule that is even in u puts its times.
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", 2403.03206, 5.3.2. Larger
+images need more noise to be hidden, so a teacher is trained and sampled with s > 1, more of its steps at high noise.
+Every time that is evenly spread here goes by it: pairs, grids, times of scores, a student's default times.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from stepdistill.errors import UserError
+
+Times = TypeVar("Times", float, Tensor)
+
+OTHER_SPACINGS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "shift_terminal",
+)
+"""Keys of diffusers' flow schedulers whose spacing no time shift has."""
+
+
+def shifted(u: Times, s: float) -> Times:
+    """t of u, in [0, 1]; exact at both ends, and u itself for s = 1. The inverse is the shift by 1 / s."""
+    return u if s == 1 else 1 - (1 - u) / (1 + (s - 1) * u)
+
+
+def shift_of(scheduler: Any, tokens: int) -> float:
+    """The s with which a diffusers flow scheduler spaces its times: the ``shift`` of its config, or the dynamic one,
+    exp(mu) or for ``linear`` mu, with mu linear in the image tokens, as the pipelines compute it.
+
+    Args:
+        scheduler: of a flow teacher.
+        tokens: image tokens at the size that is drawn.
+
+    Raises:
+        UserError: where its times are no time shift of even ones.
+    """
+    config = scheduler.config
+    found = [key for key in OTHER_SPACINGS if config.get(key)]
+    if found:
+        raise UserError(
+            f"the teacher's {type(scheduler).__name__} has {found[0]}={config[found[0]]}, a spacing of times that is "
+            "no time shift: give one in options.shift"
+        )
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    few, many = config.base_image_seq_len, config.max_image_seq_len
+    mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - few) / (many - few)
+    return float(mu if config.time_shift_type == "linear" else math.exp(mu))
