@@ -293,6 +293,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             method.after_step(step)
+            for name in method.anew(step):
+                run.optimizers[name].state.clear()
             if run.ema and turn == "student":
                 run.ema.update()
             run.step, run.seconds = step + 1, elapsed

@@ -55,6 +55,14 @@ def predict_elsewhere(
     return Prediction(path, said.x0, torch.where(per_sample(sigma == 0, x_t), said.eps, left), t)
 
 
+class _Reached(Exception):
+    """Ends a network's forward where its features are."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
 class Denoiser(nn.Module):
     """A network with what is needed to read its output.
 
@@ -103,18 +111,20 @@ class Denoiser(nn.Module):
         return predict_elsewhere(predict, self.path, path, x_t, t)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """The network's inner picture of x_t, [B, D, h, w], or [B, N, D] for a transformer."""
-        caught: list[Tensor] = []
+        """The network's inner picture of x_t, [B, D, h, w], or [B, N, D] for a transformer; what comes after it in the
+        network does not run."""
 
-        def catch(module: nn.Module, args: Any, output: Any) -> None:
-            caught.append(output[-1] if isinstance(output, tuple) else output)
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise _Reached(output[-1] if isinstance(output, tuple) else output)
 
-        handle = self.family.features_of(self.net).register_forward_hook(catch)
+        handle = self.family.features_of(self.net).register_forward_hook(stop)
         try:
             self.raw(x_t, t, cond)
+        except _Reached as reached:
+            return reached.features.float()
         finally:
             handle.remove()
-        return caught[0].float()
+        raise RuntimeError(f"a {type(self.net).__name__} did not call the module its features come from")
 
     def copy(self) -> Denoiser:
         """An independent trainable copy in float32."""

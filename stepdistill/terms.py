@@ -1,11 +1,12 @@
 """Terms that any method's student can be given beside its own loss, by the recipe's ``terms``.
 
 - Regression on cached pairs (Yin et al. 2023, 2311.18828, eq. 9): the student's clean prediction from a state of the
-  teacher's trajectory against the trajectory's end.
+  teacher's trajectory against the trajectory's end. Of several experts, each at the times of its own calls.
 - Perceptual: the same two, decoded, as unit features of an image network; |a - b|^2 = 2 - 2 cos. A student that is
   scored in the very network it learnt from scores better than it is.
 - GAN (Yin et al. 2024, 2405.14867, 4.3): the student's samples against real images, told apart by a head on the frozen
   teacher's features of both, noised. Its turns alternate with the method's steps, which therefore take twice as many.
+  Refused where a network of the student draws no clean sample, as all but the last of several experts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from stepdistill.discriminator import FeatureGan
 from stepdistill.distances import distance
+from stepdistill.errors import UserError
 from stepdistill.regression import ends
 from stepdistill.sampler import Sampler
 from stepdistill.sections import TermOptions
@@ -44,6 +46,13 @@ class WithTerms(Method):
         super().__init__(method.teacher, method.student, method.times, MethodOptions())
         self.method, self.terms, self.embed = method, terms, embed
         self.gan = FeatureGan(method.teacher.denoiser) if terms.gan_weight else None
+        spans = {name: method.span(name) for name in method.networks()}
+        early = [name for name, span in spans.items() if span and span[1] < len(method.times)]
+        if self.gan is not None and early:
+            raise UserError(
+                f"terms.gan_weight is {terms.gan_weight:g}, but {early[0]} draws no clean sample to be told from real "
+                "images: set it to 0, or take a student of one network (options.phases=1)"
+            )
 
     def networks(self) -> dict[str, nn.Module]:
         gan: dict[str, nn.Module] = {} if self.gan is None else {DISCRIMINATOR: self.gan}
@@ -74,6 +83,9 @@ class WithTerms(Method):
         if self.turn(step) != DISCRIMINATOR:
             self.method.after_step(self.own_step(step))
 
+    def anew(self, step: int) -> frozenset[str]:
+        return frozenset() if self.turn(step) == DISCRIMINATOR else self.method.anew(self.own_step(step))
+
     def sample(self, batch: Batch) -> Tensor:
         """The student's clean samples [B, C, H, W] of the batch's noise; the last call alone has a graph."""
         sampler, student = self.sampler(), self.student
@@ -98,7 +110,8 @@ class WithTerms(Method):
         logs = dict(logs)
         if terms.regression_weight or terms.perceptual_weight:
             # The states that pairs keep are those of the method's pair times, which may be more than the student's own.
-            seen, wanted = ends(self.student, (self.times[0], *self.pair_times()), batch)
+            times = (self.times[0], *self.pair_times())
+            seen, wanted = ends(self.student, times, batch, self.method.span(turn))
             if terms.regression_weight:
                 logs["term regression"] = distance(seen, wanted, terms.regression)
                 loss = loss + terms.regression_weight * logs["term regression"]

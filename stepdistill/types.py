@@ -222,6 +222,16 @@ class Method(nn.Module, ABC):
         """Called after the optimiser step ``step``: targets, stages, phases. State lives in buffers or modules."""
         return None
 
+    def anew(self, step: int) -> frozenset[str]:
+        """Networks, by name, whose optimiser starts anew after the optimiser step ``step``, as they were given other
+        weights there: moments of the old ones would pull the new ones along."""
+        return frozenset()
+
+    def span(self, turn: str) -> tuple[int, int] | None:
+        """The calls of a drawing, from the first to before the second, that the network of this turn makes; None for
+        all of them, and for a network that makes none."""
+        return None
+
     @abstractmethod
     def sampler(self) -> Sampler:
         """How the student is sampled; becomes the exported scheduler."""

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from mixture_toy import Batched
+from table_toy import TABLE, gaussian_eps
 from torch import nn
 from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
@@ -15,9 +17,16 @@ from stepdistill.errors import UserError
 from stepdistill.first_step import first_step_loss, x0_of_jump
 from stepdistill.methods.dmd import DMD
 from stepdistill.path import FlowPath, TrigPath
+from stepdistill.types import Batch, Condition
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]
+
+
+def many(count):
+    """A large batch whose numbers come from one generator a stream."""
+    draws = Batched(0, 0, 0, count)
+    return Batch(draws, draws.normal("noise", SHAPE), Condition())
 
 
 def dmd(path, shift, scale, times=(1.0,), **options):
@@ -47,25 +56,19 @@ def test_field_is_the_closed_form_of_a_mean_shift(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_field_without_its_normaliser_is_the_gradient_of_the_kl(path):
-    """E[alpha (s_f - s_r)] = alpha^2 (m - mu) / V and E[alpha z (s_f - s_r)] = alpha^2 k (1/V_r - 1/V_f) (card B2)."""
-    m, k = MU - 0.4, 1.1
-    method = dmd(path, m, k)
-    count, time = 200_000, 0.5
-    generator = torch.Generator().manual_seed(0)
-    z, eps = (torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
-    t = torch.full((count,), time, dtype=torch.float64)
-    alpha, sigma = (float(value[0]) for value in path.alpha_sigma(t))
-    x_t = path.sample(m + k * z, eps, t)
-    real, fake = (
-        method.teacher.predict(x_t, t, toy_batch(1).cond),
-        method.fake.predict(x_t, t, toy_batch(1).cond),
-    )
-    real_var, fake_var = alpha**2 * S**2 + sigma**2, alpha**2 * k**2 + sigma**2
-    difference = fake.score - real.score
-    by_mean = float((alpha * difference).mean())
-    by_scale = float((alpha * z * difference).mean())
-    assert by_mean == pytest.approx(alpha**2 * (m - MU) / real_var, abs=4e-3)
-    assert by_scale == pytest.approx(alpha**2 * k * (1 / real_var - 1 / fake_var), abs=4e-3)
+    """The field times mean|x - x0_real| alpha^2 / sigma^2 is alpha (s_f - s_r): its mean is alpha^2 (m - mu) / V_r, and
+    its mean product with z is alpha^2 k (1 / V_r - 1 / V_f) (card B2)."""
+    m, k, time = MU - 0.4, 1.1, 0.5
+    method, batch = dmd(path, m, k, score_times=(time, time), guidance=1.0), many(20_000)
+    with torch.no_grad():
+        x = method.generate(batch)
+        size = method.views(x, batch).distance
+        alpha, sigma = (float(value) for value in path.alpha_sigma(torch.tensor(time)))
+        gradient = method.field(x, batch) * size * alpha**2 / sigma**2
+    real, fake = (alpha**2 * s**2 + sigma**2 for s in (S, k))
+    assert float(gradient.mean()) == pytest.approx(alpha**2 * (m - MU) / real, abs=0.03)
+    by_scale = float((gradient * batch.noise).mean())
+    assert by_scale == pytest.approx(alpha**2 * k * (1 / real - 1 / fake), abs=0.03)
 
 
 def test_gradient_of_the_loss_is_the_field_over_the_element_count():
@@ -103,15 +106,20 @@ def test_guidance_moves_the_fixed_point_as_it_moves_the_teacher(guidance):
     assert float(field.abs().max()) < 1e-4
 
 
-def test_guidance_interval_switches_guidance_off_outside():
-    path = FlowPath()
-    teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, 0.2, S))
-    options = DMD.Options(guidance=4.0, guidance_interval=(0.0, 0.0))
-    method = DMD(teacher, toy_student(Affine(MU, S), path), (1.0,), options)
+def test_guidance_is_on_inside_its_interval_and_off_outside():
+    """Where t <= 0.5 the error is that of the guided teacher, elsewhere that of the plain one, sample by sample."""
+    path, null, scale = FlowPath(), 0.2, 4.0
+    teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, null, S))
+    options = DMD.Options(guidance=scale, guidance_interval=(0.0, 0.5))
+    method, batch = DMD(teacher, toy_student(Affine(MU, S), path), (1.0,), options), toy_batch(64)
     method.fake.net = Gaussian(path, MU, S)
     with torch.no_grad():
-        field = method.field(method.generate(toy_batch(64)), toy_batch(64))
-    assert float(field.abs().max()) < 1e-4
+        views = method.views(method.generate(batch), batch)
+    alpha, sigma = path.alpha_sigma(views.t)
+    guided = -(scale - 1) * (MU - null) * sigma**2 / (alpha**2 * S**2 + sigma**2)
+    expected = torch.where(views.t <= 0.5, guided, torch.zeros_like(guided))[:, None].expand(-1, 2)
+    torch.testing.assert_close(views.error.flatten(1), expected, rtol=1e-3, atol=1e-5)
+    assert 10 < int((views.t <= 0.5).sum()) < 54
 
 
 def test_exact_fake_network_minimises_its_loss():
@@ -199,7 +207,7 @@ def test_turns_follow_the_two_time_scales():
 
 
 def test_gradient_flow_brings_a_gaussian_student_home():
-    """A few hundred alternating updates of exact Gaussian students: mean and deviation come within 0.03."""
+    """A few hundred alternating updates of exact Gaussian students: mean and deviation come within 0.04."""
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
     method = DMD(teacher, toy_student(Affine(-0.5, 0.3), path), (1.0,), DMD.Options(fake_steps=5))
@@ -306,6 +314,29 @@ def test_the_first_steps_target_is_the_mean_velocity_of_the_teachers_trajectory(
     copy = toy_student(Gaussian(path, MU, S), path)
     assert float(first_step_loss(copy, teacher, batch, 1.0, 1, 30)) < 1e-10
     assert float(first_step_loss(copy, teacher, batch, 1.0, 160, 400)) > 1e-3
+
+
+def test_the_first_step_learns_from_the_guided_teacher():
+    """A trajectory of one step asks for the teacher's own prediction, at pure noise u + g (c - u)."""
+    path, batch, null, scale = FlowPath(), toy_batch(16), 0.2, 3.0
+    teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, null, S))
+    goal = null + scale * (MU - null)
+    for mean, error in ((goal, 0.0), (MU, (goal - MU) ** 2)):
+        student = toy_student(Affine(mean, 0.0), path)
+        options = DMD.Options(guidance=scale, score_guidance=1.0, first_step_weight=1.0, first_step_calls=1)
+        logs = DMD(teacher, student, (1.0, 0.5), options).match(batch.noise, batch)[1]
+        assert float(logs["first_step"].detach()) == pytest.approx(error, rel=1e-4, abs=1e-8)
+
+
+def test_a_first_step_that_keeps_diversity_keeps_its_noise():
+    """On a table DMD2 re-noises between steps; DP-DMD does not, unless it is told to."""
+    teacher = ToyTeacher(gaussian_eps(MU, S), TABLE, "eps")
+    first = {"first_step_weight": 0.05}
+    cases = [({}, True), (first, False), ({**first, "renoise": True}, True), ({"renoise": False}, False)]
+    for options, renoise in cases:
+        student = toy_student(gaussian_eps(MU, S), TABLE, "eps")
+        method = DMD(teacher, student, (1.0, 0.5), DMD.Options(**options))
+        assert method.sampler().renoise is renoise
 
 
 def test_matching_leaves_the_first_step_to_its_regression():

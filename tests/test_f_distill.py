@@ -91,6 +91,34 @@ def test_the_reverse_kl_is_dmd_with_a_gan(turn):
         ours.after_step(step)
 
 
+class Planted(nn.Module):
+    """A head that gives each sample of a batch the logit it is told to."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, features):
+        return self.logits
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_samples_field_is_dmds_times_its_own_weight(name):
+    """With planted logits, at the start of the running means: h(r) / h(1), r = exp(logit) within its range."""
+    logits = torch.linspace(-4.0, 4.0, 16)
+    ours, dmd = perceptrons(FDistill, divergence=name, ratio_range=(0.2, 9.0)), perceptrons(DMD)
+    ours.gan.head = Planted(logits)
+    batch = full_batch()
+    x = ours.generate(batch).detach().requires_grad_(True)
+    loss, logs = ours.match(x, batch)
+    (gradient,) = torch.autograd.grad(loss, x)
+    h = WEIGHTS[name]
+    weight = h(logits.exp().clamp(0.2, 9.0)) / h(torch.ones(1))
+    expected = weight.view(-1, 1, 1, 1) * dmd.field(x.detach(), batch).detach()
+    torch.testing.assert_close(gradient * x.numel(), expected)
+    assert float(logs["weight_std"]) == pytest.approx(float(weight.std(correction=0)), rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_ratio_of_one_weighs_nothing(name):
     """Logits of zero: every sample has weight 1, before and after an update."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from table_toy import TABLE, eps_teacher
+from table_toy import TABLE, Eps, eps_teacher, gaussian_eps
 from torch import nn
-from toy import SHAPE, toy_batch
+from toy import SHAPE, Affine, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.fake_score import FakeScore, FakeScoreOptions
+from stepdistill.methods.diff_instruct import DiffInstruct
+from stepdistill.methods.dmd import DMD
+from stepdistill.methods.f_distill import FDistill
+from stepdistill.methods.phased_dmd import PhasedDMD
+from stepdistill.methods.sid import SiD
+from stepdistill.methods.sim import SIM
+from stepdistill.path import FlowPath
 
 BINS = [(k / 5, (k + 1) / 5) for k in range(5)]
 
@@ -62,3 +71,129 @@ def test_the_two_losses_are_one_error_in_two_units():
 @pytest.mark.parametrize(("given", "scale"), [(None, 7.5), (0.0, 0.0), (1.0, 1.0), (1.25, 1.25)])
 def test_score_guidance_is_that_of_the_pairs_only_where_none_is_given(given, scale):
     assert FakeScoreOptions(guidance=7.5, score_guidance=given).score_scale == scale
+
+
+# --- every method of the family ----------------------------------------------------------------------------------
+
+MU, S = 0.7, 0.8
+FAMILY = [DMD, DiffInstruct, FDistill, SiD, SIM, PhasedDMD]
+
+
+def on_table(kind, mean, deviation=S, times=(1.0,), unguided=None, **options):
+    """A method of Gaussians whose teacher N(MU, S^2), student and exact fake network N(mean, deviation^2) are eps
+    networks on a table, as those of Stable Diffusion."""
+    null = None if unguided is None else gaussian_eps(unguided, S)
+    teacher = ToyTeacher(gaussian_eps(MU, S), TABLE, "eps", unguided=null)
+    student = toy_student(Eps(Affine(mean, deviation)), TABLE, "eps")
+    if kind is PhasedDMD:
+        options = {"phases": len(times), **options}
+    method = kind(teacher, student, times, kind.Options(**{"guidance": 1.0, **options}))
+    method.fake.net = gaussian_eps(mean, deviation).requires_grad_(False)
+    if kind is FDistill:
+        method.gan.head = Planted(torch.zeros(1))
+    return method
+
+
+class Planted(nn.Module):
+    """A head that gives the same logits to whatever it sees."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, features):
+        return self.logits.expand(len(features))
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("shift", [0.3, -0.3])
+def test_with_eps_heads_on_a_table_the_gradient_of_a_mean_shift_is_the_closed_form(kind, shift):
+    """With e = (m - mu) sigma^2 / V in every element of a sample: DMD and f-distill (logits of 0) e / mean|x - x0_r|,
+    Diff-Instruct e, SiD e (sigma^2 / V) over that normaliser, SIM 2 e (sigma^2 / V) / sqrt(2 e^2 + c^2), Phased DMD of
+    one phase (alpha / sigma)^2 e."""
+    method, batch = on_table(kind, MU + shift), toy_batch(64)
+    t = batch.draws.uniform("score t", 0.02, 0.98)
+    alpha, sigma = TABLE.alpha_sigma(t)
+    part = sigma**2 / (alpha**2 * S**2 + sigma**2)
+    x = MU + shift + S * batch.noise
+    x_t = TABLE.sample(x, batch.draws.normal("score eps", SHAPE), t)
+    real = method.teacher.predict(x_t, t, batch.cond).x0
+    e, size = shift * part, (x - real).abs().flatten(1).mean(1)
+    c = 0.00054 * 2**0.5
+    expected = {
+        DMD: e / size, FDistill: e / size, DiffInstruct: e, SiD: e * part / size,
+        SIM: 2 * e * part / (2 * e**2 + c**2).sqrt(), PhasedDMD: (alpha / sigma) ** 2 * e,
+    }[kind]  # fmt: skip
+    turn = method.turn(method.options.fake_steps)
+    net = method.networks()[turn].net
+    method.loss(turn, batch)[0].backward()
+    assert float(net.shift.grad) == pytest.approx(float(expected.mean()), rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize(
+    "options", [{"guidance": 2.5}, {"guidance": 4.0, "score_guidance": 2.5}, {"score_guidance": 0}]
+)
+def test_guidance_moves_the_fixed_point_and_score_guidance_goes_first(kind, options):
+    """Conditional N(c, s), unconditional N(u, s): guided by g, the goal is u + g (c - u), where both scores agree at
+    every point; at the unguided mean they do not."""
+    null = 0.2
+    goal = null + options.get("score_guidance", options.get("guidance")) * (MU - null)
+    there, away = (on_table(kind, mean, unguided=null, **options) for mean in (goal, MU))
+    sizes = []
+    for method in (there, away):
+        batch = toy_batch(16)
+        logs = method.loss(method.turn(method.options.fake_steps), batch)[1]
+        sizes.append(float(logs["error" if "error" in logs else "field"]))
+    assert sizes[0] < 1e-4 and sizes[1] > 1e-2, sizes
+
+
+def perceptrons(kind, times=(1.0, 0.5), **options):
+    """A method between perceptrons on a flow path, off its start."""
+    teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity", unguided=Perceptron(seed=2))
+    student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
+    method = kind(teacher, student, times, kind.Options(**options))
+    with torch.no_grad():
+        for parameter in method.fake.parameters():
+            parameter *= 1.1
+    return method
+
+
+def full_batch(count=16, step=5):
+    """With images, and pairs of two times whose states lie on straight lines."""
+    images = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(3))
+    batch = toy_batch(count, step, pairs=lambda z: MU + S * z, images=images)
+    states = (0.5 * batch.pairs.noise + 0.5 * batch.pairs.x0)[:, None]
+    return replace(batch, pairs=replace(batch.pairs, states=states))
+
+
+WEIGHTS = [
+    *((kind, "student", "gan_weight", "gan", 0.0) for kind in FAMILY[:-1]),
+    *((kind, "student", "regression_weight", "regression", 0.0) for kind in FAMILY[:-1]),
+    *((kind, "fake", "gan_fake_weight", "discriminator", 0.0) for kind in FAMILY[:-1]),
+    (DMD, "student", "first_step_weight", "first_step", 0.1),
+]
+
+
+@pytest.mark.parametrize(("kind", "turn", "option", "term", "low"), WEIGHTS)
+def test_a_weight_is_what_its_term_is_multiplied_by(kind, turn, option, term, low):
+    """loss(w = a) - loss(w = b) = (a - b) term on one batch, and so are the gradients."""
+    high, batch = 0.7, full_batch()
+    more = {"gan_weight": 0.2} if option == "gan_fake_weight" else {}
+    losses, logs, gradients = [], {}, []
+    for weight in (low, high):
+        method = perceptrons(kind, **{**more, option: weight})
+        loss, logs = method.loss(turn, batch)
+        parameters = list(method.networks()[turn].parameters())
+        losses.append(float(loss.detach()))
+        for value in (loss, logs[term]) if weight == high else (loss,):
+            found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            found = [p.new_zeros(p.shape) if g is None else g for p, g in zip(parameters, found, strict=True)]
+            # A network's own parameters alone: a discriminator is there only with its weight.
+            gradients.append(torch.cat([g.flatten() for g in found])[:1000])
+    assert abs(float(logs[term].detach())) > 1e-3
+    assert losses[1] - losses[0] == pytest.approx(
+        (high - low) * float(logs[term].detach()), rel=1e-4, abs=1e-6
+    )
+    torch.testing.assert_close(gradients[1] - gradients[0], (high - low) * gradients[2], rtol=1e-3, atol=1e-6)
+    assert float(gradients[2].abs().max()) > 1e-6

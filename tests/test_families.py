@@ -185,18 +185,61 @@ def test_a_lora_student_starts_as_its_teacher_and_trains_adapters_alone(
     assert lora_layers(student.net)
 
 
+LAST = {"unet": "conv_out", "transformer": "norm_out", "dit": "proj_out_2"}
+"""A layer at the end of each kind of network."""
+
+
 @pytest.mark.parametrize("name", PIPELINES)
-def test_features_have_the_stated_width(name: str, teacher_of: Teachers) -> None:
+def test_features_are_those_of_the_full_forward_and_end_it(name: str, teacher_of: Teachers) -> None:
+    """Of the stated shape, equal to what the module gives in the whole network; no layer after it runs."""
     teacher = teacher_of(name)
     x_t, t, cond = inputs(teacher, name)
     student = Student.from_teacher(teacher)
+    module, ran, caught = student.family.features_of(student.net), [], []
+    last = student.net.get_submodule(LAST["dit" if name == "dit" else student.family.denoiser])
+    last.register_forward_hook(lambda *_: ran.append(name))
     features = student.features(x_t, t, cond)
-    width = student.family.feature_width(student.net)
-    assert features.shape[0] == 3
-    assert (features.shape[1] if features.ndim == 4 else features.shape[2]) == width
+    assert not ran and not module._forward_hooks
+    handle = module.register_forward_hook(lambda m, a, out: caught.append(out))
+    student.raw(x_t, t, cond)
+    handle.remove()
+    whole = caught[0][-1] if isinstance(caught[0], tuple) else caught[0]
+    assert ran and torch.equal(features, whole)
+    width, height, breadth = student.family.feature_shape(student.net)
+    assert features.shape[1:] in {(width, height, breadth), (height * breadth, width)}
     assert features.grad_fn is not None and features.dtype == torch.float32
     assert not torch.equal(features[0], features[1])
-    assert not student.family.features_of(student.net)._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["unet-ddpm", "dit", "sd", "sd3"])
+def test_features_have_their_gradient_under_checkpointing_and_autocast(
+    name: str, teacher_of: Teachers
+) -> None:
+    """Layers that run once more in the backward pass give the same gradients; autocast is left as it was found."""
+    teacher = teacher_of(name)
+    x_t, t, cond = inputs(teacher, name)
+    student: Any = Student.from_teacher(teacher)
+    parameters = list(student.net.parameters())
+
+    def gradients() -> list[Tensor | None]:
+        loss = student.features(x_t, t, cond).square().mean()
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+    plain = gradients()
+    student.net.enable_gradient_checkpointing()
+    for one, other in zip(plain, gradients(), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or close(one, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = student.features(x_t, t, cond)
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+    features = student.features(x_t, t, cond)
+    assert 0 < float((low - features).norm()) < 0.05 * float(features.norm())
+    x = torch.ones(2, requires_grad=True)
+    with torch.autograd.graph.save_on_cpu():  # no hook of a checkpoint that was left early is still around
+        (x * x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("name", WITH_VAE)

@@ -98,6 +98,35 @@ def test_twenty_steps_equal_ten_and_a_kill_and_a_resume_bit_for_bit(method, tmp_
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
 
 
+def test_an_optimiser_that_starts_anew_resumes_bit_for_bit(tmp_path):
+    """Phased DMD's second phase begins after step 3, where its fake network is the teacher again: its optimiser has
+    then seen that phase's two updates alone, and a checkpoint of that very step, without moments, goes on exactly."""
+    sets = [
+        *COMMON[:2], "train.checkpoint_every=4", *COMMON[3:], "student.times=[1.0, 0.5]", "train.steps=8",
+        "options.phase_updates=2", "options.fake_steps=1",
+    ]  # fmt: skip
+    recipe = load_recipe(HERE / "empty.yaml", method="phased_dmd", sets=sets)
+    start(recipe, tmp_path / "whole")
+
+    def kill(step, ema):
+        if step == 5:
+            raise Killed
+        from stepdistill.loop import Seen
+
+        return Seen({}, [])
+
+    recipe = load_recipe(HERE / "empty.yaml", method="phased_dmd", sets=[*sets, "train.sheet_every=1"])
+    with pytest.raises(Killed):
+        start(recipe, tmp_path / "parts", preview=kill)
+    folder = checkpoints_in(tmp_path / "parts" / "checkpoints")[-1]
+    assert folder.name == "step-00000004" and not load_file(folder / "optimizer-fake.safetensors")
+    start(recipe, tmp_path / "parts", resume=True)
+    whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert [float(whole[f"optimizer-{name}.0.step"]) for name in ("fake", "expert-1", "student")] == [2.0] * 3
+
+
 def assert_same_run(one, two):
     """Losses and gradient norms of every step agree to rounding, and the weights moved to the same place. (Adam turns
     the rounding of a gradient near zero into a step of either sign, so single weights may differ by a step.)"""

@@ -51,8 +51,8 @@ def test_a_slim_network_takes_and_gives_what_the_old_one_does(name: str, teacher
     student = Student(slim, teacher.path, teacher.denoiser.output, teacher.family)
     said = student.predict(x, torch.full((3,), 0.5), cond).x0
     assert said.shape == x.shape and bool(torch.isfinite(said).all())
-    width = teacher.family.feature_width(slim)
-    assert student.features(x, torch.full((3,), 0.5), cond).shape[1] == width
+    shape = teacher.family.feature_shape(slim)
+    assert student.features(x, torch.full((3,), 0.5), cond).shape[1:] == shape
 
 
 def size_on_meta(width: float, depth: float, **config: Any) -> tuple[Any, float]:

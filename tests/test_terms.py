@@ -126,7 +126,8 @@ def batch_at(step):
 def test_any_method_takes_them(name):
     kind = find_method(name)
     times = (1.0, 0.5) if len(kind.default_times) > 1 else (1.0,)
-    method = WithTerms(plain(name, times), TermOptions(regression_weight=1.0, gan_weight=1.0))
+    gan = name != "phased_dmd"  # whose experts draw no clean sample, but for the last
+    method = WithTerms(plain(name, times), TermOptions(regression_weight=1.0, gan_weight=float(gan)))
     turn = next(
         turn for step in range(1, 400) if (turn := method.turn(step)) not in ("fake", "discriminator")
     )
@@ -141,9 +142,42 @@ def test_any_method_takes_them(name):
             sample.images,
             type(pairs)(pairs.x0, pairs.cond, pairs.noise, states),
         )
-    for which, names in ((turn, {"term regression", "term gan"}), ("discriminator", {"discriminator"})):
+    wanted = [(turn, {"term regression"} | ({"term gan"} if gan else set()))]
+    for which, names in [*wanted, *([("discriminator", {"discriminator"})] if gan else [])]:
         loss, logs = method.loss(which, sample)
         assert names <= set(logs) and bool(torch.isfinite(loss))
+
+
+def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
+    """Phased DMD: in an expert's turn the regression reads that expert's calls alone, and all of its gradient is that
+    expert's. A GAN, which would have none in an early expert, is refused."""
+    times = (1.0, 0.75, 0.5, 0.25)
+    kind = find_method("phased_dmd")
+    options = kind.Options(phase_updates=1, fake_steps=1)
+
+    def experts():
+        teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+        return kind(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), times, options)
+
+    method = WithTerms(experts(), TermOptions(regression_weight=1.0))
+    sample = batch()
+    pairs = sample.pairs
+    states = torch.stack([t * pairs.noise + (1 - t) * pairs.x0 for t in times[1:]], 1)
+    sample = replace(sample, pairs=replace(pairs, states=states))
+    nets = dict(zip(("expert-1", "student"), method.student.net.nets, strict=True))
+    for turn, own in (("expert-1", (0, 1)), ("student", (2, 3))):
+        step = next(step for step in range(9) if method.turn(step) == turn)
+        _, logs = method.loss(turn, replace(sample, draws=replace(sample.draws, step=step)))
+        method.zero_grad(set_to_none=True)
+        logs["term regression"].backward()
+        assert {name for name, net in nets.items() if any(p.grad is not None for p in net.parameters())} == {
+            turn
+        }
+        assert method.method.span(turn) == (own[0], own[1] + 1)
+    with pytest.raises(
+        UserError, match=r"terms\.gan_weight is 0\.5, but expert-1 draws no clean sample to be told"
+    ):
+        WithTerms(experts(), TermOptions(gan_weight=0.5))
 
 
 def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):

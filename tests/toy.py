@@ -39,8 +39,8 @@ class ToyFamily(Family):
     def features_of(self, net: nn.Module) -> nn.Module:
         return net.get_submodule("inner")
 
-    def feature_width(self, net: nn.Module) -> int:
-        return 32
+    def feature_shape(self, net: nn.Module) -> tuple[int, int, int]:
+        return 32, 1, 1
 
     def second_time(self, net: nn.Module) -> nn.Module:
         return net if self.has_second_time(net) else TwoTimes(net)

@@ -75,8 +75,9 @@ class Family(ABC):
         """The module whose output is the network's inner picture of x_t, read by a discriminator head."""
 
     @abstractmethod
-    def feature_width(self, net: nn.Module) -> int:
-        """Channels D of those features."""
+    def feature_shape(self, net: nn.Module) -> tuple[int, int, int]:
+        """(D, h, w) of those features at the network's default size: their channels, and the map they form, also as
+        the tokens of a transformer."""
 
     def student_pipeline(self, pipe: Any) -> str | None:
         """Class (of a denoiser and a scheduler) a student's pipeline is saved as; None keeps the teacher's."""
@@ -105,10 +106,15 @@ class Family(ABC):
 
     def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
         """(C, H, W) of what the denoiser works on, at the pipeline's default size."""
-        config = getattr(pipe, self.denoiser).config
-        size = config.sample_size
+        net = getattr(pipe, self.denoiser)
+        return (int(net.config.in_channels), *self.size_of(net))
+
+    @staticmethod
+    def size_of(net: Any) -> tuple[int, int]:
+        """(H, W) of what the network works on, at its default size."""
+        size = net.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return int(config.in_channels), int(height), int(width)
+        return int(height), int(width)
 
     def image_tokens(self, pipe: Any) -> int:
         """Tokens of an image at the pipeline's default size, by which a dynamic time shift goes."""

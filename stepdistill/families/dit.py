@@ -41,5 +41,6 @@ class DiT(LabelFamily):
         blocks = net.get_submodule("transformer_blocks")
         return net.get_submodule(f"transformer_blocks.{len(list(blocks.children())) // 2}")
 
-    def feature_width(self, net: Any) -> int:
-        return int(net.config.num_attention_heads * net.config.attention_head_dim)
+    def feature_shape(self, net: Any) -> tuple[int, int, int]:
+        height, width = (size // net.config.patch_size for size in self.size_of(net))
+        return int(net.config.num_attention_heads * net.config.attention_head_dim), height, width

@@ -54,8 +54,10 @@ class StableDiffusion(Family):
     def features_of(self, net: nn.Module) -> nn.Module:
         return net.get_submodule("mid_block")
 
-    def feature_width(self, net: Any) -> int:
-        return int(net.config.block_out_channels[-1])
+    def feature_shape(self, net: Any) -> tuple[int, int, int]:
+        halvings = sum(block.downsamplers is not None for block in net.down_blocks)
+        height, width = (-(-size // 2**halvings) for size in self.size_of(net))
+        return int(net.config.block_out_channels[-1]), height, width
 
     def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
         return slim_unet(net, width, depth)

@@ -17,10 +17,13 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
   own, below the one the student was called at; the matching of distributions is unguided, at any time.
 - ``first_step_weight`` (DP-DMD, Wu et al. 2026, 2602.03139, see first_step.py): the first of K >= 2 steps learns from
   the teacher's trajectory alone and the others from matching. The paper keeps the graph of all of those; here the
-  rollout exits at one of them, as above.
+  rollout exits at one of them, as above. Its steps are Euler steps, so that ``renoise`` is then off by default: fresh
+  noise would replace the one in which the first step stores its diversity.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ from stepdistill.decoupled import augmentation_field
 from stepdistill.errors import UserError
 from stepdistill.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout
 from stepdistill.first_step import first_step_loss
+from stepdistill.sampler import Sampler
 from stepdistill.student import Student
 from stepdistill.types import Batch, MethodOptions, Teacher
 
@@ -62,6 +66,11 @@ class DMD(ScoreMethod):
     def first_exit(self) -> int:
         """The first call that matching may train."""
         return 1 if self.options.first_step_weight else 0
+
+    def sampler(self) -> Sampler:
+        usual = super().sampler()
+        keep = self.options.first_step_weight and self.options.renoise is None
+        return replace(usual, renoise=False) if keep else usual
 
     def generate(self, batch: Batch) -> Tensor:
         """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""

@@ -10,7 +10,7 @@ Fan et al. 2025, "Phased DMD: Few-step Distribution Matching Distillation via Sc
   x_t = a x_s + c eps (see subinterval.py), a (score_fake - score_real) is the exact gradient of
   KL(student || teacher) at t in x_s: no normaliser, and with one phase and s = 0 Diff-Instruct's plain KL.
 - Fake turn: the fake network sees x_s and never a clean sample: regression on the subinterval's target (eq. 11-13),
-  with weight 1 / c^2, clamped. It starts from the teacher anew in each phase.
+  with weight 1 / c^2, clamped. It starts from the teacher anew in each phase, and its optimiser from nothing.
 - Experts are full networks, or LoRA on one base. Exported as one pipeline whose network calls the expert of each step:
   a class of our own that travels along (see experts.py).
 
@@ -114,8 +114,14 @@ class PhasedDMD(Method):
         return warm_start_rate(self.place(step)[1], self.options)
 
     def after_step(self, step: int) -> None:
-        if self.place(step + 1)[0] > self.place(step)[0]:
+        if self.anew(step):
             self.fake.net.load_state_dict(self.teacher.denoiser.net.state_dict())
+
+    def anew(self, step: int) -> frozenset[str]:
+        return frozenset({"fake"} if self.place(step + 1)[0] > self.place(step)[0] else ())
+
+    def span(self, turn: str) -> tuple[int, int] | None:
+        return None if turn == "fake" else self.spans[self.names.index(turn)]
 
     def sampler(self) -> Sampler:
         return sampler_of(self.student, self.times, self.options)

@@ -1,0 +1,106 @@
+"""The discriminator's head and its two losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy import SHAPE, Perceptron, ToyFamily, toy_batch
+
+from stepdistill.discriminator import Discriminator, FeatureGan
+from stepdistill.path import FlowPath
+from stepdistill.student import Denoiser
+from stepdistill.types import Examples
+
+
+def convolutions(*shape):
+    """(kernel, stride, padding) of the head's convolutions."""
+    with torch.device("meta"):
+        head = Discriminator(shape)
+    found = [layer for layer in head.body if isinstance(layer, nn.Conv2d)]
+    return [(*layer.kernel_size, layer.stride[0], layer.padding[0]) for layer in found]
+
+
+def test_the_head_is_that_of_dmd2():
+    """4x4 convolutions to 1x1: one that halves and one of the rest for SD 1.5's 8x8, three and one for SDXL's 32x32."""
+    halves = (4, 4, 2, 1)
+    assert convolutions(1280, 8, 8) == [halves, (4, 4, 1, 0), (1, 1, 1, 0)]
+    assert convolutions(1280, 32, 32) == [halves] * 3 + [(4, 4, 1, 0), (1, 1, 1, 0)]
+    with torch.device("meta"):
+        first, norm, *_, last = Discriminator((1280, 8, 8)).body
+    assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.GroupNorm) and norm.num_groups == 32
+    assert isinstance(last, nn.Conv2d) and last.out_channels == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 7), (8, 8), (16, 4), (9, 1), (12, 20)])
+def test_any_map_gives_one_number(size):
+    """A smaller map is met by one convolution as large as it is."""
+    head = Discriminator((8, *size))
+    assert head(torch.randn(3, 8, *size)).shape == (3,)
+    if max(size) <= 4:
+        assert convolutions(8, *size) == [(*size, 1, 0), (1, 1, 1, 0)]
+
+
+def test_the_head_sees_where_things_are_and_how_large():
+    """A mirrored map has another logit, and so has a louder one; the rows of tokens are those of the map."""
+    torch.manual_seed(0)
+    head, x = Discriminator((8, 6, 8)).requires_grad_(False), torch.randn(4, 8, 6, 8)
+    plain = head(x)
+    assert float((head(x.flip(3)) - plain).abs().min()) > 1e-3
+    assert float((head(3 * x) - plain).abs().min()) > 1e-3
+    assert torch.equal(head(x.flatten(2).transpose(1, 2)), plain)
+
+
+def gan():
+    return FeatureGan(Denoiser(Perceptron(), FlowPath(), "velocity", ToyFamily()))
+
+
+def test_a_heads_start_follows_from_its_shape_alone():
+    eye = gan().eye
+    state = torch.get_rng_state()
+    one, two = FeatureGan(eye), FeatureGan(eye)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert {name.split(".")[0] for name, _ in one.named_parameters()} == {
+        "head"
+    }  # the network it reads is not its own
+
+
+def logits(own, x, batch, stream="gan"):
+    t, eps = batch.draws.uniform(f"{stream} t"), batch.draws.normal(f"{stream} eps", SHAPE)
+    return own.logits(FlowPath().sample(x, eps, t), t, batch.cond)
+
+
+def test_the_generators_loss_falls_where_the_logit_rises():
+    """A step against its gradient raises every sample's logit, and its slope at logit D is -sigmoid(-D)."""
+    own, batch = gan(), toy_batch(16)
+    x = batch.noise.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(own.for_generator(x, batch), x)
+    with torch.no_grad():
+        before, after = (logits(own, x - step * gradient / gradient.norm(), batch) for step in (0.0, 1e-2))
+    assert bool((after > before).all())
+    (by_logit,) = torch.autograd.grad((logits(own, x, batch) * -(-before).sigmoid() / 16).sum(), x)
+    torch.testing.assert_close(gradient, by_logit)
+
+
+def test_the_discriminators_loss_falls_where_it_tells_the_two_apart():
+    """A step against its gradient widens the gap of their logits, real above generated; each kind has its own noise and
+    times."""
+    own, batch = gan(), toy_batch(16)
+    made, real = 0.1 * batch.noise, 3 + 0.1 * batch.noise
+    images = Examples(real, batch.cond)
+    loss = own.for_discriminator(made, images, batch)
+
+    def gap():
+        return float((logits(own, real, batch, "gan real") - logits(own, made, batch)).mean())
+
+    with torch.no_grad():
+        before = gap()
+        expected = nn.functional.softplus(-logits(own, real, batch, "gan real")).mean()
+        expected += nn.functional.softplus(logits(own, made, batch)).mean()
+    torch.testing.assert_close(loss.detach(), expected)
+    gradients = torch.autograd.grad(loss, list(own.parameters()))
+    with torch.no_grad():
+        for value, gradient in zip(own.parameters(), gradients, strict=True):
+            value -= 1e-2 * gradient
+        assert gap() > before + 1e-3
