@@ -1,0 +1,267 @@
+"""Every option of the methods that match distributions, and every term: changed, it moves the number it should."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from test_fake_score import FAMILY, full_batch
+from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_student
+
+from stepdistill.fake_score import ScoreMethod
+from stepdistill.methods.diff_instruct import DiffInstruct
+from stepdistill.methods.dmd import DMD
+from stepdistill.methods.f_distill import FDistill
+from stepdistill.methods.phased_dmd import PhasedDMD
+from stepdistill.methods.sid import SiD
+from stepdistill.methods.sim import SIM
+from stepdistill.pairs import PairOptions
+from stepdistill.path import FlowPath
+from stepdistill.sections import TermOptions
+from stepdistill.terms import WithTerms
+from stepdistill.types import MethodOptions
+
+OF_PAIRS = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
+"""Options that the cache of pairs reads, and no method: tests/test_data.py, tests/test_distil.py."""
+
+Number = Callable[[Any], Any]
+
+
+def made(kind: Any, times: tuple[float, ...] = (1.0, 0.5), **options: Any) -> Any:
+    """A method between perceptrons on a flow path, off its start, with guided and unguided teachers."""
+    path = FlowPath(options.get("shift", 1.0))  # as PipelineTeacher does
+    teacher = ToyTeacher(Perceptron(), path, "velocity", unguided=Perceptron(seed=2))
+    student = toy_student(Perceptron(seed=1), path, "velocity")
+    method = kind(teacher, student, times, kind.Options(**{"guidance": 2.0, **options}))
+    with torch.no_grad():
+        for parameter in method.fake.parameters():
+            parameter *= 1.1
+    return method
+
+
+# --- the numbers -------------------------------------------------------------------------------------------------
+
+
+def student_step(method: Any) -> int:
+    """The first step that is a matching update of the student."""
+    return next(
+        s for s in range(200) if method.turn(s) != "fake" and s >= getattr(method.options, "warm_start", 0)
+    )
+
+
+def loss_of_student(method: Any) -> float:
+    step = student_step(method)
+    return float(method.loss(method.turn(step), full_batch(step=step))[0].detach())
+
+
+def loss_of_fake(method: Any) -> float:
+    return float(method.loss("fake", full_batch(step=0))[0].detach())
+
+
+def loss_of_warm_start(method: Any) -> float:
+    return float(method.loss(method.turn(0), full_batch(step=0))[0].detach())
+
+
+def gradient_of_student(method: Any) -> float:
+    step = student_step(method)
+    turn = method.turn(step)
+    parameters = list(method.networks()[turn].parameters())
+    found = torch.autograd.grad(method.loss(turn, full_batch(step=step))[0], parameters, allow_unused=True)
+    return sum(float(g.square().sum()) for g in found if g is not None) ** 0.5
+
+
+def turns(method: Any) -> str:
+    return "".join(method.turn(step)[0] for step in range(40))
+
+
+def rates(method: Any) -> list[float]:
+    return [method.lr_ratio(method.turn(step), step) for step in range(8)]
+
+
+def needs(method: Any) -> frozenset[str]:
+    return method.needs_of(method.options)
+
+
+def renoise(method: Any) -> bool:
+    return method.sampler().renoise
+
+
+def networks(method: Any) -> list[str]:
+    return list(method.networks())
+
+
+def means(method: Any) -> float:
+    """f-distill's running mean after one step of planted logits."""
+    method.weight(torch.linspace(-3, 3, 32), torch.linspace(0.02, 0.98, 32))
+    method.weight.update()
+    return float(method.weight.mean_ratio.sum() + method.weight.mean_weight)
+
+
+def weights(method: Any) -> list[float]:
+    return method.weight(torch.linspace(-3, 3, 8), torch.full((8,), 0.5)).tolist()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An option's other value, the number it moves, and what must be set for it to act."""
+
+    value: Any
+    number: Number
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+WARM = {"warm_start": 3}
+FIRST = {"first_step_weight": 1.0}
+EVERY: dict[str, Case] = {
+    "guidance": Case(3.0, loss_of_student),
+    "guidance_interval": Case((0.0, 0.4), loss_of_student),
+    "score_guidance": Case(0.5, loss_of_student),
+    "shift": Case(3.0, loss_of_student),
+    "score_times": Case((0.4, 0.6), loss_of_student),
+    "fake_loss": Case("other", loss_of_fake),
+    "fake_steps": Case(3, turns),
+    "fake_lr_ratio": Case(7.0, rates),
+    "fake_warm_start": Case(5, turns),
+    "renoise": Case(True, renoise),
+    "warm_start": Case(3, needs),
+    "warm_start_lr_ratio": Case(9.0, rates, WARM),
+    "regression": Case("l1", loss_of_warm_start, WARM),
+}
+SCORE: dict[str, Case] = {
+    "regression_weight": Case(0.3, loss_of_student),
+    "gan_weight": Case(0.3, loss_of_student),
+    "gan_fake_weight": Case(0.3, loss_of_fake, {"gan_weight": 0.1}),
+}
+OWN: dict[Any, dict[str, Case]] = {
+    DMD: {
+        "decoupled": Case(True, loss_of_student),
+        "first_step_weight": Case(0.3, loss_of_student, {"first_step_weight": 0.1}),
+        "first_step_calls": Case(2, loss_of_student, FIRST),
+        "first_step_grid": Case(10, loss_of_student, FIRST),
+    },
+    DiffInstruct: {"weight": Case("kl", loss_of_student)},
+    FDistill: {
+        "divergence": Case("forward_kl", weights),
+        "ratio_range": Case((0.5, 2.0), weights),
+        "ratio_ema": Case(0.5, means),
+    },
+    SiD: {"alpha": Case(1.0, loss_of_student)},
+    SIM: {
+        "distance": Case("l2", loss_of_student),
+        "c": Case(0.5, loss_of_student),
+        "weight": Case("score", loss_of_student),
+        "stop_denominator": Case(True, gradient_of_student),
+    },
+    PhasedDMD: {
+        "phases": Case(1, networks),
+        "phase_updates": Case(2, turns, {"phase_updates": 3}),
+        "clamp": Case(0.5, loss_of_fake),
+    },
+}
+
+
+def cases_of(kind: Any) -> dict[str, Case]:
+    return {**EVERY, **(SCORE if issubclass(kind, ScoreMethod) else {}), **OWN[kind]}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_no_option_is_left_out(kind: Any) -> None:
+    assert set(cases_of(kind)) == set(kind.Options.model_fields) - OF_PAIRS
+
+
+@pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in FAMILY for option in cases_of(kind)])
+def test_an_option_moves_its_number(kind: Any, option: str) -> None:
+    case = cases_of(kind)[option]
+    value = case.value
+    if value == "other":
+        value = {"x0": "output", "output": "x0"}[kind.Options().fake_loss]
+    usual = made(kind, **case.given)
+    assert getattr(usual.options, option) != value
+    before, after = case.number(usual), case.number(made(kind, **{**case.given, option: value}))
+    if isinstance(before, float):
+        assert math.isfinite(after) and abs(after - before) > 1e-5 * abs(before), (before, after)
+    else:
+        assert before != after
+
+
+# --- terms -------------------------------------------------------------------------------------------------------
+
+
+def with_terms(**terms: Any) -> WithTerms:
+    kind = DMD
+    teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity")
+    student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
+    method = kind(teacher, student, (1.0, 0.5), kind.Options(guidance=1.0, fake_steps=1))
+    return WithTerms(
+        method, TermOptions(**terms), lambda x: torch.nn.functional.normalize(x.flatten(1) + 2, dim=1)
+    )
+
+
+def term_batch(step: int) -> Any:
+    images = Mixture(FlowPath()).sample(16, torch.Generator().manual_seed(7))
+    batch = full_batch(step=step)
+    return replace(batch, images=replace(batch.images, x0=images))
+
+
+def own_turn(method: WithTerms) -> int:
+    return next(step for step in range(20) if method.turn(step) == "student")
+
+
+@pytest.mark.parametrize(
+    ("option", "term", "given"),
+    [
+        ("regression_weight", "term regression", {}),
+        ("regression_weight", "term regression", {"regression": "l1"}),
+        ("regression_weight", "term regression", {"regression": "huber"}),
+        ("perceptual_weight", "term perceptual", {}),
+        ("gan_weight", "term gan", {"gan_weight": 0.1}),
+    ],
+)
+def test_a_terms_weight_is_what_it_is_multiplied_by(option: str, term: str, given: dict[str, Any]) -> None:
+    """loss(w = a) - loss(w = b) = (a - b) term on one batch."""
+    low, high = float(given.get(option, 0.0)), 0.7
+    methods = [with_terms(**{**given, option: weight}) for weight in (low, high)]
+    step = own_turn(methods[1]) if option == "gan_weight" else 1
+    (one, _), (other, logs) = (method.loss("student", term_batch(step)) for method in methods)
+    assert float((other - one).detach()) == pytest.approx((high - low) * float(logs[term].detach()), rel=1e-4)
+    assert abs(float(logs[term].detach())) > 1e-4
+
+
+def test_a_terms_distance_and_rate_are_those_given() -> None:
+    seen = [
+        with_terms(regression_weight=1.0, regression=name)
+        .loss("student", term_batch(1))[1]["term regression"]
+        .item()
+        for name in ("l2", "l1", "huber")
+    ]
+    assert len(set(seen)) == 3
+    assert [with_terms(gan_weight=1.0, gan_lr_ratio=r).lr_ratio("discriminator", 0) for r in (1.0, 4.0)] == [
+        1.0,
+        4.0,
+    ]
+    assert TermOptions(perceptual="clip:x").perceptual == "clip:x"  # which network: tests/test_terms.py
+
+
+def test_the_generators_term_raises_the_logits_of_the_students_samples() -> None:
+    """A step of the student against the gradient of the GAN term alone raises the discriminator's mean logit."""
+    method = with_terms(gan_weight=1.0)
+    batch = term_batch(own_turn(method))
+    parameters = list(method.student.net.parameters())
+    t, eps = batch.draws.uniform("gan t"), batch.draws.normal("gan eps", SHAPE)
+
+    def logit() -> float:
+        x_t = FlowPath().sample(method.sample(batch), eps, t)
+        return float(method.gan.logits(x_t, t, batch.cond).mean().detach())
+
+    before = logit()
+    _, logs = method.loss("student", batch)
+    gradients = torch.autograd.grad(logs["term gan"], parameters)
+    norm = sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
+    with torch.no_grad():
+        for value, gradient in zip(parameters, gradients, strict=True):
+            value -= 0.05 * gradient / norm
+    assert logit() > before + 1e-4
