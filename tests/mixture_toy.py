@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
@@ -66,13 +67,14 @@ def mixture_teacher() -> ToyTeacher:
     return teacher
 
 
-def build(name: str, setting: Setting) -> Method:
-    """The method between the exact mixture and a student that starts as a copy of it."""
-    kind = find_method(name)
-    student = toy_student(Corrected(), PATH, "velocity")  # type: ignore[no-untyped-call]
+def build(name: str, setting: Setting, teacher: ToyTeacher | None = None) -> Method:
+    """The method between a teacher, else the exact mixture as a velocity, and a student that starts as its copy."""
+    kind, teacher = find_method(name), teacher or mixture_teacher()
+    own = teacher.denoiser
+    student = toy_student(copy.deepcopy(own.net), own.path, own.output)
     student.family = CorrectedFamily()
     options = kind.Options.model_validate({"guidance": 1.0, **setting.options})
-    return kind(mixture_teacher(), student, setting.times, options)
+    return kind(teacher, student, setting.times, options)
 
 
 @cache
@@ -128,6 +130,8 @@ def train(method: Method, setting: Setting, *, sign: float = 1.0, seed: int = 0)
         optimizers[turn].step()
         optimizers[turn].zero_grad(set_to_none=True)
         method.after_step(step)
+        for name in method.anew(step):
+            optimizers[name].state.clear()
 
 
 def energy_distance(a: Tensor) -> float:

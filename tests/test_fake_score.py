@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from table_toy import TABLE, Eps, eps_teacher, gaussian_eps
+from tiny import shaken, tiny_prompts
 from torch import nn
 from toy import SHAPE, Affine, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.draws import Draws
 from stepdistill.fake_score import FakeScore, FakeScoreOptions
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
@@ -18,6 +20,8 @@ from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
 from stepdistill.path import FlowPath
+from stepdistill.student import Student
+from stepdistill.types import Batch, Examples
 
 BINS = [(k / 5, (k + 1) / 5) for k in range(5)]
 
@@ -197,3 +201,30 @@ def test_a_weight_is_what_its_term_is_multiplied_by(kind, turn, option, term, lo
     )
     torch.testing.assert_close(gradients[1] - gradients[0], (high - low) * gradients[2], rtol=1e-3, atol=1e-6)
     assert float(gradients[2].abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_in_bf16_the_same_weights_learn_in_the_same_direction(kind, teacher_of):
+    """Two steps, of which only the second has a graph, on a tiny Stable Diffusion under autocast: every weight that has
+    a gradient in float32 has one, and all together they point the same way."""
+    teacher, gradients = teacher_of("sd"), []
+    cond = teacher.encode(tiny_prompts("sd", 2))
+    step = next(step for step in range(9) if Draws(0, step, 0, 2).shared_integer("exit", 2) == 1)
+    draws = Draws(0, step, 0, 2)
+    images = Examples(draws.normal("images", teacher.shape), cond)
+    batch = Batch(draws, draws.normal("noise", teacher.shape), cond, images)
+    more = {"phases": 1} if kind is PhasedDMD else {}
+    for enabled in (False, True):
+        options = kind.Options(guidance=2.0, **more)
+        method = kind(teacher, Student.from_teacher(teacher), (1.0, 0.5), options)
+        shaken(method.fake.net)  # a copy of the teacher sees nothing to learn
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = method.loss("student", batch)
+        loss.backward()
+        gradients.append([p.grad for p in method.networks()["student"].parameters()])
+    full, half = gradients
+    assert [g is not None and bool(g.any()) for g in full] == [g is not None and bool(g.any()) for g in half]
+    pairs = [(a.flatten(), b.flatten()) for a, b in zip(full, half, strict=True) if a is not None]
+    one, other = (torch.cat(values) for values in zip(*pairs, strict=True))
+    assert float(torch.cosine_similarity(one, other, dim=0)) > 0.98
+    assert not torch.equal(one, other)
