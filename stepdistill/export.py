@@ -101,8 +101,8 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
         return getattr(diffusers, other)(**{family.denoiser: net, "scheduler": scheduler})
     pipe = copy.copy(teacher.pipe)
     pipe.register_modules(**{family.denoiser: net, "scheduler": scheduler})
-    # from_pretrained gives diffusers' networks as float32 and transformers' as they were saved: of a teacher held in
-    # bfloat16 it would make a pipeline of two types that cannot run.
+    # from_pretrained gives diffusers' networks as float32 and transformers' as they were saved: of a teacher that was
+    # handed in as bfloat16 it would make a pipeline of two types that cannot run.
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and component.dtype != torch.float32:
             pipe.register_modules(**{name: copy.deepcopy(component).float()})

@@ -70,11 +70,9 @@ class Job:
             raise UserError(
                 f"{recipe.method} with these options learns from images: give a folder in data.images"
             )
-        # The teacher computes in the run's precision; the student's weights stay float32 and are cast as they are used.
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self.source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
         self.teacher = PipelineTeacher(
-            pipeline or load_teacher(recipe.teacher, dtype),
+            pipeline or load_teacher(recipe.teacher),
             device,
             guidance_interval=self.options.guidance_interval,
             shift=self.options.shift,
@@ -104,6 +102,9 @@ class Job:
         self.method.times = self.sampler.times
         if recipe.terms.needs:
             self.method = WithTerms(self.method, recipe.terms, self._embed()).to(device)
+        # Only now: the student and its followers are float32 copies of the teacher, and exported is what was loaded.
+        low = (recipe.train.teacher_precision or recipe.train.precision) == "bf16"
+        self.teacher.compute_in(torch.bfloat16 if low else torch.float32)
 
     def _embed(self) -> Callable[[Tensor], Tensor] | None:
         """Latents to features of their images, with a graph; None where no term asks for it."""

@@ -80,7 +80,12 @@ class TrainOptions(Section):
             (Karras et al. 2024, 2312.02696, eq. 127), which forgets the start at the pace at which the run gets longer.
             16.97 and 6.94 are averages of relative width 0.05 and 0.1; 0 takes ``ema``.
         seed: of every random number of the run.
-        precision: of the networks' arithmetic; weights, optimiser and average stay float32.
+        precision: of the networks' arithmetic. Trained weights, optimiser and average stay float32, the VAE computes in
+            it, and what is exported was never rounded; of the frozen teacher, matrices alone are held in bf16.
+            Differences for derivatives (scm, meanflow, flow_map) are taken in float32 all the same. Consistency methods
+            with short steps may want ``teacher_precision: float32``: near pure noise bf16 moves an eps network's x0 by
+            as much as such a step does.
+        teacher_precision: of the teacher's arithmetic where it should differ; float32 then holds it in float32.
         attention: sdpa (torch's fused kernels), xformers or math.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that stay on the disk.
@@ -102,6 +107,7 @@ class TrainOptions(Section):
     ema_power: Annotated[float, Field(ge=0)] = 0.0
     seed: _NotNegative = 0
     precision: Literal["float32", "bf16"] = "float32"
+    teacher_precision: Literal["float32", "bf16"] | None = None
     attention: Literal["sdpa", "xformers", "math"] = "sdpa"
     checkpoint_every: _Positive = 200
     keep: _Positive = 2

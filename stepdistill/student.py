@@ -79,6 +79,8 @@ class Denoiser(nn.Module):
         self.path = path
         self.output: Output = output
         self.family = family
+        # What it computes in, whatever is on around the call; None takes what is on.
+        self.compute: torch.dtype | None = None
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
         """The network's output in its own kind, float32 [B, C, H, W], at x_t [B, C, H, W] and t [B]; s [B] is the end
@@ -90,10 +92,18 @@ class Denoiser(nn.Module):
         return self._call(self.net, x_t, t, cond)
 
     def _call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        dtype = next(net.parameters()).dtype
+        dtype = torch.float32 if self.compute else next(net.parameters()).dtype
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.tensors.items()}
         timestep = self.family.timestep(self.path, t)
-        return self.family.call(net, x_t.to(dtype), timestep, Condition(tensors)).float()
+        with self._arithmetic(x_t.device.type):
+            return self.family.call(net, x_t.to(dtype), timestep, Condition(tensors)).float()
+
+    def _arithmetic(self, device: str) -> torch.autocast:
+        """Autocast as it is on around the call, or as ``compute`` says. A cast of a weight that is made without a graph
+        is not kept: some versions of torch hand it to a later call with one, and the weight gets no gradient."""
+        low = torch.is_autocast_enabled(device) if self.compute is None else self.compute != torch.float32
+        dtype = torch.get_autocast_dtype(device) if self.compute is None or not low else self.compute
+        return torch.autocast(device, dtype, low, cache_enabled=torch.is_grad_enabled())
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Prediction:
         """What the network says about x_t [B, C, H, W] at t [B]; with a second time, for a jump to s [B]."""
@@ -198,6 +208,16 @@ class Student(Denoiser):
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """x_s from x_t along the student's own DDIM step, [B, C, H, W]."""
         return self.predict(x_t, t, cond, self._towards(s)).at(s)
+
+
+def in_bfloat16(net: nn.Module) -> nn.Module:
+    """A copy that holds the weights of its linear layers and convolutions in bfloat16, and all others in float32. Under
+    autocast it computes bit for bit what float32 weights do, from half the memory."""
+    low = copy.deepcopy(net).float()
+    for module in low.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            module.to(torch.bfloat16)
+    return low
 
 
 def add_lora(net: nn.Module, targets: list[str], rank: int, alpha: float) -> None:

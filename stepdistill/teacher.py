@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path as FilePath
@@ -18,7 +19,7 @@ from stepdistill.guidance import extrapolate, in_interval
 from stepdistill.log import quiet_loading
 from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
 from stepdistill.shift import shift_of
-from stepdistill.student import Denoiser
+from stepdistill.student import Denoiser, in_bfloat16
 from stepdistill.types import Condition
 
 OUTPUTS: dict[str, Output] = {
@@ -87,7 +88,7 @@ class PipelineTeacher:
     """A diffusers pipeline as a frozen teacher.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline; a VAE in half precision is replaced by a float32 copy.
         device: where its networks go.
         family: how the pipeline is called; found by its class when not given.
         guidance_interval: times at which guidance is on.
@@ -110,6 +111,9 @@ class PipelineTeacher:
         self.family = family or family_of(pipe)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(device)
+        vae = self.pipe.components.get("vae")
+        if isinstance(vae, nn.Module) and vae.dtype != torch.float32:
+            self._replace(vae=copy.deepcopy(vae).float())  # in float16, SDXL's overflows
         for component in self.pipe.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -128,6 +132,27 @@ class PipelineTeacher:
         self.shape = self.family.latent_shape(self.pipe)
         with torch.no_grad():
             self.null = self.family.null(self.pipe)
+
+    def _replace(self, **components: nn.Module) -> None:
+        """Sets components of the pipeline in a copy of it: the one that was handed in stays as it is."""
+        self.pipe = copy.copy(self.pipe)
+        self.pipe.register_modules(**components)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """From here on the network computes in float32 or bfloat16, whatever autocast is on around it, and is held for
+        that; trainable copies are to be made before. Encoders stay as they are, the VAE is float32.
+
+        Args:
+            dtype: one of the two.
+        """
+        net = self.denoiser.net
+        if dtype == torch.bfloat16:
+            net = in_bfloat16(net)
+        elif any(value.dtype != dtype for value in net.parameters()):
+            net = copy.deepcopy(net).to(dtype)
+        if net is not self.denoiser.net:
+            self._replace(**{self.family.denoiser: net})
+        self.denoiser.net, self.denoiser.compute = net, dtype
 
     @property
     def path(self) -> Path:

@@ -237,7 +237,92 @@ def test_bf16_starts_where_float32_starts(tmp_path):
     assert half == pytest.approx(full, rel=0.05)
     assert half != full
     assert {p.dtype for p in job.student.net.parameters()} == {torch.float32}
-    assert {p.dtype for p in job.teacher.denoiser.net.parameters()} == {torch.bfloat16}
+    held = {name: p.dtype for name, p in job.teacher.denoiser.net.named_parameters()}
+    assert held["conv_in.weight"] == torch.bfloat16 and held["conv_norm_out.weight"] == torch.float32
+
+
+def job_of(method, *more):
+    return Job(recipe_of(method, 4, *more), Accelerator(cpu=True), None)
+
+
+def points(job, count=2):
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(count, *job.teacher.shape, generator=generator)
+    return x_t, torch.tensor([0.97, 0.3])[:count], job.teacher.encode(job.prompts[:count])
+
+
+def test_bf16_rounds_nothing_that_is_trained_or_exported(tmp_path):
+    """Student, follower and encoders are the float32 weights of the teacher's files, in the exported folder too; and
+    teacher and follower still compute the same number for number, so that matching starts at a field of zero."""
+    job = job_of("dmd", "train.precision=bf16")
+    files = Path(job.source)
+    original = load_file(files / "unet" / "diffusion_pytorch_model.safetensors")
+    for net in (job.student.net, job.method.fake.net):
+        assert all(torch.equal(value, original[name]) for name, value in net.state_dict().items())
+    where = points(job)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        teacher, fake = (who.predict(*where).x0 for who in (job.teacher, job.method.fake))
+    assert torch.equal(teacher, fake)
+    assert torch.equal(job.teacher.predict(*where).x0, fake)  # outside of a step as within
+    job.export(tmp_path / "student", "none")
+    for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        saved, loaded = load_file(tmp_path / "student" / name), load_file(files / name)
+        assert all(torch.equal(saved[key].float(), loaded[key].float()) for key in loaded), name
+
+
+def test_the_teacher_of_a_bf16_run_may_compute_in_float32():
+    full, mixed = job_of("lcm"), job_of("lcm", "train.precision=bf16", "train.teacher_precision=float32")
+    where = points(full)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixed.teacher.predict(*where).x0, full.teacher.predict(*where).x0)
+        low = mixed.student.predict(*where).x0
+    assert not torch.equal(low, full.student.predict(*where).x0)
+
+
+def test_a_pipeline_object_is_left_in_its_own_precision():
+    """A float16 object teaches with a float32 VAE and in the run's precision, and can still be drawn from."""
+    from diffusers import DiffusionPipeline
+
+    from stepdistill.embedded import teacher_folder
+
+    pipe = DiffusionPipeline.from_pretrained(teacher_folder("emoji"), dtype=torch.float16)
+    job = Job(recipe_of("lcm", 4), Accelerator(cpu=True), pipe)
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    assert {part.dtype for part in parts.values()} == {torch.float16}
+    assert job.teacher.pipe.vae.dtype == job.teacher.denoiser.net.dtype == torch.float32
+    values = job.student.net.state_dict()
+    assert all(torch.equal(value.float(), values[name]) for name, value in pipe.unet.state_dict().items())
+    image = job.teacher.to_images(1e5 * torch.randn(1, *job.teacher.shape))
+    assert bool(torch.isfinite(image).all())
+
+
+@pytest.mark.parametrize("method", ["dmd", "lcm"])
+def test_every_trained_weight_has_a_gradient_in_bf16(method, tmp_path):
+    """Also where the network was called without a graph before, in the same step: DMD's first of two calls, and the
+    student as its own target. No cast of a weight outlives a call without a graph."""
+    more = {"dmd": ["options.warm_start=0"], "lcm": ["options.ema=0"]}[method]
+    recipe = recipe_of(method, 4, "train.precision=bf16", *more)
+    job = Job(recipe, Accelerator(cpu=True), None)
+    data, graphs = job.data(tmp_path), []
+
+    def look(net, *_):
+        graphs.append(torch.is_grad_enabled())
+        assert torch.is_autocast_cache_enabled() == graphs[-1]
+
+    job.student.net.register_forward_pre_hook(look)
+    for step in range(1, 20):
+        if job.method.turn(step) != "student":
+            continue
+        graphs.clear()
+        job.student.net.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = job.method.loss("student", data.batch(step, 0, 4, 4))
+        loss.backward()
+        missing = [name for name, p in job.student.net.named_parameters() if p.grad is None]
+        assert not missing
+        if sorted(graphs) == [False, True]:
+            break
+    assert sorted(graphs) == [False, True]
 
 
 def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):

@@ -124,14 +124,17 @@ class Family(ABC):
 
     def to_latents(self, pipe: Any, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] to the denoiser's scale: the mode of the VAE's posterior, shifted, scaled."""
-        latents: Tensor = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()
+        with torch.autocast(images.device.type, enabled=False):
+            latents: Tensor = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()
         shift, scale = self._affine(pipe.vae.config, latents)
         return (latents - shift) * scale
 
     def to_images(self, pipe: Any, latents: Tensor) -> Tensor:
         """The inverse: latents to images [B, 3, H, W] in [0, 1]."""
         shift, scale = self._affine(pipe.vae.config, latents)
-        images: Tensor = pipe.vae.decode((latents / scale + shift).to(pipe.vae.dtype), return_dict=False)[0]
+        with torch.autocast(latents.device.type, enabled=False):
+            own = (latents / scale + shift).to(pipe.vae.dtype)
+            images: Tensor = pipe.vae.decode(own, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @staticmethod

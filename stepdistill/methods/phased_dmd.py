@@ -87,6 +87,9 @@ class PhasedDMD(Method):
         student.net = Experts(student.net, [(times[i - 1] + times[i]) / 2 for i in edges[1:-1]])
         self.names = [*(f"expert-{k + 1}" for k in range(own.phases - 1)), "student"]
         self.fake = FakeScore(teacher)
+        # A plain dict, so no state of the run. The teacher itself may be rounded to the run's precision later.
+        fresh = self.fake.net.state_dict().items()
+        self.fresh = {name: value.detach().to("cpu", copy=True) for name, value in fresh}
 
     def networks(self) -> dict[str, nn.Module]:
         nets = cast(Experts, self.student.net).nets
@@ -115,7 +118,7 @@ class PhasedDMD(Method):
 
     def after_step(self, step: int) -> None:
         if self.anew(step):
-            self.fake.net.load_state_dict(self.teacher.denoiser.net.state_dict())
+            self.fake.net.load_state_dict(self.fresh)
 
     def anew(self, step: int) -> frozenset[str]:
         return frozenset({"fake"} if self.place(step + 1)[0] > self.place(step)[0] else ())
