@@ -89,12 +89,11 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     family = teacher.family
     check_sampler(sampler, family)
     folded = student.stock_net(sampler.gap) if student.two_times else student.net
-    base = getattr(teacher.pipe, family.denoiser)
     if isinstance(folded, Experts):
         bounds = family.timestep(student.path, torch.tensor(folded.bounds)).tolist()
-        net = one_network([_plain_network(expert, base) for expert in folded.nets], bounds)
+        net = one_network([_plain_network(expert) for expert in folded.nets], bounds)
     else:
-        net = _plain_network(folded, base)
+        net = _plain_network(folded)
     scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:
@@ -109,13 +108,56 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     return pipe
 
 
-def _plain_network(net: nn.Module, base: Any) -> nn.Module:
+def _plain_network(net: Any) -> nn.Module:
     """The student's network without adapters: its own where there are none, a merged copy otherwise."""
     if not lora_layers(net):
-        return net
-    plain = type(base).from_config(base.config)
+        return net  # type: ignore[no-any-return]
+    plain = type(net).from_config(net.config)
     plain.load_state_dict(merged_state(net))
     return plain.to(next(net.parameters()).device).eval()  # type: ignore[no-any-return]
+
+
+def _call(pipe: Any, sampler: Sampler, teacher: PipelineTeacher, prompts: Sequence[str]) -> dict[str, Any]:
+    """The arguments with which a student's pipeline draws the prompts."""
+    spelt = teacher.family.call_prompts(teacher.pipe, list(prompts))
+    return {
+        **teacher.family.call_arguments(type(pipe).__name__, spelt, sampler.guidance or 0.0),
+        "num_inference_steps": sampler.steps,
+        **sampler.call_arguments(),
+    }
+
+
+def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, prompt: str) -> None:
+    """Draws one picture with the pipeline that a student would be exported as, and compares it with the trainer's: what
+    cannot be exported is told before a run, and not at its end.
+
+    Raises:
+        UserError: when it cannot be made, does not draw, or draws another picture.
+    """
+    try:
+        pipe = student_pipeline(student, sampler, teacher)
+        if "safety_checker" in pipe.components:
+            pipe.register_modules(safety_checker=None)  # it blackens what it takes for unsafe
+        generator = [torch.Generator("cpu").manual_seed(0)]
+        call = _call(pipe, sampler, teacher, [prompt])
+        drawn = torch.as_tensor(pipe(**call, generator=generator, output_type="np").images)
+    except UserError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"a student of this teacher could not be exported, so nothing was trained: {type(teacher.pipe).__name__} "
+            f"does not draw with the student's network and scheduler ({type(error).__name__}: {first})"
+        ) from error
+    as_saved = copy.copy(teacher)
+    as_saved.pipe = pipe
+    own = draw_as_pipeline(student, sampler, as_saved, [prompt], [0]).permute(0, 2, 3, 1).cpu()
+    difference = 255 * (drawn - own).abs()
+    if difference.max() > TOLERANCE["max"] or difference.mean() > TOLERANCE["mean"]:
+        raise UserError(
+            f"a student of this teacher could not be exported, so nothing was trained: {type(pipe).__name__} draws "
+            f"another picture than the trainer, by {difference.mean():.3g}/255 on average"
+        )
 
 
 def export(
@@ -156,14 +198,8 @@ def export(
     images = to_uint8(draw_as_pipeline(student, sampler, as_saved, prompts, seeds))
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
-    family = teacher.family
-    spelt = family.call_prompts(teacher.pipe, list(prompts))
     manifest = {
-        "call": {
-            **family.call_arguments(type(pipe).__name__, spelt, sampler.guidance or 0.0),
-            "num_inference_steps": sampler.steps,
-            **sampler.call_arguments(),
-        },
+        "call": _call(pipe, sampler, teacher, prompts),
         "seeds": list(seeds),
         "tolerance": TOLERANCE,
         "files": hashes(partial),

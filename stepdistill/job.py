@@ -19,7 +19,15 @@ from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images
 from stepdistill.embedded import emoji_captions
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
-from stepdistill.export import averaged, check_sampler, draw_as_pipeline, export, to_uint8, with_code_note
+from stepdistill.export import (
+    averaged,
+    check_export,
+    check_sampler,
+    draw_as_pipeline,
+    export,
+    to_uint8,
+    with_code_note,
+)
 from stepdistill.families.base import LabelFamily
 from stepdistill.features import ClipFeatures, load_features
 from stepdistill.log import bar, read_stats, say
@@ -76,11 +84,10 @@ class Job:
             device,
             guidance_interval=self.options.guidance_interval,
             shift=self.options.shift,
+            guidance=self.options.guidance,
         )
-        if self.options.guidance != 1.0 and self.teacher.null is None:
-            raise UserError(
-                f"options.guidance is {self.options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1"
-            )
+        if self.teacher.null is None:
+            self._without_guidance()
         self.prompts = self._prompts()
         self.student = Student.from_teacher(self.teacher, recipe.student.lora_rank, recipe.student.lora_alpha)
         if recipe.train.attention == "xformers":
@@ -105,6 +112,17 @@ class Job:
         # Only now: the student and its followers are float32 copies of the teacher, and exported is what was loaded.
         low = (recipe.train.teacher_precision or recipe.train.precision) == "bf16"
         self.teacher.compute_in(torch.bfloat16 if low else torch.float32)
+        if accelerator.is_main_process:
+            check_export(self.student, self.sampler, self.teacher, self.prompts[0])
+
+    def _without_guidance(self) -> None:
+        """The options of a teacher that has no unconditional mode: a method's own default guidance is 1 there."""
+        guidance = self.options.guidance
+        if guidance not in (1.0, type(self.options)().guidance):
+            raise UserError(
+                f"options.guidance is {guidance:g}, but {self.recipe.teacher} has no unconditional mode: set 1"
+            )
+        self.options = self.options.model_copy(update={"guidance": 1.0})
 
     def _embed(self) -> Callable[[Tensor], Tensor] | None:
         """Latents to features of their images, with a graph; None where no term asks for it."""

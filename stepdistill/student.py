@@ -81,6 +81,8 @@ class Denoiser(nn.Module):
         self.family = family
         # What it computes in, whatever is on around the call; None takes what is on.
         self.compute: torch.dtype | None = None
+        # For a teacher's network with embedded guidance, the scale where none is given, and of its copies.
+        self.guidance: float | None = None
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
         """The network's output in its own kind, float32 [B, C, H, W], at x_t [B, C, H, W] and t [B]; s [B] is the end
@@ -92,6 +94,8 @@ class Denoiser(nn.Module):
         return self._call(self.net, x_t, t, cond)
 
     def _call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        if self.guidance is not None and "guidance_embedding" not in cond.tensors:
+            cond = self.guided(cond, torch.full_like(t, self.guidance))
         dtype = torch.float32 if self.compute else next(net.parameters()).dtype
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.tensors.items()}
         timestep = self.family.timestep(self.path, t)
@@ -104,6 +108,16 @@ class Denoiser(nn.Module):
         low = torch.is_autocast_enabled(device) if self.compute is None else self.compute != torch.float32
         dtype = torch.get_autocast_dtype(device) if self.compute is None or not low else self.compute
         return torch.autocast(device, dtype, low, cache_enabled=torch.is_grad_enabled())
+
+    def guided(self, cond: Condition, scale: Tensor) -> Condition:
+        """The condition with guidance scales [B] embedded in it."""
+        return cond.with_tensor("guidance_embedding", self.family.embed_guidance(self.net, scale))
+
+    def trainable_net(self) -> nn.Module:
+        """A copy of the network in float32 for training; one with embedded guidance has its scale folded in."""
+        net = copy.deepcopy(self.net).float()
+        net = net if self.guidance is None else self.family.fold_guidance(net, self.guidance)
+        return net.requires_grad_(True)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Prediction:
         """What the network says about x_t [B, C, H, W] at t [B]; with a second time, for a jump to s [B]."""
@@ -138,8 +152,7 @@ class Denoiser(nn.Module):
 
     def copy(self) -> Denoiser:
         """An independent trainable copy in float32."""
-        net = copy.deepcopy(self.net).float().requires_grad_(True)
-        return Denoiser(net, self.path, self.output, self.family)
+        return Denoiser(self.trainable_net(), self.path, self.output, self.family)
 
 
 class Student(Denoiser):
@@ -157,7 +170,7 @@ class Student(Denoiser):
             lora_alpha: scale of the adapter times its rank; default the rank, a scale of 1.
         """
         source = teacher.denoiser
-        net = copy.deepcopy(source.net).float().requires_grad_(lora_rank == 0)
+        net = source.trainable_net().requires_grad_(lora_rank == 0)
         if lora_rank:
             add_lora(net, source.family.lora_targets, lora_rank, lora_alpha or float(lora_rank))
         return Student(net.eval(), source.path, source.output, source.family)

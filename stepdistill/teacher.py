@@ -93,6 +93,7 @@ class PipelineTeacher:
         family: how the pipeline is called; found by its class when not given.
         guidance_interval: times at which guidance is on.
         shift: of the times, for a flow model; None takes its scheduler's own.
+        guidance: for a network that takes the scale as an input, that of the copies that are trained.
 
     Raises:
         UserError: for a shift where there is none, or a scheduler of its own whose spacing is no shift.
@@ -105,6 +106,7 @@ class PipelineTeacher:
         family: Family | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         shift: float | None = None,
+        guidance: float = 1.0,
     ) -> None:
         self.pipe: Any = pipe
         self.guidance_interval = guidance_interval
@@ -129,6 +131,8 @@ class PipelineTeacher:
         self.denoiser: Denoiser = Denoiser(
             getattr(self.pipe, self.family.denoiser), path, output, self.family
         )
+        if self.family.takes_guidance(self.denoiser.net):
+            self.denoiser.guidance = guidance
         self.shape = self.family.latent_shape(self.pipe)
         with torch.no_grad():
             self.null = self.family.null(self.pipe)
@@ -162,7 +166,8 @@ class PipelineTeacher:
     def predict(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
     ) -> Prediction:
-        """What the teacher says about x_t [B, C, H, W] at t [B]; guided prediction is one call of 2 B samples.
+        """What the teacher says about x_t [B, C, H, W] at t [B]; guided prediction is one call of 2 B samples, or of B
+        where the network takes the scale as an input.
 
         Raises:
             UserError: when guidance is asked of a model that has no unconditional mode.
@@ -177,6 +182,9 @@ class PipelineTeacher:
         Raises:
             UserError: when guidance is asked of a model that has no unconditional mode.
         """
+        if self.denoiser.guidance is not None:
+            scale = in_interval(guidance, t, *self.guidance_interval)
+            return self.denoiser.predict(x_t, t, self.denoiser.guided(cond, scale))
         if not isinstance(guidance, Tensor) and guidance == 1.0:
             return self.denoiser.predict(x_t, t, cond)
         if self.null is None:

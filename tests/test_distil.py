@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image, ImageChops
 from tiny import tiny_pipeline
 
@@ -125,13 +126,14 @@ def test_a_second_time_is_refused_where_the_teacher_has_no_slot_for_it(tmp_path,
 @pytest.mark.parametrize(
     ("name", "method", "times", "more"),
     [
-        ("unet-ddim", "sid", [0.626], ["options.warm_start=2", "options.pairs=4", "options.pair_steps=2"]),
-        ("sd", "dmd", [0.4, 0.2], ["options.guidance=2", "options.fake_steps=1"]),
+        ("unet-ddim", "dmd", [0.626], ["options.warm_start=2", "options.pairs=4", "options.pair_steps=2"]),
+        ("sd", "sid", [0.4, 0.2], ["options.guidance=2"]),
     ],
 )
 def test_a_student_that_starts_below_pure_noise_is_trained_exported_and_verified(
     name, method, times, more, tmp_path, prompts
 ):
+    """The unconditional teacher also has DMD's default guidance, which is none where there is nothing to guide with."""
     teacher = saved(name, tmp_path / "teacher")
     sets = [*SHORT, *more, *([prompts] if name == "sd" else []), "train.steps=6", f"student.times={times}"]
     run = stepdistill.distill(teacher, method, tmp_path / "run", sets=sets)
@@ -174,6 +176,14 @@ def test_a_gan_needs_images(tmp_path, prompts):
 
 def test_guidance_needs_an_unconditional_mode(tmp_path):
     refused(tmp_path, "has no unconditional mode: set 1", "options.guidance=3", teacher="unet-ddpm")
+
+
+def test_what_cannot_be_exported_is_told_before_anything_is_trained(tmp_path):
+    """A network with a learned variance: no few-step scheduler takes its doubled output."""
+    pipe = tiny_pipeline("unet-ddim")
+    unet = type(pipe.unet).from_config(pipe.unet.config, out_channels=6)
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "teacher")
+    refused(tmp_path, "could not be exported, so nothing was trained: DDPMPipeline does not draw")
 
 
 def test_times_that_no_stock_scheduler_draws_are_refused(tmp_path, prompts):

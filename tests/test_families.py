@@ -287,6 +287,43 @@ def test_the_guidance_embedding_is_the_pipelines(name: str, teacher_of: Teachers
     assert student.net.get_submodule("time_embedding.cond_proj").weight.grad.abs().max() > 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_teacher_that_takes_guidance_as_an_input_gets_it(name: str) -> None:
+    """As its pipeline embeds it, in one call; a student, adapters or not, is plain and has one scale folded in; its
+    pipeline draws what it draws."""
+    from stepdistill.export import check_export
+    from stepdistill.sampler import Sampler
+
+    pipe = tiny_pipeline(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = type(pipe.unet).from_config(pipe.unet.config, time_cond_proj_dim=32)
+        torch.nn.init.normal_(net.time_embedding.cond_proj.weight, std=0.3)
+    pipe.register_modules(unet=net)
+    seen: list[Any] = []
+    hook = net.register_forward_pre_hook(
+        lambda module, args, more: seen.append(more["timestep_cond"]), with_kwargs=True
+    )
+    pipe("dog", num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    hook.remove()
+    teacher = PipelineTeacher(pipe, guidance=5.0)
+    x_t, t, cond = inputs(teacher, name)
+    given = cond.with_tensor("guidance_embedding", seen[0].expand(len(t), -1))
+    wanted = teacher.denoiser.predict(x_t, t, given).x0
+    assert torch.allclose(teacher.predict(x_t, t, cond, guidance=5.0).x0, wanted, atol=1e-5)
+    assert torch.allclose(teacher.denoiser.predict(x_t, t, cond).x0, wanted, atol=1e-5)
+    other = teacher.predict(x_t, t, cond, guidance=2.0).x0
+    assert (other - wanted).abs().max() > 1e-2
+    mixed = teacher.predict(x_t, t, cond, guidance=torch.tensor([2.0] + [5.0] * (len(t) - 1))).x0
+    assert torch.allclose(mixed[0], other[0], atol=1e-4) and torch.allclose(mixed[1:], wanted[1:], atol=1e-4)
+    for rank in (0, 2):
+        student = Student.from_teacher(teacher, lora_rank=rank)
+        assert torch.allclose(student.predict(x_t, t, cond).x0, wanted, atol=1e-3)
+        sampler = Sampler((1.0, 0.5), True).on_grid_of(teacher.path, pipe.scheduler)
+        check_export(student, sampler, teacher, "dog")
+    assert torch.allclose(teacher.denoiser.copy().predict(x_t, t, cond).x0, wanted, atol=1e-3)
+
+
 def test_sdxls_null_is_what_its_pipeline_takes_for_no_prompt() -> None:
     for zeros in (True, False):
         pipe = tiny_pipeline("sdxl")

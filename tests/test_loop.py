@@ -320,9 +320,10 @@ def test_every_trained_weight_has_a_gradient_in_bf16(method, tmp_path):
         loss.backward()
         missing = [name for name, p in job.student.net.named_parameters() if p.grad is None]
         assert not missing
-        if sorted(graphs) == [False, True]:
+        if False in graphs and True in graphs[graphs.index(False) :]:
             break
-    assert sorted(graphs) == [False, True]
+    else:
+        pytest.fail("no step called the student without a graph and then with one")
 
 
 def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):

@@ -164,6 +164,14 @@ class Family(ABC):
             "Use one fixed options.guidance."
         )
 
+    def takes_guidance(self, net: nn.Module) -> bool:
+        """Whether the network has guidance embedded: it takes the scale as an input, and one call is guided."""
+        return False
+
+    def fold_guidance(self, net: nn.Module, guidance: float) -> nn.Module:
+        """The network without that input that equals ``net`` wherever the scale is ``guidance``."""
+        raise NotImplementedError(f"{self.name} takes no guidance embedding")
+
     def embed_guidance(self, net: nn.Module, guidance: Tensor) -> Tensor:
         """The embedding [B, D] of guidance scales [B], as the pipeline would make it."""
         raise NotImplementedError(f"{self.name} takes no guidance embedding")

@@ -72,9 +72,16 @@ class StableDiffusion(Family):
             )
         return _with_time_condition(net, GUIDANCE_DIM)
 
-    def embed_guidance(self, net: nn.Module, guidance: Tensor) -> Tensor:
+    def embed_guidance(self, net: Any, guidance: Tensor) -> Tensor:
         """Sinusoid of 1000 (g - 1), identical to the pipeline's ``get_guidance_scale_embedding``."""
-        return _sinusoid(1000 * (guidance.float() - 1), GUIDANCE_DIM)
+        width = net.config.time_cond_proj_dim or GUIDANCE_DIM
+        return _sinusoid(1000 * (guidance.float() - 1), width)
+
+    def takes_guidance(self, net: Any) -> bool:
+        return net.config.time_cond_proj_dim is not None and not self.has_second_time(net)
+
+    def fold_guidance(self, net: Any, guidance: float) -> nn.Module:
+        return _folded(net, self.embed_guidance(net, torch.tensor([guidance], device=net.device)))
 
     def has_second_time(self, net: Any) -> bool:
         return bool(net.config.time_cond_proj_dim == GAP_DIM)
@@ -88,16 +95,20 @@ class StableDiffusion(Family):
             )
         return _with_time_condition(net, GAP_DIM)
 
-    @torch.no_grad()
     def fold_second_time(self, net: Any, gap: float) -> nn.Module:
-        plain = type(net).from_config(net.config, time_cond_proj_dim=None)
-        added = "time_embedding.cond_proj.weight"
-        plain.load_state_dict({k: v for k, v in net.state_dict().items() if k != added})
-        phase = _sinusoid(torch.tensor([GAP_SCALE * gap], device=net.device), GAP_DIM)
-        # cond_proj adds to the input of linear_1, so a constant there is a constant in linear_1's bias.
-        shift = net.time_embedding.cond_proj(phase) @ net.time_embedding.linear_1.weight.T
-        plain.to(net.device).time_embedding.linear_1.bias += shift[0]
-        return plain.train(net.training)  # type: ignore[no-any-return]
+        return _folded(net, _sinusoid(torch.tensor([GAP_SCALE * gap], device=net.device), GAP_DIM))
+
+
+@torch.no_grad()
+def _folded(net: Any, condition: Tensor) -> nn.Module:
+    """A copy without the condition beside the timestep that equals the network under ``condition`` [1, D]."""
+    plain = type(net).from_config(net.config, time_cond_proj_dim=None)
+    added = "time_embedding.cond_proj.weight"
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k != added})
+    # cond_proj adds to the input of linear_1, so a constant there is a constant in linear_1's bias.
+    shift = net.time_embedding.cond_proj(condition) @ net.time_embedding.linear_1.weight.T
+    plain.to(net.device).time_embedding.linear_1.bias += shift[0]
+    return plain.train(net.training)  # type: ignore[no-any-return]
 
 
 def _with_time_condition(net: Any, width: int) -> nn.Module:

@@ -1,4 +1,5 @@
-"""Unconditional and class-conditional UNet2DModel on pixels (DDPM, DDIM, consistency model pipelines)."""
+"""Unconditional and class-conditional UNet2DModel on pixels (DDPM and DDIM pipelines; ConsistencyModelPipeline with a
+discrete scheduler, as class-conditional students are exported)."""
 
 from __future__ import annotations
 
