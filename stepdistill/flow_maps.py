@@ -11,24 +11,23 @@ starts at the table's end from a standard normal state, as diffusers' schedulers
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.derivative import STEP, Derivative, Way
 from stepdistill.distances import distance
 from stepdistill.draws import Draws
-from stepdistill.path import Path, per_sample
+from stepdistill.map_equations import SHORTEST, MapEquations
+from stepdistill.path import Path, TablePath, per_sample
 from stepdistill.polyline import Polyline
 from stepdistill.regression import WarmStartOptions, warm_start_rate
 from stepdistill.sampler import Sampler, schedule_times
 from stepdistill.step_sums import StepSums
 from stepdistill.student import STRAIGHT, Student, carried, predict_elsewhere
 from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
-
-SHORTEST = 1e-3
-"""Below this length a jump's mean velocity is read off the trajectory's direction: a difference would be rounding."""
 
 
 @torch.no_grad()
@@ -44,6 +43,16 @@ def teacher_velocity(
 def on_straight(path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The point of the straight path where a network of ``path`` sees what it sees at x [B, ...] and t [B]."""
     return (x, t) if path == STRAIGHT else carried(path, x, t, STRAIGHT)
+
+
+def first_time(path: Path) -> float:
+    """The straight time of a table's first timestep, below which no network was trained; 0 for other paths.
+
+    It is a hundredth of a timestep later, as a derivative at the entry itself may be that of what lies below it.
+    """
+    if not isinstance(path, TablePath):
+        return 0.0
+    return float(STRAIGHT.time_of(path.angle(torch.tensor([1.01 / path.steps])))[0])
 
 
 def logit_normal(draws: Draws, stream: str, mean: float, deviation: float) -> Tensor:
@@ -108,8 +117,12 @@ class MapOptions(WarmStartOptions):
     # Of the warm start's jumps, beside the student's own; or all steps of the pairs' solver, and any time between them.
     warm_times: tuple[float, ...] | Literal["all"] = ()
     to_data: float = 0.25  # share of samples whose jump ends in clean data
+    time_min: float = (
+        0.01  # least time at which the teacher is read; at least that of a table's first timestep
+    )
     derivative: Way = "auto"  # exact, difference, or the first where it can be had
-    derivative_step: float = STEP  # h of the differences, in units of [0, 1]
+    # h of the differences, in units of [0, 1]: the length of the teacher's Heun step in them.
+    derivative_step: Annotated[float, Field(ge=2 * SHORTEST, le=1)] = STEP
 
 
 class JumpOptions(MapOptions):
@@ -126,7 +139,14 @@ class JumpOptions(MapOptions):
     # the long ones for good. At 1/2 every sample counts alike.
     power: float = 0.5  # p of the weight
     offset: float = 0.1  # c of the weight
-    warmup: int = 2000  # updates over which the derivative fades in; 0: it is whole from the start
+    # Updates over which the derivative fades in, from the velocity that a teacher's copy has as u; null: 2000, or 0
+    # after a warm start, whose end is nearer to u than the velocity is.
+    warmup: int | None = None
+
+    @property
+    def fade(self) -> int:
+        """``warmup``, where it was left open as it follows from ``warm_start``."""
+        return self.warmup if self.warmup is not None else 0 if self.warm_start else 2000
 
 
 class FlowMapMethod(Method):
@@ -134,7 +154,12 @@ class FlowMapMethod(Method):
 
     The warm start regresses u on the mean velocities between the states of the teacher's trajectories (consistency
     mid-training, Hu et al. 2025, 2509.24526), of which pairs keep those at the student's times and ``warm_times``. With
-    ``all`` it knows the trajectories at every time, and the velocity there, on which u(x, t, t) is regressed.
+    ``all`` it knows the trajectories at every time. Jumps of no length learn the teacher's own velocity there: that of
+    a solver's line is the teacher's at its start alone.
+
+    Attributes:
+        last: the straight time at which drawings start.
+        least: the least straight time at which the teacher is read.
     """
 
     shifted_times = False  # exported as steps of equal length, of which one constant tells
@@ -145,7 +170,11 @@ class FlowMapMethod(Method):
         super().__init__(teacher, student, times, options)
         self.map_options = cast(MapOptions, options)
         student.add_second_time()
-        self.derivative = Derivative(self.map_options.derivative, self.map_options.derivative_step)
+        path, one = student.path, torch.ones(1)
+        self.last = float(on_straight(path, one, one)[1][0])
+        self.least = max(self.map_options.time_min, first_time(path))
+        self.derivative = Derivative(self.map_options.derivative, self.map_options.derivative_step, self.last)
+        self.equations = MapEquations(student, self.velocity, self.derivative, self.least)
 
     @classmethod
     def needs_of(cls, options: MethodOptions) -> frozenset[str]:
@@ -165,6 +194,10 @@ class FlowMapMethod(Method):
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False, two_times=True)
 
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The velocity v(x, t) that the map is to have, [B, ...]."""
+        return teacher_velocity(self.teacher, x, t, cond, self.map_options.guidance)
+
     def beginning(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Where drawings from ``noise`` [B, ...] start: the state and its time [B] on the straight path."""
         return on_straight(self.student.path, noise, torch.ones(len(noise), device=noise.device))
@@ -182,7 +215,11 @@ class FlowMapMethod(Method):
         whole = self.map_options.warm_times == "all"
         t, s = self._any_times(batch.draws, line) if whole else self._states_times(batch.draws, line)
         x, gap = line.at(t), per_sample(t - s, noise)
-        mean = torch.where(gap > SHORTEST, (x - line.at(s)) / gap.clamp_min(SHORTEST), line.velocity(t))
+        mean = (x - line.at(s)) / gap.clamp_min(SHORTEST)
+        if len(i := (t - s <= SHORTEST).nonzero()[:, 0]):
+            mean[i] = teacher_velocity(
+                self.teacher, x[i], t[i], pairs.cond.rows(i), self.map_options.guidance
+            )
         return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.map_options.regression)
 
     def _states_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
@@ -212,14 +249,15 @@ class FlowMapMethod(Method):
             starts = on_straight(self.student.path, own, own)[1]
             t = starts[draws.integers("regression start", len(starts))]
         s = torch.where(kind < same + options.to_data, 0.0, t * draws.uniform("regression end"))
-        return t, torch.where(kind < same, t, s)
+        read = t.clamp_min(self.least)
+        return torch.where(kind < same, read, t), torch.where(kind < same, read, s)
 
     def jumps(self, draws: Draws, a: Tensor, b: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Start t <= last and end s <= t of each sample's jump from two times a and b, and which samples start where
         drawings do; each [B]."""
         options = cast(JumpOptions, self.map_options)
         first = draws.uniform("start") < options.noise_share
-        t = torch.where(first, last, torch.maximum(a, b).minimum(last))
+        t = torch.where(first, last, torch.maximum(a, b).clamp_min(self.least).minimum(last))
         kind = draws.uniform("kind")
         s = torch.where(kind < options.same + options.to_data, torch.zeros_like(t), torch.minimum(a, b))
         return t, torch.where(kind < options.same, t, s.minimum(t)), first
@@ -243,5 +281,10 @@ class FlowMapMethod(Method):
     def share(self, step: int) -> float:
         """How much of the derivative counts at an update, in [0, 1]."""
         options = cast(JumpOptions, self.map_options)
-        done = step - options.warm_start
-        return min(1.0, done / options.warmup) if options.warmup else 1.0
+        return min(1.0, (step - options.warm_start) / options.fade) if options.fade else 1.0
+
+    def read_ends(self, draws: Draws, t: Tensor, s: Tensor) -> Tensor:
+        """Ends [B] of jumps for the Lagrangian equation: of those that end in clean data half go to the least time at
+        which the teacher is read, where the equation holds; the others are closed from there by its x0."""
+        early = (s < self.least) & (draws.uniform("close") < 0.5)
+        return torch.where(early, t.clamp_max(self.least), s)

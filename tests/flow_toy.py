@@ -19,8 +19,8 @@ MU, C = 0.7, 0.4
 class OnPath(GaussianFlowMap):
     """The exact map as the x0 output of a network on another path, its gap in that path's own time."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(MU, C)
+    def __init__(self, path: Path, deviation: float = C) -> None:
+        super().__init__(MU, deviation)
         self.path = path
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -139,6 +139,19 @@ def test_differences_are_of_second_order_inside_and_never_leave_the_interval() -
         assert bool((t_seen[:3] >= s_seen[:3]).all())  # the last has t = s = 1 and nowhere to go in order
 
 
+def test_differences_stay_before_the_last_time() -> None:
+    """Where a network is only read up to 0.9, a difference at 0.9 looks back, and one beyond it would see no change."""
+    x, t = torch.ones(2, 1, 1, 1, dtype=torch.float64), torch.tensor([0.9, 0.5], dtype=torch.float64)
+
+    def held(x: Tensor, t: Tensor) -> Tensor:
+        return per_sample(t.clamp_max(0.9) ** 2, x) * x
+
+    args = (held, (x, t), (torch.zeros_like(x), torch.ones_like(t)), "difference", 0.1)
+    rate = directional_derivative(*args, last=0.9).flatten()
+    torch.testing.assert_close(rate, torch.tensor([1.7, 1.0], dtype=torch.float64))
+    assert float(directional_derivative(*args)[0]) == pytest.approx(0.85)  # half of it is beyond the end
+
+
 def test_tangents_belong_to_their_primals() -> None:
     """d f(x, t, s) along (w, 1, 0), and not along (w, 0, 1)."""
     x, w = torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(0))

@@ -134,6 +134,19 @@ def test_a_drawing_starts_where_the_samplers_first_call_is() -> None:
         )
 
 
+@pytest.mark.parametrize(("deviation", "bound"), [(0.4, 2e-4), (0.05, 2e-3), (0.01, 5e-3), (0.003, 5e-3)])
+def test_prediction_is_right_at_the_jump_that_is_sampled(deviation: float, bound: float) -> None:
+    """s = 0, for data as fine as the least time at which the teacher is read; read there at the state of time 0 it
+    would be off by 0.02, 0.2, 0.6 and 0.7."""
+    teacher = ToyTeacher(Gaussian(PATH, MU, deviation), PATH)
+    student = toy_student(GaussianFlowMap(MU, deviation), PATH, "velocity")
+    method = FreeFlow(teacher, student, (1.0,), FreeFlow.Options(guidance=1.0))
+    x, t = method.starts(toy_batch(64))
+    for s in (0.0, method.least):
+        error = method.prediction(x, t, torch.full_like(t, s), Condition())[1]
+        assert float(error.square().mean().sqrt()) < bound
+
+
 @pytest.mark.parametrize("times", [(1.0,), (1.0, 0.6)])
 def test_the_warm_start_is_regression_on_the_trajectories_mean_velocity(times: tuple[float, ...]) -> None:
     """Zero at the exact map, for jumps between any two kept states."""

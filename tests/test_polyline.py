@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SHAPE, Gaussian, ToyTeacher
+from flow_toy import OnPath
+from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.flow_maps import on_straight
+from stepdistill.methods.flow_map import FlowMap
 from stepdistill.path import FlowPath, TablePath
 from stepdistill.polyline import Polyline
 from stepdistill.sampler import uniform_times
 from stepdistill.solvers import trajectory
-from stepdistill.types import Condition
+from stepdistill.types import Batch, Condition, Examples
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 PATHS = [FlowPath(), TablePath.from_alphas_cumprod(torch.cumprod(1 - BETAS, 0))]
@@ -44,3 +46,31 @@ def test_between_two_ddim_states_lies_the_state_of_a_shorter_step_and_its_direct
         torch.testing.assert_close(line.velocity(t), said.eps - said.x0, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(line.at(t), x)
     torch.testing.assert_close(line.at(line.times[-1].expand(16)), line.states[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["flow", "table"])
+def test_jumps_of_no_length_learn_the_teachers_velocity_between_the_states_too(
+    path: FlowPath | TablePath,
+) -> None:
+    """There the solver's line has the velocity of its start, far off: the exact map would be moved by it."""
+    straight = isinstance(path, FlowPath)
+    net = GaussianFlowMap(0.7, 0.4) if straight else OnPath(path)
+    teacher = ToyTeacher(Gaussian(path, 0.7, 0.4), path)
+    options = FlowMap.Options(guidance=1.0, warm_start=10, warm_times="all", pair_steps=4, same=1.0)
+    method = FlowMap(teacher, toy_student(net, path, "velocity" if straight else "x0"), (1.0,), options)
+    plain = toy_batch(64)
+    noise = plain.noise
+    with torch.no_grad():
+        grid = (*uniform_times(4), 0.0)
+        states = list(trajectory(lambda x, t: teacher.predict(x, t, Condition()), noise, grid, "ddim"))
+        pairs = Examples(states[-1], Condition(), noise, torch.stack(states[:-1], 1))
+        loss = method.loss("student", Batch(plain.draws, noise, Condition(), None, pairs))[0]
+        assert float(loss) < 1e-6
+        line = Polyline.of(
+            torch.stack([noise, *states], 1), torch.tensor(grid), lambda x, t: on_straight(path, x, t)
+        )
+        t, s = method._any_times(plain.draws, line)
+        assert torch.equal(t, s) and float(t.min()) >= method.least
+        x = line.at(t)
+        off = line.velocity(t) - method.velocity(x, t, Condition())
+        assert float(off.square().mean().sqrt()) > 0.1

@@ -12,7 +12,9 @@ Each is a regression of u on its equation solved for the leading u, everything e
 teacher's velocity, or with ``velocity: self`` the student's own u(x, t, t) (LSD, ESD). On the share ``same`` of the
 samples s = t, where u is the velocity itself: the teacher's, or with ``diagonal: data`` the conditional one, eps - x0.
 That share (0.75 in 2505.18825, without a teacher) is the semigroup's only tie to v: the identity satisfies the rest.
-``velocity: self`` with ``diagonal: data`` never calls the teacher. The derivatives fade in over ``warmup`` updates.
+``velocity: self`` with ``diagonal: data`` never calls the teacher. The derivatives fade in over ``warmup`` updates; as
+differences they are taken along the teacher's trajectory (``stepdistill/map_equations.py``). With ``first_leg`` the
+teacher makes the first of the semigroup's jumps, which ties every sample to v (CTM, Kim et al. 2023, 2310.02279).
 
 Left out: gradients through derivatives and through v; the learnt log-variance, in whose place stands MeanFlow's weight
 |e|^2 / sg(|e|^2 + c)^p; progressive matching (PFMM), which needs stages.
@@ -40,7 +42,8 @@ class FlowMap(FlowMapMethod):
         velocity: Literal["teacher", "self"] = "teacher"  # off the diagonal; not asked for by the semigroup
         diagonal: Literal["teacher", "data"] = "teacher"  # what u(x, t, t) is to be
         middle: Literal["half", "uniform"] = "half"  # g of the semigroup: 1/2 (PSD-M), or U(0, 1) (PSD-U)
-        time_min: float = 0.01  # least start t, and least time of the velocity; times are uniform on s < t
+        # Length of the semigroup's first jump as one Heun step of the teacher, CTM's; 0: both jumps are the student's.
+        first_leg: float = 0.0
 
     def __init__(
         self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
@@ -52,7 +55,7 @@ class FlowMap(FlowMapMethod):
         """v(x, t) off the diagonal, [B, ...]."""
         if self.options.velocity == "self":
             return self.student.flow_velocity(x, t, t, cond)
-        return teacher_velocity(self.teacher, x, t, cond, self.options.guidance)
+        return super().velocity(x, t, cond)
 
     def diagonal(self, x: Tensor, x0: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """What u(x, t, t) is to be, [B, ...]."""
@@ -74,28 +77,25 @@ class FlowMap(FlowMapMethod):
             g: where the semigroup parts the jumps, in (0, 1), [B].
             share: how much of a derivative counts.
         """
-        gap, one, zero = per_sample(t - s, x), torch.ones_like(t), torch.zeros_like(t)
-
-        def u(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return self.student.flow_velocity(x, t, s, cond)
-
         if self.options.objective == "lagrangian":
-            rate = self.derivative(u, (x, t, s), (torch.zeros_like(x), zero, one))
-            return self.velocity(x - gap * now, s.clamp_min(self.options.time_min), cond) + share * gap * rate
+            return self.equations.lagrangian(x, t, s, cond, now, share)
         if self.options.objective == "eulerian":
-            v = self.velocity(x, t, cond)
-            return v - share * gap * self.derivative(u, (x, t, s), (v, one, zero))
+            return self.equations.eulerian(x, t, s, cond, now, share)
+        if self.options.first_leg:
+            return self.equations.teacher_leg(x, t, s, cond, self.options.first_leg)
         m = g * t + (1 - g) * s
-        first = u(x, t, m)
-        second = u(x - per_sample(t - m, x) * first, m, s)
+        first = self.student.flow_velocity(x, t, m, cond)
+        second = self.student.flow_velocity(x - per_sample(t - m, x) * first, m, s, cond)
         return first + per_sample(g, x) * (second - first)
 
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         options, draws = self.options, batch.draws
         if draws.step < options.warm_start:
             return self.regression(batch), {}
-        a, b = (draws.uniform(name, options.time_min, 1.0) for name in ("a", "b"))
+        a, b = (draws.uniform(name, self.least, 1.0) for name in ("a", "b"))  # uniform on s < t
         x, x0, t, s, cond = self.points(batch, a, b)
+        if options.objective == "lagrangian":
+            s = self.read_ends(draws, t, s)
         g = draws.uniform("middle") if options.middle == "uniform" else 0.5 * torch.ones_like(t)
         now = self.student.flow_velocity(x, t, s, cond)
         target = now.detach().clone()

@@ -6,7 +6,7 @@
   no pair and no noised sample, so states that a guided teacher never visits cannot enter.
 - Prediction: the student's own velocity, dX/ds = u - (t - s) d_s u, is to be the teacher's at the student's own state.
   With e = dX/ds - v_T(X(s), s), u moves against w e, w = 1 / (|e|^2 / d + c)^p. The derivative is partial, z held
-  fixed, and has no gradient through it.
+  fixed, and has no gradient through it: the Lagrangian equation of ``stepdistill/map_equations.py``.
 - Correction, on ``correction_share`` of the samples: what prediction gets wrong accumulates along s. A second network
   follows the velocity v_fake of the student's own samples x0, re-noised to x_r; -(v_fake - v_T) on x0 is the gradient
   of KL(student || teacher) up to a positive factor of r, so u moves against lambda (v_fake - v_T).
@@ -53,7 +53,6 @@ class FreeFlow(FlowMapMethod):
         end_mean: float = -0.2  # of the logit of s / t
         end_deviation: float = 1.0  # of the same
         to_data: float = 0.2  # share of the prediction's samples with s = 0, and of the warm start's
-        end_min: float = 0.01  # least time the teacher is read at on the path
         power: float = 0.5  # p of the prediction's weight; 1 in the paper, where small errors then weigh most
         offset: float = 0.01  # c of the weight
         correction: float = 1.0  # size of the correction over that of the prediction; 0.3 to 3 are alike
@@ -92,16 +91,9 @@ class FreeFlow(FlowMapMethod):
 
     def prediction(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """u [B, ...] of the jumps from x at t to s, and e = dX/ds - v_T(X, s), which has no graph."""
-
-        def u(t: Tensor, s: Tensor) -> Tensor:
-            return self.student.flow_velocity(x, t, s, cond)
-
-        rate = self.derivative(u, (t, s), (torch.zeros_like(t), torch.ones_like(s)))
-        mean = u(t, s)
-        now, gap = mean.detach(), per_sample(t - s, x)
-        read_at = s.clamp_min(self.options.end_min)
-        v = teacher_velocity(self.teacher, x - gap * now, read_at, cond, self.options.guidance)
-        return mean, now - gap * rate - v
+        mean = self.student.flow_velocity(x, t, s, cond)
+        now = mean.detach()
+        return mean, now - self.equations.lagrangian(x, t, s, cond, now)
 
     @torch.no_grad()
     def field(self, x0: Tensor, r: Tensor, n: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
@@ -126,6 +118,7 @@ class FreeFlow(FlowMapMethod):
             return loss, {"denoising": loss}
         s = t * logit_normal(draws, "end", options.end_mean, options.end_deviation)
         s = torch.where(draws.uniform("to data") < options.to_data, torch.zeros_like(s), s)
+        s = self.read_ends(draws, t, s)
         r = logit_normal(draws, "renoise t", options.correction_mean, options.correction_deviation)
         n = draws.normal("renoise eps", tuple(x.shape[1:]))
         corrected = draws.uniform("kind") < options.correction_share
