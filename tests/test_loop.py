@@ -437,6 +437,67 @@ def test_a_run_restores_where_it_was(tmp_path):
     assert state.seconds == pytest.approx(trained.seconds, abs=5)
 
 
+@pytest.mark.parametrize(
+    ("more", "rates"),
+    [
+        (["train.lr=1e-2", "train.weight_decay=0", "train.clip=0", "train.betas=[0.8, 0.95]"], [1e-2, 1e-2]),
+        (["train.weight_decay=0.5", "train.clip=0.01", "train.ema=0", "train.ema_power=1"], [1e-4, 1e-4]),
+        (["train.warmup=4", "train.ema=0.15", "train.betas=[0.0, 0.9]"], [2.5e-5, 5e-5]),
+        (["train.schedule=linear", "train.seed=1"], [1e-4, 5e-5]),
+    ],
+)
+def test_two_updates_are_adams_with_the_options_of_train(more, rates, tmp_path):
+    """Rates, moments of the clipped gradient, decayed weights and their average, from the checkpoints alone."""
+    recipe = recipe_of("reflow", 2, "train.checkpoint_every=1", *more)
+    options = recipe.train
+    before = job_of("reflow").student.net
+    names = [name for name, _ in before.named_parameters()]
+    weights = [{name: value.detach().clone() for name, value in before.named_parameters()}]
+    start(recipe, tmp_path)
+    rows = curve(tmp_path)
+    assert [row["lr"] for row in rows] == pytest.approx(rates)
+    (b1, b2), clip = options.betas, options.clip or math.inf
+    first, second = checkpoints_in(tmp_path / "checkpoints")
+    for folder in (first, second):
+        state = load_file(folder / "method.safetensors")
+        weights.append({name: state[f"student.net.{name}"] for name in names})
+    moments = load_file(first / "optimizer-student.safetensors")
+    norm = min(rows[0]["grad_norm"], clip)
+    m, v = (torch.cat([moments[f"{i}.{key}"].flatten() for i in range(len(names))]).double()
+            for key in ("exp_avg", "exp_avg_sq"))  # fmt: skip
+    assert float(m.norm()) == pytest.approx((1 - b1) * norm, rel=1e-3)
+    assert float(v.sum()) == pytest.approx((1 - b2) * norm**2, rel=1e-3)
+    start_, end = (torch.cat([each[name].flatten() for name in names]).double() for each in weights[:2])
+    step = (m / (1 - b1)) / ((v / (1 - b2)).sqrt() + 1e-8)
+    wanted = start_ * (1 - rates[0] * options.weight_decay) - rates[0] * step
+    assert float((end - wanted).abs().max()) < 1e-2 * rates[0] + 1e-6
+    shadow = load_file(second / "ema.safetensors")
+    decays = [min(options.ema, (1 + n) / (10 + n)) for n in range(2)]
+    if options.ema_power:
+        decays = [(1 - 1 / (n + 1)) ** (options.ema_power + 1) for n in range(2)]
+    for name in names:
+        average = weights[0][name]
+        for decay, now in zip(decays, weights[1:], strict=True):
+            average = decay * average + (1 - decay) * now[name]
+        torch.testing.assert_close(shadow[name], average, rtol=1e-5, atol=1e-7)
+
+
+def test_a_budget_ends_a_run_and_another_seed_is_another_run(tmp_path):
+    _, trained = start(recipe_of("reflow", 3, "train.budget_seconds=1e-6"), tmp_path / "a")
+    assert trained.step == 1
+    start(recipe_of("reflow", 1, "train.seed=1"), tmp_path / "b")
+    assert curve(tmp_path / "a")[0]["loss"] != curve(tmp_path / "b")[0]["loss"]
+
+
+def test_an_adapter_has_the_rank_and_the_scale_it_was_given():
+    from stepdistill.student import lora_layers
+
+    job = job_of("lcm", "options.ema=0", "student.lora_rank=4", "student.lora_alpha=6")
+    for layer in lora_layers(job.student.net).values():
+        assert layer.scaling == {"student": 6 / 4}
+        assert layer.lora_A["student"].weight.shape[0] == 4
+
+
 def test_learning_rates():
     options = TrainOptions(steps=110, lr=1.0, warmup=10, schedule="cosine")
     assert learning_rate(options, 0) == pytest.approx(0.1)
