@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from stepdistill.checks import find_pipeline
 from stepdistill.draws import generator_for
 from stepdistill.errors import UserError
-from stepdistill.experts import is_own_code, travelling_code
 from stepdistill.image_decoding import fit
 from stepdistill.log import quiet_loading
 from stepdistill.suite import Suite
 from stepdistill.teacher import absent_components
+from stepdistill.travelling import is_own_code, travelling_code
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
@@ -44,7 +44,7 @@ def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tu
                 folder,
                 use_safetensors=True,
                 local_files_only=True,
-                # A student of several experts carries a class of ours; other code is not run.
+                # A student may carry a class of ours; other code is not run.
                 trust_remote_code=bool(code) and all(is_own_code(file) for file in code),
                 **absent_components(folder),
             )

@@ -10,19 +10,13 @@ experts share their base while they train; what is exported are merged weights, 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.content import content_folder
-
-COMPONENT = "phased_experts"
-"""The file in pipelines/, and so the module, of the component's class."""
+from stepdistill.travelling import travelling_module
 
 
 class Experts(nn.Module):
@@ -65,31 +59,10 @@ def one_network(nets: Sequence[nn.Module], timesteps: Sequence[float]) -> nn.Mod
     """
     config: Any = nets[0].config
     plain = {name: value for name, value in config.items() if not name.startswith("_")}
-    made: nn.Module = _module().PhasedExperts(type(nets[0]).__name__, plain, list(timesteps))
+    made: nn.Module = travelling_module("phased_experts").PhasedExperts(
+        type(nets[0]).__name__, plain, list(timesteps)
+    )
     made.load_state_dict(
         {f"experts.{i}.{k}": v for i, net in enumerate(nets) for k, v in net.state_dict().items()}
     )
     return made.to(next(nets[0].parameters()).device).eval()
-
-
-def _module() -> Any:
-    """pipelines/phased_experts.py, loaded by its path under its bare name, which diffusers writes into the folder."""
-    if COMPONENT not in sys.modules:
-        file = content_folder("pipelines") / f"{COMPONENT}.py"
-        spec = importlib.util.spec_from_file_location(COMPONENT, file)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[COMPONENT] = module
-    return sys.modules[COMPONENT]
-
-
-def travelling_code(folder: Path) -> list[Path]:
-    """The Python files of a student folder, which diffusers runs only with ``trust_remote_code=True``."""
-    return sorted(folder.rglob("*.py"))
-
-
-def is_own_code(file: Path) -> bool:
-    """Whether a Python file of a student folder is, byte for byte, one of pipelines/."""
-    shipped = content_folder("pipelines") / file.name
-    return shipped.is_file() and shipped.read_bytes() == file.read_bytes()

@@ -1,6 +1,7 @@
 """Student -> a diffusers folder of stock classes, its step grid pinned, with what ``verify`` needs to prove it.
 
-The one exception is a student of several experts, whose network is of a class of ours that travels along.
+The exceptions are a student of several experts, whose network is of a class of ours that travels along, and one that
+takes fresh noise on a flow path, whose scheduler is.
 
 The folder holds the teacher's pipeline with the student's network and scheduler in place, ``verification/`` (prompts,
 seeds, the trainer's own pictures, and the SHA-256 of every file), a model card, and for a LoRA student the adapter as
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 from stepdistill.checkpoint import sha256_of
 from stepdistill.ema import Ema
 from stepdistill.errors import UserError
-from stepdistill.experts import Experts, one_network, travelling_code
+from stepdistill.experts import Experts, one_network
 from stepdistill.families import Family
+from stepdistill.path import FlowPath
+from stepdistill.path import Path as NoisePath
 from stepdistill.sampler import Sampler
 from stepdistill.student import ADAPTER, Student, lora_layers, merged_state
 from stepdistill.teacher import PipelineTeacher
+from stepdistill.travelling import REASONS, travelling_code, travelling_module
 
 VERIFICATION = "verification"
 TOLERANCE = {"max": 4, "mean": 0.5}
@@ -54,7 +58,12 @@ def draw_as_pipeline(
         rows = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.cat(rows).to(teacher.device)
 
-    latents = sampler.draw(student, noise(), teacher.encode(list(prompts)), lambda call: noise())
+    start, fresh = noise(), lambda call: noise()
+    if isinstance(student.path, FlowPath):  # the noise of its travelling scheduler
+        code = travelling_module("flow_consistency")
+        keys = code.keys_of(start)
+        fresh = lambda call: code.noise_after(keys, call, start)  # noqa: E731
+    latents = sampler.draw(student, start, teacher.encode(list(prompts)), fresh)
     return teacher.to_images(latents)
 
 
@@ -68,13 +77,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8).cpu()
 
 
-def check_sampler(sampler: Sampler, family: Family) -> None:
+def check_sampler(sampler: Sampler, path: NoisePath, family: Family) -> None:
     """Refuses a sampler with which the family's pipeline does not draw one picture from one seed.
 
     Raises:
-        UserError: for fresh noise between steps where the pipeline keeps its generator to itself.
+        UserError: for fresh noise between steps on a table where the pipeline keeps its generator to itself.
     """
-    if sampler.renoise and sampler.steps > 1 and not family.passes_generator:
+    own = isinstance(path, FlowPath)  # the scheduler that travels there has noise of its own
+    if sampler.renoise and sampler.steps > 1 and not (own or family.passes_generator):
         raise UserError(
             f"a {sampler.steps}-step student that takes fresh noise between steps could not be reproduced from a seed: "
             f"{', '.join(family.pipelines)} hands its generator to no scheduler. Set student.times=[1.0], or the "
@@ -87,7 +97,7 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     import diffusers
 
     family = teacher.family
-    check_sampler(sampler, family)
+    check_sampler(sampler, student.path, family)
     folded = student.stock_net(sampler.gap) if student.two_times else student.net
     if isinstance(folded, Experts):
         bounds = family.timestep(student.path, torch.tensor(folded.bounds)).tolist()
@@ -220,10 +230,10 @@ def with_code_note(card: str, folder: Path) -> str:
         return card
     names = ", ".join(f"`{path.relative_to(folder).as_posix()}`" for path in found)
     note = (
-        f"**It carries code of its own, {names}, and loads with `trust_remote_code=True` alone**: its network is one "
-        "expert for each stretch of its steps, and no stock diffusers class changes weights between steps. The file "
-        "imports torch and diffusers only; `stepdistill verify` checks that it is the one stepdistill ships. All else "
-        "is stock, and diffusers logs while loading that it expected a stock network."
+        f"**It carries code of its own, {names}, and loads with `trust_remote_code=True` alone**: "
+        f"{'; '.join(REASONS[path.name] for path in found)}. The code imports torch and diffusers only; `stepdistill "
+        "verify` checks that it is what stepdistill ships. All else is stock, and diffusers logs while loading that it "
+        "expected a stock class."
     )
     plain = 'from_pretrained("path/to/this/folder")'
     return card.replace(plain, plain[:-1] + ", trust_remote_code=True)").replace(STOCK, note)

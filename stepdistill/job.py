@@ -105,7 +105,7 @@ class Job:
         self.sampler: Sampler = self.method.sampler().on_grid_of(
             self.student.path, self.teacher.pipe.scheduler
         )
-        check_sampler(self.sampler, self.teacher.family)
+        check_sampler(self.sampler, self.student.path, self.teacher.family)
         self.method.times = self.sampler.times
         if recipe.terms.needs:
             self.method = WithTerms(self.method, recipe.terms, self._embed()).to(device)

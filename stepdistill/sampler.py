@@ -1,4 +1,4 @@
-"""How a student is sampled in the trainer, and the stock diffusers scheduler that does the same after export."""
+"""How a student is sampled in the trainer, and the diffusers scheduler that does the same after export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.path import FlowPath, Path, TablePath
+from stepdistill.travelling import travelling_module
 from stepdistill.types import Condition
 
 if TYPE_CHECKING:
@@ -114,10 +115,11 @@ class Sampler:
         return last.x0 if self.gamma is None else last.at(_past(denoiser.path, torch.zeros_like(t), 0.0))
 
     def scheduler(self, path: Path, teacher_scheduler: Any) -> Any:
-        """The stock scheduler that draws as this sampler does, its grid pinned by its config alone.
+        """The scheduler that draws as this sampler does, its grid pinned by its config alone: a stock one, but for
+        fresh noise on a flow path, where ``pipelines/flow_consistency.py`` travels along.
 
         Raises:
-            UserError: when no stock scheduler has this grid.
+            UserError: when no scheduler has this grid.
         """
         from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
@@ -128,12 +130,12 @@ class Sampler:
                     f"student.times starts at {self.times[0]:g}, but diffusers' flow schedulers call a network first "
                     "at pure noise: set 1.0"
                 )
-            if self.renoise:
-                raise UserError(
-                    "options.renoise is true, but diffusers' flow schedulers take fresh noise from the global "
-                    "generator, so the student could not be reproduced from a seed. Set options.renoise=false"
-                )
-            scheduler = FlowMapEulerDiscreteScheduler(shift=self._shift(path))
+            kind: Any = FlowMapEulerDiscreteScheduler
+            if self.renoise and self.step_counts != (1,):
+                # The stock ones that take fresh noise (FlowMatchLCM, FlowMatchEuler with stochastic_sampling) draw it
+                # from the global generator in SD3's pipeline, and their grid ends at 1/1000.
+                kind = travelling_module("flow_consistency").FlowConsistencyScheduler
+            scheduler = kind(shift=self._shift(path))
         elif isinstance(path, TablePath):
             keep = (
                 "num_train_timesteps",
@@ -178,8 +180,19 @@ class Sampler:
         return round(t * (1 - u) / (u * (1 - t)), 6)
 
     def _check_grid(self, path: Path, scheduler: Any) -> None:
+        allowed = 1.5e-3
+        if self.grid and isinstance(path, TablePath):
+            if path.steps % self.grid:
+                wanted = self.grid
+                every = [n for n in range(1, path.steps + 1) if path.steps % n == 0]
+                near = [n for n in every if n < wanted][-1:] + [n for n in every if n > wanted][:1]
+                raise UserError(
+                    f"a grid of {wanted} times does not divide the teacher's {path.steps} timesteps, so drawings would "
+                    f"not start at the last of them: set options.grid to a divisor, {' or '.join(map(str, near))}"
+                )
+            allowed += 1 / self.grid  # the steps are taken out of the grid
         grid = times_of(path, scheduler, self.steps)
-        if self.grid is None and max(abs(a - b) for a, b in zip(grid, self.times, strict=True)) > 1.5e-3:
+        if max(abs(a - b) for a, b in zip(grid, self.times, strict=True)) > allowed:
             raise UserError(
                 f"student.times is {list(self.times)}, which no stock diffusers scheduler draws in {self.steps} "
                 f"steps; the nearest is {[round(time, 4) for time in grid]}"

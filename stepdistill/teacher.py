@@ -38,7 +38,7 @@ def path_of(scheduler: Any) -> tuple[Path, Output]:
         UserError: for a scheduler whose noise schedule is not known here.
     """
     name = type(scheduler).__name__
-    if name.startswith(("FlowMatch", "FlowMap")):
+    if name.startswith(("FlowMatch", "FlowMap", "FlowConsistency")):
         return FlowPath(), "velocity"
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in OUTPUTS:

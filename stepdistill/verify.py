@@ -15,8 +15,8 @@ from pathlib import Path
 
 from stepdistill.checkpoint import sha256_of
 from stepdistill.errors import UserError
-from stepdistill.experts import is_own_code, travelling_code
 from stepdistill.export import VERIFICATION
+from stepdistill.travelling import is_own_code, travelling_code
 
 PROGRAM = """
 import json, os, sys

@@ -65,8 +65,8 @@ def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, tim
         assert loss.ndim == 0 and bool(torch.isfinite(loss))
         assert all(bool(torch.isfinite(value)) for value in logs.values())
         for other, parameters in trained.items():
-            reached = [p for p in parameters if p.grad is not None and bool(p.grad.any())]
-            assert bool(reached) == (other == turn), (turn, other)
+            reached = [p.grad is not None and bool(p.grad.any()) for p in parameters]
+            assert all(reached) if other == turn else not any(reached), (turn, other, reached)
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
 
 

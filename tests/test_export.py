@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from tiny import PIPELINES, shaken, tiny_prompts
 from torch import Tensor
 
 from stepdistill.checkpoint import sha256_of
+from stepdistill.drawing import load_pipeline
 from stepdistill.errors import UserError
-from stepdistill.export import TOLERANCE, VERIFICATION, draw_as_pipeline, export, student_pipeline
+from stepdistill.export import STOCK, TOLERANCE, VERIFICATION, draw_as_pipeline, export, student_pipeline
+from stepdistill.path import FlowPath
 from stepdistill.sampler import Sampler, uniform_times
 from stepdistill.student import Student, merged_state
 from stepdistill.teacher import PipelineTeacher, absent_components, load_teacher
+from stepdistill.travelling import is_own_code
 from stepdistill.verify import verify
 
 Teachers = Callable[[str], PipelineTeacher]
@@ -191,6 +195,49 @@ def test_dit_labels_may_be_names(exported: Callable[[str], Exported], tmp_path: 
     export(run.student, run.sampler, run.teacher, tmp_path / "s", ["tench", "goldfish"], "", seeds=run.seeds)
     assert torch.equal(kept(tmp_path / "s"), kept(run.folder))
     assert_same(drawn(loaded(tmp_path / "s"), tmp_path / "s"), kept(run.folder))
+
+
+def test_a_flow_student_of_fresh_noise_draws_one_picture_from_a_seed(
+    teacher_of: Teachers, tmp_path: Path
+) -> None:
+    """SD3's pipeline hands its generator to no scheduler: the one that travels has its noise from the start."""
+    teacher, folder, prompts = teacher_of("sd3"), tmp_path / "student", tiny_prompts("sd3", 2)
+    student = Student.from_teacher(teacher)
+    shaken(student.net)
+    times = tuple(teacher.path.shifted(time) for time in uniform_times(4))
+    sampler = Sampler(times, True, grid=50).on_grid_of(teacher.path, teacher.pipe.scheduler)
+    card = f'DiffusionPipeline.from_pretrained("path/to/this/folder")\n{STOCK}\n'
+    export(student, sampler, teacher, folder, prompts, card, seeds=(0, 1))
+    assert is_own_code(folder / "scheduler" / "flow_consistency.py")
+    assert "fresh noise between its steps" in (folder / "README.md").read_text()
+    pipe, _ = load_pipeline(folder, "cpu")
+    assert type(pipe.scheduler).__name__ == "FlowConsistencyScheduler"
+    whole = drawn(pipe, folder)
+    assert_same(whole, kept(folder))
+    torch.manual_seed(7)  # whatever the global generator holds
+    for i, prompt in enumerate(prompts):
+        call = {"prompt": [prompt], "guidance_scale": 0.0, "num_inference_steps": 4, "output_type": "np"}
+        image = pipe(**call, generator=torch.Generator().manual_seed(i)).images
+        alone = torch.tensor(image * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+        assert (alone.int() - whole[i].int()).abs().max() <= 1
+    # Fresh noise matters, and the student can be saved again and can teach.
+    euler = replace(sampler, renoise=False)
+    other = draw_as_pipeline(student, euler, teacher, prompts, (0, 1))
+    assert (other - draw_as_pipeline(student, sampler, teacher, prompts, (0, 1))).abs().max() > 0.02
+    pipe.save_pretrained(tmp_path / "again")
+    again, _ = load_pipeline(tmp_path / "again", "cpu")
+    assert_same(drawn(again, folder), whole)
+    path = PipelineTeacher(again).path
+    assert isinstance(path, FlowPath) and path.shift == pytest.approx(3.0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_verify_draws_a_flow_student_of_fresh_noise(teacher_of: Teachers, tmp_path: Path) -> None:
+    teacher, folder = teacher_of("sd3"), tmp_path / "student"
+    student = Student.from_teacher(teacher)
+    shaken(student.net)
+    export(student, Sampler((1.0, 0.5), True), teacher, folder, tiny_prompts("sd3", 2), "", seeds=(0, 1))
+    assert verify(folder).worst <= 1
 
 
 def test_fresh_noise_is_refused_where_the_pipeline_keeps_its_generator(

@@ -180,7 +180,8 @@ def test_resolved_yaml_reads_back_to_an_equal_recipe_with_every_key(here: Path) 
     assert load_recipe("recipe.yaml") == resolved(recipe)
     tree = yaml.safe_load(Path("recipe.yaml").read_text())
     assert set(tree) == set(Recipe.model_fields)
-    assert tree["options"] == {"guidance": 1.0, "guidance_interval": [0.0, 1.0], "critic_steps": 5}
+    own = {"guidance": 1.0, "guidance_interval": [0.0, 1.0], "shift": None, "critic_steps": 5}
+    assert tree["options"] == own
     assert tree["student"] == {"times": [1.0, 0.1], "lora_rank": 0, "lora_alpha": None}
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, toy_student
+from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 
 from stepdistill.errors import UserError
+from stepdistill.methods import find_method
 from stepdistill.path import FlowPath, Path, TablePath, TrigPath
 from stepdistill.sampler import Sampler, times_of, uniform_times
 from stepdistill.student import Denoiser
+from stepdistill.travelling import travelling_module
 from stepdistill.types import Condition
 
 MEAN, DEVIATION = 0.4, 0.6
@@ -42,7 +44,7 @@ class Output(nn.Module):
 
 
 def drawn_by(
-    scheduler: Any, denoiser: Denoiser, noise: Tensor, steps: int, generator: torch.Generator
+    scheduler: Any, denoiser: Denoiser, noise: Tensor, steps: int, generator: torch.Generator | None
 ) -> Tensor:
     """diffusers' loop: network, then scheduler.step."""
     scheduler.set_timesteps(steps)
@@ -206,8 +208,6 @@ def test_a_grid_that_no_stock_scheduler_has_is_refused(
 
 
 def test_what_has_no_stock_scheduler_is_refused() -> None:
-    with pytest.raises(UserError, match=r"options\.renoise=false"):
-        Sampler((1.0, 0.5), True).scheduler(FlowPath(), None)
     for times in ((0.9,), (0.9, 0.45)):
         with pytest.raises(UserError, match=r"starts at 0\.9, but diffusers' flow schedulers .*: set 1\.0"):
             Sampler(times, False).scheduler(FlowPath(), None)
@@ -246,6 +246,90 @@ def test_walking_stops_at_the_asked_time() -> None:
         t, s = torch.full((4,), 1 - calls / 4), torch.full((4,), 0.75 - calls / 4)
         x = student.jump(x, t, s, Condition())
     assert torch.equal(sampler.draw(student, noise, Condition(), none), x)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["consistency", "lcm", "scm", "tbcm"])
+def test_consistency_students_of_a_flow_teacher_draw_the_data_in_any_steps(name: str, shift: float) -> None:
+    """N(0.4, 0.6^2) by its exact consistency function: 1 % is four standard errors of the deviation. Going on with the
+    noise that x0 leaves, as a flow map does, gives 0.82 in 2 steps and 1.09 in 8."""
+    path, kind = FlowPath(shift), find_method(name)
+    exact = lambda: GaussianMap(path, MEAN, DEVIATION)  # noqa: E731
+    student = toy_student(exact(), path)
+    method = kind(ToyTeacher(exact(), path), student, (1.0,), kind.Options())
+    for steps in (1, 2, 4, 8):
+        generator = torch.Generator().manual_seed(steps)
+        noise = torch.randn(40_000, *SHAPE, generator=generator)
+        drawn = ours(method.sampler().on_grid_of(path, None, steps), student, noise, generator)
+        assert float(drawn.std()) == pytest.approx(DEVIATION, rel=0.01), steps
+        assert float(drawn.mean()) == pytest.approx(MEAN, abs=0.01), steps
+
+
+@pytest.mark.parametrize("times", [(1.0, 0.5), (1.0, 0.9, 0.75, 0.5)])
+def test_the_travelling_scheduler_draws_the_same_on_a_flow_path(times: tuple[float, ...]) -> None:
+    """The trainer's pictures, each the same alone and in any batch, and no other for another start."""
+    path = FlowPath()
+    sampler = Sampler(times, True)
+    scheduler = sampler.scheduler(path, None)
+    code = travelling_module("flow_consistency")
+    assert type(scheduler) is code.FlowConsistencyScheduler
+    assert times_of(path, scheduler, len(times)) == pytest.approx(times, abs=1e-6)
+    denoiser = Denoiser(Output(path, "velocity"), path, "velocity", ToyFamily())
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    keys = code.keys_of(noise)
+    with torch.no_grad():
+        own = sampler.on_grid_of(path, None).draw(
+            denoiser, noise, Condition(), lambda call: code.noise_after(keys, call, noise)
+        )
+        theirs, reverse = (drawn_by(scheduler, denoiser, x, len(times), None) for x in (noise, noise.flip(0)))
+        alone = [drawn_by(scheduler, denoiser, row[None], len(times), None) for row in noise]
+    assert (own - theirs).abs().max() < 1e-5
+    torch.testing.assert_close(theirs, reverse.flip(0))
+    torch.testing.assert_close(theirs, torch.cat(alone))
+
+
+def test_the_travelling_noise_is_standard_normal_and_fresh_at_every_call() -> None:
+    code = travelling_module("flow_consistency")
+    start = torch.randn(500, 8, 8, generator=torch.Generator().manual_seed(0))
+    keys = code.keys_of(start)
+    noises = [start, *(code.noise_after(keys, call, start) for call in (0, 1))]
+    for noise in noises:
+        assert abs(float(noise.mean())) < 4 / noise.numel() ** 0.5
+        assert float(noise.std()) == pytest.approx(1, abs=0.02)
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert abs(float((noises[a] * noises[b]).mean())) < 4 / start.numel() ** 0.5
+    assert abs(float((noises[1] * noises[1].roll(1, 0)).mean())) < 4 / start.numel() ** 0.5
+
+
+def test_one_step_without_a_grid_takes_no_noise_and_needs_no_code() -> None:
+    assert type(Sampler((1.0,), True).scheduler(FlowPath(), None)).__name__ == "FlowMapEulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    ("grid", "near"), [(64, "50 or 100"), (30, "25 or 40"), (16, "10 or 20"), (12, "10 or 20")]
+)
+@pytest.mark.parametrize("name", ["lcm", "tcd", "tscd"])
+def test_a_grid_that_does_not_divide_the_table_is_refused(name: str, grid: int, near: str) -> None:
+    """LCMScheduler and TCDScheduler would start drawings at 959, 989, 991 and 995."""
+    kind = find_method(name)
+    more = {"segments": (1,)} if name == "tscd" else {}
+    teacher = ToyTeacher(Gaussian(TABLE, MEAN, DEVIATION), TABLE)
+    student = toy_student(Gaussian(TABLE, MEAN, DEVIATION), TABLE)
+    method = kind(teacher, student, (1.0, 0.5), kind.Options(grid=grid, **more))
+    with pytest.raises(UserError, match=f"grid of {grid} .*{near}") as caught:
+        method.sampler().scheduler(TABLE, teacher_scheduler())
+    assert "\n" not in str(caught.value)
+    allowed = kind(teacher, student, (1.0, 0.5), kind.Options(grid=40, **more))
+    for steps in (1, 2, 4, 8):
+        assert allowed.sampler().on_grid_of(TABLE, teacher_scheduler(), steps).times[0] == 1
+
+
+@pytest.mark.parametrize(("path", "times"), [(TABLE, (1.0, 0.4)), (FlowPath(), (1.0, 0.9, 0.2))])
+def test_times_that_the_scheduler_of_a_grid_would_replace_are_refused(
+    path: Path, times: tuple[float, ...]
+) -> None:
+    with pytest.raises(UserError, match=r"student\.times is .*, which no .* the nearest is"):
+        Sampler(times, True, grid=50).scheduler(path, teacher_scheduler())
 
 
 @pytest.mark.parametrize("path", [FlowPath(), TrigPath()], ids=["flow", "trig"])

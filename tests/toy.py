@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill.draws import Draws
 from stepdistill.families.base import Family
-from stepdistill.path import Output, Path, Prediction, per_sample
+from stepdistill.path import Output, Path, Prediction, TablePath, per_sample
 from stepdistill.student import Denoiser, Student
 from stepdistill.types import Batch, Condition, Examples
 
@@ -19,16 +19,24 @@ SHAPE = (2, 1, 1)
 
 
 class ToyFamily(Family):
-    """Networks called as net(x [B, C, 1, 1], t [B]) with our own time, and no pipeline."""
+    """Networks called as net(x [B, C, 1, 1], t [B]) with our own time, and no pipeline.
+
+    Args:
+        path: of the networks; on a table they have the timesteps of real ones.
+    """
 
     name = "toy"
     pipelines = ()
 
+    def __init__(self, path: Path | None = None) -> None:
+        self.steps = path.steps if isinstance(path, TablePath) else 0
+
     def timestep(self, path: Path, t: Tensor) -> Tensor:
-        return t
+        return super().timestep(path, t) if self.steps else t
 
     def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        return net(x_t, timestep, cond)  # type: ignore[no-any-return]
+        t = (timestep + 1) / self.steps if self.steps else timestep
+        return net(x_t, t, cond)  # type: ignore[no-any-return]
 
     def encode(self, pipe: Any, prompts: list[str]) -> Condition:
         return Condition()
@@ -149,8 +157,9 @@ class ToyTeacher:
     def __init__(
         self, net: nn.Module, path: Path, output: Output = "x0", unguided: nn.Module | None = None
     ) -> None:
-        self.denoiser = Denoiser(net.requires_grad_(False), path, output, ToyFamily())
-        self.unguided = unguided and Denoiser(unguided.requires_grad_(False), path, output, ToyFamily())
+        family = ToyFamily(path)
+        self.denoiser = Denoiser(net.requires_grad_(False), path, output, family)
+        self.unguided = unguided and Denoiser(unguided.requires_grad_(False), path, output, family)
 
     @property
     def path(self) -> Path:
@@ -175,7 +184,7 @@ class ToyTeacher:
 
 def toy_student(net: nn.Module, path: Path, output: Output = "x0") -> Student:
     """A student around any network."""
-    return Student(net.requires_grad_(True), path, output, ToyFamily())
+    return Student(net.requires_grad_(True), path, output, ToyFamily(path))
 
 
 def toy_batch(

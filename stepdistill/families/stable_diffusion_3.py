@@ -15,6 +15,7 @@ class StableDiffusion3(Family):
     pipelines = ("StableDiffusion3Pipeline",)
     denoiser = "transformer"
     lora_targets = TRANSFORMER_LORA
+    passes_generator = False
 
     def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         output: Tensor = net(

@@ -29,7 +29,7 @@ from torch import Tensor
 from stepdistill.levels import ect_lower, karras, lognormal_law
 from stepdistill.neighbours import SAMPLER_GRID, Source, Target, clean, examples, last_time, noised
 from stepdistill.pairs import PairOptions
-from stepdistill.path import Prediction, TablePath, per_sample
+from stepdistill.path import Prediction, per_sample
 from stepdistill.residuals import pseudo_huber, rms
 from stepdistill.sampler import Sampler
 from stepdistill.solvers import SOLVERS
@@ -78,7 +78,7 @@ class Consistency(Method):
         self.high = math.tan(min(last, math.atan(self.options.sigma_max)))
 
     def sampler(self) -> Sampler:
-        return Sampler(self.times, isinstance(self.student.path, TablePath), SAMPLER_GRID)
+        return Sampler(self.times, True, SAMPLER_GRID)
 
     def time_of(self, level: Tensor) -> Tensor:
         """The times [B] of levels sigma / alpha [B]; the ends of their range are the ends of the path."""

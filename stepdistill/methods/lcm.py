@@ -5,7 +5,7 @@ Luo et al. 2023, "Latent Consistency Models", 2310.04378, on top of Song et al. 
 - Skipping steps (LCM 4.3): on a grid of ``grid`` times, z_n is a noised clean latent (at the noisiest time pure noise,
   as in sampling) and z_m one DDIM step of the teacher towards data, k = skip N / grid timesteps away.
 - Guidance in the ODE (LCM 4.2, eq. 14): the step uses the guided x0 and eps; one fixed scale, or a scale drawn per
-  sample and given to the student as an embedding.
+  sample, and given to the student as an embedding or (``embed_guidance: false``) not.
 - Loss (LCM eq. 16): d(f(z_n, n), f_target(z_m, m)) with f = c_skip z + c_out x0, target weights an EMA of the
   student's, and d = sqrt(r^2 + c^2) - c per element (pseudo-Huber).
 - Scalings: c_skip = 0.25 / ((10 n)^2 + 0.25), c_out = 10 n / sqrt((10 n)^2 + 0.25) in timesteps n, exactly those of
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from stepdistill.neighbours import Source, Target, clean, examples, last_time, noised
 from stepdistill.pairs import PairOptions
-from stepdistill.path import TablePath
 from stepdistill.residuals import elementwise_huber, rms
 from stepdistill.sampler import Sampler
 from stepdistill.student import Student
@@ -42,6 +41,7 @@ class LCM(Method):
         guidance_range: tuple[float, float] | None = (
             None  # draw it from here and embed it; (3, 15) in LCM 5.1
         )
+        embed_guidance: bool = True  # false: the student is not told what was drawn, as in LCM-LoRA
         grid: int = 50  # times on the path
         skip: int = 1  # grid times a teacher step skips: k = 1000 / 50 = 20 timesteps (LCM 4.3)
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
@@ -58,13 +58,14 @@ class LCM(Method):
     ) -> None:
         super().__init__(teacher, student, times, options)
         self.options = cast(LCM.Options, options)
-        if self.options.guidance_range:
+        self.embedded = self.options.guidance_range is not None and self.options.embed_guidance
+        if self.embedded:
             student.net = student.family.guidance_input(student.net)
         self.target = Target(student, self.options.ema)
 
     def sampler(self) -> Sampler:
-        guidance = self.options.guidance if self.options.guidance_range else None
-        return Sampler(self.times, isinstance(self.student.path, TablePath), self.options.grid, guidance)
+        guidance = self.options.guidance if self.embedded else None
+        return Sampler(self.times, True, self.options.grid, guidance)
 
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         source = examples(batch, self.options.source)
@@ -80,7 +81,8 @@ class LCM(Method):
         student_cond = cond
         if options.guidance_range:
             guidance = draws.uniform("guidance", *options.guidance_range)
-            embedding = self.student.family.embed_guidance(self.student.net, guidance)
+        if self.embedded:
+            embedding = self.student.family.embed_guidance(self.student.net, cast(Tensor, guidance))
             student_cond = cond.with_tensor("guidance_embedding", embedding)
 
         with torch.no_grad():

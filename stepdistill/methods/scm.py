@@ -12,10 +12,10 @@ distillation, sCD.
 - Normalised: g / (|g| + c), here with the root mean square for |.|, so that c holds at any resolution.
 - Loss (algorithm 1): e^w |F - sg[F + g]|^2 - w per element, with the adaptive weight w(a) learnt alongside.
 - Levels tan(a) are lognormal. On a discrete table times are its own entries and derivatives differences over whole
-  entries: between two of them no embedding was trained, and the exact derivative of a pretrained one is mostly that.
+  ones: between two of them no embedding was trained, and the exact derivative of a pretrained one is mostly that.
 
-Clean latents come from cached samples of the teacher, or from images. Students of a table are drawn by LCMScheduler, as
-f is x0 there. Left out: training without a teacher (sCT); changes of the network (embedding, normalisation).
+Clean latents come from cached samples of the teacher, or from images. Students are drawn with fresh noise between
+steps, as f is x0. Left out: training without a teacher (sCT); changes of the network (embedding, normalisation).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stepdistill.derivative import STEP, Derivative, Way
+from stepdistill.derivative import Derivative, Way
 from stepdistill.draws import Draws
 from stepdistill.neighbours import SAMPLER_GRID, Source, examples, noised
 from stepdistill.pairs import PairOptions
@@ -68,7 +68,9 @@ class SCM(Method):
         offset: float = 0.1  # c of the normalisation
         adaptive: bool = True  # the learnt weight; rCM (2510.08431) does without
         derivative: Way | None = None  # null: difference on a table, and auto elsewhere
-        derivative_step: float = STEP  # h of the differences, in units of [0, 1]
+        # Greatest h of the differences, in units of [0, 1], and never more than a quarter of the time. Where drawings
+        # start, smaller ones see the unevenness of a pretrained network from one timestep to the next, not its slope.
+        derivative_step: float = 0.04
         source: Source = "pairs"  # where clean latents come from
 
     @classmethod
@@ -89,7 +91,7 @@ class SCM(Method):
         return {"student": net if self.weight is None else nn.ModuleList([net, self.weight])}
 
     def sampler(self) -> Sampler:
-        return Sampler(self.times, isinstance(self.student.path, TablePath), SAMPLER_GRID)
+        return Sampler(self.times, True, SAMPLER_GRID)
 
     def drawn_times(self, draws: Draws) -> Tensor:
         """Times [B] in (0, 1] whose levels are lognormal, a share of them at pure noise."""
@@ -97,8 +99,14 @@ class SCM(Method):
         level = (options.log_mean + options.log_deviation * draws.normal("level", ())).exp()
         t = path.time_of(torch.atan(level))
         if isinstance(path, TablePath):
-            t = (t * path.steps).ceil().clamp_min(1) / path.steps
+            t = (t * path.steps).ceil().clamp_min(2) / path.steps  # a difference takes the entry below
         return torch.where(draws.uniform("start") < options.noise_share, torch.ones_like(t), t)
+
+    def step(self, t: Tensor) -> Tensor:
+        """h [B] of the differences at t [B]: on a table whole entries."""
+        h = (t / 4).clamp_max(self.options.derivative_step)
+        path = self.student.path
+        return (h * path.steps).round().clamp_min(1) / path.steps if isinstance(path, TablePath) else h
 
     @torch.no_grad()
     def tangent(self, now: Prediction, F: Tensor, cond: Condition, share: float) -> Tensor:
@@ -119,9 +127,9 @@ class SCM(Method):
         def along(time: Tensor) -> Tensor:  # the trajectory near t is the arc of the teacher's DDIM step
             return trig_velocity(self.student.predict(now.at(time), time, cond))
 
-        one = torch.ones_like(t)
-        rate = self.derivative(along, (t,), (one,))
-        speed = self.derivative(path.angle, (t,), (one,))  # da/dt, in the way that the first call has settled
+        pace = self.step(t) / self.derivative.step  # by which a difference is taken over h of each sample
+        rate = self.derivative(along, (t,), (pace,))
+        speed = self.derivative(path.angle, (t,), (pace,))  # of a, in the way that the first call has settled
         y = torch.cos(a) * now.x0 + torch.sin(a) * now.eps
         return g - share * torch.cos(a) * torch.sin(a) * (y + rate / per_sample(speed, rate))
 

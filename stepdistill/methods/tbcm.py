@@ -4,8 +4,8 @@ Tang et al. 2025, "Image-Free Timestep Distillation via Continuous-Time Consiste
 2511.20410 (the Trajectory-Backward Consistency Model).
 
 - Trajectory: from noise, ``route`` guided DDIM steps of the teacher to the path's last time. Its times are drawn anew
-  for every sample, the first 1 and the i-th uniform between the i-th and the (i+1)-th of a reference route with flow
-  times shift u / (1 + (shift - 1) u): with fixed times the student would learn no others.
+  for every sample, the first 1 and then one in each interval of a reference route with flow times shift u / (1 + (shift
+  - 1) u), uniform in the angle atan2(sigma, alpha): with fixed times the student would learn no others.
 - Loss: d(f(x_i), sg f(x_(i+1))) over ``points`` pairs of each trajectory. The teacher's calls are paid for by the
   trajectory, and what the student meets in training is what it meets in sampling, also where teacher and data differ.
 - The paper's loss is continuous in time, on the tangent df/dt that its residual divided by the step tends to; here it
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.neighbours import SAMPLER_GRID, Target, clean, last_time
-from stepdistill.path import FlowPath, TablePath
+from stepdistill.path import FlowPath
 from stepdistill.residuals import pseudo_huber, rms
 from stepdistill.sampler import Sampler
 from stepdistill.shift import shifted
@@ -58,18 +58,20 @@ class TBCM(Method):
         self.target = Target(student, self.options.ema)
 
     def sampler(self) -> Sampler:
-        return Sampler(self.times, isinstance(self.student.path, TablePath), SAMPLER_GRID)
+        return Sampler(self.times, True, SAMPLER_GRID)
 
     def route(self, batch: Batch) -> Tensor:
         """The times of each sample's trajectory, [B, route + 1], strictly descending from 1 to the last time."""
         options, path = self.options, self.student.path
-        u = torch.linspace(1, 0, options.route + 1)
+        u = torch.linspace(1, 0, options.route)
         # Flow times, at the same signal-to-noise ratio on this path; a table ends before the flow time 1.
         start = STRAIGHT.time_of(path.angle(torch.ones(1)))
         angles = STRAIGHT.angle(start * shifted(u, options.route_shift))
-        reference = path.time_of(angles).clamp_min(last_time(path)).to(batch.noise.device)
+        lowest = torch.tensor([last_time(path)])
+        reference = path.angle(path.time_of(angles).maximum(lowest)).to(batch.noise.device)
         share = 1 - torch.stack([batch.draws.uniform(f"time {i}") for i in range(1, options.route)], 1)
-        inner = torch.lerp(reference[2:], reference[1:-1], share)  # share in (0, 1]: never the lower end
+        # share in (0, 1]: never the lower end
+        inner = path.time_of(torch.lerp(reference[1:], reference[:-1], share))
         first, last = (torch.full_like(inner[:, :1], end) for end in (1.0, last_time(path)))
         return torch.cat([first, inner, last], 1)
 

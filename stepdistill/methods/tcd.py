@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stepdistill.errors import UserError
 from stepdistill.neighbours import Source, Target, examples, jump, last_time, noised
 from stepdistill.pairs import PairOptions
 from stepdistill.path import TablePath
@@ -61,7 +62,11 @@ class TCD(Method):
 
     def sampler(self) -> Sampler:
         table, gamma = isinstance(self.student.path, TablePath), self.options.gamma
-        return Sampler(self.times, table or gamma > 0, self.options.grid, gamma=gamma if table else None)
+        if gamma and not table:
+            raise UserError(
+                f"options.gamma is {gamma:g}, but diffusers' TCDScheduler, which takes it, draws on no flow path: set 0"
+            )
+        return Sampler(self.times, table, self.options.grid, gamma=gamma if table else None)
 
     def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         source, options, draws = examples(batch, self.options.source), self.options, batch.draws

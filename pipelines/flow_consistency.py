@@ -1,0 +1,83 @@
+"""Consistency sampling on a flow path: x0 at every time, then fresh noise up to the next one.
+
+This file travels inside a student distilled by stepdistill on a flow path. Stock schedulers take that noise from the
+generator of the pipeline's call, which StableDiffusion3Pipeline hands to none, and so from the global one. Here it
+follows from the noise that a picture starts from: a seed gives one picture, alone or in any batch, on any device. It is
+loaded with ``trust_remote_code=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMapEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteSchedulerOutput
+
+
+def keys_of(start: torch.Tensor) -> list[bytes]:
+    """What the later noises of each picture follow from: SHA-256 of its start, one of B rows [B, ...] in float32."""
+    rows = start.detach().to("cpu", torch.float32).contiguous()
+    return [hashlib.sha256(row.numpy().tobytes()).digest() for row in rows]
+
+
+def noise_after(keys: Sequence[bytes], call: int, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise [B, ...] that follows network call ``call``, drawn on the CPU for each picture alone."""
+    rows = []
+    for key in keys:
+        digest = hashlib.sha256(key + call.to_bytes(4, "little")).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        rows.append(torch.randn(like.shape[1:], generator=generator))
+    return torch.stack(rows).to(like.device)
+
+
+class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[misc]
+    """diffusers' FlowMapEulerDiscreteScheduler, its grid and its config, with fresh noise between steps."""
+
+    # The bare name, also when diffusers has loaded the file as a dynamic module: it is what a saved pipeline writes.
+    __module__ = "flow_consistency"
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """The grid, as the stock class has it; what is drawn next is a new picture."""
+        super().set_timesteps(*args, **kwargs)
+        self._keys: list[bytes] | None = None
+        self._calls = 0
+
+    def step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
+    ) -> Any:
+        """(1 - s) x0 + s noise at the next time s, and x0 itself after the last.
+
+        Args:
+            model_output: the velocity [B, ...] at the sample.
+            timestep: one of ``timesteps``.
+            sample: the state [B, ...]; at the first call after ``set_timesteps`` the noise that pictures start from.
+            return_dict: an output object, or a tuple.
+
+        Raises:
+            ValueError: for a timestep that is not of the grid.
+        """
+        index = self.index_for_timestep(timestep)
+        if index is None:
+            raise ValueError(f"timestep {timestep} is not one of {self.timesteps.tolist()}")
+        if self._keys is None:
+            self._keys = keys_of(sample)
+        t, s = (float(self.sigmas[i]) for i in (index, index + 1))
+        x = sample.float() - t * model_output.float()
+        if s > 0:
+            x = (1 - s) * x + s * noise_after(self._keys, self._calls, x)
+        self._calls += 1
+        self._step_index = index + 1
+        x = x.to(model_output.dtype)
+        return FlowMapEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """The config, and this file, without which it cannot be loaded."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        target = Path(save_directory) / "flow_consistency.py"
+        if Path(__file__).resolve() != target.resolve():
+            shutil.copyfile(__file__, target)
