@@ -257,6 +257,17 @@ def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of
     assert torch.allclose(teacher.to_images(latents), decoded, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", WITH_VAE)
+def test_the_vae_computes_in_float32_under_autocast_too(name: str, teacher_of: Teachers) -> None:
+    teacher = teacher_of(name)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = teacher.to_latents(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher.to_latents(images), latents)
+        low = teacher.to_images(latents)
+    assert torch.equal(low, teacher.to_images(latents))
+
+
 @pytest.mark.parametrize("name", sorted(set(PIPELINES) - set(WITH_VAE)))
 def test_pixels_are_scaled_to_minus_one_and_one(name: str, teacher_of: Teachers) -> None:
     teacher = teacher_of(name)
