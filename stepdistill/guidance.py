@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepdistill.path import Prediction, per_sample
+from stepdistill.path import Output, Prediction, per_sample
 
 
 def extrapolate(weak: Prediction, strong: Prediction, scale: float | Tensor) -> Prediction:
@@ -25,6 +25,22 @@ def extrapolate(weak: Prediction, strong: Prediction, scale: float | Tensor) -> 
         weak.eps + g * (strong.eps - weak.eps),
         strong.t,
     )
+
+
+def rescaled(guided: Prediction, plain: Prediction, share: float, kind: Output, x_t: Tensor) -> Prediction:
+    """``guided`` with its output's deviation drawn towards that of ``plain``, sample by sample: out' = share out
+    std(plain) / std(out) + (1 - share) out (Lin et al. 2023, 2305.08891, eq. 15 and 16). Guidance spreads the output,
+    which a zero-terminal-SNR teacher shows as over-exposure.
+
+    Args:
+        guided, plain: predictions at the same x_t and t, tensors [B, ...].
+        share: phi of the paper, in [0, 1].
+        kind: of the network's output, whose deviation it is, as in diffusers' ``rescale_noise_cfg``.
+        x_t: where they were made.
+    """
+    out, wanted = (said.path.target(said.x0, said.eps, said.t, kind) for said in (guided, plain))
+    ratio = wanted.flatten(1).std(1) / out.flatten(1).std(1)  # [B]
+    return guided.path.read(per_sample(1 + share * (ratio - 1), out) * out, kind, x_t, guided.t)
 
 
 def in_interval(scale: float | Tensor, t: Tensor, low: float, high: float) -> Tensor:

@@ -85,6 +85,7 @@ class Job:
             guidance_interval=self.options.guidance_interval,
             shift=self.options.shift,
             guidance=self.options.guidance,
+            guidance_rescale=self.options.guidance_rescale,
         )
         if self.teacher.null is None:
             self._without_guidance()

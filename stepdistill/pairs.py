@@ -74,6 +74,7 @@ class PairCache:
                 "steps": options.pair_steps,
                 "guidance": options.guidance,
                 "interval": list(teacher.guidance_interval),
+                "rescale": teacher.guidance_rescale,
                 "shift": teacher.path.shift if isinstance(teacher.path, FlowPath) else 1.0,
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
                 "seed": seed,
@@ -94,7 +95,7 @@ class PairCache:
         may take the first pairs of a larger cache, and some of the states it keeps."""
         manifest = self.folder / "manifest.json"
         if manifest.is_file():
-            found = {"interval": [0.0, 1.0], "shift": 1.0, **json.loads(manifest.read_text())}
+            found = {"interval": [0.0, 1.0], "rescale": 0.0, "shift": 1.0, **json.loads(manifest.read_text())}
             for name, value in key.items():
                 if found.get(name) != value:
                     self._refuse(name, found.get(name), value)

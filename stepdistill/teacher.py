@@ -15,7 +15,7 @@ from stepdistill.checks import find_teacher
 from stepdistill.content import pipeline_class
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.families import Family, family_named, family_of
-from stepdistill.guidance import extrapolate, in_interval
+from stepdistill.guidance import extrapolate, in_interval, rescaled
 from stepdistill.log import quiet_loading
 from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
 from stepdistill.shift import shift_of
@@ -92,6 +92,7 @@ class PipelineTeacher:
         device: where its networks go.
         family: how the pipeline is called; found by its class when not given.
         guidance_interval: times at which guidance is on.
+        guidance_rescale: how far guided outputs are drawn to the deviation of those that are not guided.
         shift: of the times, for a flow model; None takes its scheduler's own.
         guidance: for a network that takes the scale as an input, that of the copies that are trained.
 
@@ -107,9 +108,10 @@ class PipelineTeacher:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         shift: float | None = None,
         guidance: float = 1.0,
+        guidance_rescale: float = 0.0,
     ) -> None:
         self.pipe: Any = pipe
-        self.guidance_interval = guidance_interval
+        self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
         self.family = family or family_of(pipe)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(device)
@@ -200,7 +202,10 @@ class PipelineTeacher:
         )
         if self.guidance_interval != (0.0, 1.0):
             guidance = in_interval(guidance, t, *self.guidance_interval)
-        return extrapolate(weak, strong, guidance)
+        guided = extrapolate(weak, strong, guidance)
+        if not self.guidance_rescale:
+            return guided
+        return rescaled(guided, strong, self.guidance_rescale, self.denoiser.output, x_t)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Condition:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
 from stepdistill.draws import Draws
@@ -143,6 +143,8 @@ class MethodOptions(BaseModel):
     Attributes:
         guidance: classifier-free guidance of the teacher that the student takes over; 1 is none.
         guidance_interval: times at which it is on (Kynkaanniemi et al. 2024, 2404.07724), also in cached pairs.
+        guidance_rescale: phi of Lin et al. 2023, 2305.08891, eq. 16, also in cached pairs: 0.7 in the paper, for
+            teachers with zero terminal SNR. Nothing to a network that takes its guidance as an input.
         shift: of a flow teacher's times, see shift.py; None takes that of its scheduler.
     """
 
@@ -150,6 +152,7 @@ class MethodOptions(BaseModel):
 
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     shift: PositiveFloat | None = None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from toy import Gaussian, ToyFamily, ToyTeacher
 
-from stepdistill.guidance import extrapolate, in_interval
+from stepdistill.guidance import extrapolate, in_interval, rescaled
 from stepdistill.path import EDMPath, FlowPath, Output, Path, Prediction, TablePath, TrigPath, per_sample
 from stepdistill.solvers import SOLVERS, solve
 from stepdistill.student import Denoiser
@@ -317,3 +317,16 @@ def test_guidance_extrapolates_every_reading_alike() -> None:
 def test_a_guidance_interval_is_closed_at_both_ends() -> None:
     t = torch.tensor([0.0, 0.2, 0.5, 0.8, 0.81])
     assert in_interval(4.0, t, 0.2, 0.8).tolist() == [1, 4, 4, 4, 1]
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_a_rescaled_output_is_the_pipelines(kind: Output) -> None:
+    """diffusers' rescale_noise_cfg on the network's own output, at each sample's own time."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    path, t = TablePath.from_alphas_cumprod(alphas_cumprod()), torch.tensor([0.1, 0.5, 0.9])
+    x, weak, strong = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = path.read(strong, kind, x, t)
+    said = rescaled(extrapolate(path.read(weak, kind, x, t), plain, 7.5), plain, 0.7, kind, x)
+    wanted = rescale_noise_cfg(weak + 7.5 * (strong - weak), strong, 0.7)
+    torch.testing.assert_close(path.target(said.x0, said.eps, t, kind), wanted, atol=2e-3, rtol=1e-3)

@@ -160,7 +160,7 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
         method_options(load_recipe("my.yaml"))
     assert str(caught.value) == (
         "my.yaml: options.critic_step is not an option of mine "
-        "(did you mean critic_steps? It has: guidance, guidance_interval, shift, critic_steps)"
+        "(did you mean critic_steps? It has: guidance, guidance_interval, guidance_rescale, shift, critic_steps)"
     )
     recipe = load_recipe("my.yaml", sets=["options={guidance: high}"])
     with pytest.raises(UserError, match=r"^--set: options\.guidance is 'high' and should be a valid number"):
@@ -169,6 +169,7 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
     assert options.model_dump() == {
         "guidance": 0.1,
         "guidance_interval": (0.0, 1.0),
+        "guidance_rescale": 0.0,
         "shift": None,
         "critic_steps": 5,
     }
@@ -180,8 +181,8 @@ def test_resolved_yaml_reads_back_to_an_equal_recipe_with_every_key(here: Path) 
     assert load_recipe("recipe.yaml") == resolved(recipe)
     tree = yaml.safe_load(Path("recipe.yaml").read_text())
     assert set(tree) == set(Recipe.model_fields)
-    own = {"guidance": 1.0, "guidance_interval": [0.0, 1.0], "shift": None, "critic_steps": 5}
-    assert tree["options"] == own
+    own = {"guidance": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "shift": None}
+    assert tree["options"] == {**own, "critic_steps": 5}
     assert tree["student"] == {"times": [1.0, 0.1], "lora_rank": 0, "lora_alpha": None}
 
 

@@ -231,3 +231,20 @@ def test_guidance_is_off_outside_its_interval():
     torch.testing.assert_close(seen[0], guided[0])
     torch.testing.assert_close(seen[1], plain_one[1], atol=1e-4, rtol=1e-4)
     assert float((seen[1] - guided[1]).abs().max()) > 1e-2
+
+
+def test_rescaled_guidance_is_the_teachers_where_it_is_asked_for(teacher_of):
+    """At share 0 bit-equal to plain guidance; at 1 each output has the deviation of the prompted one."""
+    plain = teacher_of("sd")
+    full = PipelineTeacher(plain.pipe, guidance_rescale=1.0)
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, *plain.shape, generator=generator), torch.tensor([0.5, 0.9])
+    cond = plain.encode(["a fish", "a heart"])
+    deviation = [
+        teacher.predict(x, t, cond, guidance=g).eps.flatten(1).std(1)
+        for teacher, g in ((plain, 1.0), (full, 7.0), (plain, 7.0))
+    ]
+    torch.testing.assert_close(deviation[0], deviation[1], rtol=1e-4, atol=0)
+    assert not torch.allclose(deviation[0], deviation[2], rtol=1e-3)
+    off = PipelineTeacher(plain.pipe, guidance_rescale=0.0)
+    assert torch.equal(off.predict(x, t, cond, guidance=7.0).x0, plain.predict(x, t, cond, guidance=7.0).x0)
