@@ -144,7 +144,7 @@ class FakeScore(Denoiser):
             return Views(x, x_t, t, real, self.predict(x_t, t, batch.cond))
 
 
-def turn_at(step: int, options: FakeTurnOptions, warm_start: int = 0) -> str:
+def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
     """Whose turn the optimiser step is: ``warm_start`` student updates, ``fake_warm_start`` fake ones, then cycles of
     ``fake_steps`` fake updates and one of the student."""
     if step < warm_start:

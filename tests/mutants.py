@@ -32,13 +32,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ["tests/test_fake_score.py", "tests/test_options_matching.py"]
 GUARDS: dict[str, list[str]] = {
-    "stepdistill/fake_score.py": [*SHARED, "tests/test_dmd.py", "tests/test_diff_instruct.py"],
-    "stepdistill/discriminator.py": ["tests/test_discriminator.py", *SHARED, "tests/test_pcm.py"],
+    "stepdistill/fake_score.py": [
+        *SHARED,
+        "tests/test_dmd.py",
+        "tests/test_diff_instruct.py",
+        "tests/test_shift.py",
+    ],
+    "stepdistill/discriminator.py": [
+        "tests/test_discriminator.py",
+        *SHARED,
+        "tests/test_pcm.py",
+        "tests/test_shift.py",
+    ],
     "stepdistill/terms.py": ["tests/test_options_matching.py", "tests/test_terms.py"],
     "stepdistill/regression.py": [*SHARED, "tests/test_diff_instruct.py", "tests/test_terms.py"],
     "stepdistill/decoupled.py": ["tests/test_dmd.py"],
-    "stepdistill/first_step.py": ["tests/test_dmd.py"],
-    "stepdistill/subinterval.py": ["tests/test_phased_dmd.py"],
+    "stepdistill/first_step.py": ["tests/test_dmd.py", "tests/test_shift.py"],
+    "stepdistill/subinterval.py": ["tests/test_phased_dmd.py", "tests/test_shift.py"],
     "stepdistill/sampler.py": ["tests/test_sampler.py", "tests/test_dmd.py", "tests/test_shift.py"],
     "stepdistill/derivative.py": ["tests/test_derivative.py"],
     "stepdistill/methods/dmd.py": [*SHARED, "tests/test_dmd.py"],
@@ -139,7 +149,7 @@ def visited(node: ast.AST) -> Iterator[ast.AST]:
         return
     yield node
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns"):
+        if name in ("annotation", "returns") or (name == "decorator_list" and isinstance(node, ast.ClassDef)):
             continue
         for child in value if isinstance(value, list) else [value]:
             option = isinstance(node, ast.ClassDef) and isinstance(child, ast.AnnAssign)

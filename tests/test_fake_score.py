@@ -12,7 +12,8 @@ from torch import nn
 from toy import SHAPE, Affine, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.draws import Draws
-from stepdistill.fake_score import FakeScore, FakeScoreOptions
+from stepdistill.errors import UserError
+from stepdistill.fake_score import FakeScore, FakeScoreOptions, turn_at
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
@@ -75,6 +76,24 @@ def test_the_two_losses_are_one_error_in_two_units():
 @pytest.mark.parametrize(("given", "scale"), [(None, 7.5), (0.0, 0.0), (1.0, 1.0), (1.25, 1.25)])
 def test_score_guidance_is_that_of_the_pairs_only_where_none_is_given(given, scale):
     assert FakeScoreOptions(guidance=7.5, score_guidance=given).score_scale == scale
+
+
+def test_without_guidance_a_teacher_needs_no_unconditional_mode(teacher_of):
+    """A score guidance of 1 calls the teacher plainly, where any other asks for the mode that an unconditional UNet has
+    not."""
+    teacher = teacher_of("unet-ddpm")
+    fake, noise = (
+        FakeScore(teacher),
+        torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)),
+    )
+    batch = Batch(Draws(0, 0, 0, 2), noise, teacher.encode(["0", "0"]))
+    assert float(fake.views(teacher, noise, batch, FakeScoreOptions(), 1.0).error.abs().max()) == 0.0
+    with pytest.raises(UserError, match="needs an unconditional mode"):
+        fake.views(teacher, noise, batch, FakeScoreOptions(), 1.5)
+
+
+def test_without_fake_steps_every_turn_is_the_students():
+    assert {turn_at(step, FakeScoreOptions(fake_steps=0), 0) for step in range(4)} == {"student"}
 
 
 # --- every method of the family ----------------------------------------------------------------------------------
