@@ -88,7 +88,7 @@ def test_loss_is_zero_where_the_solver_is_exact(path):
     """A point mass: each x0 of the teacher is the mass, and so is the consistency function."""
     method = tbcm(path, Gaussian(path, MU, 0.0), deviation=0.0)
     # On a table the last state is its timestep 0, where the map is the identity: the pair there is off by that noise.
-    bound = 2e-6 if last_time(path) == 0 else 0.01
+    bound = 2e-6 if last_time(path) == 0 else 0.012
     assert float(method.loss("student", toy_batch(64))[1]["residual"]) < bound
 
 
