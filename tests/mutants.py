@@ -105,6 +105,8 @@ def changes(node: ast.AST) -> Iterator[ast.AST | str]:
     match node:
         case ast.BinOp(_, _, ast.Constant(float(value))) | ast.Constant(float(value)) if 0 < value <= 1e-4:
             return
+        case ast.Assign(_, ast.Call(ast.Name("cast"))):
+            return
         case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
             yield ast.BinOp(left, ARITHMETIC[type(op)](), right)
             if isinstance(op, ast.Add | ast.Sub):

@@ -223,6 +223,22 @@ def test_a_weight_is_what_its_term_is_multiplied_by(kind, turn, option, term, lo
 
 
 @pytest.mark.parametrize("kind", FAMILY)
+def test_a_turn_holds_no_graph_to_the_other_network(kind):
+    """Also where nothing is frozen: the samples a fake network learns from have no graph to the student, and a field by
+    which a student is pushed has none to the fake network. (SiD and SIM differentiate through it.)"""
+    method = perceptrons(kind)
+    of_fake = list(method.fake.parameters())
+    own = [p for name, net in method.networks().items() if name != "fake" for p in net.parameters()]
+    method.loss("fake", full_batch(step=0))[0].backward()
+    assert all(p.grad is None for p in own) and all(p.grad is not None for p in of_fake)
+    if kind in (DMD, DiffInstruct, PhasedDMD):
+        method.zero_grad(set_to_none=True)
+        step = next(step for step in range(20) if method.turn(step) != "fake")
+        method.loss(method.turn(step), full_batch(step=step))[0].backward()
+        assert all(p.grad is None for p in of_fake) and any(p.grad is not None for p in own)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
 def test_in_bf16_the_same_weights_learn_in_the_same_direction(kind, teacher_of):
     """Two steps, of which only the second has a graph, on a tiny Stable Diffusion under autocast: every weight that has
     a gradient in float32 has one, and all together they point the same way."""
