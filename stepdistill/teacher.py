@@ -134,6 +134,11 @@ class PipelineTeacher:
             getattr(self.pipe, self.family.denoiser), path, output, self.family
         )
         if self.family.takes_guidance(self.denoiser.net):
+            if guidance_rescale:
+                raise UserError(
+                    f"options.guidance_rescale is {guidance_rescale:g}, but this teacher takes guidance as an input "
+                    "and has no other output to rescale to: set 0"
+                )
             self.denoiser.guidance = guidance
         self.shape = self.family.latent_shape(self.pipe)
         with torch.no_grad():

@@ -317,6 +317,8 @@ def test_a_teacher_that_takes_guidance_as_an_input_gets_it(name: str) -> None:
     )
     pipe("dog", num_inference_steps=1, guidance_scale=5.0, output_type="latent")
     hook.remove()
+    with pytest.raises(UserError, match="takes guidance as an input"):
+        PipelineTeacher(pipe, guidance=5.0, guidance_rescale=0.7)
     teacher = PipelineTeacher(pipe, guidance=5.0)
     x_t, t, cond = inputs(teacher, name)
     given = cond.with_tensor("guidance_embedding", seen[0].expand(len(t), -1))
