@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from stepdistill.allocator import keep_freed_memory
 from stepdistill.attention import attention
-from stepdistill.checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
+from stepdistill.checkpoint import (
+    checkpoints_in,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    read_state,
+    save_checkpoint,
+)
 from stepdistill.data import Data
 from stepdistill.ema import Ema
 from stepdistill.errors import UserError
@@ -153,10 +160,7 @@ class Run:
         """Writes a checkpoint."""
         tensors: dict[str, dict[str, Tensor]] = {"method": self._method_state()}
         for name, optimizer in self.optimizers.items():
-            states = optimizer.state_dict()["state"]
-            tensors[f"optimizer-{name}"] = {
-                f"{i}.{k}": v for i, state in states.items() for k, v in state.items()
-            }
+            tensors[f"optimizer-{name}"] = optimizer_state(optimizer)
         if self.ema:
             tensors["ema"] = self.ema.state()
         state = {"recipe": _identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
@@ -176,13 +180,7 @@ class Run:
             raise UserError(f"--resume: {last} was made by another version of the method ({odd} differs)")
         self.method.load_state_dict(tensors["method"], strict=False)
         for name, optimizer in self.optimizers.items():
-            states: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors[f"optimizer-{name}"].items():
-                index, _, field = key.partition(".")
-                states.setdefault(int(index), {})[field] = value
-            optimizer.load_state_dict(
-                {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
-            )
+            load_optimizer_state(optimizer, tensors[f"optimizer-{name}"])
         if self.ema:
             self.ema.load(tensors["ema"])
         self.step, self.seconds, self.last_good = state["step"], state["seconds"], last

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from stepdistill.embedded import embedded_teachers
 from stepdistill.errors import UserError
 from stepdistill.teacher_training.settings import PRESETS, TeacherSettings
 
@@ -51,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
         help="sd: StableDiffusionPipeline, predicts noise (default); sd3: StableDiffusion3Pipeline, flow. "
         "Both may be made in one folder and then share the VAE and CLIP",
     )
+    made.add_argument(
+        "--parts",
+        metavar="NAME",
+        help="take tokenizer, VAE and CLIP of this embedded teacher instead of training them",
+    )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--seed", type=int, default=0)
     for stage in ("vae", "clip", "unet", "flow"):
@@ -66,9 +72,11 @@ def settings_from(args: argparse.Namespace) -> TeacherSettings:
     """The preset with the command line's changes.
 
     Raises:
-        UserError: a count is below 1.
+        UserError: a count is below 1, or no teacher of that name is embedded.
     """
-    settings = replace(PRESETS[args.size], seed=args.seed)
+    if args.parts is not None and args.parts not in embedded_teachers():
+        raise UserError(f"--parts {args.parts}: embedded are {', '.join(embedded_teachers())}")
+    settings = replace(PRESETS[args.size], seed=args.seed, parts=args.parts)
     steps = {"vae": args.vae_steps, "clip": args.clip_steps, "unet": args.unet_steps, "flow": args.flow_steps}
     for stage, count in steps.items():
         settings = settings.with_stage(stage, steps=count, batch=args.batch)

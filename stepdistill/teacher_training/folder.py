@@ -89,14 +89,16 @@ def flow_pipeline(
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
     t5: T5EncoderModel,
+    shift: float,
 ) -> StableDiffusion3Pipeline:
-    """The teacher of flow kind: CLIP's text tower in both places, a T5 that says nothing, Euler steps."""
+    """The teacher of flow kind: CLIP's text tower in both places, a T5 that says nothing, Euler steps on shifted
+    times."""
     encoder = text_encoder_with_projection(clip)
     vae = copy.deepcopy(vae)
     vae.register_to_config(shift_factor=0.0)  # this pipeline adds it
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
         vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from stepdistill.embedded import emoji_captions, emoji_images
+from stepdistill.embedded import (
+    emoji_captions,
+    emoji_images,
+    features_folder,
+    teacher_folder,
+    tokenizer_folder,
+)
 from stepdistill.errors import UserError
 from stepdistill.teacher_training import networks, stages
 from stepdistill.teacher_training.folder import (
@@ -81,30 +88,18 @@ def _make(run: _Run, pipeline: str, command: str) -> Path:
     settings, folder = run.settings, run.folder
     target = folder / ("teacher" if pipeline == "sd" else "teacher-flow")
     claim_folder(folder, settings)
-    if target.is_dir() and (folder / "features").is_dir():
+    if target.is_dir() and (settings.parts or (folder / "features").is_dir()):
         return target
 
-    tokenizer = run.tokenizer()
-    vae, vae_result = run.train(
-        "vae", networks.build_vae, lambda n, s: stages.vae_loss(n, run.images, s.batch)
-    )
+    parts = _embedded_parts(run) if settings.parts else _trained_parts(run)
+    vae, clip, tokenizer = parts.vae, parts.clip, parts.tokenizer
     ids = stages.token_ids(tokenizer, [*run.captions, ""]).to(run.device)
-    clip, clip_result = run.train(
-        "clip",
-        lambda s: networks.build_clip(s, tokenizer),
-        lambda n, s: stages.clip_loss(n, run.images, ids[:-1], s.batch),
-    )
     measured = {
         "psnr": run.measured("psnr", lambda: stages.vae_psnr(vae, run.images)),
         "retrieval": run.measured("retrieval", lambda: stages.clip_retrieval(clip, run.images, ids[:-1])),
     }
-    latents = run.latents(vae)
-    scaling = float(1 / latents.std())
-    vae.register_to_config(scaling_factor=scaling)
-    if not (folder / "features").is_dir():
-        write_folder(folder / "features", lambda to: _save_features(clip, tokenizer, to))
-
-    latents, dropout = (latents * scaling).to(run.device), settings.caption_dropout
+    latents = (run.latents(vae) * vae.config["scaling_factor"]).to(run.device)
+    dropout = settings.caption_dropout
     if pipeline == "sd":
         captions = encode(clip, ids)
         unet, result = run.train(
@@ -118,13 +113,12 @@ def _make(run: _Run, pipeline: str, command: str) -> Path:
         flow, result = run.train(
             "flow",
             build_flow_network,
-            lambda n, s: stages.velocity_loss(n, latents, captions, s.batch, dropout),
+            lambda n, s: stages.velocity_loss(n, latents, captions, s.batch, dropout, settings.flow_shift),
         )
-        made = flow_pipeline(
-            restore_attention(flow), vae, clip, tokenizer, networks.silent_t5(settings, tokenizer)
-        )
+        silent = networks.silent_t5(settings, tokenizer)
+        made = flow_pipeline(restore_attention(flow), vae, clip, tokenizer, silent, settings.flow_shift)
 
-    results = [vae_result, clip_result, result]
+    results = [*parts.results, result]
     text = card(type(made).__name__, settings, results, measured, len(run.images), run.device, command)
 
     def write(to: Path) -> None:
@@ -134,6 +128,47 @@ def _make(run: _Run, pipeline: str, command: str) -> Path:
 
     write_folder(target, write)
     return target
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a denoiser is trained beside, and how it came to be."""
+
+    tokenizer: CLIPTokenizer
+    vae: AutoencoderKL
+    clip: CLIPModel
+    results: list[Result]
+
+
+def _embedded_parts(run: _Run) -> _Parts:
+    """Tokenizer, VAE and CLIP of an embedded teacher."""
+    folder = teacher_folder(str(run.settings.parts))
+    assert folder is not None
+    frozen: tuple[AutoencoderKL, CLIPModel] = (
+        AutoencoderKL.from_pretrained(folder / "vae"),
+        CLIPModel.from_pretrained(features_folder()),
+    )
+    for network in frozen:
+        network.to(run.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return _Parts(CLIPTokenizer.from_pretrained(tokenizer_folder()), *frozen, [])
+
+
+def _trained_parts(run: _Run) -> _Parts:
+    """Tokenizer, VAE and CLIP trained here; the features folder is written on the way."""
+    tokenizer = run.tokenizer()
+    vae, vae_result = run.train(
+        "vae", networks.build_vae, lambda n, s: stages.vae_loss(n, run.images, s.batch)
+    )
+    ids = stages.token_ids(tokenizer, run.captions).to(run.device)
+    clip, clip_result = run.train(
+        "clip",
+        lambda s: networks.build_clip(s, tokenizer),
+        lambda n, s: stages.clip_loss(n, run.images, ids, s.batch),
+    )
+    vae.register_to_config(scaling_factor=float(1 / run.latents(vae).std()))
+    if not (run.folder / "features").is_dir():
+        write_folder(run.folder / "features", lambda to: _save_features(clip, tokenizer, to))
+    return _Parts(tokenizer, vae, clip, [vae_result, clip_result])
 
 
 def _save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -241,6 +276,7 @@ class _Run:
         known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
         if name not in known:
             known[name] = measure()
+            self.work.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(known))
             temporary.rename(path)

@@ -49,6 +49,8 @@ class TeacherSettings:
         projection: width of CLIP's common space, and so of the evaluation's features.
         unet_channels, unet_layers: UNet2DConditionModel block widths and layers a block.
         flow_width, flow_layers: SD3Transformer2DModel width and blocks.
+        flow_shift: time shift of the flow teacher's scheduler and of the times it is trained at.
+        parts: embedded teacher whose tokenizer, VAE and CLIP are taken as they are; None trains them, too.
         caption_dropout: share of captions replaced by the empty one (Ho and Salimans 2022, 2207.12598).
         vae, clip, unet, flow: how each is trained.
     """
@@ -71,8 +73,10 @@ class TeacherSettings:
     projection: int = 64
     unet_channels: tuple[int, ...] = (64, 96)
     unet_layers: int = 1
-    flow_width: int = 160
+    flow_width: int = 112
     flow_layers: int = 6
+    flow_shift: float = 3.0
+    parts: str | None = None
     caption_dropout: float = 0.1
     checkpoint_every: int = field(default=200, metadata={"weights": False})
 
@@ -113,7 +117,7 @@ BASE = replace(
     text_width=128,
     vision_layers=6,
     unet_channels=(64, 128),
-    flow_width=192,
+    flow_width=160,
     vae=StageSettings(12264, 64, 1e-3, warmup=100, ema=0.999),
     clip=StageSettings(1424, 512, 1e-3, warmup=100, weight_decay=0.1),
     unet=StageSettings(20184, 128, 1.5e-3, warmup=200, ema=0.9996),

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stepdistill.checkpoint import load_optimizer_state, optimizer_state
 from stepdistill.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.teacher_training.settings import StageSettings
@@ -126,19 +127,6 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimiser.state_dict()["state"]
-    return {f"optimiser.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-
-
-def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
 def train_stage(
     name: str,
     network: nn.Module,
@@ -183,7 +171,7 @@ def train_stage(
         start, tensors, history = found
         network.load_state_dict(_part(tensors, "network."))
         if start < settings.steps:
-            _load_optimiser(optimiser, _part(tensors, "optimiser."))
+            load_optimizer_state(optimiser, _part(tensors, "optimiser."))
             average = {k: v.to(device) for k, v in _part(tensors, "average.").items()}
 
     network.train()
@@ -220,7 +208,8 @@ def train_stage(
                     network.half().float()
                 tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
                 if not last:
-                    tensors |= _optimiser_state(optimiser) | {f"average.{k}": v for k, v in average.items()}
+                    tensors |= {f"optimiser.{k}": v for k, v in optimizer_state(optimiser).items()}
+                    tensors |= {f"average.{k}": v for k, v in average.items()}
                 _save(folder, step + 1, tensors, history)
             bar.update()
             if on_step is not None:

@@ -208,12 +208,19 @@ def draw_examples(
 
 
 def velocity_loss(
-    transformer: SD3Transformer2DModel, latents: Tensor, captions: Captions, batch: int, dropout: float
+    transformer: SD3Transformer2DModel,
+    latents: Tensor,
+    captions: Captions,
+    batch: int,
+    dropout: float,
+    shift: float,
 ) -> Loss:
-    """Flow matching (Lipman et al. 2022, 2210.02747) at logit-normal times (Esser et al. 2024, 2403.03206).
+    """Flow matching (Lipman et al. 2022, 2210.02747) at logit-normal times, shifted (Esser et al. 2024, 2403.03206,
+    section 5.3.2, eq. 23).
 
     Args:
         latents: scaled latents [N, 5, C, 8, 8].
+        shift: s of t = s u / (1 + (s - 1) u).
     """
     path, device, pooled = FlowPath(), latents.device, captions.pooled
     if pooled is None:
@@ -221,7 +228,8 @@ def velocity_loss(
 
     def loss(generator: torch.Generator) -> Tensor:
         index, dropped, x0, noise = draw_examples(latents, batch, dropout, generator)
-        t = torch.randn(batch, generator=generator).sigmoid().to(device)
+        u = torch.randn(batch, generator=generator).sigmoid().to(device)
+        t = shift * u / (1 + (shift - 1) * u)
         rows = captions.rows(index, dropped).to(device)
         with autocast(device):
             out = transformer(
