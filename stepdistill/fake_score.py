@@ -96,7 +96,7 @@ class FakeScore(Denoiser):
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        copy = teacher.denoiser.copy()
+        copy = teacher.start.copy()
         super().__init__(copy.net, copy.path, copy.output, copy.family)
 
     def denoising_loss(self, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:

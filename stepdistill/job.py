@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.attention import check_attention, use_xformers
 from stepdistill.checks import find_teacher
-from stepdistill.content import module_summaries
+from stepdistill.content import cache_folder, module_summaries
 from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images
 from stepdistill.embedded import emoji_captions
 from stepdistill.errors import UserError
@@ -33,17 +34,18 @@ from stepdistill.features import ClipFeatures, load_features
 from stepdistill.log import bar, read_stats, say
 from stepdistill.loop import Trained
 from stepdistill.methods import find_method
+from stepdistill.output_matching import Matching, match_output, output_of
 from stepdistill.pairs import PairCache, PairOptions
+from stepdistill.path import TablePath
 from stepdistill.pictures import rows_of_pictures, teacher_pictures
 from stepdistill.prompts import read_prompts
 from stepdistill.provenance import peak_memory, provenance
 from stepdistill.recipe import Recipe, method_options
 from stepdistill.report import model_card, write_report
-from stepdistill.sampler import Sampler
 from stepdistill.scores import by_metric
 from stepdistill.student import Student
 from stepdistill.suite import load_suite
-from stepdistill.teacher import PipelineTeacher, load_teacher
+from stepdistill.teacher import PREDICTION_TYPES, PipelineTeacher, load_teacher
 from stepdistill.terms import WithTerms
 from stepdistill.types import Method, MethodOptions
 from stepdistill.verify import verify
@@ -90,10 +92,6 @@ class Job:
         if self.teacher.null is None:
             self._without_guidance()
         self.prompts = self._prompts()
-        self.student = Student.from_teacher(self.teacher, recipe.student.lora_rank, recipe.student.lora_alpha)
-        if recipe.train.attention == "xformers":
-            use_xformers(self.student.net)
-            use_xformers(self.teacher.denoiser.net)
         times = tuple(recipe.student.times or kind.default_times)
         if not recipe.student.times and kind.shifted_times:
             times = tuple(self.teacher.path.shifted(time) for time in times)
@@ -102,10 +100,18 @@ class Job:
                 f"student.times starts at {times[0]:g}, but {recipe.method} learns from what starts as pure noise: "
                 "set 1.0, or take a method that matches distributions, such as dmd or sid"
             )
-        self.method: Method = kind(self.teacher, self.student, times, self.options).to(device)
-        self.sampler: Sampler = self.method.sampler().on_grid_of(
-            self.student.path, self.teacher.pipe.scheduler
+        adapter = self._match_output(times[0])
+        self.student = Student.from_teacher(
+            self.teacher, recipe.student.lora_rank, recipe.student.lora_alpha, adapter
         )
+        if recipe.train.attention == "xformers":
+            use_xformers(self.student.net)
+            use_xformers(self.teacher.denoiser.net)
+        self.method: Method = kind(self.teacher, self.student, times, self.options).to(device)
+        sampler = self.method.sampler()
+        if self.student.output != self.teacher.denoiser.output:
+            sampler = replace(sampler, prediction_type=PREDICTION_TYPES[self.student.output])
+        self.sampler = sampler.on_grid_of(self.student.path, self.teacher.pipe.scheduler)
         check_sampler(self.sampler, self.student.path, self.teacher.family)
         self.method.times = self.sampler.times
         if recipe.terms.needs:
@@ -124,6 +130,42 @@ class Job:
                 f"options.guidance is {guidance:g}, but {self.recipe.teacher} has no unconditional mode: set 1"
             )
         self.options = self.options.model_copy(update={"guidance": 1.0})
+
+    def _match_output(self, first_time: float) -> dict[str, Tensor]:
+        """Turns what student and follower start as into ``student.output``, where that is not the teacher's own; the
+        adapter that does it, where the student is one."""
+        recipe, own = self.recipe, self.teacher.denoiser.output
+        output = output_of(recipe.student, own, first_time)
+        if output == own:
+            return {}
+        if not isinstance(self.teacher.path, TablePath):
+            raise UserError(
+                f"student.output is {output}, but a flow teacher's student says its velocity, which has no trouble at "
+                "pure noise: set student.output=teacher"
+            )
+        matching = Matching(
+            self.teacher,
+            output,
+            self.prompts,
+            self.options.guidance,
+            recipe.student,
+            recipe.train.batch,
+            recipe.train.seed,
+        )
+        steps, main = recipe.student.output_steps, self.accelerator.is_main_process
+        with self.accelerator.main_process_first():  # the others find it in the cache
+            shown = bar(steps, f"{own} to {output}", unit="update", shown=main)
+            found = match_output(
+                matching,
+                cache_folder() / "outputs",
+                autocast=self.accelerator.autocast,
+                progress=shown.update,
+            )
+            shown.close()
+        if main:
+            say(f"{own} to {output}, error of v at t up to " + found.summary)
+        self.teacher.start = found.denoiser
+        return found.adapter
 
     def _embed(self) -> Callable[[Tensor], Tensor] | None:
         """Latents to features of their images, with a graph; None where no term asks for it."""

@@ -30,11 +30,19 @@ class StudentOptions(Section):
             dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
         lora_rank: rank of the adapters that are trained; 0 trains the whole network.
         lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
+        output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
+            data-free stage that turns the teacher's network (stepdistill/output_matching.py); ``auto``: v where the
+            teacher says eps and the student is called near pure noise.
+        output_steps: updates of that stage.
+        output_lr: its learning rate.
     """
 
     times: tuple[float, ...] | None = None
     lora_rank: _NotNegative = 0
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    output: Literal["auto", "teacher", "v", "x0"] = "auto"
+    output_steps: _Positive = 1000
+    output_lr: Annotated[float, Field(gt=0)] = 1e-4
 
     @model_validator(mode="after")
     def _check(self) -> StudentOptions:

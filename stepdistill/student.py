@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,20 +160,27 @@ class Student(Denoiser):
 
     @staticmethod
     def from_teacher(
-        teacher: PipelineTeacher, lora_rank: int = 0, lora_alpha: float | None = None
+        teacher: PipelineTeacher,
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        adapter: Mapping[str, Tensor] | None = None,
     ) -> Student:
-        """A student that starts as the teacher.
+        """A student that starts as the teacher, in the output kind of ``teacher.start``.
 
         Args:
             teacher: whose network is copied, in float32.
             lora_rank: 0 trains all weights; otherwise the rank of the adapter that is trained.
             lora_alpha: scale of the adapter times its rank; default the rank, a scale of 1.
+            adapter: the weights with which the adapter turns the teacher's own network into ``teacher.start``; None
+                where it starts at zero.
         """
-        source = teacher.denoiser
+        start = teacher.start
+        source = teacher.denoiser if adapter else start
         net = source.trainable_net().requires_grad_(lora_rank == 0)
         if lora_rank:
             add_lora(net, source.family.lora_targets, lora_rank, lora_alpha or float(lora_rank))
-        return Student(net.eval(), source.path, source.output, source.family)
+            net.load_state_dict(adapter or {}, strict=False)
+        return Student(net.eval().to(teacher.device), start.path, start.output, start.family)
 
     @property
     def two_times(self) -> bool:

@@ -30,6 +30,8 @@ OUTPUTS: dict[str, Output] = {
 }
 """diffusers' prediction_type -> ours."""
 
+PREDICTION_TYPES: dict[Output, str] = {ours: theirs for theirs, ours in OUTPUTS.items()}
+
 
 def path_of(scheduler: Any) -> tuple[Path, Output]:
     """The path and the output kind that a diffusers scheduler's config states.
@@ -140,6 +142,7 @@ class PipelineTeacher:
                     "and has no other output to rescale to: set 0"
                 )
             self.denoiser.guidance = guidance
+        self.start = self.denoiser
         self.shape = self.family.latent_shape(self.pipe)
         with torch.no_grad():
             self.null = self.family.null(self.pipe)

@@ -124,6 +124,11 @@ class Teacher(Protocol):
     @property
     def denoiser(self) -> Denoiser: ...
 
+    @property
+    def start(self) -> Denoiser:
+        """What a student and a network that follows it start as: the same network, or it turned into another output."""
+        ...
+
     def predict(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
     ) -> Prediction:

@@ -16,7 +16,13 @@ from stepdistill.distil import export_run
 from stepdistill.errors import UserError
 from stepdistill.verify import verify
 
-SHORT = ["train.batch=4", "train.checkpoint_every=4", "train.sheet_every=4", "evaluate=false"]
+SHORT = [
+    "train.batch=4",
+    "train.checkpoint_every=4",
+    "train.sheet_every=4",
+    "evaluate=false",
+    "student.output=teacher",
+]
 
 
 def saved(name, folder):

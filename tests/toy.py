@@ -162,6 +162,10 @@ class ToyTeacher:
         self.unguided = unguided and Denoiser(unguided.requires_grad_(False), path, output, family)
 
     @property
+    def start(self) -> Denoiser:
+        return self.denoiser
+
+    @property
     def path(self) -> Path:
         return self.denoiser.path
 

@@ -68,8 +68,7 @@ class SlimFlow(Method):
         self.flow = cast(Denoiser, student).copy().requires_grad_(False)
 
     def sampler(self) -> Sampler:
-        v = isinstance(self.student.path, TablePath) and self.student.output == "v"
-        return Sampler(self.times, renoise=False, prediction_type="v_prediction" if v else None)
+        return Sampler(self.times, renoise=False)
 
     def beta(self, step: int) -> float:
         """How much of the pairs' noise is fresh at an update: b in [0, 1], 1 at the first and 0 once annealed."""

@@ -1,0 +1,192 @@
+"""Turning a network into another output kind: its trajectories, its error, its cache, and the student that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import tiny_pipeline, tiny_prompts
+from toy import Gaussian, Perceptron, ToyTeacher
+
+from stepdistill import output_matching
+from stepdistill.errors import UserError
+from stepdistill.export import export
+from stepdistill.job import Job
+from stepdistill.output_matching import WALK, Matched, Matching, Walk, errors, match_output, output_of
+from stepdistill.path import Output, TablePath
+from stepdistill.recipe import load_recipe
+from stepdistill.sections import StudentOptions
+from stepdistill.teacher import PipelineTeacher
+from stepdistill.types import Condition
+from stepdistill.verify import verify
+
+EMPTY = Path(__file__).parent / "empty.yaml"
+
+
+def matching(teacher: PipelineTeacher, steps: int = 12, **options: Any) -> Matching:
+    wanted = StudentOptions(output="v", output_steps=steps, **{"output_lr": 1e-3, **options})
+    return Matching(teacher, "v", tiny_prompts("sd", 6), 2.0 if teacher.null else 1.0, wanted, 8, 0)
+
+
+def run(wanted: Matching, cache: Path, stop: int | None = None) -> Matched:
+    """The stage; with ``stop`` it is cut off after so many updates."""
+    made = [0]
+
+    def progress(updates: int) -> None:
+        made[0] += updates
+        if stop is not None and made[0] >= stop:
+            raise KeyboardInterrupt
+
+    return match_output(wanted, cache, autocast=nullcontext, progress=progress)
+
+
+def test_auto_is_v_where_an_eps_network_is_called_near_pure_noise() -> None:
+    auto = StudentOptions()
+    assert [output_of(auto, "eps", t) for t in (1.0, 0.9, 0.625)] == ["v", "v", "eps"]
+    assert [output_of(auto, kind, 1.0) for kind in ("v", "x0", "velocity")] == ["v", "x0", "velocity"]
+    assert output_of(StudentOptions(output="teacher"), "eps", 1.0) == "eps"
+    assert output_of(StudentOptions(output="x0"), "eps", 0.4) == "x0"
+
+
+TABLE = TablePath.from_alphas_cumprod(torch.linspace(0.9999**0.5, 0.05**0.5, 1000).square())
+
+
+def toy_teacher(net: torch.nn.Module, output: Output) -> Any:
+    """A closed-form teacher that encodes prompts and has a fingerprint."""
+    teacher: Any = ToyTeacher(net, TABLE, output)
+    teacher.encode = lambda prompts: Condition({"label": torch.zeros(len(prompts))})
+    teacher.fingerprint, teacher.guidance_interval = lambda: "toy", (0.0, 1.0)
+    return teacher
+
+
+def test_walks_visit_the_states_of_the_teachers_trajectories_at_uniform_times() -> None:
+    """A walk of a Gaussian's teacher has the deviation of its marginals, and is everywhere equally often."""
+    walk = Walk(toy_teacher(Gaussian(TABLE, 0.0, 0.3), "x0"), ["a", "b"], 512, 1.0, 0, "walk")
+    times, ratios = [], []
+    for _ in range(WALK):
+        alpha, sigma = TABLE.alpha_sigma(walk.t)
+        wanted = ((alpha * 0.3).square() + sigma.square()).sqrt()
+        times.append(walk.t.clone())
+        ratios.append(walk.x.flatten(1).square().mean(1).sqrt() / wanted)
+        walk.step()
+    share = torch.cat(times).histc(5, 0, 1) / (512 * WALK)
+    assert (share - 0.2).abs().max() < 0.04
+    assert torch.cat(ratios).square().mean().sqrt() == pytest.approx(1, abs=0.03)
+    assert (torch.cat(times) == 1).float().mean() == pytest.approx(
+        1 / WALK, abs=0.01
+    )  # where every drawing starts
+
+
+def test_the_turned_network_says_what_the_teacher_says(tmp_path: Path) -> None:
+    options = StudentOptions(output="v", output_steps=600, output_lr=1e-2)
+    made = Matching(toy_teacher(Perceptron(), "eps"), "v", ["a"], 1.0, options, 64, 0)
+    found = run(made, tmp_path)
+    assert found.denoiser.output == "v" and not found.adapter
+    assert all(now < 0.2 * was for was, now in zip(found.before, found.after, strict=True))
+    # What is stated is what there is.
+    assert errors(made.walk("match probe"), found.denoiser) == pytest.approx(found.after, rel=1e-4)
+    assert not any(value.requires_grad for value in found.denoiser.net.parameters())
+
+
+def test_a_stage_cut_off_goes_on_bit_for_bit_and_is_then_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_matching, "EVERY", 4)
+    monkeypatch.setattr(output_matching, "WALK", 6)
+    teacher = PipelineTeacher(tiny_pipeline("sd"))
+    whole = run(matching(teacher), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(matching(teacher), tmp_path / "parts", stop=7)
+    parts = run(matching(teacher), tmp_path / "parts")
+    for found in (parts, run(matching(teacher), tmp_path / "whole")):
+        assert found.before == whole.before and found.after == whole.after
+        for one, other in zip(found.denoiser.net.parameters(), whole.denoiser.net.parameters(), strict=True):
+            assert torch.equal(one, other)
+    # A second run made no update: it would have had to say so.
+    told: list[int] = []
+    match_output(matching(teacher), tmp_path / "whole", autocast=nullcontext, progress=told.append)
+    assert told == [12]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: Matching(m.teacher, "x0", m.prompts, m.guidance, m.options, m.batch, m.seed),
+        lambda m: Matching(m.teacher, m.output, m.prompts[:3], m.guidance, m.options, m.batch, m.seed),
+        lambda m: Matching(m.teacher, m.output, m.prompts, 3.0, m.options, m.batch, m.seed),
+        lambda m: Matching(m.teacher, m.output, m.prompts, m.guidance, m.options, 4, m.seed),
+        lambda m: Matching(m.teacher, m.output, m.prompts, m.guidance, m.options, m.batch, 1),
+        lambda m: matching(m.teacher, steps=13),
+        lambda m: matching(m.teacher, lora_rank=2),
+    ],
+)
+def test_the_key_tells_apart_what_the_result_depends_on(
+    change: Callable[[Matching], Matching], teacher_of: Callable[[str], PipelineTeacher]
+) -> None:
+    base = matching(teacher_of("sd"))
+    assert base.key == matching(teacher_of("sd")).key != change(base).key
+
+
+def test_an_adapter_alone_turns_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_matching, "WALK", 6)
+    teacher = PipelineTeacher(tiny_pipeline("sd"))
+    found = run(matching(teacher, steps=30, output_lr=1e-2, lora_rank=4), tmp_path)
+    assert found.adapter and all(".lora_" in name for name in found.adapter)
+    assert sum(found.after) < sum(found.before)
+    own, turned = teacher.denoiser.net.state_dict(), found.denoiser.net.state_dict()
+    assert own.keys() == turned.keys() and any(not torch.equal(own[name], turned[name]) for name in own)
+
+
+def job_of(teacher: Any, *sets: str) -> Job:
+    common = ["data.prompts=tests/prompts.txt", "train.batch=4", "student.output=v", "student.output_steps=3"]
+    more = ["options.guidance=2.0", "student.output_lr=1e-3"]
+    recipe = load_recipe(EMPTY, method="dmd", sets=[*common, *more, *sets])
+    return Job(recipe, Accelerator(cpu=True), teacher)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_student_and_follower_start_as_the_turned_network_and_the_folder_says_its_kind(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(output_matching, "WALK", 6)
+    monkeypatch.chdir(EMPTY.parents[1])
+    job = job_of(tiny_pipeline("sd"), f"student.lora_rank={rank}")
+    method: Any = job.method
+    x, t = torch.randn(4, *job.teacher.shape), torch.full((4,), 0.7)
+    cond = job.teacher.encode(job.prompts[:4])
+    with torch.no_grad():
+        start = job.teacher.start.raw(x, t, cond)
+        assert (start - job.teacher.denoiser.raw(x, t, cond)).abs().max() > 1e-3
+        torch.testing.assert_close(job.student.raw(x, t, cond), start, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(method.fake.raw(x, t, cond), start, atol=1e-5, rtol=1e-4)
+    assert job.student.output == method.fake.output == "v" and job.teacher.denoiser.output == "eps"
+    export(
+        job.student,
+        job.sampler,
+        job.teacher,
+        tmp_path / "student",
+        job.prompts[:2],
+        "# A card\n",
+        seeds=(0, 1),
+    )
+    config = (tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text()
+    assert '"prediction_type": "v_prediction"' in config
+    assert verify(tmp_path / "student").worst <= 1
+
+
+def test_a_flow_teacher_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(EMPTY.parents[1])
+    with pytest.raises(
+        UserError, match=r"student\.output is v, but a flow teacher's student says its velocity"
+    ):
+        job_of(tiny_pipeline("sd3"))
+    job = job_of(tiny_pipeline("sd3"), "student.output=auto")
+    assert job.student.output == "velocity" and not (tmp_path / "cache").exists()
