@@ -106,7 +106,7 @@ class Job:
         )
         if recipe.train.attention == "xformers":
             use_xformers(self.student.net)
-            use_xformers(self.teacher.denoiser.net)
+            use_xformers(self.teacher.start.net)
         self.method: Method = kind(self.teacher, self.student, times, self.options).to(device)
         sampler = self.method.sampler()
         if self.student.output != self.teacher.denoiser.output:
