@@ -44,6 +44,7 @@ class SlimFlow(Method):
     """See the module's text."""
 
     needs = frozenset({"noise", "prompts", "pairs"})
+    own_network = True
 
     class Options(PairOptions):
         width: Share = 1.0  # channels over the teacher's; 0.5 has about a quarter of the weights
