@@ -171,7 +171,7 @@ class Method(nn.Module, ABC):
             applied to them where ``shifted_times``.
         starts_below: whether the student may be called first at a time below 1, there too with standard normal noise:
             its samples are matched as a distribution, and nothing ties its noise to a trajectory. See ``Sampler``.
-        own_network: whether it gives the student a network of its own, for which turning the teacher's would be in vain.
+        own_network: whether it gives the student a network of its own: turning the teacher's would be in vain.
     """
 
     Options: ClassVar[type[MethodOptions]]
