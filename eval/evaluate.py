@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepdistill import teacher_cache
 from stepdistill.content import content_folder
-from stepdistill.embedded import embedded_teachers
+from stepdistill.embedded import embedded_teachers, teacher_folder
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, teacher_scores, weights_hash
 from stepdistill.provenance import provenance
@@ -32,7 +32,7 @@ def teachers(names: list[str], quiet: bool, fill: bool) -> None:
     file = content_folder("eval") / "reference" / teacher_cache.SHIPPED
     entries = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     for name in names:
-        folder = embedded_teachers()[name]
+        folder = teacher_folder(name)
         before = {key: entry["scores"] for key, entry in entries.items() if fill}
         if not fill:
             entries = {key: entry for key, entry in entries.items() if entry["teacher"] != name}
@@ -79,7 +79,7 @@ def main() -> int:
     reference.add_argument("suite")
     reference.add_argument("--output", type=Path)
     table = verbs.add_parser("teachers")
-    table.add_argument("names", nargs="*", default=sorted(embedded_teachers()))
+    table.add_argument("names", nargs="*", default=list(embedded_teachers()))
     table.add_argument("--quiet", action="store_true")
     table.add_argument("--fill", action="store_true")
     given = parser.parse_args()

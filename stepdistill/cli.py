@@ -57,12 +57,12 @@ def top(
 def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "all") -> None:
     """List what is shipped: teachers, methods, recipes, suites, families."""
     from stepdistill import content
-    from stepdistill.embedded import embedded_teachers, teacher_folder
+    from stepdistill.embedded import embedded_teachers
 
     tables: dict[str, dict[str, str]] = {}
     if kind in ("all", "teachers"):
-        folders = {name: teacher_folder(name) for name in embedded_teachers()}
-        tables["teachers"] = {name: content.pipeline_class(path) for name, path in folders.items() if path}
+        shipped = embedded_teachers()
+        tables["teachers"] = {name: content.pipeline_class(path) for name, path in shipped.items()}
     if kind in ("all", "methods"):
         tables["methods"] = content.module_summaries("methods")
     if kind == "methods":  # what a method needs is in its class, so that this alone imports torch

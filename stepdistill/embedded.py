@@ -1,13 +1,22 @@
 """What ships inside the package: teachers, the evaluation network, and the real images with their captions.
 
-``assets/NAME/teacher`` is the diffusers folder of the teacher NAME. Nothing here imports torch at start.
+``assets/NAME/teacher`` is the diffusers folder of the teacher NAME. That of ``emoji-flow`` holds what is its own, the
+transformer and every config; VAE, tokenizer and text encoders are those of ``emoji`` and its feature network, put
+beside them in the user's cache at first use. Nothing here imports torch at start.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from stepdistill.content import cache_folder
+from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,13 +28,73 @@ _TILES_A_ROW = 64
 
 
 def embedded_teachers() -> dict[str, Path]:
-    """The teachers this installation carries: name -> diffusers folder."""
+    """The teachers this installation carries: name -> what is shipped of its folder."""
     return {index.parts[-3]: index.parent for index in sorted(_ASSETS.glob("*/teacher/model_index.json"))}
 
 
 def teacher_folder(name: str) -> Path | None:
-    """The diffusers folder of an embedded teacher, or None where no teacher of that name is embedded."""
-    return embedded_teachers().get(name)
+    """The whole diffusers folder of an embedded teacher, or None where no teacher of that name is embedded.
+
+    Raises:
+        UserError: the user's cache cannot be written to.
+    """
+    shipped = embedded_teachers().get(name)
+    if shipped is None:
+        return None
+    return shipped if (shipped / "tokenizer").is_dir() else _completed(name, shipped)
+
+
+def _completed(name: str, shipped: Path) -> Path:
+    """The shipped folder with the parts it shares, in the user's cache."""
+    folder = cache_folder() / "embedded" / f"{name}-{_content_hash(shipped)}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        shutil.copytree(shipped, partial, dirs_exist_ok=True)
+        _share(partial)
+        try:
+            os.chmod(partial, 0o755)
+            partial.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
+            if not folder.is_dir():
+                raise
+    except OSError as error:
+        raise UserError(
+            f"the embedded teacher {name} is put together in {folder.parent}, which failed ({error}): set "
+            "STEPDISTILL_CACHE to a folder that can be written to"
+        ) from error
+    return folder
+
+
+def _share(folder: Path) -> None:
+    """Adds what the flow teacher takes from ``emoji``: VAE, tokenizers, CLIP's text tower, and a T5 of zeros."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    base = _ASSETS / "emoji"
+    weights = "diffusion_pytorch_model.safetensors"
+    shutil.copy(base / "teacher" / "vae" / weights, folder / "vae" / weights)
+    for component in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(tokenizer_folder(), folder / component)
+    clip = load_file(features_folder() / "model.safetensors")
+    tower = {key: value for key, value in clip.items() if key.startswith(("text_model.", "text_projection."))}
+    for component in ("text_encoder", "text_encoder_2"):
+        save_file(tower, folder / component / "model.safetensors", {"format": "pt"})
+    shapes = json.loads((folder / "text_encoder_3" / "zeros.json").read_text())
+    zeros = {key: np.zeros(shape, np.float16) for key, shape in shapes.items()}
+    save_file(zeros, folder / "text_encoder_3" / "model.safetensors", {"format": "pt"})
+
+
+def _content_hash(shipped: Path) -> str:
+    """Of all files that the folder is put together from: another version of the package makes another folder."""
+    digest = hashlib.sha256()
+    for root in (shipped, _ASSETS / "emoji" / "teacher" / "vae", tokenizer_folder(), features_folder()):
+        for file in sorted(path for path in root.rglob("*") if path.is_file()):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def features_folder() -> Path:

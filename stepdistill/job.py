@@ -17,7 +17,7 @@ from stepdistill.attention import check_attention, use_xformers
 from stepdistill.checks import find_teacher
 from stepdistill.content import cache_folder, module_summaries
 from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images
-from stepdistill.embedded import emoji_captions
+from stepdistill.embedded import embedded_teachers, emoji_captions
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
 from stepdistill.export import (
@@ -75,7 +75,7 @@ class Job:
         self.options: MethodOptions = method_options(recipe)
         self.needs = kind.needs_of(self.options) | recipe.terms.needs
         check_attention(recipe.train.attention, device)
-        self.embedded = pipeline is None and recipe.teacher == "emoji"
+        self.embedded = pipeline is None and recipe.teacher in embedded_teachers()
         if "images" in self.needs and recipe.data.images is None and not self.embedded:
             raise UserError(
                 f"{recipe.method} with these options learns from images: give a folder in data.images"
