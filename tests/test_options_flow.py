@@ -1,0 +1,493 @@
+"""Every option of the flow maps and of the reflow family: changed, and the number seen that it is to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path as File
+from typing import Any
+
+import pytest
+import torch
+from flow_toy import MU, C, Velocity
+from test_reflow_family import Slimming, Straight
+from torch import Tensor, nn
+from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
+
+from stepdistill.flow_maps import JumpOptions, MapOptions
+from stepdistill.methods.flow_map import FlowMap
+from stepdistill.methods.freeflow import FreeFlow
+from stepdistill.methods.instaflow import InstaFlow
+from stepdistill.methods.meanflow import MeanFlow
+from stepdistill.methods.reflow import Reflow
+from stepdistill.methods.rfpp import RFPP
+from stepdistill.methods.slimflow import SlimFlow
+from stepdistill.pairs import PairCache, PairOptions
+from stepdistill.path import FlowPath
+from stepdistill.regression import WarmStartOptions
+from stepdistill.solvers import solve
+from stepdistill.teacher import PipelineTeacher
+from stepdistill.types import Batch, Condition, Method
+
+PATH = FlowPath()
+SAID = [MapOptions, JumpOptions, WarmStartOptions, PairOptions]
+SAID += [kind.Options for kind in (MeanFlow, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)]
+"""The classes that declare the options checked here; those of all methods have tests of their own."""
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def name_of(options: type) -> str:
+    return options.__qualname__.removesuffix(".Options")
+
+
+def covers(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def add(check: Callable[[], None]) -> Callable[[], None]:
+        CHECKS.update(dict.fromkeys(names, check))
+        return check
+
+    return add
+
+
+def build(kind: type[Method], net: nn.Module | None = None, **options: Any) -> Any:
+    """From the exact Gaussian teacher to a student that is its exact map, its straight flow, or ``net``."""
+    maps = issubclass(kind.Options, MapOptions)
+    net = net or (GaussianFlowMap(MU, C) if maps else Straight(PATH))
+    output = "velocity" if maps or isinstance(net, Perceptron) else "x0"
+    teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH, unguided=Gaussian(PATH, 0.2, C))
+    chosen = kind.Options.model_validate({"guidance": 1.0, **options})
+    return kind(teacher, toy_student(net, PATH, output), (1.0,), chosen)  # type: ignore[arg-type]
+
+
+def batch_of(count: int = 256, step: int = 0) -> Batch:
+    return toy_batch(count, step, pairs=lambda z: MU + C * z)
+
+
+class Calls:
+    """The states, times and jumps' lengths of a network's calls."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.x: list[Tensor] = []
+        self.t: list[Tensor] = []
+        self.gap: list[Tensor] = []
+        net.register_forward_pre_hook(self._see)
+
+    def _see(self, net: nn.Module, given: tuple[Tensor, Tensor, Condition]) -> None:
+        self.x.append(given[0])
+        self.t.append(given[1])
+        self.gap.append(given[2].tensors.get("gap", torch.zeros_like(given[1])))
+
+
+def value(method: Method, batch: Batch) -> float:
+    with torch.no_grad():
+        return float(method.loss("student", batch)[0])
+
+
+def logs(method: Method, batch: Batch) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return method.loss("student", batch)[1]
+
+
+def logit_moments(times: Tensor) -> tuple[float, float]:
+    return float(torch.logit(times).mean()), float(torch.logit(times).std())
+
+
+@covers("MapOptions.warm_times")
+def warm_times() -> None:
+    assert build(FlowMap, warm_times=(0.25, 0.75)).pair_times() == (0.75, 0.25)
+    assert build(FlowMap, warm_times="all", pair_steps=4).pair_times() == (0.75, 0.5, 0.25)
+
+
+def points(**options: Any) -> tuple[Tensor, Tensor]:
+    batch = batch_of(1000)
+    a, b = (batch.draws.uniform(name) for name in ("a", "b"))
+    t, s = build(FlowMap, **options).points(batch, a, b)[2:4]
+    return t, s
+
+
+@covers("MapOptions.to_data", "JumpOptions.same", "JumpOptions.noise_share")
+def shares() -> None:
+    t, s = points(to_data=0.6, same=0.1, noise_share=0.3)
+    for part, wanted in ((s == 0, 0.6), (s == t, 0.1), (t == 1, 0.3)):
+        assert float(part.float().mean()) == pytest.approx(wanted, abs=0.05)
+
+
+@covers("MapOptions.time_min")
+def time_min() -> None:
+    assert float(points(time_min=0.3)[0].min()) == pytest.approx(0.3)
+    method = build(FlowMap, time_min=0.3, same=0.0, to_data=1.0, derivative="exact")
+    read = Calls(method.teacher.denoiser.net)
+    logs(method, batch_of())
+    assert min(float(t.min()) for t in read.t) == pytest.approx(0.3)
+
+
+@covers("MapOptions.derivative", "MapOptions.derivative_step")
+def derivative() -> None:
+    """Exact, the exact map is a zero and the teacher is read once; a difference reads it at both ends of a step."""
+    chosen = {"objective": "eulerian", "same": 0.0, "to_data": 1.0, "noise_share": 1.0, "warmup": 0}
+    for way, residual, times in (("exact", (0, 1e-5), [1.0]), ("difference", (1e-4, 1e-3), [1.0, 0.9])):
+        method = build(FlowMap, derivative=way, derivative_step=0.1, **chosen)
+        read = Calls(method.teacher.denoiser.net)
+        assert residual[0] <= float(logs(method, batch_of())["residual"]) < residual[1]
+        assert [float(t[0]) for t in read.t] == pytest.approx(times)
+
+
+@covers("JumpOptions.source")
+def source() -> None:
+    images, a = torch.randn(8, *SHAPE), torch.full((8,), 0.5)
+    plain = toy_batch(8, pairs=lambda z: MU + C * z, images=images)
+    for name, wanted in (("images", images), ("pairs", plain.pairs and plain.pairs.x0), ("student", None)):
+        method = build(FlowMap, source=name)
+        assert method.needs_of(method.options) == {"noise", "prompts"} | {name} - {"student"}
+        if wanted is None:
+            wanted = method.sampler().draw(method.student, plain.noise, Condition(), plain.fresh)
+        torch.testing.assert_close(method.points(plain, a, a)[1], wanted)
+
+
+@covers("JumpOptions.power", "JumpOptions.offset")
+def weight() -> None:
+    """|e|^2 / (|e|^2 + c)^p of one sample; p = 0 gives |e|^2."""
+    chosen = {"objective": "semigroup", "first_leg": 0.1, "same": 0.0, "noise_share": 1.0}
+
+    def loss(**options: float) -> float:
+        return value(build(FlowMap, Perceptron(), **chosen, **options), batch_of(1))
+
+    size = loss(power=0.0)
+    assert size > 0.01
+    assert loss(power=1.0, offset=0.3) == pytest.approx(size / (size + 0.3), rel=1e-4)
+    assert loss(power=0.5, offset=2.0) == pytest.approx(size / (size + 2.0) ** 0.5, rel=1e-4)
+
+
+@covers("JumpOptions.warmup", "WarmStartOptions.warm_start")
+def warm_up() -> None:
+    shares = {
+        (0, None): [0.0, 0.25, 1.0], (0, 1000): [0.0, 0.5, 1.0], (0, 0): [1.0] * 3, (100, None): [1.0] * 3,
+    }  # fmt: skip
+    for (warm, fade), wanted in shares.items():
+        method = build(MeanFlow, warm_start=warm, warmup=fade)
+        assert [method.share(warm + step) for step in (0, 500, 4000)] == wanted
+    assert not logs(method, batch_of(8, 99))  # by regression alone
+    assert "residual" in logs(method, batch_of(8, 100))
+    assert {"pairs", "states"} <= method.needs_of(method.options)
+
+
+@covers("WarmStartOptions.warm_start_lr_ratio")
+def warm_start_lr_ratio() -> None:
+    """Annealed to 0 within the warm start, and 1 after it."""
+    method = build(FreeFlow, warm_start=10, warm_start_lr_ratio=30)
+    assert [method.lr_ratio("student", step) for step in (0, 5, 10)] == pytest.approx([30, 15, 1])
+
+
+@covers("WarmStartOptions.regression")
+def regression() -> None:
+    """Data at 0: every mean velocity is the noise z, and a student that says 0 is off by it."""
+    net = Perceptron()
+    nn.init.zeros_(net.last.weight)
+    nn.init.zeros_(net.last.bias)
+    batch = toy_batch(64, pairs=lambda z: 0 * z)
+    assert batch.pairs is not None and batch.pairs.noise is not None
+    z = batch.pairs.noise
+    for name, wanted in (("l2", z.square().mean()), ("l1", z.abs().mean())):
+        method = build(FlowMap, net, warm_start=5, regression=name)
+        assert value(method, batch) == pytest.approx(float(wanted), rel=1e-4)
+
+
+@covers("MeanFlow.time_mean", "MeanFlow.time_deviation")
+def meanflow_times() -> None:
+    method = build(
+        MeanFlow,
+        time_mean=0.5,
+        time_deviation=0.7,
+        same=0.0,
+        to_data=0.0,
+        noise_share=0.0,
+        derivative="exact",
+    )
+    seen = Calls(method.student.net)
+    logs(method, batch_of(1000))
+    t, gap = seen.t[0], seen.gap[0]
+    assert logit_moments(torch.cat([t, t - gap])) == pytest.approx((0.5, 0.7), abs=0.06)
+
+
+@covers("MeanFlow.guidance", "FlowMap.guidance", "FreeFlow.guidance")
+def guidance() -> None:
+    """Of two Gaussians of one deviation the guided velocity is that of the mean m0 + g (m - m0)."""
+    x, t = torch.randn(8, *SHAPE), torch.full((8,), 0.6)
+    wanted = ToyTeacher(Gaussian(PATH, 0.2 + 3 * (MU - 0.2), C), PATH).predict(x, t, Condition()).velocity
+    for kind in (MeanFlow, FlowMap, FreeFlow):
+        torch.testing.assert_close(build(kind, guidance=3.0).velocity(x, t, Condition()), wanted)
+
+
+@covers("FlowMap.objective", "FlowMap.velocity")
+def objective() -> None:
+    """The Eulerian equation reads the velocity where a jump starts, the Lagrangian where it ends, the semigroup not."""
+    chosen = {"same": 0.0, "to_data": 0.0, "noise_share": 1.0, "derivative": "exact"}
+    for name, own in (
+        ("eulerian", 0),
+        ("lagrangian", 0),
+        ("semigroup", 0),
+        ("eulerian", 1),
+        ("lagrangian", 1),
+    ):
+        method = build(FlowMap, objective=name, velocity="self" if own else "teacher", **chosen)
+        read, seen = Calls(method.teacher.denoiser.net), Calls(method.student.net)
+        logs(method, batch_of(64))
+        if own or name == "semigroup":
+            assert not read.t
+        else:
+            wanted = seen.t[0] if name == "eulerian" else seen.t[0] - seen.gap[0]
+            torch.testing.assert_close(read.t[0], wanted)
+
+
+@covers("FlowMap.diagonal")
+def diagonal() -> None:
+    batch = batch_of(8)
+    assert batch.pairs is not None
+    x0, eps, t = batch.pairs.x0, batch.noise, torch.full((8,), 0.3)
+    x = PATH.sample(x0, eps, t)
+    data = build(FlowMap, diagonal="data").diagonal(x, x0, t, Condition())
+    torch.testing.assert_close(data, eps - x0, atol=1e-5, rtol=1e-4)
+    method = build(FlowMap)
+    torch.testing.assert_close(method.diagonal(x, x0, t, Condition()), method.velocity(x, t, Condition()))
+
+
+@covers("FlowMap.middle", "FlowMap.first_leg")
+def middle() -> None:
+    """Where the student is called for the second of the semigroup's jumps."""
+    batch = batch_of(64)
+    uniform = batch.draws.uniform("middle")
+    for options, wanted in (
+        ({}, lambda t, s: (t + s) / 2),
+        ({"middle": "uniform"}, lambda t, s: uniform * t + (1 - uniform) * s),
+        ({"first_leg": 0.05}, lambda t, s: torch.maximum(t - 0.05, s)),
+    ):
+        method = build(FlowMap, objective="semigroup", same=0.0, to_data=0.0, noise_share=1.0, **options)
+        seen = Calls(method.student.net)
+        logs(method, batch)
+        torch.testing.assert_close(seen.t[-1], wanted(seen.t[0], seen.t[0] - seen.gap[0]))
+
+
+def freeflow(**options: Any) -> tuple[FreeFlow, Calls, Calls]:
+    method = build(FreeFlow, **{"to_data": 0.0, "derivative": "exact", **options})
+    return method, Calls(method.student.net), Calls(method.teacher.denoiser.net)
+
+
+@covers("FreeFlow.end_mean", "FreeFlow.end_deviation", "FreeFlow.to_data")
+def freeflow_ends() -> None:
+    method, seen, _ = freeflow(correction_share=0.0, end_mean=0.4, end_deviation=0.6)
+    logs(method, batch_of(1000))
+    assert logit_moments(1 - seen.gap[0]) == pytest.approx((0.4, 0.6), abs=0.06)
+    method, seen, _ = freeflow(correction_share=0.0, to_data=0.5)
+    logs(
+        method, batch_of(1000)
+    )  # half of the half is closed at 0, the other half ends where the teacher is read
+    for end in (1.0, 1 - method.least):
+        assert float((seen.gap[0] - end).abs().lt(1e-6).float().mean()) == pytest.approx(0.25, abs=0.05)
+
+
+@covers("FreeFlow.power", "FreeFlow.offset")
+def freeflow_weight() -> None:
+    """|e|^2 / (|e|^2 + c)^p / 2 of one sample, |.|^2 its mean square."""
+
+    def loss(**options: float) -> float:
+        return value(
+            build(FreeFlow, GaussianFlowMap(MU + 0.3, C), correction_share=0.0, **options), batch_of(1)
+        )
+
+    size = 2 * loss(power=0.0)
+    assert size > 1e-3
+    assert loss(power=1.0, offset=0.3) == pytest.approx(0.5 * size / (size + 0.3), rel=1e-4)
+    assert loss(power=0.5, offset=2.0) == pytest.approx(0.5 * size / (size + 2.0) ** 0.5, rel=1e-4)
+
+
+@covers("FreeFlow.correction", "FreeFlow.correction_share")
+def correction() -> None:
+    method, seen, _ = freeflow(correction=2.5, correction_share=0.3)
+    assert float(logs(method, batch_of(1000))["lambda"]) == pytest.approx(2.5)
+    assert len(seen.t[0]) / 1000 == pytest.approx(0.7, abs=0.05)  # the prediction's samples
+    method.balance.see(torch.ones(4), 2 * torch.ones(4))
+    method.balance.update()
+    assert float(method.balance.ratio) < 1
+    assert float(logs(method, batch_of(8))["lambda"]) == pytest.approx(2.5 * float(method.balance.ratio))
+
+
+@covers("FreeFlow.correction_mean", "FreeFlow.correction_deviation")
+def correction_times() -> None:
+    method, _, read = freeflow(correction_share=1.0, correction_mean=-0.3, correction_deviation=0.8)
+    logs(method, batch_of(1000))
+    assert logit_moments(read.t[0]) == pytest.approx((-0.3, 0.8), abs=0.06)
+
+
+@covers("FreeFlow.correction_guidance", "FreeFlow.correction_interval")
+def correction_guidance() -> None:
+    """Guided inside the interval by its own scale: there a fake network of the guided mean leaves no field."""
+    x, one = torch.randn(8, *SHAPE), torch.ones(8)
+    method = build(FreeFlow, guidance=3.0, correction_guidance=2.0, correction_interval=(0.4, 0.6))
+    for r, scale in ((0.3, 1.0), (0.5, 2.0), (0.7, 1.0)):
+        method.fake.net = Velocity(Gaussian(PATH, 0.2 + scale * (MU - 0.2), C)).requires_grad_(False)
+        method.fake.output = "velocity"
+        assert float(method.field(x, r * one, x.flip(0), Condition())[0].abs().max()) < 1e-4
+
+
+@covers("Reflow.reflow_steps", "Reflow.distance", "InstaFlow.reflow_steps", "InstaFlow.distance")
+@covers("InstaFlow.l2_steps", "InstaFlow.rounds", "SlimFlow.reflow_steps", "SlimFlow.distance")
+def stages() -> None:
+    """An x0 that is off by 0.5 is at a squared distance of 0.25 and an absolute one of 0.5."""
+    cases: list[tuple[type[Method], dict[str, Any], list[float | None]]] = [
+        (Reflow, {"reflow_steps": 2, "distance": "l1"}, [None, None, 0.5]),
+        (SlimFlow, {"reflow_steps": 1, "distance": "l1", "guide_weight": 0.0}, [None, 0.5]),
+        (
+            InstaFlow,
+            {"rounds": 2, "reflow_steps": 1, "l2_steps": 1, "distance": "l1", "own": 0.0},
+            [None, None, 0.25, 0.5],
+        ),
+    ]
+    for kind, options, wanted in cases:
+        method = build(kind, Straight(PATH, 0.5), **options)
+        for step, loss in enumerate(wanted):
+            said = logs(method, batch_of(16, step))
+            assert ("reflow" in said) == (loss is None)
+            assert loss is None or float(said["distillation"]) == pytest.approx(loss, rel=1e-4)
+            method.after_step(step)
+
+
+@covers("Reflow.t_min", "InstaFlow.t_min", "SlimFlow.t_min", "RFPP.t_min")
+def least_times() -> None:
+    for kind in (Reflow, InstaFlow, SlimFlow, RFPP):
+        method = build(kind, t_min=0.4)
+        seen = Calls(method.student.net)
+        logs(method, batch_of())
+        assert 0.4 <= float(seen.t[0].min()) < 0.42
+        assert float(seen.t[0].mean()) == pytest.approx(0.7, abs=0.04)  # either law is even about the middle
+
+
+@covers("Reflow.fresh", "InstaFlow.own", "Reflow.flow_steps", "InstaFlow.flow_steps")
+def own_pairs() -> None:
+    """The share of batches that start from this step's noise, and how often their flow is called."""
+    for kind, name in ((Reflow, "fresh"), (InstaFlow, "own")):
+        method = build(kind, **{name: 0.3, "reflow_steps": 0, "flow_steps": 7})
+        seen, flow = Calls(method.student.net), Calls(method.flow.net)
+        own = 0
+        for step in range(60):
+            batch = batch_of(2, step)
+            logs(method, batch)
+            own += torch.equal(seen.x[-1], batch.noise)
+        assert own / 60 == pytest.approx(0.3, abs=0.15)
+        assert len(flow.t) == 7 * own
+
+
+@covers("RFPP.sharpness")
+def sharpness() -> None:
+    """The share of times below 0.1 is 1/2 - sinh(0.4 a) / (2 sinh(a / 2))."""
+    for a in (1.0, 8.0):
+        times = build(RFPP, sharpness=a).times_of(batch_of(1000))
+        wanted = 0.5 - math.sinh(0.4 * a) / (2 * math.sinh(a / 2))
+        assert float((times < 0.1).float().mean()) == pytest.approx(wanted, abs=0.035)
+
+
+@covers("RFPP.clean", "RFPP.feature_time")
+def clean() -> None:
+    x = torch.randn(4, *SHAPE)
+    teacher = ToyTeacher(Perceptron(), PATH, "velocity")
+    student = toy_student(Perceptron(), PATH, "velocity")
+    method = RFPP(teacher, student, (1.0,), RFPP.Options(clean="features", feature_time=0.3))
+    read = Calls(teacher.denoiser.net)
+    features = method.seen(x, Condition())
+    assert features.shape == (4, 32, 1, 1) and [float(t[0]) for t in read.t] == pytest.approx([0.3])
+    torch.testing.assert_close(read.x[0], 0.7 * x)
+    assert build(RFPP, clean="latents").seen(x, Condition()) is x
+
+
+@covers("RFPP.clean_weight", "RFPP.clean_over_t")
+def clean_weight() -> None:
+    batch = batch_of(64)
+    terms = logs(build(RFPP, Straight(PATH, 0.5)), batch)
+    for weight in (0.0, 3.0):
+        method = build(RFPP, Straight(PATH, 0.5), clean_weight=weight)
+        wanted = float(terms["velocity"] + weight * terms["clean"])
+        assert value(method, batch) == pytest.approx(wanted, rel=1e-5)
+    size = ((2 * 0.25 + 0.00108**2) ** 0.5 - 0.00108) / 2  # an x0 off by 0.5, by the pseudo-Huber distance
+    over = logs(build(RFPP, Straight(PATH, 0.5), clean_over_t=False), batch)["clean"]
+    assert float(over) == pytest.approx(size, rel=1e-4)
+    times = build(RFPP).times_of(batch)
+    assert float(terms["clean"]) == pytest.approx(size * float((1 / times).mean()), rel=1e-3)
+
+
+@covers("RFPP.pair_steps", "RFPP.pair_solver")
+def rfpp_pairs() -> None:
+    options = RFPP.Options()
+    assert (options.pair_steps, options.pair_solver) == (18, "heun")
+
+
+@covers("SlimFlow.width", "SlimFlow.depth")
+def slimmer() -> None:
+    asked: list[tuple[float, float]] = []
+
+    class Asked(Slimming):  # type: ignore[misc]
+        def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
+            asked.append((width, depth))
+            return super().slimmer(net, width, depth)  # type: ignore[no-any-return]
+
+    for width, depth in ((0.25, 1.0), (1.0, 0.5), (1.0, 1.0)):
+        student = toy_student(Perceptron(), PATH, "velocity")
+        student.family = Asked()
+        options = SlimFlow.Options(width=width, depth=depth)
+        SlimFlow(ToyTeacher(Perceptron(), PATH, "velocity"), student, (1.0,), options)
+        assert student.net.get_submodule("first").out_features == 64 * width
+    assert asked == [(0.25, 1.0), (1.0, 0.5)]
+
+
+@covers("SlimFlow.anneal", "SlimFlow.schedule")
+def anneal() -> None:
+    for schedule, quarter in (("linear", 0.75), ("cosine", 0.5 + 0.5 * math.cos(math.pi / 4))):
+        method = build(SlimFlow, reflow_steps=100, anneal=0.4, schedule=schedule)
+        assert [method.beta(step) for step in (0, 10, 20, 40)] == pytest.approx([1, quarter, 0.5, 0])
+
+
+@covers("SlimFlow.guide_weight", "SlimFlow.guide_times")
+def guide() -> None:
+    batch = batch_of(64)
+    method = build(SlimFlow, reflow_steps=0, guide_weight=3.0, guide_times=(0.3, 0.4))
+    with torch.no_grad():
+        method.student.net.error.fill_(0.5)
+    flow = Calls(method.flow.net)
+    terms = logs(method, batch)
+    assert float(flow.t[0].min()) >= 0.3 and float(flow.t[0].max()) <= 0.4
+    assert value(method, batch) == pytest.approx(float(terms["distillation"] + 3 * terms["guide"]), rel=1e-5)
+
+
+CACHED = {"Reflow.guidance", "InstaFlow.guidance", "PairOptions.pairs", "PairOptions.pair_steps"}
+CACHED |= {"PairOptions.pair_solver"}
+"""Options of the pairs that the cache draws."""
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_pairs_are_drawn_as_they_were_asked_for(
+    solver: str, tmp_path: File, teacher_of: Callable[[str], PipelineTeacher]
+) -> None:
+    teacher = teacher_of("sd")
+    options = Reflow.Options.model_validate(
+        {"pairs": 3, "pair_steps": 2, "pair_solver": solver, "guidance": 2.0}
+    )
+    cond = teacher.encode(["a fish"])
+    cache = PairCache(tmp_path, teacher, ["a fish"], options, 0)
+    cache.make(lambda index: cond.repeat(len(index)))
+    rows = torch.arange(3)
+    wanted = solve(
+        lambda x, t: teacher.predict(x, t, cond.repeat(3), guidance=2.0),
+        cache.noise(rows),
+        (1.0, 0.5, 0.0),
+        solver,
+    )
+    assert len(cache.prompt_index) == 3
+    torch.testing.assert_close(cache.clean(rows), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(CHECKS.values()), ids=lambda check: check.__name__)
+def test_an_option_changes_what_it_is_to_change(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_no_option_is_left_out() -> None:
+    declared = {f"{name_of(kind)}.{name}" for kind in SAID for name in kind.__annotations__}
+    assert set(CHECKS) | CACHED == declared
