@@ -116,6 +116,7 @@ class PipelineTeacher:
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
         self.family = family or family_of(pipe)
         self.pipe.set_progress_bar_config(disable=True)
+        self.family.adopt(self.pipe)
         self.pipe.to(device)
         vae = self.pipe.components.get("vae")
         if isinstance(vae, nn.Module) and vae.dtype != torch.float32:

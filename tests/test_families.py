@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from tiny import GUIDED, PIPELINES, WITH_TEXT, WITH_VAE, call_of, tiny_pipeline, tiny_prompts
 from torch import Tensor
 
@@ -413,3 +414,15 @@ def test_fingerprints_follow_weights_and_schedule(name: str) -> None:
         weight = next(iter(teacher.denoiser.net.parameters()))
         weight.view(-1)[0] += 1e-3
     assert teacher.fingerprint() != first
+
+
+def test_the_tokens_of_an_absent_t5_are_one_that_counts_for_all(teacher_of: Teachers) -> None:
+    teacher = teacher_of("sd3")
+    x_t, t, cond = inputs(teacher, "sd3")
+    length, counts = teacher.pipe.tokenizer_max_length, cond.tensors["last_token_counts"]
+    assert cond.tensors["encoder_hidden_states"].shape[1] == length + 1 and counts.tolist() == [256] * 3
+    once = teacher.denoiser.raw(x_t, t, cond)
+    ignored = teacher.denoiser.raw(x_t, t, cond.with_tensor("last_token_counts", torch.ones(3)))
+    plain = teacher.denoiser.copy()
+    plain.net.set_attn_processor(JointAttnProcessor2_0())  # type: ignore[operator]
+    assert (once - plain.raw(x_t, t, cond)).abs().max() < 1e-5 < 1e-3 < (once - ignored).abs().max()

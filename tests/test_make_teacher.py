@@ -20,8 +20,8 @@ from transformers import CLIPModel
 from stepdistill.draws import generator_for
 from stepdistill.embedded import emoji_captions
 from stepdistill.errors import UserError
+from stepdistill.families.repeated_token import T5_TOKENS
 from stepdistill.teacher_training import make, networks, stages
-from stepdistill.teacher_training.repeated import T5_TOKENS
 from stepdistill.teacher_training.settings import TINY, StageSettings, claim_folder
 from stepdistill.teacher_training.stage import learning_rate, seeded, train_stage
 from stepdistill.teacher_training.tokenizer import learn_merges, train_tokenizer

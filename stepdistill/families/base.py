@@ -58,6 +58,10 @@ class Family(ABC):
     lora_targets: ClassVar[list[str]] = UNET_LORA
     passes_generator: ClassVar[bool] = True
 
+    def adopt(self, pipe: DiffusionPipeline) -> None:
+        """Readies a pipeline that becomes a teacher; what it draws stays the same."""
+        return None
+
     @abstractmethod
     def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         """The network's raw output [B, C, H, W] at x_t [B, C, H, W] and its own timestep [B]."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stepdistill.families.base import TRANSFORMER_LORA, Family
+from stepdistill.families.repeated_token import RepeatedLastToken
 from stepdistill.types import Condition
+
+COUNTS = "last_token_counts"
+"""The condition that says how many equal tokens the last one stands for, [B]; what the attention processor is told."""
 
 
 class StableDiffusion3(Family):
@@ -17,21 +22,38 @@ class StableDiffusion3(Family):
     lora_targets = TRANSFORMER_LORA
     passes_generator = False
 
-    def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+    def adopt(self, pipe: Any) -> None:
+        pipe.transformer.set_attn_processor(RepeatedLastToken())
+
+    def call(self, net: Any, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+        states, counts = cond.tensors["encoder_hidden_states"], cond.tensors.get(COUNTS)
+        told = {} if counts is None else {COUNTS: counts}
+        if counts is not None and not isinstance(net.transformer_blocks[0].attn.processor, RepeatedLastToken):
+            repeated = states[:, -1:].expand(
+                -1, int(counts[0]), -1
+            )  # for a processor that counts every token once
+            states, told = torch.cat([states[:, :-1], repeated], 1), {}
         output: Tensor = net(
             hidden_states=x_t,
             timestep=timestep,
-            encoder_hidden_states=cond.tensors["encoder_hidden_states"],
+            encoder_hidden_states=states,
             pooled_projections=cond.tensors["pooled_projections"],
+            joint_attention_kwargs=told,
             return_dict=False,
         )[0]
         return output
 
     def encode(self, pipe: Any, prompts: list[str]) -> Condition:
-        embeds, _, pooled, _ = pipe.encode_prompt(
+        states, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, device=pipe.device, do_classifier_free_guidance=False
         )
-        return Condition({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+        last = states[:, -1:]
+        if (states[:, pipe.tokenizer_max_length :] == last).all():  # no T5: its tokens are alike
+            count = states.shape[1] - pipe.tokenizer_max_length
+            states = torch.cat([states[:, : pipe.tokenizer_max_length], last], 1)
+            counts = torch.full((len(states),), count, device=states.device)
+            return Condition({"encoder_hidden_states": states, "pooled_projections": pooled, COUNTS: counts})
+        return Condition({"encoder_hidden_states": states, "pooled_projections": pooled})
 
     def null(self, pipe: Any) -> Condition | None:
         return self.encode(pipe, [""])

@@ -178,6 +178,13 @@ def card(
         f" {r.history.start():.4f} | {r.history.end():.4f} | {r.history.seconds:.0f} |"
         for r in results
     ]
+    others = f"- Tokenizer, VAE and CLIP are those of the embedded teacher {settings.parts}."
+    if measured:
+        others = (
+            f"- Reconstructions of the autoencoder: {measured['psnr']:.2f} dB PSNR over all images.\n"
+            f"- CLIP: the right caption is among the nearest 5 of {images} for {measured['retrieval']:.0%} of the\n"
+            "  images held out of its training (every 20th)."
+        )
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -198,9 +205,7 @@ diffusers {diffusers.__version__}, transformers {transformers.__version__}.
 | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-- Reconstructions of the autoencoder: {measured["psnr"]:.2f} dB PSNR over all images.
-- CLIP: the right caption is among the nearest 5 of {images} for {measured["retrieval"]:.0%} of the images
-  held out of its training (every 20th).
+{others}
 - Weights are stored as float16, which is what every later stage saw of them, and load as float32.
 
 `steps.png`: {PICTURE_ROWS} rows of real images, then the teacher on the same captions in {PICTURE_STEPS[0]},

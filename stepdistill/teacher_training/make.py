@@ -24,6 +24,7 @@ from stepdistill.embedded import (
     tokenizer_folder,
 )
 from stepdistill.errors import UserError
+from stepdistill.families.repeated_token import T5_TOKENS, RepeatedLastToken
 from stepdistill.teacher_training import networks, stages
 from stepdistill.teacher_training.folder import (
     Result,
@@ -35,7 +36,6 @@ from stepdistill.teacher_training.folder import (
     sd_pipeline,
     write_folder,
 )
-from stepdistill.teacher_training.repeated import RepeatedLastToken
 from stepdistill.teacher_training.settings import StageSettings, TeacherSettings, claim_folder
 from stepdistill.teacher_training.stage import History, Loss, Network, OnStep, seeded, train_stage
 from stepdistill.teacher_training.tokenizer import train_tokenizer
@@ -94,10 +94,12 @@ def _make(run: _Run, pipeline: str, command: str) -> Path:
     parts = _embedded_parts(run) if settings.parts else _trained_parts(run)
     vae, clip, tokenizer = parts.vae, parts.clip, parts.tokenizer
     ids = stages.token_ids(tokenizer, [*run.captions, ""]).to(run.device)
-    measured = {
-        "psnr": run.measured("psnr", lambda: stages.vae_psnr(vae, run.images)),
-        "retrieval": run.measured("retrieval", lambda: stages.clip_retrieval(clip, run.images, ids[:-1])),
-    }
+    measured: dict[str, float] = {}
+    if not settings.parts:  # else they were not trained here, and which images they have seen is not known
+        measured = {
+            "psnr": run.measured("psnr", lambda: stages.vae_psnr(vae, run.images)),
+            "retrieval": run.measured("retrieval", lambda: stages.clip_retrieval(clip, run.images, ids[:-1])),
+        }
     latents = (run.latents(vae) * vae.config["scaling_factor"]).to(run.device)
     dropout = settings.caption_dropout
     if pipeline == "sd":
@@ -204,7 +206,7 @@ def encode_for_flow(clip: CLIPModel, ids: Tensor) -> stages.Captions:
 def build_flow_network(settings: TeacherSettings) -> SD3Transformer2DModel:
     """The flow denoiser as it is trained: its last context token stands for the absent T5's."""
     network = networks.build_transformer(settings)
-    network.set_attn_processor(RepeatedLastToken())  # type: ignore[arg-type]  # a closed list of classes
+    network.set_attn_processor(RepeatedLastToken(T5_TOKENS))  # type: ignore[arg-type]  # a closed list of classes
     return network
 
 
