@@ -68,8 +68,8 @@ def load_recipe(
 ) -> Recipe:
     """Reads a recipe, then lays teacher, method and ``a.b=c`` assignments (values in YAML) over it.
 
-    A name without .yaml is a shipped recipe. Without any name the quick recipe of the method on the embedded teacher is
-    taken where there is one, and plain defaults otherwise. The method's options are not checked here.
+    A name without .yaml is a shipped recipe. Without any name the method's recipe for an embedded teacher is taken where
+    there is one, the quick one first, and plain defaults otherwise. The method's options are not checked here.
 
     Raises:
         UserError: no such file, no valid YAML, or a key or value that a recipe cannot have.
@@ -158,8 +158,8 @@ def _is_path(name: str | Path | None) -> bool:
 
 def _find_recipe(name: str | Path | None, teacher: str | None, method: str | None) -> Path | None:
     if name is None:
-        embedded = (teacher or DEFAULT_TEACHER) == DEFAULT_TEACHER
-        return recipe_files().get(f"{method or DEFAULT_METHOD}_{DEFAULT_TEACHER}_quick") if embedded else None
+        shipped, own = recipe_files(), f"{method or DEFAULT_METHOD}_{teacher or DEFAULT_TEACHER}"
+        return shipped.get(f"{own}_quick", shipped.get(own))
     if _is_path(name):
         if not Path(name).is_file():
             raise UserError(
