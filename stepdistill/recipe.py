@@ -68,8 +68,8 @@ def load_recipe(
 ) -> Recipe:
     """Reads a recipe, then lays teacher, method and ``a.b=c`` assignments (values in YAML) over it.
 
-    A name without .yaml is a shipped recipe. Without any name the method's recipe for an embedded teacher is taken where
-    there is one, the quick one first, and plain defaults otherwise. The method's options are not checked here.
+    A name without .yaml is a shipped recipe. Without any name the method's recipe for an embedded teacher is taken,
+    the quick one first, and plain defaults where there is none. The method's options are not checked here.
 
     Raises:
         UserError: no such file, no valid YAML, or a key or value that a recipe cannot have.
