@@ -10,6 +10,7 @@ from pathlib import Path
 from stepdistill.captions import read_metadata
 from stepdistill.embedded import embedded_teachers, teacher_folder
 from stepdistill.errors import UserError, did_you_mean
+from stepdistill.pipeline_files import check_files
 from stepdistill.prompts import read_prompts
 from stepdistill.recipe import Recipe
 
@@ -77,7 +78,8 @@ def _local_pipeline(name: str | Path) -> Path | None:
 
 
 def _check_teacher(name: str) -> None:
-    if _local_pipeline(name) is not None:
+    if (found := _local_pipeline(name)) is not None:
+        check_files(found, f"teacher {name}")
         return
     if Path(name).is_dir():
         raise UserError(f"teacher {name} is not a diffusers pipeline: the folder has no model_index.json")

@@ -58,11 +58,12 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "al
     """List what is shipped: teachers, methods, recipes, suites, families."""
     from stepdistill import content
     from stepdistill.embedded import embedded_teachers
+    from stepdistill.pipeline_files import pipeline_class
 
     tables: dict[str, dict[str, str]] = {}
     if kind in ("all", "teachers"):
         shipped = embedded_teachers()
-        tables["teachers"] = {name: content.pipeline_class(path) for name, path in shipped.items()}
+        tables["teachers"] = {name: pipeline_class(path) for name, path in shipped.items()}
     if kind in ("all", "methods"):
         tables["methods"] = content.module_summaries("methods")
     if kind == "methods":  # what a method needs is in its class, so that this alone imports torch

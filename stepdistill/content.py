@@ -7,7 +7,6 @@ Nothing here imports torch: ``stepdistill ls`` answers at once.
 from __future__ import annotations
 
 import ast
-import json
 import os
 from pathlib import Path
 from typing import Literal
@@ -47,12 +46,6 @@ def recipe_files() -> dict[str, Path]:
 def suite_files() -> dict[str, Path]:
     """Shipped evaluation suites by name."""
     return {path.stem: path for path in sorted((content_folder("eval") / "suites").glob("*.yaml"))}
-
-
-def pipeline_class(folder: Path) -> str:
-    """The class a diffusers folder says it is, such as StableDiffusionPipeline."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return str(index.get("_class_name", "of no stated class"))
 
 
 def is_lfs_pointer(file: Path) -> bool:

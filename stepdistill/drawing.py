@@ -11,45 +11,41 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from stepdistill.checks import find_pipeline
 from stepdistill.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.image_decoding import fit
-from stepdistill.log import quiet_loading
+from stepdistill.loading import load_folder, without_filters
 from stepdistill.suite import Suite
-from stepdistill.teacher import absent_components
 from stepdistill.travelling import is_own_code, travelling_code
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
 
 
-def load_pipeline(pipeline: Any, device: torch.device | str | None = None) -> tuple[Any, str]:
+def load_pipeline(
+    pipeline: Any, device: torch.device | str | None = None, *, filters: bool = False
+) -> tuple[Any, str]:
     """A pipeline object and what to call it, from an object or from what ``checks.find_pipeline`` takes.
 
-    Raises:
-        UserError: the path is not a folder with a model_index.json, or diffusers cannot load it.
-    """
-    from diffusers import DiffusionPipeline
+    Args:
+        pipeline: the object or its name.
+        device: where it goes; None leaves an object where it is, and puts a folder on CUDA if there is one.
+        filters: keep a safety checker and a watermarker, which alter pictures after they are drawn.
 
+    Raises:
+        UserError: the path is not a folder with a model_index.json, it is damaged, or diffusers cannot load it.
+    """
     if not isinstance(pipeline, (str, Path)):
-        pipe, label = pipeline, type(pipeline).__name__
+        pipe, label = pipeline if filters else without_filters(pipeline), type(pipeline).__name__
     else:
         folder, label = find_pipeline(pipeline), str(pipeline)
         code = travelling_code(folder)
-        quiet_loading()
-        try:
-            pipe = DiffusionPipeline.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                # A student may carry a class of ours; other code is not run.
-                trust_remote_code=bool(code) and all(is_own_code(file) for file in code),
-                **absent_components(folder),
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: diffusers cannot load it: {' '.join(str(error).split())}") from None
+        # A student may carry a class of ours; other code is not run.
+        own_code = bool(code) and all(is_own_code(file) for file in code)
+        pipe = load_folder(folder, label, own_code=own_code, filters=filters)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device is not None:
         pipe.to(device)
@@ -168,6 +164,22 @@ class Drawing:
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         self.passes += 0 if first is None else len(first)
+
+
+def cut_prompts(pipe: Any, prompts: Sequence[str]) -> list[str]:
+    """One line for every tokenizer that reads only the beginning of some prompts, longer than it is made for."""
+    lines = []
+    for name, tokenizer in pipe.components.items():
+        if not (prompts and isinstance(tokenizer, PreTrainedTokenizerBase)):
+            continue
+        most = tokenizer.model_max_length
+        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        if (cut := sum(length > most for length in lengths)) > 0:
+            lines.append(
+                f"{cut} of {len(prompts)} prompts have more than the {most} tokens that the pipeline's {name} reads: "
+                "the rest of them is cut off"
+            )
+    return lines
 
 
 def _denoiser(pipe: Any) -> Any:

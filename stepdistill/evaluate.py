@@ -124,7 +124,7 @@ def evaluate(
         guidance=drawing.guidance,
         trailing=trailing,
         scores=scores,
-        **statement(extraction, scores[counts[0]], drawn),
+        **statement(extraction, scores[counts[0]], drawn, work.remarks),
         **provenance(work.pipe.device),
     )
     if main:

@@ -101,9 +101,10 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     folded = student.stock_net(sampler.gap) if student.two_times else student.net
     if isinstance(folded, Experts):
         bounds = family.timestep(student.path, torch.tensor(folded.bounds)).tolist()
-        net = one_network([_plain_network(expert) for expert in folded.nets], bounds)
+        plain = [family.without_variance(_plain_network(expert)) for expert in folded.nets]
+        net = one_network(plain, bounds)
     else:
-        net = _plain_network(folded)
+        net = family.without_variance(_plain_network(folded))
     scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:

@@ -17,6 +17,7 @@ from stepdistill.attention import check_attention, use_xformers
 from stepdistill.checks import find_teacher
 from stepdistill.content import cache_folder, module_summaries
 from stepdistill.data import Data, EmbeddedImages, ImageFolder, Images
+from stepdistill.drawing import cut_prompts
 from stepdistill.embedded import embedded_teachers, emoji_captions
 from stepdistill.errors import UserError
 from stepdistill.evaluate import evaluate, gap_closed, teacher_scores
@@ -31,6 +32,7 @@ from stepdistill.export import (
 )
 from stepdistill.families.base import LabelFamily
 from stepdistill.features import ClipFeatures, load_features
+from stepdistill.loading import taken_as
 from stepdistill.log import bar, read_stats, say
 from stepdistill.loop import Trained
 from stepdistill.methods import find_method
@@ -89,9 +91,12 @@ class Job:
             guidance=self.options.guidance,
             guidance_rescale=self.options.guidance_rescale,
         )
+        self.changes = taken_as(self.source)
         if self.teacher.null is None:
             self._without_guidance()
         self.prompts = self._prompts()
+        for remark in cut_prompts(self.teacher.pipe, self.prompts) if accelerator.is_main_process else ():
+            say(remark)
         times = tuple(recipe.student.times or kind.default_times)
         if not recipe.student.times and kind.shifted_times:
             times = tuple(self.teacher.path.shifted(time) for time in times)
@@ -231,6 +236,7 @@ class Job:
             guidance=self.options.guidance,
             call={**call, "num_inference_steps": self.sampler.steps, **self.sampler.call_arguments()},
             command=command,
+            changes=self.changes,
             report=report,
         )
 
@@ -257,6 +263,7 @@ class Job:
                 "gap_closed": {},
                 "recall_of_teachers": {},
                 **self._scores(output / "student"),
+                "teacher_changes": self.changes,
                 "verification": str(proof),
                 "updates": trained.step,
                 "updates_planned": recipe.train.steps,

@@ -38,7 +38,7 @@ It is made of stock diffusers classes alone. **Pass `num_inference_steps={steps}
 | network calls an image | {steps} |
 | trained with | `{command}` |
 
-{scores}
+{changes}{scores}
 
 `verification/` holds pictures drawn by the trainer, their prompts and seeds, and the hash of every file;
 `stepdistill verify` draws them again with plain diffusers.
@@ -54,6 +54,7 @@ def model_card(
     guidance: float,
     call: Mapping[str, Any],
     command: str,
+    changes: Sequence[str] = (),
     report: Mapping[str, Any] | None = None,
 ) -> str:
     """The Markdown of a student's README.md.
@@ -65,6 +66,7 @@ def model_card(
         guidance: the teacher's guidance scale.
         call: arguments of the verification call.
         command: what made the student.
+        changes: what was changed in the teacher when it was taken.
         report: report.json, for the scores; None before evaluation.
     """
     shown = {k: (v[0] if isinstance(v, list) and k == "prompt" else v) for k, v in call.items()}
@@ -90,6 +92,7 @@ def model_card(
         guidance=f"{guidance:g}",
         summary=summary,
         command=command,
+        changes=f"The teacher as it was taken: {' '.join(changes)}\n\n" if changes else "",
         scores=score_table(report) if report else "",
     )
 

@@ -46,7 +46,7 @@ def sample(
 
     from stepdistill.drawing import load_pipeline
 
-    pipe, _ = load_pipeline(folder, device)
+    pipe, _ = load_pipeline(folder, device, filters=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     arguments: dict[str, object] = {"num_inference_steps": steps, "generator": generators}
     if isinstance(pipe, DiTPipeline):

@@ -108,7 +108,7 @@ class Report:
         versions, command, hardware, commit: where the numbers come from; commit is None outside a checkout.
         images: of images that were there already: what was used, converted and skipped, and the pixels' SHA-256. Their
             only step count is 0.
-        warnings: of metrics for which there are too few images, and why.
+        warnings: of metrics for which there are too few images, and why; of filters that were off and prompts cut off.
         not_computed: metrics that the suite asks and that are None, and why: their weights are missing, or there are
             too few images for any value.
     """

@@ -50,7 +50,10 @@ def shift_of(scheduler: Any, tokens: int) -> float:
             "no time shift: give one in options.shift"
         )
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("shift", 1.0))
-    few, many = config.base_image_seq_len, config.max_image_seq_len
-    mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - few) / (many - few)
-    return float(mu if config.time_shift_type == "linear" else math.exp(mu))
+        # DPMSolver, UniPC and their like in flow mode have it under another name.
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
+    # Those name no lengths, and the pipelines take these.
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return float(mu if config.get("time_shift_type") == "linear" else math.exp(mu))

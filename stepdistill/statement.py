@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill.extraction import Extraction
@@ -16,7 +16,10 @@ from stepdistill.scores import Report, Scores
 
 
 def statement(
-    extraction: Extraction, scores: Scores, protocol: Mapping[str, str] | None = None
+    extraction: Extraction,
+    scores: Scores,
+    protocol: Mapping[str, str] | None = None,
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The fields ``metrics``, ``protocol``, ``warnings`` and ``not_computed`` of a Report.
 
@@ -24,6 +27,7 @@ def statement(
         extraction: the suite's networks.
         scores: those of any step count: all have the same metrics and number of images.
         protocol: what else it states, of how the images were drawn.
+        remarks: warnings of the drawing.
     """
     suite = extraction.suite
     left_out = {**too_few_for(suite, scores.n), **extraction.not_computed}
@@ -37,7 +41,7 @@ def statement(
             "standard_errors": ERRORS,
             **(protocol or {}),
         },
-        "warnings": warnings(extraction, scores),
+        "warnings": (*remarks, *warnings(extraction, scores)),
         "not_computed": left_out,
     }
 

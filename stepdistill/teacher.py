@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.checks import find_teacher
-from stepdistill.content import pipeline_class
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.families import Family, family_named, family_of
 from stepdistill.guidance import extrapolate, in_interval, rescaled
+from stepdistill.loading import load_folder, with_merged_adapters, without_filters
 from stepdistill.log import quiet_loading
 from stepdistill.path import FlowPath, Output, Path, Prediction, TablePath
+from stepdistill.pipeline_files import components, read_index
 from stepdistill.shift import shift_of
 from stepdistill.student import Denoiser, in_bfloat16
 from stepdistill.types import Condition
@@ -45,6 +45,14 @@ def path_of(scheduler: Any) -> tuple[Path, Output]:
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in OUTPUTS:
         raise UserError(f"{name} has prediction_type {kind!r} {did_you_mean(kind, OUTPUTS)}")
+    # DPMSolver, UniPC, DEIS and SASolver serve both: their table of alphas means nothing with flow sigmas.
+    if scheduler.config.get("use_flow_sigmas"):
+        return FlowPath(), OUTPUTS[kind]
+    if kind == "flow_prediction":
+        raise UserError(
+            f"the teacher's scheduler {name} has prediction_type flow_prediction without use_flow_sigmas, so that it "
+            "draws on another path than the network knows: set use_flow_sigmas to true in its config"
+        )
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise UserError(
@@ -58,36 +66,40 @@ def path_of(scheduler: Any) -> tuple[Path, Output]:
     return TablePath.from_alphas_cumprod(table), OUTPUTS[kind]
 
 
-def absent_components(folder: FilePath) -> dict[str, None]:
-    """Components that a pipeline folder says it is without (SD3 without T5, say), as from_pretrained must be told."""
-    file = folder / "model_index.json"
-    if not file.is_file():
-        return {}
-    return {name: None for name, entry in json.loads(file.read_text()).items() if entry == [None, None]}
-
-
 def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline from an embedded teacher's name, a folder or a hub id; safetensors weights only.
 
     Raises:
-        UserError: when there is nothing to load, or it is of no known family: said before any weight is read.
+        UserError: when there is nothing to load, it is of no known family or scheduler (said before any weight is
+            read), or files are damaged or lack weights.
     """
     from diffusers import DiffusionPipeline
 
     quiet_loading()
-    place = find_teacher(source)
-    if FilePath(place).is_dir():
-        family_named(pipeline_class(FilePath(place)))
+    place, what = find_teacher(source), f"teacher {source}"
+    local = FilePath(place).is_dir()
     try:
-        absent = absent_components(FilePath(place))
-        return DiffusionPipeline.from_pretrained(place, dtype=dtype, use_safetensors=True, **absent)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"teacher {source} could not be loaded: {first}") from error
+        index = read_index(FilePath(place), what) if local else DiffusionPipeline.load_config(place)
+        family_named(str(index.get("_class_name", "of no stated class")))
+        path_of(_scheduler(place, index))
+        if not local:
+            place = DiffusionPipeline.download(place, use_safetensors=True, safety_checker=None)
+    except OSError as error:
+        raise UserError(f"{what} could not be loaded: {' '.join(str(error).split())[:400]}") from error
+    return load_folder(FilePath(place), what, dtype)
+
+
+def _scheduler(place: str, index: Any) -> Any:
+    import diffusers
+
+    _, kind = components(index).get("scheduler", ("", "none"))
+    if (found := getattr(diffusers, kind, None)) is None:
+        raise UserError(f"the teacher's scheduler {kind} is none of diffusers'")
+    return found.from_pretrained(place, subfolder="scheduler")
 
 
 class PipelineTeacher:
-    """A diffusers pipeline as a frozen teacher.
+    """A diffusers pipeline as a frozen teacher: with its own adapters merged, and without what alters its pictures.
 
     Args:
         pipe: the pipeline; a VAE in half precision is replaced by a float32 copy.
@@ -112,7 +124,7 @@ class PipelineTeacher:
         guidance: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> None:
-        self.pipe: Any = pipe
+        self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
         self.family = family or family_of(pipe)
         self.pipe.set_progress_bar_config(disable=True)

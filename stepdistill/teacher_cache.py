@@ -14,6 +14,7 @@ from typing import Any
 from stepdistill.checks import find_pipeline
 from stepdistill.content import cache_folder, content_folder
 from stepdistill.features import sha256_of_file
+from stepdistill.pipeline_files import INDEX, SAFETY_CHECKER
 from stepdistill.suite import Suite
 
 SHIPPED = "teachers.json"
@@ -37,9 +38,10 @@ class Entry:
 def weights_hash(pipeline: Any) -> str:
     """SHA-256 of a pipeline's weights and configs.
 
-    For a folder, of the safetensors and JSON files and tokenizer texts of its components in the order of their names;
-    names of writers and versions inside a config do not count. For an object, of its configs and of its tensors with
-    names, dtypes and shapes, so a changed weight or scheduler changes it.
+    A safety checker does not count, as it is off. For a folder, of the safetensors and JSON files and tokenizer texts
+    of its components in the order of their names; names of writers and versions inside a config do not count. For an
+    object, of its configs and of its tensors with names, dtypes and shapes, so a changed weight or scheduler changes
+    it.
 
     Raises:
         UserError: the path holds no pipeline.
@@ -49,6 +51,8 @@ def weights_hash(pipeline: Any) -> str:
         from torch import nn
 
         for name, component in sorted(pipeline.components.items()):
+            if name == SAFETY_CHECKER:
+                continue
             config = getattr(component, "config", None)
             if config is not None:
                 content = (
@@ -65,7 +69,9 @@ def weights_hash(pipeline: Any) -> str:
     folder = find_pipeline(pipeline)
     named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
     for name, file in sorted(named.items()):
-        if name.count("/") > 1 or (name.count("/") == 0 and name != "model_index.json"):
+        if name.count("/") > 1 or (name.count("/") == 0 and name != INDEX):
+            continue
+        if name.startswith(f"{SAFETY_CHECKER}/"):
             continue
         if file.suffix == ".safetensors" or file.name == "merges.txt":
             digest.update(f"{name} {sha256_of_file(file)}\n".encode())

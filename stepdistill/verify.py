@@ -28,6 +28,8 @@ folder, manifest, code = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3] 
 index = json.load(open(f"{folder}/model_index.json"))
 absent = {name: None for name, entry in index.items() if entry == [None, None]}  # SD3 without T5, say
 pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **absent)
+if getattr(pipe, "watermark", None) is not None:
+    pipe.watermark = None  # SDXL adds one where invisible-watermark is installed, whatever the folder says
 pipe.set_progress_bar_config(disable=True)
 generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
 images = pipe(**manifest["call"], generator=generators, output_type="np").images

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.checks import find_pipeline
 from stepdistill.draw_shards import draw_shards
-from stepdistill.drawing import Drawing, load_pipeline
+from stepdistill.drawing import Drawing, cut_prompts, load_pipeline
 from stepdistill.evaluation_folder import steps_folder
 from stepdistill.extraction import Extraction
 from stepdistill.gallery import FILE, make_gallery, side_of
+from stepdistill.loading import filters_of
 from stepdistill.log import bar
 from stepdistill.measure import measure
 from stepdistill.metrics.diversity import Diversity, pairwise_diversity
@@ -214,6 +216,13 @@ class Work:
         network = self.extraction.network
         assert network is not None
         return {"features": network.images(pixels)}
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What the report should say of how the images were drawn."""
+        source = find_pipeline(self._pipeline) if isinstance(self._pipeline, (str, Path)) else self._pipeline
+        filters = [f"the {name} of {self.label} is off, as it alters pictures" for name in filters_of(source)]
+        return filters + cut_prompts(self.pipe, self.prompts or [])
 
     @cached_property
     def _key(self) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from stepdistill.drawing import load_pipeline
 from stepdistill.errors import UserError
 from stepdistill.export import STOCK, TOLERANCE, VERIFICATION, draw_as_pipeline, export, student_pipeline
 from stepdistill.path import FlowPath
+from stepdistill.pipeline_files import absent_components
 from stepdistill.sampler import Sampler, uniform_times
 from stepdistill.student import Student, merged_state
-from stepdistill.teacher import PipelineTeacher, absent_components, load_teacher
+from stepdistill.teacher import PipelineTeacher, load_teacher
 from stepdistill.travelling import is_own_code
 from stepdistill.verify import verify
 

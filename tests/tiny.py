@@ -74,13 +74,13 @@ def _louder(component: nn.Module) -> None:
                 value.mul_(2.0)
 
 
-def _unet2d(**more: Any) -> Any:
+def _unet2d(out_channels: int = 3, **more: Any) -> Any:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
         sample_size=8,
         in_channels=3,
-        out_channels=3,
+        out_channels=out_channels,
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -95,6 +95,40 @@ def _unet_ddpm() -> Any:
     from diffusers import DDPMPipeline, DDPMScheduler
 
     return DDPMPipeline(unet=_unet2d(), scheduler=DDPMScheduler())
+
+
+def learned_variance() -> Any:
+    """An unconditional pipeline whose network also returns its variances."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = DDPMPipeline(
+            unet=_unet2d(out_channels=6), scheduler=DDPMScheduler(variance_type="learned_range")
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flagging_checker() -> dict[str, Any]:
+    """A safety checker that flags every picture, with its feature extractor, as components of a pipeline."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 2, "projection_dim": 8}
+    config = CLIPConfig(
+        projection_dim=8,
+        text_config={**size, "vocab_size": 99},
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    torch.nn.init.constant_(checker.concept_embeds_weights, -2.0)
+    square = {"height": 32, "width": 32}
+    return {
+        "safety_checker": checker,
+        "feature_extractor": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square),
+    }
 
 
 def _unet_ddim() -> Any:

@@ -195,6 +195,10 @@ class Family(ABC):
         """Whether the network is one that :meth:`second_time` made."""
         return False
 
+    def without_variance(self, net: nn.Module) -> nn.Module:
+        """The network without the outputs that :meth:`call` cuts off and the student's pipeline does not."""
+        return net
+
     @staticmethod
     def gap_of(x_t: Tensor, cond: Condition) -> Tensor:
         """t - s [B] out of a condition; 0, the instantaneous velocity, where nothing says how long the jump is."""

@@ -62,6 +62,27 @@ class UNet2D(LabelFamily):
         plain.to(net.device).time_embedding.linear_2.bias += net.class_embedding(phase)[0]
         return plain.train(net.training)  # type: ignore[no-any-return]
 
+    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+        shape, given = super().latent_shape(pipe), pipe.unet.config.out_channels
+        if given < shape[0]:
+            raise UserError(
+                f"this UNet2DModel takes {shape[0]} channels and returns {given}: a teacher returns those it takes, "
+                "with or without their variances after them"
+            )
+        return shape
+
+    @torch.no_grad()
+    def without_variance(self, net: Any) -> nn.Module:
+        # A learned variance (Nichol and Dhariwal 2021, 2102.09672) is channels after those of the mean, which
+        # LCMScheduler, DDIMScheduler and TCDScheduler do not expect.
+        kept, state = net.config.in_channels, net.state_dict()
+        if net.config.out_channels == kept:
+            return net  # type: ignore[no-any-return]
+        plain = type(net).from_config(net.config, out_channels=kept)
+        last = ("conv_out.weight", "conv_out.bias")
+        plain.load_state_dict({k: v[:kept] if k in last else v for k, v in state.items()})
+        return plain.to(net.device).train(net.training)  # type: ignore[no-any-return]
+
     def null(self, pipe: Any) -> Condition | None:
         return None
 
