@@ -105,7 +105,7 @@ class Job:
                 f"student.times starts at {times[0]:g}, but {recipe.method} learns from what starts as pure noise: "
                 "set 1.0, or take a method that matches distributions, such as dmd or sid"
             )
-        adapter = self._match_output(times[0], kind.own_network)
+        adapter = self._match_output(times, kind.own_network)
         self.student = Student.from_teacher(
             self.teacher, recipe.student.lora_rank, recipe.student.lora_alpha, adapter
         )
@@ -136,11 +136,11 @@ class Job:
             )
         self.options = self.options.model_copy(update={"guidance": 1.0})
 
-    def _match_output(self, first_time: float, own_network: bool) -> dict[str, Tensor]:
+    def _match_output(self, times: tuple[float, ...], own_network: bool) -> dict[str, Tensor]:
         """Turns what student and follower start as into ``student.output``, where that is not the teacher's own; the
         adapter that does it, where the student is one."""
         recipe, own = self.recipe, self.teacher.denoiser.output
-        output = output_of(recipe.student, own, first_time)
+        output = output_of(recipe.student, own, times)
         if output == own or (own_network and recipe.student.output == "auto"):
             return {}
         if not isinstance(self.teacher.path, TablePath):

@@ -57,11 +57,14 @@ BANDS = ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1.0))
 """The times in which the error is stated, each without its lower edge."""
 
 
-def output_of(options: StudentOptions, own: Output, first_time: float) -> Output:
-    """The output kind that ``student.output`` means for a teacher that says ``own``: ``auto`` is v where a network that
-    says eps would be called near pure noise, and the teacher's anywhere else."""
+def output_of(options: StudentOptions, own: Output, times: Sequence[float]) -> Output:
+    """The output kind that ``student.output`` means for a teacher that says ``own`` and a student called at ``times``.
+
+    ``auto`` is v where an eps network would be called near pure noise alone, and the teacher's anywhere else: with
+    further steps, what the stage leaves unmatched at middle times costs more than v gives at the first (LOG.md).
+    """
     if options.output == "auto":
-        return "v" if own == "eps" and first_time >= NEAR_NOISE else own
+        return "v" if own == "eps" and len(times) == 1 and times[0] >= NEAR_NOISE else own
     return own if options.output == "teacher" else options.output
 
 

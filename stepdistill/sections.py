@@ -32,7 +32,7 @@ class StudentOptions(Section):
         lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
         output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
             data-free stage that turns the teacher's network (stepdistill/output_matching.py); ``auto``: v where the
-            teacher says eps and the student is called near pure noise.
+            teacher says eps and a one-step student is called near pure noise.
         output_steps: updates of that stage.
         output_lr: its learning rate.
     """

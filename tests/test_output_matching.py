@@ -45,12 +45,13 @@ def run(wanted: Matching, cache: Path, stop: int | None = None) -> Matched:
     return match_output(wanted, cache, autocast=nullcontext, progress=progress)
 
 
-def test_auto_is_v_where_an_eps_network_is_called_near_pure_noise() -> None:
+def test_auto_is_v_where_an_eps_network_is_called_near_pure_noise_alone() -> None:
     auto = StudentOptions()
-    assert [output_of(auto, "eps", t) for t in (1.0, 0.9, 0.625)] == ["v", "v", "eps"]
-    assert [output_of(auto, kind, 1.0) for kind in ("v", "x0", "velocity")] == ["v", "x0", "velocity"]
-    assert output_of(StudentOptions(output="teacher"), "eps", 1.0) == "eps"
-    assert output_of(StudentOptions(output="x0"), "eps", 0.4) == "x0"
+    assert [output_of(auto, "eps", (t,)) for t in (1.0, 0.9, 0.625)] == ["v", "v", "eps"]
+    assert output_of(auto, "eps", (1.0, 0.5)) == "eps"
+    assert [output_of(auto, kind, (1.0,)) for kind in ("v", "x0", "velocity")] == ["v", "x0", "velocity"]
+    assert output_of(StudentOptions(output="teacher"), "eps", (1.0,)) == "eps"
+    assert output_of(StudentOptions(output="x0"), "eps", (0.4, 0.2)) == "x0"
 
 
 TABLE = TablePath.from_alphas_cumprod(torch.linspace(0.9999**0.5, 0.05**0.5, 1000).square())
