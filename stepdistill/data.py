@@ -6,6 +6,8 @@ stopped and several processes read disjoint parts of the same batch.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,10 @@ class Images(Protocol):
     @property
     def captions(self) -> list[str]: ...
 
+    def sha256(self) -> str:
+        """Of the list of images with their captions."""
+        ...
+
     def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1]."""
         ...
@@ -57,6 +63,9 @@ class EmbeddedImages:
     def read() -> EmbeddedImages:
         """The embedded emoji."""
         return EmbeddedImages(torch.from_numpy(emoji_images()), emoji_captions())
+
+    def sha256(self) -> str:
+        return _sha256([*self.captions, hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()])
 
     def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1]; they come in one size only."""
@@ -122,6 +131,11 @@ class ImageFolder:
                 + (f": {skipped[0].name} {skipped[0].reason})" if skipped else ")")
             )
         return ImageFolder(folder, files, captions, skipped, converted, sources)
+
+    def sha256(self) -> str:
+        """Of names, sizes in bytes and captions, in their order."""
+        named = [(file.relative_to(self.folder).as_posix(), file.stat().st_size) for file in self.files]
+        return _sha256([(*each, caption) for each, caption in zip(named, self.captions, strict=True)])
 
     def remarks(self, most: int = 5) -> list[str]:
         """Lines that say where captions came from, what was converted and what was skipped, naming the first."""
@@ -202,6 +216,7 @@ class Data:
     ) -> None:
         self.teacher, self.seed, self.pairs = teacher, seed, pairs
         self.prompts = list(prompts)
+        self._images = images
         self.conditions = Rows(
             len(self.prompts), lambda rows: dict(teacher.encode([self.prompts[i] for i in rows]).tensors)
         )
@@ -215,6 +230,11 @@ class Data:
                 return {"x0": teacher.to_latents(pixels), **cond.tensors}
 
             self.images = Rows(len(images.captions), encode)
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of what batches are made of, by what the recipe calls it: a run goes on with the very same alone."""
+        found = {"teacher": self.teacher.fingerprint(), "data.prompts": _sha256(self.prompts)}
+        return found if self._images is None else {**found, "data.images": self._images.sha256()}
 
     def _pixels(self) -> tuple[int, int]:
         probe = self.teacher.to_images(torch.zeros(1, *self.teacher.shape, device=self.teacher.device))
@@ -244,6 +264,10 @@ class Data:
                 None if (states := self.pairs.states(index)) is None else states.to(device),
             )
         return Batch(draws, draws.normal("noise", self.teacher.shape), cond, **examples)
+
+
+def _sha256(rows: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @lru_cache(maxsize=16)

@@ -36,7 +36,7 @@ from stepdistill.data import Data
 from stepdistill.ema import Ema
 from stepdistill.errors import UserError
 from stepdistill.health import require_finite
-from stepdistill.log import RunLog
+from stepdistill.log import RunLog, say
 from stepdistill.recipe import Recipe, differences, resolved
 from stepdistill.schedule import learning_rate
 from stepdistill.sections import TrainOptions
@@ -122,10 +122,14 @@ class Run:
         method: what is trained.
         recipe: kept in every checkpoint and compared on resume.
         folder: the run folder.
+        inputs: ``Data.identity``, kept in every checkpoint and compared on resume; None, where nothing is trained,
+            compares nothing.
     """
 
-    def __init__(self, method: Method, recipe: Recipe, folder: Path) -> None:
-        self.method, self.recipe, self.options = method, recipe, recipe.train
+    def __init__(
+        self, method: Method, recipe: Recipe, folder: Path, inputs: dict[str, str] | None = None
+    ) -> None:
+        self.method, self.recipe, self.options, self.inputs = method, recipe, recipe.train, inputs
         self.checkpoints = folder / "checkpoints"
         options = recipe.train
         networks = method.networks()
@@ -164,15 +168,18 @@ class Run:
         if self.ema:
             tensors["ema"] = self.ema.state()
         state = {"recipe": _identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
+        state["inputs"] = self.inputs
         self.last_good = save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
 
     def restore(self) -> None:
         """Goes back to the last checkpoint.
 
         Raises:
-            UserError: when there is none, it is damaged, or it is of another recipe.
+            UserError: when there is none, it is damaged, or it is of another recipe or of other inputs.
         """
         last = check_resume(self.checkpoints, self.recipe)
+        if self.inputs is not None:
+            self._check_inputs(last)
         tensors, state = load_checkpoint(last)
         expected = set(self._method_state())
         if set(tensors["method"]) != expected:
@@ -184,6 +191,23 @@ class Run:
         if self.ema:
             self.ema.load(tensors["ema"])
         self.step, self.seconds, self.last_good = state["step"], state["seconds"], last
+
+    def _check_inputs(self, last: Path) -> None:
+        state, inputs = read_state(last), self.inputs or {}
+        kept = state.get("inputs")
+        if kept is None:
+            say(
+                f"--resume: {last} is from before checkpoints knew prompts, images and teacher: none was compared"
+            )
+            return
+        named = {"teacher": self.recipe.teacher, "data.prompts": self.recipe.data.prompts}
+        named["data.images"] = self.recipe.data.images
+        if changed := [name for name in inputs if kept.get(name) != inputs[name]]:
+            what = ", ".join(f"{name} ({named[name]})" if named[name] else name for name in changed)
+            raise UserError(
+                f"--resume: {what} changed since step {state['step']}: put back what it was, or train into another "
+                "--output"
+            )
 
 
 def check_resume(checkpoints: Path, recipe: Recipe) -> Path:
@@ -245,7 +269,7 @@ def train(
     options = recipe.train
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    run = Run(method, recipe, folder)
+    run = Run(method, recipe, folder, data.identity())
     if resume:
         run.restore()
     processes, rank = accelerator.num_processes, accelerator.process_index

@@ -253,5 +253,8 @@ class PipelineTeacher:
                     digest.update(
                         value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
                     )
-        digest.update(str(sorted((k, str(v)) for k, v in self.pipe.scheduler.config.items())).encode())
+        config = dict(self.pipe.scheduler.config)
+        if "_use_default_values" in config:  # a set's order, another in every process
+            config["_use_default_values"] = sorted(config["_use_default_values"])
+        digest.update(str(sorted((k, str(v)) for k, v in config.items())).encode())
         return digest.hexdigest()

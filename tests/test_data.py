@@ -248,6 +248,19 @@ def test_captions_come_from_the_nearest_metadata_under_any_of_the_names(tmp_path
                              "texts beside them": 1, "their file names": 1}  # fmt: skip
 
 
+def test_a_list_of_images_is_known_by_names_sizes_and_captions(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.png")
+    hashes = [ImageFolder.read(tmp_path).sha256(), ImageFolder.read(tmp_path).sha256()]
+    (tmp_path / "a.txt").write_text("another caption")
+    hashes.append(ImageFolder.read(tmp_path).sha256())
+    picture(tmp_path / "b.png", size=(400, 320))
+    hashes.append(ImageFolder.read(tmp_path).sha256())
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    hashes.append(ImageFolder.read(tmp_path).sha256())
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [

@@ -16,10 +16,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from stepdistill.data import Data
 from stepdistill.errors import UserError
 from stepdistill.health import TrainingDiverged, Vitals
 from stepdistill.job import Job
 from stepdistill.loop import Run, train
+from stepdistill.prompts import read_prompts
 from stepdistill.recipe import load_recipe
 from stepdistill.schedule import learning_rate
 from stepdistill.sections import TrainOptions
@@ -367,6 +369,42 @@ def test_resume_refuses_another_recipe_and_names_the_key(tmp_path):
             tmp_path,
             True,
         )
+
+
+def altered(folder, key):
+    """The last checkpoint with another hash of one input, or with none at all."""
+    state = checkpoints_in(folder / "checkpoints")[-1] / "state.json"
+    content = json.loads(state.read_text())
+    if key is None:
+        del content["inputs"]
+    else:
+        content["inputs"][key] = "0" * 64
+    state.write_text(json.dumps(content))
+
+
+def test_resume_refuses_other_prompts_and_another_teacher_under_the_same_names(tmp_path, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text((HERE / "prompts.txt").read_text())
+    recipe = recipe_of("lcm", 5, f"data.prompts={prompts}")
+    job, _ = start(recipe, tmp_path / "run")
+    kept = json.loads((checkpoints_in(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())[
+        "inputs"
+    ]
+    assert kept["teacher"] == job.teacher.fingerprint() and set(kept) == {"teacher", "data.prompts"}
+    data = job.data(tmp_path / "run")
+    run = Run(job.method, recipe, tmp_path / "run", data.identity())
+    run.restore()
+    assert run.step == 5
+    prompts.write_text(prompts.read_text() + "one more\n")
+    changed = Data(job.teacher, read_prompts(prompts), 0)
+    with pytest.raises(UserError, match=r"--resume: data.prompts \(.*p.txt\) changed since step 5"):
+        Run(job.method, recipe, tmp_path / "run", changed.identity()).restore()
+    altered(tmp_path / "run", "teacher")
+    with pytest.raises(UserError, match=r"--resume: teacher \(emoji\) changed since step 5"):
+        Run(job.method, recipe, tmp_path / "run", data.identity()).restore()
+    altered(tmp_path / "run", None)  # as earlier versions wrote it
+    Run(job.method, recipe, tmp_path / "run", data.identity()).restore()
+    assert "none was compared" in capsys.readouterr().err
 
 
 def test_resume_takes_what_cannot_move_a_weight(tmp_path):
