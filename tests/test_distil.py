@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image, ImageChops
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_teacher
 
 import stepdistill
 from stepdistill.distil import export_run
 from stepdistill.errors import UserError
+from stepdistill.export import check_export
+from stepdistill.sampler import Sampler
+from stepdistill.student import Student
 from stepdistill.verify import verify
 
 SHORT = [
@@ -184,12 +187,14 @@ def test_guidance_needs_an_unconditional_mode(tmp_path):
     refused(tmp_path, "has no unconditional mode: set 1", "options.guidance=3", teacher="unet-ddpm")
 
 
-def test_what_cannot_be_exported_is_told_before_anything_is_trained(tmp_path):
-    """A network with a learned variance: no few-step scheduler takes its doubled output."""
-    pipe = tiny_pipeline("unet-ddim")
-    unet = type(pipe.unet).from_config(pipe.unet.config, out_channels=6)
-    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "teacher")
-    refused(tmp_path, "could not be exported, so nothing was trained: DDPMPipeline does not draw")
+def test_what_cannot_be_exported_is_told():
+    """A scheduler that reads the student's eps as v draws another picture than the trainer."""
+    teacher = tiny_teacher("unet-ddim")
+    student = Student.from_teacher(teacher)
+    sampler = Sampler((1.0,), renoise=True).on_grid_of(student.path, teacher.pipe.scheduler)
+    check_export(student, sampler, teacher, "0")
+    with pytest.raises(UserError, match=r"could not be exported, so nothing was trained: \w+ draws"):
+        check_export(student, replace(sampler, prediction_type="v_prediction"), teacher, "0")
 
 
 def test_times_that_no_stock_scheduler_draws_are_refused(tmp_path, prompts):
