@@ -61,10 +61,11 @@ def save_half(network: torch.nn.Module, folder: Path) -> None:
     half: ModelMixin = copy.deepcopy(network).cpu().half()  # type: ignore[assignment]  # or a PreTrainedModel
     half.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # a folder of this machine
     if "dtype" in config:
         for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
             part["dtype"] = "float32"
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def sd_pipeline(
