@@ -159,13 +159,16 @@ class Job:
         )
         steps, main = recipe.student.output_steps, self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find it in the cache
-            shown = bar(steps, f"{own} to {output}", unit="update", shown=main)
+            drawn = bar(recipe.student.output_samples, "samples", unit="sample", shown=main, lazy=True)
+            shown = bar(steps, f"{own} to {output}", unit="update", shown=main, lazy=True)
             found = match_output(
                 matching,
                 cache_folder() / "outputs",
                 autocast=self.accelerator.autocast,
+                drawn=drawn.update,
                 progress=shown.update,
             )
+            drawn.close()
             shown.close()
         if main:
             say(f"{own} to {output}, error of v at t up to " + found.summary)

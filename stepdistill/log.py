@@ -16,7 +16,9 @@ from tqdm import tqdm
 STATS = "stats.jsonl"
 
 
-def bar(total: int | None, label: str, *, unit: str = "it", first: int = 0, shown: bool = True) -> Any:
+def bar(
+    total: int | None, label: str, *, unit: str = "it", first: int = 0, shown: bool = True, lazy: bool = False
+) -> Any:
     """A tqdm bar on stderr with rate and time left; ``.update(n)`` moves it, ``.close()`` ends it.
 
     Args:
@@ -25,8 +27,12 @@ def bar(total: int | None, label: str, *, unit: str = "it", first: int = 0, show
         unit: what one unit is called.
         first: units that were done before, by the run that is resumed.
         shown: False for a silent bar, as on every process but the first.
+        lazy: shown with its first move only, for work that may turn out to be done.
     """
-    return tqdm(total=total, initial=first, desc=label, unit=unit, disable=not shown, dynamic_ncols=True)
+    delay = 1e-9 if lazy else 0.0
+    return tqdm(
+        total=total, initial=first, desc=label, unit=unit, disable=not shown, dynamic_ncols=True, delay=delay
+    )
 
 
 def quiet_loading() -> None:

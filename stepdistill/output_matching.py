@@ -5,11 +5,11 @@ of eps one of x0 14.6 times as large, and a step of the weights a leap. A networ
 (Salimans and Ho 2022, 2202.00512, section 4) has neither trouble. So what is called near t = 1, the student and the
 network that follows its samples, may start as the teacher in that kind.
 
-Data-free: a batch of the teacher's own guided trajectories walks from noise to data, one DDIM step of random length an
-update, and at each of its states the copy is regressed on what the teacher says there without guidance, in the new
-kind.
+Data-free: the teacher draws guided samples once, and at random times on noised ones the copy is regressed on what the
+teacher says there without guidance, in the new kind. (States of trajectories that walk along beside the updates are so
+alike from one update to the next that the same number of updates ends at twice the error; LOG.md.)
 The result is kept in a cache under a key of all that it depends on; a stage that was cut off goes on from its last
-checkpoint.
+sample and checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,16 @@ from stepdistill.checkpoint import (
 )
 from stepdistill.draws import Draws
 from stepdistill.health import require_finite
-from stepdistill.path import Output, per_sample
+from stepdistill.pairs import PairCache, PairOptions
+from stepdistill.path import Output
 from stepdistill.schedule import annealed
 from stepdistill.sections import StudentOptions
 from stepdistill.student import Denoiser, add_lora, merged_state
 from stepdistill.teacher import PipelineTeacher
 from stepdistill.types import Condition
 
-WALK = 25
-"""Mean number of steps in which a trajectory gets from noise to data."""
+SAMPLE_STEPS = 16
+"""Of dpm++2m, in which the teacher draws the samples; it is asked about them noised, so they need no last finish."""
 
 EVERY = 100
 """Updates between checkpoints."""
@@ -52,6 +53,9 @@ WARMUP = 20
 
 NEAR_NOISE = 0.9
 """A student whose first call is at this time or above is called near pure noise."""
+
+PROBES = 4
+"""Batches in which the error in each of BANDS is measured."""
 
 BANDS = ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1.0))
 """The times in which the error is stated, each without its lower edge."""
@@ -68,87 +72,58 @@ def output_of(options: StudentOptions, own: Output, times: Sequence[float]) -> O
     return own if options.output == "teacher" else options.output
 
 
-class Walk:
-    """Guided trajectories of the teacher on their way from noise to data; one that arrives starts anew.
+class NoisedSamples:
+    """States of the teacher's own guided samples, noised to random times.
 
     Args:
-        teacher: whose trajectories.
-        prompts: what they are drawn for, at random.
-        count: how many.
-        guidance: of the teacher's steps.
-        seed, stream: all numbers follow from them.
+        matching: whose, for what and by what guidance.
+        folder: of the samples; those that are missing are drawn now.
+        progress: told how many samples there are.
+
+    Raises:
+        UserError: an unwritable folder, or one of other samples.
     """
 
-    def __init__(
-        self,
-        teacher: PipelineTeacher,
-        prompts: Sequence[str],
-        count: int,
-        guidance: float,
-        seed: int,
-        stream: str,
-    ) -> None:
-        self.teacher, self.prompts, self.guidance = teacher, prompts, guidance
-        self.seed, self.stream, self.steps = seed, stream, 0
-        everyone = torch.arange(count, device=teacher.device)
-        self.x, self.prompt = self._starts(everyone)  # [B, ...], [B]
-        self.t = torch.ones(count, device=teacher.device)
-        self.cond = self._encode(self.prompt)
-        for i in range(WALK):  # to times spread over (0, 1]: number i goes the share i / B of the way
-            self.step(everyone / count > i / WALK)
+    def __init__(self, matching: Matching, folder: Path, progress: Callable[[int], None]) -> None:
+        self.matching, teacher = matching, matching.teacher
+        options = PairOptions(
+            guidance=matching.guidance,
+            pairs=matching.options.output_samples,
+            pair_steps=SAMPLE_STEPS,
+            pair_solver="dpm++2m",
+        )
+        self.samples = PairCache(folder, teacher, matching.prompts, options, matching.seed)
+        self.samples.make(self._condition, progress=progress)
 
-    def _starts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise and prompts for new trajectories in these places."""
-        draws = [Draws(self.seed, self.steps, int(row), 1, self.teacher.device) for row in rows]
-        noise = torch.cat([each.normal(f"{self.stream} noise", self.teacher.shape) for each in draws])
-        return noise, torch.cat([each.integers(f"{self.stream} prompt", len(self.prompts)) for each in draws])
+    def _condition(self, prompts: Tensor) -> Condition:
+        return self.matching.teacher.encode([self.matching.prompts[int(i)] for i in prompts])
 
-    def _encode(self, prompt: Tensor) -> Condition:
-        cond = self.teacher.encode([self.prompts[int(i)] for i in prompt])
-        return Condition({name: value.clone() for name, value in cond.tensors.items()})  # written to in place
+    def at(
+        self, step: int, stream: str, low: float = 0.0, high: float = 1.0
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """States x_t [B, C, H, W] with their times [B], spread evenly over (low, high], and conditions."""
+        teacher, count = self.matching.teacher, self.matching.batch
+        draws = Draws(self.matching.seed, step, 0, count, teacher.device)
+        picked = draws.integers(f"{stream} sample", self.samples.count).cpu()
+        part = (torch.arange(1, count + 1, device=teacher.device) - draws.uniform(f"{stream} time")) / count
+        t = low + (high - low) * part
+        x0 = self.samples.clean(picked).to(teacher.device)
+        x = teacher.path.sample(x0, draws.normal(f"{stream} noise", teacher.shape), t)
+        return x, t, self._condition(self.samples.prompt_index[picked])
 
-    def step(self, moving: Tensor | None = None) -> None:
-        """One DDIM step of random length for all, or for those that are ``moving`` [B]."""
-        self.steps += 1
-        draws = Draws(self.seed, self.steps, 0, len(self.t), self.teacher.device)
-        s = self.t - draws.uniform(f"{self.stream} length", 0.5, 1.5) / WALK
-        going = s > 0 if moving is None else (s > 0) & moving
-        arrived = s <= 0 if moving is None else (s <= 0) & moving
-        x = self.teacher.predict(self.x, self.t, self.cond, guidance=self.guidance).at(s.clamp_min(0))
-        self.x, self.t = torch.where(per_sample(going, x), x, self.x), torch.where(going, s, self.t)
-        if arrived.any():
-            rows = arrived.nonzero()[:, 0]
-            self.x[rows], self.prompt[rows] = self._starts(rows)
-            self.t[rows] = 1.0
-            for name, value in self._encode(self.prompt[rows]).tensors.items():
-                self.cond.tensors[name][rows] = value
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"x": self.x, "t": self.t, "prompt": self.prompt, "steps": torch.tensor(self.steps)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from a kept state."""
-        device = self.teacher.device
-        self.x, self.t, self.prompt = (state[name].to(device) for name in ("x", "t", "prompt"))
-        self.steps, self.cond = int(state["steps"]), self._encode(self.prompt)
-
-
-@torch.no_grad()
-def errors(walk: Walk, denoiser: Denoiser) -> list[float]:
-    """The root mean square, in each of BANDS, of v as the network says it less v as the teacher does."""
-    squares, counts = [0.0] * len(BANDS), [0] * len(BANDS)
-    for _ in range(WALK):
-        x, t, cond = walk.x, walk.t, walk.cond
-        said, wanted = denoiser.predict(x, t, cond), walk.teacher.predict(x, t, cond)
-        v = [walk.teacher.path.target(each.x0, each.eps, t, "v") for each in (said, wanted)]
-        square = (v[0] - v[1]).square().flatten(1).mean(1)  # [B]
-        for i, (low, high) in enumerate(BANDS):
-            inside = (t > low) & (t <= high)
-            squares[i] += float(square[inside].sum())
-            counts[i] += int(inside.sum())
-        walk.step()
-    return [math.sqrt(square / max(count, 1)) for square, count in zip(squares, counts, strict=True)]
+    @torch.no_grad()
+    def errors(self, denoiser: Denoiser) -> list[float]:
+        """The root mean square, in each of BANDS, of v as the network says it less v as the teacher does."""
+        teacher, found = self.matching.teacher, []
+        for low, high in BANDS:
+            squares = []
+            for step in range(PROBES):
+                x, t, cond = self.at(step, "match probe", low, high)
+                said, wanted = denoiser.predict(x, t, cond), teacher.predict(x, t, cond)
+                v = [teacher.path.target(each.x0, each.eps, t, "v") for each in (said, wanted)]
+                squares.append(float((v[0] - v[1]).square().mean()))
+            found.append(math.sqrt(sum(squares) / PROBES))
+        return found
 
 
 @dataclass(frozen=True)
@@ -158,11 +133,11 @@ class Matching:
     Attributes:
         teacher: whose network.
         output: the kind that it is to say.
-        prompts: of the trajectories.
-        guidance: of their steps; what is matched is the prediction without it.
-        options: steps and rate of the stage. With ``lora_rank`` an adapter alone is trained: it ends further from the
-            teacher, but its file then holds all there is.
-        batch: trajectories walked side by side.
+        prompts: of the teacher's samples.
+        guidance: of their drawing; what is matched is the prediction without it.
+        options: samples, steps and rate of the stage. With ``lora_rank`` an adapter alone is trained: it ends further
+            from the teacher, but its file then holds all there is.
+        batch: states in one update.
         seed: of the run.
     """
 
@@ -181,9 +156,11 @@ class Matching:
         parts = {
             "teacher": self.teacher.fingerprint(),
             "interval": self.teacher.guidance_interval,
+            "rescale": self.teacher.guidance_rescale,
             "output": self.output,
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "guidance": self.guidance,
+            "samples": options.output_samples,
             "steps": options.output_steps,
             "lr": options.output_lr,
             "lora": (options.lora_rank, options.lora_alpha),
@@ -199,10 +176,6 @@ class Matching:
             source.net.requires_grad_(False)
             add_lora(source.net, source.family.lora_targets, rank, self.options.lora_alpha or float(rank))
         return Denoiser(source.net.eval(), source.path, self.output, source.family)
-
-    def walk(self, stream: str) -> Walk:
-        """New trajectories."""
-        return Walk(self.teacher, self.prompts, self.batch, self.guidance, self.seed, stream)
 
 
 @dataclass(frozen=True)
@@ -232,6 +205,7 @@ def match_output(
     cache: Path,
     *,
     autocast: Callable[[], AbstractContextManager[object]],
+    drawn: Callable[[int], None] = lambda samples: None,
     progress: Callable[[int], None] = lambda updates: None,
 ) -> Matched:
     """The teacher's network in another output kind, out of the cache or trained now.
@@ -240,6 +214,7 @@ def match_output(
         matching: how.
         cache: the folder of all results.
         autocast: the precision of the network's arithmetic.
+        drawn: told how many of the teacher's samples there are.
         progress: told how many updates were made.
 
     Raises:
@@ -255,14 +230,14 @@ def match_output(
         copy.net.load_state_dict(tensors["network"], strict=False)
     progress(state["step"])
     if state["step"] < steps:
-        walk = matching.walk("match")
+        with autocast():
+            states = NoisedSamples(matching, folder / "samples", drawn)
         if found:
-            walk.load(tensors["walk"])
             load_optimizer_state(optimizer, tensors["optimizer"])
         else:
-            state["before"] = errors(matching.walk("match probe"), copy)
+            state["before"] = states.errors(copy)
         for step in range(state["step"], steps):
-            x, t, cond = walk.x, walk.t, walk.cond
+            x, t, cond = states.at(step, "match")
             with autocast():
                 wanted = matching.teacher.predict(x, t, cond)
                 target = copy.path.target(wanted.x0, wanted.eps, t, copy.output)
@@ -280,15 +255,12 @@ def match_output(
             optimizer.zero_grad(set_to_none=True)
             progress(1)
             last = step + 1 == steps
-            if not last:
-                with autocast():
-                    walk.step()
             if last or (step + 1) % EVERY == 0:
                 if last:
-                    state["after"] = errors(matching.walk("match probe"), copy)
+                    state["after"] = states.errors(copy)
                 groups = {"network": {name: value.detach() for name, value in trained.items()}}
                 if not last:
-                    groups |= {"optimizer": optimizer_state(optimizer), "walk": walk.state()}
+                    groups["optimizer"] = optimizer_state(optimizer)
                 save_checkpoint(folder, step + 1, groups, state, keep=1)
     return Matched(*_frozen(matching, copy), state["before"], state["after"])
 

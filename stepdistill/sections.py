@@ -33,7 +33,8 @@ class StudentOptions(Section):
         output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
             data-free stage that turns the teacher's network (stepdistill/output_matching.py); ``auto``: v where the
             teacher says eps and a one-step student is called near pure noise.
-        output_steps: updates of that stage.
+        output_samples: of the teacher, on which that stage works.
+        output_steps: its updates.
         output_lr: its learning rate.
     """
 
@@ -41,6 +42,7 @@ class StudentOptions(Section):
     lora_rank: _NotNegative = 0
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
     output: Literal["auto", "teacher", "v", "x0"] = "auto"
+    output_samples: _Positive = 1024
     output_steps: _Positive = 1000
     output_lr: Annotated[float, Field(gt=0)] = 1e-4
 

@@ -17,7 +17,7 @@ from stepdistill import output_matching
 from stepdistill.errors import UserError
 from stepdistill.export import export
 from stepdistill.job import Job
-from stepdistill.output_matching import WALK, Matched, Matching, Walk, errors, match_output, output_of
+from stepdistill.output_matching import Matched, Matching, NoisedSamples, match_output, output_of
 from stepdistill.path import Output, TablePath
 from stepdistill.recipe import load_recipe
 from stepdistill.sections import StudentOptions
@@ -29,7 +29,9 @@ EMPTY = Path(__file__).parent / "empty.yaml"
 
 
 def matching(teacher: PipelineTeacher, steps: int = 12, **options: Any) -> Matching:
-    wanted = StudentOptions(output="v", output_steps=steps, **{"output_lr": 1e-3, **options})
+    wanted = StudentOptions(
+        output="v", output_steps=steps, **{"output_lr": 1e-3, "output_samples": 16, **options}
+    )
     return Matching(teacher, "v", tiny_prompts("sd", 6), 2.0 if teacher.null else 1.0, wanted, 8, 0)
 
 
@@ -61,36 +63,36 @@ def toy_teacher(net: torch.nn.Module, output: Output) -> Any:
     """A closed-form teacher that encodes prompts and has a fingerprint."""
     teacher: Any = ToyTeacher(net, TABLE, output)
     teacher.encode = lambda prompts: Condition({"label": torch.zeros(len(prompts))})
-    teacher.fingerprint, teacher.guidance_interval = lambda: "toy", (0.0, 1.0)
+    teacher.fingerprint, teacher.guidance_interval, teacher.guidance_rescale = lambda: "toy", (0.0, 1.0), 0.0
     return teacher
 
 
-def test_walks_visit_the_states_of_the_teachers_trajectories_at_uniform_times() -> None:
-    """A walk of a Gaussian's teacher has the deviation of its marginals, and is everywhere equally often."""
-    walk = Walk(toy_teacher(Gaussian(TABLE, 0.0, 0.3), "x0"), ["a", "b"], 512, 1.0, 0, "walk")
-    times, ratios = [], []
-    for _ in range(WALK):
-        alpha, sigma = TABLE.alpha_sigma(walk.t)
-        wanted = ((alpha * 0.3).square() + sigma.square()).sqrt()
-        times.append(walk.t.clone())
-        ratios.append(walk.x.flatten(1).square().mean(1).sqrt() / wanted)
-        walk.step()
-    share = torch.cat(times).histc(5, 0, 1) / (512 * WALK)
-    assert (share - 0.2).abs().max() < 0.04
-    assert torch.cat(ratios).square().mean().sqrt() == pytest.approx(1, abs=0.03)
-    assert (torch.cat(times) == 1).float().mean() == pytest.approx(
-        1 / WALK, abs=0.01
-    )  # where every drawing starts
+def test_states_are_the_teachers_samples_noised_to_evenly_spread_times(tmp_path: Path) -> None:
+    """The samples of a Gaussian's teacher have its deviation, and a batch has one time in each of its equal parts."""
+    options = StudentOptions(output_samples=512)
+    made = Matching(toy_teacher(Gaussian(TABLE, 0.0, 0.8), "x0"), "v", ["a", "b"], 1.0, options, 256, 0)
+    told: list[int] = []
+    states = NoisedSamples(made, tmp_path, told.append)
+    assert told == [256, 256]
+    x, t, _ = states.at(3, "probe", 0.2, 0.7)
+    assert torch.equal(((t - 0.2) / 0.5 * 256).ceil().long(), torch.arange(1, 257))
+    alpha, sigma = TABLE.alpha_sigma(t)
+    ratio = x.flatten(1).square().mean(1) / ((alpha * 0.8).square() + sigma.square())
+    assert ratio.mean() == pytest.approx(1, abs=0.1)
+    assert not torch.equal(states.at(4, "probe")[0], states.at(5, "probe")[0])
+    kept = NoisedSamples(made, tmp_path, told.append).samples.clean(torch.arange(512))
+    assert told == [256] * 4 and kept.std() == pytest.approx(0.8, abs=0.05)
 
 
 def test_the_turned_network_says_what_the_teacher_says(tmp_path: Path) -> None:
-    options = StudentOptions(output="v", output_steps=600, output_lr=1e-2)
+    options = StudentOptions(output="v", output_steps=600, output_lr=1e-2, output_samples=256)
     made = Matching(toy_teacher(Perceptron(), "eps"), "v", ["a"], 1.0, options, 64, 0)
     found = run(made, tmp_path)
     assert found.denoiser.output == "v" and not found.adapter
     assert all(now < 0.2 * was for was, now in zip(found.before, found.after, strict=True))
     # What is stated is what there is.
-    assert errors(made.walk("match probe"), found.denoiser) == pytest.approx(found.after, rel=1e-4)
+    states = NoisedSamples(made, tmp_path / made.key / "samples", lambda samples: None)
+    assert states.errors(found.denoiser) == pytest.approx(found.after, rel=1e-4)
     assert not any(value.requires_grad for value in found.denoiser.net.parameters())
 
 
@@ -98,7 +100,6 @@ def test_a_stage_cut_off_goes_on_bit_for_bit_and_is_then_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_matching, "EVERY", 4)
-    monkeypatch.setattr(output_matching, "WALK", 6)
     teacher = PipelineTeacher(tiny_pipeline("sd"))
     whole = run(matching(teacher), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -123,6 +124,7 @@ def test_a_stage_cut_off_goes_on_bit_for_bit_and_is_then_found(
         lambda m: Matching(m.teacher, m.output, m.prompts, m.guidance, m.options, 4, m.seed),
         lambda m: Matching(m.teacher, m.output, m.prompts, m.guidance, m.options, m.batch, 1),
         lambda m: matching(m.teacher, steps=13),
+        lambda m: matching(m.teacher, output_samples=17),
         lambda m: matching(m.teacher, lora_rank=2),
     ],
 )
@@ -134,7 +136,6 @@ def test_the_key_tells_apart_what_the_result_depends_on(
 
 
 def test_an_adapter_alone_turns_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_matching, "WALK", 6)
     teacher = PipelineTeacher(tiny_pipeline("sd"))
     found = run(matching(teacher, steps=30, output_lr=1e-2, lora_rank=4), tmp_path)
     assert found.adapter and all(".lora_" in name for name in found.adapter)
@@ -145,7 +146,7 @@ def test_an_adapter_alone_turns_the_network(tmp_path: Path, monkeypatch: pytest.
 
 def job_of(teacher: Any, *sets: str) -> Job:
     common = ["data.prompts=tests/prompts.txt", "train.batch=4", "student.output=v", "student.output_steps=3"]
-    more = ["options.guidance=2.0", "student.output_lr=1e-3"]
+    more = ["options.guidance=2.0", "student.output_samples=8", "student.output_lr=1e-3"]
     recipe = load_recipe(EMPTY, method="dmd", sets=[*common, *more, *sets])
     return Job(recipe, Accelerator(cpu=True), teacher)
 
@@ -156,7 +157,6 @@ def test_student_and_follower_start_as_the_turned_network_and_the_folder_says_it
     rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(output_matching, "WALK", 6)
     monkeypatch.chdir(EMPTY.parents[1])
     job = job_of(tiny_pipeline("sd"), f"student.lora_rank={rank}")
     method: Any = job.method
