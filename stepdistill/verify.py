@@ -44,6 +44,20 @@ print("RESULT", json.dumps({"max": worst, "mean": total, "class": type(pipe).__n
 """
 
 
+def in_a_fresh_process(
+    program: str, arguments: list[str], folder: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program in ``folder`` by an isolated Python: neither environment variables nor the folder are searched."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        check=False,
+    )
+
+
 @dataclass(frozen=True)
 class Verification:
     """What a verification found.
@@ -104,14 +118,7 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
                 f"{folder} carries {path.relative_to(folder).as_posix()}, which is not a file this stepdistill ships, "
                 "so it was not run: verify it with the version that wrote it, or read it and load the folder yourself"
             )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", PROGRAM, str(folder), str(file), "code" if code else "stock"],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=folder,
-        check=False,
-    )
+    done = in_a_fresh_process(PROGRAM, [str(folder), str(file), "code" if code else "stock"], folder, timeout)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if done.returncode or line is None:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fresh import FreshProcesses
 
 if TYPE_CHECKING:
+    import subprocess
+
     from stepdistill.teacher import PipelineTeacher
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +25,26 @@ def teacher_of() -> Callable[[str], PipelineTeacher]:
     from tiny import tiny_teacher
 
     return functools.cache(tiny_teacher)
+
+
+@pytest.fixture(scope="session")
+def fresh_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """One process that has imported diffusers and never stepdistill, and forks for every program."""
+    processes = FreshProcesses(tmp_path_factory.mktemp("fresh"))
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(autouse=True)
+def verify_in_a_fork(
+    request: pytest.FixtureRequest, fresh_processes: FreshProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``verify`` draws in a fork of that process; in one of its own where a test is marked ``own_process``."""
+
+    def run(
+        program: str, arguments: list[str], folder: Path, timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        return fresh_processes.run(program, arguments, folder)
+
+    if request.node.get_closest_marker("own_process") is None:
+        monkeypatch.setattr("stepdistill.verify.in_a_fresh_process", run)

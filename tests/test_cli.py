@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes for what is refused, real files for what is made."""
+"""The command line as a user meets it: what is refused, what it leaves, and real files for what is made."""
 
 from __future__ import annotations
 
@@ -71,14 +71,24 @@ def test_help_names_every_verb_and_imports_neither_torch_nor_pydantic(tmp_path: 
         ),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], expected: str) -> None:
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path,
+    arguments: list[str],
+    expected: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").write_text("\n  \n")
-    answer = cli("train", *arguments, cwd=tmp_path)
-    assert answer.returncode == 2
-    assert answer.stderr.startswith(f"stepdistill: {expected}")
-    assert answer.stderr.count("\n") == 1
-    assert answer.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stepdistill", "train", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    answer = capfd.readouterr()
+    assert stopped.value.code == 2
+    assert answer.err.startswith(f"stepdistill: {expected}")
+    assert answer.err.count("\n") == 1
+    assert answer.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "empty.txt",
         "folder",

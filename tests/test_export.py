@@ -51,7 +51,7 @@ CLASSES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
 }
-IN_A_FRESH_PROCESS = ("unet-classes", "dit", "sd", "sd3")
+IN_A_FRESH_PROCESS = (pytest.param("unet-classes", marks=pytest.mark.own_process), "dit", "sd", "sd3")
 
 
 class Exported:
@@ -135,7 +135,6 @@ def test_plain_diffusers_draws_what_the_student_drew(name: str, exported: Callab
     assert (run.folder / "README.md").read_text() == "# A card\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_A_FRESH_PROCESS)
 def test_verify_passes_in_a_process_without_stepdistill(
     name: str, exported: Callable[[str], Exported]
@@ -232,7 +231,6 @@ def test_a_flow_student_of_fresh_noise_draws_one_picture_from_a_seed(
     assert isinstance(path, FlowPath) and path.shift == pytest.approx(3.0, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_verify_draws_a_flow_student_of_fresh_noise(teacher_of: Teachers, tmp_path: Path) -> None:
     teacher, folder = teacher_of("sd3"), tmp_path / "student"
     student = Student.from_teacher(teacher)
@@ -343,7 +341,6 @@ def forge(folder: Path, name: str) -> None:
     manifest.write_text(json.dumps(content))
 
 
-@pytest.mark.slow
 def test_other_weights_under_a_forged_hash_draw_other_pictures(copied: Path) -> None:
     state = load_file(copied / WEIGHTS)
     state["conv_out.weight"] = 1.5 * state["conv_out.weight"]
@@ -352,7 +349,6 @@ def test_other_weights_under_a_forged_hash_draw_other_pictures(copied: Path) -> 
     rejected(copied, "pictures differ from the trainer's by .*/255 at most")
 
 
-@pytest.mark.slow
 def test_a_folder_that_does_not_load_is_told_why(copied: Path) -> None:
     config = json.loads((copied / "model_index.json").read_text())
     config["unet"] = ["stepdistill.student", "Student"]
@@ -403,7 +399,6 @@ def test_a_lora_student_of_a_pipeline_without_adapters_is_merged(
     assert_same(drawn(loaded(run.folder), run.folder), kept(run.folder))
 
 
-@pytest.mark.slow
 def test_a_student_of_embedded_guidance_is_given_its_scale(teacher_of: Teachers, tmp_path: Path) -> None:
     from stepdistill.methods.lcm import LCM
 
