@@ -181,8 +181,8 @@ def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path, monkeypatch:
 def test_runs_that_fail_stop_and_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two recipes, one with an option that its method lacks: the other is trained within its budget, drawn and put in
-    the table; the same command keeps it, and another recipe of that name is refused."""
+    """Two recipes, one whose run folder is a file: the other is trained within its budget, drawn and put in the table;
+    the same command keeps it, and another recipe of that name is refused."""
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     suite = {"name": "small", "version": 1, "n": 16, "prompts": "emoji", "selection": "shuffled", "resolution": 32,
@@ -192,14 +192,16 @@ def test_runs_that_fail_stop_and_go_on(
               "student": {"output": "teacher"},
               "train": {"steps": 100000, "batch": 2, "sheet_every": 0}}  # fmt: skip
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**recipe, "options": {"no_such": 1}}))
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bad").touch()
     asked = ["compare", "--methods", "bad.yaml,good.yaml", "--budget", "0.2s", "--output", "out"]
     lines = command(capsys, monkeypatch, *asked)
     row = lines[1].split()
     assert row[:3] == ["good", "diff_instruct", "1"] and row[-5:-2] == [row[-5], "of", "100000"]
-    assert "bad: failed: bad.yaml: options.no_such is not an option of diff_instruct" in lines[2]
+    assert "bad: failed: output folder out/bad cannot be written" in lines[2]
     numbers = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert "no_such" in numbers["failed"]["bad"]
+    assert "cannot be written" in numbers["failed"]["bad"]
     with Image.open(tmp_path / "out" / "compare.png") as picture:
         assert picture.width >= 12 * 64  # the teacher at 25 and 1 steps and the student, 12 prompts
     report = json.loads((tmp_path / "out" / "good" / "report.json").read_text())
