@@ -40,7 +40,7 @@ from stepdistill.log import RunLog, say
 from stepdistill.recipe import Recipe, differences, resolved
 from stepdistill.schedule import learning_rate
 from stepdistill.sections import TrainOptions
-from stepdistill.types import Method
+from stepdistill.types import FOLLOWERS, Method
 
 
 @dataclass(frozen=True)
@@ -310,6 +310,8 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
             require_finite({"loss": numbers["loss"], "gradient": float(norm)}, turn, step, run.last_good)
             rate = learning_rate(options, step) * method.lr_ratio(turn, step)
+            if options.lr_of == "x0" and turn not in FOLLOWERS:
+                rate /= method.student.x0_gain(method.times)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()

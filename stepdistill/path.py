@@ -92,6 +92,15 @@ class Path(ABC):
             return -sigma, alpha
         return self.rates(t)
 
+    def x0_gain(self, kind: Output, t: Tensor) -> Tensor:
+        """How far the clean sample moves with an output of the kind, |d x0 / d output|, [B]: 14.6 for an eps output at
+        the noisy end of Stable Diffusion's table, and at most 1 for v, x0 and a straight path's velocity."""
+        if kind == "x0":
+            return torch.ones_like(t)
+        alpha, sigma = self.alpha_sigma(t)
+        a, b = self.coefficients(kind, t)
+        return (sigma / (alpha * b - sigma * a)).abs()
+
     def read(self, output: Tensor, kind: Output, x_t: Tensor, t: Tensor) -> Prediction:
         """The (x0, eps) that ``output`` implies at x_t. Where det vanishes (an eps output at pure noise) the output
         carries no information and the result is not finite: choose times below that end.

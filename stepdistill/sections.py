@@ -81,6 +81,9 @@ class TrainOptions(Section):
         batch: samples per optimiser step, over all processes and accumulation.
         accumulate: parts a process works through one after the other to make one optimiser step.
         lr: learning rate of the student; a method scales it for its other networks.
+        lr_of: what a step of that rate moves: ``weights``, or ``x0``: the student's rate is then divided by how far its
+            clean sample moves with its output, as root mean square over its times, so that a rate means the same for
+            every output kind (14.6 times as much for one step of an eps network on Stable Diffusion's table as for v).
         warmup: steps over which the rate rises from 0.
         schedule: the rate after the warm-up: constant, or falling to 0 as a cosine or a line.
         betas, weight_decay: of AdamW.
@@ -108,6 +111,7 @@ class TrainOptions(Section):
     batch: _Positive = 64
     accumulate: _Positive = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr_of: Literal["weights", "x0"] = "weights"
     warmup: _NotNegative = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

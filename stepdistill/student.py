@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,6 +122,11 @@ class Denoiser(nn.Module):
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Prediction:
         """What the network says about x_t [B, C, H, W] at t [B]; with a second time, for a jump to s [B]."""
         return self.path.read(self.raw(x_t, t, cond, s), self.output, x_t, t)
+
+    def x0_gain(self, times: Sequence[float]) -> float:
+        """How far the clean sample moves with the network's output, as root mean square over the times."""
+        gain = self.path.x0_gain(self.output, torch.tensor(times, device=next(self.net.parameters()).device))
+        return float(gain.square().mean().sqrt())
 
     def predict_on(
         self, path: Path, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None

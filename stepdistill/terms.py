@@ -24,11 +24,7 @@ from stepdistill.errors import UserError
 from stepdistill.regression import ends
 from stepdistill.sampler import Sampler
 from stepdistill.sections import TermOptions
-from stepdistill.types import Batch, Examples, Method, MethodOptions
-
-DISCRIMINATOR = "discriminator"
-FOLLOWERS = ("fake", DISCRIMINATOR)
-"""Turns of networks that follow the student: no term is theirs."""
+from stepdistill.types import DISCRIMINATOR, FOLLOWERS, Batch, Examples, Method, MethodOptions
 
 
 class WithTerms(Method):

@@ -22,6 +22,10 @@ NEEDS = ("noise", "prompts", "images", "pairs", "states")
 """What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs, and with the
 pairs the states of their trajectories at the method's ``pair_times``, the student's own by default."""
 
+DISCRIMINATOR = "discriminator"
+FOLLOWERS = ("fake", DISCRIMINATOR)
+"""Turns of networks that follow the student: no term is theirs."""
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -475,6 +475,8 @@ def test_a_run_restores_where_it_was(tmp_path):
         (["train.weight_decay=0.5", "train.clip=0.01", "train.ema=0", "train.ema_power=1"], [1e-4, 1e-4]),
         (["train.warmup=4", "train.ema=0.15", "train.betas=[0.0, 0.9]"], [2.5e-5, 5e-5]),
         (["train.schedule=linear", "train.seed=1"], [1e-4, 5e-5]),
+        # An eps network called at the end of Stable Diffusion's table, where alphas_cumprod is 0.00466.
+        (["train.lr_of=x0", "train.clip=0"], [1e-4 * (0.00466 / 0.99534) ** 0.5] * 2),
     ],
 )
 def test_two_updates_are_adams_with_the_options_of_train(more, rates, tmp_path):
@@ -486,7 +488,7 @@ def test_two_updates_are_adams_with_the_options_of_train(more, rates, tmp_path):
     weights = [{name: value.detach().clone() for name, value in before.named_parameters()}]
     start(recipe, tmp_path)
     rows = curve(tmp_path)
-    assert [row["lr"] for row in rows] == pytest.approx(rates)
+    assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-3)
     (b1, b2), clip = options.betas, options.clip or math.inf
     first, second = checkpoints_in(tmp_path / "checkpoints")
     for folder in (first, second):

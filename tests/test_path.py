@@ -67,6 +67,15 @@ def test_reading_inverts_the_target(path: Path, kind: Output) -> None:
     assert torch.allclose(said.at(t), x_t, atol=1e-10)
 
 
+@EVERY_PATH
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gain_is_how_far_the_clean_sample_moves_with_the_output(path: Path, kind: Output) -> None:
+    t = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+    x_t, said = normal(49, 2, seed=1), normal(49, 2, seed=2)
+    moved = path.read(said + 1, kind, x_t, t).x0 - path.read(said, kind, x_t, t).x0
+    assert torch.allclose(moved.abs(), path.x0_gain(kind, t)[:, None].expand(-1, 2), rtol=1e-6)
+
+
 def test_the_score_is_the_gradient_of_the_log_density() -> None:
     path, deviation = FlowPath(), 0.7
     t = torch.tensor([0.2, 0.6], dtype=torch.float64)
