@@ -4,15 +4,17 @@
     python tests/mutants.py stepdistill/methods/dmd.py        # one file
     python tests/mutants.py stepdistill/methods/dmd.py --lines 70-90
 
-For each change (a mutant) the tests that guard its file run in a process of their own, on a copy of the checkout made
-of links. A mutant is killed when a test fails or the processor time runs out; the command fails when one survives that
-EXCEPTIONS does not explain. Left as they are: defaults of options, which a test would only say twice, and floors of
-1e-4 and less. Trainings ("home", "follows") are left out of the tests: they take long to notice little.
+The tests that guard a file are collected once; for each change (a mutant) they run in a fork of that process, those
+that killed a mutant before and the quick ones first, with the changed code grafted into the functions in use. A mutant
+is killed when a test fails or three times the tests' own processor time runs out; the command fails when one survives
+that EXCEPTIONS does not explain. Left as they are: defaults of options, which a test would only say twice, the default
+times, which tests/test_contract.py has for all methods, floors of 1e-4 and less, the strictness of zip, and whether a
+continuous draw may meet its bound. Trainings ("home", "follows") are left out: they take long to notice little.
 
 Why not a library: mutmut 3 changes nothing in decorated functions or class bodies (properties, class methods,
 ``@torch.no_grad()``), has no mutants that drop a term, a statement or a stopped gradient, and takes no others;
 cosmic-ray takes them as installed plugins, and starts a process for each mutant, most of which is the import of torch.
-Here a mutant is a fork of one process that has imported torch.
+Here a mutant is a fork of one process that has imported torch and collected the tests.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib
+import json
 import os
 import resource
 import shutil
@@ -28,8 +32,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_CONSISTENCY, OF_FLOWS = "tests/test_options_consistency.py", "tests/test_options_flow.py"
 SHARED = ["tests/test_fake_score.py", "tests/test_options_matching.py"]
 GUARDS: dict[str, list[str]] = {
     "stepdistill/fake_score.py": [
@@ -40,7 +47,7 @@ GUARDS: dict[str, list[str]] = {
     ],
     "stepdistill/discriminator.py": [
         "tests/test_discriminator.py",
-        *SHARED,
+        "tests/test_options_matching.py",
         "tests/test_pcm.py",
         "tests/test_shift.py",
     ],
@@ -57,20 +64,20 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/f_distill.py": ["tests/test_f_distill.py", *SHARED],
     "stepdistill/methods/sid.py": ["tests/test_sid_sim.py", *SHARED],
     "stepdistill/methods/sim.py": ["tests/test_sid_sim.py", *SHARED],
-    "stepdistill/methods/consistency.py": ["tests/test_consistency.py", "tests/test_contract.py"],
-    "stepdistill/methods/flow_map.py": ["tests/test_flow_map.py", "tests/test_contract.py"],
-    "stepdistill/methods/freeflow.py": ["tests/test_freeflow.py", "tests/test_contract.py"],
-    "stepdistill/methods/instaflow.py": ["tests/test_reflow_family.py", "tests/test_contract.py"],
-    "stepdistill/methods/lcm.py": ["tests/test_lcm.py", "tests/test_contract.py"],
-    "stepdistill/methods/meanflow.py": ["tests/test_meanflow.py", "tests/test_contract.py"],
-    "stepdistill/methods/pcm.py": ["tests/test_pcm.py", "tests/test_contract.py"],
-    "stepdistill/methods/reflow.py": ["tests/test_reflow.py", "tests/test_contract.py"],
-    "stepdistill/methods/rfpp.py": ["tests/test_reflow_family.py", "tests/test_contract.py"],
-    "stepdistill/methods/scm.py": ["tests/test_scm.py", "tests/test_contract.py"],
-    "stepdistill/methods/slimflow.py": ["tests/test_reflow_family.py", "tests/test_slim.py"],
-    "stepdistill/methods/tbcm.py": ["tests/test_tbcm.py", "tests/test_contract.py"],
-    "stepdistill/methods/tcd.py": ["tests/test_tcd.py", "tests/test_contract.py"],
-    "stepdistill/methods/tscd.py": ["tests/test_tscd.py", "tests/test_contract.py"],
+    "stepdistill/methods/consistency.py": ["tests/test_consistency.py", OF_CONSISTENCY],
+    "stepdistill/methods/flow_map.py": ["tests/test_flow_map.py", OF_FLOWS],
+    "stepdistill/methods/freeflow.py": ["tests/test_freeflow.py", OF_FLOWS],
+    "stepdistill/methods/instaflow.py": ["tests/test_reflow_family.py", OF_FLOWS],
+    "stepdistill/methods/lcm.py": ["tests/test_lcm.py", OF_CONSISTENCY],
+    "stepdistill/methods/meanflow.py": ["tests/test_meanflow.py", OF_FLOWS],
+    "stepdistill/methods/pcm.py": ["tests/test_pcm.py", OF_CONSISTENCY],
+    "stepdistill/methods/reflow.py": ["tests/test_reflow.py", OF_FLOWS],
+    "stepdistill/methods/rfpp.py": ["tests/test_reflow_family.py", OF_FLOWS],
+    "stepdistill/methods/scm.py": ["tests/test_scm.py", OF_CONSISTENCY],
+    "stepdistill/methods/slimflow.py": ["tests/test_reflow_family.py", "tests/test_slim.py", OF_FLOWS],
+    "stepdistill/methods/tbcm.py": ["tests/test_tbcm.py", OF_CONSISTENCY],
+    "stepdistill/methods/tcd.py": ["tests/test_tcd.py", OF_CONSISTENCY],
+    "stepdistill/methods/tscd.py": ["tests/test_tscd.py", OF_CONSISTENCY],
 }
 """The test files that are to notice a change in a file, those that fail soonest first."""
 
@@ -83,7 +90,14 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
 }
 """(file, line as it is, line as changed) -> why no test is to notice."""
 
-CHOICE = ["-m", "not slow", "-k", "not home and not follows"]
+LONG = (
+    "home",
+    "follows",
+    "embedded_teacher",
+    "a_teacher_needs_no_unconditional_mode",
+    "learns_the_density_ratio",
+)
+CHOICE = ["-m", "not slow", "-k", " and ".join(f"not {name}" for name in LONG)]
 
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 OPPOSITE = {
@@ -119,7 +133,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST | str]:
                 yield left
         case ast.Compare(left, [op], [right]):
             for table in (OPPOSITE, EDGE):
-                if type(op) in table:
+                if type(op) in table and not (table is EDGE and _is_draw(left)):
                     yield ast.Compare(left, [table[type(op)]()], [right])
         case ast.BoolOp(op, values):
             yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values)
@@ -149,9 +163,17 @@ def _is_torch(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id in ("torch", "math", "F")
 
 
+def _is_draw(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "uniform"
+
+
 def visited(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a tree but annotations, imports, messages of errors, and defaults of options."""
     if isinstance(node, ast.Import | ast.ImportFrom | ast.Raise | ast.JoinedStr):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "default_times":
         return
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return
@@ -195,43 +217,189 @@ def mutants(file: str) -> Iterator[Mutant]:
                 )
 
 
-def linked_copy(folder: Path) -> None:
-    """A checkout of links: the package's folders are real, so that one file of it can be another."""
-    for entry in ROOT.iterdir():
-        if entry.name != "stepdistill" and not entry.name.startswith((".", "runs")):
-            (folder / entry.name).symlink_to(entry)
-    for place, folders, files in os.walk(ROOT / "stepdistill"):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        own = folder / Path(place).relative_to(ROOT)
-        own.mkdir()
-        for name in files:
-            (own / name).symlink_to(Path(place) / name)
+# --- a mutant in place -------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, mutant: Mutant | None, tests: list[str], seconds: int) -> tuple[int, float]:
-    """The exit status of the tests, 0 when they pass, with a mutant in place, and their processor time in seconds."""
-    if mutant is not None:
-        place = folder / mutant.file
-        place.unlink()
-        place.write_text(mutant.text)
+def graft(module: ModuleType, text: str) -> None:
+    """Puts what ``text`` says into a module that is in use: other code of functions, other values of constants."""
+    assert module.__file__ is not None
+    new = ModuleType(module.__name__)
+    new.__dict__.update({"__file__": module.__file__, "__package__": module.__package__})
+    sys.modules[module.__name__] = new  # what dataclasses and pydantic look names up in
+    try:
+        exec(compile(text, module.__file__, "exec"), new.__dict__)
+    finally:
+        sys.modules[module.__name__] = module
+    for name, value in new.__dict__.items():
+        if not name.startswith("__") and name in module.__dict__:
+            _replace(module, name, module.__dict__[name], value, module.__name__)
+
+
+def _replace(owner: Any, name: str, old: Any, new: Any, home: str) -> None:
+    """One name of a module or a class: grafted where other code may hold it, else set."""
+    if isinstance(old, type):
+        if old.__module__ == home and old is not new:
+            for key, value in vars(new).items():
+                if key in vars(old) and (callable(value) or not key.startswith("__")):
+                    _replace(old, key, vars(old)[key], value, home)
+    elif isinstance(old, property):
+        for one, other in ((old.fget, new.fget), (old.fset, new.fset)):
+            _regrow(one, other, home)
+    elif isinstance(old, FunctionType) and old.__code__.co_freevars != new.__code__.co_freevars:
+        cells = {
+            key: cell
+            for function in (new, old)
+            for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        }
+        closure = tuple(cells[key] for key in new.__code__.co_freevars)
+        made = FunctionType(new.__code__, old.__globals__, old.__name__, new.__defaults__, closure)
+        made.__kwdefaults__ = new.__kwdefaults__
+        setattr(owner, name, made)
+    elif isinstance(old, FunctionType | classmethod | staticmethod) or hasattr(old, "__wrapped__"):
+        _regrow(old, new, home)
+    elif isinstance(old, PLAIN) and not name.startswith(("model_", "_")):
+        setattr(owner, name, new)
+
+
+def _regrow(old: Any, new: Any, home: str) -> None:
+    """The code, defaults and closed-over values of a function, under whatever wraps it."""
+    if old is None or old is new:
+        return
+    if not isinstance(old, FunctionType):
+        inner = "__func__" if isinstance(old, classmethod | staticmethod) else "__wrapped__"
+        _regrow(getattr(old, inner), getattr(new, inner), home)
+        return
+    if not old.__module__.startswith("stepdistill") and not hasattr(old, "__wrapped__"):
+        return
+    if old.__code__ is not new.__code__:
+        old.__code__ = new.__code__
+    old.__defaults__, old.__kwdefaults__ = new.__defaults__, new.__kwdefaults__
+    for mine, other in zip(old.__closure__ or (), new.__closure__ or (), strict=True):
+        if isinstance(mine.cell_contents, FunctionType):
+            _regrow(mine.cell_contents, other.cell_contents, home)
+        elif not isinstance(mine.cell_contents, type):  # `super()` stays that of the class in use
+            mine.cell_contents = other.cell_contents
+
+
+PLAIN = (int, float, str, bool, tuple, frozenset, type(None))
+
+
+# --- the tests of a mutant ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """Of the tests of one mutant.
+
+    Attributes:
+        killed: whether one failed, or the processor time ran out.
+        by: which one failed.
+        took: processor time, in seconds.
+        seconds: the time of each test that ran.
+    """
+
+    killed: bool
+    by: str
+    took: float
+    seconds: dict[str, float]
+
+
+class Loop:
+    """A plugin of pytest that runs the collected tests once for each mutant, every time in a fork of this process.
+
+    Args:
+        file: what is changed.
+        chosen: its mutants.
+        say: where results are printed.
+        folder: for what a fork has to say, and for its output.
+    """
+
+    def __init__(self, file: str, chosen: list[Mutant], say: TextIO, folder: Path) -> None:
+        self.file, self.chosen, self.say, self.folder = file, chosen, say, folder
+        self.name = file.removesuffix(".py").replace("/", ".")
+        self.seconds: dict[str, float] = {}
+        self.failed: list[str] = []
+        self.survived = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed = [report.nodeid]
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        text = (ROOT / self.file).read_text()
+        whole = self.run(session, text, 3600)
+        if whole.killed:
+            print(f"{self.file}: {whole.by} fails without a change, see {self.folder}", file=self.say)
+            os._exit(2)
+        self.seconds = whole.seconds
+        print(f"{self.file}: {len(session.items)} tests, {whole.took:.0f} s", file=self.say, flush=True)
+        for mutant in self.chosen:
+            found = self.run(session, mutant.text, int(3 * whole.took) + 20)
+            reason = EXCEPTIONS.get((self.file, mutant.old, mutant.new))
+            said = "killed  " if found.killed else "excepted" if reason else "SURVIVED"
+            self.survived += said == "SURVIVED"
+            if found.by:
+                self.failed = [found.by, *(name for name in self.failed if name != found.by)]
+            by = f" by {found.by}" if found.by else ""
+            print(
+                f"{said} {self.file}:{mutant.line} in {found.took:.1f} s{by}\n    - {mutant.old}\n    + {mutant.new}",
+                file=self.say, flush=True,
+            )  # fmt: skip
+        return True
+
+    def run(self, session: Any, text: str, seconds: int) -> Outcome:
+        """The tests, those that killed before first and then the quick ones, on the file with another text."""
+        place = self.folder / "outcome.json"
+        rank = {name: i for i, name in enumerate(self.failed)}
+        items = sorted(
+            session.items, key=lambda it: (rank.get(it.nodeid, len(rank)), self.seconds.get(it.nodeid, 0.0))
+        )
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+            self.seconds, self.failed = {}, []
+            try:
+                graft(sys.modules[self.name], text)
+                for item, after in zip(items, [*items[1:], None], strict=True):
+                    session.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+                    if self.failed:
+                        break
+            except BaseException as error:  # a mutant that cannot be imported is killed
+                self.failed = [f"{type(error).__name__}: {error}"]
+            place.write_text(json.dumps([self.failed, self.seconds]))
+            os._exit(0)
+        _, status, used = os.wait4(child, 0)
+        failed, seen = ([], {})
+        if place.exists():
+            failed, seen = json.loads(place.read_text())
+            place.unlink()
+        by = failed[0] if failed else ""
+        return Outcome(bool(failed or status), by, used.ru_utime + used.ru_stime, seen)
+
+
+def check(file: str, chosen: list[Mutant], folder: Path) -> int:
+    """Runs a file's mutants in a process of its own; how many survived."""
     child = os.fork()
     if child == 0:
+        say = os.fdopen(os.dup(1), "w")
         with open(folder / "output.txt", "w") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-        os.chdir(folder)
-        sys.path[:0] = [str(folder), str(folder / "tests")]
-        sys.dont_write_bytecode = True
+        os.chdir(ROOT)
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
         import pytest
 
-        # Bounded by _exit: nothing of the parent is to be flushed or closed here.
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *CHOICE, *tests])))
-    _, status, used = os.wait4(child, 0)
-    if mutant is not None:
-        place.unlink()
-        place.symlink_to(ROOT / mutant.file)
-    return status, used.ru_utime + used.ru_stime
+        importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        loop = Loop(file, chosen, say, folder)
+        pytest.main(["-q", "-p", "no:cacheprovider", *CHOICE, *GUARDS[file]], [loop])
+        say.flush()
+        os._exit(min(loop.survived, 200) + 10)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) < 10:
+        shutil.copy(folder / "output.txt", "mutants-output.txt")
+        raise SystemExit(f"{file}: its tests could not be run, see mutants-output.txt")
+    return os.waitstatus_to_exitcode(status) - 10
 
 
 def main() -> int:
@@ -249,28 +417,16 @@ def main() -> int:
 
     torch.set_num_threads(1)
     import diffusers  # noqa: F401  # imported once, before the forks
-    import pytest  # noqa: F401
 
-    survivors = total = 0
+    survived = total = 0
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        linked_copy(folder)
         for file in arguments.files or GUARDS:
-            status, took = run(folder, None, GUARDS[file], 3600)
-            if status:
-                shutil.copy(folder / "output.txt", "mutants-output.txt")
-                print(f"{file}: its tests fail without a change, see mutants-output.txt")
-                return 1
-            print(f"{file}: its tests take {took:.0f} s", flush=True)
-            chosen = [mutant for mutant in mutants(file) if first <= mutant.line <= last]
-            for mutant in chosen[:: arguments.every]:
-                status, took = run(folder, mutant, GUARDS[file], int(3 * took) + 20)
-                reason = EXCEPTIONS.get((file, mutant.old, mutant.new))
-                said = "killed  " if status else "excepted" if reason else "SURVIVED"
-                total, survivors = total + 1, survivors + (said == "SURVIVED")
-                print(f"{said} {file}:{mutant.line}\n    - {mutant.old}\n    + {mutant.new}", flush=True)
-    print(f"{total} mutants, {survivors} survived")
-    return int(survivors > 0)
+            chosen = [mutant for mutant in mutants(file) if first <= mutant.line <= last][:: arguments.every]
+            left = check(file, chosen, Path(name))
+            print(f"{file}: {len(chosen)} mutants, {left} survived", flush=True)
+            total, survived = total + len(chosen), survived + left
+    print(f"{total} mutants, {survived} survived")
+    return int(survived > 0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 from stepdistill.loop import take_turn
 from stepdistill.methods import find_method, method_names
 from stepdistill.path import FlowPath
+from stepdistill.sampler import uniform_times
 from stepdistill.types import NEEDS, Examples
 
 PATH = FlowPath()
@@ -113,7 +114,7 @@ def test_options_and_needs_are_declared(name):
     assert options.model_config["frozen"] and options.model_config["extra"] == "forbid"
     assert kind.needs_of(options) <= set(NEEDS)
     assert kind.default_times[0] == 1.0
-    assert all(a > b for a, b in zip(kind.default_times, (*kind.default_times[1:], 0.0), strict=True))
+    assert kind.default_times == uniform_times(len(kind.default_times))
 
 
 @pytest.mark.parametrize("name", method_names())

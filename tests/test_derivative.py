@@ -129,6 +129,7 @@ def test_differences_are_of_second_order_inside_and_never_leave_the_interval() -
             .norm(dim=1)
             for h in (1e-2, 5e-3)
         ]
+        assert float(errors[0].max()) < 0.3  # also where t = s at an end of time, and no step is in order
         orders = (errors[0] / errors[1].clamp_min(1e-14)).log2()
         if tangents is along_t:
             assert abs(float(orders[0]) - 2) < 0.1  # inside; linear in x, so the rest is one-sided
@@ -150,6 +151,20 @@ def test_differences_stay_before_the_last_time() -> None:
     rate = directional_derivative(*args, last=0.9).flatten()
     torch.testing.assert_close(rate, torch.tensor([1.7, 1.0], dtype=torch.float64))
     assert float(directional_derivative(*args)[0]) == pytest.approx(0.85)  # half of it is beyond the end
+
+
+def test_a_difference_is_central_where_it_just_fits() -> None:
+    """Of t^2 the central one is 2 t, and a one-sided one off by h: from t - h = 0, to t + h = 1, and from t - h = s."""
+    x, w = torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1)
+    t, s = torch.tensor([0.25, 0.75, 0.5]), torch.tensor([0.0, 0.0, 0.25])
+    args = (x, t, s), (w, torch.ones(3), torch.zeros(3))
+    square = lambda x, t, s: per_sample(t.square(), x) * x  # noqa: E731
+    rate = directional_derivative(square, *args, "difference", 0.25)
+    torch.testing.assert_close(rate.flatten(), 2 * t, atol=0, rtol=1e-6)
+    held = nn.Parameter(torch.ones(()))
+    for way in ("exact", "difference"):
+        along = directional_derivative(lambda x, t, s: held * square(x, t, s), *args, way)  # type: ignore[arg-type]
+        assert not along.requires_grad
 
 
 def test_tangents_belong_to_their_primals() -> None:

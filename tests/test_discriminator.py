@@ -32,6 +32,11 @@ def test_the_head_is_that_of_dmd2():
     assert isinstance(last, nn.Conv2d) and last.out_channels == 1
 
 
+def test_a_group_has_four_channels_or_more_and_there_are_as_many_as_that_allows():
+    widths = {1: 1, 2: 1, 6: 1, 8: 2, 12: 2, 16: 4, 20: 4, 32: 8, 64: 16, 128: 32, 320: 32}
+    assert {width: Discriminator((width, 2, 2)).body[1].num_groups for width in widths} == widths
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 7), (8, 8), (16, 4), (9, 1), (12, 20)])
 def test_any_map_gives_one_number(size):
     """A smaller map is met by one convolution as large as it is."""
@@ -39,6 +44,8 @@ def test_any_map_gives_one_number(size):
     assert head(torch.randn(3, 8, *size)).shape == (3,)
     if max(size) <= 4:
         assert convolutions(8, *size) == [(*size, 1, 0), (1, 1, 1, 0)]
+    assert convolutions(8, 5, 5)[:2] == [(4, 4, 2, 1), (2, 2, 1, 0)]
+    assert convolutions(8, 9, 2)[:2] == [(4, 4, 2, 1), (4, 1, 1, 0)]
 
 
 def test_the_head_sees_where_things_are_and_how_large():

@@ -12,8 +12,9 @@ import torch
 from flow_toy import MU, C, Velocity
 from test_reflow_family import Slimming, Straight
 from torch import Tensor, nn
-from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Affine, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.fake_score import FakeTurnOptions
 from stepdistill.flow_maps import JumpOptions, MapOptions
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
@@ -30,7 +31,7 @@ from stepdistill.teacher import PipelineTeacher
 from stepdistill.types import Batch, Condition, Method
 
 PATH = FlowPath()
-SAID = [MapOptions, JumpOptions, WarmStartOptions, PairOptions]
+SAID = [MapOptions, JumpOptions, WarmStartOptions, PairOptions, FakeTurnOptions]
 SAID += [kind.Options for kind in (MeanFlow, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
 
@@ -327,6 +328,26 @@ def correction_guidance() -> None:
         method.fake.net = Velocity(Gaussian(PATH, 0.2 + scale * (MU - 0.2), C)).requires_grad_(False)
         method.fake.output = "velocity"
         assert float(method.field(x, r * one, x.flip(0), Condition())[0].abs().max()) < 1e-4
+
+
+@covers("FakeTurnOptions.fake_steps", "FakeTurnOptions.fake_warm_start", "FakeTurnOptions.fake_lr_ratio")
+def fake_turns() -> None:
+    method = build(FreeFlow, fake_steps=2, fake_warm_start=3, fake_lr_ratio=7.0, warm_start=2)
+    assert "".join(method.turn(step)[0] for step in range(12)) == "ss" + "fff" + "ffs" * 2 + "f"
+    assert [method.lr_ratio(turn, 5) for turn in ("student", "fake")] == [1.0, 7.0]
+
+
+@covers("FakeTurnOptions.fake_loss")
+def fake_loss() -> None:
+    """A fake network whose x0 is off by 0.5 is off by 0.5 / t in its velocity."""
+    batch = batch_of(1)
+    t = float(batch.draws.uniform("fake t"))
+    for name, wanted in (("x0", 0.25), ("output", 0.25 / t**2)):
+        method = build(FreeFlow, fake_loss=name)
+        said = Affine(0.0, 0.0)
+        said.shift = nn.Parameter(MU + C * batch.noise + 0.5)
+        method.fake.net, method.fake.output = Velocity(said), "velocity"
+        assert float(method.loss("fake", batch)[0].detach()) == pytest.approx(wanted, rel=1e-3)
 
 
 @covers("Reflow.reflow_steps", "Reflow.distance", "InstaFlow.reflow_steps", "InstaFlow.distance")

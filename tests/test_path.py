@@ -249,6 +249,28 @@ def test_the_global_order_of_a_solver(name: str, solver: str, order: int, double
     assert errors[-1] < (0.05 if order == 1 else 1e-3)
 
 
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2)])
+def test_the_order_of_a_solver_on_a_table(solver: str, order: int, double: None) -> None:
+    """Of what reads alpha and sigma alone, also between entries, where the angle is linear."""
+    test_the_global_order_of_a_solver("table", solver, order, double)
+
+
+def test_slopes_of_a_table_hold_heun_at_two_parts_in_ten_thousand(double: None) -> None:
+    """A velocity is the slope between two entries: Euler's error is first order, Heun's falls with the square of the
+    step down to what a slope is off by, 1 / 1000 of it, and is there a thirtieth of Euler's or DDIM's."""
+    path, x, errors = PATHS["table"], normal(8, 2, 1, 1, seed=7), {}
+    for solver in ("euler", "ddim", "heun"):
+        for steps in (5, 10, 20, 40):
+            times = [0.9 - 0.8 * i / steps for i in range(steps + 1)]
+            moved = solve(predictor(path), x, times, solver) - exact(path, x, 0.9, times[-1])
+            errors[solver, steps] = float(moved.square().mean().sqrt())
+    print(errors)
+    assert errors["euler", 20] / errors["euler", 40] == pytest.approx(2, abs=0.1)
+    assert errors["heun", 5] / errors["heun", 10] > 3
+    assert errors["heun", 40] < min(errors["euler", 40], errors["ddim", 40]) / 10
+    assert errors["heun", 40] < 4e-4
+
+
 @pytest.mark.parametrize("name", ["flow", "trig"])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 2), ("ddim", 2), ("heun", 3), ("dpm++2m", 3)])
 def test_the_local_order_of_a_solver(name: str, solver: str, order: int, double: None) -> None:

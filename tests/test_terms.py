@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -120,6 +121,75 @@ def batch_at(step):
     """The batch of the run's step 2 step + 1 as the method's step ``step``."""
     sample = batch(2 * step + 1)
     return replace(sample, draws=replace(sample.draws, step=step))
+
+
+class Counted(find_method("reflow")):
+    """Keeps the steps it is told, and logs that are not to be written to."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.steps = []
+
+    def loss(self, turn, batch):
+        return super().loss(turn, batch)[0], MappingProxyType({})
+
+    def after_step(self, step):
+        self.steps.append(step)
+
+    def anew(self, step):
+        return frozenset({f"anew {step}"})
+
+
+def counted(**terms):
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    student = toy_student(Perceptron(seed=1), PATH, "velocity")
+    return WithTerms(Counted(teacher, student, (1.0,), Counted.Options()), TermOptions(**terms))
+
+
+def test_a_method_is_told_its_own_steps_alone():
+    with_gan, without = counted(gan_weight=0.1), counted(regression_weight=0.1)
+    for step in range(6):
+        own = step // 2
+        assert with_gan.anew(step) == ({f"anew {own}"} if step % 2 else set())
+        assert without.anew(step) == {f"anew {step}"}
+        with_gan.after_step(step)
+        without.after_step(step)
+    assert with_gan.method.steps == [0, 1, 2] and without.method.steps == list(range(6))
+    assert set(with_gan.networks()) == {"student", "discriminator"} and set(without.networks()) == {"student"}
+    assert with_gan.networks()["discriminator"] is with_gan.gan
+    assert set(with_gan.loss("student", batch(1))[1]) == {"term gan"}
+    assert set(without.loss("student", batch(1))[1]) == {"term regression"}
+
+
+@pytest.mark.parametrize(("name", "times"), [("dmd", (1.0, 0.5)), ("flow_map", (1.0, 0.5)), ("lcm", (1.0,))])
+def test_the_gans_samples_are_those_that_are_drawn_and_its_gradient_that_of_the_last_call(name, times):
+    method = WithTerms(plain(name, times), TermOptions(gan_weight=1.0))
+    sample, sampler = batch(1), method.sampler()
+    made = method.sample(sample)
+    with torch.no_grad():
+        drawn = sampler.draw(method.student, sample.noise, sample.cond, sample.fresh)
+        start = sampler.walk(method.student, sample.noise, sample.cond, sample.fresh, len(times) - 1)
+    assert torch.equal(made, drawn)
+    t = torch.full((8,), times[-1])
+    end = (torch.zeros(8),) if method.student.two_times else ()
+    last = method.student.predict(start, t, sample.cond, *end).x0
+    parameters = list(method.student.net.parameters())
+    for one, two in zip(
+        torch.autograd.grad(made.sum(), parameters), torch.autograd.grad(last.sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+    method.loss("discriminator", sample)[0].backward()
+    assert all(p.grad is None for p in parameters)
+    assert all(p.grad is not None for p in method.gan.parameters())
+
+
+def test_one_expert_for_all_calls_takes_a_gan():
+    kind = find_method("phased_dmd")
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    student = toy_student(Perceptron(seed=1), PATH, "velocity")
+    method = kind(teacher, student, (1.0, 0.5), kind.Options(phases=1))
+    assert method.span("student") == (0, 2)
+    assert "discriminator" in WithTerms(method, TermOptions(gan_weight=0.5)).networks()
 
 
 @pytest.mark.parametrize("name", method_names())
