@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
+from typing import cast
 
 from stepdistill.captions import read_metadata
 from stepdistill.embedded import embedded_teachers, teacher_folder
@@ -17,12 +19,36 @@ from stepdistill.recipe import Recipe
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, resumed: Path | None = None) -> None:
     """The teacher, the prompts and the images that a recipe names are there.
+
+    Args:
+        recipe: what names them.
+        resumed: the run folder that is gone on with, if one is.
 
     Raises:
         UserError: one of them is not.
     """
+    try:
+        _check_inputs(recipe)
+    except UserError as error:
+        if resumed is None or (begun := _begun_in(resumed)) in (None, str(Path.cwd())):
+            raise
+        raise UserError(
+            f"{error}; relative paths of the run {resumed} start at {begun}, where it was trained: resume it from there"
+        ) from None
+
+
+def _begun_in(run: Path) -> str | None:
+    """The working directory of the process that wrote the run's last checkpoint, where it says so."""
+    states = sorted(run.glob("checkpoints/step-*/state.json"))
+    try:
+        return cast("str | None", json.loads(states[-1].read_text()).get("folder"))
+    except (IndexError, OSError, ValueError):
+        return None
+
+
+def _check_inputs(recipe: Recipe) -> None:
     _check_teacher(recipe.teacher)
     if recipe.data.prompts is not None:
         read_prompts(Path(recipe.data.prompts))
@@ -149,7 +175,9 @@ def check_output(folder: Path, *, resume: bool) -> None:
     # A run that failed before its first checkpoint left nothing worth keeping.
     holds_run = begun and any((folder / name).exists() for name in ("checkpoints", "student", "report.json"))
     if resume and not begun:
-        raise UserError(f"--resume: {folder} holds no run (it has no recipe.yaml); start it without --resume")
+        raise UserError(
+            f"--resume: {folder.absolute()} holds no run (it has no recipe.yaml); give the run's folder as --output"
+        )
     if holds_run and not resume:
         raise UserError(
             f"{folder} holds a run already: add --resume to go on with it, or give another --output"
@@ -178,7 +206,9 @@ def newest_run_folder(root: Path, name: str) -> Path:
         if (match := pattern.fullmatch(folder.name)) and (folder / "recipe.yaml").is_file()
     }
     if not numbered:
-        raise UserError(f"--resume: there is no run {root / name} to go on with; give its folder as --output")
+        raise UserError(
+            f"--resume: there is no run {(root / name).absolute()} to go on with; give its folder as --output"
+        )
     return numbered[max(numbered)]
 
 

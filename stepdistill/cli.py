@@ -135,12 +135,12 @@ def train(
     if resume and recipe is None and output is not None and (output / "recipe.yaml").is_file():
         source = output / "recipe.yaml"  # the run's own recipe, so that --resume --output RUN is enough
     wanted = load_recipe(source, teacher=teacher, method=method, sets=sets or ())
-    checks.check_recipe(wanted)
     first_process = os.environ.get("RANK", "0") == "0"
     given = output or (Path(wanted.output) if wanted.output else None)
     folder = given or _default_run_folder(wanted.method, wanted.teacher, resume)
     if first_process:
         checks.check_output(folder, resume=resume)
+    checks.check_recipe(wanted, folder if resume else None)
     method_options(wanted)
 
     from stepdistill.distil import distil

@@ -94,7 +94,7 @@ def distil(
         UserError: for anything the caller can mend.
     """
     if pipeline is None:
-        check_recipe(recipe)
+        check_recipe(recipe, output if resume else None)
     if resume:
         check_resume(output / "checkpoints", recipe)
     _check_tracker(recipe.train.tracker)

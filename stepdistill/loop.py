@@ -168,7 +168,7 @@ class Run:
         if self.ema:
             tensors["ema"] = self.ema.state()
         state = {"recipe": _identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
-        state["inputs"] = self.inputs
+        state |= {"inputs": self.inputs, "folder": str(Path.cwd())}
         self.last_good = save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
 
     def restore(self) -> None:

@@ -17,6 +17,7 @@ from stepdistill.errors import UserError
 from stepdistill.log import RunLog, read_stats
 from stepdistill.recipe import Recipe
 from stepdistill.sample import grid
+from stepdistill.sections import DataOptions
 
 VERBS = ["ls", "cp", "train", "sample", "eval", "geneval", "stats", "compare", "export", "verify", "doctor"]
 
@@ -60,7 +61,11 @@ def test_help_names_every_verb_and_imports_neither_torch_nor_pydantic(tmp_path: 
         (["--method", "dmd", "--set", "data.prompts=empty.txt"], "data.prompts: empty.txt holds no prompt; "),
         (["--method", "dmd", "--set", "data.images=gone"], "data.images: gone is not a folder; "),
         (["--method", "dmd", "--output", "empty.txt/run"], "output folder empty.txt/run cannot be written: "),
-        (["--method", "dmd", "--resume"], "--resume: there is no run runs/dmd_emoji to go on with; "),
+        (["--method", "dmd", "--resume"], "--resume: there is no run {here}/runs/dmd_emoji to go on with; "),
+        (
+            ["--output", "run", "--resume", "--set", "data.prompts=gone.txt"],
+            "--resume: {here}/run holds no run (it has no recipe.yaml); ",
+        ),
         (
             ["--method", "dmd", "--set", "train.step=3"],
             "--set: train.step is not a key of train (did you mean steps? ",
@@ -86,7 +91,7 @@ def test_bad_input_is_one_line_and_status_2(
         main()
     answer = capfd.readouterr()
     assert stopped.value.code == 2
-    assert answer.err.startswith(f"stepdistill: {expected}")
+    assert answer.err.startswith(f"stepdistill: {expected.replace('{here}', str(tmp_path))}")
     assert answer.err.count("\n") == 1
     assert answer.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -139,6 +144,22 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(tmp_path: Path) -
         checks.check_output(tmp_path / "new", resume=True)
     checks.check_output(tmp_path / "new" / "deep", resume=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_resuming_elsewhere_names_the_folder_that_the_paths_of_the_run_start_at(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000005" / "state.json").write_text('{"folder": "/first"}')
+    recipe = Recipe(teacher="emoji", method="dmd", data=DataOptions(prompts="gone.txt"))
+    with pytest.raises(
+        UserError, match=r"gone.txt not found: .*; relative paths of the run .*/run start at /first, "
+    ):
+        checks.check_recipe(recipe, run)
+    for resumed in (None, tmp_path / "other"):
+        with pytest.raises(UserError, match=r"captions$"):
+            checks.check_recipe(recipe, resumed)
 
 
 def test_a_hub_name_passes_only_online_and_a_mistyped_path_never(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -98,6 +99,43 @@ def test_different_protocols_are_not_ranked(tmp_path: Path, change: dict[str, ob
     other = write_report(tmp_path / "b", {"1": 2.0}, **change)
     with pytest.raises(UserError, match=field):
         compare.rank([compare.read_report(first), compare.read_report(other)])
+
+
+def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
+    """Each under its own teacher's scores; the shipped reports give the shipped page to the last byte."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    shipped = Path(__file__).resolve().parents[1] / "train"
+    spec = spec_from_file_location("results", shipped / "results.py")
+    assert spec is not None and spec.loader is not None
+    results = module_from_spec(spec)
+    spec.loader.exec_module(results)
+    shutil.copytree(shipped / "results", tmp_path / "results")
+    page = tmp_path / "README.md"
+    before = (shipped / "README.md").read_text()
+    page.write_text(before)
+    results.put([], tmp_path)
+    assert page.read_text() == before
+
+    more = {
+        "name": "mine",
+        "teacher_name": "other-teacher",
+        "guidance": 4.0,
+        "wall_seconds": 90.0,
+        "commit": "0123456789",
+    }
+    more |= {"hardware": "a machine", "teacher": {"fd": {"1": 7.5, "25": 2.25}, "clip_score": {"25": 0.5}}}
+    run = write_report(tmp_path / "run", {"2": 3.0}, **more)
+    Image.new("RGB", (2, 2)).save(tmp_path / "run" / "samples.png")
+    results.put([run], tmp_path)
+    assert page.read_text().startswith(before.split(results.END)[0].rstrip())
+    (added,) = page.read_text().split("teacher `emoji`")[1].split("Suite ")[1:]
+    assert added.startswith(
+        "emoji@1, 2000 images; teacher `other-teacher`, guidance 4: FD-emoji 7.50 at 1 step (at its better guidance), "
+        "2.25 at 25; CLIP-emoji 0.500 at 25.\n\n| run | method |"
+    )
+    assert "| mine | dmd | 2 | **0.500** | 3.00 |  | 0.800 (160.0%) |" in added and "_emoji |" not in added
+    assert "| mine | `stepdistill train <b>` | a machine |" in added
 
 
 def test_what_eval_wrote_is_read(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from stepdistill import checks
 from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
 from stepdistill.data import Data
 from stepdistill.errors import UserError
@@ -389,6 +390,7 @@ def test_resume_refuses_other_prompts_and_another_teacher_under_the_same_names(t
     kept = json.loads((checkpoints_in(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())[
         "inputs"
     ]
+    assert checks._begun_in(tmp_path / "run") == str(Path.cwd())
     assert kept["teacher"] == job.teacher.fingerprint() and set(kept) == {"teacher", "data.prompts"}
     data = job.data(tmp_path / "run")
     run = Run(job.method, recipe, tmp_path / "run", data.identity())

@@ -1,7 +1,7 @@
-"""Puts finished runs into the table of train/README.md: python train/results.py RUN...
+"""Puts finished runs into the tables of train/README.md: python train/results.py RUN...
 
 Each run's report.json and samples.png are kept as train/results/NAME.* (earlier ones of the same name are replaced),
-and the table between the two markers of train/README.md is written anew from all of them.
+and the tables between the two markers of train/README.md, one for each teacher, are written anew from all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -46,11 +45,12 @@ def rows(report: dict[str, Any]) -> list[str]:
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """The table, with the commands and machines under it."""
+    """One teacher's table, with the commands and machines under it."""
     teacher = reports[0]["teacher"]
     full = max(teacher["fd"], key=int)
     lines = [
-        f"Suite {reports[0]['suite']}, {reports[0]['n']} images; teacher `emoji`, guidance {reports[0]['guidance']:g}: "
+        f"Suite {reports[0]['suite']}, {reports[0]['n']} images; teacher `{reports[0]['teacher_name']}`, "
+        f"guidance {reports[0]['guidance']:g}: "
         f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance), {teacher['fd'][full]:.2f} at {full}; "
         f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}.",
         "",
@@ -65,21 +65,32 @@ def table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    store = HERE / "results"
+def tables(reports: list[dict[str, Any]]) -> str:
+    """A table for each teacher, that of ``emoji`` first."""
+    teachers = sorted(
+        {report["teacher_name"] for report in reports}, key=lambda name: (name != "emoji", name)
+    )
+    return "\n\n".join(
+        table([report for report in reports if report["teacher_name"] == teacher]) for teacher in teachers
+    )
+
+
+def put(runs: list[str], folder: Path) -> None:
+    """Keeps the runs' reports in ``folder/results`` and writes the tables of ``folder/README.md`` anew."""
+    store = folder / "results"
     store.mkdir(exist_ok=True)
-    for run in sys.argv[1:]:
+    for run in runs:
         report = json.loads((Path(run) / "report.json").read_text())
         if not report["student"]["fd"]:
             raise SystemExit(f"{run} was not evaluated")
         shutil.copy(Path(run) / "report.json", store / f"{report['name']}.json")
         shutil.copy(Path(run) / "samples.png", store / f"{report['name']}.png")
     reports = [json.loads(file.read_text()) for file in sorted(store.glob("*.json"))]
-    page = HERE / "README.md"
+    page = folder / "README.md"
     text = page.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{table(reports)}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{tables(reports)}\n{END}{after}")
 
 
 if __name__ == "__main__":
-    main()
+    put(sys.argv[1:], Path(__file__).parent)
