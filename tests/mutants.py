@@ -87,6 +87,26 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "return ratio, (sigma_t.square() - (ratio * sigma_s).square()).clamp_min(0).sqrt()",
         "return ratio, (sigma_t.square() - (ratio * sigma_s).square()).sqrt()",
     ): "a guard against rounding, which never took c^2 below 0 on any path at 5,000 neighbours s, t in float32",
+    (
+        "stepdistill/derivative.py",
+        "return rate.detach()",
+        "return (rate)",
+    ): "under no_grad there is no graph to leave",
+    (
+        "stepdistill/derivative.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "a graph of the value alone, whose norm is taken as a number: time and memory of one call",
+    (
+        "stepdistill/derivative.py",
+        "scale = max(float(rate.norm()), float(fn(*primals).norm()), math.ulp(0.0))",
+        "scale = max(float(rate.norm()), float(fn(*primals).norm()), math.ulp((1.0)))",
+    ): "a floor: what is divided is 0 where both norms are",
+    (
+        "stepdistill/methods/tcd.py",
+        'e = (draws.uniform("end") * (m + 1)).floor().clamp(max=m)',
+        "e = ((draws.uniform('end') * (m + 1)).floor())",
+    ): "a guard against rounding: the largest uniform, 1 - 2^-24, times m + 1 rounds to m + 1 for no m below 2^23",
 }
 """(file, line as it is, line as changed) -> why no test is to notice."""
 

@@ -151,6 +151,8 @@ def test_differences_stay_before_the_last_time() -> None:
     rate = directional_derivative(*args, last=0.9).flatten()
     torch.testing.assert_close(rate, torch.tensor([1.7, 1.0], dtype=torch.float64))
     assert float(directional_derivative(*args)[0]) == pytest.approx(0.85)  # half of it is beyond the end
+    one = torch.ones(1, dtype=torch.float64)  # by itself it stays before 1: (1 - 0.9^2) / 0.1
+    assert float(Derivative("difference", 0.1)(torch.square, (one,), (one,))) == pytest.approx(1.9)
 
 
 def test_a_difference_is_central_where_it_just_fits() -> None:

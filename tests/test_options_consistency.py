@@ -296,10 +296,11 @@ def test_a_target_is_a_number_to_the_gradient(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [LCM, TCD, TSCD])
 def test_a_teacher_step_is_k_timesteps_long_and_starts_on_the_grid(kind: Any, path: Path) -> None:
     """With 50 times and a skip of 3, from each of timesteps 19, 39, ... 999 to 60 below, the lowest to timestep 0; on a
-    flow path in shifted times, the lowest to clean data. The share at pure noise is what was asked for."""
+    flow path in shifted times, the lowest to clean data, also those that would end far beyond it. The share at pure
+    noise is what was asked for."""
     more = {"segments": (1,)} if kind is TSCD else {}
-    for share in (0.0, 0.3):
-        method = made(kind, path, grid=50, skip=3, noise_share=share, ema=0.5, **more)
+    for share, skip in ((0.0, 3), (0.3, 3), (0.0, 40)):
+        method = made(kind, path, grid=50, skip=skip, noise_share=share, ema=0.5, **more)
         seen, then = (
             test_options_flow.Calls(net) for net in (method.student.net, method.target.denoiser.net)
         )
@@ -310,5 +311,5 @@ def test_a_teacher_step_is_k_timesteps_long_and_starts_on_the_grid(kind: Any, pa
         t, s = (1000 * path.unshifted(times) for times in (seen.t[0], then.t[0]))
         assert torch.equal(seen.t[0], read.t[0]) and torch.equal(seen.x[0], read.x[0])
         assert {round(time) for time in t.tolist()} == set(range(20, 1001, 20))
-        torch.testing.assert_close(s, (t - 60).clamp_min(float(path is TABLE)), atol=0.02, rtol=0)
+        torch.testing.assert_close(s, (t - 20 * skip).clamp_min(float(path is TABLE)), atol=0.02, rtol=0)
         assert float((t > 999).float().mean()) == pytest.approx(share + (1 - share) / 50, abs=0.05)

@@ -26,6 +26,7 @@ from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.pairs import PairCache, PairOptions
 from stepdistill.path import FlowPath
 from stepdistill.regression import WarmStartOptions
+from stepdistill.sampler import Sampler
 from stepdistill.solvers import solve
 from stepdistill.teacher import PipelineTeacher
 from stepdistill.types import Batch, Condition, Method
@@ -475,6 +476,18 @@ def guide() -> None:
     terms = logs(method, batch)
     assert float(flow.t[0].min()) >= 0.3 and float(flow.t[0].max()) <= 0.4
     assert value(method, batch) == pytest.approx(float(terms["distillation"] + 3 * terms["guide"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MeanFlow, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow])
+def test_how_the_students_of_the_family_are_drawn(kind: type[Method]) -> None:
+    """Without fresh noise, from each time to the next; flow maps are told where a jump ends. A flow that is kept for
+    its samples is not trained."""
+    method = build(kind)
+    assert method.sampler() == Sampler((1.0,), False, two_times=issubclass(kind.Options, MapOptions))
+    if kind in (Reflow, InstaFlow, SlimFlow):
+        assert method.flow is not method.student and not any(
+            p.requires_grad for p in method.flow.parameters()
+        )
 
 
 CACHED = {"Reflow.guidance", "InstaFlow.guidance", "PairOptions.pairs", "PairOptions.pair_steps"}
