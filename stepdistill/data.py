@@ -23,7 +23,8 @@ from stepdistill.draws import Draws, generator_for
 from stepdistill.embedded import emoji_captions, emoji_images
 from stepdistill.errors import UserError
 from stepdistill.image_decoding import decode
-from stepdistill.image_sources import ENDINGS, Skipped, decode_files, is_image
+from stepdistill.image_names import ENDINGS, is_image
+from stepdistill.image_sources import Skipped, decode_files
 from stepdistill.pairs import PairCache
 from stepdistill.teacher import PipelineTeacher
 from stepdistill.types import Batch, Condition, Examples

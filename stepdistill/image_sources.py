@@ -17,7 +17,6 @@ Nothing is unpickled and only PIL's own readers of the formats below are used.
 from __future__ import annotations
 
 import hashlib
-import re
 import tarfile
 import zipfile
 import zlib
@@ -34,12 +33,12 @@ from PIL import Image
 
 from stepdistill.errors import UserError
 from stepdistill.image_decoding import Decoded, Refused, decode, fit, to_pixels
+from stepdistill.image_names import ENDINGS, is_image, natural, sample_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-ENDINGS = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .gif .ppm .pgm".split())
 ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 LARGEST_FILE = 1 << 28
 """Bytes; a member of an archive that claims more is refused."""
@@ -205,12 +204,6 @@ def _damaged(label: str, error: Exception) -> UserError:
     )
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
-    """The key of the order of names: digits count as numbers; equal numbers are told apart by their spelling."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
-
-
 def _from_folder(folder: Path, label: str, resolution: int) -> ImageSource:
     def reader(path: Path) -> Callable[[], bytes]:
         return lambda: path.read_bytes()
@@ -267,24 +260,6 @@ def _from_tar(file: Path, label: str, resolution: int) -> ImageSource:
         raise UserError(f"{label} is compressed and its files are not in the order of their names: unpack it")
     decoded = partial(_decode_all, images, resolution, True)
     return ImageSource(label, "tar", len(images), skipped, decoded, companions)
-
-
-def sample_of(name: str) -> tuple[str, str]:
-    """A webdataset name's sample and field: (a/b/001, seg.png) of a/b/001.seg.png."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, ending = last.partition(".")
-    return folder + slash + stem, ending
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image."""
-    return Path(name).suffix.lower() in ENDINGS and not of_macos(name)
-
-
-def of_macos(name: str) -> bool:
-    """Whether a file is one of those that macOS puts beside each file in an archive: ._a.jpg beside a.jpg."""
-    path = Path(name)
-    return path.name.startswith("._") or "__MACOSX" in path.parts
 
 
 def _from_npz(file: Path, label: str, resolution: int) -> ImageSource:

@@ -21,6 +21,7 @@ from typing import Any
 
 from stepdistill.content import is_lfs_pointer
 from stepdistill.errors import UserError
+from stepdistill.image_names import natural, of_macos, sample_of
 
 KEYS = ("prompt", "caption", "text")
 """Names of the field that holds the prompt; the first that is there counts."""
@@ -148,8 +149,6 @@ def _json(text: str, place: str) -> Any:
 
 
 def _of_webdataset(file: Path) -> Iterator[str]:
-    from stepdistill.image_sources import natural, of_macos, sample_of
-
     samples: dict[str, dict[str, tuple[str, str]]] = {}  # of each sample: ending -> name and text
     with tarfile.open(file, "r:*") as archive:
         for member in archive:

@@ -33,15 +33,7 @@ from torch import Tensor, nn
 
 from stepdistill.errors import UserError
 from stepdistill.experts import Experts
-from stepdistill.fake_score import (
-    FakeLoss,
-    FakeScore,
-    FakeScoreOptions,
-    exit_of,
-    push,
-    sampler_of,
-    turn_at,
-)
+from stepdistill.fake_score import FakeLoss, FakeScore, FakeScoreOptions, exit_of, push, sampler_of, turn_at
 from stepdistill.path import per_sample
 from stepdistill.regression import WarmStartOptions, regression, warm_start_rate
 from stepdistill.sampler import Sampler
@@ -58,13 +50,10 @@ class PhasedDMD(Method):
     class Options(FakeScoreOptions, WarmStartOptions):
         guidance: float = 4.0  # of the teacher
         fake_steps: int = 5  # updates of the fake network per update of an expert
-        fake_loss: FakeLoss = (
-            "output"  # as eq. 13; the field is of scores, eps over sigma, and so it weighs alike
-        )
+        fake_loss: FakeLoss = "output"  # as eq. 13; the field is of scores, so it weighs alike
         phases: int = 2  # experts; 4 for 4 steps are slightly better and cost more
-        phase_updates: PositiveInt = (
-            30  # matching updates of each expert but the last, at the very least: recipes say more
-        )
+        # Matching updates of each expert but the last, at the very least: recipes say more.
+        phase_updates: PositiveInt = 30
         clamp: float = 10.0  # greatest weight of the fake network's loss (eq. 13)
         renoise: bool | None = False  # the paper's steps are Euler steps
 
