@@ -121,7 +121,7 @@ class MapOptions(WarmStartOptions):
         0.01  # least time at which the teacher is read; at least that of a table's first timestep
     )
     derivative: Way = "auto"  # exact, difference, or the first where it can be had
-    # h of the differences, in units of [0, 1]: the length of the teacher's Heun step in them.
+    # h of the differences, in units of [0, 1]: the length of the teacher's leg of Heun steps in them.
     derivative_step: Annotated[float, Field(ge=2 * SHORTEST, le=1)] = STEP
 
 

@@ -8,7 +8,7 @@ With X = x - (t - s) u(x, t, s), v the velocity that the map belongs to and D/Dt
 The derivatives are exact, or else differences. A difference of u over a wide h is wrong at the exact map itself, as u
 bends in its times wherever a trajectory does, so differences are of what the exact map leaves equal: the end X, which
 is constant along a trajectory, and a state that two ways reach. With y(m) the state at m of the trajectory through a
-point, by one step of Heun along v (Karras et al. 2022, 2206.00364, alg. 1):
+point, by steps of Heun along v (Karras et al. 2022, 2206.00364, alg. 1), two for the Eulerian equation:
 
 - Eulerian: DX/Dt = v - u - (t - s) Du/Dt, so u is to be u + (X(x, t, s) - X(y(m), m, s)) / (t - m) at m = t - h.
 - Lagrangian: u is to be u + (X(x, t, s) - y(s)) / (m - s), y from X(x, t, m) at m = s + h.
@@ -35,6 +35,10 @@ from stepdistill.types import Condition
 
 SHORTEST = 1e-3
 """Below this length a jump's mean velocity is read off the trajectory's direction: a difference would be rounding."""
+
+LEG_STEPS = 2
+"""Heun's steps to the other end of an Eulerian difference, whose error counts over h: on a table an eps network is so
+rough near pure noise that a second step takes away two thirds of it (0.069 to 0.022 of 1.36 on ``emoji``, h = 0.06)."""
 
 Velocity = Callable[[Tensor, Tensor, Condition], Tensor]
 """v [B, ...] at x [B, ...] and t [B]."""
@@ -72,7 +76,7 @@ class MapEquations:
         rate = self.derivative.exact(self._u(cond), (x, t, s), moves)
         if rate is not None:
             return v - share * per_sample(t - s, x) * rate
-        m, y = self.leg(x, t, s, cond, v, self.derivative.step)
+        m, y = self.leg(x, t, s, cond, v, self.derivative.step, LEG_STEPS)
         apart = self._end(x, t, s, cond, now) - self._end(y, m, s, cond)
         width = per_sample(t - m, x)
         whole = torch.where(width > SHORTEST, now + apart / width.clamp_min(SHORTEST), v)
@@ -125,11 +129,17 @@ class MapEquations:
         return torch.where(per_sample(t - m, x) > SHORTEST, mean, v)
 
     def leg(
-        self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, v: Tensor, length: float
+        self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, v: Tensor, length: float, steps: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """The time m [B] that is ``length`` before t, no earlier than t / 2, s and ``least``, and the state there."""
+        """The time m [B] that is ``length`` before t, no earlier than t / 2, s and ``least``, and the state there, by
+        some steps of Heun."""
         m = torch.minimum(torch.maximum(t - (t / 2).clamp_max(length), s.clamp_min(self.least)), t)
-        return m, self._heun(x, t, m, cond, v)
+        start, end = t, torch.lerp(t, m, 1 / steps)
+        x = self._heun(x, start, end, cond, v)
+        for k in range(1, steps):
+            start, end = end, torch.lerp(t, m, (k + 1) / steps)
+            x = self._heun(x, start, end, cond, self.velocity(x, start, cond))
+        return m, x
 
     def _heun(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, v: Tensor) -> Tensor:
         """The state at s from x at t, where the velocity is v."""
