@@ -40,6 +40,7 @@ from stepdistill.log import RunLog, say
 from stepdistill.recipe import Recipe, differences, resolved
 from stepdistill.schedule import learning_rate
 from stepdistill.sections import TrainOptions
+from stepdistill.student import lora_layers
 from stepdistill.types import FOLLOWERS, Method
 
 
@@ -142,9 +143,13 @@ class Run:
         }
         averaged = options.ema or options.ema_power
         self.ema = Ema(networks["student"], options.ema, options.ema_power) if averaged else None
-        # A frozen parameter of a trained network (the base of an adapter) is the teacher's and need not be kept; other
-        # frozen modules of the method (target networks) are state.
+        # A frozen parameter of a trained network (the base of an adapter) is the teacher's and need not be kept, nor
+        # that of a copy of it (a target network); whatever else a frozen module of the method holds is state.
+        student = networks["student"]
+        base = {name for name, p in student.named_parameters() if not p.requires_grad}
+        copies = [net for net in method.modules() if base and type(net) is type(student) and lora_layers(net)]
         frozen = {id(p) for net in networks.values() for p in net.parameters() if not p.requires_grad}
+        frozen |= {id(p) for net in copies for name, p in net.named_parameters() if name in base}
         tensors = [*method.named_parameters(), *method.named_buffers()]
         self.state_names = [name for name, value in tensors if id(value) not in frozen]
         self.step, self.seconds = 0, 0.0
