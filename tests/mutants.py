@@ -103,6 +103,16 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "scale = max(float(rate.norm()), float(fn(*primals).norm()), math.ulp((1.0)))",
     ): "a floor: what is divided is 0 where both norms are",
     (
+        "stepdistill/methods/consistency.py",
+        "intervals = min(self.options.grid * 2 ** min(self.stage(step), 30), self.options.grid_max)",
+        "intervals = min(self.options.grid * 2 ** min(self.stage(step), (31)), self.options.grid_max)",
+    ): "no grid that fits in memory has 2^30 intervals",
+    (
+        "stepdistill/sampler.py",
+        "if max(abs(t - (1 - i * gap)) for i, t in enumerate(self.times)) > 1.5e-3:",
+        "if (max((abs(t - (1 - i * gap)) for i, t in enumerate(self.times))) >= 0.0015):",
+    ): "whether a tolerance allows the very number that it ends at",
+    (
         "stepdistill/methods/tcd.py",
         'e = (draws.uniform("end") * (m + 1)).floor().clamp(max=m)',
         "e = ((draws.uniform('end') * (m + 1)).floor())",

@@ -14,6 +14,7 @@ from test_reflow_family import Slimming, Straight
 from torch import Tensor, nn
 from toy import SHAPE, Affine, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.draws import Draws
 from stepdistill.fake_score import FakeTurnOptions
 from stepdistill.flow_maps import JumpOptions, MapOptions
 from stepdistill.methods.flow_map import FlowMap
@@ -396,6 +397,15 @@ def own_pairs() -> None:
             own += torch.equal(seen.x[-1], batch.noise)
         assert own / 60 == pytest.approx(0.3, abs=0.15)
         assert len(flow.t) == 7 * own
+        drawn = [Draws(0, step, 0, 2).shared_integer(name, 1000) for step in range(6000)]
+        for share, wanted in ((0.0, {0: False}), (0.5, {499: True, 500: False}), (1.0, {999: True})):
+            method = build(kind, **{name: share, "reflow_steps": 0, "flow_steps": 1})
+            seen = Calls(method.student.net)
+            for number, said in wanted.items():
+                for step in [step for step, value in enumerate(drawn) if value == number][:4]:
+                    batch = batch_of(2, step)
+                    logs(method, batch)
+                    assert torch.equal(seen.x[-1], batch.noise) == said, (share, number)
 
 
 @covers("RFPP.sharpness")
@@ -463,7 +473,8 @@ def slimmer() -> None:
 def anneal() -> None:
     for schedule, quarter in (("linear", 0.75), ("cosine", 0.5 + 0.5 * math.cos(math.pi / 4))):
         method = build(SlimFlow, reflow_steps=100, anneal=0.4, schedule=schedule)
-        assert [method.beta(step) for step in (0, 10, 20, 40)] == pytest.approx([1, quarter, 0.5, 0])
+        assert [method.beta(step) for step in (0, 10, 20, 40, 60)] == pytest.approx([1, quarter, 0.5, 0, 0])
+    assert [build(SlimFlow, reflow_steps=10, anneal=0.0).beta(step) for step in (0, 1)] == [1, 0]
 
 
 @covers("SlimFlow.guide_weight", "SlimFlow.guide_times")

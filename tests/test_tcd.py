@@ -9,6 +9,7 @@ from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch,
 
 from stepdistill.errors import UserError
 from stepdistill.methods.tcd import TCD
+from stepdistill.methods.tscd import TSCD
 from stepdistill.neighbours import jump
 from stepdistill.path import FlowPath, TrigPath, per_sample
 from stepdistill.sampler import Sampler, uniform_times
@@ -90,6 +91,27 @@ def test_ends_lie_on_the_grid_between_the_boundary_and_the_teachers_point(monkey
     torch.testing.assert_close((e * 50)[~low], (e * 50)[~low].round(), atol=1e-4, rtol=0)
     top = e[t == 1] * 50  # uniform on 0 .. 49 where t is the last
     assert float(top.mean()) == pytest.approx(24.5, abs=4 * 14.4 / len(top) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", [TCD, TSCD])
+def test_every_end_from_the_boundary_to_the_teachers_point_is_drawn(kind, monkeypatch):
+    """On a grid of 5, from time n / 5 with a step of one: the ends 0 .. n - 1, and no other."""
+    import sys
+
+    path, seen = FlowPath(), []
+    monkeypatch.setattr(
+        sys.modules[kind.__module__],
+        "jump",
+        lambda net, z, t, s, cond: (seen.append((t, s)), jump(net, z, t, s, cond))[1],
+    )
+    more = {"segments": (1,)} if kind is TSCD else {}
+    teacher = ToyTeacher(Gaussian(path, MU, S), path)
+    method = kind(teacher, toy_student(Gaussian(path, MU, S), path), (1.0,), kind.Options(grid=5, **more))
+    method.loss("student", toy_batch(400, pairs=lambda z: MU + S * z))
+    (s, _), (t, e) = seen
+    torch.testing.assert_close(s, t - 0.2)
+    for n in range(1, 6):
+        assert {round(5 * end) for end in e[(5 * t).round() == n].tolist()} == set(range(n))
 
 
 def test_guidance_is_folded_into_the_ode():

@@ -123,6 +123,18 @@ def batch_at(step):
     return replace(sample, draws=replace(sample.draws, step=step))
 
 
+def test_what_the_perceptual_term_wants_holds_no_graph():
+    """Also where the embedding network has weights that are not frozen: only the student's own features do."""
+    loud, seen = nn.Parameter(torch.ones(())), []
+
+    def embed(latents):
+        seen.append(loud * direction(latents))
+        return seen[-1]
+
+    WithTerms(plain(), TermOptions(perceptual_weight=1.0), embed).loss("student", batch())
+    assert [features.requires_grad for features in seen] == [False, True]
+
+
 class Counted(find_method("reflow")):
     """Keeps the steps it is told, and logs that are not to be written to."""
 
