@@ -32,6 +32,7 @@ from stepdistill.checkpoint import (
     optimizer_state,
     save_checkpoint,
 )
+from stepdistill.data import Data
 from stepdistill.draws import Draws
 from stepdistill.health import require_finite
 from stepdistill.pairs import PairCache, PairOptions
@@ -93,10 +94,9 @@ class NoisedSamples:
             pair_solver="dpm++2m",
         )
         self.samples = PairCache(folder, teacher, matching.prompts, options, matching.seed)
-        self.samples.make(self._condition, progress=progress)
-
-    def _condition(self, prompts: Tensor) -> Condition:
-        return self.matching.teacher.encode([self.matching.prompts[int(i)] for i in prompts])
+        # It encodes each prompt once, where all of them fit in memory.
+        self.data = Data(teacher, matching.prompts, matching.seed)
+        self.samples.make(self.data.condition, progress=progress)
 
     def at(
         self, step: int, stream: str, low: float = 0.0, high: float = 1.0
@@ -109,7 +109,7 @@ class NoisedSamples:
         t = low + (high - low) * part
         x0 = self.samples.clean(picked).to(teacher.device)
         x = teacher.path.sample(x0, draws.normal(f"{stream} noise", teacher.shape), t)
-        return x, t, self._condition(self.samples.prompt_index[picked])
+        return x, t, self.data.condition(self.samples.prompt_index[picked])
 
     @torch.no_grad()
     def errors(self, denoiser: Denoiser) -> list[float]:

@@ -24,7 +24,7 @@ pairs the states of their trajectories at the method's ``pair_times``, the stude
 
 DISCRIMINATOR = "discriminator"
 FOLLOWERS = ("fake", DISCRIMINATOR)
-"""Turns of networks that follow the student: no term is theirs."""
+"""Turns of networks that follow the student: neither terms nor ``train.lr_of`` are for them."""
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,6 @@ def test_slopes_of_a_table_hold_heun_at_two_parts_in_ten_thousand(double: None) 
             times = [0.9 - 0.8 * i / steps for i in range(steps + 1)]
             moved = solve(predictor(path), x, times, solver) - exact(path, x, 0.9, times[-1])
             errors[solver, steps] = float(moved.square().mean().sqrt())
-    print(errors)
     assert errors["euler", 20] / errors["euler", 40] == pytest.approx(2, abs=0.1)
     assert errors["heun", 5] / errors["heun", 10] > 3
     assert errors["heun", 40] < min(errors["euler", 40], errors["ddim", 40]) / 10
