@@ -108,6 +108,36 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "intervals = min(self.options.grid * 2 ** min(self.stage(step), (31)), self.options.grid_max)",
     ): "no grid that fits in memory has 2^30 intervals",
     (
+        "stepdistill/methods/consistency.py",
+        "t = torch.where(level >= self.high * (1 - 1e-5), torch.ones_like(t), t)",
+        "t = torch.where((level > self.high * (1 - 1e-05)), torch.ones_like(t), t)",
+    ): "whether a tolerance allows the very number that it ends at",
+    (
+        "stepdistill/methods/consistency.py",
+        "level <= self.low * (1 + 1e-5), torch.full_like(t, last_time(self.student.path)), t",
+        "(level < self.low * (1 + 1e-05)), torch.full_like(t, last_time(self.student.path)), t",
+    ): "whether a tolerance allows the very number that it ends at",
+    (
+        "stepdistill/methods/consistency.py",
+        'i = torch.searchsorted(law.cumsum(0), draws.uniform("interval"), right=True)',
+        'i = torch.searchsorted(law.cumsum(0), draws.uniform("interval"), right=(False))',
+    ): "whether a continuous draw may meet its bound",
+    (
+        "stepdistill/methods/dmd.py",
+        "called_at = self.times[call] if call else 1.0  # pure noise settles nothing, wherever it is handed in",
+        "called_at = (self.times[call] if call else (1.5))  # pure noise settles nothing, wherever it is handed in",
+    ): "no time above 1 is drawn",
+    (
+        "stepdistill/methods/dmd.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "the views have no graph of their own, and the field is taken as a number",
+    (
+        "stepdistill/methods/tbcm.py",
+        "@torch.no_grad()",
+        "@torch.enable_grad()",
+    ): "the teacher is frozen and its noise has no graph: there is none to record",
+    (
         "stepdistill/sampler.py",
         "if max(abs(t - (1 - i * gap)) for i, t in enumerate(self.times)) > 1.5e-3:",
         "if (max((abs(t - (1 - i * gap)) for i, t in enumerate(self.times))) >= 0.0015):",

@@ -112,6 +112,18 @@ def test_the_index_law_of_ict_is_lognormal():
     assert float(((upper * lower).log() / 2).mean()) == pytest.approx(mean, abs=4 * 2 / 4000**0.5)
 
 
+def test_one_interval_of_the_grid_is_as_likely_as_another():
+    path = FlowPath()
+    method = consistency(path, GaussianMap(path, MU, S), grid=5)
+    grid = method.grid(0)
+    upper, lower = method.levels(data_batch(4000))
+    i = torch.searchsorted(grid, lower)
+    assert torch.equal(grid[i], lower) and torch.equal(grid[i + 1], upper)
+    drawn = torch.bincount(i, minlength=5)
+    assert len(drawn) == 5
+    assert float((drawn - 800).abs().max()) < 4 * 800**0.5
+
+
 def test_the_schedule_of_ect():
     """Stage 0: r = 0 for small t and t / 2 for large; stage 7: r / t = 0.996 (card 2.3)."""
     path = EDMPath()

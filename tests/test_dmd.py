@@ -165,6 +165,15 @@ def test_gradients_reach_only_the_network_whose_turn_it_is(turn):
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
 
 
+def test_the_field_is_made_without_a_graph():
+    """Only the student's own call records one: both scores of its sample are numbers (DMD eq. 7)."""
+    method, graphs = dmd(FlowPath(), 1.0, 1.2), []
+    for net in (method.teacher.denoiser.net, method.fake.net):
+        net.register_forward_hook(lambda m, a, out: graphs.append(out.requires_grad))
+    method.loss("student", toy_batch(4))
+    assert graphs == [False, False]
+
+
 @pytest.mark.parametrize("step", range(6))
 def test_only_the_last_call_of_a_rollout_has_a_graph(step):
     """Backward simulation: calls before the exit run without a graph; one call holds one (DMD2 card, test 9)."""

@@ -83,6 +83,18 @@ def test_value_and_gradient_are_zero_at_the_optimum(kind):
     assert [float(v) for v in (logs["error"], loss.detach(), net.shift.grad, net.scale.grad)] == [0.0] * 4
 
 
+def test_sid_is_finite_where_the_sample_is_what_the_teacher_sees_in_it():
+    """The normaliser |x - x0_real| is 0 then, and so is what it divides: both are of one point."""
+    teacher = ToyTeacher(Gaussian(FlowPath(), MU, 0.0), FlowPath())
+    method = SiD(teacher, toy_student(Affine(MU, 0.0), FlowPath()), (1.0,), SiD.Options())
+    method.fake.net = Gaussian(FlowPath(), MU, 0.0).requires_grad_(False)
+    views = many_views(method, 0.5, count=4)
+    assert float(views.distance.detach().abs().max()) < 1e-12
+    loss = method.divergence(views)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and float(method.student.net.shift.grad.abs()) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("kind", "options"), [(SiD, {"alpha": 1.0}), (SiD, {}), (SIM, {}), (SIM, {"distance": "l2"})]
 )
