@@ -95,7 +95,7 @@ def test_ends_lie_on_the_grid_between_the_boundary_and_the_teachers_point(monkey
 
 @pytest.mark.parametrize("kind", [TCD, TSCD])
 def test_every_end_from_the_boundary_to_the_teachers_point_is_drawn(kind, monkeypatch):
-    """On a grid of 5, from time n / 5 with a step of one: the ends 0 .. n - 1, one as often as the other, and no other."""
+    """On a grid of 5, from time n / 5 with a step of one: the ends 0 .. n - 1, each as often, and no other."""
     import sys
 
     path, seen = FlowPath(), []
