@@ -123,6 +123,16 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         'i = torch.searchsorted(law.cumsum(0), draws.uniform("interval"), right=(False))',
     ): "whether a continuous draw may meet its bound",
     (
+        "stepdistill/methods/consistency.py",
+        't = (options.log_mean + options.log_deviation * draws.normal("level", ())).exp()',
+        "t = ((options.log_mean - options.log_deviation * draws.normal('level', ()))).exp()",
+    ): "a normal draw is as likely as its negative",
+    (
+        "stepdistill/methods/consistency.py",
+        "@torch.no_grad()",
+        "@torch.enable_grad()",
+    ): "the teacher is frozen and its input has no graph: there is none to record",
+    (
         "stepdistill/methods/dmd.py",
         "called_at = self.times[call] if call else 1.0  # pure noise settles nothing, wherever it is handed in",
         "called_at = (self.times[call] if call else (1.5))  # pure noise settles nothing, wherever it is handed in",
@@ -132,6 +142,21 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "with torch.no_grad():",
         "with torch.enable_grad():",
     ): "the views have no graph of their own, and the field is taken as a number",
+    (
+        "stepdistill/methods/scm.py",
+        "def __init__(self, waves: int = 8) -> None:",
+        "def __init__(self, waves: int = (9)) -> None:",
+    ): "how finely the weight may depend on the angle is a choice",
+    (
+        "stepdistill/methods/scm.py",
+        "@torch.no_grad()",
+        "@torch.enable_grad()",
+    ): "the teacher is frozen, F has no graph and derivatives return numbers: there is none to record",
+    (
+        "stepdistill/methods/scm.py",
+        "size = g.flatten(1).norm(dim=1) / math.sqrt(g[0].numel())  # [B]",
+        "size = g.flatten(1).norm(dim=1) / math.sqrt(g[(1)].numel())  # [B]",
+    ): "the samples of a batch are of one size",
     (
         "stepdistill/methods/tbcm.py",
         "@torch.no_grad()",

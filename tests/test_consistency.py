@@ -9,11 +9,13 @@ import torch
 from consistency_toy import error, mixture_method, table_path, train
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.draws import Draws
 from stepdistill.levels import lognormal_law
 from stepdistill.methods.consistency import Consistency
 from stepdistill.neighbours import Target, clean, last_time
 from stepdistill.path import EDMPath, FlowPath, TrigPath
 from stepdistill.residuals import pseudo_huber
+from stepdistill.types import Batch, Condition
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]
@@ -136,6 +138,46 @@ def test_the_schedule_of_ect():
     torch.testing.assert_close(r[t > 15], t[t > 15] / 2, rtol=1e-5, atol=0)
     t, r = method.levels(data_batch(2000, step=700))
     assert bool(((r / t)[t > 10] - 0.996).abs().max() < 1e-3)
+
+
+def test_the_greatest_draw_still_has_an_interval():
+    """The probabilities of the lognormal law add up to a little less than 1 in float32; a draw may lie above."""
+
+    class Greatest(Draws):
+        def uniform(self, stream, low=0.0, high=1.0):
+            return torch.full((self.count,), 1 - 2**-24 if stream == "interval" else 0.5)
+
+    path = FlowPath()
+    for grid in range(5, 60):
+        method = consistency(path, GaussianMap(path, MU, S), grid=grid, law="lognormal")
+        upper, lower = method.levels(Batch(Greatest(0, 0, 0, 4), torch.zeros(4, *SHAPE), Condition()))
+        assert bool((upper == method.high).all()) and bool((lower < upper).all())
+
+
+def test_levels_of_ect_keep_within_the_path():
+    """From twice the boundary's level, so that a lower one is left, to pure noise, where a share of samples is put."""
+    path = table_path()
+    method = consistency(
+        path, GaussianMap(path, MU, S), schedule="ect", log_mean=0.0, log_deviation=6.0, noise_share=0.25
+    )
+    upper, lower = method.levels(data_batch(4000))
+    assert method.low > 0
+    assert float(upper.min()) == pytest.approx(2 * method.low)
+    assert float(upper.max()) == pytest.approx(method.high)
+    assert float(lower.min()) == pytest.approx(method.low)
+    assert bool((lower < upper).all())
+    log = math.log(method.high) / 6  # in deviations of the draw: what lies above it is put there too
+    above = 0.5 * math.erfc(log / 2**0.5)
+    share = 0.25 + 0.75 * above
+    drawn = float((upper == upper.max()).float().mean())
+    assert drawn == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+
+
+def test_without_a_weight_the_loss_is_the_mean_square_of_the_residual():
+    path = FlowPath()
+    method = consistency(path, Perceptron(), huber=None, weight=False)
+    loss, logs = method.loss("student", data_batch(32))
+    assert loss.item() == pytest.approx(float(logs["residual"]) ** 2, rel=1e-5)
 
 
 def test_ect_with_the_whole_gap_is_the_denoising_loss():

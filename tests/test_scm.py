@@ -214,6 +214,27 @@ def test_the_learnt_weight_ends_at_the_inverse_error():
     torch.testing.assert_close(weight(a).exp() * errors, torch.ones(64), atol=1e-2, rtol=0)
 
 
+def test_the_learnt_weight_scales_each_error_and_pays_for_itself():
+    """mean(e^w error - w), sCM's eq. 8 with the prefactor in the level's law; of a constant w: e^w mean(error) - w."""
+    plain, weighted = (scm(FlowPath(), Perceptron(), adaptive=adaptive) for adaptive in (False, True))
+    with torch.no_grad():
+        weighted.weight.amplitudes[0] = 0.7
+    error = plain.loss("student", data())[0].item()
+    assert weighted.loss("student", data())[0].item() == pytest.approx(math.exp(0.7) * error - 0.7, rel=1e-5)
+
+
+def test_the_derivative_is_whole_after_its_warm_up_and_without_one():
+    """At the exact map the whole tangent is 0, and no other share of it; the log states its root mean square."""
+    for warmup, step, whole in [(0, 0, True), (10, 5, False), (10, 10, True), (10, 15, True)]:
+        method = scm(FlowPath(), GaussianMap(FlowPath(), MU, S), warmup=warmup)
+        _, logs = method.loss("student", data(step=step))
+        assert (float(logs["tangent"]) < 1e-4) == whole
+        assert not any(value.requires_grad for value in logs.values())
+    method = scm(FlowPath(), Perceptron())
+    tangent = method.loss("student", data())[1]["tangent"]
+    torch.testing.assert_close(tangent, at(method)[0].square().mean().sqrt())
+
+
 def test_times_of_a_table_are_its_entries_and_the_share_at_noise_is_what_was_asked():
     method = scm(table_path(), Perceptron(), noise_share=0.3)
     t = method.drawn_times(data(2000).draws)
