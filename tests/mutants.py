@@ -30,7 +30,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TextIO
@@ -143,6 +143,11 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "with torch.enable_grad():",
     ): "the views have no graph of their own, and the field is taken as a number",
     (
+        "stepdistill/methods/pcm.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "in the discriminator's turn the student's weights take no gradient: time and memory of one call",
+    (
         "stepdistill/methods/scm.py",
         "def __init__(self, waves: int = 8) -> None:",
         "def __init__(self, waves: int = (9)) -> None:",
@@ -158,10 +163,25 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "size = g.flatten(1).norm(dim=1) / math.sqrt(g[(1)].numel())  # [B]",
     ): "the samples of a batch are of one size",
     (
+        "stepdistill/methods/sim.py",
+        "c = self.options.c * math.sqrt(y[0].numel())",
+        "c = self.options.c * math.sqrt(y[(1)].numel())",
+    ): "the samples of a batch are of one size",
+    (
         "stepdistill/methods/tbcm.py",
         "@torch.no_grad()",
         "@torch.enable_grad()",
     ): "the teacher is frozen and its noise has no graph: there is none to record",
+    (
+        "stepdistill/methods/tscd.py",
+        "ONE_STEP = Sampler((1.0,), renoise=False)",
+        "ONE_STEP = Sampler((1.0,), renoise=(True))",
+    ): "one step has nothing after it to noise",
+    (
+        "stepdistill/methods/tscd.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "in the critics' turn the student's weights take no gradient: time and memory of one call",
     (
         "stepdistill/sampler.py",
         "if max(abs(t - (1 - i * gap)) for i, t in enumerate(self.times)) > 1.5e-3:",
@@ -342,7 +362,9 @@ def _replace(owner: Any, name: str, old: Any, new: Any, home: str) -> None:
         setattr(owner, name, made)
     elif isinstance(old, FunctionType | classmethod | staticmethod) or hasattr(old, "__wrapped__"):
         _regrow(old, new, home)
-    elif isinstance(old, PLAIN) and not name.startswith(("model_", "_")):
+    elif (isinstance(old, PLAIN) and not name.startswith(("model_", "_"))) or (
+        is_dataclass(old) and type(old).__module__ != home
+    ):
         setattr(owner, name, new)
 
 

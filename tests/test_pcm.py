@@ -118,6 +118,15 @@ def test_an_edge_belongs_to_the_phase_below_and_ends_the_one_above():
         assert float(s[phase].min()) == float(torch.tensor(edge))
 
 
+def test_a_pair_is_one_time_of_the_grid_apart():
+    """48 times make 12 a phase of a quarter; from each to the next below, on the schedule before its shift."""
+    path = FlowPath(3.0)
+    method = pcm(path, Perceptron(), times=tuple(path.shifted(torch.tensor(FOUR)).tolist()), grid=48)
+    _, t, s, _ = method.phase_times(data_batch(500))
+    gaps = path.unshifted(t) - path.unshifted(s)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / 48), atol=1e-5, rtol=0)
+
+
 def test_at_the_edge_the_target_is_the_teachers_point_and_not_the_students_jump():
     """A network that says nonsense leaves the target of the lowest pair untouched (card: c_skip at the edge)."""
     path = FlowPath()
@@ -153,6 +162,41 @@ def test_adversarial_turns_reach_only_their_network(turn):
     for name, parameters in trained.items():
         assert any(p.grad is not None and bool(p.grad.any()) for p in parameters) == (name == turn)
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
+
+
+def told_apart(method, batch):
+    """Logits of the student's jumps and of their targets around 0, by a head whose weights are large."""
+    jumped, target, start, e, cond = method.two_jumps(batch)
+    *weights, bias = method.gan.parameters()
+    with torch.no_grad():
+        for seed, weight in enumerate(weights):
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+        bias -= method.gan.logits_above(target, e, start, cond, batch).mean()
+        return [method.gan.logits_above(x, e, start, cond, batch) for x in (jumped, target)]
+
+
+def test_the_generators_term_raises_the_logits_of_its_jumps():
+    method, batch = gan_method(), data_batch(64)
+    fake, _ = told_apart(method, batch)
+    loss, logs = method.loss("student", batch)
+    assert logs["gan"].item() == pytest.approx(-float(fake.mean()), rel=1e-5)
+    method.gan = None
+    alone = method.loss("student", batch)[0]
+    assert (loss - alone).item() == pytest.approx(-0.1 * float(fake.mean()), rel=1e-3)
+
+
+def test_the_discriminators_loss_is_the_hinge():
+    """mean(max(0, 1 - D(target)) + max(0, 1 + D(jump))): none beyond the margin counts."""
+    method, batch = gan_method(), data_batch(64)
+    fake, real = told_apart(method, batch)
+    assert (
+        bool((real > 1).any())
+        and bool((real < 1).any())
+        and bool((fake < -1).any())
+        and bool((fake > -1).any())
+    )
+    hinge = (1 - real).relu() + (1 + fake).relu()
+    torch.testing.assert_close(method.loss("discriminator", batch)[0], hinge.mean())
 
 
 def test_the_discriminator_cannot_tell_a_consistent_student():

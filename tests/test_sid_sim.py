@@ -79,6 +79,7 @@ def test_value_and_gradient_are_zero_at_the_optimum(kind):
     method = method_of(kind, FlowPath(), MU, S)
     loss, logs = method.loss("student", toy_batch(64))
     loss.backward()
+    assert not any(value.requires_grad for value in logs.values())
     net = method.student.net
     assert [float(v) for v in (logs["error"], loss.detach(), net.shift.grad, net.scale.grad)] == [0.0] * 4
 

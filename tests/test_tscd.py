@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
+from torch import nn
 from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.errors import UserError
@@ -132,6 +133,7 @@ def test_the_optional_terms_begin_with_their_stage_and_reach_only_whose_turn_it_
     assert all(method.turn(step) == "student" for step in range(20))
     assert [method.turn(step) for step in range(20, 24)] == ["fake", "student"] * 2
     assert set(method.loss("student", data(step=19))[1]) == {"residual"}
+    assert set(method.loss("student", data(step=20))[1]) == {"residual", "gan", "field"}
     trained = {name: list(net.parameters()) for name, net in method.networks().items()}
     for turn, step, logs in (
         ("fake", 20, {"discriminator", "denoising"}),
@@ -146,6 +148,35 @@ def test_the_optional_terms_begin_with_their_stage_and_reach_only_whose_turn_it_
             assert any(p.grad is not None and bool(p.grad.any()) for p in parameters) == (name == turn)
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
     assert set(with_critics(gan_weight=0.0, score_weight=0.0).networks()) == {"student"}
+
+
+def test_each_term_is_added_at_its_weight():
+    """The squared residual, beside it the generator's loss, and the pull against DMD's field on one-step samples."""
+    batch, plain = data(step=40), with_critics(gan_weight=0.0, score_weight=0.0)
+    alone, logs = plain.loss("student", batch)
+    assert alone.item() == pytest.approx(float(logs["residual"]) ** 2, rel=1e-5)
+
+    method = with_critics(gan_weight=0.3, score_weight=0.0)
+    loss, logs = method.loss("student", batch)
+    jumped, _, e, start, cond = method.two_jumps(batch)
+    generator = nn.functional.softplus(-method.gan.logits_above(jumped, e, start, cond, batch)).mean()
+    assert (loss - alone).item() == pytest.approx(0.3 * generator.item(), rel=1e-4)
+
+    method = with_critics(gan_weight=0.0, score_weight=0.2, score_guidance=2.0)
+    method._teacher[0].unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
+    loss, logs = method.loss("student", batch)
+    x = method.student.predict(batch.noise, torch.ones(64), batch.cond).x0
+    views = method.fake.views(method.teacher, x.detach(), batch, method.options, 2.0)
+    field = views.error / views.distance
+    assert not logs["field"].requires_grad
+    assert float(logs["field"]) == pytest.approx(float(field.abs().mean()), rel=1e-4)
+    assert (loss - alone).item() == pytest.approx(0.1 * float(field.square().mean()), rel=1e-3)
+    weights = list(method.student.net.parameters())
+    ours = torch.autograd.grad(loss, weights)
+    pull = 0.2 * (x * field.detach()).mean()  # descent moves the samples against the field
+    wanted = torch.autograd.grad(plain.loss("student", batch)[0], list(plain.student.net.parameters()))
+    for got, regressed, pulled in zip(ours, wanted, torch.autograd.grad(pull, weights), strict=True):
+        torch.testing.assert_close(got, regressed + pulled, rtol=1e-3, atol=1e-5)
 
 
 def test_the_score_term_is_zero_where_the_fake_network_is_the_teacher():
