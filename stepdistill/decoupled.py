@@ -40,7 +40,7 @@ def augmentation_field(
     path, last = teacher.path, teacher.path.unshifted(t_max)
     t = path.shifted(batch.draws.uniform("guidance t", min(low, last), min(high, last)))
     x_t = path.sample(x, batch.draws.normal("guidance eps", tuple(x.shape[1:])), t)
-    guidance = in_interval(scale, t, *options.guidance_interval)
+    guidance = in_interval(scale, t, *options.score_interval)
     towards, plain = augmentation(teacher, x_t, t, batch.cond, guidance)
     size = (x - plain).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
     return towards / size.clamp_min(0.1)

@@ -41,6 +41,8 @@ class FakeScoreOptions(FakeTurnOptions):
     """Options of a method with a fake score."""
 
     score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
+    # Times at which that is on, where fewer than in the pairs: far above data a guided x0 can be far too strong.
+    score_guidance_interval: tuple[float, float] | None = None
     # Where the two scores are compared (DMD 4.1), before a flow teacher's time shift.
     score_times: tuple[float, float] = (0.02, 0.98)
     renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
@@ -49,6 +51,11 @@ class FakeScoreOptions(FakeTurnOptions):
     def score_scale(self) -> float:
         """The teacher's guidance where the scores are compared."""
         return self.guidance if self.score_guidance is None else self.score_guidance
+
+    @property
+    def score_interval(self) -> tuple[float, float]:
+        """The times at which it is on."""
+        return self.score_guidance_interval or self.guidance_interval
 
 
 class ScoreOptions(FakeScoreOptions, WarmStartOptions):
@@ -134,7 +141,7 @@ class FakeScore(Denoiser):
         """
         low = self.path.unshifted(since)
         t = self.path.shifted(low + (1 - low) * batch.draws.uniform("score t", *options.score_times))
-        guidance = in_interval(scale, t, *options.guidance_interval) if scale != 1.0 else 1.0
+        guidance = in_interval(scale, t, *options.score_interval) if scale != 1.0 else 1.0
         with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
             eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
             s = torch.full_like(t, since)

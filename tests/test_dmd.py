@@ -106,11 +106,12 @@ def test_guidance_moves_the_fixed_point_as_it_moves_the_teacher(guidance):
     assert float(field.abs().max()) < 1e-4
 
 
-def test_guidance_is_on_inside_its_interval_and_off_outside():
+@pytest.mark.parametrize("interval", ["guidance_interval", "score_guidance_interval"])
+def test_guidance_is_on_inside_its_interval_and_off_outside(interval):
     """Where t <= 0.5 the error is that of the guided teacher, elsewhere that of the plain one, sample by sample."""
     path, null, scale = FlowPath(), 0.2, 4.0
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, null, S))
-    options = DMD.Options(guidance=scale, guidance_interval=(0.0, 0.5))
+    options = DMD.Options(guidance=scale, **{interval: (0.0, 0.5)})
     method, batch = DMD(teacher, toy_student(Affine(MU, S), path), (1.0,), options), toy_batch(64)
     method.fake.net = Gaussian(path, MU, S)
     with torch.no_grad():

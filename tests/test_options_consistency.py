@@ -222,6 +222,7 @@ CASES: dict[Any, dict[str, Case]] = {
         "gamma": Case(0.3, drawing, {"path": TABLE}, wanted=(True, 40, None, 0.3, {"eta": 0.3})),
         "renoise": Case(False, drawing, {"path": TABLE}, wanted=(True, 40, None, 0.0, {})),
         "score_guidance": Case(0.5, loss, CRITICS),
+        "score_guidance_interval": Case((0.0, 0.4), loss, CRITICS),
         "score_times": Case((0.4, 0.6), loss, CRITICS),
         "fake_loss": Case("output", loss_of_fake, CRITICS),
         "fake_steps": Case(3, turns, CRITICS, wanted="fffs" * 10),

@@ -120,6 +120,7 @@ EVERY: dict[str, Case] = {
     "guidance": Case(3.0, loss_of_student),
     "guidance_interval": Case((0.0, 0.4), loss_of_student),
     "score_guidance": Case(0.5, loss_of_student),
+    "score_guidance_interval": Case((0.0, 0.4), loss_of_student),
     "shift": Case(3.0, loss_of_student),
     "score_times": Case((0.4, 0.6), loss_of_student),
     "fake_loss": Case("other", loss_of_fake),
