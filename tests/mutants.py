@@ -148,6 +148,16 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "with torch.enable_grad():",
     ): "in the discriminator's turn the student's weights take no gradient: time and memory of one call",
     (
+        "stepdistill/methods/diff_instruct.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "the views have no graph of their own, and the field is taken as a number",
+    (
+        "stepdistill/methods/meanflow.py",
+        "error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(draws.step))",
+        "error = now - self.equations.eulerian(x, t, s, cond, (now), self.share(draws.step))",
+    ): "what the equations return has no graph",
+    (
         "stepdistill/methods/scm.py",
         "def __init__(self, waves: int = 8) -> None:",
         "def __init__(self, waves: int = (9)) -> None:",
@@ -162,6 +172,26 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "size = g.flatten(1).norm(dim=1) / math.sqrt(g[0].numel())  # [B]",
         "size = g.flatten(1).norm(dim=1) / math.sqrt(g[(1)].numel())  # [B]",
     ): "the samples of a batch are of one size",
+    (
+        "stepdistill/methods/rfpp.py",
+        "return torch.where(side < 0.5, y, 1 - y)",
+        "return torch.where((side >= 0.5), y, 1 - y)",
+    ): "one side is as likely as the other",
+    (
+        "stepdistill/methods/rfpp.py",
+        "return torch.where(side < 0.5, y, 1 - y)",
+        "return torch.where((side <= 0.5), y, 1 - y)",
+    ): "whether a continuous draw may meet its bound",
+    (
+        "stepdistill/methods/rfpp.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "the teacher is frozen and the pair has no graph: there is none to record",
+    (
+        "stepdistill/methods/slimflow.py",
+        'return math.sqrt(1 - beta**2) * z + beta * batch.draws.normal("anneal", tuple(z.shape[1:]))',
+        "return (math.sqrt(1 - beta ** 2) * z - beta * batch.draws.normal('anneal', tuple(z.shape[1:])))",
+    ): "a normal draw is as likely as its negative",
     (
         "stepdistill/methods/sim.py",
         "c = self.options.c * math.sqrt(y[0].numel())",
@@ -345,7 +375,9 @@ def _replace(owner: Any, name: str, old: Any, new: Any, home: str) -> None:
     if isinstance(old, type):
         if old.__module__ == home and old is not new:
             for key, value in vars(new).items():
-                if key in vars(old) and (callable(value) or not key.startswith("__")):
+                if key == "__pydantic_validator__":
+                    setattr(old, key, value)
+                elif key in vars(old) and (callable(value) or not key.startswith("__")):
                     _replace(old, key, vars(old)[key], value, home)
     elif isinstance(old, property):
         for one, other in ((old.fget, new.fget), (old.fset, new.fset)):

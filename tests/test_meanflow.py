@@ -46,6 +46,16 @@ def test_loss_and_gradient_vanish_at_the_exact_map_and_not_beside_it(path, way):
     assert float(mean.grad) > 1e-2  # descent takes the shift back
 
 
+def test_the_residual_is_the_errors_root_mean_square():
+    """At power 0 the loss is the mean of |error|^2 over samples of two elements."""
+    method = meanflow(power=0.0)
+    with torch.no_grad():
+        method.student.net.mean += 0.3
+    loss, logs = method.loss("student", data())
+    assert loss.item() == pytest.approx(2 * float(logs["residual"]) ** 2, rel=1e-5)
+    assert not any(value.requires_grad for value in logs.values())
+
+
 def test_without_the_derivative_it_is_velocity_matching():
     """At the first step of a warm-up, and where s = t, the target is v itself."""
     for options in ({"warmup": 10}, {"same": 1.0}):

@@ -114,8 +114,13 @@ def test_distillation_is_zero_at_the_map_and_begins_after_the_first_stage():
     assert "reflow" in method.loss("student", pair_batch())[1]
     method.after_step(0)
     assert not method.distilling
+    with torch.no_grad():
+        method.student.net.error.fill_(0.3)
     method.after_step(1)
     assert method.distilling
+    assert float(method.flow.net.error) == pytest.approx(0.3)  # fresh pairs are the reflowed student's
+    with torch.no_grad():
+        method.student.net.error.fill_(0.0)
     loss, logs = method.loss("student", pair_batch())
     assert "distillation" in logs
     assert float(loss) < 1e-12

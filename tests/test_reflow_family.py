@@ -219,6 +219,14 @@ def test_instaflow_loss_is_zero_at_the_straight_flow_in_every_stage(path):
         assert value(method, pair_batch(64, step)) < 1e-9
 
 
+def test_the_first_round_alone_reads_the_teachers_samples():
+    method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_steps=1, flow_steps=2)
+    exact, other = (toy_batch(16, pairs=lambda z, by=by: MU + by + S * z) for by in (0.0, 1.0))
+    assert value(method, exact) < 1e-9 < 0.1 < value(method, other)
+    for step in (1, 2):
+        assert value(method, toy_batch(16, step)) < 1e-9  # no pairs are given, and none is asked for
+
+
 def test_further_rounds_learn_from_the_flows_own_pairs():
     """With a flow that is off by e, the pairs of round two are its Euler ends, not the teacher's samples."""
     method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_steps=1, flow_steps=5)
@@ -346,11 +354,13 @@ def test_slimflow_swaps_in_the_familys_smaller_network():
     teacher, student = ToyTeacher(Perceptron(), STRAIGHT, "velocity"), toy_student(Perceptron(), STRAIGHT)
     student.family = Slimming()
     method = SlimFlow(teacher, student, (1.0,), SlimFlow.Options(width=0.25))
+    assert SlimFlow.own_network  # so that nothing is done to the teacher's for it
     assert method.networks()["student"].first.out_features == 16
     assert method.flow.net.first.out_features == 16
     assert teacher.denoiser.net.first.out_features == 64
-    with pytest.raises(ValueError):
-        SlimFlow.Options(width=0.0)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError):
+            SlimFlow.Options(width=share)
 
 
 # All of them
