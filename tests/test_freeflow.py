@@ -46,6 +46,7 @@ def test_prediction_vanishes_at_the_exact_map_and_not_beside_it(times: tuple[flo
         with torch.no_grad():
             method.student.net.mean += 0.1
         mean, error = method.prediction(x, t, s, Condition())
+        assert mean.requires_grad and not error.requires_grad and not x.requires_grad
         # At the shifted map's states the teacher differs by the shift alone: -0.1 (1 - k_s (1 - s)) per element.
         variance = (1 - s).square() * C**2 + s.square()
         slope = (s - (1 - s) * C**2) / variance
@@ -77,9 +78,15 @@ def test_the_corrections_field_of_a_mean_shift() -> None:
     generator = torch.Generator().manual_seed(0)
     x0, n = (torch.randn(64, *SHAPE, generator=generator) for _ in range(2))
     r = torch.rand(64, generator=generator) * 0.9 + 0.05
-    field, _ = method.field(MU + shift + C * x0, r, n, Condition())
+    drawn = MU + shift + C * x0
+    field, uncertain = method.field(drawn, r, n, Condition())
     exact = -shift * r / ((1 - r).square() * C**2 + r.square())
     torch.testing.assert_close(field, per_sample(exact, field).expand_as(field), atol=1e-4, rtol=1e-3)
+    # Its normaliser is how far the teacher's guess is from the velocity of the very pair.
+    a, b = (per_sample(value, n) for value in (1 - r, r))
+    x_r = a * drawn + b * n
+    guess = (x_r - (MU + a * C**2 / (a.square() * C**2 + b.square()) * (x_r - a * MU))) / b
+    torch.testing.assert_close(uncertain, (n - drawn - guess).abs().mean((1, 2, 3)), atol=1e-4, rtol=1e-3)
 
     chosen = freeflow(GaussianFlowMap(MU + shift, C), correction_share=1.0)
     chosen.fake = method.fake
@@ -98,6 +105,41 @@ def test_guidance_is_off_at_high_noise_in_the_correction_alone() -> None:
         method.fake.net = Velocity(Gaussian(PATH, mean, C)).requires_grad_(False)
         method.fake.output = "velocity"
         assert float(method.field(x, r * one, x.flip(0), Condition())[0].abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_the_corrections_guidance_is_the_one_that_was_asked(guidance: float) -> None:
+    """The field is 0 where the samples are those of the teacher under that guidance."""
+    teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH, unguided=Gaussian(PATH, 0.2, C))
+    student = toy_student(GaussianFlowMap(MU, C), PATH, "velocity")
+    options = FreeFlow.Options(guidance=3.0, correction_guidance=guidance)
+    method = FreeFlow(teacher, student, (1.0,), options)
+    method.fake.net, method.fake.output = Velocity(Gaussian(PATH, 0.2 + guidance * (MU - 0.2), C)), "velocity"
+    x, half = toy_batch(32).noise, torch.full((32,), 0.5)
+    field, _ = method.field(x, half, x.flip(0), Condition())
+    assert float(field.abs().max()) < 1e-4
+    assert not field.requires_grad
+
+
+def test_the_corrections_size_follows_the_predictions() -> None:
+    """lambda is the ratio of running means of both sizes, decay 0.95, as the steps before left them."""
+    method = freeflow(GaussianFlowMap(MU + 0.3, C), power=0.0, correction_share=0.5, correction=2.0)
+    method.fake.net, method.fake.output = Velocity(Gaussian(PATH, MU + 0.3, C)), "velocity"
+    means = None
+    for step in range(3):
+        _, logs = method.loss("student", toy_batch(64, step))
+        wanted = 1.0 if means is None else float(means[0] / means[1])
+        assert float(logs["lambda"]) == pytest.approx(2.0 * wanted, rel=1e-5)
+        method.after_step(step)
+        now = torch.stack([logs["residual"], logs["field"]])
+        means = now if means is None else 0.95 * means + 0.05 * now
+
+
+def test_the_fake_networks_turn_leaves_the_student_alone() -> None:
+    method = freeflow(GaussianFlowMap(MU, C), (1.0, 0.6))
+    method.loss("fake", toy_batch(8))[0].backward()
+    assert all(p.grad is None for p in method.student.net.parameters())
+    assert any(p.grad is not None for p in method.fake.net.parameters())
 
 
 def test_the_balance_is_the_ratio_of_means_and_a_batch_equals_its_parts() -> None:
