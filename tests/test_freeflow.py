@@ -121,7 +121,7 @@ def test_the_corrections_guidance_is_the_one_that_was_asked(guidance: float) -> 
     assert not field.requires_grad
 
 
-def test_the_corrections_size_follows_the_predictions() -> None:
+def test_the_corrections_size_is_tied_to_the_predictions() -> None:
     """lambda is the ratio of running means of both sizes, decay 0.95, as the steps before left them."""
     method = freeflow(GaussianFlowMap(MU + 0.3, C), power=0.0, correction_share=0.5, correction=2.0)
     method.fake.net, method.fake.output = Velocity(Gaussian(PATH, MU + 0.3, C)), "velocity"
