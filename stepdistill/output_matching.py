@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -262,6 +263,7 @@ def match_output(
                 if not last:
                     groups["optimizer"] = optimizer_state(optimizer)
                 save_checkpoint(folder, step + 1, groups, state, keep=1)
+        shutil.rmtree(folder / "samples")  # whose use ends with the stage
     return Matched(*_frozen(matching, copy), state["before"], state["after"])
 
 

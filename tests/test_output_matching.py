@@ -91,7 +91,7 @@ def test_the_turned_network_says_what_the_teacher_says(tmp_path: Path) -> None:
     assert found.denoiser.output == "v" and not found.adapter
     assert all(now < 0.2 * was for was, now in zip(found.before, found.after, strict=True))
     # What is stated is what there is.
-    states = NoisedSamples(made, tmp_path / made.key / "samples", lambda samples: None)
+    states = NoisedSamples(made, tmp_path / "samples", lambda samples: None)
     assert states.errors(found.denoiser) == pytest.approx(found.after, rel=1e-4)
     assert not any(value.requires_grad for value in found.denoiser.net.parameters())
 
@@ -113,6 +113,7 @@ def test_a_stage_cut_off_goes_on_bit_for_bit_and_is_then_found(
     told: list[int] = []
     match_output(matching(teacher), tmp_path / "whole", autocast=nullcontext, progress=told.append)
     assert told == [12]
+    assert [file.name for file in (tmp_path / "whole" / matching(teacher).key).iterdir()] == ["step-00000012"]
 
 
 @pytest.mark.parametrize(
