@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.data import Data, EmbeddedImages, ImageFolder
-from stepdistill.flow_maps import Balance, FlowMapMethod, on_straight
+from stepdistill.flow_maps import Balance, FlowMapMethod, logit_normal, on_straight
 from stepdistill.job import Job
 from stepdistill.loop import train
 from stepdistill.methods.flow_map import FlowMap
@@ -121,18 +121,61 @@ def test_the_corrections_guidance_is_the_one_that_was_asked(guidance: float) -> 
     assert not field.requires_grad
 
 
+def test_the_loss_is_its_two_parts_in_their_shares() -> None:
+    """Half |e|^2 / (|e|^2 + c)^p of a prediction, |.|^2 a mean over elements, whose gradient leaves e a number; of a
+    correction the pull against (v_fake - v_T) / mean|v - v_T| at the sample x - t u, lambda times."""
+    batch, share = toy_batch(64), 0.25
+    method = freeflow(Perceptron(), correction_share=share, correction=2.0, power=0.5, offset=0.01)
+    method.fake.net, method.fake.output = Velocity(Gaussian(PATH, MU + 0.3, C)), "velocity"
+    method.balance.means.copy_(torch.tensor([3.0, 2.0]))
+    options, draws, cond = method.options, batch.draws, Condition()
+    x, t = method.starts(batch)
+    s = t * logit_normal(draws, "end", options.end_mean, options.end_deviation)
+    s = method.read_ends(draws, t, torch.where(draws.uniform("to data") < options.to_data, 0 * s, s))
+    r = logit_normal(draws, "renoise t", options.correction_mean, options.correction_deviation)
+    n = draws.normal("renoise eps", SHAPE)
+    corrected = draws.uniform("kind") < share
+    mean, error = method.prediction(x[~corrected], t[~corrected], s[~corrected], cond)
+    square = error.square().mean((1, 2, 3))
+    weighed = error / per_sample((square + 0.01).sqrt(), error)
+    to_data = method.student.flow_velocity(x[corrected], t[corrected], 0 * t[corrected], cond)
+    sample = (x[corrected] - per_sample(t[corrected], x) * to_data).detach()
+    field, uncertain = method.field(sample, r[corrected], n[corrected], cond)
+    field = field / per_sample(uncertain, field)
+
+    loss, logs = method.loss("student", batch)
+    value = 0.5 * ((weighed * error).sum() + 3.0 * field.square().sum()) / 2 / 64
+    assert loss.item() == pytest.approx(value.item(), rel=1e-4)
+    assert float(logs["residual"]) == pytest.approx(float(square.sqrt().mean()), rel=1e-4)
+    weights = list(method.student.net.parameters())
+    pull = ((weighed.detach() * mean).sum() + 3.0 * (field.detach() * to_data).sum()) / 2 / 64
+    for got, wanted in zip(
+        torch.autograd.grad(loss, weights), torch.autograd.grad(pull, weights), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    method.balance.means.zero_()
+    method.after_step(0)
+    sizes = torch.stack(
+        [weighed.square().mean((1, 2, 3)).sqrt().mean(), field.square().mean((1, 2, 3)).sqrt().mean()]
+    )
+    torch.testing.assert_close(method.balance.means, sizes, rtol=1e-4, atol=0)
+
+
 def test_the_corrections_size_is_tied_to_the_predictions() -> None:
-    """lambda is the ratio of running means of both sizes, decay 0.95, as the steps before left them."""
+    """lambda is the ratio of running means of both sizes, decay 0.95, as the steps before left them; a batch of one is
+    of one kind, and leaves the mean of the other."""
     method = freeflow(GaussianFlowMap(MU + 0.3, C), power=0.0, correction_share=0.5, correction=2.0)
     method.fake.net, method.fake.output = Velocity(Gaussian(PATH, MU + 0.3, C)), "velocity"
-    means = None
-    for step in range(3):
-        _, logs = method.loss("student", toy_batch(64, step))
-        wanted = 1.0 if means is None else float(means[0] / means[1])
+    means = [0.0, 0.0]
+    for step in range(12):
+        _, logs = method.loss("student", toy_batch(1, step))
+        wanted = means[0] / means[1] if all(means) else 1.0
         assert float(logs["lambda"]) == pytest.approx(2.0 * wanted, rel=1e-5)
         method.after_step(step)
-        now = torch.stack([logs["residual"], logs["field"]])
-        means = now if means is None else 0.95 * means + 0.05 * now
+        for i, name in enumerate(("residual", "field")):
+            now = float(logs[name])
+            means[i] = (0.95 * means[i] + 0.05 * now if means[i] else now) if now else means[i]
+    assert all(means)
 
 
 def test_the_fake_networks_turn_leaves_the_student_alone() -> None:

@@ -134,7 +134,7 @@ class FreeFlow(FlowMapMethod):
         if len(rows := corrected.nonzero()[:, 0]):
             cond = batch.cond.rows(rows)
             mean = self.student.flow_velocity(x[rows], t[rows], torch.zeros_like(t[rows]), cond)
-            x0 = (x[rows] - per_sample(t[rows], x) * mean).detach()
+            x0 = x[rows] - per_sample(t[rows], x) * mean
             field, uncertain = self.field(x0, r[rows], n[rows], cond)
             field = field / per_sample(uncertain + 1e-6, x)
             loss = loss + lam * len(rows) / len(x) * push(mean, field)
