@@ -65,6 +65,26 @@ def test_loss_and_gradient_vanish_at_the_exact_map_and_not_at_a_bent_one(
         assert residual(flow_map(Bent(MU, C), objective=objective, velocity=velocity, same=0.0)) > 0.03
 
 
+def test_half_of_the_lagrangians_jumps_to_data_end_at_the_least_time() -> None:
+    """There its equation holds; the other half is closed from there."""
+    method = flow_map(objective="lagrangian", to_data=1.0, same=0.0, time_min=0.02)
+    ends: list[Tensor] = []
+    method.student.net.register_forward_pre_hook(
+        lambda _, given: ends.append(given[1] - given[2].tensors["gap"])
+    )
+    method.loss("student", data(1000))
+    s = ends[0]
+    assert bool(((s.abs() < 1e-6) | ((s - 0.02).abs() < 1e-6)).all())
+    assert float((s > 0.01).float().mean()) == pytest.approx(0.5, abs=4 * 0.5 / 1000**0.5)
+
+
+def test_the_residual_is_the_errors_root_mean_square() -> None:
+    """At power 0 the loss is the mean of |error|^2 over samples of two elements."""
+    loss, logs = flow_map(Bent(MU, C)).loss("student", data())
+    assert loss.item() == pytest.approx(2 * float(logs["residual"]) ** 2, rel=1e-5)
+    assert not any(value.requires_grad for value in logs.values())
+
+
 @pytest.mark.parametrize("way", ["exact", "difference"])
 @pytest.mark.parametrize("deviation", [0.4, 0.05, 0.01, 0.003])
 @pytest.mark.parametrize("path", [FlowPath(), table_path()], ids=["flow", "table"])

@@ -96,14 +96,14 @@ class FlowMap(FlowMapMethod):
         x, x0, t, s, cond = self.points(batch, a, b)
         if options.objective == "lagrangian":
             s = self.read_ends(draws, t, s)
-        g = draws.uniform("middle") if options.middle == "uniform" else 0.5 * torch.ones_like(t)
+        g = draws.uniform("middle") if options.middle == "uniform" else torch.full_like(t, 0.5)
         now = self.student.flow_velocity(x, t, s, cond)
-        target = now.detach().clone()
+        target = torch.empty_like(now)
         if len(i := (s == t).nonzero()[:, 0]):
             target[i] = self.diagonal(x[i], x0[i], t[i], cond.rows(i))
         if len(i := (s < t).nonzero()[:, 0]):
             share = self.share(draws.step)
-            target[i] = self.target(x[i], t[i], s[i], cond.rows(i), now[i].detach(), g[i], share)
+            target[i] = self.target(x[i], t[i], s[i], cond.rows(i), now[i], g[i], share)
         error = now - target
         return adaptive(error, options.power, options.offset), {
             "residual": error.detach().square().mean().sqrt(),
