@@ -289,6 +289,7 @@ def test_guidance_acts_below_the_time_of_the_students_call(step, start):
     batch = toy_batch(16, step)
     x = method.generate(batch).detach()
     views = method.fake.views(method.teacher, x, batch, method.options, 1.0)
+    assert not views.error.requires_grad  # a graph through the inputs must be asked for
     towards = views.error / (views.distance + 1e-6) - method.field(x, batch)
     last = (1.0, 0.5)[batch.draws.shared_integer("exit", 2)]
     t = batch.draws.uniform("guidance t", 0.02, min(0.98, last))
