@@ -43,6 +43,7 @@ GUARDS: dict[str, list[str]] = {
         *SHARED,
         "tests/test_dmd.py",
         "tests/test_diff_instruct.py",
+        "tests/test_phased_dmd.py",
         "tests/test_shift.py",
     ],
     "stepdistill/discriminator.py": [

@@ -263,3 +263,10 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(kind, teacher_of):
     one, other = (torch.cat(values) for values in zip(*pairs, strict=True))
     assert float(torch.cosine_similarity(one, other, dim=0)) > 0.98
     assert not torch.equal(one, other)
+
+
+def test_which_students_may_start_below_pure_noise():
+    """Those whose samples are matched as a distribution; experts meet trajectories."""
+    assert [kind.starts_below for kind in (DMD, DiffInstruct, FDistill, SiD, SIM, PhasedDMD)] == [
+        True
+    ] * 5 + [False]
