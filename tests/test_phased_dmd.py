@@ -124,6 +124,21 @@ def test_field_is_the_gradient_of_the_kl_in_closed_form(path, shift):
     torch.testing.assert_close(field.flatten(1), expected[:, None].expand(-1, 2), rtol=1e-3, atol=1e-5)
 
 
+def test_the_field_is_read_at_states_that_are_noised_from_the_phases_end():
+    """x_t = a x_s + c eps, where scores of two spreads differ by (x_t - alpha mu) (1 / V - 1 / V')."""
+    path, batch, other = FlowPath(), toy_batch(16), 1.3
+    method = phased(path)
+    method.fake.net = Gaussian(path, MU, other)
+    x_s = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    t, s = 0.5 + 0.5 * batch.draws.uniform("score t", 0.02, 0.98), torch.full((16,), 0.5)
+    ratio, spread = (per_sample(value, x_s) for value in kernel(path, s, t))
+    alpha, sigma = (per_sample(value, x_s) for value in path.alpha_sigma(t))
+    x_t = ratio * x_s + spread * batch.draws.normal("score eps", SHAPE)
+    one, two = ((alpha * deviation) ** 2 + sigma**2 for deviation in (S, other))
+    expected = ratio * (x_t - alpha * MU) * (1 / one - 1 / two)
+    torch.testing.assert_close(method.field(x_s, batch, since=0.5), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_one_phase_of_one_step_is_the_plain_kl_of_diff_instruct():
     path, batch = FlowPath(), toy_batch(32)
     one = phased(times=(1.0,), net=Affine(0.1, 1.2), phases=1)
