@@ -169,6 +169,25 @@ def test_a_difference_is_central_where_it_just_fits() -> None:
         assert not along.requires_grad
 
 
+@pytest.mark.parametrize(("at", "moves", "seen"), [(0.0, "end", 0.1), (1.0, "start", 0.9)])
+def test_at_an_end_of_time_a_jump_of_no_length_is_read_inside_though_out_of_order(
+    at: float, moves: str, seen: float
+) -> None:
+    """s = t = 0 can only let s pass t, and t = s = 1 only t pass s: nothing is read at negative times or above 1."""
+    x, t = torch.ones(1, 1, 1, 1), torch.full((1,), at)
+    read: list[float] = []
+
+    def square(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        read.extend((float(t), float(s)))
+        return per_sample((s if moves == "end" else t).square(), x) * x
+
+    one, none = torch.ones(1), torch.zeros(1)
+    tangents = (0 * x, none, one) if moves == "end" else (0 * x, one, none)
+    rate = directional_derivative(square, (x, t, t), tangents, "difference", 0.1)
+    assert sorted(set(read)) == pytest.approx(sorted((at, seen)))
+    assert float(rate) == pytest.approx((at**2 - seen**2) / (at - seen), rel=1e-5)
+
+
 def test_tangents_belong_to_their_primals() -> None:
     """d f(x, t, s) along (w, 1, 0), and not along (w, 0, 1)."""
     x, w = torch.randn(2, 4, 2, 1, 1, generator=torch.Generator().manual_seed(0))
