@@ -3,7 +3,7 @@
 python eval/evaluate.py score PIPELINE --suite emoji --steps 1 4       scores of a pipeline folder, as a table
 python eval/evaluate.py reference emoji                                eval/reference/emoji.safetensors
 python eval/evaluate.py teachers                                       eval/reference/teachers.json (minutes)
-python eval/evaluate.py teachers --fill                                what its entries lack; their other scores stay
+python eval/evaluate.py teachers --fill                                what its entries lack, from the cache where it is there
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def teachers(names: list[str], quiet: bool, fill: bool) -> None:
                 if teacher_cache.NEWEST in kept:
                     continue
                 found = teacher_scores(
-                    folder, suite, steps=count, guidance=guidance, progress=not quiet, refresh=True
+                    folder, suite, steps=count, guidance=guidance, progress=not quiet, refresh=not fill
                 )
                 scores = {k: v for k, v in asdict(found[count]).items() if k != "cached"}
                 if kept and abs(kept["fd"] - scores["fd"]) > 0.01 * scores["fd"]:
