@@ -193,6 +193,9 @@ def test_phases_take_turns_and_the_fake_network_starts_anew():
     assert turns[:7] == ["expert-1", *fake, "expert-1", *fake, "expert-1"]
     assert turns[7:14] == [turn.replace("expert-1", "student") for turn in turns[:7]]
     assert turns[14:] == fake  # the last phase goes on
+    ahead = phased(times=FOUR, phase_updates=2, fake_steps=2, warm_start=1, fake_warm_start=3)
+    assert [ahead.turn(step) for step in range(4)] == ["expert-1", "fake", "fake", "fake"]
+    assert [ahead.place(step) for step in (9, 10, 20)] == [(0, 9), (1, 0), (1, 10)]  # 1 + 3 + 2 * 3 a phase
     assert list(method.networks()) == ["expert-1", "student", "fake"]
     assert [method.end(phase) for phase in (0, 1)] == [0.5, 0.0]
     with torch.no_grad():

@@ -78,7 +78,7 @@ class PhasedDMD(Method):
         self.fake = FakeScore(teacher)
         # A plain dict, so no state of the run. The teacher itself may be rounded to the run's precision later.
         fresh = self.fake.net.state_dict().items()
-        self.fresh = {name: value.detach().to("cpu", copy=True) for name, value in fresh}
+        self.fresh = {name: value.to("cpu", copy=True) for name, value in fresh}
 
     def networks(self) -> dict[str, nn.Module]:
         nets = cast(Experts, self.student.net).nets
