@@ -3,7 +3,7 @@
 python eval/evaluate.py score PIPELINE --suite emoji --steps 1 4       scores of a pipeline folder, as a table
 python eval/evaluate.py reference emoji                                eval/reference/emoji.safetensors
 python eval/evaluate.py teachers                                       eval/reference/teachers.json (minutes)
-python eval/evaluate.py teachers --fill                                what its entries lack, from the cache where it is there
+python eval/evaluate.py teachers --fill                                what its entries lack, cached or drawn
 """
 
 from __future__ import annotations
