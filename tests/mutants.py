@@ -136,7 +136,7 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
     (
         "stepdistill/methods/dmd.py",
         "called_at = self.times[call] if call else 1.0  # pure noise settles nothing, wherever it is handed in",
-        "called_at = (self.times[call] if call else (1.5))  # pure noise settles nothing, wherever it is handed in",
+        "called_at = self.times[call] if call else (1.5)  # pure noise settles nothing, wherever it is handed in",
     ): "no time above 1 is drawn",
     (
         "stepdistill/methods/dmd.py",

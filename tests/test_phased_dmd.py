@@ -197,6 +197,7 @@ def test_phases_take_turns_and_the_fake_network_starts_anew():
     assert [ahead.turn(step) for step in range(4)] == ["expert-1", "fake", "fake", "fake"]
     assert [ahead.place(step) for step in (9, 10, 20)] == [(0, 9), (1, 0), (1, 10)]  # 1 + 3 + 2 * 3 a phase
     assert list(method.networks()) == ["expert-1", "student", "fake"]
+    assert [method.span(name) for name in method.networks()] == [(0, 2), (2, 4), None]
     assert [method.end(phase) for phase in (0, 1)] == [0.5, 0.0]
     with torch.no_grad():
         method.fake.net.mean += 1
