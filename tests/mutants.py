@@ -144,6 +144,16 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "with torch.enable_grad():",
     ): "the views have no graph of their own, and the field is taken as a number",
     (
+        "stepdistill/decoupled.py",
+        "@torch.no_grad()",
+        "@torch.enable_grad()",
+    ): "what is made of it, in DMD's field, is taken as a number",
+    (
+        "stepdistill/methods/phased_dmd.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "of the field, whose views have no graph, and of the fake network's turn, in which the experts take no gradient",
+    (
         "stepdistill/methods/pcm.py",
         "with torch.no_grad():",
         "with torch.enable_grad():",

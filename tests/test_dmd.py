@@ -281,6 +281,15 @@ def test_without_guidance_decoupling_changes_nothing():
     assert torch.equal(one.loss("student", batch)[0], two.loss("student", batch)[0])
 
 
+def test_decoupled_guidance_acts_at_any_scale_and_leaves_no_graph():
+    batch = toy_batch(16)
+    plain = guided(FlowPath(), score_guidance=1.0, decoupled=True)
+    method = guided(FlowPath(), score_guidance=1.5, decoupled=True)
+    (_, one), (_, other) = (each.loss("student", batch) for each in (plain, method))
+    assert float((other["field"] - one["field"]).abs()) > 0.01
+    assert not other["field"].requires_grad
+
+
 @pytest.mark.parametrize("start", [1.0, 0.6])
 @pytest.mark.parametrize("step", range(4))
 def test_guidance_acts_below_the_time_of_the_students_call(step, start):

@@ -21,6 +21,8 @@ from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
 from stepdistill.path import FlowPath
+from stepdistill.regression import warm_start_rate
+from stepdistill.schedule import annealed
 from stepdistill.student import Student
 from stepdistill.types import Batch, Examples
 
@@ -270,3 +272,10 @@ def test_which_students_may_start_below_pure_noise():
     assert [kind.starts_below for kind in (DMD, DiffInstruct, FDistill, SiD, SIM, PhasedDMD)] == [
         True
     ] * 5 + [False]
+
+
+def test_the_rate_of_a_warm_start_is_annealed_within_it():
+    options = DMD.Options(warm_start=10, warm_start_lr_ratio=20.0)
+    rates = [warm_start_rate(step, options) for step in range(12)]
+    assert rates[:10] == pytest.approx([20.0 * annealed(step / 10) for step in range(10)])
+    assert rates[0] == pytest.approx(20.0) and rates[9] < 0.1 * rates[0] and rates[10:] == [1.0, 1.0]

@@ -228,6 +228,21 @@ def test_a_phase_ends_where_the_sampler_arrives_and_reaches_its_expert_alone(ste
     assert {name for name, values in trained.items() if any(p.grad is not None for p in values)} == {turn}
 
 
+def test_only_the_last_call_of_a_phase_has_a_graph():
+    method, ends = phased(times=FOUR, net=Perceptron(), output="velocity", phase_updates=90), set()
+    for step in range(6):
+        graphs = []
+        expert = method.networks()["expert-1"]
+        hook = expert.register_forward_hook(lambda m, a, out, seen=graphs: seen.append(out.requires_grad))
+        x_s = method.generate(toy_batch(4, step), 0)
+        hook.remove()
+        assert graphs == [False] * (len(graphs) - 1) + [True] and x_s.requires_grad
+        ends.add(len(graphs))
+    assert ends == {1, 2}
+    logs = method.loss("expert-1", toy_batch(4, 1))[1]
+    assert not any(value.requires_grad for value in logs.values())
+
+
 def test_experts_answer_for_their_own_times_in_a_mixed_batch():
     method = phased(times=FOUR, net=Perceptron(), output="velocity")
     shaken(method.student.net.nets[1])
