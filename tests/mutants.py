@@ -149,6 +149,11 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "@torch.enable_grad()",
     ): "what is made of it, in DMD's field, is taken as a number",
     (
+        "stepdistill/first_step.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "the teacher is frozen and noise has no graph: there is none to record",
+    (
         "stepdistill/methods/phased_dmd.py",
         "with torch.no_grad():",
         "with torch.enable_grad():",

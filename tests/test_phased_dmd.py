@@ -156,9 +156,11 @@ def test_one_phase_of_one_step_is_the_plain_kl_of_diff_instruct():
 
 @pytest.mark.parametrize("kind", ["output", "x0"])
 def test_the_fakes_loss_on_the_whole_interval_is_the_ordinary_one(kind):
-    """Without a clamp."""
-    options = {"phases": 1, "clamp": math.inf, "fake_loss": kind}
-    method, batch = phased(times=(1.0,), net=Perceptron(), output="velocity", **options), toy_batch(32)
+    """Without a clamp; of a network that says velocities, so that the two kinds differ."""
+    options = PhasedDMD.Options(guidance=1.0, phases=1, clamp=math.inf, fake_loss=kind)
+    teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity")
+    student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
+    method, batch = PhasedDMD(teacher, student, (1.0,), options), toy_batch(32)
     x = method.generate(batch, 0).detach()
     torch.testing.assert_close(method.loss("fake", batch)[0], method.fake.denoising_loss(x, batch, kind))
 

@@ -11,15 +11,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from toy import Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import Gaussian, GaussianFlowMap, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.ema import Ema
 from stepdistill.errors import UserError
 from stepdistill.job import Job
 from stepdistill.loop import train
 from stepdistill.methods import find_method, method_names
+from stepdistill.methods.flow_map import FlowMap
 from stepdistill.path import FlowPath
 from stepdistill.recipe import load_recipe
+from stepdistill.regression import ends
 from stepdistill.sections import TermOptions
 from stepdistill.teacher import PipelineTeacher, load_teacher
 from stepdistill.terms import WithTerms
@@ -330,3 +332,14 @@ def test_rescaled_guidance_is_the_teachers_where_it_is_asked_for(teacher_of):
     assert not torch.allclose(deviation[0], deviation[2], rtol=1e-3)
     off = PipelineTeacher(plain.pipe, guidance_rescale=0.0)
     assert torch.equal(off.predict(x, t, cond, guidance=7.0).x0, plain.predict(x, t, cond, guidance=7.0).x0)
+
+
+def test_the_regression_of_a_flow_map_is_on_its_jump_to_data() -> None:
+    """The exact map's jump from noise to t = 0 ends at the pair's own sample."""
+    mean, deviation = 0.7, 0.4
+    teacher = ToyTeacher(Gaussian(FlowPath(), mean, deviation), FlowPath())
+    student = toy_student(GaussianFlowMap(mean, deviation), FlowPath(), "velocity")
+    method = FlowMap(teacher, student, (1.0,), FlowMap.Options(guidance=1.0))
+    batch = toy_batch(16, pairs=lambda z: mean + deviation * z)
+    seen, wanted = ends(method.student, (1.0,), batch)
+    torch.testing.assert_close(seen, wanted, atol=1e-5, rtol=0)

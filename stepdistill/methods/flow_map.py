@@ -101,7 +101,7 @@ class FlowMap(FlowMapMethod):
         target = torch.empty_like(now)
         if len(i := (s == t).nonzero()[:, 0]):
             target[i] = self.diagonal(x[i], x0[i], t[i], cond.rows(i))
-        if len(i := (s < t).nonzero()[:, 0]):
+        if len(i := (s != t).nonzero()[:, 0]):
             share = self.share(draws.step)
             target[i] = self.target(x[i], t[i], s[i], cond.rows(i), now[i], g[i], share)
         error = now - target
