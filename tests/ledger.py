@@ -1,0 +1,82 @@
+"""The losses of every method's first three updates, to the last bit: whether a change of the code's shape changed what
+it computes.
+
+    python tests/ledger.py record        # write them down, before
+    python tests/ledger.py check         # compare, after
+
+Every method between the perceptrons of tests/test_contract.py, then two updates of each network by DMD on every tiny
+pipeline of tests/tiny.py, through recipe, loop, export and proof. Bits differ between processors and versions of torch,
+so both are to be run on one machine, and the suite does not run this.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from test_contract import batch_for, build
+from tiny import PIPELINES, tiny_pipeline, tiny_prompts
+
+import stepdistill
+from stepdistill.loop import take_turn
+from stepdistill.methods import method_names
+
+LEDGER = Path(__file__).with_name("ledger.json")
+UPDATES = 3
+
+
+def of_method(name: str) -> list[str]:
+    """Losses of the first updates, by plain gradient steps of the networks whose turn it is."""
+    method = build(name)
+    networks = {key: list(net.parameters()) for key, net in method.networks().items()}
+    losses = []
+    for step in range(2 * UPDATES):
+        turn = method.turn(step)
+        take_turn(networks, turn)
+        method.zero_grad(set_to_none=True)
+        loss, _ = method.loss(turn, batch_for(method, step=step))
+        loss.backward()
+        with torch.no_grad():
+            for parameter in networks[turn]:
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        method.after_step(step)
+        losses.append(float(loss.detach()).hex())
+    return losses
+
+
+def of_pipeline(name: str) -> list[str]:
+    """Losses of a short run of DMD on a tiny pipeline, as its stats.jsonl has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.txt"
+        prompts.write_text("\n".join(tiny_prompts(name, 4)))
+        run = Path(folder) / "run"
+        sets = [
+            *("train.steps=4", "train.batch=2", "train.sheet_every=0", "evaluate=false", f"data.prompts={prompts}"),
+            *("student.output=teacher", "options.fake_warm_start=0"),
+        ]
+        stepdistill.distill(tiny_pipeline(name), "dmd", run, sets=sets)
+        return [float(json.loads(line)["loss"]).hex() for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = {f"method {name}": of_method(name) for name in method_names()}
+    found |= {f"pipeline {name}": of_pipeline(name) for name in PIPELINES}
+    if sys.argv[1:] == ["record"]:
+        LEDGER.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{len(found)} written to {LEDGER}")
+        return
+    before = json.loads(LEDGER.read_text())
+    odd = [key for key in before.keys() | found.keys() if before.get(key) != found.get(key)]
+    for key in sorted(odd):
+        print(f"{key}: {before.get(key)} before, {found.get(key)} now")
+    print(f"{len(before) - len(odd)} of {len(before)} are the same to the last bit")
+    sys.exit(bool(odd))
+
+
+if __name__ == "__main__":
+    main()
