@@ -29,17 +29,11 @@ def slim_unet(net: nn.Module, width: float, depth: float) -> nn.Module:
         depth: layers of each resolution over the old ones, in (0, 1]; at least one is left.
 
     Raises:
-        UserError: where nothing would get smaller, or the network carries a LoRA.
+        UserError: where nothing would get smaller.
     """
     from diffusers import UNet2DConditionModel, UNet2DModel
 
-    from stepdistill.student import lora_layers
-
     assert isinstance(net, UNet2DModel | UNet2DConditionModel)
-    if lora_layers(net):
-        raise UserError(
-            "a smaller student has new weights, which a LoRA cannot hold: set student.lora_rank=0"
-        )
     config: Any = net.config
     unit = config.norm_num_groups or 1
     channels = [max(1, round(old * width / unit)) * unit for old in config.block_out_channels]

@@ -201,11 +201,34 @@ class Student(Denoiser):
         """
         if self.two_times:
             return
-        if lora_layers(self.net):
-            raise UserError(
-                "this method adds a second time to the network, which a LoRA cannot hold: set student.lora_rank=0"
-            )
+        self._refuse_lora("this method adds a second time to the network", "")
         self.net = self.family.second_time(self.net)
+
+    def add_guidance_input(self) -> None:
+        """Gives the network the guidance scale as an input, which changes nothing at the start.
+
+        Raises:
+            UserError: where the family has no way to, or the student is a LoRA.
+        """
+        self._refuse_lora("options.guidance_range adds weights", ", or use one fixed options.guidance")
+        self.net = self.family.guidance_input(self.net)
+
+    def make_slimmer(self, width: float, depth: float) -> None:
+        """Replaces the network by a smaller one of its class, with new weights.
+
+        Args:
+            width: channels over the old ones, in (0, 1].
+            depth: layers of each resolution over the old ones, in (0, 1].
+
+        Raises:
+            UserError: where the family has no smaller network, nothing would get smaller, or the student is a LoRA.
+        """
+        self._refuse_lora("a smaller student has new weights", "")
+        self.net = self.family.slimmer(self.net, width, depth)
+
+    def _refuse_lora(self, what: str, otherwise: str) -> None:
+        if lora_layers(self.net):
+            raise UserError(f"{what}, which a LoRA cannot hold: set student.lora_rank=0{otherwise}")
 
     def stock_net(self, gap: float) -> nn.Module:
         """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is

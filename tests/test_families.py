@@ -291,7 +291,7 @@ def test_the_guidance_embedding_is_the_pipelines(name: str, teacher_of: Teachers
 
     x_t, t, cond = inputs(teacher, name)
     student = Student.from_teacher(teacher)
-    student.net = family.guidance_input(student.net)
+    student.add_guidance_input()
     cond = cond.with_tensor("guidance_embedding", family.embed_guidance(student.net, scales[1:4]))
     said = student.predict(x_t, t, cond)
     assert torch.equal(said.x0, teacher.predict(x_t, t, Condition(dict(list(cond.tensors.items())[:-1]))).x0)
@@ -363,7 +363,7 @@ def test_families_without_a_guidance_embedding_say_so(name: str, teacher_of: Tea
 def test_a_guidance_embedding_on_adapters_is_refused(teacher_of: Teachers) -> None:
     student = Student.from_teacher(teacher_of("sd"), lora_rank=2)
     with pytest.raises(UserError, match="lora_rank"):
-        student.family.guidance_input(student.net)
+        student.add_guidance_input()
 
 
 def test_an_unknown_pipeline_is_told_the_families_in_one_line() -> None:

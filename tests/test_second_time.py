@@ -92,7 +92,7 @@ def test_a_lora_cannot_hold_it(teacher_of: Teachers) -> None:
 
 def test_the_slot_is_not_shared_with_a_guidance_embedding(teacher_of: Teachers) -> None:
     student = Student.from_teacher(teacher_of("sd"))
-    student.net = student.family.guidance_input(student.net)
+    student.add_guidance_input()
     with pytest.raises(UserError, match="slot taken by a guidance embedding"):
         student.add_second_time()
 

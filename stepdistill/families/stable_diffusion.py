@@ -63,13 +63,6 @@ class StableDiffusion(Family):
         return slim_unet(net, width, depth)
 
     def guidance_input(self, net: nn.Module) -> nn.Module:
-        from stepdistill.student import lora_layers
-
-        if lora_layers(net):
-            raise UserError(
-                "options.guidance_range adds weights that a LoRA cannot hold: set student.lora_rank=0, or use one "
-                "fixed options.guidance"
-            )
         return _with_time_condition(net, GUIDANCE_DIM)
 
     def embed_guidance(self, net: Any, guidance: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class LCM(Method):
         self.options = cast(LCM.Options, options)
         self.embedded = self.options.guidance_range is not None and self.options.embed_guidance
         if self.embedded:
-            student.net = student.family.guidance_input(student.net)
+            student.add_guidance_input()
         self.target = Target(student, self.options.ema)
 
     def sampler(self) -> Sampler:

@@ -63,7 +63,7 @@ class SlimFlow(Method):
         super().__init__(teacher, student, times, options)
         self.options = cast(SlimFlow.Options, options)
         if (self.options.width, self.options.depth) != (1.0, 1.0):
-            student.net = student.family.slimmer(student.net, self.options.width, self.options.depth)
+            student.make_slimmer(self.options.width, self.options.depth)
             if isinstance(student.path, TablePath):
                 student.output = "v"
         self.flow = cast(Denoiser, student).copy().requires_grad_(False)
