@@ -14,13 +14,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from stepdistill import teacher_cache
-from stepdistill.content import content_folder
-from stepdistill.embedded import embedded_teachers, teacher_folder
 from stepdistill.errors import UserError
-from stepdistill.evaluate import evaluate, teacher_scores, weights_hash
-from stepdistill.provenance import provenance
-from stepdistill.suite import load_suite, make_reference
+from stepdistill.evaluation import teacher_scores as teacher_cache
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.statistics import make_reference
+from stepdistill.evaluation.suite import load_suite
+from stepdistill.evaluation.teacher_scores import teacher_scores
+from stepdistill.networks.fingerprint import weights_hash
+from stepdistill.system.emoji import embedded_teachers, teacher_folder
+from stepdistill.system.provenance import provenance
+from stepdistill.system.shipped import content_folder
 
 # (suite, guidance, steps): what ships for every embedded teacher
 SHIPPED = (("emoji-quick", 2.5, (1, 4, 25)), ("emoji", 1.0, (1, 25)), ("emoji", 2.5, (1, 2, 4, 8, 25)))

@@ -8,37 +8,14 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from stepdistill.distil import distill
-    from stepdistill.evaluate import evaluate
-    from stepdistill.recipe import load_recipe
 
 __version__ = "0.1.0"
+
 __all__ = ["__version__", "distill", "evaluate", "load_recipe"]
 
 # torch and diffusers take ten seconds to import, so a public name is imported when it is first used (PEP 562).
-_HOMES = {"distill": "distil", "load_recipe": "recipe"}
-
-
-class _Package(ModuleType):
-    """This package, with ``stepdistill.evaluate`` the function even after the module of that name was imported."""
-
-    @property
-    def evaluate(self) -> object:
-        value: object = import_module("stepdistill.evaluate").evaluate
-        return value
-
-    @evaluate.setter
-    def evaluate(self, module: ModuleType) -> None:
-        """The import system binds the module here once it is imported; the function stays."""
-
-
-sys.modules[__name__].__class__ = _Package
+_HOMES = {"distill": "training.distil", "evaluate": "evaluation.evaluate", "load_recipe": "recipes.recipe"}
 
 
 def __getattr__(name: str) -> object:

@@ -14,7 +14,7 @@ from fresh import FreshProcesses
 if TYPE_CHECKING:
     import subprocess
 
-    from stepdistill.teacher import PipelineTeacher
+    from stepdistill.networks.teacher import PipelineTeacher
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -47,4 +47,4 @@ def verify_in_a_fork(
         return fresh_processes.run(program, arguments, folder)
 
     if request.node.get_closest_marker("own_process") is None:
-        monkeypatch.setattr("stepdistill.verify.in_a_fresh_process", run)
+        monkeypatch.setattr("stepdistill.export.verify.in_a_fresh_process", run)

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.loop import take_turn
-from stepdistill.path import FlowPath, TablePath, per_sample
-from stepdistill.sampler import uniform_times
-from stepdistill.solvers import solve
-from stepdistill.types import Condition
+from stepdistill.diffusion.path import FlowPath, TablePath, per_sample
+from stepdistill.diffusion.solvers import solve, uniform_times
+from stepdistill.families.condition import Condition
+from stepdistill.training.parallel import take_turn
 
 PATH = FlowPath()
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, toy_student
 
-from stepdistill.draws import Draws, generator_for
-from stepdistill.flow_maps import FlowMapMethod, MapOptions
-from stepdistill.loop import take_turn
-from stepdistill.path import FlowPath, Path, per_sample
-from stepdistill.student import STRAIGHT, carried
-from stepdistill.types import Batch, Condition, Examples
+from stepdistill.diffusion.change_of_path import STRAIGHT, carried
+from stepdistill.diffusion.draws import Draws, generator_for
+from stepdistill.diffusion.path import FlowPath, Path, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.flow_maps import FlowMapMethod, MapOptions
+from stepdistill.training.parallel import take_turn
 
 MU, C = 0.7, 0.4
 

@@ -21,8 +21,8 @@ from test_contract import batch_for, build
 from tiny import PIPELINES, tiny_pipeline, tiny_prompts
 
 import stepdistill
-from stepdistill.loop import take_turn
 from stepdistill.methods import method_names
+from stepdistill.training.parallel import take_turn
 
 LEDGER = Path(__file__).with_name("ledger.json")
 UPDATES = 3
@@ -55,11 +55,19 @@ def of_pipeline(name: str) -> list[str]:
         prompts.write_text("\n".join(tiny_prompts(name, 4)))
         run = Path(folder) / "run"
         sets = [
-            *("train.steps=4", "train.batch=2", "train.sheet_every=0", "evaluate=false", f"data.prompts={prompts}"),
+            *(
+                "train.steps=4",
+                "train.batch=2",
+                "train.sheet_every=0",
+                "evaluate=false",
+                f"data.prompts={prompts}",
+            ),
             *("student.output=teacher", "options.fake_warm_start=0"),
         ]
         stepdistill.distill(tiny_pipeline(name), "dmd", run, sets=sets)
-        return [float(json.loads(line)["loss"]).hex() for line in (run / "stats.jsonl").read_text().splitlines()]
+        return [
+            float(json.loads(line)["loss"]).hex() for line in (run / "stats.jsonl").read_text().splitlines()
+        ]
 
 
 def main() -> None:

@@ -13,14 +13,15 @@ from flow_toy import Quick
 from torch import Tensor, nn
 from toy import SHAPE, Mixture, Perceptron, ToyFamily, ToyTeacher, toy_student
 
-from stepdistill.draws import generator_for
-from stepdistill.loop import take_turn
+from stepdistill.diffusion.draws import generator_for
+from stepdistill.diffusion.solvers import trajectory, uniform_times
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, MethodOptions
 from stepdistill.methods import find_method
-from stepdistill.sampler import uniform_times
-from stepdistill.schedule import learning_rate
-from stepdistill.sections import TrainOptions
-from stepdistill.solvers import trajectory
-from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions
+from stepdistill.recipes.sections import TrainOptions
+from stepdistill.training.parallel import take_turn
+from stepdistill.training.schedule import learning_rate
 
 PAIRS, PAIR_STEPS = 4096, 24
 SAMPLES = 2000

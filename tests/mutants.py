@@ -39,26 +39,26 @@ ROOT = Path(__file__).resolve().parent.parent
 OF_CONSISTENCY, OF_FLOWS = "tests/test_options_consistency.py", "tests/test_options_flow.py"
 SHARED = ["tests/test_fake_score.py", "tests/test_options_matching.py"]
 GUARDS: dict[str, list[str]] = {
-    "stepdistill/fake_score.py": [
+    "stepdistill/losses/fake_score.py": [
         *SHARED,
         "tests/test_dmd.py",
         "tests/test_diff_instruct.py",
         "tests/test_phased_dmd.py",
         "tests/test_shift.py",
     ],
-    "stepdistill/discriminator.py": [
+    "stepdistill/losses/gan.py": [
         "tests/test_discriminator.py",
         "tests/test_options_matching.py",
         "tests/test_pcm.py",
         "tests/test_shift.py",
     ],
-    "stepdistill/terms.py": ["tests/test_options_matching.py", "tests/test_terms.py"],
-    "stepdistill/regression.py": [*SHARED, "tests/test_diff_instruct.py", "tests/test_terms.py"],
-    "stepdistill/decoupled.py": ["tests/test_dmd.py"],
-    "stepdistill/first_step.py": ["tests/test_dmd.py", "tests/test_shift.py"],
-    "stepdistill/subinterval.py": ["tests/test_phased_dmd.py", "tests/test_shift.py"],
-    "stepdistill/sampler.py": ["tests/test_sampler.py", "tests/test_dmd.py", "tests/test_shift.py"],
-    "stepdistill/derivative.py": ["tests/test_derivative.py"],
+    "stepdistill/losses/terms.py": ["tests/test_options_matching.py", "tests/test_terms.py"],
+    "stepdistill/losses/regression.py": [*SHARED, "tests/test_diff_instruct.py", "tests/test_terms.py"],
+    "stepdistill/losses/decoupled_guidance.py": ["tests/test_dmd.py"],
+    "stepdistill/losses/first_step.py": ["tests/test_dmd.py", "tests/test_shift.py"],
+    "stepdistill/losses/subinterval.py": ["tests/test_phased_dmd.py", "tests/test_shift.py"],
+    "stepdistill/networks/sampler.py": ["tests/test_sampler.py", "tests/test_dmd.py", "tests/test_shift.py"],
+    "stepdistill/networks/derivative.py": ["tests/test_derivative.py"],
     "stepdistill/methods/dmd.py": ["tests/test_dmd.py", *SHARED],
     "stepdistill/methods/phased_dmd.py": ["tests/test_phased_dmd.py", *SHARED],
     "stepdistill/methods/diff_instruct.py": ["tests/test_diff_instruct.py", *SHARED],
@@ -84,22 +84,22 @@ GUARDS: dict[str, list[str]] = {
 
 EXCEPTIONS: dict[tuple[str, str, str], str] = {
     (
-        "stepdistill/subinterval.py",
+        "stepdistill/losses/subinterval.py",
         "return ratio, (sigma_t.square() - (ratio * sigma_s).square()).clamp_min(0).sqrt()",
         "return ratio, (sigma_t.square() - (ratio * sigma_s).square()).sqrt()",
     ): "a guard against rounding, which never took c^2 below 0 on any path at 5,000 neighbours s, t in float32",
     (
-        "stepdistill/derivative.py",
+        "stepdistill/networks/derivative.py",
         "return rate.detach()",
         "return (rate)",
     ): "under no_grad there is no graph to leave",
     (
-        "stepdistill/derivative.py",
+        "stepdistill/networks/derivative.py",
         "with torch.no_grad():",
         "with torch.enable_grad():",
     ): "a graph of the value alone, whose norm is taken as a number: time and memory of one call",
     (
-        "stepdistill/derivative.py",
+        "stepdistill/networks/derivative.py",
         "scale = max(float(rate.norm()), float(fn(*primals).norm()), math.ulp(0.0))",
         "scale = max(float(rate.norm()), float(fn(*primals).norm()), math.ulp((1.0)))",
     ): "a floor: what is divided is 0 where both norms are",
@@ -144,12 +144,12 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "with torch.enable_grad():",
     ): "the views have no graph of their own, and the field is taken as a number",
     (
-        "stepdistill/decoupled.py",
+        "stepdistill/losses/decoupled_guidance.py",
         "@torch.no_grad()",
         "@torch.enable_grad()",
     ): "what is made of it, in DMD's field, is taken as a number",
     (
-        "stepdistill/first_step.py",
+        "stepdistill/losses/first_step.py",
         "with torch.no_grad():",
         "with torch.enable_grad():",
     ): "the teacher is frozen and noise has no graph: there is none to record",
@@ -229,7 +229,7 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "with torch.enable_grad():",
     ): "in the critics' turn the student's weights take no gradient: time and memory of one call",
     (
-        "stepdistill/sampler.py",
+        "stepdistill/networks/sampler.py",
         "if max(abs(t - (1 - i * gap)) for i, t in enumerate(self.times)) > 1.5e-3:",
         "if (max((abs(t - (1 - i * gap)) for i, t in enumerate(self.times))) >= 0.0015):",
     ): "whether a tolerance allows the very number that it ends at",

@@ -7,8 +7,8 @@ from mixture_toy import CorrectedFamily
 from torch import Tensor, nn
 from toy import Gaussian, Mixture, Perceptron, ToyTeacher
 
-from stepdistill.path import per_sample
-from stepdistill.types import Condition
+from stepdistill.diffusion.path import per_sample
+from stepdistill.families.condition import Condition
 
 TABLE = table_path()
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import tiny_prompts
 
-from stepdistill.attention import NAMES, attention, check_attention, use_xformers, why_not
+from stepdistill.attention.kernels import NAMES, attention, check_attention, use_xformers, why_not
 from stepdistill.errors import UserError
-from stepdistill.student import Student
-from stepdistill.teacher import PipelineTeacher
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
 
 CPU = torch.device("cpu")
 

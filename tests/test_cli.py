@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stepdistill import checks, content
 from stepdistill.cli import main
-from stepdistill.doctor import check_requirement
-from stepdistill.embedded import embedded_teachers
+from stepdistill.cli.doctor import check_requirement
 from stepdistill.errors import UserError
-from stepdistill.log import RunLog, read_stats
-from stepdistill.recipe import Recipe
-from stepdistill.sample import grid
-from stepdistill.sections import DataOptions
+from stepdistill.pages.sheets import grid
+from stepdistill.recipes.recipe import Recipe
+from stepdistill.recipes.sections import DataOptions
+from stepdistill.system import shipped as content
+from stepdistill.system.emoji import embedded_teachers
+from stepdistill.system.log import RunLog, read_stats
+from stepdistill.training import preflight as checks
 
 VERBS = ["ls", "cp", "train", "sample", "eval", "geneval", "stats", "compare", "export", "verify", "doctor"]
 

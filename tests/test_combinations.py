@@ -16,15 +16,15 @@ from test_sampler import Output, teacher_scheduler
 from torch import Tensor, nn
 from toy import SHAPE, Gaussian, GaussianMap, Mixture, ToyFamily, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import FlowPath, Path, TablePath
+from stepdistill.diffusion.solvers import Predict, solve
+from stepdistill.families.condition import Condition
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.lcm import LCM
-from stepdistill.path import FlowPath, Path, TablePath
-from stepdistill.sampler import Sampler, schedule_times
-from stepdistill.solvers import Predict, solve
-from stepdistill.student import Denoiser
-from stepdistill.teacher import PREDICTION_TYPES, path_of
-from stepdistill.types import Condition
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler, schedule_times
+from stepdistill.networks.scheduler_path import PREDICTION_TYPES, path_of
 
 MEAN, DEVIATION = 0.4, 0.6
 SCHEDULES: dict[str, dict[str, Any]] = {

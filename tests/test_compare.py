@@ -13,13 +13,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from stepdistill import compare, side_by_side
 from stepdistill.cli import main
-from stepdistill.compare_page import Comparison, as_json, html_page
-from stepdistill.content import recipe_files
+from stepdistill.comparison import ranking as compare
+from stepdistill.comparison import train_all as side_by_side
+from stepdistill.comparison.page import Comparison, as_json, html_page
 from stepdistill.errors import UserError
-from stepdistill.plots import Series, line_plot
-from stepdistill.recipe import load_recipe
+from stepdistill.pages.plots import Series, line_plot
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.shipped import recipe_files
 
 
 def write_report(folder: Path, fd: dict[str, float], **changes: object) -> str:
@@ -184,7 +185,7 @@ def test_budgets(text: str, seconds: float | None) -> None:
 
 def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
     wanted = side_by_side.plan("all", "emoji", 600, ["train.batch=8"])
-    from stepdistill.content import module_summaries
+    from stepdistill.system.shipped import module_summaries
 
     methods = [entry.recipe.method for entry in wanted.entries]
     assert len(set(methods)) == len(methods)
@@ -261,7 +262,7 @@ def test_runs_that_fail_stop_and_go_on(
 
 def test_a_budget_is_not_part_of_what_a_run_is() -> None:
     """A run may be resumed under another budget: what it learns by each step is the same."""
-    from stepdistill.loop import _identity
+    from stepdistill.training.identity import identity
 
     plain, short = (load_recipe("lcm_emoji", sets=sets) for sets in ((), ("train.budget_seconds=5",)))
-    assert plain != short and _identity(plain) == _identity(short)
+    assert plain != short and identity(plain) == identity(short)

@@ -9,13 +9,13 @@ import torch
 from consistency_toy import error, mixture_method, table_path, train
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.draws import Draws
-from stepdistill.levels import lognormal_law
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.consistency import Target, clean, last_time, lognormal_law
+from stepdistill.losses.distances import pseudo_huber
 from stepdistill.methods.consistency import Consistency
-from stepdistill.neighbours import Target, clean, last_time
-from stepdistill.path import EDMPath, FlowPath, TrigPath
-from stepdistill.residuals import pseudo_huber
-from stepdistill.types import Batch, Condition
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]

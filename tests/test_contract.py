@@ -6,11 +6,12 @@ import pytest
 import torch
 from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.loop import take_turn
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.solvers import uniform_times
+from stepdistill.losses.batch import Examples
+from stepdistill.losses.contract import NEEDS
 from stepdistill.methods import find_method, method_names
-from stepdistill.path import FlowPath
-from stepdistill.sampler import uniform_times
-from stepdistill.types import NEEDS, Examples
+from stepdistill.training.parallel import take_turn
 
 PATH = FlowPath()
 

@@ -11,15 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.checks import check_recipe
-from stepdistill.data import Data, EmbeddedImages, ImageFolder
-from stepdistill.draws import Draws, generator_for
+from stepdistill.data.batches import Data
+from stepdistill.data.image_sources import open_images
+from stepdistill.data.pairs import PairCache
+from stepdistill.data.prompts import read_prompts
+from stepdistill.data.training_images import EmbeddedImages, ImageFolder
+from stepdistill.diffusion.draws import Draws, generator_for
 from stepdistill.errors import UserError
-from stepdistill.image_sources import open_images
-from stepdistill.pairs import PairCache, PairOptions
-from stepdistill.prompts import read_prompts
-from stepdistill.recipe import load_recipe
-from stepdistill.teacher import PipelineTeacher, load_teacher
+from stepdistill.losses.contract import PairOptions
+from stepdistill.networks.loading import load_teacher
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.preflight import check_recipe
 
 PROMPTS = ["red apple", "dog", "cat face", "sun", "waving hand"]
 
@@ -86,7 +89,7 @@ def test_pairs_are_the_teachers_own_samples(teacher, tmp_path):
 
 
 def test_pairs_go_on_where_they_stopped_and_ranks_share_the_work(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepdistill.pairs.SHARD", 4)
+    monkeypatch.setattr("stepdistill.data.pairs.SHARD", 4)
     caches = {
         name: PairCache(tmp_path / name, teacher, PROMPTS, options(), seed=5) for name in ("one", "two")
     }

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.derivative import Derivative, directional_derivative
-from stepdistill.path import per_sample
-from stepdistill.student import Student
-from stepdistill.teacher import PipelineTeacher
-from stepdistill.types import Condition
+from stepdistill.diffusion.path import per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.networks.derivative import Derivative, directional_derivative
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
 
 Teachers = Callable[[str], PipelineTeacher]
 NETWORKS = ("unet-ddpm", "sd", "sdxl", "sd3", "dit")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
-from stepdistill.path import FlowPath, TrigPath
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from toy import SHAPE, Perceptron, ToyFamily, toy_batch
 
-from stepdistill.discriminator import Discriminator, FeatureGan
-from stepdistill.path import FlowPath
-from stepdistill.student import Denoiser
-from stepdistill.types import Examples
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.losses.batch import Examples
+from stepdistill.losses.gan import Discriminator, FeatureGan
+from stepdistill.networks.denoiser import Denoiser
 
 
 def convolutions(*shape):

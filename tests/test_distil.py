@@ -12,12 +12,12 @@ from PIL import Image, ImageChops
 from tiny import tiny_pipeline, tiny_teacher
 
 import stepdistill
-from stepdistill.distil import export_run
 from stepdistill.errors import UserError
-from stepdistill.export import check_export
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.verify import verify
+from stepdistill.export.student_folder import check_export
+from stepdistill.export.verify import verify
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.training.distil import export_run
 
 SHORT = [
     "train.batch=4",

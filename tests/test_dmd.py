@@ -11,13 +11,14 @@ from table_toy import TABLE, gaussian_eps
 from torch import nn
 from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.decoupled import augmentation
-from stepdistill.discriminator import discriminator_loss, generator_loss
+from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.errors import UserError
-from stepdistill.first_step import first_step_loss, x0_of_jump
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.decoupled_guidance import augmentation
+from stepdistill.losses.first_step import first_step_loss, x0_of_jump
+from stepdistill.losses.gan import discriminator_loss, generator_loss
 from stepdistill.methods.dmd import DMD
-from stepdistill.path import FlowPath, TrigPath
-from stepdistill.types import Batch, Condition
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]
@@ -156,7 +157,7 @@ def full_batch(count=8, step=5):
 
 @pytest.mark.parametrize("turn", ["student", "fake"])
 def test_gradients_reach_only_the_network_whose_turn_it_is(turn):
-    from stepdistill.loop import take_turn
+    from stepdistill.training.parallel import take_turn
 
     method = gan_method()
     trained = {name: list(net.parameters()) for name, net in method.networks().items()}

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from stepdistill.embedded import embedded_teachers, features_folder, teacher_folder
 from stepdistill.errors import UserError
-from stepdistill.recipe import load_recipe
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.emoji import embedded_teachers, features_folder, teacher_folder
 
 NAME = "emoji-flow"
 

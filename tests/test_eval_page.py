@@ -14,22 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill import side_by_side
-from stepdistill.compare import not_told_apart, rank, read_report, text_table
-from stepdistill.compare_page import html_page as comparison_page
-from stepdistill.drawing import load_pipeline
-from stepdistill.embedded import emoji_images, teacher_folder
+from stepdistill.comparison import train_all as side_by_side
+from stepdistill.comparison.page import html_page as comparison_page
+from stepdistill.comparison.ranking import not_told_apart, rank, read_report, text_table
 from stepdistill.errors import UserError
-from stepdistill.eval_page import html_page, write_page
-from stepdistill.evaluate import evaluate
-from stepdistill.gallery import FILE, Gallery, load_galleries
-from stepdistill.nearest_images import between_real, nearest, real_images
-from stepdistill.plots import Series, line_plot
-from stepdistill.reference import load_reference, make_statistics, network_of
-from stepdistill.reference_files import read_reference
-from stepdistill.rounded import with_error
-from stepdistill.scores import Report, StepScores
-from stepdistill.suite import Suite, load_suite
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.gallery import FILE, Gallery, load_galleries
+from stepdistill.evaluation.nearest_real import between_real, nearest, real_images
+from stepdistill.evaluation.page import html_page, write_page
+from stepdistill.evaluation.reference import load_reference
+from stepdistill.evaluation.reference_files import read_reference
+from stepdistill.evaluation.scores import Report, StepScores
+from stepdistill.evaluation.statistics import make_statistics
+from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.features.load import network_of
+from stepdistill.networks.loading import load_pipeline
+from stepdistill.pages.numbers import with_error
+from stepdistill.pages.plots import Series, line_plot
+from stepdistill.system.emoji import emoji_images, teacher_folder
 
 COPIED = (1234, 77)
 """Real images that stand among the drawn ones, at places 3 and 5."""
@@ -114,7 +116,7 @@ def test_the_features_of_a_reference_are_in_the_order_of_its_images(tmp_path: Pa
     assert found.distances.max() < 1e-3
     for place, other in zip(places, found.indices[:, 0].tolist(), strict=True):
         assert np.array_equal(images[place], images[other])  # some emoji are drawn twice
-    from stepdistill.image_sources import open_images
+    from stepdistill.data.image_sources import open_images
 
     for i in range(12):  # 10.png follows 9.png
         Image.fromarray(images[40 * i]).save(tmp_path / f"{i}.png")

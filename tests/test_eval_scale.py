@@ -18,21 +18,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill import shards as shards_module
-from stepdistill.ahead import ahead
-from stepdistill.draw_shards import draw_shards
-from stepdistill.drawing import Drawing, load_pipeline
-from stepdistill.embedded import emoji_images, teacher_folder
 from stepdistill.errors import OtherProcessError, UserError
-from stepdistill.evaluate import evaluate, score_images
-from stepdistill.evaluate_images import evaluate_images
-from stepdistill.extraction import Extraction
-from stepdistill.gallery import best, load_galleries, load_gallery, make_gallery, small, worst
-from stepdistill.measure import measure
-from stepdistill.processes import Processes
-from stepdistill.shards import Cost, Shards, ShardWriter, claim
-from stepdistill.suite import Suite, load_reference, load_suite
-from stepdistill.work import Work
+from stepdistill.evaluation import shards as shards_module
+from stepdistill.evaluation.draw_shards import draw_shards
+from stepdistill.evaluation.drawing import Drawing
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.extraction import Extraction
+from stepdistill.evaluation.gallery import best, load_galleries, load_gallery, make_gallery, small, worst
+from stepdistill.evaluation.given_images import evaluate_images, score_images
+from stepdistill.evaluation.measure import measure
+from stepdistill.evaluation.parts import Work
+from stepdistill.evaluation.reference import load_reference
+from stepdistill.evaluation.shards import Cost, Shards, ShardWriter, claim
+from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.networks.loading import load_pipeline
+from stepdistill.system.emoji import emoji_images, teacher_folder
+from stepdistill.system.prefetch import ahead
+from stepdistill.system.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"seconds_per_image", "images_per_second", "peak_memory_bytes"}
@@ -317,7 +319,7 @@ def test_the_order_of_files_and_the_batch_move_no_score(tmp_path: Path) -> None:
 
 
 def test_images_of_alternating_sizes_keep_their_order(tmp_path: Path) -> None:
-    from stepdistill.image_sources import open_images
+    from stepdistill.data.image_sources import open_images
 
     save_images(tmp_path / "a", list(range(30)), sizes=(32, 24, 32, 16, 32))
     for batch in (1, 2, 4):
@@ -351,8 +353,8 @@ from pathlib import Path
 from stepdistill import shards
 shards.SIZE = 5
 from stepdistill.cli import main
-from stepdistill.evaluate import evaluate
-from stepdistill.processes import launched
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.system.processes import launched
 processes = launched()
 out = Path(sys.argv[1])
 sys.argv = ["stepdistill", "eval", "emoji", "--suite", sys.argv[2], "--output", str(out)]

@@ -10,20 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from stepdistill import teacher_cache
-from stepdistill.checks import find_pipeline
-from stepdistill.drawing import Drawing, _trailing, load_pipeline
-from stepdistill.embedded import (
+from stepdistill.errors import UserError
+from stepdistill.evaluation import teacher_scores as teacher_cache
+from stepdistill.evaluation.drawing import Drawing, _trailing
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.given_images import score_images
+from stepdistill.evaluation.reference import load_reference
+from stepdistill.evaluation.scores import Scores
+from stepdistill.evaluation.statistics import make_reference
+from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
+from stepdistill.features.load import features_sha256, load_features
+from stepdistill.networks.find import find_pipeline
+from stepdistill.networks.fingerprint import weights_hash
+from stepdistill.networks.loading import load_pipeline
+from stepdistill.system.emoji import (
     emoji_captions,
     emoji_images,
     features_folder,
     teacher_folder,
     tokenizer_folder,
 )
-from stepdistill.errors import UserError
-from stepdistill.evaluate import Scores, evaluate, gap_closed, score_images, teacher_scores, weights_hash
-from stepdistill.features import features_sha256, load_features
-from stepdistill.suite import Suite, load_reference, load_suite, make_reference
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,21 @@ from safetensors.torch import load_file, save_file
 from tiny import PIPELINES, shaken, tiny_prompts
 from torch import Tensor
 
-from stepdistill.checkpoint import sha256_of
-from stepdistill.drawing import load_pipeline
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.export import STOCK, TOLERANCE, VERIFICATION, draw_as_pipeline, export, student_pipeline
-from stepdistill.path import FlowPath
-from stepdistill.pipeline_files import absent_components
-from stepdistill.sampler import Sampler, uniform_times
-from stepdistill.student import Student, merged_state
-from stepdistill.teacher import PipelineTeacher, load_teacher
-from stepdistill.travelling import is_own_code
-from stepdistill.verify import verify
+from stepdistill.export.card import STOCK
+from stepdistill.export.student_folder import TOLERANCE, VERIFICATION, export, student_pipeline
+from stepdistill.export.verify import verify
+from stepdistill.networks.loading import load_pipeline, load_teacher
+from stepdistill.networks.lora import merged_state
+from stepdistill.networks.pictures import draw_as_pipeline
+from stepdistill.networks.pipeline_files import absent_components
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.files import sha256_of
+from stepdistill.system.travelling import is_own_code
 
 Teachers = Callable[[str], PipelineTeacher]
 
@@ -351,7 +355,7 @@ def test_other_weights_under_a_forged_hash_draw_other_pictures(copied: Path) -> 
 
 def test_a_folder_that_does_not_load_is_told_why(copied: Path) -> None:
     config = json.loads((copied / "model_index.json").read_text())
-    config["unet"] = ["stepdistill.student", "Student"]
+    config["unet"] = ["stepdistill.networks.student", "Student"]
     (copied / "model_index.json").write_text(json.dumps(config))
     forge(copied, "model_index.json")
     rejected(copied, "does not draw in a process without stepdistill: .*stepdistill")

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.loop import take_turn
+from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import BINS, WEIGHTS, FDistill, RatioWeight
-from stepdistill.path import FlowPath
+from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8
 PATH = FlowPath()

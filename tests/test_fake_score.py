@@ -11,20 +11,19 @@ from tiny import shaken, tiny_prompts
 from torch import nn
 from toy import SHAPE, Affine, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.draws import Draws
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
-from stepdistill.fake_score import FakeScore, FakeScoreOptions, turn_at
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions, turn_at
+from stepdistill.losses.regression import annealed, warm_start_rate
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
-from stepdistill.path import FlowPath
-from stepdistill.regression import warm_start_rate
-from stepdistill.schedule import annealed
-from stepdistill.student import Student
-from stepdistill.types import Batch, Examples
+from stepdistill.networks.student import Student
 
 BINS = [(k / 5, (k + 1) / 5) for k in range(5)]
 

@@ -12,13 +12,15 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from tiny import GUIDED, PIPELINES, WITH_TEXT, WITH_VAE, call_of, tiny_pipeline, tiny_prompts
 from torch import Tensor
 
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.solvers import solve
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES, family_named, family_of
-from stepdistill.path import FlowPath
-from stepdistill.solvers import solve
-from stepdistill.student import ADAPTER, Student, lora_layers, merged_state
-from stepdistill.teacher import PipelineTeacher, path_of
-from stepdistill.types import Condition
+from stepdistill.families.condition import Condition
+from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
+from stepdistill.networks.scheduler_path import path_of
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
 
 Teachers = Callable[[str], PipelineTeacher]
 
@@ -303,8 +305,8 @@ def test_the_guidance_embedding_is_the_pipelines(name: str, teacher_of: Teachers
 def test_a_teacher_that_takes_guidance_as_an_input_gets_it(name: str) -> None:
     """As its pipeline embeds it, in one call; a student, adapters or not, is plain and has one scale folded in; its
     pipeline draws what it draws."""
-    from stepdistill.export import check_export
-    from stepdistill.sampler import Sampler
+    from stepdistill.export.student_folder import check_export
+    from stepdistill.networks.sampler import Sampler
 
     pipe = tiny_pipeline(name)
     with torch.random.fork_rng(devices=[]):

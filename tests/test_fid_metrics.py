@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.extraction import Extraction
-from stepdistill.features import features_sha256, load_features
-from stepdistill.inception import Inception, random_state, shapes
-from stepdistill.inception_features import STATE_SHA256, check_public
+from stepdistill.evaluation.extraction import Extraction
+from stepdistill.evaluation.suite import load_suite
+from stepdistill.features.inception import STATE_SHA256, check_public
+from stepdistill.features.inception_network import Inception, random_state, shapes
+from stepdistill.features.load import features_sha256, load_features
+from stepdistill.features.own_module import ModuleFeatures
+from stepdistill.features.resize import RESIZES, resize
 from stepdistill.metrics import frechet
 from stepdistill.metrics.aesthetic import load_aesthetic_head
 from stepdistill.metrics.cmmd import cmmd
@@ -33,9 +36,6 @@ from stepdistill.metrics.kid import kernel_distance
 from stepdistill.metrics.pick_score import pick_scores, preference
 from stepdistill.metrics.sample_size import too_few
 from stepdistill.metrics.sfid import sfid
-from stepdistill.module_features import ModuleFeatures
-from stepdistill.resize import RESIZES, resize
-from stepdistill.suite import load_suite
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -411,7 +411,7 @@ def test_a_torchscript_file_gives_features_and_names_what_it_cannot_give(tmp_pat
 
 OWN = """
 import torch
-from stepdistill.module_features import ModuleFeatures
+from stepdistill.features.own_module import ModuleFeatures
 
 def mean_colour(mode, device):
     pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())

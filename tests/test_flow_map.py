@@ -9,9 +9,10 @@ from flow_toy import MU, C, OnPath, errors, from_the_teacher
 from torch import Tensor
 from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
 from stepdistill.methods.flow_map import FlowMap
-from stepdistill.path import FlowPath, Path, TablePath, TrigPath, per_sample
-from stepdistill.types import Batch, Condition
 
 OBJECTIVES = ("lagrangian", "eulerian", "semigroup")
 

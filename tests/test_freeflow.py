@@ -13,17 +13,20 @@ from flow_toy import MU, C, Velocity, errors, from_the_teacher
 from tiny import tiny_pipeline
 from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.data import Data, EmbeddedImages, ImageFolder
-from stepdistill.flow_maps import Balance, FlowMapMethod, logit_normal, on_straight
-from stepdistill.job import Job
-from stepdistill.loop import train
+from stepdistill.data.batches import Data
+from stepdistill.data.pairs import PairCache
+from stepdistill.data.training_images import EmbeddedImages, ImageFolder
+from stepdistill.diffusion.change_of_path import STRAIGHT, on_straight
+from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.flow_maps import FlowMapMethod, logit_normal
+from stepdistill.losses.running_means import Balance
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
-from stepdistill.pairs import PairCache
-from stepdistill.path import FlowPath, TablePath, TrigPath, per_sample
-from stepdistill.recipe import load_recipe
-from stepdistill.student import STRAIGHT
-from stepdistill.types import Batch, Condition, Examples
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.assemble import Job
+from stepdistill.training.loop import train
 
 PATH = FlowPath()
 

@@ -15,7 +15,7 @@ from tiny import tiny_pipeline
 
 from stepdistill.cli import main
 from stepdistill.errors import UserError
-from stepdistill.geneval import export_geneval
+from stepdistill.evaluation.geneval import export_geneval
 
 ROWS = [
     {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"},

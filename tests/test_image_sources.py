@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepdistill.data.image_names import natural
+from stepdistill.data.image_sources import is_source, open_images
 from stepdistill.errors import UserError
-from stepdistill.image_names import natural
-from stepdistill.image_sources import is_source, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 

@@ -9,14 +9,14 @@ import torch
 from tiny import shaken, tiny_pipeline, tiny_prompts
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.draws import Draws
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
 from stepdistill.errors import UserError
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.consistency import clean
 from stepdistill.methods.lcm import LCM
-from stepdistill.neighbours import clean
-from stepdistill.path import FlowPath, TablePath, TrigPath
-from stepdistill.student import Student
-from stepdistill.teacher import PipelineTeacher
-from stepdistill.types import Batch, Examples
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
 
 MU, S = 0.7, 0.4
 

@@ -16,17 +16,18 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from stepdistill import checks
-from stepdistill.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
-from stepdistill.data import Data
+from stepdistill.data.batches import Data
+from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
-from stepdistill.health import TrainingDiverged, Vitals
-from stepdistill.job import Job
-from stepdistill.loop import Run, train
-from stepdistill.prompts import read_prompts
-from stepdistill.recipe import load_recipe
-from stepdistill.schedule import learning_rate
-from stepdistill.sections import TrainOptions
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.recipes.sections import TrainOptions
+from stepdistill.training import preflight as checks
+from stepdistill.training.assemble import Job
+from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from stepdistill.training.health import TrainingDiverged, Vitals
+from stepdistill.training.loop import train
+from stepdistill.training.run import Run
+from stepdistill.training.schedule import learning_rate
 
 HERE = Path(__file__).parent
 COMMON = [
@@ -85,7 +86,7 @@ def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_pa
     def kill(step, ema):
         if step == 7:
             raise Killed
-        from stepdistill.loop import Seen
+        from stepdistill.training.health import Seen
 
         return Seen({}, [])
 
@@ -115,7 +116,7 @@ def test_an_optimiser_that_starts_anew_resumes_bit_for_bit(tmp_path):
     def kill(step, ema):
         if step == 5:
             raise Killed
-        from stepdistill.loop import Seen
+        from stepdistill.training.health import Seen
 
         return Seen({}, [])
 
@@ -159,8 +160,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_loop import METHODS, recipe_of
 from accelerate import Accelerator
-from stepdistill.job import Job
-from stepdistill.loop import train
+from stepdistill.training.assemble import Job
+from stepdistill.training.loop import train
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 for method in METHODS:
@@ -285,7 +286,7 @@ def test_a_pipeline_object_is_left_in_its_own_precision():
     """A float16 object teaches with a float32 VAE and in the run's precision, and can still be drawn from."""
     from diffusers import DiffusionPipeline
 
-    from stepdistill.embedded import teacher_folder
+    from stepdistill.system.emoji import teacher_folder
 
     pipe = DiffusionPipeline.from_pretrained(teacher_folder("emoji"), dtype=torch.float16)
     job = Job(recipe_of("lcm", 4), Accelerator(cpu=True), pipe)
@@ -349,7 +350,7 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
     job = Job(recipe, accelerator, None)
 
     def poison(step, ema):
-        from stepdistill.loop import Seen
+        from stepdistill.training.health import Seen
 
         if step == 7:
             with torch.no_grad():
@@ -531,7 +532,7 @@ def test_a_budget_ends_a_run_and_another_seed_is_another_run(tmp_path):
 
 
 def test_an_adapter_has_the_rank_and_the_scale_it_was_given():
-    from stepdistill.student import lora_layers
+    from stepdistill.networks.lora import lora_layers
 
     job = job_of("lcm", "options.ema=0", "student.lora_rank=4", "student.lora_alpha=6")
     for layer in lora_layers(job.student.net).values():

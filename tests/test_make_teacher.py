@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPModel
 
-from stepdistill.draws import generator_for
-from stepdistill.embedded import emoji_captions
+from stepdistill.attention.repeated_token import T5_TOKENS
+from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
-from stepdistill.families.repeated_token import T5_TOKENS
+from stepdistill.system.emoji import emoji_captions
 from stepdistill.teacher_training import make, networks, stages
 from stepdistill.teacher_training.settings import TINY, StageSettings, claim_folder
 from stepdistill.teacher_training.stage import learning_rate, seeded, train_stage

@@ -8,10 +8,10 @@ from consistency_toy import table_path
 from flow_toy import MU, C, OnPath, errors, from_the_teacher
 from toy import Gaussian, GaussianFlowMap, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.flow_maps import teacher_velocity
+from stepdistill.diffusion.path import FlowPath, TrigPath
+from stepdistill.families.condition import Condition
+from stepdistill.losses.flow_maps import teacher_velocity
 from stepdistill.methods.meanflow import MeanFlow
-from stepdistill.path import FlowPath, TrigPath
-from stepdistill.types import Condition
 
 
 def meanflow(path=None, net=None, **options):

@@ -13,17 +13,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.embedded import emoji_captions, emoji_images, features_folder, tokenizer_folder
+from stepdistill.data.image_sources import open_images
 from stepdistill.errors import UserError
-from stepdistill.evaluate_images import evaluate_images
-from stepdistill.extraction import Extraction
-from stepdistill.features import ClipFeatures, load_features
-from stepdistill.image_sources import open_images
-from stepdistill.inception import random_state
-from stepdistill.inception_features import PUBLIC, STATE_SHA256, InceptionFeatures, usual_folders
-from stepdistill.measure import BLOCK, in_random_order, measure
+from stepdistill.evaluation.extraction import Extraction
+from stepdistill.evaluation.given_images import evaluate_images
+from stepdistill.evaluation.measure import BLOCK, in_random_order, measure
+from stepdistill.evaluation.reference import load_reference
+from stepdistill.evaluation.reference_files import Reference, read_reference
+from stepdistill.evaluation.rows import Rows, RowTable
+from stepdistill.evaluation.statistics import make_statistics
+from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.features.clip import ClipFeatures
+from stepdistill.features.inception import PUBLIC, STATE_SHA256, InceptionFeatures, usual_folders
+from stepdistill.features.inception_network import random_state
+from stepdistill.features.load import load_features
+from stepdistill.features.own_module import ModuleFeatures
 from stepdistill.metrics.aesthetic import load_aesthetic_head
-from stepdistill.metrics.balls import Balls
 from stepdistill.metrics.clip_score import cosines
 from stepdistill.metrics.cmmd import cmmd
 from stepdistill.metrics.fid_infinity import fid_infinity
@@ -31,13 +36,9 @@ from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_dista
 from stepdistill.metrics.inception_score import inception_score
 from stepdistill.metrics.intervals import of_mean
 from stepdistill.metrics.kid import kernel_distance
-from stepdistill.metrics.recall import recall
+from stepdistill.metrics.prdc import Balls, recall
 from stepdistill.metrics.sfid import sfid
-from stepdistill.module_features import ModuleFeatures
-from stepdistill.reference import load_reference, make_statistics
-from stepdistill.reference_files import Reference, read_reference
-from stepdistill.row_table import Rows, RowTable
-from stepdistill.suite import Suite, load_suite
+from stepdistill.system.emoji import emoji_captions, emoji_images, features_folder, tokenizer_folder
 
 DRAWN, REAL = emoji_images()[:12], emoji_images()[100:109]
 

@@ -9,17 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.embedded import emoji_captions, emoji_images
-from stepdistill.features import load_features, resize_clean
-from stepdistill.metrics.balls import Balls
+from stepdistill.features.load import load_features
+from stepdistill.features.resize import resize_clean
 from stepdistill.metrics.clip_score import cosines
-from stepdistill.metrics.coverage import coverage
-from stepdistill.metrics.density import density
 from stepdistill.metrics.diversity import pairwise_diversity
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
 from stepdistill.metrics.kid import kernel_distance
-from stepdistill.metrics.precision import precision
-from stepdistill.metrics.recall import recall
+from stepdistill.metrics.prdc import Balls, coverage, density, precision, recall
+from stepdistill.system.emoji import emoji_captions, emoji_images
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

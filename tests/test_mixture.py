@@ -14,9 +14,9 @@ from mixture_toy import SAMPLES, Setting, build, distance, energy_distance, trai
 from table_toy import eps_teacher
 from toy import SHAPE, Mixture
 
-from stepdistill.draws import generator_for
+from stepdistill.diffusion.draws import generator_for
+from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods import method_names
-from stepdistill.path import FlowPath
 
 # The fake network must keep up with a student that leaves a point within some hundred updates.
 FOLLOW = {"fake_steps": 2, "fake_lr_ratio": 2.0}

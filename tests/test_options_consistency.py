@@ -15,6 +15,8 @@ from table_toy import TABLE
 from test_fake_score import full_batch
 from toy import Perceptron, ToyFamily, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import FlowPath, Path
+from stepdistill.losses.contract import MethodOptions, PairOptions
 from stepdistill.methods import find_method, method_names
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.lcm import LCM
@@ -23,10 +25,7 @@ from stepdistill.methods.scm import SCM
 from stepdistill.methods.tbcm import TBCM
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
-from stepdistill.pairs import PairOptions
-from stepdistill.path import FlowPath, Path
-from stepdistill.sampler import schedule_times
-from stepdistill.types import MethodOptions
+from stepdistill.networks.sampler import schedule_times
 
 FAMILY = [LCM, Consistency, SCM, TBCM, TCD, PCM, TSCD]
 OF_PAIRS = set(PairOptions.model_fields) - set(MethodOptions.model_fields)

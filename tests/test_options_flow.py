@@ -14,9 +14,16 @@ from test_reflow_family import Slimming, Straight
 from torch import Tensor, nn
 from toy import SHAPE, Affine, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.draws import Draws
-from stepdistill.fake_score import FakeTurnOptions
-from stepdistill.flow_maps import JumpOptions, MapOptions
+from stepdistill.data.pairs import PairCache
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.solvers import solve
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import Method, PairOptions
+from stepdistill.losses.fake_score import FakeTurnOptions
+from stepdistill.losses.flow_maps import JumpOptions, MapOptions
+from stepdistill.losses.regression import WarmStartOptions
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.methods.instaflow import InstaFlow
@@ -24,13 +31,8 @@ from stepdistill.methods.meanflow import MeanFlow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.rfpp import RFPP
 from stepdistill.methods.slimflow import SlimFlow
-from stepdistill.pairs import PairCache, PairOptions
-from stepdistill.path import FlowPath
-from stepdistill.regression import WarmStartOptions
-from stepdistill.sampler import Sampler
-from stepdistill.solvers import solve
-from stepdistill.teacher import PipelineTeacher
-from stepdistill.types import Batch, Condition, Method
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.teacher import PipelineTeacher
 
 PATH = FlowPath()
 SAID = [MapOptions, JumpOptions, WarmStartOptions, PairOptions, FakeTurnOptions]

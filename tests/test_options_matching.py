@@ -12,18 +12,17 @@ import torch
 from test_fake_score import FAMILY, full_batch
 from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_student
 
-from stepdistill.fake_score import ScoreMethod
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.losses.contract import MethodOptions, PairOptions
+from stepdistill.losses.fake_score import ScoreMethod
+from stepdistill.losses.terms import WithTerms
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
-from stepdistill.pairs import PairOptions
-from stepdistill.path import FlowPath
-from stepdistill.sections import TermOptions
-from stepdistill.terms import WithTerms
-from stepdistill.types import MethodOptions
+from stepdistill.recipes.sections import TermOptions
 
 ELSEWHERE = set(PairOptions.model_fields) - set(MethodOptions.model_fields) | {"guidance_rescale"}
 """Options that no method reads: the cache of pairs does (tests/test_data.py), and the teacher (tests/test_terms.py)."""

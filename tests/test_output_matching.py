@@ -13,17 +13,17 @@ from accelerate import Accelerator
 from tiny import tiny_pipeline, tiny_prompts
 from toy import Gaussian, Perceptron, ToyTeacher
 
-from stepdistill import output_matching
+from stepdistill.diffusion.path import Output, TablePath
 from stepdistill.errors import UserError
-from stepdistill.export import export
-from stepdistill.job import Job
-from stepdistill.output_matching import Matched, Matching, NoisedSamples, match_output, output_of
-from stepdistill.path import Output, TablePath
-from stepdistill.recipe import load_recipe
-from stepdistill.sections import StudentOptions
-from stepdistill.teacher import PipelineTeacher
-from stepdistill.types import Condition
-from stepdistill.verify import verify
+from stepdistill.export.student_folder import export
+from stepdistill.export.verify import verify
+from stepdistill.families.condition import Condition
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.recipes.sections import StudentOptions
+from stepdistill.training import output_matching
+from stepdistill.training.assemble import Job
+from stepdistill.training.output_matching import Matched, Matching, NoisedSamples, match_output, output_of
 
 EMPTY = Path(__file__).parent / "empty.yaml"
 

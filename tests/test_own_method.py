@@ -11,12 +11,12 @@ import torch
 from tiny import tiny_pipeline
 from toy import Gaussian, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.content import content_folder
-from stepdistill.distil import distil
+from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.methods import find_method, needs
-from stepdistill.path import FlowPath
-from stepdistill.recipe import load_recipe
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.shipped import content_folder
+from stepdistill.training.distil import distil
 
 EXAMPLE = content_folder("train") / "examples" / "own_method.py"
 

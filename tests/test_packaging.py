@@ -103,7 +103,10 @@ def test_the_installed_command_works_outside_the_checkout(wheel: Path, tmp_path:
         )
         return answer.stdout
 
-    home = "from stepdistill.content import content_folder as f; print(*(f(n) for n in ('train', 'eval', 'pipelines')))"
+    home = (
+        "from stepdistill.system.shipped import content_folder as f; "
+        "print(*(f(n) for n in ('train', 'eval', 'pipelines')))"
+    )
     for folder in run(python, "-c", home).split():
         assert Path(folder).is_relative_to(Path(packages) / "stepdistill" / "_content")
     command = str(bin_folder / "stepdistill")

@@ -23,18 +23,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepdistill.embedded import emoji_images
-from stepdistill.features import load_features
-from stepdistill.image_sources import open_images
-from stepdistill.inception import Inception, random_state
-from stepdistill.inception_features import InceptionFeatures
-from stepdistill.metrics.balls import Balls
+from stepdistill.data.image_sources import open_images
+from stepdistill.features.inception import InceptionFeatures
+from stepdistill.features.inception_network import Inception, random_state
+from stepdistill.features.load import load_features
+from stepdistill.features.own_module import ModuleFeatures
 from stepdistill.metrics.frechet import frechet_distance_between
 from stepdistill.metrics.inception_score import inception_score
 from stepdistill.metrics.kid import kernel_distance
-from stepdistill.metrics.precision import precision
-from stepdistill.metrics.recall import recall
-from stepdistill.module_features import ModuleFeatures
+from stepdistill.metrics.prdc import Balls, precision, recall
+from stepdistill.system.emoji import emoji_images
 
 TOLERANCE = 1e-4
 COUNT = 20

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 from toy import Gaussian, ToyFamily, ToyTeacher
 
-from stepdistill.guidance import extrapolate, in_interval, rescaled
-from stepdistill.path import EDMPath, FlowPath, Output, Path, Prediction, TablePath, TrigPath, per_sample
-from stepdistill.solvers import SOLVERS, solve
-from stepdistill.student import Denoiser
-from stepdistill.types import Condition
+from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled
+from stepdistill.diffusion.path import (
+    EDMPath,
+    FlowPath,
+    Output,
+    Path,
+    Prediction,
+    TablePath,
+    TrigPath,
+    per_sample,
+)
+from stepdistill.diffusion.solvers import SOLVERS, solve
+from stepdistill.families.condition import Condition
+from stepdistill.networks.denoiser import Denoiser
 
 KINDS: tuple[Output, ...] = ("x0", "eps", "v", "velocity")
 

@@ -10,11 +10,11 @@ from consistency_toy import error, mixture_method, table_path, train
 from torch import nn
 from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.loop import take_turn
+from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.consistency import clean
 from stepdistill.methods.pcm import PCM
-from stepdistill.neighbours import clean
-from stepdistill.path import FlowPath, TrigPath, per_sample
-from stepdistill.types import Condition
+from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.4
 FOUR = (1.0, 0.75, 0.5, 0.25)

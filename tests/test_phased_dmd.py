@@ -14,18 +14,19 @@ from tiny import shaken, tiny_prompts
 from torch import nn
 from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.checkpoint import sha256_of
+from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
-from stepdistill.experts import Experts
-from stepdistill.export import STOCK, VERIFICATION, export, with_code_note
-from stepdistill.loop import take_turn
+from stepdistill.export.card import STOCK, model_card, with_code_note
+from stepdistill.export.student_folder import VERIFICATION, export
+from stepdistill.export.verify import verify
+from stepdistill.losses.subinterval import kernel, scaled_target
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.phased_dmd import PhasedDMD
-from stepdistill.path import EDMPath, FlowPath, TrigPath, per_sample
-from stepdistill.report import model_card
-from stepdistill.student import Student, lora_layers, merged_state
-from stepdistill.subinterval import kernel, scaled_target
-from stepdistill.verify import verify
+from stepdistill.networks.experts import Experts
+from stepdistill.networks.lora import lora_layers, merged_state
+from stepdistill.networks.student import Student
+from stepdistill.system.files import sha256_of
+from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath(), EDMPath()]

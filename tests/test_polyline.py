@@ -7,13 +7,13 @@ import torch
 from flow_toy import OnPath
 from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.flow_maps import on_straight
+from stepdistill.diffusion.change_of_path import on_straight
+from stepdistill.diffusion.path import FlowPath, TablePath
+from stepdistill.diffusion.polyline import Polyline
+from stepdistill.diffusion.solvers import trajectory, uniform_times
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
 from stepdistill.methods.flow_map import FlowMap
-from stepdistill.path import FlowPath, TablePath
-from stepdistill.polyline import Polyline
-from stepdistill.sampler import uniform_times
-from stepdistill.solvers import trajectory
-from stepdistill.types import Batch, Condition, Examples
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 PATHS = [FlowPath(), TablePath.from_alphas_cumprod(torch.cumprod(1 - BETAS, 0))]

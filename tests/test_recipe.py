@@ -8,21 +8,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from stepdistill import content
 from stepdistill.errors import UserError
-from stepdistill.recipe import (
-    Recipe,
-    StudentOptions,
-    differences,
-    load_recipe,
-    method_options,
-    resolved,
-    resolved_yaml,
-)
+from stepdistill.methods import method_options
+from stepdistill.recipes.recipe import Recipe, load_recipe
+from stepdistill.recipes.sections import StudentOptions
+from stepdistill.system import shipped as content
+from stepdistill.training.identity import differences, resolved, resolved_yaml
 
 METHOD = '''"""A method of the test's own."""
 from typing import ClassVar
-from stepdistill.types import Method, MethodOptions
+from stepdistill.losses.contract import Method, MethodOptions
 
 class Options(MethodOptions):
     guidance: float = 2.5

@@ -19,16 +19,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stepdistill.cli import main
-from stepdistill.embedded import emoji_images
+from stepdistill.data.image_sources import open_images
 from stepdistill.errors import UserError
-from stepdistill.evaluate import evaluate, score_images
-from stepdistill.evaluate_images import evaluate_images
-from stepdistill.features import FeatureNetwork
-from stepdistill.image_sources import open_images
-from stepdistill.pickled_statistics import read_pickled_statistics
-from stepdistill.reference import for_reference, load_reference, make_statistics, network_of
-from stepdistill.reference_files import read_reference
-from stepdistill.suite import Suite, load_suite
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.given_images import evaluate_images, score_images
+from stepdistill.evaluation.pickled_statistics import read_pickled_statistics
+from stepdistill.evaluation.reference import for_reference, load_reference
+from stepdistill.evaluation.reference_files import read_reference
+from stepdistill.evaluation.statistics import make_statistics
+from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.features.load import network_of
+from stepdistill.features.network import FeatureNetwork
+from stepdistill.system.emoji import emoji_images
 
 RANDOM = np.random.default_rng(0)
 MEAN = RANDOM.normal(size=6)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.change_of_path import STRAIGHT
+from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath, per_sample
+from stepdistill.diffusion.solvers import solve
+from stepdistill.families.condition import Condition
 from stepdistill.methods.reflow import Reflow
-from stepdistill.path import FlowPath, TablePath, TrigPath, per_sample
-from stepdistill.sampler import Sampler
-from stepdistill.solvers import solve
-from stepdistill.straight import STRAIGHT
-from stepdistill.types import Condition
+from stepdistill.networks.sampler import Sampler
 
 MU, S = 0.7, 0.4
 

@@ -10,16 +10,18 @@ import torch
 from torch import nn
 from toy import SHAPE, Gaussian, Mixture, Perceptron, ToyFamily, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.distances import distance
-from stepdistill.draws import Draws
+from stepdistill.diffusion.change_of_path import STRAIGHT
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import EDMPath, FlowPath, TablePath, TrigPath, per_sample
+from stepdistill.diffusion.solvers import solve, uniform_times
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.distances import distance
+from stepdistill.losses.reflow import flow_end
 from stepdistill.methods.instaflow import InstaFlow
 from stepdistill.methods.rfpp import RFPP, u_shaped
 from stepdistill.methods.slimflow import SlimFlow
-from stepdistill.path import EDMPath, FlowPath, TablePath, TrigPath, per_sample
-from stepdistill.sampler import Sampler, uniform_times
-from stepdistill.solvers import solve
-from stepdistill.straight import STRAIGHT, flow_end
-from stepdistill.types import Batch, Condition, Examples
+from stepdistill.networks.sampler import Sampler
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath()]

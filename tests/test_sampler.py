@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 
+from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
+from stepdistill.families.condition import Condition
 from stepdistill.methods import find_method
-from stepdistill.path import FlowPath, Path, TablePath, TrigPath
-from stepdistill.sampler import Sampler, times_of, uniform_times
-from stepdistill.student import Denoiser
-from stepdistill.travelling import travelling_module
-from stepdistill.types import Condition
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler, times_of
+from stepdistill.system.travelling import travelling_module
 
 MEAN, DEVIATION = 0.4, 0.6
 

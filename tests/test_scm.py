@@ -10,10 +10,10 @@ from consistency_toy import table_path
 from torch import nn
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import EDMPath, FlowPath, Prediction, TrigPath, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.consistency import noised
 from stepdistill.methods.scm import SCM, Weight, trig_velocity
-from stepdistill.neighbours import noised
-from stepdistill.path import EDMPath, FlowPath, Prediction, TrigPath, per_sample
-from stepdistill.types import Condition
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), EDMPath(), table_path()]
@@ -250,9 +250,10 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
     """An eps teacher with guidance: two updates, then a stock pipeline draws what the trainer draws."""
     from tiny import tiny_prompts
 
-    from stepdistill.export import draw_as_pipeline, student_pipeline
-    from stepdistill.student import Student
-    from stepdistill.types import Batch, Examples
+    from stepdistill.export.student_folder import student_pipeline
+    from stepdistill.losses.batch import Batch, Examples
+    from stepdistill.networks.pictures import draw_as_pipeline
+    from stepdistill.networks.student import Student
 
     teacher = teacher_of("sd")
     student = Student.from_teacher(teacher)

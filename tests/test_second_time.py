@@ -11,14 +11,17 @@ from tiny import shaken, tiny_prompts
 from torch import Tensor
 from toy import SHAPE, GaussianFlowMap, Perceptron, toy_student
 
-from stepdistill.derivative import directional_derivative
+from stepdistill.diffusion.change_of_path import STRAIGHT, carried
+from stepdistill.diffusion.path import FlowPath, TablePath
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.export import TOLERANCE, draw_as_pipeline, student_pipeline
-from stepdistill.path import FlowPath, TablePath
-from stepdistill.sampler import Sampler, uniform_times
-from stepdistill.student import STRAIGHT, Student, carried
-from stepdistill.teacher import PipelineTeacher
-from stepdistill.types import Condition
+from stepdistill.export.student_folder import TOLERANCE, student_pipeline
+from stepdistill.families.condition import Condition
+from stepdistill.networks.derivative import directional_derivative
+from stepdistill.networks.pictures import draw_as_pipeline
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
 
 Teachers = Callable[[str], PipelineTeacher]
 ABLE = ("unet-ddpm", "unet-ddim", "sd", "sd-v", "sdxl")

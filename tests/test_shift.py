@@ -14,20 +14,22 @@ from tiny import tiny_pipeline, tiny_prompts
 from torch import Tensor
 from toy import Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.data.pairs import PairCache
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.shift import shift_of, shifted
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.fake_score import FakeScore, FakeScoreOptions
-from stepdistill.first_step import first_step_loss
-from stepdistill.job import Job
+from stepdistill.losses.contract import PairOptions
+from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions
+from stepdistill.losses.first_step import first_step_loss
+from stepdistill.losses.subinterval import subinterval_loss
 from stepdistill.methods import find_method
-from stepdistill.pairs import PairCache, PairOptions
-from stepdistill.path import FlowPath
-from stepdistill.pictures import teacher_pictures
-from stepdistill.recipe import load_recipe
-from stepdistill.sampler import Sampler, uniform_times
-from stepdistill.shift import shift_of, shifted
-from stepdistill.student import Denoiser
-from stepdistill.subinterval import subinterval_loss
-from stepdistill.teacher import PipelineTeacher
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.pictures import teacher_pictures
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.assemble import Job
 
 SHIFT = 3.0
 DYNAMIC: dict[str, Any] = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64}

@@ -6,13 +6,14 @@ import pytest
 import torch
 from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.fake_score import Views
-from stepdistill.loop import take_turn
+from stepdistill.diffusion.path import FlowPath, TrigPath
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.fake_score import Views
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.sid import SiD, numerator
 from stepdistill.methods.sim import SIM
-from stepdistill.path import FlowPath, TrigPath
-from stepdistill.types import Batch, Condition
+from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]

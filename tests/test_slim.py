@@ -15,13 +15,14 @@ from torch import nn
 
 import stepdistill
 from stepdistill.errors import UserError
-from stepdistill.job import Job
-from stepdistill.loop import Run
+from stepdistill.families._slim_unet import slim_unet
 from stepdistill.methods.slimflow import SlimFlow
-from stepdistill.recipe import load_recipe
-from stepdistill.slim import slim_unet
-from stepdistill.student import Student
-from stepdistill.teacher import PipelineTeacher, load_teacher
+from stepdistill.networks.loading import load_teacher
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.assemble import Job
+from stepdistill.training.run import Run
 
 Teachers = Callable[[str], PipelineTeacher]
 UNETS = ("unet-ddpm", "unet-classes", "sd", "sdxl")

@@ -15,18 +15,19 @@ import torch
 from PIL import Image
 from tiny import tiny_pipeline
 
-from stepdistill.content import header, suite_files
-from stepdistill.drawing import Drawing
-from stepdistill.draws import generator_for
-from stepdistill.embedded import emoji_images, features_folder
+from stepdistill.data.image_sources import open_images
+from stepdistill.data.prompts import read_prompts
+from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
-from stepdistill.evaluate import evaluate
-from stepdistill.features import load_features
-from stepdistill.image_sources import open_images
-from stepdistill.inception import random_state
-from stepdistill.prompts import read_prompts
-from stepdistill.reference import make_statistics
-from stepdistill.suite import Suite, load_reference, load_suite
+from stepdistill.evaluation.drawing import Drawing
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.reference import load_reference
+from stepdistill.evaluation.statistics import make_statistics
+from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.features.inception_network import random_state
+from stepdistill.features.load import load_features
+from stepdistill.system.emoji import emoji_images, features_folder
+from stepdistill.system.shipped import header, suite_files
 
 CLASSES = ("cifar10-50k", "imagenet64-50k", "imagenet64-adm-50k", "imagenet256-50k")
 LITERATURE = (*CLASSES, "ffhq64-50k", "coco30k", "mjhq30k")

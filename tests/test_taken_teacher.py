@@ -12,20 +12,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import flagging_checker, learned_variance, shaken, tiny_pipeline, tiny_prompts
 
-from stepdistill.checks import check_recipe
-from stepdistill.drawing import cut_prompts, load_pipeline
+from stepdistill.diffusion.path import FlowPath, TablePath
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.evaluate import evaluate, weights_hash
-from stepdistill.export import draw_as_pipeline, export, student_pipeline, to_uint8
+from stepdistill.evaluation.drawing import cut_prompts
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.suite import load_suite
+from stepdistill.export.student_folder import export, student_pipeline
+from stepdistill.export.verify import verify
 from stepdistill.families import family_of
-from stepdistill.loading import filters_of, taken_as, without_filters
-from stepdistill.path import FlowPath, TablePath
-from stepdistill.recipe import load_recipe
-from stepdistill.sampler import Sampler, uniform_times
-from stepdistill.student import Student, lora_layers
-from stepdistill.suite import load_suite
-from stepdistill.teacher import PipelineTeacher, load_teacher, path_of
-from stepdistill.verify import verify
+from stepdistill.networks.fingerprint import weights_hash
+from stepdistill.networks.loading import filters_of, load_pipeline, load_teacher, taken_as, without_filters
+from stepdistill.networks.lora import lora_layers
+from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.scheduler_path import path_of
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.preflight import check_recipe
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 

@@ -10,9 +10,9 @@ import torch
 from consistency_toy import error, mixture_method, table_path, train
 from toy import Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
+from stepdistill.losses.consistency import last_time
 from stepdistill.methods.tbcm import TBCM
-from stepdistill.neighbours import last_time
-from stepdistill.path import FlowPath, TrigPath, per_sample
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]

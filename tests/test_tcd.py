@@ -7,13 +7,14 @@ import torch
 from consistency_toy import error, mixture_method, table_path, train
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
+from stepdistill.families.condition import Condition
+from stepdistill.losses.consistency import jump
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
-from stepdistill.neighbours import jump
-from stepdistill.path import FlowPath, TrigPath, per_sample
-from stepdistill.sampler import Sampler, uniform_times
-from stepdistill.types import Condition
+from stepdistill.networks.sampler import Sampler
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]

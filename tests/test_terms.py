@@ -13,18 +13,19 @@ from accelerate import Accelerator
 from torch import nn
 from toy import Gaussian, GaussianFlowMap, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 
-from stepdistill.ema import Ema
+from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
-from stepdistill.job import Job
-from stepdistill.loop import train
+from stepdistill.losses.regression import ends
+from stepdistill.losses.terms import WithTerms
 from stepdistill.methods import find_method, method_names
 from stepdistill.methods.flow_map import FlowMap
-from stepdistill.path import FlowPath
-from stepdistill.recipe import load_recipe
-from stepdistill.regression import ends
-from stepdistill.sections import TermOptions
-from stepdistill.teacher import PipelineTeacher, load_teacher
-from stepdistill.terms import WithTerms
+from stepdistill.networks.averages import Ema
+from stepdistill.networks.loading import load_teacher
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.recipes.sections import TermOptions
+from stepdistill.training.assemble import Job
+from stepdistill.training.loop import train
 
 HERE = Path(__file__).parent
 PATH = FlowPath()

@@ -10,12 +10,12 @@ from consistency_toy import error, mixture_method, table_path, train
 from torch import nn
 from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
+from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
-from stepdistill.loop import take_turn
+from stepdistill.losses.consistency import noised
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
-from stepdistill.neighbours import noised
-from stepdistill.path import FlowPath, TrigPath, per_sample
+from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]

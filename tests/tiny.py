@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.embedded import tokenizer_folder
-from stepdistill.teacher import PipelineTeacher
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.emoji import tokenizer_folder
 
 PIPELINES = ("unet-ddpm", "unet-ddim", "unet-classes", "dit", "sd", "sd-v", "sdxl", "sd3")
 """What ``tiny_pipeline`` builds, one or more for every family."""

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.draws import Draws
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import Output, Path, Prediction, TablePath, per_sample
 from stepdistill.families.base import Family
-from stepdistill.path import Output, Path, Prediction, TablePath, per_sample
-from stepdistill.student import Denoiser, Student
-from stepdistill.types import Batch, Condition, Examples
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.student import Student
 
 SHAPE = (2, 1, 1)
 
@@ -178,7 +180,7 @@ class ToyTeacher:
     def predict_with_input_gradient(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
     ) -> Prediction:
-        from stepdistill.guidance import extrapolate
+        from stepdistill.diffusion.guidance import extrapolate
 
         strong = self.denoiser.predict(x_t, t, cond)
         if self.unguided is None:

@@ -12,9 +12,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from stepdistill.checks import check_output, check_recipe
-from stepdistill.distil import distil
-from stepdistill.recipe import load_recipe, method_options
+from stepdistill.methods import method_options
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.distil import distil
+from stepdistill.training.preflight import check_output, check_recipe
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stepdistill.embedded import embedded_teachers
 from stepdistill.errors import UserError
+from stepdistill.system.emoji import embedded_teachers
 from stepdistill.teacher_training.settings import PRESETS, TeacherSettings
 
 TIMES = """\

@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stepdistill.embedded import emoji_images
+from stepdistill.data.image_sources import open_images
 from stepdistill.errors import UserError
-from stepdistill.features import load_features
-from stepdistill.image_sources import open_images
-from stepdistill.inception import Inception, random_state
-from stepdistill.inception_features import find_weights
+from stepdistill.features.inception import find_weights
+from stepdistill.features.inception_network import Inception, random_state
+from stepdistill.features.load import load_features
 from stepdistill.metrics.frechet import frechet_distance_between
-from stepdistill.provenance import provenance
+from stepdistill.system.emoji import emoji_images
+from stepdistill.system.provenance import provenance
 
 GOALS = {500: 50.0, 5000: 5.0}
 FOLDER_GOAL = 1.5

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from stepdistill.job import Job
-from stepdistill.loop import train
 from stepdistill.methods.dmd import DMD
-from stepdistill.provenance import provenance
-from stepdistill.recipe import load_recipe
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.provenance import provenance
+from stepdistill.training.assemble import Job
+from stepdistill.training.loop import train
 
 WARM, TIMED = 2, 3
 """Units of a short run that are left out, as the first ones make the optimisers' state, and units that are timed."""

@@ -32,7 +32,7 @@ def family_named(found: str) -> Family:
             return family
     known = "; ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in FAMILIES)
     raise UserError(
-        f"no family for {found}. There are: {known}. To add one, subclass stepdistill.families.Family "
+        f"no family for {found}. There are: {known}. To add one, subclass stepdistill.families.base.Family "
         "(call, encode, null, features_of: 40 lines, see families/stable_diffusion_3.py) and pass it as "
         "PipelineTeacher(pipe, family=...)"
     )

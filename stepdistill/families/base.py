@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stepdistill.diffusion.path import Path, TablePath, within
 from stepdistill.errors import UserError
-from stepdistill.path import Path, TablePath, within
-from stepdistill.types import Condition
+from stepdistill.families.condition import Condition
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
 
 UNET_LORA = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.families.base import TRANSFORMER_LORA, LabelFamily
-from stepdistill.types import Condition
+from stepdistill.families.condition import Condition
 
 
 class DiT(LabelFamily):

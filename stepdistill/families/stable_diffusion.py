@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.base import GAP_SCALE, Family
-from stepdistill.slim import slim_unet
-from stepdistill.types import Condition
+from stepdistill.families.condition import Condition
 
 GUIDANCE_DIM = 256
 """Width of the guidance embedding in LCM (Luo et al. 2023, 2310.04378)."""

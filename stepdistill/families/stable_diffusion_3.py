@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.attention.repeated_token import RepeatedLastToken
 from stepdistill.families.base import TRANSFORMER_LORA, Family
-from stepdistill.families.repeated_token import RepeatedLastToken
-from stepdistill.types import Condition
+from stepdistill.families.condition import Condition
 
 COUNTS = "last_token_counts"
 """The condition that says how many equal tokens the last one stands for, [B]; what the attention processor is told."""

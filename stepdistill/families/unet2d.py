@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.base import GAP_SCALE, LabelFamily
-from stepdistill.slim import slim_unet
-from stepdistill.types import Condition
+from stepdistill.families.condition import Condition
 
 
 class UNet2D(LabelFamily):

@@ -8,12 +8,17 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
 from stepdistill.errors import UserError, did_you_mean
-from stepdistill.types import NEEDS, Method
+from stepdistill.losses.contract import NEEDS, Method
+from stepdistill.recipes.messages import explain
+from stepdistill.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from stepdistill.losses.contract import MethodOptions
 
 
 def method_names() -> list[str]:
@@ -81,3 +86,18 @@ def needs(name: str) -> str:
     text = ", ".join(need for need in NEEDS if need in own)
     extra = ", ".join(need for need in NEEDS if need in more)
     return f"{text} (+ {extra})" if extra else text
+
+
+def method_options(recipe: Recipe) -> MethodOptions:
+    """The recipe's options in the method's own Options class. Imports the method, and torch with it.
+
+    Raises:
+        UserError: an option the method does not have, or a value it cannot take.
+    """
+
+    schema = find_method(recipe.method).Options
+    try:
+        return schema.model_validate(recipe.options)
+    except ValidationError as error:
+        name = Path(recipe.method).stem
+        raise UserError(explain(error, schema, "options", name, recipe._sources)) from None

@@ -26,15 +26,27 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stepdistill.levels import ect_lower, karras, lognormal_law
-from stepdistill.neighbours import SAMPLER_GRID, Source, Target, clean, examples, last_time, noised
-from stepdistill.pairs import PairOptions
-from stepdistill.path import Prediction, per_sample
-from stepdistill.residuals import pseudo_huber, rms
-from stepdistill.sampler import Sampler
-from stepdistill.solvers import SOLVERS
-from stepdistill.student import Student
-from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+from stepdistill.diffusion.path import Prediction, per_sample
+from stepdistill.diffusion.solvers import SOLVERS
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.consistency import (
+    SAMPLER_GRID,
+    Source,
+    Target,
+    clean,
+    ect_lower,
+    examples,
+    karras,
+    last_time,
+    lognormal_law,
+    noised,
+)
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.distances import pseudo_huber, rms
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class Consistency(Method):

@@ -24,9 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.fake_score import ScoreMethod, ScoreOptions, push
-from stepdistill.path import per_sample
-from stepdistill.types import Batch
+from stepdistill.diffusion.path import per_sample
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, push
 
 
 class DiffInstruct(ScoreMethod):

@@ -28,13 +28,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stepdistill.decoupled import augmentation_field
 from stepdistill.errors import UserError
-from stepdistill.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout
-from stepdistill.first_step import first_step_loss
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, MethodOptions, Teacher
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.decoupled_guidance import augmentation_field
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout
+from stepdistill.losses.first_step import first_step_loss
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class DMD(ScoreMethod):

@@ -24,12 +24,14 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from stepdistill.discriminator import FeatureGan
-from stepdistill.fake_score import ScoreMethod, ScoreOptions, push
-from stepdistill.path import per_sample
-from stepdistill.step_sums import StepSums
-from stepdistill.student import Student
-from stepdistill.types import Batch, MethodOptions, Teacher
+from stepdistill.diffusion.path import per_sample
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, push
+from stepdistill.losses.gan import FeatureGan
+from stepdistill.losses.running_means import StepSums
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 Divergence = Literal[
     "reverse_kl", "forward_kl", "js", "softened_reverse_kl", "hellinger", "neyman", "jeffreys"

@@ -13,8 +13,8 @@ teacher's velocity, or with ``velocity: self`` the student's own u(x, t, t) (LSD
 samples s = t, where u is the velocity itself: the teacher's, or with ``diagonal: data`` the conditional one, eps - x0.
 That share (0.75 in 2505.18825, without a teacher) is the semigroup's only tie to v: the identity satisfies the rest.
 ``velocity: self`` with ``diagonal: data`` never calls the teacher. The derivatives fade in over ``warmup`` updates; as
-differences they are taken along the teacher's trajectory (``stepdistill/map_equations.py``). With ``first_leg`` the
-teacher makes the first of the semigroup's jumps, which ties every sample to v (CTM, Kim et al. 2023, 2310.02279).
+differences they are taken along the teacher's trajectory (``stepdistill/losses/map_equations.py``). With ``first_leg``
+the teacher makes the first of the semigroup's jumps, which ties every sample to v (CTM, Kim et al. 2023, 2310.02279).
 
 Left out: gradients through derivatives and through v; the learnt log-variance, in whose place stands MeanFlow's weight
 |e|^2 / sg(|e|^2 + c)^p; progressive matching (PFMM), which needs stages.
@@ -27,10 +27,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stepdistill.flow_maps import FlowMapMethod, JumpOptions, adaptive, teacher_velocity
-from stepdistill.path import per_sample
-from stepdistill.student import Student
-from stepdistill.types import Batch, Condition, MethodOptions, Teacher
+from stepdistill.diffusion.path import per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, teacher_velocity
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class FlowMap(FlowMapMethod):

@@ -6,7 +6,7 @@
   no pair and no noised sample, so states that a guided teacher never visits cannot enter.
 - Prediction: the student's own velocity, dX/ds = u - (t - s) d_s u, is to be the teacher's at the student's own state.
   With e = dX/ds - v_T(X(s), s), u moves against w e, w = 1 / (|e|^2 / d + c)^p. The derivative is partial, z held
-  fixed, and has no gradient through it: the Lagrangian equation of ``stepdistill/map_equations.py``.
+  fixed, and has no gradient through it: the Lagrangian equation of ``stepdistill/losses/map_equations.py``.
 - Correction, on ``correction_share`` of the samples: what prediction gets wrong accumulates along s. A second network
   follows the velocity v_fake of the student's own samples x0, re-noised to x_r; -(v_fake - v_T) on x0 is the gradient
   of KL(student || teacher) up to a positive factor of r, so u moves against lambda (v_fake - v_T).
@@ -28,21 +28,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stepdistill.fake_score import FakeScore, FakeTurnOptions, push, turn_at
-from stepdistill.flow_maps import (
-    Balance,
+from stepdistill.diffusion.change_of_path import STRAIGHT, on_straight
+from stepdistill.diffusion.guidance import in_interval
+from stepdistill.diffusion.path import per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.fake_score import FakeScore, FakeTurnOptions, push, turn_at
+from stepdistill.losses.flow_maps import (
     FlowMapMethod,
     MapOptions,
     adaptive,
     logit_normal,
-    on_straight,
     sizes,
     teacher_velocity,
 )
-from stepdistill.guidance import in_interval
-from stepdistill.path import per_sample
-from stepdistill.student import STRAIGHT, Student
-from stepdistill.types import Batch, Condition, MethodOptions, Teacher
+from stepdistill.losses.running_means import Balance
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class FreeFlow(FlowMapMethod):

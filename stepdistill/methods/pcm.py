@@ -23,13 +23,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stepdistill.discriminator import FeatureGan
-from stepdistill.neighbours import Source, Target, examples, jump, noised
-from stepdistill.pairs import PairOptions
-from stepdistill.residuals import elementwise_huber, rms
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.consistency import Source, Target, examples, jump, noised
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.distances import elementwise_huber, rms
+from stepdistill.losses.gan import FeatureGan
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class PCM(Method):

@@ -31,15 +31,25 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from stepdistill.diffusion.path import per_sample
 from stepdistill.errors import UserError
-from stepdistill.experts import Experts
-from stepdistill.fake_score import FakeLoss, FakeScore, FakeScoreOptions, exit_of, push, sampler_of, turn_at
-from stepdistill.path import per_sample
-from stepdistill.regression import WarmStartOptions, regression, warm_start_rate
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.subinterval import kernel, subinterval_loss
-from stepdistill.types import Batch, Method, MethodOptions, Teacher
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.fake_score import (
+    FakeLoss,
+    FakeScore,
+    FakeScoreOptions,
+    exit_of,
+    push,
+    sampler_of,
+    turn_at,
+)
+from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
+from stepdistill.losses.subinterval import kernel, subinterval_loss
+from stepdistill.networks.experts import Experts
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class PhasedDMD(Method):

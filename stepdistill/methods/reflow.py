@@ -22,12 +22,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stepdistill.distances import DistanceName
-from stepdistill.pairs import PairOptions
-from stepdistill.sampler import Sampler
-from stepdistill.straight import distillation_loss, flow_end, reflow_loss
-from stepdistill.student import Denoiser, Student
-from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.distances import DistanceName
+from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class Reflow(Method):

@@ -24,12 +24,14 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stepdistill.distances import distance
-from stepdistill.pairs import PairOptions
-from stepdistill.sampler import Sampler
-from stepdistill.straight import on_line
-from stepdistill.student import Student
-from stepdistill.types import Batch, Condition, Examples, Method, MethodOptions, Teacher
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.distances import distance
+from stepdistill.losses.reflow import on_line
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 def u_shaped(uniform: Tensor, side: Tensor, sharpness: float) -> Tensor:

@@ -26,14 +26,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stepdistill.derivative import Derivative, Way
-from stepdistill.draws import Draws
-from stepdistill.neighbours import SAMPLER_GRID, Source, examples, noised
-from stepdistill.pairs import PairOptions
-from stepdistill.path import Prediction, TablePath, per_sample
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import Prediction, TablePath, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.consistency import SAMPLER_GRID, Source, examples, noised
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.networks.derivative import Derivative, Way
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 def trig_velocity(said: Prediction) -> Tensor:

@@ -25,8 +25,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stepdistill.fake_score import ScoreMethod, ScoreOptions, Views
-from stepdistill.types import Batch
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views
 
 
 def numerator(views: Views, alpha: float) -> Tensor:

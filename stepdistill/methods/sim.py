@@ -26,9 +26,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from stepdistill.fake_score import ScoreMethod, ScoreOptions, Views
-from stepdistill.path import per_sample
-from stepdistill.types import Batch
+from stepdistill.diffusion.path import per_sample
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views
 
 
 class SIM(ScoreMethod):

@@ -28,14 +28,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.distances import DistanceName, distance
-from stepdistill.pairs import PairOptions
-from stepdistill.path import TablePath
-from stepdistill.sampler import Sampler
-from stepdistill.schedule import annealed
-from stepdistill.straight import distillation_loss, reflow_loss
-from stepdistill.student import STRAIGHT, Denoiser, Student
-from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
+from stepdistill.diffusion.change_of_path import STRAIGHT
+from stepdistill.diffusion.path import TablePath
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.distances import DistanceName, distance
+from stepdistill.losses.reflow import distillation_loss, reflow_loss
+from stepdistill.losses.regression import annealed
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

@@ -26,13 +26,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stepdistill.neighbours import SAMPLER_GRID, Target, clean, last_time
-from stepdistill.path import FlowPath
-from stepdistill.residuals import pseudo_huber, rms
-from stepdistill.sampler import Sampler
-from stepdistill.shift import shifted
-from stepdistill.student import Student
-from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.shift import shifted
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.consistency import SAMPLER_GRID, Target, clean, last_time
+from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.distances import pseudo_huber, rms
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 STRAIGHT = FlowPath()
 

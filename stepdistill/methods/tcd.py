@@ -21,14 +21,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.path import TablePath
 from stepdistill.errors import UserError
-from stepdistill.neighbours import Source, Target, examples, jump, last_time, noised
-from stepdistill.pairs import PairOptions
-from stepdistill.path import TablePath
-from stepdistill.residuals import elementwise_huber, rms
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, Method, MethodOptions, Teacher
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.consistency import Source, Target, examples, jump, last_time, noised
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.distances import elementwise_huber, rms
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class TCD(Method):

@@ -22,16 +22,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stepdistill.discriminator import FeatureGan, discriminator_loss, generator_loss
+from stepdistill.diffusion.path import TablePath
 from stepdistill.errors import UserError
-from stepdistill.fake_score import FakeScore, FakeScoreOptions, push, rollout, turn_at
-from stepdistill.neighbours import Source, Target, examples, jump, last_time, noised
-from stepdistill.pairs import PairOptions
-from stepdistill.path import TablePath
-from stepdistill.residuals import elementwise_huber, rms
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, Condition, Method, MethodOptions, Teacher
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.consistency import Source, Target, examples, jump, last_time, noised
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.distances import elementwise_huber, rms
+from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions, push, rollout, turn_at
+from stepdistill.losses.gan import FeatureGan, discriminator_loss, generator_loss
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 ONE_STEP = Sampler((1.0,), renoise=False)
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepdistill.errors import MissingWeights, UserError
-from stepdistill.features import sha256_of_file
-from stepdistill.tensor_files import read_tensors
+from stepdistill.system.files import sha256_of_file
+from stepdistill.system.tensor_files import read_tensors
 
 
 @dataclass(frozen=True)

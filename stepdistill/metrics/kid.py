@@ -12,8 +12,6 @@ from torch import Tensor
 
 from stepdistill.metrics.mmd import KernelDistance, mean_discrepancy
 
-__all__ = ["KernelDistance", "kernel_distance"]
-
 
 def kernel_distance(x: Tensor, y: Tensor, *, gamma: float | None = None, block: int = 1024) -> KernelDistance:
     """Unbiased cubic MMD^2 between features x [N, D] and y [M, D].

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel
 
-from stepdistill.draws import generator_for
+from stepdistill.diffusion.draws import generator_for
 from stepdistill.teacher_training.networks import build_scheduler, text_encoder, text_encoder_with_projection
 from stepdistill.teacher_training.settings import StageSettings, TeacherSettings
 from stepdistill.teacher_training.stage import History

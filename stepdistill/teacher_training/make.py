@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from stepdistill.embedded import (
+from stepdistill.attention.repeated_token import T5_TOKENS, RepeatedLastToken
+from stepdistill.errors import UserError
+from stepdistill.system.emoji import (
     emoji_captions,
     emoji_images,
     features_folder,
     teacher_folder,
     tokenizer_folder,
 )
-from stepdistill.errors import UserError
-from stepdistill.families.repeated_token import T5_TOKENS, RepeatedLastToken
 from stepdistill.teacher_training import networks, stages
 from stepdistill.teacher_training.folder import (
     Result,

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill.checkpoint import load_optimizer_state, optimizer_state
-from stepdistill.draws import generator_for
+from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.teacher_training.settings import StageSettings
+from stepdistill.training.checkpoint import load_optimizer_state, optimizer_state
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -13,7 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from stepdistill.path import FlowPath, TablePath, per_sample
+from stepdistill.diffusion.path import FlowPath, TablePath, per_sample
 from stepdistill.teacher_training.networks import build_scheduler
 from stepdistill.teacher_training.stage import Loss
 

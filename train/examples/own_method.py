@@ -11,11 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stepdistill.pairs import PairOptions
-from stepdistill.path import per_sample
-from stepdistill.sampler import Sampler
-from stepdistill.student import Student
-from stepdistill.types import Batch, Examples, Method, MethodOptions, Teacher
+from stepdistill.diffusion.path import per_sample
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
 
 
 class Halving(Method):

@@ -1,0 +1,187 @@
+"""Is this installation able to run? What is broken is said with what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from packaging.requirements import Requirement
+
+
+State = Literal["ok", "note", "broken"]
+LEAST_FREE_GB = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: ``note`` is worth knowing, ``broken`` stops some command from working."""
+
+    state: State
+    subject: str
+    text: str
+
+
+def examine() -> list[Finding]:
+    """Looks at Python, torch, devices, torchvision, versions, attention kernels, the cache and the disk."""
+    findings = [Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")]
+    findings += _versions()
+    findings += _torch()
+    findings.append(_torchvision())
+    findings += _cache()
+    return findings
+
+
+def requirements() -> list[Requirement]:
+    """What the installed package says it needs; empty where it is imported from a folder without installation."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires("stepdistill") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [Requirement(line) for line in lines]
+
+
+def check_requirement(requirement: Requirement, installed: str | None) -> Finding:
+    """Whether an installed version (None: not installed) satisfies a requirement."""
+    wanted = f"{requirement.name}{requirement.specifier}"
+    if installed is None:
+        return Finding("broken", requirement.name, f"not installed, and needed: pip install '{wanted}'")
+    if not requirement.specifier.contains(installed, prereleases=True):
+        text = f"{installed} is outside the supported range: pip install '{wanted}'"
+        return Finding("broken", requirement.name, text)
+    return Finding("ok", requirement.name, installed)
+
+
+def _versions() -> list[Finding]:
+    found = requirements()
+    if not found:
+        text = "is not installed, only found on the path: versions are not checked (pip install -e .)"
+        return [Finding("note", "stepdistill", text)]
+    findings = [Finding("ok", "stepdistill", importlib.metadata.version("stepdistill"))]
+    unique: dict[str, Requirement] = {}
+    for requirement in found:
+        unique.setdefault(requirement.name, requirement)  # an extra may list again what another has
+    for requirement in unique.values():
+        # Extras are optional, but one that is there must fit.
+        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        installed = _installed(requirement.name)
+        if not optional or (installed is not None and requirement.name in ("xformers", "torchmetrics")):
+            findings.append(check_requirement(requirement, installed))
+    return findings
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> list[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [Finding("broken", "torch", f"cannot be imported: {_line(error)}")]
+    findings = []
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
+        findings.append(Finding("ok", f"cuda:{i}", text))
+    if not findings:
+        built = (
+            f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        )
+        findings.append(
+            Finding("note", "cuda", f"no GPU ({built}); training runs on {os.cpu_count()} CPU cores")
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [*findings, *_attention(device)]
+
+
+def _attention(device: torch.device) -> list[Finding]:
+    """Which of torch's fused kernels run here, found by running each; and xformers."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from stepdistill.attention.kernels import NAMES, why_not
+
+    kernels = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query = torch.zeros(1, 2, 16, 32, device=device, dtype=dtype)
+    able = []
+    for name, kernel in kernels.items():
+        try:
+            with sdpa_kernel(kernel):
+                torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        except RuntimeError:
+            continue
+        able.append(name)
+    findings = [Finding("ok", "attention sdpa", f"{', '.join(able)} on {device.type} in {str(dtype)[6:]}")]
+    for name in NAMES:
+        if (reason := why_not(name, device)) is not None:
+            findings.append(Finding("note", f"attention {name}", f"cannot be chosen: {reason}"))
+    return findings
+
+
+def _torchvision() -> Finding:
+    """A torchvision built for another torch breaks pipelines that only look whether it is there."""
+    version = _installed("torchvision")
+    if version is None:
+        return Finding("ok", "torchvision", "not installed, and not needed without the extra eval")
+    try:
+        import torch
+        import torchvision  # type: ignore[import-untyped,unused-ignore]
+
+        torch.ops.torchvision.nms  # noqa: B018 - the operator is registered only by a matching build
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        text = (
+            f"{version} does not match torch {_installed('torch')} ({_line(error)}): diffusers and transformers fail "
+            "with it; install both from one index, or pip uninstall torchvision"
+        )
+        return Finding("broken", "torchvision", text)
+    return Finding("ok", "torchvision", f"{torchvision.__version__}, matches torch")
+
+
+def _cache() -> list[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    findings = []
+    for subject, folder in (
+        ("model cache", Path(HF_HUB_CACHE)),
+        ("temporary files", Path(tempfile.gettempdir())),
+    ):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            findings.append(Finding("broken", subject, f"{folder} cannot be written: {error.strerror}"))
+        else:
+            findings.append(Finding("ok", subject, str(folder)))
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    state: State = "ok" if free >= LEAST_FREE_GB else "note"
+    findings.append(Finding(state, "disk", f"{free:.0f} GiB free in {Path.cwd()}"))
+    if sys.platform == "linux" and (threads := os.environ.get("OMP_NUM_THREADS")):
+        findings.append(
+            Finding("note", "threads", f"OMP_NUM_THREADS={threads}: torch uses no more CPU cores")
+        )
+    return findings
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]

@@ -1,0 +1,144 @@
+"""``stepdistill eval``: measure a pipeline, or images. torch is imported after everything cheap was checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stepdistill.errors import UserError
+from stepdistill.networks.find import find_pipeline
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.suite import Suite
+
+
+def evaluate_pipeline(
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            help="Embedded teacher, diffusers folder, run folder (its student); or images: a folder, zip, npz or tar."
+        ),
+    ],
+    suite: Annotated[str, typer.Option(help="Evaluation suite: a shipped name or a .yaml file.")] = "emoji",
+    steps: Annotated[str, typer.Option(help="Step counts, separated by commas.")] = "1",
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 100,
+    trailing: Annotated[
+        bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")
+    ] = False,
+    diversity: Annotated[
+        int, typer.Option(help="Also draw so many samples of each of 100 prompts: how much they differ.")
+    ] = 0,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference statistics in place of the suite's, as `stats` makes them.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts in place of the suite's: .txt, .jsonl, .json, .csv, .tsv or .tar."),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Number of images in place of the suite's, for a try.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.json, .md and .html; the same command goes on where it was stopped. "
+            "Or a .json file for the report alone."
+        ),
+    ] = None,
+) -> None:
+    """Measure a pipeline, or images: Frechet distance, KID, CLIP score, precision and recall, density and coverage."""
+    from stepdistill.system.processes import launched
+
+    processes = launched()
+
+    def check() -> tuple[tuple[int, ...], Path | None, Suite]:
+
+        counts = _step_counts(steps)
+        folder = pipeline_or_images(pipeline)
+        if folder is None and (counts != (1,) or guidance is not None or trailing or diversity):
+            raise UserError(
+                f"{pipeline} holds images: --steps, --guidance, --trailing and --diversity are of pipelines"
+            )
+        if output is not None:
+            _check_output(output)
+        from stepdistill.evaluation.suite import load_suite
+
+        protocol = load_suite(suite).derive(n=n, prompts=prompts)
+        if diversity:
+            protocol = protocol.with_diversity(diversity)
+        if reference is not None:
+            from stepdistill.evaluation.reference import for_reference
+
+            protocol = for_reference(protocol, reference)
+        return counts, folder, protocol
+
+    counts, folder, protocol = processes.together(check)
+    place = None if output is None or _is_report(output) else output
+    if folder is None:
+        if not processes.main:  # reading images is the work of one
+            return
+        from stepdistill.evaluation.given_images import evaluate_images
+
+        report = evaluate_images(pipeline, protocol, batch=batch, output=place)
+    else:
+        from stepdistill.evaluation.evaluate import evaluate
+
+        report = evaluate(
+            folder,
+            suite=protocol,
+            steps=counts,
+            guidance=guidance,
+            batch=batch,
+            trailing=trailing,
+            output=place,
+            processes=processes,
+        )
+        processes.part()
+    if not processes.main:
+        return
+    print(report.markdown())
+    if output is not None and place is None:
+        report.save(output)
+    if output is not None:
+        print(output)
+
+
+def _is_report(output: Path) -> bool:
+    return output.suffix == ".json" and not output.is_dir()
+
+
+def _check_output(output: Path) -> None:
+    from stepdistill.system.files import check_file, check_folder
+
+    if _is_report(output):
+        check_file(output)
+    elif output.is_file():
+        raise UserError(f"--output {output} is a file: give a folder, or a file whose name ends with .json")
+    else:
+        check_folder(output)
+
+
+def _step_counts(text: str) -> tuple[int, ...]:
+    counts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in counts):
+        raise UserError(f"--steps {text}: give step counts separated by commas, such as 1,2,4")
+    return tuple(int(part) for part in counts)
+
+
+def pipeline_or_images(name: str | Path) -> Path | None:
+    """The folder of a pipeline, or None where the name is of images.
+
+    Raises:
+        UserError: it is of neither, or of a run that has no student yet.
+    """
+    try:
+        return find_pipeline(name)
+    except UserError:
+        from stepdistill.data.image_sources import is_source
+
+        if is_source(name) and not (Path(name).expanduser() / "recipe.yaml").is_file():
+            return None
+        raise

@@ -1,0 +1,89 @@
+"""The same prompts drawn by every student that is compared, or what evaluations kept of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepdistill.comparison.page import Comparison
+from stepdistill.evaluation.gallery import load_galleries
+from stepdistill.export.student_folder import VERIFICATION
+from stepdistill.networks.loading import load_pipeline, load_teacher
+from stepdistill.networks.pictures import teacher_pictures, to_uint8
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.pages.sheets import rows_of_pictures
+from stepdistill.recipes.recipe import DEFAULT_TEACHER
+from stepdistill.system.emoji import emoji_captions
+
+
+def draw_students(
+    runs: Sequence[tuple[str, Path]], teacher: str, guidance: float, columns: int = 12
+) -> bytes:
+    """PNG of the same prompts and seeds: the teacher with 25 steps and with one, then every student.
+
+    Args:
+        runs: labels and run folders; each has student/.
+        teacher: an embedded name, a folder or a hub id.
+        guidance: of the teacher's pictures.
+        columns: pictures in a row; the teacher's own captions, where it is embedded, or else the first student's
+            verification prompts.
+
+    Raises:
+        UserError: a pipeline that does not load.
+    """
+    manifests = [
+        json.loads((folder / "student" / VERIFICATION / "manifest.json").read_text()) for _, folder in runs
+    ]
+    prompts: Any = manifests[0]["call"].get("prompt", manifests[0]["call"].get("class_labels"))
+    seeds = manifests[0]["seeds"]
+    if teacher == DEFAULT_TEACHER:
+        captions = emoji_captions()
+        prompts = [captions[i * len(captions) // columns] for i in range(columns)]
+        seeds = list(range(columns))
+    rows = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = PipelineTeacher(load_teacher(teacher, torch.float32), device)
+    for steps in (25, 1):
+        texts = [str(prompt) for prompt in prompts or seeds]
+        drawn = teacher_pictures(source, texts, seeds, steps, guidance)
+        rows.append((f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(drawn)))
+    for (label, folder), manifest in zip(runs, manifests, strict=True):
+        call = dict(manifest["call"])
+        if "prompt" in call:
+            call["prompt"] = prompts
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        pipe, _ = load_pipeline(folder / "student", device)
+        with torch.no_grad():
+            images = torch.from_numpy(pipe(**call, generator=generators, output_type="np").images)
+        steps = call["num_inference_steps"]
+        rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(images.permute(0, 3, 1, 2))))
+    file = io.BytesIO()
+    rows_of_pictures(rows).save(file, "PNG")
+    return file.getvalue()
+
+
+def kept_pictures(compared: Comparison, columns: int = 12) -> bytes | None:
+    """PNG of the first images that evaluations kept in their folders, a row for each step count.
+
+    None where none did, or where they are of several sizes.
+
+    Raises:
+        UserError: what they kept is damaged.
+    """
+    rows = [
+        (f"{report['name']}{f', {steps} step' if steps else ''}{'s' * (steps > 1)}", gallery.pixels[:columns])
+        for report, place in zip(compared.reports, compared.folders, strict=True)
+        if place is not None
+        for steps, gallery in load_galleries(place).items()
+        if str(steps) in report["scores"]
+    ]
+    if len({pixels.shape for _, pixels in rows}) != 1:
+        return None
+    file = io.BytesIO()
+    rows_of_pictures(rows).save(file, "PNG")
+    return file.getvalue()

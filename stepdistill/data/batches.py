@@ -1,0 +1,102 @@
+"""What training reads: prompts, images with captions, pairs; as batches that any step can be asked for.
+
+Which samples belong to a step follows from the seed and the step alone, so a resumed run reads on exactly where it
+stopped and several processes read disjoint parts of the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from stepdistill.data.pairs import PairCache
+from stepdistill.data.row_cache import Rows
+from stepdistill.data.training_images import Images, rows_sha256
+from stepdistill.diffusion.draws import Draws, generator_for
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.networks.teacher import PipelineTeacher
+
+
+class Data:
+    """Everything a method asked for.
+
+    Args:
+        teacher: encodes prompts and images.
+        prompts: the prompts to train on.
+        seed: the run's seed.
+        images: images with captions, or None.
+        pairs: cached pairs of the same prompts, or None.
+    """
+
+    def __init__(
+        self,
+        teacher: PipelineTeacher,
+        prompts: Sequence[str],
+        seed: int,
+        images: Images | None = None,
+        pairs: PairCache | None = None,
+    ) -> None:
+        self.teacher, self.seed, self.pairs = teacher, seed, pairs
+        self.prompts = list(prompts)
+        self._images = images
+        self.conditions = Rows(
+            len(self.prompts), lambda rows: dict(teacher.encode([self.prompts[i] for i in rows]).tensors)
+        )
+        self.images: Rows | None = None
+        if images is not None:
+            height, width = self._pixels()
+
+            def encode(rows: list[int]) -> dict[str, Tensor]:
+                pixels = images.load(rows, height, width).to(teacher.device)
+                cond = teacher.encode([images.captions[i] for i in rows])
+                return {"x0": teacher.to_latents(pixels), **cond.tensors}
+
+            self.images = Rows(len(images.captions), encode)
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of what batches are made of, by what the recipe calls it: a run goes on with the very same alone."""
+        found = {"teacher": self.teacher.fingerprint(), "data.prompts": rows_sha256(self.prompts)}
+        return found if self._images is None else {**found, "data.images": self._images.sha256()}
+
+    def _pixels(self) -> tuple[int, int]:
+        probe = self.teacher.to_images(torch.zeros(1, *self.teacher.shape, device=self.teacher.device))
+        return int(probe.shape[2]), int(probe.shape[3])
+
+    def condition(self, index: Tensor) -> Condition:
+        """Conditions of the prompts ``index`` [B], on the teacher's device."""
+        return Condition(self.conditions.take(index)).to(self.teacher.device)
+
+    def batch(self, step: int, first: int, count: int, size: int) -> Batch:
+        """Samples first .. first + count - 1 of the ``size`` samples of one step."""
+        device = self.teacher.device
+        draws = Draws(self.seed, step, first, count, device)
+        position = torch.arange(step * size + first, step * size + first + count)
+        cond = self.condition(_shuffled(position, len(self.prompts), self.seed, "prompts"))
+        examples: dict[str, Examples] = {}
+        if self.images is not None:
+            rows = self.images.take(_shuffled(position, self.images.count, self.seed, "images"))
+            x0 = rows.pop("x0").to(device)
+            examples["images"] = Examples(x0, Condition(rows).to(device))
+        if self.pairs is not None:
+            index = _shuffled(position, self.pairs.count, self.seed, "pairs")
+            examples["pairs"] = Examples(
+                self.pairs.clean(index).to(device),
+                self.condition(self.pairs.prompt_index[index]),
+                self.pairs.noise(index).to(device),
+                None if (states := self.pairs.states(index)) is None else states.to(device),
+            )
+        return Batch(draws, draws.normal("noise", self.teacher.shape), cond, **examples)
+
+
+@lru_cache(maxsize=16)
+def _permutation(count: int, seed: int, stream: str, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator_for(seed, "order", stream, epoch))
+
+
+def _shuffled(position: Tensor, count: int, seed: int, stream: str) -> Tensor:
+    """The sample at each position [B] of an endless sequence of reshuffled passes over ``count`` samples."""
+    return torch.stack([_permutation(count, seed, stream, int(p) // count)[int(p) % count] for p in position])

@@ -1,0 +1,190 @@
+"""(noise, teacher sample) pairs, made once in a sharded cache that knows what it was made with.
+
+A pair is stored as its clean end, and where asked for with some states of its trajectory; its noise and its prompt
+follow from the seed and its number. The cache is keyed by the teacher, solver, steps, guidance, prompts and seed, and
+refused when any of them differs; shards that are there already are kept, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.diffusion.draws import Draws, generator_for
+from stepdistill.diffusion.path import FlowPath, Prediction
+from stepdistill.diffusion.solvers import trajectory
+from stepdistill.errors import UserError
+from stepdistill.families.condition import Condition
+from stepdistill.losses.contract import PairOptions
+from stepdistill.networks.sampler import schedule_times
+from stepdistill.networks.teacher import PipelineTeacher
+
+SHARD = 256
+"""Pairs in one file."""
+
+
+class PairCache:
+    """Pairs in a folder.
+
+    Args:
+        folder: the cache; made when missing.
+        teacher: who draws the clean ends.
+        prompts: pair i belongs to prompt ``prompt_index[i]``.
+        options: how many, solver, steps, guidance.
+        seed: the pairs' noises and prompts follow from it.
+        times: times inside (0, 1) at which the trajectory's states are kept too.
+
+    Raises:
+        UserError: when ``times`` are not among the solver's, or when the folder holds pairs made with anything else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: PipelineTeacher,
+        prompts: Sequence[str],
+        options: PairOptions,
+        seed: int,
+        times: Sequence[float] = (),
+    ) -> None:
+        self.folder, self.teacher, self.options, self.seed = folder, teacher, options, seed
+        self.count = options.pairs
+        self.grid = (*schedule_times(teacher.path, options.pair_steps), 0.0)
+        wanted = [_position(self.grid, time) for time in times]
+        self.made, self.kept = self._claim(
+            {
+                "teacher": teacher.fingerprint(),
+                "solver": options.pair_solver,
+                "steps": options.pair_steps,
+                "guidance": options.guidance,
+                "interval": list(teacher.guidance_interval),
+                "rescale": teacher.guidance_rescale,
+                "shift": teacher.path.shift if isinstance(teacher.path, FlowPath) else 1.0,
+                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+                "seed": seed,
+                "shape": list(teacher.shape),
+            },
+            wanted,
+        )
+        self.columns = [self.kept.index(position) for position in wanted]
+        rounds = [
+            torch.randperm(len(prompts), generator=generator_for(seed, "pair prompts", i))
+            for i in range(-(-self.made // len(prompts)))
+        ]
+        self.prompt_index = torch.cat(rounds)[: self.made]
+        self._open: dict[int, safe_open] = {}
+
+    def _claim(self, key: dict[str, object], wanted: list[int]) -> tuple[int, list[int]]:
+        """How many pairs the cache is of and the positions of the states it keeps; written down when it is new. A run
+        may take the first pairs of a larger cache, and some of the states it keeps."""
+        manifest = self.folder / "manifest.json"
+        if manifest.is_file():
+            found = {"interval": [0.0, 1.0], "rescale": 0.0, "shift": 1.0, **json.loads(manifest.read_text())}
+            for name, value in key.items():
+                if found.get(name) != value:
+                    self._refuse(name, found.get(name), value)
+            kept = [_position(self.grid, time) for time in found["states"]]
+            if self.count > found["pairs"]:
+                self._refuse("pairs", found["pairs"], self.count)
+            if not set(wanted) <= set(kept):
+                self._refuse("states", found["states"], [round(self.grid[i], 6) for i in wanted])
+            return int(found["pairs"]), kept
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key = {**key, "pairs": self.count, "states": [round(self.grid[i], 6) for i in wanted]}
+        partial = manifest.with_suffix(f".{os.getpid()}.partial")  # processes of one run may write it at once
+        partial.write_text(json.dumps(key, indent=1))
+        partial.rename(manifest)
+        return self.count, wanted
+
+    def _refuse(self, name: str, found: object, wanted: object) -> NoReturn:
+        raise UserError(
+            f"the pairs in {self.folder} were made with another {name} ({found}, this run has {wanted}): delete the "
+            "folder or name another one in data.pairs"
+        )
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"pairs-{number:05d}.safetensors"
+
+    def noise(self, index: Tensor) -> Tensor:
+        """The noises [B, C, H, W] that the pairs ``index`` [B] start from."""
+        rows = [Draws(self.seed, 0, int(i), 1).normal("pair noise", self.teacher.shape) for i in index]
+        return torch.cat(rows)
+
+    def make(
+        self,
+        condition: Callable[[Tensor], Condition],
+        rank: int = 0,
+        ranks: int = 1,
+        progress: Callable[[int], None] = lambda made: None,
+    ) -> None:
+        """Draws the pairs that are missing; with several processes each takes every ``ranks``-th shard.
+
+        Args:
+            condition: prompt indices [B] -> Condition.
+            rank, ranks: this process and how many there are.
+            progress: told how many pairs each finished shard has.
+        """
+        for number in range(rank, -(-self.count // SHARD), ranks):
+            rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.made))
+            if not self._shard(number).is_file():
+                drawn = self._draw(rows, condition(self.prompt_index[rows]))
+                partial = self._shard(number).with_suffix(f".{rank}.partial")
+                save_file({name: value.cpu().contiguous() for name, value in drawn.items()}, partial)
+                partial.rename(self._shard(number))
+            progress(min(len(rows), self.count - number * SHARD))
+
+    def _draw(self, rows: Tensor, cond: Condition) -> dict[str, Tensor]:
+        device, parts = self.teacher.device, []
+        for chunk in torch.arange(len(rows)).split(64):
+            own = cond.rows(chunk.to(device))
+
+            def predict(x: Tensor, t: Tensor, own: Condition = own) -> Prediction:
+                return self.teacher.predict(x, t, own, guidance=self.options.guidance)
+
+            noise = self.noise(rows[chunk]).to(device)
+            parts.append(list(trajectory(predict, noise, self.grid, self.options.pair_solver)))
+        drawn = {"x0": torch.cat([states[-1] for states in parts])}
+        if self.kept:
+            # State i + 1 of the grid is the i-th of the trajectory, which leaves out the noise it starts from.
+            drawn["states"] = torch.cat(
+                [torch.stack([states[i - 1] for i in self.kept], 1) for states in parts]
+            )
+        return drawn
+
+    def clean(self, index: Tensor) -> Tensor:
+        """The clean ends [B, C, H, W] of the pairs ``index`` [B]."""
+        return self._read("x0", index)
+
+    def states(self, index: Tensor) -> Tensor | None:
+        """The states [B, K, C, H, W] of those pairs at the K ``times``; None where none were asked for."""
+        return self._read("states", index)[:, self.columns] if self.columns else None
+
+    def _read(self, name: str, index: Tensor) -> Tensor:
+        rows = []
+        for i in index.tolist():
+            number, row = divmod(i, SHARD)
+            if number not in self._open:
+                self._open[number] = safe_open(self._shard(number), "pt")
+            rows.append(self._open[number].get_slice(name)[row : row + 1])
+        return torch.cat(rows)
+
+
+def _position(grid: Sequence[float], time: float) -> int:
+    """Where ``time`` is in the solver's grid."""
+    nearest = min(range(1, len(grid) - 1), key=lambda i: abs(grid[i] - time), default=0)
+    if not nearest or abs(grid[nearest] - time) > 1.5e-3:
+        raise UserError(
+            f"student.times has {time:g}, which is not among the {len(grid) - 1} steps of the pairs' trajectories "
+            f"(the nearest is {grid[nearest]:g}): leave student.times to the teacher's schedule, and make "
+            "options.pair_steps a multiple of their number"
+        )
+    return nearest

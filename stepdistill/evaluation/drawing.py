@@ -1,0 +1,211 @@
+"""Drawing the images of a suite with a diffusers pipeline's own call, each image from a seed of its own."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from stepdistill.data.image_decoding import fit
+from stepdistill.diffusion.draws import generator_for
+from stepdistill.errors import UserError
+from stepdistill.evaluation.suite import Suite
+
+GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
+"""The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
+
+
+class Drawing:
+    """A suite's images, drawn by a pipeline's own call.
+
+    Args:
+        pipe: the pipeline.
+        suite: how many images, their seeds, labels and sizes.
+        prompts: one an image, None for a suite without.
+        guidance: guidance_scale; None is no guidance.
+        trailing: see :func:`stepdistill.evaluation.evaluate.evaluate`.
+        eta: passed to the call where given.
+
+    Attributes:
+        guidance: the guidance_scale that is passed, None where the call takes none.
+        seconds: wall time of the last drawing.
+        passes: samples that went through the denoiser in the last drawing.
+
+    Raises:
+        UserError: the pipeline and the suite do not fit, or the call takes no eta.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        suite: Suite,
+        prompts: Sequence[str] | None,
+        guidance: float | None,
+        trailing: bool,
+        eta: float | None = None,
+    ) -> None:
+        self._pipe, self._suite, self._prompts, self._trailing = pipe, suite, prompts, trailing
+        self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
+        _check_fit(pipe, self._takes, suite, prompts)
+        self._labels = _labels(_classes(pipe), suite) if "class_labels" in self._takes else None
+        if eta is not None and "eta" not in self._takes:
+            raise UserError(f"eta is {eta:g}, but the call of {type(pipe).__name__} takes no eta")
+        self._eta = eta
+        self.guidance = None
+        if "guidance_scale" in self._takes:
+            off = GUIDANCE_OFF.get(type(pipe).__name__, 1.0)
+            self.guidance = off if guidance is None else float(guidance)
+        self.seconds, self.passes = 0.0, 0
+
+    def batches(self, steps: int, batch: int, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """The images ``rows`` of the suite in their order, None is all: uint8 [B, 3, H, W] on the CPU."""
+        rows = range(self._suite.n) if rows is None else rows
+        self.seconds, self.passes = 0.0, 0
+        scheduler = self._pipe.scheduler
+        given: Mapping[str, Any] = {}
+        if self._trailing:
+            self._pipe.scheduler, given = _trailing(scheduler, steps, self._takes)
+        hook = _denoiser(self._pipe).register_forward_pre_hook(self._count, with_kwargs=True)
+        try:
+            for start in range(0, len(rows), batch):
+                yield self._draw(rows[start : start + batch], steps, given)
+        finally:
+            hook.remove()
+            self._pipe.scheduler = scheduler
+
+    def _draw(self, rows: Sequence[int], steps: int, given: Mapping[str, Any]) -> Tensor:
+        takes, size = self._takes, self._suite.draw_resolution or self._suite.resolution
+        call: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "generator": [torch.Generator("cpu").manual_seed(self._suite.seed(i)) for i in rows],
+            "output_type": "np",
+            **given,
+        }
+        if "prompt" in takes and self._prompts is not None:
+            call["prompt"] = [self._prompts[i] for i in rows]
+        elif "batch_size" in takes:
+            call["batch_size"] = len(rows)
+        if self._labels is not None:
+            call["class_labels"] = [self._labels[i] for i in rows]
+        if self.guidance is not None:
+            call["guidance_scale"] = self.guidance
+        if self._eta is not None:
+            call["eta"] = self._eta
+        if size and size != "own" and {"height", "width"} <= takes:
+            call.update(height=size, width=size)
+        if self._pipe.device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        try:
+            with torch.no_grad():
+                drawn = torch.from_numpy(self._pipe(**call).images)  # [B, H, W, 3] in [0, 1]
+        except ValueError as error:  # a scheduler that is pinned to a grid says so
+            name = type(self._pipe).__name__
+            raise UserError(
+                f"{name} cannot draw with {steps} steps: {' '.join(str(error).split())}"
+            ) from None
+        self.seconds += time.perf_counter() - begin
+        broken = (~drawn.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        if broken:
+            index = rows[broken[0]]
+            what = f"prompt {call['prompt'][broken[0]]!r}" if "prompt" in call else f"image {index}"
+            seed = self._suite.seed(index)
+            raise UserError(f"the pipeline drew NaN or Inf for {what} (seed {seed}, {steps} steps)")
+        return self._sized((drawn * 255).round().to(torch.uint8)).permute(0, 3, 1, 2)
+
+    def _sized(self, drawn: Tensor) -> Tensor:
+        """Drawn uint8 [B, H, W, 3] at the size at which they are compared."""
+        size, (height, width) = self._suite.resolution, drawn.shape[1:3]
+        if not size or height == width == size:
+            return drawn
+        if self._suite.draw_resolution:
+            return torch.from_numpy(np.stack([fit(image, size, ())[0] for image in drawn.numpy()]))
+        label = self._suite.label
+        raise UserError(f"the pipeline drew {width}x{height} pixels, suite {label} compares {size}x{size}")
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        self.passes += 0 if first is None else len(first)
+
+
+def cut_prompts(pipe: Any, prompts: Sequence[str]) -> list[str]:
+    """One line for every tokenizer that reads only the beginning of some prompts, longer than it is made for."""
+    lines = []
+    for name, tokenizer in pipe.components.items():
+        if not (prompts and isinstance(tokenizer, PreTrainedTokenizerBase)):
+            continue
+        most = tokenizer.model_max_length
+        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        if (cut := sum(length > most for length in lengths)) > 0:
+            lines.append(
+                f"{cut} of {len(prompts)} prompts have more than the {most} tokens that the pipeline's {name} reads: "
+                "the rest of them is cut off"
+            )
+    return lines
+
+
+def _denoiser(pipe: Any) -> Any:
+    """The network that is called at every step."""
+    for name in ("transformer", "unet"):
+        module = pipe.components.get(name)
+        if isinstance(module, nn.Module):
+            return module
+    raise UserError(
+        f"{type(pipe).__name__} has neither a unet nor a transformer; it has {', '.join(pipe.components)}"
+    )
+
+
+def _classes(pipe: Any) -> int:
+    """How many classes a pipeline's network is conditioned on; 0 for none."""
+    config = _denoiser(pipe).config  # DiT counts its classes in the one, UNet2DModel in the other
+    return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
+
+
+def _check_fit(pipe: Any, takes: frozenset[str], suite: Suite, prompts: Sequence[str] | None) -> None:
+    """What would fail or mislead after minutes of drawing fails before."""
+    name = type(pipe).__name__
+    if "prompt" in takes:
+        if prompts is None:
+            raise UserError(
+                f"{name} draws from prompts, suite {suite.label} has none: take one that has, or give --prompts FILE"
+            )
+        return
+    classes = _classes(pipe)
+    if prompts is not None:
+        kind = f"draws from {classes} class labels" if classes else "draws without a condition"
+        raise UserError(
+            f"{name} takes no prompts (it {kind}), suite {suite.label} has them: take one without (prompts "
+            "left out, clip_score false)"
+        )
+    if classes and "class_labels" not in takes:
+        raise UserError(
+            f"the network of this {name} has {classes} classes, which {name} does not pass on: make it a "
+            "ConsistencyModelPipeline, which does"
+        )
+
+
+def _labels(classes: int, suite: Suite) -> list[int] | None:
+    """The classes of a suite's images; None for a pipeline that could take them and whose network has none."""
+    if not classes:
+        return None
+    if suite.labels == "balanced":
+        return [i % classes for i in range(suite.n)]
+    return torch.randint(classes, (suite.n,), generator=generator_for("suite", "labels")).tolist()
+
+
+def _trailing(scheduler: Any, steps: int, takes: frozenset[str]) -> tuple[Any, dict[str, Any]]:
+    """The scheduler for n steps from the noisiest timestep, and what to add to the pipeline's call."""
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    if "timestep_spacing" in scheduler.config:
+        kind: Any = DDIMScheduler if isinstance(scheduler, PNDMScheduler) else type(scheduler)
+        return kind.from_config(scheduler.config, timestep_spacing="trailing"), {}
+    if "sigmas" in takes:
+        return scheduler, {"sigmas": [1 - i / steps for i in range(steps)]}
+    return scheduler, {}

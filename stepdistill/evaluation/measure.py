@@ -1,0 +1,178 @@
+"""Every score of a suite, from the rows of its images and the reference. No image is seen here.
+
+Rows are read in blocks of a fixed number, in the order of the images, so that a score does not depend on the batches
+in which they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.evaluation.reference_files import Reference
+from stepdistill.evaluation.rows import RowTable
+from stepdistill.evaluation.scores import Scores
+from stepdistill.evaluation.suite import Suite
+from stepdistill.features.network import FeatureNetwork
+from stepdistill.metrics.cmmd import cmmd
+from stepdistill.metrics.fid_infinity import fid_infinity
+from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
+from stepdistill.metrics.frechet_interval import GROUPS, frechet_interval
+from stepdistill.metrics.inception_score import inception_score
+from stepdistill.metrics.intervals import from_leaving_out, of_mean
+from stepdistill.metrics.kid import kernel_distance
+from stepdistill.metrics.prdc import Balls, coverage, density, precision, recall
+
+BLOCK = 400 * GROUPS
+"""Rows held at a time; a multiple of the groups, so that every block starts with group 0."""
+CHEAP = 256
+"""Features of a Frechet distance whose standard error is always computed: 20 more distances cost a second at most. Of
+2,048 features they cost half a minute, and are computed where the suite asks ``intervals``."""
+INFINITY_GROUPS = 10
+SPLITS = 10
+ERRORS = (
+    f"fd, sfid, recall, coverage: jackknife over {GROUPS} random groups; fid_infinity: over {INFINITY_GROUPS}; "
+    f"kid, cmmd: jackknife over images; inception_score: deviation between {SPLITS} splits; the others: of a mean"
+)
+"""How standard errors are computed, for reports."""
+
+Found = dict[str, float | None]
+
+
+def measure(rows: RowTable, suite: Suite, network: FeatureNetwork | None, reference: Reference) -> Scores:
+    """The scores of images: those that the suite asks and whose rows are there.
+
+    Args:
+        rows: of the images, as :class:`stepdistill.evaluation.extraction.Extraction` makes them.
+        suite: which scores.
+        network: that made ``features``; None where its weights are missing.
+        reference: its statistics of the real images.
+
+    Raises:
+        UserError: fewer than 3 images.
+    """
+    count = rows.count
+    if count < 3:
+        raise UserError(f"a distance needs at least 3 images, there are {count}")
+    found: Found = {}
+    if network is not None and "features" in rows:
+        found |= _in_features(rows, suite, network, reference)
+    if "spatial" in rows and reference.spatial is not None:
+        found["sfid"], found["sfid_se"] = _distance(rows, "spatial", reference.spatial, suite.intervals)
+    if "logits" in rows and "inception_score" not in too_few_for(suite, count):
+        score = inception_score(in_random_order(rows.whole("logits")), splits=SPLITS)
+        found |= {"inception_score": score.value, "inception_score_deviation": score.deviation}
+    embedding = "features" if suite.cmmd == suite.features else "clip_embedding"
+    if suite.cmmd is not None and embedding in rows and reference.embeddings is not None:
+        discrepancy = cmmd(rows.whole(embedding), reference.embeddings)
+        found |= {"cmmd": discrepancy.value, "cmmd_se": discrepancy.standard_error}
+    for name in ("clip_score", "pick_score", "aesthetic"):
+        if name in rows:
+            found |= _mean(name, rows.whole(name))
+    return Scores(n=count, **found)
+
+
+def too_few_for(suite: Suite, count: int) -> dict[str, str]:
+    """The metrics that a suite asks and that have no value at so few images, and why."""
+    found = {}
+    if 0 < count <= suite.neighbours:
+        for name in ("precision", "recall", "density", "coverage"):
+            found[name] = (
+                f"{name} to the nearest {suite.neighbours} needs more than so many images, there are {count}"
+            )
+    if suite.fid_infinity and count < 12:
+        found["fid_infinity"] = f"fid_infinity needs 12 images, there are {count}"
+    if suite.inception_score and count < SPLITS:
+        found["inception_score"] = (
+            f"inception_score of {SPLITS} splits needs that many images, there are {count}"
+        )
+    return found
+
+
+def _in_features(rows: RowTable, suite: Suite, network: FeatureNetwork, reference: Reference) -> Found:
+    """The scores in the suite's own features."""
+    count, few = rows.count, too_few_for(suite, rows.count)
+    with_error = suite.intervals or network.dimension <= CHEAP
+    distance, error = _distance(rows, "features", reference.moments, with_error)
+    found: Found = {
+        "fd": network.fd_scale * distance,
+        "fd_se": None if error is None else network.fd_scale * error,
+    }
+    if suite.fid_infinity and "fid_infinity" not in few:
+        enough = count >= 24  # parts of what is left without a group need two images each
+        groups = INFINITY_GROUPS if with_error and enough else 0
+        end = fid_infinity(rows.whole("features"), reference.moments, groups=groups).value
+        found["fid_infinity"] = network.fd_scale * end.value
+        found["fid_infinity_se"] = network.fd_scale * end.standard_error if groups else None
+    if reference.features is None:
+        return found
+    if suite.kid:
+        kid = kernel_distance(rows.whole("features"), reference.features, gamma=network.kernel_scale)
+        found |= {"kid": kid.value, "kid_se": kid.standard_error}
+    if suite.neighbours and "recall" not in few:
+        groups = min(GROUPS, count) if count - -(-count // GROUPS) > suite.neighbours else 0
+        drawn = in_random_order(rows.whole("features"))
+        balls = Balls.between(reference.features, drawn, suite.neighbours, groups=groups)
+        found |= _mean("precision", balls.holding > 0) | {"precision": precision(balls)}
+        found |= _mean("density", balls.holding / balls.nearest) | {"density": density(balls)}
+        found |= _left_out("recall", recall(balls), balls.covered_without)
+        found |= _left_out("coverage", coverage(balls), balls.reached_without)
+    return found
+
+
+def _mean(name: str, values: Tensor) -> Found:
+    interval = of_mean(values)
+    return {name: interval.value, f"{name}_se": interval.standard_error}
+
+
+def _left_out(name: str, value: float, without: Tensor) -> Found:
+    """A mean over real images, and the jackknife's error from those without each group of drawn images [G, M]."""
+    if not len(without):
+        return {name: value, f"{name}_se": None}
+    interval = from_leaving_out(value, without.double().mean(1))
+    return {name: value, f"{name}_se": interval.standard_error}
+
+
+def _distance(rows: RowTable, name: str, reference: Moments, with_error: bool) -> tuple[float, float | None]:
+    """The Frechet distance of the rows of a name and, where it is asked for, its standard error."""
+    dimension = len(reference.total)
+    if rows.count <= dimension:  # the covariance is singular, and the features are few
+        features = in_random_order(rows.whole(name))
+        value = frechet_distance_of_features(features, reference)
+        if not with_error:
+            return value, None
+        count = min(GROUPS, len(features))
+        member = torch.arange(len(features)) % count
+        without = [frechet_distance_of_features(features[member != i], reference) for i in range(count)]
+        return value, from_leaving_out(value, torch.tensor(without)).standard_error
+    groups = [Moments.empty(dimension) for _ in range(GROUPS if with_error else 1)]
+    for block in _blocks(rows, name):
+        mixed = in_random_order(block) if with_error else block
+        for place, group in enumerate(groups):
+            group.add(mixed[place :: len(groups)])
+    if not with_error:
+        return frechet_distance(groups[0], reference), None
+    interval = frechet_interval(groups, reference)
+    return interval.value, interval.standard_error
+
+
+def in_random_order(rows: Tensor) -> Tensor:
+    """Rows [N, ...] in an order that is the same every time: every 20th of them is then a random group, and a tenth of
+    them a random split, also where the images have a pattern, as classes that take turns or folders of one class."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+
+def _blocks(rows: RowTable, name: str) -> Iterator[Tensor]:
+    """The rows of a name, BLOCK at a time whatever the batches were."""
+    held: list[Tensor] = []
+    for block in rows.blocks(name):
+        held.append(block)
+        while sum(map(len, held)) >= BLOCK:
+            joined = torch.cat(held)
+            yield joined[:BLOCK]
+            held = [joined[BLOCK:]]
+    if sum(map(len, held)):
+        yield torch.cat(held)

@@ -1,0 +1,175 @@
+"""Reads files of reference statistics: our safetensors, npz of clean-fid, EDM and ADM, pickles of EDM2."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.evaluation.pickled_statistics import read_pickled_statistics
+from stepdistill.metrics.frechet import Moments
+from stepdistill.system.files import sha256_of_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+UNSTATED_COUNT = 1_000_000
+"""Images of a file that does not say how many; the number does not enter the distance."""
+INDEFINITE = 1e-3
+"""The least eigenvalue of a covariance may lie this far below 0, in parts of the largest. Of the emoji's covariance,
+float32 leaves -6e-9 and float16 -5e-5."""
+ROUNDING = 1e-6
+"""An imaginary part up to this share of the real one is rounding."""
+_EDM2_KEYS = {"inception": "fid", "dinov2": "fd_dinov2"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of the real images.
+
+    Attributes:
+        moments: mean and covariance of their features.
+        features: the features themselves [N, D] float32, where the file has them (the kernel distance needs them).
+        protocol: what the file says of itself; empty for npz and pickles, which say nothing.
+        sha256: of the file.
+        spatial: moments of the spatial features of sFID, where the file has them.
+        has_images: the file holds the images themselves (arr_0 of ADM's npz).
+        embeddings: CLIP embeddings [M, E] float32 of the real images, for CMMD.
+    """
+
+    moments: Moments
+    features: Tensor | None
+    protocol: Mapping[str, Any]
+    sha256: str
+    spatial: Moments | None = None
+    has_images: bool = False
+    embeddings: Tensor | None = None
+
+
+def read_reference(file: Path, network: str = "inception") -> Reference:
+    """The statistics of a file, whatever made them.
+
+    Args:
+        file: safetensors, npz or pkl.
+        network: the kind of network, which chooses among the statistics of an EDM2 pickle.
+
+    Raises:
+        UserError: the file is damaged, holds no statistics, or they are not those of real numbers: complex, not
+            finite, not symmetric, or with variances below 0.
+    """
+    if file.suffix == ".npz":
+        return _read_npz(file)
+    if file.suffix in (".pkl", ".pickle"):
+        return _read_pickle(file, network)
+    return _read_safetensors(file)
+
+
+def _read_safetensors(file: Path) -> Reference:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as content:
+            protocol: dict[str, Any] = json.loads((content.metadata() or {}).get("protocol", "{}"))
+            tensors: dict[str, Any] = {key: content.get_tensor(key) for key in sorted(content.keys())}
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{file} is not a safetensors file ({error}); remake it with stepdistill stats"
+        ) from None
+    if not {"mean", "covariance"} <= set(tensors) or "n" not in protocol:
+        found = ", ".join(tensors) or "nothing"
+        raise UserError(f"{file} holds {found}; statistics are mean and covariance, with their protocol")
+    moments = _moments(file, tensors["mean"].numpy(), tensors["covariance"].numpy(), int(protocol["n"]))
+    features = tensors["features"].float() if "features" in tensors else None
+    spatial = None
+    if {"spatial_mean", "spatial_covariance"} <= set(tensors):
+        mean, covariance = (tensors[key].numpy() for key in ("spatial_mean", "spatial_covariance"))
+        spatial = _moments(file, mean, covariance, int(protocol["n"]))
+    return Reference(moments, features, protocol, sha256_of_file(file), spatial)
+
+
+def _read_npz(file: Path) -> Reference:
+    damage = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError)
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            names = set(content.files)
+            found = {key: content[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in names}
+    except damage as error:
+        raise UserError(
+            f"{file} is damaged, cut off or not an npz of numbers ({' '.join(str(error).split())[:200]}): get it again"
+        ) from None
+    if not {"mu", "sigma"} <= set(found):
+        images = "; make statistics of its images with stepdistill stats" if "arr_0" in names else ""
+        raise UserError(
+            f"{file} holds {', '.join(sorted(names)) or 'nothing'}; reference statistics are mu and sigma{images}"
+        )
+    moments = _moments(file, found["mu"], found["sigma"], UNSTATED_COUNT)
+    spatial = None
+    if {"mu_s", "sigma_s"} <= set(found):
+        spatial = _moments(file, found["mu_s"], found["sigma_s"], UNSTATED_COUNT)
+    return Reference(moments, None, {}, sha256_of_file(file), spatial, "arr_0" in names)
+
+
+def _read_pickle(file: Path, network: str) -> Reference:
+    content = read_pickled_statistics(file)
+    statistics: Any = content
+    if "mu" not in content:
+        key = _EDM2_KEYS.get(network, network)
+        if not isinstance(content.get(key), dict):
+            found = ", ".join(sorted(content)) or "nothing"
+            raise UserError(
+                f"{file} holds {found}; statistics of {network} are {key}: another network made it"
+            )
+        statistics = content[key]
+    if not {"mu", "sigma"} <= set(statistics):
+        raise UserError(
+            f"{file} holds {', '.join(sorted(statistics))}; reference statistics are mu and sigma"
+        )
+    count = content.get("num_images")
+    count = int(count) if isinstance(count, (int, float)) and count >= 2 else UNSTATED_COUNT
+    moments = _moments(file, statistics["mu"], statistics["sigma"], count)
+    return Reference(moments, None, {}, sha256_of_file(file))
+
+
+def _moments(file: Path, mean: Any, covariance: Any, count: int) -> Moments:
+    """Moments of a mean [D] and a covariance [D, D] that can be ones."""
+    try:
+        mean, covariance = (torch.from_numpy(_real(file, np.asarray(x))) for x in (mean, covariance))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: mean and covariance are not arrays of numbers") from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
+        raise UserError(f"{file}: mean and covariance are {shapes}; they must be [D] and [D, D]")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"{file}: mean or covariance has NaN or Inf; get it again")
+    if (covariance - covariance.T).abs().max() > 1e-4 * covariance.abs().max():
+        raise UserError(f"{file}: the covariance is not symmetric, so it is none; get it again")
+    values = torch.linalg.eigvalsh(covariance)  # [D], ascending
+    if len(values) and values[0] < -INDEFINITE * values[-1].abs():
+        raise UserError(
+            f"{file}: the covariance has an eigenvalue of {float(values[0]):.3g} (the largest is "
+            f"{float(values[-1]):.3g}): it is not positive semidefinite, so it is none; get it again"
+        )
+    return Moments.from_statistics(mean, covariance, count)
+
+
+def _real(file: Path, array: NDArray[Any]) -> NDArray[np.float64]:
+    """Numbers as float64; the imaginary part that a matrix square root leaves behind is dropped."""
+    if array.dtype.kind == "c":
+        if np.abs(array.imag).max(initial=0) > ROUNDING * np.abs(array.real).max(initial=0):
+            raise UserError(
+                f"{file}: mean or covariance is complex; statistics are real numbers, get it again"
+            )
+        array = array.real
+    return np.array(array, np.float64)

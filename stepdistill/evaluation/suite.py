@@ -1,0 +1,337 @@
+"""Suites: versioned evaluation protocols. A score means something only with its prompts, seeds, count, features,
+resize and reference; a suite fixes them all, and its version changes when any of them does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stepdistill.data.prompts import FORMS, read_prompts
+from stepdistill.diffusion.draws import generator_for
+from stepdistill.errors import UserError, did_you_mean
+from stepdistill.evaluation.suite_identity import FILE_KEYS, MISSING, weights_sha256, without_folder
+from stepdistill.evaluation.suite_metrics import MetricKeys
+from stepdistill.features.load import network_of
+from stepdistill.features.network import FeatureNetwork
+from stepdistill.system.emoji import emoji_captions
+from stepdistill.system.files import sha256_of_file
+from stepdistill.system.shipped import cache_folder, content_folder, suite_files
+
+
+class ReferenceProtocol(BaseModel):
+    """What made a reference file that does not say so itself, as its makers give it.
+
+    Attributes:
+        features: the kind of network: ``emoji``, ``clip``, ``inception``, as in the suite's ``features``.
+        resize: the resize mode, as in the suite's ``resize``.
+        resolution: of the real images; 0 where each had its own size.
+        features_sha256: of the network's weights, where it is known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    features: str | None = None
+    resize: str | None = None
+    resolution: int | None = None
+    features_sha256: str | None = None
+
+
+class Suite(MetricKeys):
+    """One protocol, as ``eval/suites/*.yaml`` writes it. Which metrics it has, MetricKeys says.
+
+    Attributes:
+        name: its name; scores are reported as ``name@version``.
+        version: raised with every change that moves a score.
+        n: number of images drawn; 0 leaves it open, for images that are there already: all of them.
+        prompts: ``emoji`` (the embedded captions), a file as :mod:`stepdistill.data.prompts` reads it (absolute, or a
+            name that is looked for as that of the reference is), or None for pipelines that take none.
+        selection: ``first`` n prompts in order, or ``shuffled``: the first n of torch.randperm over all prompts with
+            the generator ``generator_for("suite", "prompts")``, so smaller suites are the beginning of larger ones.
+            Fewer prompts than n are repeated in order.
+        first_seed: image i is drawn with torch.Generator("cpu").manual_seed(first_seed + i).
+        labels: of class-conditional pipelines: ``balanced``, image i is of class i mod the number of classes; or
+            ``uniform``, torch.randint over the classes with the generator ``generator_for("suite", "labels")``.
+        resolution: images are drawn and compared at resolution x resolution pixels; 0 is each image's own size, for
+            images that are there already.
+        draw_resolution: images are drawn at this size instead, or at the pipeline's ``own``, and brought to
+            ``resolution`` as images that are there already are: central square, PIL's Lanczos filter. 0: as
+            ``resolution``, and another size is an error.
+        features: ``emoji``, ``clip:FOLDER`` or ``inception:FILE``.
+        resize: ``clean``, or for Inception also ``tf1`` or ``pytorch``.
+        reference: statistics of the real images (safetensors made by ``stepdistill stats``, npz of clean-fid, EDM or
+            ADM, or EDM2's pkl): a path, or a name that is looked for beside the suite's file, in eval/reference and
+            in reference/ of the user's cache.
+        reference_protocol: what made the reference, for files that do not say it themselves (npz, pkl).
+        images: what the reference is made of: ``emoji``, or a folder or an archive of images.
+        source: where prompts and reference come from, for the message that they are missing. Not part of the protocol.
+        teacher_steps: the step count at which a teacher counts as full.
+        folder: where the file lay; relative paths start there. Not part of the protocol.
+        derived: in what the suite differs from the one of its name, see :meth:`derive`.
+    """
+
+    name: str
+    version: int = Field(ge=1)
+    n: int = Field(ge=0)
+    prompts: str | None = None
+    selection: Literal["first", "shuffled"] = "first"
+    first_seed: int = Field(default=0, ge=0)
+    labels: Literal["balanced", "uniform"] = "balanced"
+    resolution: int = Field(ge=0)
+    draw_resolution: Annotated[int, Field(ge=0)] | Literal["own"] = 0
+    features: str = "emoji"
+    resize: Literal["clean", "tf1", "pytorch"] = "clean"
+    reference: str
+    reference_protocol: ReferenceProtocol | None = None
+    images: str = "emoji"
+    source: str = ""
+    teacher_steps: int = Field(ge=1)
+    folder: Path = Field(default=Path(), exclude=True, repr=False)
+    derived: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @field_validator("n")
+    @classmethod
+    def _enough(cls, n: int) -> int:
+        if 0 < n < 3:
+            raise ValueError("a distance needs at least 3 images (0 leaves their number open)")
+        return n
+
+    @model_validator(mode="after")
+    def _metrics_fit(self) -> Suite:
+        self.check_metrics(self.features, self.prompts, self.n)
+        return self
+
+    @property
+    def label(self) -> str:
+        """``name@version``; of a derived suite also in what it differs: ``name@version+n=500``."""
+        return "+".join((f"{self.name}@{self.version}", *self.derived))
+
+    def with_diversity(self, samples: int) -> Suite:
+        """The same suite that measures the diversity of so many samples of a prompt as well.
+
+        Raises:
+            UserError: fewer than 2, or a suite without prompts.
+        """
+        if samples < 2 or self.prompts is None:
+            raise UserError(
+                f"diversity is {samples}: give 2 samples of a prompt or more, and a suite that has prompts"
+            )
+        return self.model_copy(update={"diversity": samples})
+
+    def changed(self, changes: Mapping[str, Any]) -> Suite:
+        """A copy with other values, checked as those of a file are.
+
+        Raises:
+            UserError: a key or value that a suite does not allow.
+        """
+        try:
+            return Suite.model_validate(
+                {**self.model_dump(), "folder": self.folder, "derived": self.derived, **changes}
+            )
+        except ValidationError as error:
+            raise UserError(f"suite {self.label}: {_first_problem(error)}") from None
+
+    def derive(self, *, n: int | None = None, prompts: Path | None = None) -> Suite:
+        """The protocol with another number of images or other prompts, as a suite of its own: its label says so, and
+        its scores do not compare with those of the whole one.
+
+        Raises:
+            UserError: the prompt file does not exist, or a suite with CLIP score is left without n.
+        """
+        changes: dict[str, Any] = {}
+        derived = list(self.derived)
+        if prompts is not None:
+            if not prompts.is_file():
+                raise UserError(f"--prompts {prompts} not found: give {FORMS}")
+            changes["prompts"] = str(prompts.absolute())
+            derived.append(f"prompts={prompts.name}")
+        if n is not None and n != self.n:
+            changes["n"] = n
+            derived.append(f"n={n}")
+        return self.changed({**changes, "derived": tuple(derived)})
+
+    def seed(self, index: int) -> int:
+        """The seed of image ``index``."""
+        return self.first_seed + index
+
+    def prompt_list(self) -> list[str] | None:
+        """The n prompts in order, or None for a suite without prompts.
+
+        Raises:
+            UserError: the prompt file is missing or empty.
+        """
+        if self.prompts is None:
+            return None
+        if self.prompts == "emoji":
+            lines = emoji_captions()
+        else:
+            file = self._find(self.prompts, "prompts")
+            if file is None:
+                raise UserError(self._missing("prompt file", self.prompts, "prompts", "give --prompts FILE"))
+            lines = read_prompts(file, f"suite {self.label}")
+        if self.selection == "shuffled":
+            order = torch.randperm(len(lines), generator=generator_for("suite", "prompts"))
+            lines = [lines[i] for i in order.tolist()]
+        return [lines[i % len(lines)] for i in range(self.n)]
+
+    def network(self, device: torch.device | str = "cpu") -> FeatureNetwork:
+        """The suite's feature network.
+
+        Raises:
+            UserError: its file is missing, or it has no such resize.
+        """
+        return network_of(self.features, self.resize, device)
+
+    def aesthetic_file(self) -> Path:
+        """Where the aesthetic head lies, or would lie: absolute, or beside the suite's file."""
+        given = Path(self.aesthetic or "").expanduser()
+        return self._find(str(given), "reference") or self.folder / given
+
+    def cmmd_reference_file(self) -> Path | None:
+        """Where CMMD's statistics lie; None where they are those of the reference.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        if self.cmmd_reference is None:
+            return None
+        file = self._find(self.cmmd_reference, "reference")
+        if file is None:
+            advice = f"make it with `stepdistill stats --features {self.cmmd}`"
+            raise UserError(self._missing("statistics", self.cmmd_reference, "reference", advice))
+        return file
+
+    def reference_file(self) -> Path:
+        """Where the reference statistics lie.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        if not self.reference:
+            raise UserError(
+                f"suite {self.label} has no reference: give --reference FILE, as `stepdistill stats` makes it"
+            )
+        file = self._find(self.reference, "reference")
+        if file is None:
+            advice = "make them with `stepdistill stats`, or give --reference FILE"
+            raise UserError(self._missing("reference statistics", self.reference, "reference", advice))
+        return file
+
+    def protocol(self, network: FeatureNetwork | None) -> dict[str, str]:
+        """What a report states of the suite, besides its numbers: two scores compare only where all of it is equal.
+
+        Args:
+            network: the suite's; None where its weights are missing.
+        """
+        networks = {} if not self.clip_prefix else {"clip_prefix": self.clip_prefix}
+        for key, spec in self.networks().items():
+            networks |= {key: without_folder(spec), f"{key}_sha256": weights_sha256(spec)}
+        return {
+            "resize": network.resize if network else self.resize,
+            "features": without_folder(network.name if network else self.features),
+            "features_sha256": network.sha256 if network else MISSING,
+            "reference_sha256": sha256_of_file(self.reference_file()),
+            "suite_sha256": self.sha256(),
+            "neighbours": str(self.neighbours),
+            **networks,
+            **self._further_files(),
+        }
+
+    def sha256(self) -> str:
+        """Of everything that moves a score: the protocol (keys at their defaults left out, so that a new key does not
+        change old suites), the prompts, the networks' weights and the reference files. What only adds a score of its
+        own, diversity, is not part of it, and neither are intervals."""
+        apart = {"images", "source", "teacher_steps", "diversity", "diversity_prompts", "intervals"}
+        protocol = self.model_dump(mode="json", exclude_defaults=True, exclude=apart)
+        for key in protocol.keys() & FILE_KEYS:  # their content counts, wherever they lie
+            protocol[key] = Path(protocol[key]).name
+        for key in protocol.keys() & {"features", *self.networks()}:
+            kind = protocol[key].partition(":")[0]
+            protocol[key] = protocol[key] if kind == "module" else kind
+        content: dict[str, Any] = {
+            "suite": protocol,
+            "prompts": self.prompt_list(),
+            "features": weights_sha256(self.features),
+            "reference": sha256_of_file(self.reference_file()),
+        }
+        if networks := self.networks():
+            content |= {"networks": {key: weights_sha256(spec) for key, spec in networks.items()}}
+            content |= {"files": self._further_files()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _further_files(self) -> dict[str, str]:
+        """The SHA-256 of the files besides networks and reference."""
+        found = {}
+        if (file := self.cmmd_reference_file()) is not None:
+            found["cmmd_reference_sha256"] = sha256_of_file(file)
+        if self.aesthetic is not None:
+            head = self.aesthetic_file()
+            found["aesthetic_sha256"] = sha256_of_file(head) if head.is_file() else MISSING
+        return found
+
+    def _places(self, kind: str) -> tuple[Path, ...]:
+        """Where a file that is named without a folder is looked for."""
+        return self.folder, content_folder("eval") / kind, cache_folder() / kind
+
+    def _find(self, name: str, kind: str) -> Path | None:
+        given = Path(name).expanduser()
+        places = [folder / given for folder in self._places(kind)]  # an absolute path stays what it is
+        return next((place for place in places if place.is_file()), None)
+
+    def _missing(self, what: str, name: str, kind: str, advice: str) -> str:
+        given, source = Path(name).expanduser(), self.source and f" (from: {self.source})"
+        looked = "" if given.is_absolute() else f" in {', '.join(map(str, self._places(kind)))}"
+        return f"suite {self.label}: no {what} {name}{looked}{source}; {advice}"
+
+
+def load_suite(name_or_path: str | Path | Suite) -> Suite:
+    """The suite of a name (a file of eval/suites) or of a YAML file's path; a Suite is given back as it is.
+
+    Raises:
+        UserError: no such suite, or a key it does not allow.
+    """
+    if isinstance(name_or_path, Suite):
+        return name_or_path
+    name, shipped = str(name_or_path), suite_files()
+    file = shipped.get(name, Path(name).expanduser())
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"no suite {name!r} {did_you_mean(name, shipped)}; or give a YAML file")
+    if not file.is_file():
+        raise UserError(f"no suite file {file}; give a YAML file as in eval/suites, or the name of one")
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or content.keys() & _OWN:
+        raise UserError(f"{file}: a suite is a table of {', '.join(_keys())}")
+    try:
+        return Suite.model_validate({**content, "folder": file.resolve().parent})
+    except ValidationError as error:
+        raise UserError(f"{file}: {_first_problem(error)}") from None
+
+
+_OWN = frozenset({"folder", "derived"})
+"""Fields of a Suite that are not keys of its file."""
+
+
+def _keys() -> list[str]:
+    return [key for key in Suite.model_fields if key not in _OWN]
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = min(
+        error.errors(), key=lambda found: found["type"] != "extra_forbidden"
+    )  # a misspelt key comes first
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key} is not a key of a suite {did_you_mean(key, _keys())}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    said = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{key}: {said} (found {problem['input']!r})" if key else said

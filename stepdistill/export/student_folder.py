@@ -1,0 +1,191 @@
+"""Student -> a diffusers folder of stock classes, its step grid pinned, with what ``verify`` needs to prove it.
+
+The exceptions are a student of several experts, whose network is of a class of ours that travels along, and one that
+takes fresh noise on a flow path, whose scheduler is.
+
+The folder holds the teacher's pipeline with the student's network and scheduler in place, ``verification/`` (prompts,
+seeds, the trainer's own pictures, and the SHA-256 of every file), a model card, and for a LoRA student the adapter as
+``pytorch_lora_weights.safetensors`` beside the merged weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepdistill.errors import UserError
+from stepdistill.export.card import with_code_note
+from stepdistill.export.experts import one_network
+from stepdistill.export.schedulers import check_sampler
+from stepdistill.networks.experts import Experts
+from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
+from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.files import sha256_of
+
+VERIFICATION = "verification"
+TOLERANCE = {"max": 4, "mean": 0.5}
+"""Allowed difference between a student's pictures and the trainer's, in steps of 1/255."""
+
+
+def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeacher) -> Any:
+    """A stock diffusers pipeline that draws as the student does: the teacher's, with another network and scheduler."""
+    import diffusers
+
+    family = teacher.family
+    check_sampler(sampler, student.path, family)
+    folded = student.stock_net(sampler.gap) if student.two_times else student.net
+    if isinstance(folded, Experts):
+        bounds = family.timestep(student.path, torch.tensor(folded.bounds)).tolist()
+        plain = [family.without_variance(_plain_network(expert)) for expert in folded.nets]
+        net = one_network(plain, bounds)
+    else:
+        net = family.without_variance(_plain_network(folded))
+    scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
+    other = family.student_pipeline(teacher.pipe)
+    if other is not None:
+        return getattr(diffusers, other)(**{family.denoiser: net, "scheduler": scheduler})
+    pipe = copy.copy(teacher.pipe)
+    pipe.register_modules(**{family.denoiser: net, "scheduler": scheduler})
+    # from_pretrained gives diffusers' networks as float32 and transformers' as they were saved: of a teacher that was
+    # handed in as bfloat16 it would make a pipeline of two types that cannot run.
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and component.dtype != torch.float32:
+            pipe.register_modules(**{name: copy.deepcopy(component).float()})
+    return pipe
+
+
+def _plain_network(net: Any) -> nn.Module:
+    """The student's network without adapters: its own where there are none, a merged copy otherwise."""
+    if not lora_layers(net):
+        return net  # type: ignore[no-any-return]
+    plain = type(net).from_config(net.config)
+    plain.load_state_dict(merged_state(net))
+    return plain.to(next(net.parameters()).device).eval()  # type: ignore[no-any-return]
+
+
+def _call(pipe: Any, sampler: Sampler, teacher: PipelineTeacher, prompts: Sequence[str]) -> dict[str, Any]:
+    """The arguments with which a student's pipeline draws the prompts."""
+    spelt = teacher.family.call_prompts(teacher.pipe, list(prompts))
+    return {
+        **teacher.family.call_arguments(type(pipe).__name__, spelt, sampler.guidance or 0.0),
+        "num_inference_steps": sampler.steps,
+        **sampler.call_arguments(),
+    }
+
+
+def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, prompt: str) -> None:
+    """Draws one picture with the pipeline that a student would be exported as, and compares it with the trainer's: what
+    cannot be exported is told before a run, and not at its end.
+
+    Raises:
+        UserError: when it cannot be made, does not draw, or draws another picture.
+    """
+    try:
+        pipe = student_pipeline(student, sampler, teacher)
+        if "safety_checker" in pipe.components:
+            pipe.register_modules(safety_checker=None)  # it blackens what it takes for unsafe
+        generator = [torch.Generator("cpu").manual_seed(0)]
+        call = _call(pipe, sampler, teacher, [prompt])
+        drawn = torch.as_tensor(pipe(**call, generator=generator, output_type="np").images)
+    except UserError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"a student of this teacher could not be exported, so nothing was trained: {type(teacher.pipe).__name__} "
+            f"does not draw with the student's network and scheduler ({type(error).__name__}: {first})"
+        ) from error
+    as_saved = copy.copy(teacher)
+    as_saved.pipe = pipe
+    own = draw_as_pipeline(student, sampler, as_saved, [prompt], [0]).permute(0, 2, 3, 1).cpu()
+    difference = 255 * (drawn - own).abs()
+    if difference.max() > TOLERANCE["max"] or difference.mean() > TOLERANCE["mean"]:
+        raise UserError(
+            f"a student of this teacher could not be exported, so nothing was trained: {type(pipe).__name__} draws "
+            f"another picture than the trainer, by {difference.mean():.3g}/255 on average"
+        )
+
+
+def export(
+    student: Student,
+    sampler: Sampler,
+    teacher: PipelineTeacher,
+    folder: Path,
+    prompts: Sequence[str],
+    card: str,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+) -> None:
+    """Writes the student's folder, replacing an earlier one only when the new one is complete.
+
+    Args:
+        student: with the weights that are to be exported.
+        sampler: how it draws.
+        teacher: whose pipeline it lives in.
+        folder: where to; ends as a diffusers folder.
+        prompts: as many as seeds, for the verification pictures.
+        card: the model card, Markdown.
+    """
+    from PIL import Image
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe = student_pipeline(student, sampler, teacher)
+    pipe.save_pretrained(partial)
+    if isinstance(student.net, Experts):
+        for i, net in enumerate(student.net.nets):
+            _save_adapter(net, teacher, partial / f"expert-{i + 1}")
+    else:
+        _save_adapter(student.net, teacher, partial)
+    (partial / "README.md").write_text(with_code_note(card, partial), encoding="utf-8")
+    proof = partial / VERIFICATION
+    proof.mkdir()
+    as_saved = copy.copy(teacher)  # encodes and decodes in the float32 that was saved
+    as_saved.pipe = pipe
+    images = to_uint8(draw_as_pipeline(student, sampler, as_saved, prompts, seeds))
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
+    manifest = {
+        "call": _call(pipe, sampler, teacher, prompts),
+        "seeds": list(seeds),
+        "tolerance": TOLERANCE,
+        "files": hashes(partial),
+    }
+    (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a student folder but its card and its manifest, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: sha256_of(path)
+        for name, path in names.items()
+        if name not in ("README.md", f"{VERIFICATION}/manifest.json")
+    }
+
+
+def _save_adapter(net: nn.Module, teacher: PipelineTeacher, folder: Path) -> None:
+    """The LoRA of a student as load_lora_weights takes it, where its pipeline class can load one."""
+    if not lora_layers(net):
+        return
+    from peft import get_peft_model_state_dict
+
+    writer = getattr(type(teacher.pipe), "save_lora_weights", None)
+    if writer is None:
+        return
+    kind = teacher.family.denoiser
+    state = get_peft_model_state_dict(net, adapter_name=ADAPTER)
+    metadata = net.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
+    writer(folder, **{f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": metadata})

@@ -1,0 +1,132 @@
+"""Proof that a student folder draws what it drew in training, with diffusers alone.
+
+The folder's files are hashed and compared with its manifest; then a fresh Python process, in which stepdistill cannot
+be imported, loads it with nothing but ``DiffusionPipeline.from_pretrained`` and draws the manifest's prompts and seeds.
+Code that travels in the folder is run only where it is, byte for byte, a file of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepdistill.errors import UserError
+from stepdistill.export.student_folder import VERIFICATION
+from stepdistill.system.files import sha256_of
+from stepdistill.system.travelling import is_own_code, travelling_code
+
+PROGRAM = """
+import json, os, sys
+sys.modules["stepdistill"] = None  # an import of it raises ImportError
+os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
+import numpy, torch
+from diffusers import DiffusionPipeline
+folder, manifest, code = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3] == "code"
+index = json.load(open(f"{folder}/model_index.json"))
+absent = {name: None for name, entry in index.items() if entry == [None, None]}  # SD3 without T5, say
+pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **absent)
+if getattr(pipe, "watermark", None) is not None:
+    pipe.watermark = None  # SDXL adds one where invisible-watermark is installed, whatever the folder says
+pipe.set_progress_bar_config(disable=True)
+generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
+images = pipe(**manifest["call"], generator=generators, output_type="np").images
+from PIL import Image
+worst, total = 0.0, 0.0
+for i, image in enumerate(images):
+    drawn = numpy.rint(numpy.asarray(image, dtype="float64") * 255)
+    kept = numpy.asarray(Image.open(f"{folder}/verification/{i}.png").convert("RGB"), dtype="float64")
+    difference = numpy.abs(drawn - kept)
+    worst, total = max(worst, float(difference.max())), total + float(difference.mean()) / len(images)
+print("RESULT", json.dumps({"max": worst, "mean": total, "class": type(pipe).__name__}))
+"""
+
+
+def in_a_fresh_process(
+    program: str, arguments: list[str], folder: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program in ``folder`` by an isolated Python: neither environment variables nor the folder are searched."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        files: files whose hashes agree.
+        images: pictures compared.
+        steps: network calls each took.
+        worst: largest difference of a pixel value, in steps of 1/255.
+        mean: mean difference, in the same steps.
+    """
+
+    files: int
+    images: int
+    steps: int
+    worst: float
+    mean: float
+
+    def __str__(self) -> str:
+        return (
+            f"verified: {self.files} files unaltered; {self.images} pictures drawn in {self.steps} step(s) by plain "
+            f"diffusers differ from the trainer's by {self.worst:g}/255 at most, {self.mean:.3g}/255 on average"
+        )
+
+
+def verify(folder: str | Path, timeout: float = 1800) -> Verification:
+    """Checks a student folder.
+
+    Args:
+        folder: what ``train`` or ``export`` wrote as ``student/``, or the run folder it lies in.
+        timeout: seconds the fresh process may take.
+
+    Raises:
+        UserError: when the folder is no student, a file is missing or altered, it carries foreign code, it does not
+            load, or its pictures differ.
+    """
+    folder = Path(folder).resolve()
+    if (folder / "student" / VERIFICATION).is_dir():
+        folder = folder / "student"
+    file = folder / VERIFICATION / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a student folder: it has no {VERIFICATION}/manifest.json")
+    try:
+        manifest = json.loads(file.read_text())
+        files: dict[str, str] = manifest["files"]
+        tolerance, seeds, call = manifest["tolerance"], manifest["seeds"], manifest["call"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read ({error}): export the student again") from error
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing since export")
+        if sha256_of(folder / name) != expected:
+            raise UserError(f"{folder}: {name} was altered since export (its SHA-256 is not the manifest's)")
+    code = travelling_code(folder)
+    for path in code:
+        if not is_own_code(path):
+            raise UserError(
+                f"{folder} carries {path.relative_to(folder).as_posix()}, which is not a file this stepdistill ships, "
+                "so it was not run: verify it with the version that wrote it, or read it and load the folder yourself"
+            )
+    done = in_a_fresh_process(PROGRAM, [str(folder), str(file), "code" if code else "stock"], folder, timeout)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if done.returncode or line is None:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{folder} does not draw in a process without stepdistill: {reason}")
+    result = json.loads(line.removeprefix("RESULT "))
+    if result["max"] > tolerance["max"] or result["mean"] > tolerance["mean"]:
+        raise UserError(
+            f"{folder}: its pictures differ from the trainer's by {result['max']:g}/255 at most and "
+            f"{result['mean']:.3g}/255 on average; allowed are {tolerance['max']} and {tolerance['mean']}"
+        )
+    return Verification(len(files), len(seeds), call["num_inference_steps"], result["max"], result["mean"])

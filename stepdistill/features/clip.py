@@ -1,0 +1,85 @@
+"""A transformers CLIPModel: features of images and of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepdistill.features.float32 import full_float32
+from stepdistill.features.resize import resize_clean
+
+
+class ClipFeatures:
+    """A transformers CLIPModel; L2-normalised features of both towers.
+
+    Args:
+        folder: CLIPModel folder (config.json, model.safetensors).
+        tokenizer: folder of its tokenizer.
+        name: its specification.
+        sha256: of its weights.
+        fd_name, fd_scale, clip_name: see :class:`FeatureNetwork`.
+        mean, std: of the pixels in [0, 1], per channel.
+        device: where it runs.
+
+    ``logit_scale`` is the factor of the cosine in the model's own loss, which PickScore reads.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Path,
+        *,
+        name: str,
+        sha256: str,
+        fd_name: str,
+        fd_scale: float,
+        clip_name: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        model: Any = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        self._mean = 255 * torch.tensor(mean).view(1, 3, 1, 1).to(device)
+        self._std = 255 * torch.tensor(std).view(1, 3, 1, 1).to(device)
+        self._size = int(model.config.vision_config.image_size)
+        self._length = int(model.config.text_config.max_position_embeddings)
+        self._device = device
+        self.name, self.fd_name, self.fd_scale, self.clip_name = name, fd_name, fd_scale, clip_name
+        self.dimension = int(model.config.projection_dim)
+        self.logit_scale = float(model.logit_scale.exp())
+        self.resize = f"clean (bicubic, antialiased, float) to {self._size}"
+        self.kernel_scale = 1.0  # unit vectors: the kernel is (cosine + 1)^3
+        self.sha256 = sha256
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Unit features [B, D] of images [B, 3, H, W] in [0, 255], uint8 or float, with a graph."""
+        wide = (resize_clean(pixels.to(self._device), self._size) - self._mean) / self._std
+        projected = self._model.get_image_features(pixel_values=wide).pooler_output  # [B, D]
+        return F.normalize(projected.float(), dim=1)
+
+    @torch.no_grad()
+    @full_float32()
+    def images(self, pixels: Tensor) -> Tensor:
+        return self.embed(pixels).cpu()
+
+    @torch.no_grad()
+    @full_float32()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self._tokenizer(
+            list(prompts), padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
+        )
+        projected = self._model.get_text_features(
+            input_ids=tokens.input_ids.to(self._device), attention_mask=tokens.attention_mask.to(self._device)
+        ).pooler_output
+        return F.normalize(projected.float(), dim=1).cpu()

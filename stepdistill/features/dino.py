@@ -1,0 +1,68 @@
+"""DINOv2's class token as features (Oquab et al. 2023, 2304.07193), for the Frechet distance that follows human
+judgement better than FID does (Stein et al. 2023, 2306.04675): FD-DINOv2 of the literature is ViT-L/14 at 224 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.features.float32 import full_float32
+from stepdistill.features.resize import resize
+
+SIZE = 224
+
+
+class DinoFeatures:
+    """A transformers Dinov2Model; its normalised class token [B, D], D = 1,024 for ViT-L.
+
+    Args:
+        folder: Dinov2Model folder (config.json, model.safetensors).
+        name: its specification.
+        sha256: of its weights.
+        mean, std: of the pixels in [0, 1], per channel.
+        device: where it runs.
+    """
+
+    fd_scale = 1.0
+    clip_name = None
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        sha256: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        from transformers import Dinov2Model
+
+        model: Any = Dinov2Model.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._mean = 255 * torch.tensor(mean).view(1, 3, 1, 1).to(device)
+        self._std = 255 * torch.tensor(std).view(1, 3, 1, 1).to(device)
+        self._device = device
+        self.name, self.sha256 = name, sha256
+        self.dimension = int(model.config.hidden_size)
+        self.kernel_scale = 1 / self.dimension
+        self.fd_name = f"FD-DINOv2 ({folder.name})"
+        self.resize = f"clean (bicubic, antialiased, float) to {SIZE}"
+
+    @torch.no_grad()
+    @full_float32()
+    def images(self, pixels: Tensor) -> Tensor:
+        wide = (resize(pixels.to(self._device), SIZE, "clean") - self._mean) / self._std
+        token: Tensor = self._model(pixel_values=wide).last_hidden_state[:, 0]
+        return token.float().cpu()
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        raise UserError("DINOv2 has no text features: set clip_score to false in the suite")

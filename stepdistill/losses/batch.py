@@ -1,0 +1,73 @@
+"""What one call of a loss sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.families.condition import Condition
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Clean latents with their conditions: real images, or teacher samples with the noise they came from.
+
+    Attributes:
+        x0: clean latents [B, C, H, W], in the network's scale.
+        cond: their conditions.
+        noise: for pairs, the noise [B, C, H, W] the teacher started from; None for images.
+        states: for pairs, the states [B, K, C, H, W] at the method's ``pair_times``, where it asked for them.
+    """
+
+    x0: Tensor
+    cond: Condition
+    noise: Tensor | None = None
+    states: Tensor | None = None
+
+    def part(self, rows: slice) -> Examples:
+        """The examples of a slice."""
+        noise, states = (None if value is None else value[rows] for value in (self.noise, self.states))
+        return Examples(self.x0[rows], self.cond.rows(rows), noise, states)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call of a method's loss sees.
+
+    Attributes:
+        draws: the random numbers of these samples at this step; a method draws every further number from it.
+        noise: starting noise [B, C, H, W].
+        cond: conditions of the prompts drawn for this step.
+        images: real images, where the method needs them.
+        pairs: cached (noise, teacher sample) pairs, where the method needs them.
+    """
+
+    draws: Draws
+    noise: Tensor
+    cond: Condition
+    images: Examples | None = None
+    pairs: Examples | None = None
+
+    def fresh(self, call: int) -> Tensor:
+        """Noise [B, C, H, W] for the re-noising after network call ``call`` of a rollout."""
+        return self.draws.normal(f"renoise {call}", tuple(self.noise.shape[1:]))
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal consecutive parts; the mean of their losses is the loss of the whole."""
+        size = self.draws.count // parts
+        if size * parts != self.draws.count:
+            raise ValueError(f"a batch of {self.draws.count} does not split into {parts} equal parts")
+        return [self._part(i * size, size) for i in range(parts)]
+
+    def _part(self, start: int, size: int) -> Batch:
+        rows = slice(start, start + size)
+        return replace(
+            self,
+            draws=self.draws.part(start, size),
+            noise=self.noise[rows],
+            cond=self.cond.rows(rows),
+            images=self.images and self.images.part(rows),
+            pairs=self.pairs and self.pairs.part(rows),
+        )

@@ -1,0 +1,287 @@
+"""The fake score of distribution matching: a network that follows the student's samples, and how a student meets it.
+
+What Diff-Instruct, DMD, f-distill, SiD and SIM share: a copy of the teacher trained to denoise the student's samples,
+whose turns precede the student's; the student's rollout to one exit step; both networks' views of a noised sample; a
+loss whose gradient is a given field; and, around them, the method that lacks only its own loss of those views.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.guidance import in_interval
+from stepdistill.diffusion.path import Prediction, TablePath
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.gan import FeatureGan
+from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
+
+FakeLoss = Literal["output", "x0"]
+"""In what a fake network's error is squared: its own output, or the clean sample read from it."""
+
+
+class FakeTurnOptions(MethodOptions):
+    """Options of a method with a second network that follows the student's samples: its turns and its loss."""
+
+    # x0: what the fields are made of. An eps output would weigh an error in x0 by alpha^2 / sigma^2, which is nearly 0
+    # at high noise, where those fields are largest. So do FastGen's recipes (SD 1.5, Flux, Wan); DMD2 on SD: output.
+    fake_loss: FakeLoss = "x0"
+    fake_steps: int = 1  # updates of the fake network per student update
+    fake_lr_ratio: float = 1.0  # learning rate of the fake network over train.lr
+    fake_warm_start: int = 0  # updates of the fake network before the student's first
+
+
+class FakeScoreOptions(FakeTurnOptions):
+    """Options of a method with a fake score."""
+
+    score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
+    # Times at which that is on, where fewer than in the pairs: far above data a guided x0 can be far too strong.
+    score_guidance_interval: tuple[float, float] | None = None
+    # Where the two scores are compared (DMD 4.1), before a flow teacher's time shift.
+    score_times: tuple[float, float] = (0.02, 0.98)
+    renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
+
+    @property
+    def score_scale(self) -> float:
+        """The teacher's guidance where the scores are compared."""
+        return self.guidance if self.score_guidance is None else self.score_guidance
+
+    @property
+    def score_interval(self) -> tuple[float, float]:
+        """The times at which it is on."""
+        return self.score_guidance_interval or self.guidance_interval
+
+
+class ScoreOptions(FakeScoreOptions, WarmStartOptions):
+    """Options of every ScoreMethod. Their defaults leave a method without data: no pairs, no images."""
+
+    regression_weight: float = 0.0  # of the regression beside the method's own loss; 0 leaves it out
+    gan_weight: float = 0.0  # of the generator's GAN loss on the fake network's features; 0: no images
+    gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the teacher and the fake network see in the student's samples at one noise level each.
+
+    Attributes:
+        x: the student's clean samples [B, C, H, W].
+        x_t: the same, noised.
+        t: the times [B].
+        real: the teacher's prediction at x_t, guided.
+        fake: the fake network's, never guided.
+    """
+
+    x: Tensor
+    x_t: Tensor
+    t: Tensor
+    real: Prediction
+    fake: Prediction
+
+    @property
+    def error(self) -> Tensor:
+        """x0_fake - x0_real [B, C, H, W], which is sigma^2 / alpha (score_fake - score_real)."""
+        return self.fake.x0 - self.real.x0
+
+    @property
+    def distance(self) -> Tensor:
+        """mean|x - x0_real| of each sample, [B, 1, 1, 1]: the normaliser of DMD and SiD."""
+        return (self.x - self.real.x0).abs().mean(dim=tuple(range(1, self.x.ndim)), keepdim=True)
+
+
+class FakeScore(Denoiser):
+    """A trainable copy of the teacher's network that learns to denoise the student's samples.
+
+    Args:
+        teacher: whose network is copied.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        copy = teacher.start.copy()
+        super().__init__(copy.net, copy.path, copy.output, copy.family)
+
+    def denoising_loss(self, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:
+        """The diffusion loss of samples x [B, C, H, W] at uniform times of the teacher's schedule, squared in ``kind``;
+        a scalar."""
+        t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
+        t = self.path.shifted(t)
+        x_t = self.path.sample(x, eps, t)
+        if kind == "x0":
+            return (self.predict(x_t, t, batch.cond).x0 - x).square().mean()
+        error = self.raw(x_t, t, batch.cond) - self.path.target(x, eps, t, self.output)
+        return error.square().mean()
+
+    def views(
+        self,
+        teacher: Teacher,
+        x: Tensor,
+        batch: Batch,
+        options: FakeScoreOptions,
+        scale: float,
+        *,
+        through_inputs: bool = False,
+        since: float = 0.0,
+    ) -> Views:
+        """Both networks' views of x noised by a fresh (t, eps).
+
+        Args:
+            teacher: the frozen network.
+            x: the student's clean samples [B, C, H, W]; its states at ``since`` where that is not 0.
+            batch: their draws and conditions.
+            options: where the scores are compared, and where guidance is on.
+            scale: the teacher's guidance there.
+            through_inputs: keep the graph from both predictions through x_t into x; otherwise there is none.
+            since: where x is; the t of ``score_times`` in [0, 1] are then taken in [since, 1].
+        """
+        low = self.path.unshifted(since)
+        t = self.path.shifted(low + (1 - low) * batch.draws.uniform("score t", *options.score_times))
+        guidance = in_interval(scale, t, *options.score_interval) if scale != 1.0 else 1.0
+        with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
+            eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
+            s = torch.full_like(t, since)
+            x_t = self.path.renoise(x, s, t, eps) if since else self.path.sample(x, eps, t)
+            look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
+            real = look(x_t, t, batch.cond, guidance=guidance)
+            return Views(x, x_t, t, real, self.predict(x_t, t, batch.cond))
+
+
+def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
+    """Whose turn the optimiser step is: ``warm_start`` student updates, ``fake_warm_start`` fake ones, then cycles of
+    ``fake_steps`` fake updates and one of the student."""
+    if step < warm_start:
+        return "student"
+    # In a cycle the fake network comes first: the student never follows a score that has not seen it.
+    matching = step - warm_start - options.fake_warm_start
+    last = matching >= 0 and matching % (options.fake_steps + 1) == options.fake_steps
+    return "student" if last else "fake"
+
+
+def sampler_of(student: Student, times: tuple[float, ...], options: FakeScoreOptions) -> Sampler:
+    """How the student is sampled: fresh noise between steps on a discrete path, the predicted noise on a flow path."""
+    renoise = options.renoise
+    return Sampler(times, isinstance(student.path, TablePath) if renoise is None else renoise)
+
+
+def exit_of(batch: Batch, first: int, last: int) -> int:
+    """The call in first .. last - 1 at which this batch's rollout ends: one for the whole batch."""
+    return first + batch.draws.shared_integer("exit", last - first)
+
+
+def rollout(student: Student, sampler: Sampler, batch: Batch, first: int = 0) -> Tensor:
+    """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only that call has a graph.
+
+    Backward simulation (Yin et al. 2024, 2405.14867, 4.5): the student meets in training what it meets in sampling.
+
+    Args:
+        student, sampler: who draws, and how.
+        batch: its noise, conditions and draws.
+        first: the first call that may be the last.
+    """
+    calls = exit_of(batch, first, sampler.steps)
+    with torch.no_grad():
+        start = sampler.walk(student, batch.noise, batch.cond, batch.fresh, calls)
+    t = torch.full((len(start),), sampler.times[calls], device=start.device)
+    return student.predict(start, t, batch.cond).x0
+
+
+def push(x: Tensor, field: Tensor) -> Tensor:
+    """A scalar whose gradient in x [B, ...] is field / number of elements: descent moves x against the field."""
+    return 0.5 * (x - (x - field).detach()).square().mean()
+
+
+class ScoreMethod(Method):
+    """A method that compares two scores: everything but its loss of a student's sample, :meth:`match`.
+
+    Student turns: a warm start by regression on pairs where one is wanted, then ``match`` on the sample of a rollout,
+    with the GAN's and the regression's losses beside it where they have a weight. Fake turns: the diffusion loss on
+    sg[x], and the discriminator's.
+
+    Class attributes:
+        through_inputs: whether the loss has a gradient through what both networks see.
+    """
+
+    through_inputs: ClassVar[bool] = False
+    starts_below = True
+    options: ScoreOptions
+    fake: FakeScore
+    gan: FeatureGan | None
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        options = cast(ScoreOptions, options)
+        pairs = {"pairs", "states"} if options.regression_weight or options.warm_start else set()
+        return cls.needs | pairs | ({"images"} if options.gan_weight else set())
+
+    def __init__(
+        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+    ) -> None:
+        super().__init__(teacher, student, times, options)
+        self.options = cast(ScoreOptions, options)
+        self.fake = FakeScore(teacher)
+        self.gan = FeatureGan(self.fake) if "images" in self.needs_of(options) else None
+
+    def networks(self) -> dict[str, nn.Module]:
+        fake = [self.fake.net] if self.gan is None else [self.fake.net, self.gan]
+        return {"student": self.student.net, "fake": nn.ModuleList(fake)}
+
+    def lr_ratio(self, turn: str, step: int) -> float:
+        return self.options.fake_lr_ratio if turn == "fake" else warm_start_rate(step, self.options)
+
+    def turn(self, step: int) -> str:
+        return turn_at(step, self.options, self.options.warm_start)
+
+    def sampler(self) -> Sampler:
+        return sampler_of(self.student, self.times, self.options)
+
+    def generate(self, batch: Batch) -> Tensor:
+        """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
+        return rollout(self.student, self.sampler(), batch)
+
+    def views(self, x: Tensor, batch: Batch) -> Views:
+        """What both networks see in x [B, C, H, W], noised."""
+        options, through = self.options, self.through_inputs
+        return self.fake.views(self.teacher, x, batch, options, options.score_scale, through_inputs=through)
+
+    @abstractmethod
+    def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's own loss of the student's samples x [B, C, H, W], which have a graph, and what to log."""
+
+    def regression(self, batch: Batch) -> Tensor:
+        """The distance to x of what the student sees of it from a state of its trajectory, one of K at random."""
+        return regression(self.student, self.times, batch, self.options.regression)
+
+    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if turn == "fake":
+            return self.fake_loss(batch)
+        if batch.draws.step < self.options.warm_start:
+            return self.regression(batch), {}
+        x = self.generate(batch)
+        loss, logs = self.match(x, batch)
+        logs["x_std"] = x.detach().std()
+        if self.gan is not None:
+            logs["gan"] = self.gan.for_generator(x, batch)
+            loss = loss + self.options.gan_weight * logs["gan"]
+        if self.options.regression_weight:
+            logs["regression"] = self.regression(batch)
+            loss = loss + self.options.regression_weight * logs["regression"]
+        return loss, logs
+
+    def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The fake network's diffusion loss on the student's samples, and the discriminator's where there is one."""
+        with torch.no_grad():
+            x = self.generate(batch)
+        loss = self.fake.denoising_loss(x, batch, self.options.fake_loss)
+        logs = {"denoising": loss}
+        if self.gan is not None:
+            logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
+            loss = loss + self.options.gan_fake_weight * logs["discriminator"]
+        return loss, logs

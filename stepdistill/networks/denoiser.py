@@ -1,0 +1,131 @@
+"""A network with what is needed to call it and to read its output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.change_of_path import carried, predict_elsewhere
+from stepdistill.diffusion.path import Output, Path, Prediction
+from stepdistill.families.base import GAP, Family
+from stepdistill.families.condition import Condition
+from stepdistill.networks.experts import Experts
+
+
+class _Reached(Exception):
+    """Ends a network's forward where its features are."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+class Denoiser(nn.Module):
+    """A network with what is needed to read its output.
+
+    Args:
+        net: the family's network.
+        path: the path its inputs lie on.
+        output: what it returns.
+        family: how it is called.
+    """
+
+    def __init__(self, net: nn.Module, path: Path, output: Output, family: Family) -> None:
+        super().__init__()
+        self.net = net
+        self.path = path
+        self.output: Output = output
+        self.family = family
+        # What it computes in, whatever is on around the call; None takes what is on.
+        self.compute: torch.dtype | None = None
+        # For a teacher's network with embedded guidance, the scale where none is given, and of its copies.
+        self.guidance: float | None = None
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
+        """The network's output in its own kind, float32 [B, C, H, W], at x_t [B, C, H, W] and t [B]; s [B] is the end
+        of the jump, for a network with a second time."""
+        if s is not None:
+            cond = cond.with_tensor(GAP, t - s)
+        if isinstance(self.net, Experts):
+            return self.net.by_time(t, lambda net, own: self._call(net, x_t[own], t[own], cond.rows(own)))
+        return self._call(self.net, x_t, t, cond)
+
+    def _call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        if self.guidance is not None and "guidance_embedding" not in cond.tensors:
+            cond = self.guided(cond, torch.full_like(t, self.guidance))
+        dtype = torch.float32 if self.compute else next(net.parameters()).dtype
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.tensors.items()}
+        timestep = self.family.timestep(self.path, t)
+        with self._arithmetic(x_t.device.type):
+            return self.family.call(net, x_t.to(dtype), timestep, Condition(tensors)).float()
+
+    def _arithmetic(self, device: str) -> torch.autocast:
+        """Autocast as it is on around the call, or as ``compute`` says. A cast of a weight that is made without a graph
+        is not kept: some versions of torch hand it to a later call with one, and the weight gets no gradient."""
+        low = torch.is_autocast_enabled(device) if self.compute is None else self.compute != torch.float32
+        dtype = torch.get_autocast_dtype(device) if self.compute is None or not low else self.compute
+        return torch.autocast(device, dtype, low, cache_enabled=torch.is_grad_enabled())
+
+    def guided(self, cond: Condition, scale: Tensor) -> Condition:
+        """The condition with guidance scales [B] embedded in it."""
+        return cond.with_tensor("guidance_embedding", self.family.embed_guidance(self.net, scale))
+
+    def trainable_net(self) -> nn.Module:
+        """A copy of the network in float32 for training; one with embedded guidance has its scale folded in."""
+        net = copy.deepcopy(self.net).float()
+        net = net if self.guidance is None else self.family.fold_guidance(net, self.guidance)
+        return net.requires_grad_(True)
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Prediction:
+        """What the network says about x_t [B, C, H, W] at t [B]; with a second time, for a jump to s [B]."""
+        return self.path.read(self.raw(x_t, t, cond, s), self.output, x_t, t)
+
+    def x0_gain(self, times: Sequence[float]) -> float:
+        """How far the clean sample moves with the network's output, as root mean square over the times."""
+        gain = self.path.x0_gain(self.output, torch.tensor(times, device=next(self.net.parameters()).device))
+        return float(gain.square().mean().sqrt())
+
+    def predict_on(
+        self, path: Path, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None
+    ) -> Prediction:
+        """What the network says about a point of another path, see :func:`predict_elsewhere`; s is on that path too."""
+
+        def predict(x: Tensor, own_t: Tensor) -> Prediction:
+            own_s = s if s is None or path == self.path else carried(path, x_t, s, self.path)[1]
+            return self.predict(x, own_t, cond, own_s)
+
+        return predict_elsewhere(predict, self.path, path, x_t, t)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The network's inner picture of x_t, [B, D, h, w], or [B, N, D] for a transformer; what comes after it in the
+        network does not run."""
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise _Reached(output[-1] if isinstance(output, tuple) else output)
+
+        handle = self.family.features_of(self.net).register_forward_hook(stop)
+        try:
+            self.raw(x_t, t, cond)
+        except _Reached as reached:
+            return reached.features.float()
+        finally:
+            handle.remove()
+        raise RuntimeError(f"a {type(self.net).__name__} did not call the module its features come from")
+
+    def copy(self) -> Denoiser:
+        """An independent trainable copy in float32."""
+        return Denoiser(self.trainable_net(), self.path, self.output, self.family)
+
+
+def in_bfloat16(net: nn.Module) -> nn.Module:
+    """A copy that holds the weights of its linear layers and convolutions in bfloat16, and all others in float32. Under
+    autocast it computes bit for bit what float32 weights do, from half the memory."""
+    low = copy.deepcopy(net).float()
+    for module in low.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            module.to(torch.bfloat16)
+    return low

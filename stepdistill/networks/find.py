@@ -1,0 +1,72 @@
+"""What a name stands for: an embedded teacher, a pipeline folder, a run's student, a Hub name. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from stepdistill.errors import UserError, did_you_mean
+from stepdistill.networks.pipeline_files import check_files
+from stepdistill.system.emoji import embedded_teachers, teacher_folder
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def find_teacher(name: str) -> str:
+    """What ``from_pretrained`` loads a teacher from: the folder that the name means, or a Hub name.
+
+    Raises:
+        UserError: it is neither.
+    """
+    check_teacher(name)
+    return str(_local_pipeline(name) or name)
+
+
+def find_pipeline(name: str | Path) -> Path:
+    """The diffusers folder of an embedded teacher's name, a diffusers folder, or a run folder (its student).
+
+    Raises:
+        UserError: the name is none of these.
+    """
+    if (found := _local_pipeline(name)) is not None:
+        return found
+    if Path(name).is_dir():
+        raise UserError(f"{name} is not a diffusers pipeline: the folder has no model_index.json")
+    known = did_you_mean(str(name), embedded_teachers())
+    raise UserError(f"pipeline {name} does not exist {known}; or give a folder")
+
+
+def _local_pipeline(name: str | Path) -> Path | None:
+    if (embedded := teacher_folder(str(name))) is not None:
+        return embedded
+    folders = (Path(name).expanduser(), Path(name).expanduser() / "student")
+    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+
+
+def check_teacher(name: str) -> None:
+    if (found := _local_pipeline(name)) is not None:
+        check_files(found, f"teacher {name}")
+        return
+    if Path(name).is_dir():
+        raise UserError(f"teacher {name} is not a diffusers pipeline: the folder has no model_index.json")
+    # A path that was mistyped looks like a Hub name unless its first part is a folder here.
+    if not _HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
+        known = did_you_mean(name, embedded_teachers())
+        raise UserError(
+            f"teacher {name} does not exist {known}; or give a diffusers folder, or a Hub name owner/name"
+        )
+    if _is_offline() and not _is_cached(name):
+        raise UserError(
+            f"teacher {name} is neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
+        )
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "model_index.json"), str)

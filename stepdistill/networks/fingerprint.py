@@ -1,0 +1,74 @@
+"""SHA-256 of a pipeline's weights and configs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from stepdistill.networks.find import find_pipeline
+from stepdistill.networks.pipeline_files import INDEX, SAFETY_CHECKER
+from stepdistill.system.files import sha256_of_file
+
+
+def weights_hash(pipeline: Any) -> str:
+    """SHA-256 of a pipeline's weights and configs.
+
+    A safety checker does not count, as it is off. For a folder, of the safetensors and JSON files and tokenizer texts
+    of its components in the order of their names; names of writers and versions inside a config do not count. For an
+    object, of its configs and of its tensors with names, dtypes and shapes, so a changed weight or scheduler changes
+    it.
+
+    Raises:
+        UserError: the path holds no pipeline.
+    """
+    digest = hashlib.sha256()
+    if not isinstance(pipeline, (str, Path)):
+        from torch import nn
+
+        for name, component in sorted(pipeline.components.items()):
+            if name == SAFETY_CHECKER:
+                continue
+            config = getattr(component, "config", None)
+            if config is not None:
+                content = (
+                    config.to_dict()
+                    if isinstance(component, nn.Module) and not isinstance(config, dict)
+                    else config
+                )
+                digest.update(f"{name} {_plain(dict(content))}\n".encode())
+            if isinstance(component, nn.Module):
+                for key, value in sorted(component.state_dict().items()):
+                    digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
+                    digest.update(_bytes(value))
+        return digest.hexdigest()
+    folder = find_pipeline(pipeline)
+    named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
+    for name, file in sorted(named.items()):
+        if name.count("/") > 1 or (name.count("/") == 0 and name != INDEX):
+            continue
+        if name.startswith(f"{SAFETY_CHECKER}/"):
+            continue
+        if file.suffix == ".safetensors" or file.name == "merges.txt":
+            digest.update(f"{name} {sha256_of_file(file)}\n".encode())
+        elif file.suffix == ".json":
+            digest.update(f"{name} {_plain(json.loads(file.read_text('utf-8')))}\n".encode())
+    return digest.hexdigest()
+
+
+def _plain(config: dict[str, Any]) -> str:
+    """A config without what its writer says of itself (_name_or_path, versions), keys in order."""
+    bookkeeping = re.compile(r"^_(?!class_name$)|^transformers_version$")
+    return json.dumps(
+        {k: v for k, v in config.items() if not bookkeeping.search(k)}, sort_keys=True, default=str
+    )
+
+
+def _bytes(value: Any) -> bytes:
+    import torch
+
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    data: bytes = flat.view(torch.uint8).numpy().tobytes()
+    return data

@@ -1,0 +1,105 @@
+"""The files of a diffusers folder, looked at before any of them is loaded.
+
+Imports no torch, so that a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import UserError
+from stepdistill.system.shipped import is_lfs_pointer
+
+INDEX = "model_index.json"
+SAFETY_CHECKER = "safety_checker"
+
+
+def read_index(folder: Path, what: str = "") -> dict[str, Any]:
+    """What a folder's model_index.json holds.
+
+    Args:
+        folder: a diffusers folder.
+        what: what it is, to begin an error with; default its path.
+
+    Raises:
+        UserError: it holds no table.
+    """
+    index = _json(folder / INDEX, folder, what or str(folder))
+    if not isinstance(index, dict):
+        raise UserError(f"{what or folder}: {INDEX} holds no table of components: get it again")
+    return index
+
+
+def pipeline_class(folder: Path) -> str:
+    """The class a diffusers folder says it is, such as StableDiffusionPipeline."""
+    return str(read_index(folder).get("_class_name", "of no stated class"))
+
+
+def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Library and class of the components that an index says are there."""
+    pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: (str(library), str(kind)) for name, (library, kind) in pairs.items() if library and kind}
+
+
+def absent_components(folder: Path) -> dict[str, None]:
+    """Components that a pipeline folder says it is without (SD3 without T5, say), as from_pretrained must be told."""
+    if not (folder / INDEX).is_file():
+        return {}
+    return {name: None for name, entry in read_index(folder).items() if entry == [None, None]}
+
+
+def check_files(folder: Path, what: str) -> None:
+    """Every file of a component is what its name says: whole safetensors, JSON, and no Git LFS pointer.
+
+    Args:
+        folder: a diffusers folder.
+        what: what it is, to begin an error with.
+
+    Raises:
+        UserError: one is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = components(read_index(folder, what))
+    names.pop(SAFETY_CHECKER, None)  # is not loaded
+    for file in _files(folder, names):
+        short = file.relative_to(folder).as_posix()
+        if is_lfs_pointer(file):
+            raise UserError(
+                f"{what}: {short} is a Git LFS pointer, not the file itself: run git lfs pull in {folder}"
+            )
+        if file.suffix == ".json":
+            content = _json(file, folder, what)
+            shards = set(content["weight_map"].values()) if file.name.endswith(".index.json") else set()
+            if missing := sorted(str(shard) for shard in shards if not (file.parent / str(shard)).is_file()):
+                raise UserError(f"{what}: {short} names {missing[0]}, which is not there: get it again")
+        elif file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "np"):  # reads the header, and compares the file's length with it
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{what}: {short} is cut off or no safetensors file ({error}): get it again"
+                ) from None
+
+
+def _files(folder: Path, names: dict[str, tuple[str, str]]) -> Iterator[Path]:
+    for name in sorted(names):
+        yield from sorted(file for file in (folder / name).glob("*") if file.is_file())
+
+
+def _json(file: Path, folder: Path, what: str) -> Any:
+    short = file.relative_to(folder).as_posix()
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        if is_lfs_pointer(file):
+            raise UserError(
+                f"{what}: {short} is a Git LFS pointer, not the file itself: run git lfs pull in {folder}"
+            ) from None
+        raise UserError(f"{what}: {short} is not JSON ({error}): get it again") from None
+    except OSError as error:
+        raise UserError(f"{what}: {short} cannot be read ({error.strerror})") from None

@@ -1,0 +1,118 @@
+"""A network on a path, and the student: a trained copy of the teacher's network that keeps its scale and output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.change_of_path import STRAIGHT
+from stepdistill.diffusion.path import FlowPath, per_sample
+from stepdistill.errors import UserError
+from stepdistill.families.condition import Condition
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.experts import Experts
+from stepdistill.networks.lora import add_lora, lora_layers
+
+if TYPE_CHECKING:
+    from stepdistill.networks.teacher import PipelineTeacher
+
+
+class Student(Denoiser):
+    """The network that is distilled: full weights, or LoRA on frozen teacher weights."""
+
+    @staticmethod
+    def from_teacher(
+        teacher: PipelineTeacher,
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        adapter: Mapping[str, Tensor] | None = None,
+    ) -> Student:
+        """A student that starts as the teacher, in the output kind of ``teacher.start``.
+
+        Args:
+            teacher: whose network is copied, in float32.
+            lora_rank: 0 trains all weights; otherwise the rank of the adapter that is trained.
+            lora_alpha: scale of the adapter times its rank; default the rank, a scale of 1.
+            adapter: the weights with which the adapter turns the teacher's own network into ``teacher.start``; None
+                where it starts at zero.
+        """
+        start = teacher.start
+        source = teacher.denoiser if adapter else start
+        net = source.trainable_net().requires_grad_(lora_rank == 0)
+        if lora_rank:
+            add_lora(net, source.family.lora_targets, lora_rank, lora_alpha or float(lora_rank))
+            net.load_state_dict(adapter or {}, strict=False)
+        return Student(net.eval().to(teacher.device), start.path, start.output, start.family)
+
+    @property
+    def two_times(self) -> bool:
+        """Whether the network is also told where its jump ends."""
+        first = self.net.nets[0] if isinstance(self.net, Experts) else self.net
+        return self.family.has_second_time(first)
+
+    def add_second_time(self) -> None:
+        """Gives the network its second time t - s, which changes nothing at the start.
+
+        Raises:
+            UserError: where the family has no way to, or the student is a LoRA.
+        """
+        if self.two_times:
+            return
+        self._refuse_lora("this method adds a second time to the network", "")
+        self.net = self.family.second_time(self.net)
+
+    def add_guidance_input(self) -> None:
+        """Gives the network the guidance scale as an input, which changes nothing at the start.
+
+        Raises:
+            UserError: where the family has no way to, or the student is a LoRA.
+        """
+        self._refuse_lora("options.guidance_range adds weights", ", or use one fixed options.guidance")
+        self.net = self.family.guidance_input(self.net)
+
+    def make_slimmer(self, width: float, depth: float) -> None:
+        """Replaces the network by a smaller one of its class, with new weights.
+
+        Args:
+            width: channels over the old ones, in (0, 1].
+            depth: layers of each resolution over the old ones, in (0, 1].
+
+        Raises:
+            UserError: where the family has no smaller network, nothing would get smaller, or the student is a LoRA.
+        """
+        self._refuse_lora("a smaller student has new weights", "")
+        self.net = self.family.slimmer(self.net, width, depth)
+
+    def _refuse_lora(self, what: str, otherwise: str) -> None:
+        if lora_layers(self.net):
+            raise UserError(f"{what}, which a LoRA cannot hold: set student.lora_rank=0{otherwise}")
+
+    def stock_net(self, gap: float) -> nn.Module:
+        """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is
+        folded into a bias; otherwise the network itself. ``gap`` is that of the sampler, ``Sampler.gap``."""
+        return self.family.fold_second_time(self.net, gap) if self.two_times else self.net
+
+    def _towards(self, s: Tensor) -> Tensor | None:
+        return s if self.two_times else None
+
+    def mean_velocity(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """u(x_t, t, s) with x_s = x_t - (t - s) u, [B, C, H, W]; at s = t the plain velocity."""
+        prediction = self.predict(x_t, t, cond, self._towards(s))
+        if isinstance(self.path, FlowPath):
+            return prediction.velocity  # a DDIM step on the straight path is an Euler step
+        gap = per_sample(t - s, x_t)
+        mean = (x_t - prediction.at(s)) / torch.where(gap == 0, torch.ones_like(gap), gap)
+        return torch.where(gap == 0, prediction.velocity, mean)
+
+    def flow_velocity(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """The same read on the straight path: for x_t, t and s there, x_s = x_t - (t - s) u, whatever the own path is.
+
+        DDIM steps commute with a change of path, so a flow map learnt there is one on the student's own path."""
+        return self.predict_on(STRAIGHT, x_t, t, cond, self._towards(s)).velocity
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """x_s from x_t along the student's own DDIM step, [B, C, H, W]."""
+        return self.predict(x_t, t, cond, self._towards(s)).at(s)

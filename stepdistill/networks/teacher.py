@@ -1,0 +1,210 @@
+"""PipelineTeacher: any diffusers pipeline of a known family as a frozen model on a path."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled
+from stepdistill.diffusion.path import FlowPath, Path, Prediction
+from stepdistill.diffusion.shift import shift_of
+from stepdistill.errors import UserError
+from stepdistill.families import family_of
+from stepdistill.families.base import Family
+from stepdistill.families.condition import Condition
+from stepdistill.networks.denoiser import Denoiser, in_bfloat16
+from stepdistill.networks.loading import with_merged_adapters, without_filters
+from stepdistill.networks.scheduler_path import path_of
+
+
+class PipelineTeacher:
+    """A diffusers pipeline as a frozen teacher: with its own adapters merged, and without what alters its pictures.
+
+    Args:
+        pipe: the pipeline; a VAE in half precision is replaced by a float32 copy.
+        device: where its networks go.
+        family: how the pipeline is called; found by its class when not given.
+        guidance_interval: times at which guidance is on.
+        guidance_rescale: how far guided outputs are drawn to the deviation of those that are not guided.
+        shift: of the times, for a flow model; None takes its scheduler's own.
+        guidance: for a network that takes the scale as an input, that of the copies that are trained.
+
+    Raises:
+        UserError: for a shift where there is none, or a scheduler of its own whose spacing is no shift.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        device: torch.device | str = "cpu",
+        family: Family | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        shift: float | None = None,
+        guidance: float = 1.0,
+        guidance_rescale: float = 0.0,
+    ) -> None:
+        self.pipe: Any = with_merged_adapters(without_filters(pipe))
+        self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
+        self.family = family or family_of(pipe)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.family.adopt(self.pipe)
+        self.pipe.to(device)
+        vae = self.pipe.components.get("vae")
+        if isinstance(vae, nn.Module) and vae.dtype != torch.float32:
+            self._replace(vae=copy.deepcopy(vae).float())  # in float16, SDXL's overflows
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.device = torch.device(device)
+        path, output = path_of(self.pipe.scheduler)
+        if isinstance(path, FlowPath):
+            path = FlowPath(shift or shift_of(self.pipe.scheduler, self.family.image_tokens(self.pipe)))
+        elif shift is not None:
+            raise UserError(
+                f"options.shift is {shift:g}, but the times of a {type(self.pipe.scheduler).__name__} have no shift, "
+                "which only flow models have: leave it out"
+            )
+        self.denoiser: Denoiser = Denoiser(
+            getattr(self.pipe, self.family.denoiser), path, output, self.family
+        )
+        if self.family.takes_guidance(self.denoiser.net):
+            if guidance_rescale:
+                raise UserError(
+                    f"options.guidance_rescale is {guidance_rescale:g}, but this teacher takes guidance as an input "
+                    "and has no other output to rescale to: set 0"
+                )
+            self.denoiser.guidance = guidance
+        self.start = self.denoiser
+        self.shape = self.family.latent_shape(self.pipe)
+        with torch.no_grad():
+            self.null = self.family.null(self.pipe)
+
+    def _replace(self, **components: nn.Module) -> None:
+        """Sets components of the pipeline in a copy of it: the one that was handed in stays as it is."""
+        self.pipe = copy.copy(self.pipe)
+        self.pipe.register_modules(**components)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """From here on the network computes in float32 or bfloat16, whatever autocast is on around it, and is held for
+        that; trainable copies are to be made before. Encoders stay as they are, the VAE is float32.
+
+        Args:
+            dtype: one of the two.
+        """
+        net = self.denoiser.net
+        if dtype == torch.bfloat16:
+            net = in_bfloat16(net)
+        elif any(value.dtype != dtype for value in net.parameters()):
+            net = copy.deepcopy(net).to(dtype)
+        if net is not self.denoiser.net:
+            self._replace(**{self.family.denoiser: net})
+        self.denoiser.net, self.denoiser.compute = net, dtype
+
+    @property
+    def path(self) -> Path:
+        return self.denoiser.path
+
+    @torch.no_grad()
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """What the teacher says about x_t [B, C, H, W] at t [B]; guided prediction is one call of 2 B samples, or of B
+        where the network takes the scale as an input.
+
+        Raises:
+            UserError: when guidance is asked of a model that has no unconditional mode.
+        """
+        return self.predict_with_input_gradient(x_t, t, cond, guidance=guidance)
+
+    def predict_with_input_gradient(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """The same prediction with a graph to x_t; the teacher's own weights are frozen and get no gradient.
+
+        Raises:
+            UserError: when guidance is asked of a model that has no unconditional mode.
+        """
+        if self.denoiser.guidance is not None:
+            scale = in_interval(guidance, t, *self.guidance_interval)
+            return self.denoiser.predict(x_t, t, self.denoiser.guided(cond, scale))
+        if not isinstance(guidance, Tensor) and guidance == 1.0:
+            return self.denoiser.predict(x_t, t, cond)
+        if self.null is None:
+            raise UserError(
+                f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1"
+            )
+        both = self.denoiser.predict(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), self.null.repeat(len(x_t)).join(cond)
+        )
+        weak, strong = (
+            Prediction(self.path, x0, eps, t)
+            for x0, eps in zip(both.x0.chunk(2), both.eps.chunk(2), strict=True)
+        )
+        if self.guidance_interval != (0.0, 1.0):
+            guidance = in_interval(guidance, t, *self.guidance_interval)
+        guided = extrapolate(weak, strong, guidance)
+        if not self.guidance_rescale:
+            return guided
+        return rescaled(guided, strong, self.guidance_rescale, self.denoiser.output, x_t)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Condition:
+        """Conditions of the prompts, through the pipeline's own encoder."""
+        return self.family.encode(self.pipe, prompts)
+
+    @torch.no_grad()
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to what the denoiser works on."""
+        return self.family.to_latents(self.pipe, images)
+
+    @torch.no_grad()
+    def to_images(self, latents: Tensor) -> Tensor:
+        """What the denoiser works on to images [B, 3, H, W] in [0, 1]."""
+        return self.family.to_images(self.pipe, latents)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights of all networks and the scheduler's config: what the teacher's samples depend on."""
+        digest = hashlib.sha256()
+        for name, component in sorted(self.pipe.components.items()):
+            if isinstance(component, nn.Module):
+                for key, value in sorted(component.state_dict().items()):
+                    digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
+                    digest.update(
+                        value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                    )
+        config = dict(self.pipe.scheduler.config)
+        if "_use_default_values" in config:  # a set's order, another in every process
+            config["_use_default_values"] = sorted(config["_use_default_values"])
+        digest.update(str(sorted((k, str(v)) for k, v in config.items())).encode())
+        return digest.hexdigest()
+
+
+class Teacher(Protocol):
+    """A frozen model on a path. PipelineTeacher implements it, and so do the closed-form teachers of the tests."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+    @property
+    def start(self) -> Denoiser:
+        """What a student and a network that follows it start as: the same network, or it turned into another output."""
+        ...
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """What the teacher says about x_t [B, ...] at t [B], under classifier-free guidance; never holds a graph."""
+        ...
+
+    def predict_with_input_gradient(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
+    ) -> Prediction:
+        """The same prediction with a graph to x_t, and none to the teacher's weights."""
+        ...

@@ -1,0 +1,167 @@
+"""Recipes: a YAML file and ``--set a.b=c`` become frozen models in which every key is known.
+
+An error names the place it came from, the key by its path and the nearest name that exists. Options of a method are
+checked by the method's own Options class, which means importing it (and torch): :func:`method_options`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, PrivateAttr, ValidationError
+
+from stepdistill.errors import UserError, did_you_mean
+from stepdistill.recipes.messages import explain, source_prefix
+from stepdistill.recipes.sections import DataOptions, Section, StudentOptions, TermOptions, TrainOptions
+from stepdistill.system.shipped import module_summaries, recipe_files
+
+DEFAULT_TEACHER = "emoji"
+DEFAULT_METHOD = "dmd"
+
+
+class Recipe(Section):
+    """Everything a run depends on.
+
+    Attributes:
+        teacher: an embedded teacher's name, a diffusers folder or a Hub name.
+        method: a method's name, or ``./file.py`` with one.
+        options: the method's own options; :func:`method_options` checks them.
+        terms: what is added to any method's loss.
+        evaluate: False for no evaluation, True for the teacher's own suite, or a suite's name.
+        output: run folder; None lets the command line choose one under runs/.
+    """
+
+    teacher: str = DEFAULT_TEACHER
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    terms: TermOptions = TermOptions()
+    student: StudentOptions = StudentOptions()
+    data: DataOptions = DataOptions()
+    train: TrainOptions = TrainOptions()
+    evaluate: bool | str = True
+    output: str | None = None
+
+    # Key path -> where it was set: for messages only, so not part of what a recipe is or equals.
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+
+def load_recipe(
+    name_or_path: str | Path | None = None,
+    *,
+    teacher: str | None = None,
+    method: str | None = None,
+    sets: Sequence[str] = (),
+) -> Recipe:
+    """Reads a recipe, then lays teacher, method and ``a.b=c`` assignments (values in YAML) over it.
+
+    A name without .yaml is a shipped recipe. Without any name the method's recipe for an embedded teacher is taken,
+    the quick one first, and plain defaults where there is none. The method's options are not checked here.
+
+    Raises:
+        UserError: no such file, no valid YAML, or a key or value that a recipe cannot have.
+    """
+    tree: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    path = _find_recipe(name_or_path, teacher, method)
+    if path is not None:
+        sources[""] = str(path) if _is_path(name_or_path) else path.name
+        tree = _read_yaml(path, sources[""])
+        own = tree.get("method")
+        if isinstance(own, str) and own.endswith(".py") and not Path(own).is_file():
+            beside = (
+                path.parent / own
+            )  # a method's file may lie where the command is run, or beside its recipe
+            tree["method"] = str(beside) if beside.is_file() else own
+    for key, value in (("teacher", teacher), ("method", method)):
+        if value is not None:
+            tree[key] = value
+            sources[key] = f"--{key}"
+    for assignment in sets:
+        _assign(tree, assignment)
+        sources[assignment.partition("=")[0].strip()] = "--set"
+    if not sources.get(""):
+        tree.setdefault("method", DEFAULT_METHOD)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, "", "a recipe", sources)) from None
+    recipe._sources.update(sources)
+    _check_method(recipe)
+    return recipe
+
+
+def _is_path(name: str | Path | None) -> bool:
+    return name is not None and (isinstance(name, Path) or name.endswith((".yaml", ".yml")) or "/" in name)
+
+
+def _find_recipe(name: str | Path | None, teacher: str | None, method: str | None) -> Path | None:
+    if name is None:
+        shipped, own = recipe_files(), f"{method or DEFAULT_METHOD}_{teacher or DEFAULT_TEACHER}"
+        return shipped.get(f"{own}_quick", shipped.get(own))
+    if _is_path(name):
+        if not Path(name).is_file():
+            raise UserError(
+                f"{name}: there is no such recipe file; `stepdistill ls recipes` lists the shipped ones"
+            )
+        return Path(name)
+    shipped = recipe_files()
+    if str(name) not in shipped:
+        raise UserError(
+            f"{name} is not a shipped recipe {did_you_mean(str(name), shipped)}; a file ends in .yaml"
+        )
+    return shipped[str(name)]
+
+
+def _read_yaml(path: Path, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{source}: not valid YAML{line}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not YAML text: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise UserError(f"{source}: a recipe is a mapping of keys to values, and this file is not")
+    return tree
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> None:
+    """Sets a.b = c in the tree; the value is YAML."""
+    key, equals, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {assignment}: write it as key=value, such as --set train.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(
+            f"--set {assignment}: {text} is not a YAML value; quote it, such as '{key}=\"...\"'"
+        ) from None
+    for depth, part in enumerate(parts[:-1]):
+        below = tree.setdefault(part, {})
+        if below is None:
+            below = tree[part] = {}
+        if not isinstance(below, dict):
+            raise UserError(f"--set {assignment}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+        tree = below
+    tree[parts[-1]] = value
+
+
+def _check_method(recipe: Recipe) -> None:
+    """The method exists; known from file names alone, so that a slip costs no import of torch."""
+    source = source_prefix("method", recipe._sources)
+    if recipe.method.endswith(".py"):
+        if not Path(recipe.method).is_file():
+            raise UserError(f"{source}method is {recipe.method}, and there is no such file")
+    elif recipe.method not in (known := module_summaries("methods")):
+        raise UserError(f"{source}{recipe.method} is not a method {did_you_mean(recipe.method, known)}")

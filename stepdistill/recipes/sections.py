@@ -1,0 +1,170 @@
+"""The sections of a recipe: what the student is, what it learns from, what is added to its loss, how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_Positive = Annotated[int, Field(ge=1)]
+_NotNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Frozen, and closed against keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _descends(times: Sequence[float]) -> bool:
+    return all(later < earlier for earlier, later in pairwise(times))
+
+
+class StudentOptions(Section):
+    """What the student is.
+
+    Attributes:
+        times: where it jumps from, descending in (0, 1]; None takes the method's default. A first time below 1 is for
+            dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
+        lora_rank: rank of the adapters that are trained; 0 trains the whole network.
+        lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
+        output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
+            data-free stage that turns the teacher's network (stepdistill/training/output_matching.py); ``auto``: v
+            where the teacher says eps and a one-step student is called near pure noise.
+        output_samples: of the teacher, on which that stage works.
+        output_steps: its updates.
+        output_lr: its learning rate.
+    """
+
+    times: tuple[float, ...] | None = None
+    lora_rank: _NotNegative = 0
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    output: Literal["auto", "teacher", "v", "x0"] = "auto"
+    output_samples: _Positive = 1024
+    output_steps: _Positive = 1000
+    output_lr: Annotated[float, Field(gt=0)] = 1e-4
+
+    @model_validator(mode="after")
+    def _check(self) -> StudentOptions:
+        times = self.times
+        if times is not None and (times == () or times[0] > 1 or times[-1] <= 0 or not _descends(times)):
+            raise ValueError(f"times must descend within (0, 1], such as [1.0, 0.5]; found {list(times)}")
+        if self.lora_alpha is not None and self.lora_rank == 0:
+            raise ValueError("lora_alpha does nothing without lora_rank")
+        return self
+
+
+class DataOptions(Section):
+    """What it learns from.
+
+    Attributes:
+        prompts: a text file with one prompt per line, or another kind of file that stepdistill.data.prompts reads; None
+            takes the teacher's own captions.
+        images: folder of real images with captions, for methods that need them; None takes the teacher's own.
+        pairs: folder of cached (noise, teacher sample) pairs; None keeps them in the run folder.
+    """
+
+    prompts: str | None = None
+    images: str | None = None
+    pairs: str | None = None
+
+
+class TrainOptions(Section):
+    """How it is trained.
+
+    Attributes:
+        steps: optimiser steps, over all networks.
+        budget_seconds: training time after which the run ends as if its steps were done, exported and measured, the
+            rate where its schedule had it; 0 sets no limit.
+        batch: samples per optimiser step, over all processes and accumulation.
+        accumulate: parts a process works through one after the other to make one optimiser step.
+        lr: learning rate of the student; a method scales it for its other networks.
+        lr_of: what a step of that rate moves: ``weights``, or ``x0``: the student's rate is then divided by how far its
+            clean sample moves with its output, as root mean square over its times, so that a rate means the same for
+            every output kind (14.6 times as much for one step of an eps network on Stable Diffusion's table as for v).
+        warmup: steps over which the rate rises from 0.
+        schedule: the rate after the warm-up: constant, or falling to 0 as a cosine or a line.
+        betas, weight_decay: of AdamW.
+        clip: largest gradient norm of a network; 0 leaves gradients as they are.
+        ema: decay of the averaged weights per step, in (0, 1); 0 exports the last weights.
+        ema_power: instead of one decay, that of a power-function average: after n updates (1 - 1 / n)^(ema_power + 1)
+            (Karras et al. 2024, 2312.02696, eq. 127), which forgets the start at the pace at which the run gets longer.
+            16.97 and 6.94 are averages of relative width 0.05 and 0.1; 0 takes ``ema``.
+        seed: of every random number of the run.
+        precision: of the networks' arithmetic. Trained weights, optimiser and average stay float32, the VAE computes in
+            it, and what is exported was never rounded; of the frozen teacher, matrices alone are held in bf16.
+            Differences for derivatives (scm, meanflow, flow_map) are taken in float32 all the same. Consistency methods
+            with short steps may want ``teacher_precision: float32``: near pure noise bf16 moves an eps network's x0 by
+            as much as such a step does.
+        teacher_precision: of the teacher's arithmetic where it should differ; float32 then holds it in float32.
+        attention: sdpa (torch's fused kernels), xformers or math.
+        checkpoint_every: steps between checkpoints.
+        keep: newest checkpoints that stay on the disk.
+        sheet_every: steps between contact sheets; 0 draws none.
+        tracker: an experiment tracker that accelerate knows, such as tensorboard or wandb.
+    """
+
+    steps: _Positive = 1000
+    budget_seconds: Annotated[float, Field(ge=0)] = 0.0
+    batch: _Positive = 64
+    accumulate: _Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr_of: Literal["weights", "x0"] = "weights"
+    warmup: _NotNegative = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_power: Annotated[float, Field(ge=0)] = 0.0
+    seed: _NotNegative = 0
+    precision: Literal["float32", "bf16"] = "float32"
+    teacher_precision: Literal["float32", "bf16"] | None = None
+    attention: Literal["sdpa", "xformers", "math"] = "sdpa"
+    checkpoint_every: _Positive = 200
+    keep: _Positive = 2
+    sheet_every: _NotNegative = 100
+    tracker: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainOptions:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
+        if self.ema and self.ema_power:
+            raise ValueError("ema and ema_power are two kinds of one average: set one of them to 0")
+        return self
+
+
+class TermOptions(Section):
+    """Terms beside any method's own loss of its student; at weight 0 they are absent. See stepdistill/losses/terms.py.
+
+    Attributes:
+        regression_weight: of the regression on cached pairs.
+        regression: its distance.
+        perceptual_weight: of the same regression in the features of an image network.
+        perceptual: that network: ``emoji`` or ``clip:FOLDER``.
+        gan_weight: of the GAN loss of the student's samples against real images.
+        gan_lr_ratio: learning rate of its discriminator over train.lr.
+    """
+
+    regression_weight: Annotated[float, Field(ge=0)] = 0.0
+    regression: Literal["l2", "l1", "huber"] = "l2"
+    perceptual_weight: Annotated[float, Field(ge=0)] = 0.0
+    perceptual: str = "emoji"
+    gan_weight: Annotated[float, Field(ge=0)] = 0.0
+    gan_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+
+    @field_validator("perceptual")
+    @classmethod
+    def _has_a_graph(cls, name: str) -> str:
+        if name != "emoji" and not name.startswith("clip:"):
+            raise ValueError("a loss needs a network with a graph: give emoji or clip:FOLDER")
+        return name
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the terms ask of the data."""
+        pairs = {"pairs", "states"} if self.regression_weight or self.perceptual_weight else set()
+        return frozenset(pairs | ({"images"} if self.gan_weight else set()))

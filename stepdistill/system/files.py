@@ -1,0 +1,66 @@
+"""Files: their SHA-256, and whether one can be written, said before anything slow."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from stepdistill.errors import UserError
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """The folder can be written to; it is made when it is missing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output folder {folder} cannot be written: {error.strerror}; give another --output"
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """As :func:`check_writable`, and leaves the disk as it was.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        check_writable(folder)
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # another run may be in it by now
+                place.rmdir()
+
+
+def check_file(path: Path) -> None:
+    """A file that is written after minutes of work can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; give a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} is not there or cannot be written")
+
+
+def sha256_of_file(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

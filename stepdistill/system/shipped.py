@@ -1,0 +1,74 @@
+"""Where the files that are not Python modules of the package lie, in a wheel as in a checkout.
+
+train/, eval/ and pipelines/ are folders at the top of the repository; the wheel carries them as stepdistill._content.
+Nothing here imports torch: ``stepdistill ls`` answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+from typing import Literal
+
+Folder = Literal["train", "eval", "pipelines"]
+
+LFS = b"version https://git-lfs"
+"""What a Git LFS pointer begins with."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def content_folder(name: Folder) -> Path:
+    """The folder train/, eval/ or pipelines/: from the wheel, or from the checkout in an editable installation.
+
+    Raises:
+        FileNotFoundError: neither is there, so the installation is damaged.
+    """
+    for folder in (_PACKAGE / "_content" / name, _PACKAGE.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"stepdistill's content folder {name}/ is missing beside {_PACKAGE}: reinstall it"
+    )
+
+
+def cache_folder() -> Path:
+    """The user's cache: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
+    given = os.environ.get("STEPDISTILL_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "stepdistill"
+
+
+def recipe_files() -> dict[str, Path]:
+    """Shipped recipes by name (the file's name without .yaml)."""
+    return {path.stem: path for path in sorted((content_folder("train") / "recipes").glob("*.yaml"))}
+
+
+def suite_files() -> dict[str, Path]:
+    """Shipped evaluation suites by name."""
+    return {path.stem: path for path in sorted((content_folder("eval") / "suites").glob("*.yaml"))}
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git leaves in the place of one that Git LFS keeps, until it is pulled."""
+    with file.open("rb") as stream:
+        return stream.read(len(LFS)) == LFS
+
+
+def module_summaries(package: Literal["methods", "families"]) -> dict[str, str]:
+    """What a subpackage offers, with the first line of each docstring, read without importing anything."""
+    found: dict[str, str] = {}
+    for path in sorted((_PACKAGE / package).glob("*.py")):
+        if path.stem not in ("base", "condition") and not path.stem.startswith("_"):
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            found[path.stem] = docstring.partition("\n")[0]
+    return found
+
+
+def header(path: Path) -> str:
+    """The comment a YAML file opens with, on one line: its command, what it needs and what it gave."""
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return " | ".join(line for line in lines if line)

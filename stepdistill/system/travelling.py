@@ -1,0 +1,45 @@
+"""Files of ours that travel inside a student where no stock diffusers class does what it needs; see ``pipelines/``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from stepdistill.system.shipped import content_folder
+
+REASONS = {
+    "phased_experts.py": (
+        "its network is one expert for each stretch of its steps, and no stock diffusers class changes weights between "
+        "steps"
+    ),
+    "flow_consistency.py": (
+        "it takes fresh noise between its steps, for which the stock flow schedulers need a generator that not every "
+        "pipeline hands them"
+    ),
+}
+"""The files in pipelines/, and why each travels, as a model card says it."""
+
+
+def travelling_module(name: str) -> Any:
+    """The module pipelines/``name``.py, loaded by its path under its bare name, which diffusers writes into folders."""
+    if name not in sys.modules:
+        file = content_folder("pipelines") / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+def travelling_code(folder: Path) -> list[Path]:
+    """The Python files of a student folder, which diffusers runs only with ``trust_remote_code=True``."""
+    return sorted(folder.rglob("*.py"))
+
+
+def is_own_code(file: Path) -> bool:
+    """Whether a Python file of a student folder is, byte for byte, one of pipelines/."""
+    shipped = content_folder("pipelines") / file.name
+    return shipped.is_file() and shipped.read_bytes() == file.read_bytes()

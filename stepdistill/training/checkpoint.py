@@ -1,0 +1,126 @@
+"""Checkpoints: safetensors and one JSON, hashed, written under a temporary name and renamed, the last few kept.
+
+``checkpoints/step-00000100/`` holds ``<name>.safetensors`` for every group of tensors and ``state.json``, which lists
+the files with their SHA-256. A folder without a valid ``state.json`` is no checkpoint; a listed file whose hash differs
+is an error, never a silent restart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.system.files import sha256_of
+
+STATE = "state.json"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run's ``checkpoints`` folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Writes one checkpoint and removes all but the last ``keep``.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        step: optimiser steps done.
+        tensors: groups of tensors, one file each.
+        state: what else there is to remember, JSON.
+        keep: how many checkpoints stay, at least 1.
+
+    Raises:
+        UserError: when it cannot be written (a full disk, say); earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{step:08d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        files = {}
+        for name, group in tensors.items():
+            file = partial / f"{name}.safetensors"
+            save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
+            files[file.name] = sha256_of(file)
+        with (partial / STATE).open("w") as stream:
+            json.dump({**state, "step": step, "files": files}, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = checkpoints_in(folder)
+        last = f"the last good one is {kept[-1]}" if kept else "there is no earlier one"
+        raise UserError(
+            f"checkpoint {final} could not be written ({error}); {last}. Free space and use --resume"
+        ) from error
+    for old in checkpoints_in(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        return {**state, "files": dict(state["files"])}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {path} has no readable {STATE} ({error}): delete that folder to resume from the one before it"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the state of a checkpoint, after its files' hashes were checked.
+
+    Raises:
+        UserError: for a missing or altered file, naming it.
+    """
+    state = read_state(path)
+    tensors = {}
+    for name, expected in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(
+                f"checkpoint {path} lacks {name}: delete that folder to resume from the one before it"
+            )
+        if sha256_of(file) != expected:
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} has not the SHA-256 that {STATE} states. Delete that folder to "
+                "resume from the one before it"
+            )
+        tensors[file.stem] = load_file(file)
+    return tensors, state
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser as named tensors, ``NUMBER.KEY``."""
+    states = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts such tensors back into an optimiser over the same parameters."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        states.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,55 @@
+"""Pictures of a run: labelled rows of the same prompts and seeds, and the contact sheets drawn while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stepdistill.networks.averages import Ema, averaged
+from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.pages.sheets import rows_of_pictures
+from stepdistill.training.health import Seen, Vitals
+
+
+class ContactSheets:
+    """Draws the same prompts with the student every so often, writes them down and looks whether they are healthy.
+
+    Args:
+        folder: where ``step-00000100.png`` go.
+        student, sampler, teacher: who draws, how, and who decodes.
+        prompts: at least 2.
+        guidance: of the teacher's pictures they are compared with.
+        teacher_steps: their steps.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        student: Student,
+        sampler: Sampler,
+        teacher: PipelineTeacher,
+        prompts: Sequence[str],
+        guidance: float,
+        teacher_steps: int,
+    ) -> None:
+        self.folder, self.student, self.sampler, self.teacher = folder, student, sampler, teacher
+        self.prompts, self.seeds = list(prompts), list(range(len(prompts)))
+        drawn = teacher_pictures(teacher, self.prompts, self.seeds, teacher_steps, guidance)
+        self.reference = Vitals.of(drawn)
+        self.teacher_row = (f"teacher, {teacher_steps} steps", to_uint8(drawn))
+
+    def look(self, step: int, ema: Ema | None) -> Seen:
+        """Draws the sheet of one step; its numbers go to the log, its worries above the progress bar."""
+        with averaged(ema):
+            drawn = draw_as_pipeline(self.student, self.sampler, self.teacher, self.prompts, self.seeds)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        label = f"student, {self.sampler.steps} step(s), after {step} updates"
+        sheet = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])
+        sheet.save(self.folder / f"step-{step:08d}.png")
+        vitals = Vitals.of(drawn)
+        return Seen(
+            {"diversity": vitals.diversity, "saturation": vitals.saturation}, vitals.worries(self.reference)
+        )

@@ -1,0 +1,182 @@
+"""distil(): recipe -> teacher, student, method, data -> train -> student folder, proven -> report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from stepdistill.errors import UserError
+from stepdistill.export.verify import verify
+from stepdistill.networks.averages import averaged
+from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
+from stepdistill.training.assemble import TEACHER_STEPS, Job
+from stepdistill.training.contact_sheets import ContactSheets
+from stepdistill.training.identity import resolved_yaml
+from stepdistill.training.loop import train
+from stepdistill.training.preflight import check_output, check_recipe
+from stepdistill.training.run import Run, check_resume
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run left.
+
+    Attributes:
+        folder: the run folder.
+        student: the student's diffusers folder.
+        report: report.json.
+    """
+
+    folder: Path
+    student: Path
+    report: dict[str, Any]
+
+
+def distill(
+    teacher: str | Path | DiffusionPipeline = "emoji",
+    method: str | None = None,
+    output: str | Path = "runs/distilled",
+    *,
+    recipe: str | Path | None = None,
+    sets: Sequence[str] = (),
+    resume: bool = False,
+) -> Distilled:
+    """Distils a teacher into a few-step student.
+
+    Args:
+        teacher: an embedded teacher, a diffusers folder, a hub id, or a pipeline object.
+        method: a method's name or a path to one, ``./my_method.py``; default the recipe's, dmd without a recipe.
+        output: the run folder.
+        recipe: a shipped recipe or a YAML file; default the method's quick recipe on the embedded teacher.
+        sets: assignments laid over the recipe, such as ``"train.steps=500"``.
+        resume: go on with the run in ``output``.
+
+    Raises:
+        UserError: for anything the caller can mend.
+    """
+    named = isinstance(teacher, str | Path)
+    pipeline = None if named else cast("DiffusionPipeline", teacher)
+    wanted = load_recipe(
+        recipe,
+        teacher=str(teacher) if named else type(teacher).__name__,
+        method=method or (None if recipe else DEFAULT_METHOD),
+        sets=sets,
+    )
+    return distil(wanted, output=Path(output), resume=resume, pipeline=pipeline)
+
+
+def distil(
+    recipe: Recipe,
+    *,
+    output: Path,
+    resume: bool = False,
+    command: str | None = None,
+    pipeline: DiffusionPipeline | None = None,
+) -> Distilled:
+    """Runs a recipe from start to report.
+
+    Args:
+        recipe: what to do.
+        output: the run folder.
+        resume: go on from its last checkpoint.
+        command: the command line to state in card and report; default this process's.
+        pipeline: the teacher, where it is an object and not what ``recipe.teacher`` names.
+
+    Raises:
+        UserError: for anything the caller can mend.
+    """
+    if pipeline is None:
+        check_recipe(recipe, output if resume else None)
+    if resume:
+        check_resume(output / "checkpoints", recipe)
+    _check_tracker(recipe.train.tracker)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
+        log_with=recipe.train.tracker,
+        project_dir=str(output),
+    )
+    if (wanted := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise UserError(
+            f"{wanted} processes were launched, but accelerate runs {accelerator.num_processes}: without a GPU, launch "
+            "with ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.is_main_process:
+        check_output(output, resume=resume)
+    job = Job(recipe, accelerator, pipeline)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
+    data = job.data(output)
+    preview = None
+    if accelerator.is_main_process and recipe.train.sheet_every:
+        preview = ContactSheets(
+            output / "sheets",
+            job.student,
+            job.sampler,
+            job.teacher,
+            job.shown(16),
+            job.options.guidance,
+            TEACHER_STEPS,
+        )
+    if recipe.train.tracker:
+        accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
+    trained = train(
+        job.method,
+        data,
+        recipe,
+        output,
+        accelerator,
+        resume=resume,
+        preview=preview.look if preview else None,
+    )
+    accelerator.wait_for_everyone()
+    if recipe.train.tracker:
+        accelerator.end_training()
+    report: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        report = job.finish(output, trained, command)
+    accelerator.wait_for_everyone()
+    return Distilled(output, output / "student", report)
+
+
+def _check_tracker(name: str | None) -> None:
+    able = [str(tracker) for tracker in get_available_trackers()]
+    if name is not None and name not in able:
+        raise UserError(
+            f"train.tracker is {name}, which is not installed or not known to accelerate; installed here: "
+            f"{', '.join(able) or 'none'} (stats.jsonl is always written)"
+        )
+
+
+def export_run(run: Path, output: Path | None = None) -> Path:
+    """Writes and verifies the student of a run's last checkpoint, finished or not.
+
+    Args:
+        run: the run folder.
+        output: where to; default ``run/student``.
+
+    Raises:
+        UserError: when there is no run, no checkpoint, or the student does not verify.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} holds no run: it has no recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml")
+    job = Job(recipe, Accelerator(cpu=not torch.cuda.is_available()), None)
+    state = Run(job.method, recipe, run)
+    state.restore()
+    folder = output or run / "student"
+    with averaged(state.ema):
+        job.export(folder, f"stepdistill export {run}")
+    verify(folder)
+    return folder

@@ -1,0 +1,107 @@
+"""What can be seen to be wrong with a run before anything slow is imported or loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import cast
+
+from stepdistill.data.captions import read_metadata
+from stepdistill.data.prompts import read_prompts
+from stepdistill.errors import UserError
+from stepdistill.networks.find import check_teacher
+from stepdistill.recipes.recipe import Recipe
+from stepdistill.system.files import check_folder
+
+
+def check_recipe(recipe: Recipe, resumed: Path | None = None) -> None:
+    """The teacher, the prompts and the images that a recipe names are there.
+
+    Args:
+        recipe: what names them.
+        resumed: the run folder that is gone on with, if one is.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    try:
+        _check_inputs(recipe)
+    except UserError as error:
+        if resumed is None or (begun := _begun_in(resumed)) in (None, str(Path.cwd())):
+            raise
+        raise UserError(
+            f"{error}; relative paths of the run {resumed} start at {begun}, where it was trained: resume it from there"
+        ) from None
+
+
+def _begun_in(run: Path) -> str | None:
+    """The working directory of the process that wrote the run's last checkpoint, where it says so."""
+    states = sorted(run.glob("checkpoints/step-*/state.json"))
+    try:
+        return cast("str | None", json.loads(states[-1].read_text()).get("folder"))
+    except (IndexError, OSError, ValueError):
+        return None
+
+
+def _check_inputs(recipe: Recipe) -> None:
+    check_teacher(recipe.teacher)
+    if recipe.data.prompts is not None:
+        read_prompts(Path(recipe.data.prompts))
+    if recipe.data.images is not None:
+        _check_images(Path(recipe.data.images))
+
+
+def check_output(folder: Path, *, resume: bool) -> None:
+    """The run folder can be made and written to, and does not hold another run. Leaves the disk as it was.
+
+    Raises:
+        UserError: it cannot be written to, or it holds a run and ``resume`` is off, or none and ``resume`` is on.
+    """
+    begun = (folder / "recipe.yaml").is_file()
+    # A run that failed before its first checkpoint left nothing worth keeping.
+    holds_run = begun and any((folder / name).exists() for name in ("checkpoints", "student", "report.json"))
+    if resume and not begun:
+        raise UserError(
+            f"--resume: {folder.absolute()} holds no run (it has no recipe.yaml); give the run's folder as --output"
+        )
+    if holds_run and not resume:
+        raise UserError(
+            f"{folder} holds a run already: add --resume to go on with it, or give another --output"
+        )
+    check_folder(folder)
+
+
+def next_run_folder(root: Path, name: str) -> Path:
+    """``root/name``, or ``root/name-2``, ``-3``, ...: the first that does not exist."""
+    folder, number = root / name, 2
+    while folder.exists():
+        folder, number = root / f"{name}-{number}", number + 1
+    return folder
+
+
+def newest_run_folder(root: Path, name: str) -> Path:
+    """The run folder of this name with the highest number.
+
+    Raises:
+        UserError: there is none.
+    """
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    numbered = {
+        int(match[1] or 1): folder
+        for folder in (root.iterdir() if root.is_dir() else ())
+        if (match := pattern.fullmatch(folder.name)) and (folder / "recipe.yaml").is_file()
+    }
+    if not numbered:
+        raise UserError(
+            f"--resume: there is no run {(root / name).absolute()} to go on with; give its folder as --output"
+        )
+    return numbered[max(numbered)]
+
+
+def _check_images(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"data.images: {folder} is not a folder; give the folder that holds the images")
+    if not any(folder.iterdir()):
+        raise UserError(f"data.images: {folder} is empty")
+    read_metadata(folder)

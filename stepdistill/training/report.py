@@ -1,0 +1,74 @@
+"""What a run says of itself: report.json, report.html (one file, nothing fetched), and the student's model card."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepdistill.export.card import score_table
+from stepdistill.pages.html import document, embedded_picture, table
+
+
+def write_report(folder: Path, report: Mapping[str, Any], stats: Sequence[Mapping[str, Any]]) -> None:
+    """Writes report.json and report.html into a run folder that holds samples.png and recipe.yaml."""
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    facts = {
+        key: report[key]
+        for key in (
+            "command",
+            "train_seconds",
+            "wall_seconds",
+            "peak_memory_bytes",
+            "hardware",
+            "commit",
+            "verification",
+        )
+    }
+    body = [
+        f"<h1>{html.escape(report['name'])}</h1>",
+        f"<p>{html.escape(report['summary'])}</p>",
+        embedded_picture((folder / "samples.png").read_bytes(), "samples"),
+        _html_table(score_table(report)),
+        *(_curve(stats, turn) for turn in dict.fromkeys(str(row["turn"]) for row in stats)),
+        f"<h2>Run</h2><pre>{html.escape(yaml.safe_dump(facts, sort_keys=False, width=110))}</pre>",
+        f"<h2>Recipe</h2><pre>{html.escape((folder / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
+    ]
+    page = document(str(report["name"]), "td,th{text-align:left}", body)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _html_table(markdown: str) -> str:
+    """A Markdown table with the text under it, as HTML."""
+    lines = markdown.splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|") and "---" not in line
+    ]
+    rest = " ".join(html.escape(line) for line in lines if line and not line.startswith("|"))
+    return f"{table(rows[0], rows[1:])}<p>{rest}</p>" if rows else "<p>Not evaluated.</p>"
+
+
+def _curve(stats: Sequence[Mapping[str, Any]], turn: str, width: int = 520, height: int = 160) -> str:
+    """The loss of one network over steps, as inline SVG."""
+    rows = [
+        (row["step"], row["loss"]) for row in stats if row["turn"] == turn and row.get("loss") is not None
+    ]
+    if len(rows) < 2:
+        return ""
+    bucket = max(1, len(rows) // 200)
+    groups = [rows[i : i + bucket] for i in range(0, len(rows), bucket)]
+    points = [(group[0][0], sum(loss for _, loss in group) / len(group)) for group in groups]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    span, last = (high - low) or 1.0, max(x for x, _ in points) or 1
+    line = " ".join(f"{x / last * width:.1f},{height - (y - low) / span * height:.1f}" for x, y in points)
+    return (
+        f"<h2>Loss of {html.escape(turn)}: {low:.4g} to {high:.4g}</h2>"
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" style="background:#f4f4f4">'
+        f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="1.5"/></svg>'
+    )
