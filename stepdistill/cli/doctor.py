@@ -1,4 +1,4 @@
-"""Is this installation able to run? What is broken is said with what to do about it."""
+"""``stepdistill doctor``: is this installation able to run? What is broken is said with what to do about it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import typer
 
 if TYPE_CHECKING:
     import torch
@@ -185,3 +187,13 @@ def _cache() -> list[Finding]:
 
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+
+
+def doctor() -> None:
+    """Check the installation: versions, devices, attention kernels, cache and disk."""
+    findings = examine()
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        print(f"{finding.state.ljust(6)}  {finding.subject.ljust(width)}  {finding.text}")
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``stepdistill eval``: measure a pipeline, or images. torch is imported after everything cheap was checked."""
+"""``stepdistill eval`` and ``stats``: a pipeline or images measured; a reference made of images."""
 
 from __future__ import annotations
 
@@ -55,7 +55,6 @@ def evaluate_pipeline(
     processes = launched()
 
     def check() -> tuple[tuple[int, ...], Path | None, Suite]:
-
         counts = _step_counts(steps)
         folder = pipeline_or_images(pipeline)
         if folder is None and (counts != (1,) or guidance is not None or trailing or diversity):
@@ -104,6 +103,49 @@ def evaluate_pipeline(
         report.save(output)
     if output is not None:
         print(output)
+
+
+def stats(
+    images: Annotated[str, typer.Argument(help="Real images: a folder, zip, npz or tar.")],
+    output: Annotated[Path, typer.Option(help="Statistics file to write (.safetensors).")],
+    features: Annotated[
+        str, typer.Option(help="emoji, inception, inception:FILE, clip:FOLDER or dinov2:FOLDER.")
+    ] = "emoji",
+    resize: Annotated[
+        str, typer.Option(help="How images reach the network: clean, tf1 or pytorch.")
+    ] = "clean",
+    resolution: Annotated[
+        int, typer.Option(min=0, help="Bring the images to this size first; 0 leaves each at its own.")
+    ] = 0,
+    moments_only: Annotated[
+        bool, typer.Option("--moments-only", help="Leave out what KID, precision and recall need.")
+    ] = False,
+    spatial: Annotated[
+        bool, typer.Option("--spatial", help="Also what sFID needs; inception from a state dict has it.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 256,
+) -> None:
+    """Make reference statistics of real images, with their protocol inside."""
+    from stepdistill.system.files import check_file
+
+    check_file(output)
+    from stepdistill.data.image_sources import open_images
+
+    source = open_images(images, resolution=resolution)
+    from stepdistill.evaluation.statistics import make_statistics
+    from stepdistill.features.load import network_of
+
+    network = network_of(features, resize)
+    made = make_statistics(
+        source,
+        network,
+        output,
+        resolution=resolution,
+        keep_features=not moments_only,
+        spatial=spatial,
+        batch=batch,
+    )
+    print(f"{output}: {made['n']} images, {made['features']}, {made['resize']}")
 
 
 def _is_report(output: Path) -> bool:

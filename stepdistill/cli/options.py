@@ -1,0 +1,19 @@
+"""What several verbs take, and the command as it was given."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+Pipeline = Annotated[
+    str, typer.Argument(help="Embedded teacher, diffusers folder or run folder (its student).")
+]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
+
+
+def command_line() -> str:
+    """The command as the user gave it, for the report."""
+    return shlex.join(["stepdistill", *sys.argv[1:]])

@@ -1,0 +1,89 @@
+"""``stepdistill train``, ``export`` and ``verify``: a run and its student."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepdistill.cli.options import command_line
+from stepdistill.errors import UserError
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Shipped recipe, or a .yaml file.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Embedded teacher, diffusers folder or Hub name.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="A method's name, or ./file.py.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder; by default runs/METHOD_TEACHER, numbered.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Set one key of the recipe; may repeat."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Train a student, export it, prove the export and measure it."""
+    from stepdistill.methods import method_options
+    from stepdistill.recipes.recipe import load_recipe
+    from stepdistill.training import preflight as checks
+
+    source: str | Path | None = recipe
+    if resume and recipe is None and output is not None and (output / "recipe.yaml").is_file():
+        source = output / "recipe.yaml"  # the run's own recipe, so that --resume --output RUN is enough
+    wanted = load_recipe(source, teacher=teacher, method=method, sets=sets or ())
+    first_process = os.environ.get("RANK", "0") == "0"
+    given = output or (Path(wanted.output) if wanted.output else None)
+    folder = given or _default_run_folder(wanted.method, wanted.teacher, resume)
+    if first_process:
+        checks.check_output(folder, resume=resume)
+    checks.check_recipe(wanted, folder if resume else None)
+    method_options(wanted)
+
+    from stepdistill.training.distil import distil
+
+    run = distil(wanted, output=folder, resume=resume, command=command_line())
+    if first_process:
+        print(f"student: {run.student}")
+        print(f"picture: {folder / 'samples.png'}")
+        if run.report.get("gap_closed"):
+            from stepdistill.comparison.ranking import rank, text_table
+
+            print(text_table(rank([{"name": folder.name, "method": wanted.method} | run.report])))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, finished or interrupted.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the student; by default RUN/student.")
+    ] = None,
+) -> None:
+    """Export the student of a run's last checkpoint again."""
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no recipe.yaml")
+    from stepdistill.training.distil import export_run
+
+    print(export_run(run, output))
+
+
+def verify(student: Annotated[Path, typer.Argument(help="Student folder.")]) -> None:
+    """Prove that plain diffusers loads a student and draws what its trainer drew."""
+    if not student.is_dir():
+        raise UserError(f"{student} is not a folder; give a student's folder, such as runs/NAME/student")
+    from stepdistill.export.verify import verify as prove
+
+    print(prove(student))
+
+
+def _default_run_folder(method: str, teacher: str, resume: bool) -> Path:
+    from stepdistill.training import preflight as checks
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each process would number the folder by what it finds, and the first one has made its own by then.
+        raise UserError("give --output DIR when several processes train together")
+    name = f"{Path(method).stem}_{Path(teacher).name}"
+    return (checks.newest_run_folder if resume else checks.next_run_folder)(Path("runs"), name)
