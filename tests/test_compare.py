@@ -21,6 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.pages.plots import Series, line_plot
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import recipe_files
+from stepdistill.training.run_report import RunReport, read_report
 
 
 def write_report(folder: Path, fd: dict[str, float], **changes: object) -> str:
@@ -40,6 +41,8 @@ def write_report(folder: Path, fd: dict[str, float], **changes: object) -> str:
         "gap_closed": {steps: (5 - value) / 4 for steps, value in fd.items()},
         "recall_of_teachers": dict.fromkeys(fd, 0.95),
         "train_seconds": 61.0,
+        "wall_seconds": 70.0,
+        "verification": "verified",
         "updates": 90,
         "updates_planned": 100,
         "peak_memory_bytes": 3 * 2**20,
@@ -99,7 +102,7 @@ def test_different_protocols_are_not_ranked(tmp_path: Path, change: dict[str, ob
     first = write_report(tmp_path / "a", {"1": 3.0}, protocol={"features_sha256": "x"})
     other = write_report(tmp_path / "b", {"1": 2.0}, **change)
     with pytest.raises(UserError, match=field):
-        compare.rank([compare.read_report(first), compare.read_report(other)])
+        compare.rank([read_report(first), read_report(other)])
 
 
 def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
 def test_what_eval_wrote_is_read(tmp_path: Path) -> None:
     score = {"n": 2000, "fd": 1.25, "clip_score": None, "kid": 0.1, "recall": 0.5}
     (tmp_path / "mine.json").write_text(json.dumps({"suite": "emoji@1", "n": 2000, "scores": {"2": score}}))
-    (row,) = compare.rank([compare.read_report(tmp_path / "mine.json")])
+    (row,) = compare.rank([read_report(tmp_path / "mine.json")])
     assert (row.name, row.steps, row.fd, row.clip_score, row.gap_closed) == ("mine", 2, 1.25, None, None)
     assert (row.kid, row.recall) == (0.1, 0.5)
 
@@ -266,3 +269,26 @@ def test_a_budget_is_not_part_of_what_a_run_is() -> None:
 
     plain, short = (load_recipe("lcm_emoji", sets=sets) for sets in ((), ("train.budget_seconds=5",)))
     assert plain != short and identity(plain) == identity(short)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 2}, "a report of schema 2, and this version reads 1"),
+        ({"train_seconds": "long"}, "train_seconds: Input should be a valid number"),
+        ({"mystery": 1}, "mystery: Extra inputs are not permitted"),
+        ({"verification": None}, "verification: Input should be a valid string"),
+    ],
+)
+def test_a_report_that_is_not_of_the_schema_is_refused(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    run = write_report(tmp_path / "run", {"1": 2.0})
+    read = read_report(run)
+    assert (
+        isinstance(read, RunReport) and read.version == 1
+    )  # written before the schema was: read as its first
+    assert RunReport.model_validate_json(read.text()) == read
+    write_report(tmp_path / "other", {"1": 2.0}, **change)
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_report(tmp_path / "other")

@@ -18,6 +18,7 @@ from stepdistill.export.verify import verify
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.training.distil import export_run
+from stepdistill.training.run_report import read_report
 
 SHORT = [
     "train.batch=4",
@@ -69,7 +70,7 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     with Image.open(run.folder / "samples.png") as picture:
         assert picture.width > 16 * 32
     report = json.loads((run.folder / "report.json").read_text())
-    assert report == json.loads(json.dumps(run.report))
+    assert run.report is not None and read_report(run.folder) == run.report and report["schema"] == 1
     needed = (
         "suite n teacher student gap_closed train_seconds peak_memory_bytes command hardware commit versions"
     )
@@ -92,7 +93,7 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
     sets = [*SHORT, prompts, "train.steps=4", "train.ema=0.5", "train.lr=1e-2", "student.lora_rank=2",
             "student.times=[1.0, 0.5]", "options.pairs=4", "options.pair_steps=2", "options.guidance=2"]  # fmt: skip
     run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
-    assert "drawn in 2 step(s) by plain diffusers" in run.report["verification"]
+    assert "drawn in 2 step(s) by plain diffusers" in run.report.verification
     again = export_run(run.folder, tmp_path / "again")
     for name in ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"):
         first, second = load_file(run.student / name), load_file(again / name)
@@ -122,7 +123,7 @@ def test_a_run_with_a_second_time_ends_in_the_stock_class(tmp_path, prompts):
     sets = [*SHORT, prompts, "train.steps=3", "train.lr=1e-2", "options.pairs=4", "options.pair_steps=2",
             "options.guidance=2", "options.warmup=0"]  # fmt: skip
     run = stepdistill.distill(teacher=teacher, method="meanflow", output=tmp_path / "run", sets=sets)
-    assert "drawn in 1 step(s) by plain diffusers" in run.report["verification"]
+    assert "drawn in 1 step(s) by plain diffusers" in run.report.verification
     config = json.loads((run.student / "unet" / "config.json").read_text())
     assert config["_class_name"] == "UNet2DConditionModel" and config["time_cond_proj_dim"] is None
 
@@ -146,7 +147,7 @@ def test_a_student_that_starts_below_pure_noise_is_trained_exported_and_verified
     teacher = saved(name, tmp_path / "teacher")
     sets = [*SHORT, *more, *([prompts] if name == "sd" else []), "train.steps=6", f"student.times={times}"]
     run = stepdistill.distill(teacher, method, tmp_path / "run", sets=sets)
-    assert f"drawn in {len(times)} step(s) by plain diffusers" in run.report["verification"]
+    assert f"drawn in {len(times)} step(s) by plain diffusers" in run.report.verification
     config = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())
     assert config["num_train_timesteps"] == len(config["trained_betas"]) == round(1000 * times[0])
 
@@ -161,7 +162,7 @@ def test_a_pipeline_object_and_classes_need_no_prompts(tmp_path):
     sets = [*SHORT, "train.steps=4", "options.pairs=4", "options.pair_steps=2", "options.reflow_steps=2",
             "options.guidance=1"]  # fmt: skip
     run = stepdistill.distill(tiny_pipeline("unet-classes"), "reflow", tmp_path / "run", sets=sets)
-    assert "differ from the trainer's by" in run.report["verification"]
+    assert "differ from the trainer's by" in run.report.verification
     index = json.loads((run.student / "model_index.json").read_text())
     assert index["_class_name"] == "ConsistencyModelPipeline"
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from stepdistill.comparison import train_all as side_by_side
 from stepdistill.comparison.page import html_page as comparison_page
-from stepdistill.comparison.ranking import not_told_apart, rank, read_report, text_table
+from stepdistill.comparison.ranking import not_told_apart, rank, text_table
 from stepdistill.errors import UserError
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.gallery import FILE, Gallery, load_galleries
@@ -32,6 +32,7 @@ from stepdistill.networks.loading import load_pipeline
 from stepdistill.pages.numbers import with_error
 from stepdistill.pages.plots import Series, line_plot
 from stepdistill.system.emoji import emoji_images, teacher_folder
+from stepdistill.training.run_report import read_report
 
 COPIED = (1234, 77)
 """Real images that stand among the drawn ones, at places 3 and 5."""
@@ -254,6 +255,8 @@ def test_a_run_and_an_evaluation_of_one_protocol_are_ranked(
         "method": "dmd",
         "student": {"fd": {"1": 2.0}, "clip_score": {}},
         "protocol": dict(report.protocol),
+        "verification": "verified",
+        **dict.fromkeys(("train_seconds", "wall_seconds", "peak_memory_bytes"), 1),
     }
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "report.json").write_text(json.dumps(run))

@@ -25,7 +25,7 @@ from stepdistill.losses.running_means import Balance
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import Job
+from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.loop import train
 
 PATH = FlowPath()
@@ -337,10 +337,10 @@ def test_it_trains_with_no_data_to_load_and_the_network_unplugged(
     ):
         monkeypatch.setattr(kind, name, refuse)
     accelerator = Accelerator(cpu=True)
-    job = Job(recipe, accelerator, pipeline)
+    job = assemble(recipe, accelerator, pipeline)
     start = {name: value.clone() for name, value in job.student.net.state_dict().items()}
     data = SealedData(job.teacher, job.prompts, recipe.train.seed)
-    assert job.data(tmp_path).images is None  # what the recipe itself would have loaded
+    assert training_data(job, tmp_path).images is None  # what the recipe itself would have loaded
     trained = train(job.method, data, recipe, tmp_path, accelerator)
     assert trained.step == 6
     assert any(not torch.equal(value, start[name]) for name, value in job.student.net.state_dict().items())

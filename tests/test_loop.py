@@ -22,8 +22,9 @@ from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TrainOptions
 from stepdistill.training import preflight as checks
-from stepdistill.training.assemble import Job
+from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from stepdistill.training.finish import export_student
 from stepdistill.training.health import TrainingDiverged, Vitals
 from stepdistill.training.loop import train
 from stepdistill.training.run import Run
@@ -58,8 +59,8 @@ def start(recipe, folder, resume=False, preview=None):
     """One run in this process: the job and what training gave."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True)
-    job = Job(recipe, accelerator, None)
-    data = job.data(folder)
+    job = assemble(recipe, accelerator, None)
+    data = training_data(job, folder)
     return job, train(job.method, data, recipe, folder, accelerator, resume=resume, preview=preview)
 
 
@@ -160,7 +161,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_loop import METHODS, recipe_of
 from accelerate import Accelerator
-from stepdistill.training.assemble import Job
+from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.loop import train
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -170,8 +171,8 @@ for method in METHODS:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     recipe = recipe_of(method, 4)
-    job = Job(recipe, accelerator, None)
-    train(job.method, job.data(folder), recipe, folder, accelerator)
+    job = assemble(recipe, accelerator, None)
+    train(job.method, training_data(job, folder), recipe, folder, accelerator)
 accelerator.end_training()
 """
 
@@ -214,7 +215,7 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
     recipe = recipe_of("lcm", 8)
     start(recipe, tmp_path / "whole")
     accelerator = Accelerator(cpu=True)
-    job = Job(recipe, accelerator, None)
+    job = assemble(recipe, accelerator, None)
     plain = job.method.after_step
 
     def interrupted(step):
@@ -225,7 +226,7 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
     job.method.after_step = interrupted
     (tmp_path / "parts").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        train(job.method, job.data(tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
+        train(job.method, training_data(job, tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
     assert checkpoints_in(tmp_path / "parts" / "checkpoints")[-1].name == "step-00000007"
     start(recipe, tmp_path / "parts", resume=True)
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
@@ -245,7 +246,7 @@ def test_bf16_starts_where_float32_starts(tmp_path):
 
 
 def job_of(method, *more):
-    return Job(recipe_of(method, 4, *more), Accelerator(cpu=True), None)
+    return assemble(recipe_of(method, 4, *more), Accelerator(cpu=True), None)
 
 
 def points(job, count=2):
@@ -267,7 +268,7 @@ def test_bf16_rounds_nothing_that_is_trained_or_exported(tmp_path):
         teacher, fake = (who.predict(*where).x0 for who in (job.teacher, job.method.fake))
     assert torch.equal(teacher, fake)
     assert torch.equal(job.teacher.predict(*where).x0, fake)  # outside of a step as within
-    job.export(tmp_path / "student", "none")
+    export_student(job, tmp_path / "student", "none")
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         saved, loaded = load_file(tmp_path / "student" / name), load_file(files / name)
         assert all(torch.equal(saved[key].float(), loaded[key].float()) for key in loaded), name
@@ -289,7 +290,7 @@ def test_a_pipeline_object_is_left_in_its_own_precision():
     from stepdistill.system.emoji import teacher_folder
 
     pipe = DiffusionPipeline.from_pretrained(teacher_folder("emoji"), dtype=torch.float16)
-    job = Job(recipe_of("lcm", 4), Accelerator(cpu=True), pipe)
+    job = assemble(recipe_of("lcm", 4), Accelerator(cpu=True), pipe)
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     assert {part.dtype for part in parts.values()} == {torch.float16}
     assert job.teacher.pipe.vae.dtype == job.teacher.denoiser.net.dtype == torch.float32
@@ -305,8 +306,8 @@ def test_every_trained_weight_has_a_gradient_in_bf16(method, tmp_path):
     student as its own target. No cast of a weight outlives a call without a graph."""
     more = {"dmd": ["options.warm_start=0"], "lcm": ["options.ema=0"]}[method]
     recipe = recipe_of(method, 4, "train.precision=bf16", *more)
-    job = Job(recipe, Accelerator(cpu=True), None)
-    data, graphs = job.data(tmp_path), []
+    job = assemble(recipe, Accelerator(cpu=True), None)
+    data, graphs = training_data(job, tmp_path), []
 
     def look(net, *_):
         graphs.append(torch.is_grad_enabled())
@@ -338,7 +339,7 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
     assert all(".lora_" in name for name in kept)
     moved = [p for n, p in job.student.net.named_parameters() if "lora_B" in n and bool(p.any())]
     assert moved
-    again = Job(recipe, Accelerator(cpu=True), None)
+    again = assemble(recipe, Accelerator(cpu=True), None)
     Run(again.method, recipe, tmp_path).restore()
     wanted = job.method.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in again.method.state_dict().items())
@@ -347,7 +348,7 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
 def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
     recipe = recipe_of("dmd", 20, "train.sheet_every=1")
     accelerator = Accelerator(cpu=True)
-    job = Job(recipe, accelerator, None)
+    job = assemble(recipe, accelerator, None)
 
     def poison(step, ema):
         from stepdistill.training.health import Seen
@@ -360,7 +361,7 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
     with pytest.raises(
         TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"
     ):
-        train(job.method, job.data(tmp_path), recipe, tmp_path, accelerator, preview=poison)
+        train(job.method, training_data(job, tmp_path), recipe, tmp_path, accelerator, preview=poison)
 
 
 def test_resume_needs_a_checkpoint(tmp_path):
@@ -399,7 +400,7 @@ def test_resume_refuses_other_prompts_and_another_teacher_under_the_same_names(t
     ]
     assert checks._begun_in(tmp_path / "run") == str(Path.cwd())
     assert kept["teacher"] == job.teacher.fingerprint() and set(kept) == {"teacher", "data.prompts"}
-    data = job.data(tmp_path / "run")
+    data = training_data(job, tmp_path / "run")
     run = Run(job.method, recipe, tmp_path / "run", data.identity())
     run.restore()
     assert run.step == 5
@@ -470,7 +471,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 def test_a_run_restores_where_it_was(tmp_path):
     recipe = recipe_of("dmd", 10)
     _, trained = start(recipe, tmp_path)
-    job = Job(recipe, Accelerator(cpu=True), None)
+    job = assemble(recipe, Accelerator(cpu=True), None)
     state = Run(job.method, recipe, tmp_path)
     state.restore()
     assert state.step == 10

@@ -22,7 +22,7 @@ from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import StudentOptions
 from stepdistill.training import output_matching
-from stepdistill.training.assemble import Job
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.output_matching import Matched, Matching, NoisedSamples, match_output, output_of
 
 EMPTY = Path(__file__).parent / "empty.yaml"
@@ -145,11 +145,11 @@ def test_an_adapter_alone_turns_the_network(tmp_path: Path, monkeypatch: pytest.
     assert own.keys() == turned.keys() and any(not torch.equal(own[name], turned[name]) for name in own)
 
 
-def job_of(teacher: Any, *sets: str) -> Job:
+def job_of(teacher: Any, *sets: str) -> Assembled:
     common = ["data.prompts=tests/prompts.txt", "train.batch=4", "student.output=v", "student.output_steps=3"]
     more = ["options.guidance=2.0", "student.output_samples=8", "student.output_lr=1e-3"]
     recipe = load_recipe(EMPTY, method="dmd", sets=[*common, *more, *sets])
-    return Job(recipe, Accelerator(cpu=True), teacher)
+    return assemble(recipe, Accelerator(cpu=True), teacher)
 
 
 @pytest.mark.slow

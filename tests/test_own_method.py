@@ -60,8 +60,8 @@ def test_a_recipe_finds_the_method_beside_it_and_gives_a_verified_student(tmp_pa
             "options.guidance=1", "evaluate=false"]  # fmt: skip
     recipe = load_recipe(folder / "own_method.yaml", teacher=str(tmp_path / "teacher"), sets=sets)
     run = distil(recipe, output=tmp_path / "run")
-    assert run.report["method"] == str(folder / "own_method.py")
-    assert "differ from the trainer's by" in run.report["verification"]
+    assert run.report.method == str(folder / "own_method.py")
+    assert "differ from the trainer's by" in run.report.verification
     assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
 
 

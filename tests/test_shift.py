@@ -29,7 +29,7 @@ from stepdistill.networks.pictures import teacher_pictures
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import Job
+from stepdistill.training.assemble import assemble
 
 SHIFT = 3.0
 DYNAMIC: dict[str, Any] = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64}
@@ -239,7 +239,7 @@ def test_a_students_default_times_are_on_the_schedule(
     file.write_text("red apple\ndog\n")
     sets = [*sets, f"data.prompts={file}", "options.guidance=2"]
     recipe = load_recipe(None, teacher="tiny", method="pcm", sets=sets)
-    job = Job(recipe, Accelerator(cpu=True), tiny_pipeline("sd3"))
+    job = assemble(recipe, Accelerator(cpu=True), tiny_pipeline("sd3"))
     assert job.sampler.times == pytest.approx(wanted, abs=1e-5)
     scheduler = job.sampler.scheduler(job.student.path, job.teacher.pipe.scheduler)
     scheduler.set_timesteps(len(wanted))

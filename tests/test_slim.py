@@ -21,7 +21,7 @@ from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import Job
+from stepdistill.training.assemble import assemble
 from stepdistill.training.run import Run
 
 Teachers = Callable[[str], PipelineTeacher]
@@ -120,7 +120,7 @@ def test_a_slim_student_is_a_stock_folder(name: str, tmp_path: Path) -> None:
     ]
     teacher = tiny_pipeline(name)
     run = stepdistill.distill(teacher, "slimflow", tmp_path / "run", sets=sets)
-    assert "differ from the trainer's by" in run.report["verification"]
+    assert "differ from the trainer's by" in run.report.verification
     index = json.loads((run.student / "model_index.json").read_text())
     assert index["_class_name"] == type(teacher).__name__
     assert index["unet"] == ["diffusers", type(teacher.unet).__name__]
@@ -132,7 +132,7 @@ def test_a_slim_student_is_a_stock_folder(name: str, tmp_path: Path) -> None:
     scheduler = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
     recipe = load_recipe(run.folder / "recipe.yaml")
-    job = Job(recipe, Accelerator(cpu=True), tiny_pipeline(name))
+    job = assemble(recipe, Accelerator(cpu=True), tiny_pipeline(name))
     Run(job.method, recipe, run.folder).restore()
     saved = loaded.unet.state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in job.student.net.state_dict().items())

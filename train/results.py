@@ -6,18 +6,18 @@ and the tables between the two markers of train/README.md, one for each teacher,
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+
+from stepdistill.training.run_report import RunReport, read_report
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
-def rows(report: dict[str, Any]) -> list[str]:
+def rows(report: RunReport) -> list[str]:
     """One row for each step count of a report."""
-    teacher, student = report["teacher"], report["student"]
+    teacher, student = report.teacher, report.student
     steps_full = max(teacher["fd"], key=int)
     written = []
     for steps in student["fd"]:
@@ -25,32 +25,32 @@ def rows(report: dict[str, Any]) -> list[str]:
         few = teacher["fd"].get(steps)
         recall, share = (
             student.get("recall", {}).get(steps),
-            report.get("recall_of_teachers", {}).get(steps),
+            report.recall_of_teachers.get(steps),
         )
         cells = [
-            report["name"],
-            report["method"],
+            report.name,
+            report.method,
             steps,
-            f"**{report['gap_closed'][steps]:.3f}**",
+            f"**{report.gap_closed[steps]:.3f}**",
             f"{student['fd'][steps]:.2f}",
             "" if few is None else f"{few:.2f}",
             f"{clip:.3f} ({clip / full_clip:.1%})",
             "" if recall is None or share is None else f"{recall:.3f} ({share:.1%})",
-            f"{report['train_seconds'] / 60:.1f} ({report['wall_seconds'] / 60:.1f})",
-            f"{report['peak_memory_bytes'] / 2**30:.1f}",
-            (report["commit"] or "")[:8] + "+" * (report["commit"] or "").endswith("+"),
+            f"{report.train_seconds / 60:.1f} ({report.wall_seconds / 60:.1f})",
+            f"{report.peak_memory_bytes / 2**30:.1f}",
+            (report.commit or "")[:8] + "+" * (report.commit or "").endswith("+"),
         ]
         written.append(f"| {' | '.join(cells)} |")
     return written
 
 
-def table(reports: list[dict[str, Any]]) -> str:
+def table(reports: list[RunReport]) -> str:
     """One teacher's table, with the commands and machines under it."""
-    teacher = reports[0]["teacher"]
+    teacher = reports[0].teacher
     full = max(teacher["fd"], key=int)
     lines = [
-        f"Suite {reports[0]['suite']}, {reports[0]['n']} images; teacher `{reports[0]['teacher_name']}`, "
-        f"guidance {reports[0]['guidance']:g}: "
+        f"Suite {reports[0].suite}, {reports[0].n} images; teacher `{reports[0].teacher_name}`, "
+        f"guidance {reports[0].guidance:g}: "
         f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance), {teacher['fd'][full]:.2f} at {full}; "
         f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}.",
         "",
@@ -61,18 +61,24 @@ def table(reports: list[dict[str, Any]]) -> str:
     for report in reports:
         lines += rows(report)
     lines += ["", "| run | command | hardware |", "| --- | --- | --- |"]
-    lines += [f"| {report['name']} | `{report['command']}` | {report['hardware']} |" for report in reports]
+    lines += [f"| {report.name} | `{report.command}` | {report.hardware} |" for report in reports]
     return "\n".join(lines)
 
 
-def tables(reports: list[dict[str, Any]]) -> str:
+def tables(reports: list[RunReport]) -> str:
     """A table for each teacher, that of ``emoji`` first."""
-    teachers = sorted(
-        {report["teacher_name"] for report in reports}, key=lambda name: (name != "emoji", name)
-    )
+    teachers = sorted({report.teacher_name for report in reports}, key=lambda name: (name != "emoji", name))
     return "\n\n".join(
-        table([report for report in reports if report["teacher_name"] == teacher]) for teacher in teachers
+        table([report for report in reports if report.teacher_name == teacher]) for teacher in teachers
     )
+
+
+def report_of(run: str | Path) -> RunReport:
+    """The report of an evaluated run."""
+    report = read_report(run)
+    if not isinstance(report, RunReport) or not report.student["fd"]:
+        raise SystemExit(f"{run} is no run that was evaluated")
+    return report
 
 
 def put(runs: list[str], folder: Path) -> None:
@@ -80,12 +86,10 @@ def put(runs: list[str], folder: Path) -> None:
     store = folder / "results"
     store.mkdir(exist_ok=True)
     for run in runs:
-        report = json.loads((Path(run) / "report.json").read_text())
-        if not report["student"]["fd"]:
-            raise SystemExit(f"{run} was not evaluated")
-        shutil.copy(Path(run) / "report.json", store / f"{report['name']}.json")
-        shutil.copy(Path(run) / "samples.png", store / f"{report['name']}.png")
-    reports = [json.loads(file.read_text()) for file in sorted(store.glob("*.json"))]
+        report = report_of(run)
+        shutil.copy(Path(run) / "report.json", store / f"{report.name}.json")
+        shutil.copy(Path(run) / "samples.png", store / f"{report.name}.png")
+    reports = [report_of(file) for file in sorted(store.glob("*.json"))]
     page = folder / "README.md"
     text = page.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]

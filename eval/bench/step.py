@@ -22,23 +22,23 @@ from accelerate import Accelerator
 from stepdistill.methods.dmd import DMD
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.provenance import provenance
-from stepdistill.training.assemble import Job
+from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.loop import train
 
 WARM, TIMED = 2, 3
 """Units of a short run that are left out, as the first ones make the optimisers' state, and units that are timed."""
 
 
-def unit_seconds(job: Job, accelerator: Accelerator, folder: Path, fake_steps: int) -> float:
+def unit_seconds(job: Assembled, accelerator: Accelerator, folder: Path, fake_steps: int) -> float:
     """Seconds of a unit of a short run, once the run is under way: the mean of its last ones."""
-    data = job.data(folder)
+    data = training_data(job, folder)
     train(job.method, data, job.recipe, folder, accelerator)
     rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     unit = fake_steps + 1
     return float(rows[-1]["seconds"] - rows[WARM * unit - 1]["seconds"]) / TIMED
 
 
-def bare_seconds(job: Job, batch: int, fake_steps: int) -> float:
+def bare_seconds(job: Assembled, batch: int, fake_steps: int) -> float:
     """Seconds of the network passes of one unit."""
     method, teacher = job.method, job.teacher
     assert isinstance(method, DMD)
@@ -82,7 +82,7 @@ def main() -> None:
         ],
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    job = Job(recipe, accelerator, None)
+    job = assemble(recipe, accelerator, None)
     units, bares = [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(chosen.repeats + 1):

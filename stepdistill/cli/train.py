@@ -50,10 +50,10 @@ def train(
     if first_process:
         print(f"student: {run.student}")
         print(f"picture: {folder / 'samples.png'}")
-        if run.report.get("gap_closed"):
+        if run.report and run.report.gap_closed:
             from stepdistill.comparison.ranking import rank, text_table
 
-            print(text_table(rank([{"name": folder.name, "method": wanted.method} | run.report])))
+            print(text_table(rank([run.report])))
 
 
 def export(

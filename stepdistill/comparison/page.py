@@ -13,6 +13,7 @@ from typing import Any
 from stepdistill.comparison.ranking import filled, not_told_apart, rank
 from stepdistill.pages.html import document, embedded_picture, table
 from stepdistill.pages.plots import Series, line_plot
+from stepdistill.training.run_report import Measured
 
 _STYLE = "td,th{text-align:right}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
 ABOUT_RUNS = (
@@ -28,14 +29,14 @@ class Comparison:
     """What is set side by side.
 
     Attributes:
-        reports: of the finished runs, as ``compare.read_report`` gives them.
+        reports: of the finished runs, as ``read_report`` gives them.
         folders: each report's run folder, None where only a file was given.
         failed: what went wrong, by run.
         without_recipe: methods that were asked for as part of ``all`` and have no recipe.
         origin: command, versions, hardware and commit of the comparison itself.
     """
 
-    reports: Sequence[dict[str, Any]]
+    reports: Sequence[Measured]
     folders: Sequence[Path | None]
     failed: Mapping[str, str] = field(default_factory=dict)
     without_recipe: Sequence[str] = ()
@@ -70,20 +71,20 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     rows = rank(comparison.reports)
     runs = []
     for report, folder in zip(comparison.reports, comparison.folders, strict=True):
-        own = {row.steps: asdict(row) for row in rows if row.name == report["name"]}
+        own = {row.steps: asdict(row) for row in rows if row.name == report.name}
         scores = {str(steps): {key: row[key] for key in SCORES} for steps, row in sorted(own.items())}
         first = next(iter(own.values()), {})
         runs.append(
-            {"name": report["name"], "method": report["method"], "folder": folder and str(folder)}
+            {"name": report.name, "method": report.method, "folder": folder and str(folder)}
             | {key: first.get(key) for key in COSTS}
             | {"scores": scores}
-            | {key: report.get(key) for key in (*FACTS, "versions", "teacher_name", "guidance")}
+            | report.model_dump(include={*FACTS, "versions", "teacher_name", "guidance"})
         )
-    one = comparison.reports[0] if comparison.reports else {}
+    one = comparison.reports[0] if comparison.reports else None
     return {
-        "suite": one.get("suite"),
-        "n": one.get("n"),
-        "metrics": one.get("metrics"),
+        "suite": one and one.suite,
+        "n": one and one.n,
+        "metrics": one and one.metrics,
         "teacher": _teacher(comparison.reports),
         "runs": runs,
         "failed": dict(comparison.failed),
@@ -99,11 +100,11 @@ SCORES = (
 COSTS = "train_seconds peak_memory_bytes updates updates_planned".split()
 
 
-def _teacher(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _teacher(reports: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     """The teachers' scores of all reports by metric and step count; the first report that has one is taken."""
     found: dict[str, dict[str, Any]] = {}
     for report in reports:
-        for metric, scores in (report.get("teacher") or {}).items():
+        for metric, scores in report.teacher.items():
             found[metric] = {**scores, **found.get(metric, {})}
     return found
 
@@ -115,12 +116,12 @@ def html_page(comparison: Comparison, picture: bytes | None = None) -> str:
         UserError: the reports were measured differently.
     """
     reports = comparison.reports
-    runs = any(report.get("gap_closed") for report in reports)
+    runs = any(report.gap_closed for report in reports)
     body = [f"<h1>{'Runs' if runs or not reports else 'Evaluations'} compared</h1>"]
     if reports:
-        fd = (reports[0].get("metrics") or {}).get("fd") or "FD"
+        fd = reports[0].metrics.get("fd") or "FD"
         body += [
-            f"<p>Suite {html.escape(str(reports[0]['suite']))}, n = {html.escape(str(reports[0]['n']))}. FD is "
+            f"<p>Suite {html.escape(str(reports[0].suite))}, n = {html.escape(str(reports[0].n))}. FD is "
             f"{html.escape(fd)}: lower is better.{ABOUT_RUNS * runs}</p>",
             _table(comparison),
             _plots(comparison, fd),
@@ -157,11 +158,11 @@ def _plots(comparison: Comparison, fd: str) -> str:
     rows = rank(comparison.reports)
     by_steps, by_time = [], []
     for report in comparison.reports:
-        own = [row for row in rows if row.name == report["name"] and row.fd is not None]
-        by_steps.append(Series(str(report["name"]), [(row.steps, row.fd) for row in own if row.fd]))
+        own = [row for row in rows if row.name == report.name and row.fd is not None]
+        by_steps.append(Series(report.name, [(row.steps, row.fd) for row in own if row.fd]))
         best = min(own, key=lambda row: row.fd or 0.0, default=None)
         if best is not None and best.fd and best.train_seconds:
-            label = f"{report['name']} ({best.steps} step{'s' * (best.steps > 1)})"
+            label = f"{report.name} ({best.steps} step{'s' * (best.steps > 1)})"
             by_time.append(Series(label, [(best.train_seconds / 60, best.fd)]))
     teacher = (_teacher(comparison.reports).get("fd") or {}).items()
     points = [(float(steps), float(score)) for steps, score in teacher if score]
@@ -177,12 +178,11 @@ def _plots(comparison: Comparison, fd: str) -> str:
     )
 
 
-def _section(report: dict[str, Any], folder: Path | None, with_picture: bool) -> str:
-    facts = [f"<h2>{html.escape(str(report['name']))}</h2>"]
-    facts += [
-        f"<p>{key}: <code>{html.escape(str(report[key]))}</code></p>" for key in FACTS if report.get(key)
-    ]
+def _section(report: Measured, folder: Path | None, with_picture: bool) -> str:
+    facts = [f"<h2>{html.escape(str(report.name))}</h2>"]
+    said = {key: getattr(report, key) for key in FACTS}
+    facts += [f"<p>{key}: <code>{html.escape(str(value))}</code></p>" for key, value in said.items() if value]
     picture = folder / "samples.png" if folder is not None and with_picture else None
     if picture is not None and picture.is_file():
-        facts.append(embedded_picture(picture.read_bytes(), f"samples of {report['name']}"))
+        facts.append(embedded_picture(picture.read_bytes(), f"samples of {report.name}"))
     return "".join(facts)

@@ -76,11 +76,11 @@ def kept_pictures(compared: Comparison, columns: int = 12) -> bytes | None:
         UserError: what they kept is damaged.
     """
     rows = [
-        (f"{report['name']}{f', {steps} step' if steps else ''}{'s' * (steps > 1)}", gallery.pixels[:columns])
+        (f"{report.name}{f', {steps} step' if steps else ''}{'s' * (steps > 1)}", gallery.pixels[:columns])
         for report, place in zip(compared.reports, compared.folders, strict=True)
         if place is not None
         for steps, gallery in load_galleries(place).items()
-        if str(steps) in report["scores"]
+        if any(str(steps) in scores for scores in report.student.values())
     ]
     if len({pixels.shape for _, pixels in rows}) != 1:
         return None

@@ -3,15 +3,14 @@ torch."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.pages.numbers import with_error
+from stepdistill.training.run_report import Measured, RunReport
 
 # Numbers under two values of one of these cannot be ranked, nor of any field of the protocol that both reports state.
 SAME_FIELDS = ("suite", "n")
@@ -77,43 +76,7 @@ COLUMNS = (
 )
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
-    """The report of a run folder, the report.json itself, or what ``stepdistill eval`` wrote, of a pipeline or images.
-
-    A missing name becomes the folder's, or the file's where it is not called report.json.
-
-    Raises:
-        UserError: no report there, or not a report.
-    """
-    place = Path(path)
-    file = place / "report.json" if place.is_dir() else place
-    if not file.is_file():
-        raise UserError(
-            f"{path}: there is no report.json; give the folder of a finished run, or the file itself"
-        )
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: not a JSON file: {error}") from None
-    if isinstance(report, dict) and "scores" in report:
-        report = _from_evaluation(report, file)
-    missing = [key for key in ("suite", "n", "student") if not isinstance(report, dict) or key not in report]
-    if missing:
-        raise UserError(f"{file}: not a report of a run: it has no {', '.join(missing)}")
-    named: dict[str, Any] = {"name": file.resolve().parent.name, "method": "-"} | report
-    return named
-
-
-def _from_evaluation(report: dict[str, Any], file: Path) -> dict[str, Any]:
-    """What ``stepdistill eval`` wrote, in the form of a run's report."""
-    scores: dict[str, dict[str, Any]] = report["scores"]
-    keys = dict.fromkeys(key for score in scores.values() for key in score)
-    student = {key: {steps: score.get(key) for steps, score in scores.items()} for key in keys}
-    name = file.resolve().parent.name if file.stem == "report" else file.stem
-    return {"name": name, "method": "-", **report, "student": student}
-
-
-def rank(reports: Sequence[dict[str, Any]]) -> list[Row]:
+def rank(reports: Sequence[Measured]) -> list[Row]:
     """One row per run and number of steps: by steps, then by Frechet distance, best first.
 
     Raises:
@@ -125,26 +88,31 @@ def rank(reports: Sequence[dict[str, Any]]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.steps, row.fd is None, row.fd or 0.0))
 
 
-def differences(reports: Sequence[dict[str, Any]]) -> list[str]:
+def differences(reports: Sequence[Measured]) -> list[str]:
     """What was not measured alike, each field with its values. Command, machine, versions, commit and times do not
     matter; neither do seeds of images that were there already, which nobody states."""
-    protocols = [report.get("protocol") or {} for report in reports]
+    protocols = [report.protocol for report in reports]
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
-    found = [_values(field, ((report, report[field]) for report in reports)) for field in SAME_FIELDS]
+    found = [
+        _values(field, ((report, getattr(report, field)) for report in reports)) for field in SAME_FIELDS
+    ]
     for key in sorted(keys, key=lambda key: key == "suite_sha256"):  # which differs with most others: last
         if key not in APART:
             needed = key in ESSENTIAL
             stated = (
-                (report, protocol.get(key, "not stated" if needed and "scores" in report else None))
+                (
+                    report,
+                    protocol.get(key, "not stated" if needed and not isinstance(report, RunReport) else None),
+                )
                 for report, protocol in zip(reports, protocols, strict=True)
             )
             found.append(_values(f"protocol.{key}", stated))
     return [text for text in found if text]
 
 
-def _values(field: str, stated: Iterable[tuple[dict[str, Any], Any]]) -> str:
+def _values(field: str, stated: Iterable[tuple[Measured, Any]]) -> str:
     """The values of a field and who has them, where there is more than one; None is not a value."""
-    by_value = {str(value): str(report["name"]) for report, value in stated if value is not None}
+    by_value = {str(value): report.name for report, value in stated if value is not None}
     if len(by_value) < 2:
         return ""
     return f"{field} differs: " + ", ".join(f"{_short(value)} ({name})" for value, name in by_value.items())
@@ -155,8 +123,8 @@ def _short(value: str) -> str:
     return f"{value[:16]}..." if re.fullmatch("[0-9a-f]{64}", value) else value
 
 
-def _rows(report: dict[str, Any]) -> list[Row]:
-    student: dict[str, dict[str, Any]] = report["student"]
+def _rows(report: Measured) -> list[Row]:
+    student = report.student
 
     def of(metric: str, steps: str) -> Any:
         return (student.get(metric) or {}).get(steps)
@@ -164,10 +132,10 @@ def _rows(report: dict[str, Any]) -> list[Row]:
     steps_seen = dict.fromkeys([*(student.get("fd") or {}), *(student.get("clip_score") or {})])
     return [
         Row(
-            name=str(report["name"]),
-            method=str(report["method"]),
+            name=report.name,
+            method=report.method,
             steps=int(steps),
-            gap_closed=(report.get("gap_closed") or {}).get(steps),
+            gap_closed=report.gap_closed.get(steps),
             fd=of("fd", steps),
             fd_se=of("fd_se", steps),
             kid=of("kid", steps),
@@ -176,12 +144,12 @@ def _rows(report: dict[str, Any]) -> list[Row]:
             clip_score_se=of("clip_score_se", steps),
             recall=of("recall", steps),
             density=of("density", steps),
-            recall_of_teachers=(report.get("recall_of_teachers") or {}).get(steps),
+            recall_of_teachers=report.recall_of_teachers.get(steps),
             ms_per_image=1000 * s if (s := of("seconds_per_image", steps)) else None,  # 0: nothing was drawn
-            train_seconds=report.get("train_seconds"),
-            peak_memory_bytes=report.get("peak_memory_bytes"),
-            updates=report.get("updates"),
-            updates_planned=report.get("updates_planned"),
+            train_seconds=report.train_seconds,
+            peak_memory_bytes=report.peak_memory_bytes,
+            updates=report.updates,
+            updates_planned=report.updates_planned,
         )
         for steps in steps_seen
     ]

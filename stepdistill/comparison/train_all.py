@@ -24,13 +24,13 @@ from typing import Any
 import yaml
 
 from stepdistill.comparison.page import Comparison, write
-from stepdistill.comparison.ranking import read_report
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.recipe import DEFAULT_TEACHER, Recipe, load_recipe
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.shipped import content_folder, module_summaries, recipe_files
 from stepdistill.training import preflight as checks
 from stepdistill.training.identity import differences
+from stepdistill.training.run_report import Measured, RunReport, read_report
 
 PROGRESS_SECONDS = 60
 """Time between two lines on a run that is under way."""
@@ -163,8 +163,8 @@ def _measured_seconds(name: str) -> float:
 
 
 def train_all(
-    wanted: Plan, folder: Path, after_each: Callable[[dict[str, dict[str, Any]], dict[str, str]], object]
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    wanted: Plan, folder: Path, after_each: Callable[[dict[str, Measured], dict[str, str]], object]
+) -> tuple[dict[str, Measured], dict[str, str]]:
     """Trains what is not there yet, one run at a time; reports and errors by run.
 
     Args:
@@ -177,7 +177,7 @@ def train_all(
     """
     for entry in wanted.entries:
         _check_same_recipe(entry, folder / entry.name)
-    reports: dict[str, dict[str, Any]] = {}
+    reports: dict[str, Measured] = {}
     failed: dict[str, str] = {}
     for number, entry in enumerate(wanted.entries, 1):
         label = f"[{number}/{len(wanted.entries)}] {entry.name}"
@@ -191,10 +191,12 @@ def train_all(
                 say(f"{label}: failed: {error} (all it said: {place}.log)")
         if entry.name not in failed:
             report = read_report(place)
-            if report["student"].get("fd"):
+            if report.student.get("fd"):
                 reports[entry.name] = report
-                gaps = (f"{gap:.3f} at {steps}" for steps, gap in report["gap_closed"].items())
-                say(f"{label}: gap closed {', '.join(gaps)} step(s), trained {report['train_seconds']:.0f} s")
+                gaps = (f"{gap:.3f} at {steps}" for steps, gap in report.gap_closed.items())
+                say(
+                    f"{label}: gap closed {', '.join(gaps)} step(s), trained {report.train_seconds or 0:.0f} s"
+                )
             else:
                 failed[entry.name] = "it was not evaluated: set evaluate to a suite (--set evaluate=SUITE)"
         after_each(reports, failed)
@@ -276,7 +278,7 @@ def _forwarded(child: subprocess.Popen[bytes]) -> Iterator[None]:
 def compare_methods(wanted: Plan, folder: Path, command: str) -> Comparison:
     """Trains what a plan asks for under ``folder``, the page written anew after every run; see :func:`train_all`."""
 
-    def compared(reports: dict[str, dict[str, Any]], failed: dict[str, str]) -> Comparison:
+    def compared(reports: dict[str, Measured], failed: dict[str, str]) -> Comparison:
         folders = [folder / name for name in reports]
         return Comparison(
             list(reports.values()), folders, failed, wanted.without_recipe, {"command": command}
@@ -292,13 +294,14 @@ def collect(paths: Sequence[str], command: str) -> Comparison:
         UserError: one of them is none.
     """
     reports = [read_report(path) for path in paths]
-    names = [str(report["name"]) for report in reports]
-    for report, path in zip(reports, paths, strict=True):
-        if names.count(str(report["name"])) > 1:  # told apart by where they lie
-            report["name"] = str(path)
+    names = [report.name for report in reports]
+    reports = [
+        report.model_copy(update={"name": str(path)}) if names.count(report.name) > 1 else report
+        for report, path in zip(reports, paths, strict=True)
+    ]  # of one name: told apart by where they lie
     folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in paths]
     kept = [
-        place if "scores" not in report or any(place.glob("steps_*/gallery.safetensors")) else None
+        place if isinstance(report, RunReport) or any(place.glob("steps_*/gallery.safetensors")) else None
         for report, place in zip(reports, folders, strict=True)
     ]  # a file of an evaluation may lie anywhere
     return Comparison(reports, kept, origin={"command": command})
@@ -310,14 +313,14 @@ def write_all(compared: Comparison, folder: Path) -> Path:
     from stepdistill.comparison import pictures as compare_pictures
 
     rows = [
-        (str(report["name"]), place, report)
+        (report.name, place, report)
         for report, place in zip(compared.reports, compared.folders, strict=True)
         if place is not None and (place / "student" / "verification" / "manifest.json").is_file()
     ]
-    teachers = {str(report.get("teacher_name")) for _, _, report in rows}
+    teachers = {str(report.teacher_name) for _, _, report in rows}
     picture = None
     if len(teachers) == 1:
-        guidance = float(rows[0][2].get("guidance") or 1.0)
+        guidance = rows[0][2].guidance or 1.0
         try:
             picture = compare_pictures.draw_students(
                 [(name, place) for name, place, _ in rows], teachers.pop(), guidance

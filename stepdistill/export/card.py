@@ -71,7 +71,7 @@ def model_card(
     call: Mapping[str, Any],
     command: str,
     changes: Sequence[str] = (),
-    report: Mapping[str, Any] | None = None,
+    scores: str = "",
 ) -> str:
     """The Markdown of a student's README.md.
 
@@ -83,7 +83,7 @@ def model_card(
         call: arguments of the verification call.
         command: what made the student.
         changes: what was changed in the teacher when it was taken.
-        report: report.json, for the scores; None before evaluation.
+        scores: a Markdown table of them; empty before evaluation.
     """
     shown = {k: (v[0] if isinstance(v, list) and k == "prompt" else v) for k, v in call.items()}
     shown.pop("batch_size", None)
@@ -109,25 +109,5 @@ def model_card(
         summary=summary,
         command=command,
         changes=f"The teacher as it was taken: {' '.join(changes)}\n\n" if changes else "",
-        scores=score_table(report) if report else "",
+        scores=scores,
     )
-
-
-def score_table(report: Mapping[str, Any]) -> str:
-    """Teacher and student by step count, as a Markdown table; empty where nothing was evaluated."""
-    if not report.get("student", {}).get("fd"):
-        return ""
-    names = report["metrics"]
-    rows = [
-        f"| who | steps | {names['fd'] or 'FD'} | {names['clip_score'] or 'CLIP score'} | recall | gap closed |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for who in ("teacher", "student"):
-        for steps, fd in report[who]["fd"].items():
-            clip, recall = (report[who].get(name, {}).get(steps) for name in ("clip_score", "recall"))
-            gap = report["gap_closed"].get(steps) if who == "student" else None
-            cells = ["" if number is None else f"{number:.3f}" for number in (fd, clip, recall, gap)]
-            rows.append(f"| {who} | {steps} | {' | '.join(cells)} |")
-    rows.append(f"\nSuite {report['suite']}, {report['n']} images.")
-    rows.append("Gap closed: 0 is the teacher at one step, 1 at full steps.")
-    return "\n".join(rows)

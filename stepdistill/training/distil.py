@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +16,14 @@ from stepdistill.errors import UserError
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
 from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
-from stepdistill.training.assemble import TEACHER_STEPS, Job
+from stepdistill.training.assemble import TEACHER_STEPS, assemble, training_data
 from stepdistill.training.contact_sheets import ContactSheets
+from stepdistill.training.finish import export_student, finish
 from stepdistill.training.identity import resolved_yaml
 from stepdistill.training.loop import train
 from stepdistill.training.preflight import check_output, check_recipe
 from stepdistill.training.run import Run, check_resume
+from stepdistill.training.run_report import RunReport
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,12 +36,12 @@ class Distilled:
     Attributes:
         folder: the run folder.
         student: the student's diffusers folder.
-        report: report.json.
+        report: report.json; None in all processes but the first.
     """
 
     folder: Path
     student: Path
-    report: dict[str, Any]
+    report: RunReport | None
 
 
 def distill(
@@ -113,26 +115,26 @@ def distil(
         )
     if accelerator.is_main_process:
         check_output(output, resume=resume)
-    job = Job(recipe, accelerator, pipeline)
+    run = assemble(recipe, accelerator, pipeline)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
-    data = job.data(output)
+    data = training_data(run, output)
     preview = None
     if accelerator.is_main_process and recipe.train.sheet_every:
         preview = ContactSheets(
             output / "sheets",
-            job.student,
-            job.sampler,
-            job.teacher,
-            job.shown(16),
-            job.options.guidance,
+            run.student,
+            run.sampler,
+            run.teacher,
+            run.shown(16),
+            run.options.guidance,
             TEACHER_STEPS,
         )
     if recipe.train.tracker:
         accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
     trained = train(
-        job.method,
+        run.method,
         data,
         recipe,
         output,
@@ -143,9 +145,9 @@ def distil(
     accelerator.wait_for_everyone()
     if recipe.train.tracker:
         accelerator.end_training()
-    report: dict[str, Any] = {}
+    report = None
     if accelerator.is_main_process:
-        report = job.finish(output, trained, command)
+        report = finish(run, output, trained, command)
     accelerator.wait_for_everyone()
     return Distilled(output, output / "student", report)
 
@@ -172,11 +174,11 @@ def export_run(run: Path, output: Path | None = None) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} holds no run: it has no recipe.yaml")
     recipe = load_recipe(run / "recipe.yaml")
-    job = Job(recipe, Accelerator(cpu=not torch.cuda.is_available()), None)
-    state = Run(job.method, recipe, run)
+    assembled = assemble(recipe, Accelerator(cpu=not torch.cuda.is_available()))
+    state = Run(assembled.method, recipe, run)
     state.restore()
     folder = output or run / "student"
     with averaged(state.ema):
-        job.export(folder, f"stepdistill export {run}")
+        export_student(assembled, folder, f"stepdistill export {run}")
     verify(folder)
     return folder

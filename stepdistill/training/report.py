@@ -1,44 +1,37 @@
-"""What a run says of itself: report.json, report.html (one file, nothing fetched), and the student's model card."""
+"""A run's report in its folder: report.json, and report.html (one file, nothing fetched)."""
 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stepdistill.export.card import score_table
 from stepdistill.pages.html import document, embedded_picture, table
+from stepdistill.training.run_report import RunReport
+
+FACTS = {
+    *("command", "train_seconds", "wall_seconds", "peak_memory_bytes", "hardware", "commit", "verification"),
+}
+"""What the page says of the run beside its scores."""
 
 
-def write_report(folder: Path, report: Mapping[str, Any], stats: Sequence[Mapping[str, Any]]) -> None:
+def write_report(folder: Path, report: RunReport, stats: Sequence[Mapping[str, Any]]) -> None:
     """Writes report.json and report.html into a run folder that holds samples.png and recipe.yaml."""
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    facts = {
-        key: report[key]
-        for key in (
-            "command",
-            "train_seconds",
-            "wall_seconds",
-            "peak_memory_bytes",
-            "hardware",
-            "commit",
-            "verification",
-        )
-    }
+    (folder / "report.json").write_text(report.text(), encoding="utf-8")
+    facts = report.model_dump(include=FACTS)
     body = [
-        f"<h1>{html.escape(report['name'])}</h1>",
-        f"<p>{html.escape(report['summary'])}</p>",
+        f"<h1>{html.escape(report.name)}</h1>",
+        f"<p>{html.escape(report.summary or '')}</p>",
         embedded_picture((folder / "samples.png").read_bytes(), "samples"),
         _html_table(score_table(report)),
         *(_curve(stats, turn) for turn in dict.fromkeys(str(row["turn"]) for row in stats)),
         f"<h2>Run</h2><pre>{html.escape(yaml.safe_dump(facts, sort_keys=False, width=110))}</pre>",
         f"<h2>Recipe</h2><pre>{html.escape((folder / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
     ]
-    page = document(str(report["name"]), "td,th{text-align:left}", body)
+    page = document(report.name, "td,th{text-align:left}", body)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -72,3 +65,23 @@ def _curve(stats: Sequence[Mapping[str, Any]], turn: str, width: int = 520, heig
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" style="background:#f4f4f4">'
         f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="1.5"/></svg>'
     )
+
+
+def score_table(report: RunReport) -> str:
+    """Teacher and student by step count, as a Markdown table; empty where nothing was evaluated."""
+    if not report.student.get("fd"):
+        return ""
+    names = report.metrics
+    rows = [
+        f"| who | steps | {names['fd'] or 'FD'} | {names['clip_score'] or 'CLIP score'} | recall | gap closed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for who, scores in (("teacher", report.teacher), ("student", report.student)):
+        for steps, fd in scores["fd"].items():
+            clip, recall = (scores.get(name, {}).get(steps) for name in ("clip_score", "recall"))
+            gap = report.gap_closed.get(steps) if who == "student" else None
+            cells = ["" if number is None else f"{number:.3f}" for number in (fd, clip, recall, gap)]
+            rows.append(f"| {who} | {steps} | {' | '.join(cells)} |")
+    rows.append(f"\nSuite {report.suite}, {report.n} images.")
+    rows.append("Gap closed: 0 is the teacher at one step, 1 at full steps.")
+    return "\n".join(rows)
