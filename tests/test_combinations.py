@@ -18,6 +18,7 @@ from toy import SHAPE, Gaussian, GaussianMap, Mixture, ToyFamily, ToyTeacher, to
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath
 from stepdistill.diffusion.solvers import Predict, solve
+from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
 from stepdistill.families.condition import Condition
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd import DMD
@@ -61,7 +62,7 @@ def drawn(
     sampler: Sampler, path: Path, net: nn.Module, kind: Any, teacher: Any, count: int, dtype: torch.dtype
 ) -> Tensor:
     """diffusers' loop with the sampler's scheduler, made anew from its config, in steps of ``dtype``."""
-    made = sampler.scheduler(path, teacher)
+    made = stock_scheduler(sampler, path, teacher)
     scheduler = type(made).from_config(json.loads(made.to_json_string()))
     scheduler.set_timesteps(sampler.steps)
     denoiser = Denoiser(net.requires_grad_(False), path, kind, ToyFamily(path))
@@ -120,7 +121,7 @@ def test_exported_schedulers_draw_a_gaussian_with_the_mean_and_deviation_of_thei
     teacher, path = of(schedule, kind)
     count = 20_000 if teacher else 5000  # the noise that travels belongs to each sample, and takes time
     for net, renoise in ((GaussianMap, True), (Gaussian, False)):
-        sampler = Sampler(schedule_times(path, steps), renoise).on_grid_of(path, teacher)
+        sampler = on_stock_grid(Sampler(schedule_times(path, steps), renoise), path, teacher)
         wanted = moments(net, renoise, levels(teacher, schedule, steps))
         x = drawn(sampler, path, As(net(path, MEAN, DEVIATION), path, kind), kind, teacher, count, dtype)
         assert float(x.mean()) == pytest.approx(wanted[0], abs=0.02), (net, wanted)
@@ -147,7 +148,7 @@ def test_exported_schedulers_draw_the_modes_of_a_mixture(schedule: str, kind: An
     at any number of steps."""
     teacher, path = of(schedule, kind)
     net = MixtureMap(path)
-    sampler = Sampler(schedule_times(path, steps), True).on_grid_of(path, teacher)
+    sampler = on_stock_grid(Sampler(schedule_times(path, steps), True), path, teacher)
     x = drawn(sampler, path, As(net, path, kind), kind, teacher, 2000, torch.float32).flatten(1)
     away, mode = torch.cdist(x, net.centres).min(1)  # type: ignore[arg-type]
     assert float((away.square().mean() / 2).sqrt()) == pytest.approx(0.15, abs=0.02)

@@ -13,6 +13,7 @@ from tiny import tiny_pipeline, tiny_teacher
 
 import stepdistill
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import check_export
 from stepdistill.export.verify import verify
 from stepdistill.networks.sampler import Sampler
@@ -192,7 +193,7 @@ def test_what_cannot_be_exported_is_told():
     """A scheduler that reads the student's eps as v draws another picture than the trainer."""
     teacher = tiny_teacher("unet-ddim")
     student = Student.from_teacher(teacher)
-    sampler = Sampler((1.0,), renoise=True).on_grid_of(student.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(Sampler((1.0,), renoise=True), student.path, teacher.pipe.scheduler)
     check_export(student, sampler, teacher, "0")
     with pytest.raises(UserError, match=r"could not be exported, so nothing was trained: \w+ draws"):
         check_export(student, replace(sampler, prediction_type="v_prediction"), teacher, "0")

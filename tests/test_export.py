@@ -21,6 +21,7 @@ from stepdistill.diffusion.path import FlowPath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.export.card import STOCK
+from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
 from stepdistill.export.student_folder import TOLERANCE, VERIFICATION, export, student_pipeline
 from stepdistill.export.verify import verify
 from stepdistill.networks.loading import load_pipeline, load_teacher
@@ -63,7 +64,7 @@ class Exported:
 
     def __init__(self, name: str, teacher: PipelineTeacher, folder: Path, lora_rank: int = 0) -> None:
         self.name, self.teacher, self.folder = name, teacher, folder
-        self.sampler = SAMPLERS[name].on_grid_of(teacher.path, teacher.pipe.scheduler)
+        self.sampler = on_stock_grid(SAMPLERS[name], teacher.path, teacher.pipe.scheduler)
         self.prompts, self.seeds = tiny_prompts(name, 2), (0, 1)
         self.student = Student.from_teacher(teacher, lora_rank, lora_alpha=3.0 * lora_rank or None)
         trained = [value for value in self.student.net.parameters() if value.requires_grad]
@@ -209,7 +210,7 @@ def test_a_flow_student_of_fresh_noise_draws_one_picture_from_a_seed(
     student = Student.from_teacher(teacher)
     shaken(student.net)
     times = tuple(teacher.path.shifted(time) for time in uniform_times(4))
-    sampler = Sampler(times, True, grid=50).on_grid_of(teacher.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(Sampler(times, True, grid=50), teacher.path, teacher.pipe.scheduler)
     card = f'DiffusionPipeline.from_pretrained("path/to/this/folder")\n{STOCK}\n'
     export(student, sampler, teacher, folder, prompts, card, seeds=(0, 1))
     assert is_own_code(folder / "scheduler" / "flow_consistency.py")
@@ -381,7 +382,7 @@ def test_the_adapter_alone_makes_the_teacher_the_student(
 
     pipe = tiny_pipeline(name)
     pipe.load_lora_weights(run.folder, weight_name="pytorch_lora_weights.safetensors")
-    pipe.scheduler = run.sampler.scheduler(run.student.path, teacher.pipe.scheduler)
+    pipe.scheduler = stock_scheduler(run.sampler, run.student.path, teacher.pipe.scheduler)
     x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(3))
     t, cond = torch.tensor([1.0, 0.3]), teacher.encode(run.prompts)
     timestep = teacher.family.timestep(teacher.path, t)
@@ -411,7 +412,7 @@ def test_a_student_of_embedded_guidance_is_given_its_scale(teacher_of: Teachers,
     method = LCM(teacher, student, (1.0, 0.5), LCM.Options(guidance=5.5, guidance_range=(2.0, 8.0)))
     shaken(student.net)
     torch.nn.init.normal_(student.net.get_parameter("time_embedding.cond_proj.weight"), std=0.3)
-    sampler = method.sampler().on_grid_of(teacher.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(method.sampler(), teacher.path, teacher.pipe.scheduler)
     folder, prompts = tmp_path / "student", tiny_prompts("sd", 2)
     export(student, sampler, teacher, folder, prompts, "", seeds=(0, 1))
     manifest = json.loads((folder / VERIFICATION / "manifest.json").read_text())

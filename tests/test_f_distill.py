@@ -147,6 +147,33 @@ def test_ratios_have_mean_one_in_each_bin_and_weights_over_all():
                 assert float(again[bins == index].mean()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_means_follow_by_their_decay_and_stay_where_nothing_was_seen():
+    """One ratio of 3 in one bin, 2 and 4 in another: both means, and that of h, go a tenth of the way from 1 to 3."""
+    weight = RatioWeight(FDistill.Options(divergence="forward_kl", ratio_ema=0.9))
+    t = torch.tensor([0.34, 0.75, 0.75])
+    weight(torch.tensor([3.0, 2.0, 4.0]).log(), t)
+    weight.update()
+    expected = torch.ones(BINS)
+    expected[3] = expected[7] = 1.2
+    torch.testing.assert_close(weight.mean_ratio, expected)
+    torch.testing.assert_close(weight.mean_weight, torch.tensor([1.2]))
+
+
+def test_logits_without_end_weigh_as_the_bounds_of_the_ratio():
+    weight = RatioWeight(FDistill.Options(divergence="forward_kl", ratio_range=(0.1, 20.0)))
+    seen = weight(torch.tensor([-1e4, 1e4]), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(seen, torch.tensor([0.1, 20.0]))
+
+
+def test_a_student_step_moves_the_means():
+    method = perceptrons(FDistill, divergence="forward_kl")
+    method.gan.head = Planted(torch.full((16,), 2.0))
+    batch = full_batch()
+    method.match(method.generate(batch), batch)
+    method.after_step(0)
+    assert float(method.weight.mean_weight) > 1.5
+
+
 def test_two_parts_of_a_step_are_seen_as_one():
     """Accumulation: the means after two halves are those after the whole; a step without a student turn keeps them."""
     whole, halves = (RatioWeight(FDistill.Options()) for _ in range(2))

@@ -15,6 +15,7 @@ from torch import Tensor
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.diffusion.solvers import solve
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.families import FAMILIES, family_named, family_of
 from stepdistill.families.condition import Condition
 from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
@@ -335,7 +336,7 @@ def test_a_teacher_that_takes_guidance_as_an_input_gets_it(name: str) -> None:
     for rank in (0, 2):
         student = Student.from_teacher(teacher, lora_rank=rank)
         assert torch.allclose(student.predict(x_t, t, cond).x0, wanted, atol=1e-3)
-        sampler = Sampler((1.0, 0.5), True).on_grid_of(teacher.path, pipe.scheduler)
+        sampler = on_stock_grid(Sampler((1.0, 0.5), True), teacher.path, pipe.scheduler)
         check_export(student, sampler, teacher, "dog")
     assert torch.allclose(teacher.denoiser.copy().predict(x_t, t, cond).x0, wanted, atol=1e-3)
 

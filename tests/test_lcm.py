@@ -12,6 +12,7 @@ from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch,
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.consistency import clean
 from stepdistill.methods.lcm import LCM
@@ -129,7 +130,7 @@ def test_times_are_those_of_lcm_scheduler():
     )
     teacher_scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     for steps, expected in ((1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259])):
-        times = method.sampler().on_grid_of(path, teacher_scheduler, steps).times
+        times = on_stock_grid(method.sampler(), path, teacher_scheduler, steps).times
         assert [round(t * 1000) - 1 for t in times] == expected
         grid = {round((i + 1) / 50 * 1000) - 1 for i in range(50)}
         assert set(expected) <= grid

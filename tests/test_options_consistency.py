@@ -16,6 +16,7 @@ from test_fake_score import full_batch
 from toy import Perceptron, ToyFamily, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.losses.contract import MethodOptions, PairOptions
 from stepdistill.methods import find_method, method_names
 from stepdistill.methods.consistency import Consistency
@@ -103,7 +104,7 @@ def drawing(method: Any) -> Any:
 
 
 def drawn_times(method: Any) -> tuple[float, ...]:
-    return method.sampler().on_grid_of(method.student.path, None, 4).times
+    return on_stock_grid(method.sampler(), method.student.path, None, 4).times
 
 
 def levels(method: Any) -> list[float]:

@@ -17,6 +17,7 @@ from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_
 from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
 from stepdistill.export.card import STOCK, model_card, with_code_note
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import VERIFICATION, export
 from stepdistill.export.verify import verify
 from stepdistill.losses.subinterval import kernel, scaled_target
@@ -318,7 +319,7 @@ def exported(teacher_of, tmp_path_factory):
     method = PhasedDMD(teacher, student, FOUR, PhasedDMD.Options())
     for i, expert in enumerate(student.net.nets):
         shaken(nn.ParameterList([p for p in expert.parameters() if p.requires_grad]), amount=3.0, seed=i)
-    sampler = method.sampler().on_grid_of(teacher.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(method.sampler(), teacher.path, teacher.pipe.scheduler)
     card = model_card(
         teacher="sd",
         method="phased_dmd",

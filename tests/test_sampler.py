@@ -14,10 +14,11 @@ from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import on_stock_grid, stock_scheduler, times_of
 from stepdistill.families.condition import Condition
 from stepdistill.methods import find_method
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.sampler import Sampler, times_of
+from stepdistill.networks.sampler import Sampler
 from stepdistill.system.travelling import travelling_module
 
 MEAN, DEVIATION = 0.4, 0.6
@@ -71,8 +72,8 @@ def ours(sampler: Sampler, denoiser: Denoiser, noise: Tensor, generator: torch.G
 def test_stock_schedulers_draw_the_same_on_a_table(renoise: bool, kind: Any, steps: int) -> None:
     prediction = {"eps": "epsilon", "v": "v_prediction"}[kind]
     teacher = teacher_scheduler(prediction_type=prediction)
-    sampler = Sampler(uniform_times(steps), renoise).on_grid_of(TABLE, teacher)
-    scheduler = sampler.scheduler(TABLE, teacher)
+    sampler = on_stock_grid(Sampler(uniform_times(steps), renoise), TABLE, teacher)
+    scheduler = stock_scheduler(sampler, TABLE, teacher)
     assert type(scheduler).__name__ == ("LCMScheduler" if renoise or steps == 1 else "DDIMScheduler")
     denoiser = Denoiser(Output(TABLE, kind), TABLE, kind, ToyFamily())
     noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -90,9 +91,9 @@ def test_stock_schedulers_start_below_pure_noise(renoise: bool, kind: Any, times
     """The scheduler has the first part of the teacher's table, by its config alone, and asks for unit noise."""
     prediction = {"eps": "epsilon", "v": "v_prediction"}[kind]
     teacher = teacher_scheduler(prediction_type=prediction)
-    sampler = Sampler(times, renoise).on_grid_of(TABLE, teacher)
+    sampler = on_stock_grid(Sampler(times, renoise), TABLE, teacher)
     assert sampler.times == pytest.approx(times)
-    made = sampler.scheduler(TABLE, teacher)
+    made = stock_scheduler(sampler, TABLE, teacher)
     scheduler = type(made).from_config(json.loads(made.to_json_string()))
     last = round(1000 * times[0])
     assert torch.equal(scheduler.alphas_cumprod, teacher.alphas_cumprod[:last])
@@ -114,7 +115,7 @@ def test_stock_schedulers_start_below_pure_noise(renoise: bool, kind: Any, times
 def test_a_table_with_zero_terminal_snr_is_cut_as_it_is() -> None:
     teacher = teacher_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     path = TablePath.from_alphas_cumprod(teacher.alphas_cumprod)
-    scheduler = Sampler((0.5,), True).scheduler(path, teacher)
+    scheduler = stock_scheduler(Sampler((0.5,), True), path, teacher)
     assert torch.equal(scheduler.alphas_cumprod, teacher.alphas_cumprod[:500])
 
 
@@ -123,8 +124,8 @@ def test_a_table_with_zero_terminal_snr_is_cut_as_it_is() -> None:
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 def test_the_tcd_scheduler_draws_the_same(gamma: float, kind: Any, steps: int) -> None:
     teacher = teacher_scheduler(prediction_type={"eps": "epsilon", "v": "v_prediction"}[kind])
-    sampler = Sampler(uniform_times(4), True, grid=50, gamma=gamma).on_grid_of(TABLE, teacher, steps)
-    scheduler = sampler.scheduler(TABLE, teacher)
+    sampler = on_stock_grid(Sampler(uniform_times(4), True, grid=50, gamma=gamma), TABLE, teacher, steps)
+    scheduler = stock_scheduler(sampler, TABLE, teacher)
     assert type(scheduler).__name__ == "TCDScheduler"
     denoiser = Denoiser(Output(TABLE, kind), TABLE, kind, ToyFamily())
     noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -145,12 +146,12 @@ def test_the_tcd_scheduler_draws_the_same(gamma: float, kind: Any, steps: int) -
 def test_the_stock_scheduler_draws_the_same_on_a_flow_path(times: tuple[float, ...]) -> None:
     path = FlowPath()
     sampler = Sampler(times, False)
-    scheduler = sampler.scheduler(path, None)
+    scheduler = stock_scheduler(sampler, path, None)
     assert times_of(path, scheduler, len(times)) == pytest.approx(times, abs=1e-6)
     denoiser = Denoiser(Output(path, "velocity"), path, "velocity", ToyFamily())
     noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator()
-    own = ours(sampler.on_grid_of(path, None), denoiser, noise, generator)
+    own = ours(on_stock_grid(sampler, path, None), denoiser, noise, generator)
     theirs = drawn_by(scheduler, denoiser, noise, len(times), generator).detach()
     assert (own - theirs).abs().max() < 1e-5
 
@@ -167,26 +168,31 @@ def test_the_stock_scheduler_draws_the_same_on_a_flow_path(times: tuple[float, .
 )
 def test_grids_are_pinned_by_the_config_alone(steps: int, timesteps: list[int]) -> None:
     for renoise in (True, False):
-        scheduler = Sampler(uniform_times(steps), renoise).scheduler(TABLE, teacher_scheduler())
+        scheduler = stock_scheduler(Sampler(uniform_times(steps), renoise), TABLE, teacher_scheduler())
         again = type(scheduler).from_config(dict(scheduler.config))
         again.set_timesteps(steps)
         assert again.timesteps.tolist() == timesteps
-    flow = Sampler(uniform_times(steps), False).scheduler(FlowPath(), None)
+    flow = stock_scheduler(Sampler(uniform_times(steps), False), FlowPath(), None)
     flow.set_timesteps(steps)
     assert flow.timesteps.tolist() == pytest.approx([1000 * (1 - i / steps) for i in range(steps)], abs=1e-3)
 
 
+def test_what_is_evaluated_is_any_count_of_a_grids_student_and_the_own_of_others() -> None:
+    assert Sampler((1.0, 0.5), True, grid=50).step_counts == (1, 2, 4, 8)
+    assert Sampler((1.0, 0.75, 0.5), True).step_counts == (3,)
+
+
 def test_a_grid_students_times_are_lcms_own() -> None:
-    sampler = Sampler(uniform_times(4), True, grid=50).on_grid_of(TABLE, teacher_scheduler())
+    sampler = on_stock_grid(Sampler(uniform_times(4), True, grid=50), TABLE, teacher_scheduler())
     assert [round(1000 * time) for time in sampler.times] == [1000, 760, 500, 260]
     for steps, wanted in ((1, [1.0]), (2, [1.0, 0.5]), (4, [1.0, 0.76, 0.5, 0.26])):
-        assert sampler.on_grid_of(TABLE, teacher_scheduler(), steps).times == pytest.approx(wanted)
+        assert on_stock_grid(sampler, TABLE, teacher_scheduler(), steps).times == pytest.approx(wanted)
     assert sampler.step_counts == (1, 2, 4, 8)
 
 
 def test_three_steps_land_on_whole_timesteps() -> None:
     for renoise, timesteps in ((True, [999, 666, 333]), (False, [999, 666, 332])):
-        sampler = Sampler(uniform_times(3), renoise).on_grid_of(TABLE, teacher_scheduler())
+        sampler = on_stock_grid(Sampler(uniform_times(3), renoise), TABLE, teacher_scheduler())
         assert [round(1000 * time) - 1 for time in sampler.times] == timesteps
 
 
@@ -204,23 +210,23 @@ def test_a_grid_that_no_stock_scheduler_has_is_refused(
     path: Path, times: tuple[float, ...], renoise: bool
 ) -> None:
     with pytest.raises(UserError, match=r"no stock diffusers scheduler draws in .*the nearest is") as caught:
-        Sampler(times, renoise).scheduler(path, teacher_scheduler())
+        stock_scheduler(Sampler(times, renoise), path, teacher_scheduler())
     assert "\n" not in str(caught.value)
 
 
 def test_what_has_no_stock_scheduler_is_refused() -> None:
     for times in ((0.9,), (0.9, 0.45)):
         with pytest.raises(UserError, match=r"starts at 0\.9, but diffusers' flow schedulers .*: set 1\.0"):
-            Sampler(times, False).scheduler(FlowPath(), None)
+            stock_scheduler(Sampler(times, False), FlowPath(), None)
     with pytest.raises(UserError, match="TrigPath have no stock"):
-        Sampler((1.0,), False).scheduler(TrigPath(), None)
+        stock_scheduler(Sampler((1.0,), False), TrigPath(), None)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_a_call_that_forgets_the_step_count_raises(steps: int) -> None:
     for start in (1.0, 0.4):
         times = tuple(start * time for time in uniform_times(steps))
-        scheduler = Sampler(times, True).scheduler(TABLE, teacher_scheduler())
+        scheduler = stock_scheduler(Sampler(times, True), TABLE, teacher_scheduler())
         with pytest.raises(ValueError, match="50"):
             scheduler.set_timesteps(50)
 
@@ -228,7 +234,7 @@ def test_a_call_that_forgets_the_step_count_raises(steps: int) -> None:
 def test_the_exported_scheduler_keeps_the_teachers_schedule() -> None:
     teacher = teacher_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=True)
     for sampler in (Sampler((1.0, 0.5), True), Sampler((1.0, 0.5), False)):
-        scheduler = sampler.scheduler(TablePath.from_alphas_cumprod(teacher.alphas_cumprod), teacher)
+        scheduler = stock_scheduler(sampler, TablePath.from_alphas_cumprod(teacher.alphas_cumprod), teacher)
         assert torch.equal(scheduler.alphas_cumprod, teacher.alphas_cumprod)
         assert scheduler.config.prediction_type == "v_prediction"
         assert scheduler.config.clip_sample is False  # latents are not pixels
@@ -271,7 +277,7 @@ def test_consistency_students_of_a_flow_teacher_draw_the_data_in_any_steps(name:
     for steps in (1, 2, 4, 8):
         generator = torch.Generator().manual_seed(steps)
         noise = torch.randn(40_000, *SHAPE, generator=generator)
-        drawn = ours(method.sampler().on_grid_of(path, None, steps), student, noise, generator)
+        drawn = ours(on_stock_grid(method.sampler(), path, None, steps), student, noise, generator)
         assert float(drawn.std()) == pytest.approx(DEVIATION, rel=0.01), steps
         assert float(drawn.mean()) == pytest.approx(MEAN, abs=0.01), steps
 
@@ -281,7 +287,7 @@ def test_the_travelling_scheduler_draws_the_same_on_a_flow_path(times: tuple[flo
     """The trainer's pictures, each the same alone and in any batch, and no other for another start."""
     path = FlowPath()
     sampler = Sampler(times, True)
-    scheduler = sampler.scheduler(path, None)
+    scheduler = stock_scheduler(sampler, path, None)
     code = travelling_module("flow_consistency")
     assert type(scheduler) is code.FlowConsistencyScheduler
     assert times_of(path, scheduler, len(times)) == pytest.approx(times, abs=1e-6)
@@ -289,7 +295,7 @@ def test_the_travelling_scheduler_draws_the_same_on_a_flow_path(times: tuple[flo
     noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
     keys = code.keys_of(noise)
     with torch.no_grad():
-        own = sampler.on_grid_of(path, None).draw(
+        own = on_stock_grid(sampler, path, None).draw(
             denoiser, noise, Condition(), lambda call: code.noise_after(keys, call, noise)
         )
         theirs, reverse = (drawn_by(scheduler, denoiser, x, len(times), None) for x in (noise, noise.flip(0)))
@@ -313,7 +319,10 @@ def test_the_travelling_noise_is_standard_normal_and_fresh_at_every_call() -> No
 
 
 def test_one_step_without_a_grid_takes_no_noise_and_needs_no_code() -> None:
-    assert type(Sampler((1.0,), True).scheduler(FlowPath(), None)).__name__ == "FlowMapEulerDiscreteScheduler"
+    assert (
+        type(stock_scheduler(Sampler((1.0,), True), FlowPath(), None)).__name__
+        == "FlowMapEulerDiscreteScheduler"
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,11 +337,11 @@ def test_a_grid_that_does_not_divide_the_table_is_refused(name: str, grid: int, 
     student = toy_student(Gaussian(TABLE, MEAN, DEVIATION), TABLE)
     method = kind(teacher, student, (1.0, 0.5), kind.Options(grid=grid, **more))
     with pytest.raises(UserError, match=f"grid of {grid} .*{near}") as caught:
-        method.sampler().scheduler(TABLE, teacher_scheduler())
+        stock_scheduler(method.sampler(), TABLE, teacher_scheduler())
     assert "\n" not in str(caught.value)
     allowed = kind(teacher, student, (1.0, 0.5), kind.Options(grid=40, **more))
     for steps in (1, 2, 4, 8):
-        assert allowed.sampler().on_grid_of(TABLE, teacher_scheduler(), steps).times[0] == 1
+        assert on_stock_grid(allowed.sampler(), TABLE, teacher_scheduler(), steps).times[0] == 1
 
 
 @pytest.mark.parametrize(("path", "times"), [(TABLE, (1.0, 0.4)), (FlowPath(), (1.0, 0.9, 0.2))])
@@ -340,7 +349,7 @@ def test_times_that_the_scheduler_of_a_grid_would_replace_are_refused(
     path: Path, times: tuple[float, ...]
 ) -> None:
     with pytest.raises(UserError, match=r"student\.times is .*, which no .* the nearest is"):
-        Sampler(times, True, grid=50).scheduler(path, teacher_scheduler())
+        stock_scheduler(Sampler(times, True, grid=50), path, teacher_scheduler())
 
 
 @pytest.mark.parametrize("path", [FlowPath(), TrigPath()], ids=["flow", "trig"])

@@ -11,6 +11,7 @@ from torch import nn
 from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.diffusion.path import EDMPath, FlowPath, Prediction, TrigPath, per_sample
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.families.condition import Condition
 from stepdistill.losses.consistency import noised
 from stepdistill.methods.scm import SCM, Weight, trig_velocity
@@ -270,7 +271,7 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
         loss.backward()
         optimizer.step()
     assert method.derivative.way == "difference"  # what a table has by default
-    sampler = method.sampler().on_grid_of(student.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(method.sampler(), student.path, teacher.pipe.scheduler)
     pipe = student_pipeline(student, sampler, teacher)
     assert type(pipe.scheduler).__name__ == "LCMScheduler"
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]

@@ -15,6 +15,7 @@ from stepdistill.diffusion.change_of_path import STRAIGHT, carried
 from stepdistill.diffusion.path import FlowPath, TablePath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import TOLERANCE, student_pipeline
 from stepdistill.families.condition import Condition
 from stepdistill.networks.derivative import directional_derivative
@@ -132,7 +133,7 @@ def test_a_stock_pipeline_draws_several_jumps_as_the_trainer_does(name: str, tea
     teacher = teacher_of(name)
     student = two_timed(teacher, moved=True)
     plain = Sampler(uniform_times(3), renoise=False, two_times=True)
-    sampler = plain.on_grid_of(student.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(plain, student.path, teacher.pipe.scheduler)
     pipe, prompts, seeds = student_pipeline(student, sampler, teacher), tiny_prompts(name, 2), (0, 1)
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     call = teacher.family.call_arguments(type(pipe).__name__, prompts, 0.0)

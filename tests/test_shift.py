@@ -19,6 +19,7 @@ from stepdistill.diffusion.path import FlowPath
 from stepdistill.diffusion.shift import shift_of, shifted
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
 from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions
 from stepdistill.losses.first_step import first_step_loss
@@ -167,7 +168,7 @@ def test_grids_lie_on_the_teachers_schedule(name: str) -> None:
 
 def test_a_grid_student_of_one_step_keeps_the_schedule_at_other_step_counts() -> None:
     path = FlowPath(SHIFT)
-    assert Sampler((1.0,), False, grid=50).on_grid_of(path, None, 4).times == pytest.approx(
+    assert on_stock_grid(Sampler((1.0,), False, grid=50), path, None, 4).times == pytest.approx(
         own_times(4, shift=SHIFT).tolist()
     )
 
@@ -241,6 +242,6 @@ def test_a_students_default_times_are_on_the_schedule(
     recipe = load_recipe(None, teacher="tiny", method="pcm", sets=sets)
     job = assemble(recipe, Accelerator(cpu=True), tiny_pipeline("sd3"))
     assert job.sampler.times == pytest.approx(wanted, abs=1e-5)
-    scheduler = job.sampler.scheduler(job.student.path, job.teacher.pipe.scheduler)
+    scheduler = stock_scheduler(job.sampler, job.student.path, job.teacher.pipe.scheduler)
     scheduler.set_timesteps(len(wanted))
     assert (scheduler.timesteps / 1000).tolist() == pytest.approx(wanted, abs=1e-5)

@@ -18,6 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.suite import load_suite
+from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import export, student_pipeline
 from stepdistill.export.verify import verify
 from stepdistill.families import family_of
@@ -76,7 +77,7 @@ def test_a_student_of_a_teacher_in_flow_mode_is_verified(tmp_path: Path) -> None
     teacher = PipelineTeacher(pipe)
     assert teacher.path == FlowPath(3.0)
     student = Student.from_teacher(teacher)
-    sampler = Sampler(uniform_times(2), False).on_grid_of(student.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(Sampler(uniform_times(2), False), student.path, teacher.pipe.scheduler)
     export(student, sampler, teacher, tmp_path / "s", tiny_prompts("sd3", 2), "", seeds=(0, 1))
     assert verify(tmp_path / "s").worst <= 1
 
@@ -289,7 +290,7 @@ def test_a_safety_checker_is_off_for_students_and_scores_and_the_papers_say_so(t
     teachers = [PipelineTeacher(pipe), PipelineTeacher(load_teacher(str(tmp_path / "t")))]
     assert pipe.safety_checker is not None  # the object was left as it was
     student = Student.from_teacher(teachers[1])
-    sampler = Sampler((1.0,), True).on_grid_of(student.path, pipe.scheduler)
+    sampler = on_stock_grid(Sampler((1.0,), True), student.path, pipe.scheduler)
     prompts = tiny_prompts("sd", 2)
     export(student, sampler, teachers[1], tmp_path / "s", prompts, "", seeds=(0, 1))
     assert to_uint8(draw_as_pipeline(student, sampler, teachers[1], prompts, (0, 1))).float().std() > 2
@@ -330,7 +331,7 @@ def test_a_learned_variance_is_cut_off_exactly(lora_rank: int, tmp_path: Path) -
     teacher = PipelineTeacher(learned_variance())
     student = Student.from_teacher(teacher, lora_rank)
     shaken(torch.nn.ParameterList([p for p in student.net.parameters() if p.requires_grad]))
-    sampler = Sampler(uniform_times(2), True).on_grid_of(student.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(Sampler(uniform_times(2), True), student.path, teacher.pipe.scheduler)
     net = student_pipeline(student, sampler, teacher).unet
     assert (net.config.in_channels, net.config.out_channels) == (3, 3) and not lora_layers(net)
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 3])

@@ -10,6 +10,7 @@ from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch,
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import stock_scheduler
 from stepdistill.families.condition import Condition
 from stepdistill.losses.consistency import jump
 from stepdistill.methods.tcd import TCD
@@ -154,7 +155,7 @@ def test_the_sampler_of_the_method():
     flow = tcd(FlowPath(), Perceptron()).sampler()
     assert (flow.gamma, flow.renoise) == (None, False)
     with pytest.raises(UserError):
-        tcd(FlowPath(), Perceptron(), gamma=0.3).sampler().scheduler(FlowPath(), None)
+        stock_scheduler(tcd(FlowPath(), Perceptron(), gamma=0.3).sampler(), FlowPath(), None)
 
 
 def test_training_brings_one_and_four_steps_to_the_end_of_the_ode():

@@ -12,6 +12,7 @@ from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
+from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
 from stepdistill.losses.consistency import noised
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
@@ -208,10 +209,10 @@ def test_the_sampler_of_the_method():
     path = table_path()
     method = tscd(path, Perceptron(), gamma=0.5)
     teacher_scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    scheduler = method.sampler().scheduler(path, teacher_scheduler)
+    scheduler = stock_scheduler(method.sampler(), path, teacher_scheduler)
     assert type(scheduler).__name__ == "TCDScheduler" and method.sampler().call_arguments() == {"eta": 0.5}
     for steps in (1, 2, 4, 8):
-        times = method.sampler().on_grid_of(path, teacher_scheduler, steps).times
+        times = on_stock_grid(method.sampler(), path, teacher_scheduler, steps).times
         assert times == pytest.approx([1 - i / steps for i in range(steps)])
     assert tscd(path, Perceptron(), renoise=False).sampler().gamma == 0
     flow = tscd(FlowPath(), Perceptron()).sampler()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from stepdistill.diffusion.path import FlowPath
+from dataclasses import replace
+from typing import Any
+
+from stepdistill.diffusion.path import FlowPath, TablePath
 from stepdistill.diffusion.path import Path as NoisePath
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.networks.sampler import Sampler
+from stepdistill.system.travelling import travelling_module
 
 
 def check_sampler(sampler: Sampler, path: NoisePath, family: Family) -> None:
@@ -22,3 +26,105 @@ def check_sampler(sampler: Sampler, path: NoisePath, family: Family) -> None:
             f"{', '.join(family.pipelines)} hands its generator to no scheduler. Set student.times=[1.0], or the "
             "method's options.renoise=false where it has that option"
         )
+
+
+def stock_scheduler(sampler: Sampler, path: NoisePath, teacher_scheduler: Any) -> Any:
+    """The scheduler that draws as this sampler does, its grid pinned by its config alone: a stock one, but for
+    fresh noise on a flow path, where ``pipelines/flow_consistency.py`` travels along.
+
+    Raises:
+        UserError: when no scheduler has this grid.
+    """
+    from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler, TCDScheduler
+
+    scheduler: Any
+    if isinstance(path, FlowPath):
+        if sampler.times[0] < 1 - 1.5e-3:
+            raise UserError(
+                f"student.times starts at {sampler.times[0]:g}, but diffusers' flow schedulers call a network first "
+                "at pure noise: set 1.0"
+            )
+        kind: Any = FlowMapEulerDiscreteScheduler
+        if sampler.renoise and sampler.step_counts != (1,):
+            # The stock ones that take fresh noise (FlowMatchLCM, FlowMatchEuler with stochastic_sampling) draw it
+            # from the global generator in SD3's pipeline, and their grid ends at 1/1000.
+            kind = travelling_module("flow_consistency").FlowConsistencyScheduler
+        scheduler = kind(shift=_shift(sampler, path))
+    elif isinstance(path, TablePath):
+        keep = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "prediction_type",
+        )
+        config = {key: teacher_scheduler.config[key] for key in keep}
+        config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
+        last = path.steps if sampler.grid else round(sampler.times[0] * path.steps)
+        if last < path.steps:  # schedulers call a network first at the end of their table, so it ends there
+            betas = teacher_scheduler.betas[:last].tolist()
+            config |= {"num_train_timesteps": last, "trained_betas": betas}
+            config["rescale_betas_zero_snr"] = False
+        config["prediction_type"] = sampler.prediction_type or config["prediction_type"]
+        config["clip_sample"] = False
+        # Read by neither scheduler on these grids; Stable Diffusion pipelines rewrite any other value, and warn.
+        config["steps_offset"] = 1
+        if sampler.gamma is not None:
+            scheduler = TCDScheduler(**config, original_inference_steps=sampler.grid or path.steps)
+        elif sampler.renoise or sampler.steps == 1:
+            uniform = sampler.steps if last % sampler.steps == 0 else last
+            # With as many original steps as the student has, a call that forgets num_inference_steps (and so asks
+            # for 50) raises instead of drawing on a grid the student never saw.
+            scheduler = LCMScheduler(**config, original_inference_steps=sampler.grid or uniform)
+        else:
+            scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
+    else:
+        raise UserError(f"students on a {type(path).__name__} have no stock diffusers scheduler")
+    _check_grid(sampler, path, scheduler)
+    return scheduler
+
+
+def _shift(sampler: Sampler, path: FlowPath) -> float:
+    """The s of the time shift that maps the uniform grid to these times; that of the path for one step."""
+    if sampler.steps == 1:
+        return path.shift
+    t, u = sampler.times[-1], 1 / sampler.steps
+    return round(t * (1 - u) / (u * (1 - t)), 6)
+
+
+def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any) -> None:
+    allowed = 1.5e-3
+    if sampler.grid and isinstance(path, TablePath):
+        if path.steps % sampler.grid:
+            wanted = sampler.grid
+            every = [n for n in range(1, path.steps + 1) if path.steps % n == 0]
+            near = [n for n in every if n < wanted][-1:] + [n for n in every if n > wanted][:1]
+            raise UserError(
+                f"a grid of {wanted} times does not divide the teacher's {path.steps} timesteps, so drawings would "
+                f"not start at the last of them: set options.grid to a divisor, {' or '.join(map(str, near))}"
+            )
+        allowed += 1 / sampler.grid  # the steps are taken out of the grid
+    grid = times_of(path, scheduler, sampler.steps)
+    if max(abs(a - b) for a, b in zip(grid, sampler.times, strict=True)) > allowed:
+        raise UserError(
+            f"student.times is {list(sampler.times)}, which no stock diffusers scheduler draws in {sampler.steps} "
+            f"steps; the nearest is {[round(time, 4) for time in grid]}"
+        )
+
+
+def on_stock_grid(
+    sampler: Sampler, path: NoisePath, teacher_scheduler: Any, steps: int | None = None
+) -> Sampler:
+    """The same sampler with the exact times that its scheduler has for ``steps`` (default: its own count)."""
+    scheduler = stock_scheduler(sampler, path, teacher_scheduler)
+    return replace(sampler, times=times_of(path, scheduler, steps or sampler.steps))
+
+
+def times_of(path: NoisePath, scheduler: Any, steps: int) -> tuple[float, ...]:
+    """The times at which a diffusers scheduler calls the network in ``steps`` steps."""
+    scheduler.set_timesteps(steps)
+    timesteps = [float(value) for value in scheduler.timesteps]
+    if isinstance(path, TablePath):
+        return tuple((value + 1) / path.steps for value in timesteps)
+    return tuple(value / 1000 for value in timesteps)

@@ -23,7 +23,7 @@ from torch import nn
 from stepdistill.errors import UserError
 from stepdistill.export.card import with_code_note
 from stepdistill.export.experts import one_network
-from stepdistill.export.schedulers import check_sampler
+from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.networks.experts import Experts
 from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
 from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
@@ -50,7 +50,7 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
         net = one_network(plain, bounds)
     else:
         net = family.without_variance(_plain_network(folded))
-    scheduler = sampler.scheduler(student.path, teacher.pipe.scheduler)
+    scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:
         return getattr(diffusers, other)(**{family.denoiser: net, "scheduler": scheduler})

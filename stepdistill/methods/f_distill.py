@@ -67,7 +67,7 @@ class RatioWeight(nn.Module):
         """Weights [B] from logits [B] at times [B]."""
         low, high = self.options.score_times
         where = ((t - low) / max(high - low, 1e-6) * BINS).long().clamp(0, BINS - 1)
-        ratio = logit.float().clamp(-10, 10).exp().clamp(*self.options.ratio_range)
+        ratio = logit.float().exp().clamp(*self.options.ratio_range)
         weight = self.h(ratio / self.mean_ratio[where])
         bins = nn.functional.one_hot(where, BINS).double()
         sums = [ratio.double() @ bins, bins.sum(0), weight.double().sum()[None], bins.sum()[None]]
@@ -80,7 +80,7 @@ class RatioWeight(nn.Module):
         if seen is None:
             return
         ratios, counts, weight = seen[:BINS], seen[BINS : 2 * BINS], seen[-2:-1] / seen[-1]
-        now = torch.where(counts > 0, ratios / counts.clamp_min(1), self.mean_ratio.double())
+        now = torch.where(counts > 0, ratios / counts, self.mean_ratio.double())
         for mean, value in ((self.mean_ratio, now), (self.mean_weight, weight)):
             mean.lerp_(value.to(mean.dtype), 1 - self.options.ratio_ema)
 

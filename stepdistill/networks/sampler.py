@@ -1,19 +1,18 @@
-"""How a student is sampled in the trainer, and the diffusers scheduler that does the same after export."""
+"""How a student is sampled: which times its network is called at, and what lies between two calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.path import FlowPath, Path, TablePath
+from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
-from stepdistill.system.travelling import travelling_module
 
 if TYPE_CHECKING:
     from stepdistill.networks.denoiser import Denoiser
@@ -115,95 +114,6 @@ class Sampler:
         last = denoiser.predict(x, t, cond, *more)
         return last.x0 if self.gamma is None else last.at(_past(denoiser.path, torch.zeros_like(t), 0.0))
 
-    def scheduler(self, path: Path, teacher_scheduler: Any) -> Any:
-        """The scheduler that draws as this sampler does, its grid pinned by its config alone: a stock one, but for
-        fresh noise on a flow path, where ``pipelines/flow_consistency.py`` travels along.
-
-        Raises:
-            UserError: when no scheduler has this grid.
-        """
-        from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler, TCDScheduler
-
-        scheduler: Any
-        if isinstance(path, FlowPath):
-            if self.times[0] < 1 - 1.5e-3:
-                raise UserError(
-                    f"student.times starts at {self.times[0]:g}, but diffusers' flow schedulers call a network first "
-                    "at pure noise: set 1.0"
-                )
-            kind: Any = FlowMapEulerDiscreteScheduler
-            if self.renoise and self.step_counts != (1,):
-                # The stock ones that take fresh noise (FlowMatchLCM, FlowMatchEuler with stochastic_sampling) draw it
-                # from the global generator in SD3's pipeline, and their grid ends at 1/1000.
-                kind = travelling_module("flow_consistency").FlowConsistencyScheduler
-            scheduler = kind(shift=self._shift(path))
-        elif isinstance(path, TablePath):
-            keep = (
-                "num_train_timesteps",
-                "beta_start",
-                "beta_end",
-                "beta_schedule",
-                "trained_betas",
-                "prediction_type",
-            )
-            config = {key: teacher_scheduler.config[key] for key in keep}
-            config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
-            last = path.steps if self.grid else round(self.times[0] * path.steps)
-            if (
-                last < path.steps
-            ):  # schedulers call a network first at the end of their table, so it ends there
-                betas = teacher_scheduler.betas[:last].tolist()
-                config |= {"num_train_timesteps": last, "trained_betas": betas}
-                config["rescale_betas_zero_snr"] = False
-            config["prediction_type"] = self.prediction_type or config["prediction_type"]
-            config["clip_sample"] = False
-            # Read by neither scheduler on these grids; Stable Diffusion pipelines rewrite any other value, and warn.
-            config["steps_offset"] = 1
-            if self.gamma is not None:
-                scheduler = TCDScheduler(**config, original_inference_steps=self.grid or path.steps)
-            elif self.renoise or self.steps == 1:
-                uniform = self.steps if last % self.steps == 0 else last
-                # With as many original steps as the student has, a call that forgets num_inference_steps (and so asks
-                # for 50) raises instead of drawing on a grid the student never saw.
-                scheduler = LCMScheduler(**config, original_inference_steps=self.grid or uniform)
-            else:
-                scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
-        else:
-            raise UserError(f"students on a {type(path).__name__} have no stock diffusers scheduler")
-        self._check_grid(path, scheduler)
-        return scheduler
-
-    def _shift(self, path: FlowPath) -> float:
-        """The s of the time shift that maps the uniform grid to these times; that of the path for one step."""
-        if self.steps == 1:
-            return path.shift
-        t, u = self.times[-1], 1 / self.steps
-        return round(t * (1 - u) / (u * (1 - t)), 6)
-
-    def _check_grid(self, path: Path, scheduler: Any) -> None:
-        allowed = 1.5e-3
-        if self.grid and isinstance(path, TablePath):
-            if path.steps % self.grid:
-                wanted = self.grid
-                every = [n for n in range(1, path.steps + 1) if path.steps % n == 0]
-                near = [n for n in every if n < wanted][-1:] + [n for n in every if n > wanted][:1]
-                raise UserError(
-                    f"a grid of {wanted} times does not divide the teacher's {path.steps} timesteps, so drawings would "
-                    f"not start at the last of them: set options.grid to a divisor, {' or '.join(map(str, near))}"
-                )
-            allowed += 1 / self.grid  # the steps are taken out of the grid
-        grid = times_of(path, scheduler, self.steps)
-        if max(abs(a - b) for a, b in zip(grid, self.times, strict=True)) > allowed:
-            raise UserError(
-                f"student.times is {list(self.times)}, which no stock diffusers scheduler draws in {self.steps} "
-                f"steps; the nearest is {[round(time, 4) for time in grid]}"
-            )
-
-    def on_grid_of(self, path: Path, teacher_scheduler: Any, steps: int | None = None) -> Sampler:
-        """The same sampler with the exact times that its scheduler has for ``steps`` (default: its own count)."""
-        scheduler = self.scheduler(path, teacher_scheduler)
-        return replace(self, times=times_of(path, scheduler, steps or self.steps))
-
 
 def _past(path: Path, s: Tensor, gamma: float) -> Tensor:
     """The time [B] of timestep floor((1 - gamma) n) of a table, n >= 0 being the timestep of s [B]."""
@@ -215,12 +125,3 @@ def _past(path: Path, s: Tensor, gamma: float) -> Tensor:
 def schedule_times(path: Path, steps: int) -> tuple[float, ...]:
     """The times of K steps of a teacher on its path: the uniform ones, on a flow path with its time shift."""
     return tuple(path.shifted(time) for time in uniform_times(steps))
-
-
-def times_of(path: Path, scheduler: Any, steps: int) -> tuple[float, ...]:
-    """The times at which a diffusers scheduler calls the network in ``steps`` steps."""
-    scheduler.set_timesteps(steps)
-    timesteps = [float(value) for value in scheduler.timesteps]
-    if isinstance(path, TablePath):
-        return tuple((value + 1) / path.steps for value in timesteps)
-    return tuple(value / 1000 for value in timesteps)

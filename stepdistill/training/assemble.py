@@ -20,7 +20,7 @@ from stepdistill.data.training_images import EmbeddedImages, ImageFolder, Images
 from stepdistill.diffusion.path import TablePath
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
-from stepdistill.export.schedulers import check_sampler
+from stepdistill.export.schedulers import check_sampler, on_stock_grid
 from stepdistill.export.student_folder import check_export
 from stepdistill.families.base import LabelFamily
 from stepdistill.features.clip import ClipFeatures
@@ -136,7 +136,7 @@ def assemble(
     sampler = method.sampler()
     if student.output != teacher.denoiser.output:
         sampler = replace(sampler, prediction_type=PREDICTION_TYPES[student.output])
-    sampler = sampler.on_grid_of(student.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(sampler, student.path, teacher.pipe.scheduler)
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
     if recipe.terms.needs:
