@@ -26,6 +26,7 @@ from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 
 PATH = FlowPath()
@@ -337,7 +338,7 @@ def test_it_trains_with_no_data_to_load_and_the_network_unplugged(
     ):
         monkeypatch.setattr(kind, name, refuse)
     accelerator = Accelerator(cpu=True)
-    job = assemble(recipe, accelerator, pipeline)
+    job = assemble(resolve(recipe), accelerator, pipeline)
     start = {name: value.clone() for name, value in job.student.net.state_dict().items()}
     data = SealedData(job.teacher, job.prompts, recipe.train.seed)
     assert training_data(job, tmp_path).images is None  # what the recipe itself would have loaded

@@ -26,6 +26,7 @@ from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
 from stepdistill.training.finish import export_student
 from stepdistill.training.health import TrainingDiverged, Vitals
+from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.run import Run
 from stepdistill.training.schedule import learning_rate
@@ -59,7 +60,7 @@ def start(recipe, folder, resume=False, preview=None):
     """One run in this process: the job and what training gave."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True)
-    job = assemble(recipe, accelerator, None)
+    job = assemble(resolve(recipe), accelerator, None)
     data = training_data(job, folder)
     return job, train(job.method, data, recipe, folder, accelerator, resume=resume, preview=preview)
 
@@ -161,6 +162,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_loop import METHODS, recipe_of
 from accelerate import Accelerator
+from stepdistill.training.identity import resolve
 from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.loop import train
 accelerator = Accelerator(cpu=True)
@@ -171,7 +173,7 @@ for method in METHODS:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     recipe = recipe_of(method, 4)
-    job = assemble(recipe, accelerator, None)
+    job = assemble(resolve(recipe), accelerator, None)
     train(job.method, training_data(job, folder), recipe, folder, accelerator)
 accelerator.end_training()
 """
@@ -215,7 +217,7 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
     recipe = recipe_of("lcm", 8)
     start(recipe, tmp_path / "whole")
     accelerator = Accelerator(cpu=True)
-    job = assemble(recipe, accelerator, None)
+    job = assemble(resolve(recipe), accelerator, None)
     plain = job.method.after_step
 
     def interrupted(step):
@@ -246,7 +248,7 @@ def test_bf16_starts_where_float32_starts(tmp_path):
 
 
 def job_of(method, *more):
-    return assemble(recipe_of(method, 4, *more), Accelerator(cpu=True), None)
+    return assemble(resolve(recipe_of(method, 4, *more)), Accelerator(cpu=True), None)
 
 
 def points(job, count=2):
@@ -290,7 +292,7 @@ def test_a_pipeline_object_is_left_in_its_own_precision():
     from stepdistill.system.emoji import teacher_folder
 
     pipe = DiffusionPipeline.from_pretrained(teacher_folder("emoji"), dtype=torch.float16)
-    job = assemble(recipe_of("lcm", 4), Accelerator(cpu=True), pipe)
+    job = assemble(resolve(recipe_of("lcm", 4)), Accelerator(cpu=True), pipe)
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     assert {part.dtype for part in parts.values()} == {torch.float16}
     assert job.teacher.pipe.vae.dtype == job.teacher.denoiser.net.dtype == torch.float32
@@ -306,7 +308,7 @@ def test_every_trained_weight_has_a_gradient_in_bf16(method, tmp_path):
     student as its own target. No cast of a weight outlives a call without a graph."""
     more = {"dmd": ["options.warm_start=0"], "lcm": ["options.ema=0"]}[method]
     recipe = recipe_of(method, 4, "train.precision=bf16", *more)
-    job = assemble(recipe, Accelerator(cpu=True), None)
+    job = assemble(resolve(recipe), Accelerator(cpu=True), None)
     data, graphs = training_data(job, tmp_path), []
 
     def look(net, *_):
@@ -339,7 +341,7 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
     assert all(".lora_" in name for name in kept)
     moved = [p for n, p in job.student.net.named_parameters() if "lora_B" in n and bool(p.any())]
     assert moved
-    again = assemble(recipe, Accelerator(cpu=True), None)
+    again = assemble(resolve(recipe), Accelerator(cpu=True), None)
     Run(again.method, recipe, tmp_path).restore()
     wanted = job.method.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in again.method.state_dict().items())
@@ -348,7 +350,7 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
 def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
     recipe = recipe_of("dmd", 20, "train.sheet_every=1")
     accelerator = Accelerator(cpu=True)
-    job = assemble(recipe, accelerator, None)
+    job = assemble(resolve(recipe), accelerator, None)
 
     def poison(step, ema):
         from stepdistill.training.health import Seen
@@ -471,7 +473,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 def test_a_run_restores_where_it_was(tmp_path):
     recipe = recipe_of("dmd", 10)
     _, trained = start(recipe, tmp_path)
-    job = assemble(recipe, Accelerator(cpu=True), None)
+    job = assemble(resolve(recipe), Accelerator(cpu=True), None)
     state = Run(job.method, recipe, tmp_path)
     state.restore()
     assert state.step == 10

@@ -23,6 +23,7 @@ from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import StudentOptions
 from stepdistill.training import output_matching
 from stepdistill.training.assemble import Assembled, assemble
+from stepdistill.training.identity import resolve
 from stepdistill.training.output_matching import Matched, Matching, NoisedSamples, match_output, output_of
 
 EMPTY = Path(__file__).parent / "empty.yaml"
@@ -149,7 +150,7 @@ def job_of(teacher: Any, *sets: str) -> Assembled:
     common = ["data.prompts=tests/prompts.txt", "train.batch=4", "student.output=v", "student.output_steps=3"]
     more = ["options.guidance=2.0", "student.output_samples=8", "student.output_lr=1e-3"]
     recipe = load_recipe(EMPTY, method="dmd", sets=[*common, *more, *sets])
-    return assemble(recipe, Accelerator(cpu=True), teacher)
+    return assemble(resolve(recipe), Accelerator(cpu=True), teacher)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from stepdistill.errors import UserError
 from stepdistill.methods import find_method, needs
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import content_folder
-from stepdistill.training.distil import distil
+from stepdistill.training.distil import run_recipe
 
 EXAMPLE = content_folder("train") / "examples" / "own_method.py"
 
@@ -59,7 +59,7 @@ def test_a_recipe_finds_the_method_beside_it_and_gives_a_verified_student(tmp_pa
     sets = ["train.steps=3", "train.batch=4", "train.sheet_every=0", "options.pairs=4", "options.pair_steps=2",
             "options.guidance=1", "evaluate=false"]  # fmt: skip
     recipe = load_recipe(folder / "own_method.yaml", teacher=str(tmp_path / "teacher"), sets=sets)
-    run = distil(recipe, output=tmp_path / "run")
+    run = run_recipe(recipe, output=tmp_path / "run")
     assert run.report.method == str(folder / "own_method.py")
     assert "differ from the trainer's by" in run.report.verification
     assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"]

@@ -13,7 +13,7 @@ from stepdistill.methods import method_options
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.recipes.sections import StudentOptions
 from stepdistill.system import shipped as content
-from stepdistill.training.identity import differences, resolved, resolved_yaml
+from stepdistill.training.identity import differences, resolve, resolved_yaml
 
 METHOD = '''"""A method of the test's own."""
 from typing import ClassVar
@@ -172,8 +172,8 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
 
 def test_resolved_yaml_reads_back_to_an_equal_recipe_with_every_key(here: Path) -> None:
     recipe = Recipe(method="./mine.py", options={"guidance": 1}, student=StudentOptions(times=(1.0, 0.1)))
-    Path("recipe.yaml").write_text(resolved_yaml(recipe))
-    assert load_recipe("recipe.yaml") == resolved(recipe)
+    Path("recipe.yaml").write_text(resolved_yaml(resolve(recipe)))
+    assert load_recipe("recipe.yaml") == resolve(recipe).recipe
     tree = yaml.safe_load(Path("recipe.yaml").read_text())
     assert set(tree) == set(Recipe.model_fields)
     assert tree["options"]["critic_steps"] == 5 and tree["options"]["guidance_interval"] == [0.0, 1.0]

@@ -31,6 +31,7 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import assemble
+from stepdistill.training.identity import resolve
 
 SHIFT = 3.0
 DYNAMIC: dict[str, Any] = {"use_dynamic_shifting": True, "base_image_seq_len": 16, "max_image_seq_len": 64}
@@ -240,7 +241,7 @@ def test_a_students_default_times_are_on_the_schedule(
     file.write_text("red apple\ndog\n")
     sets = [*sets, f"data.prompts={file}", "options.guidance=2"]
     recipe = load_recipe(None, teacher="tiny", method="pcm", sets=sets)
-    job = assemble(recipe, Accelerator(cpu=True), tiny_pipeline("sd3"))
+    job = assemble(resolve(recipe), Accelerator(cpu=True), tiny_pipeline("sd3"))
     assert job.sampler.times == pytest.approx(wanted, abs=1e-5)
     scheduler = stock_scheduler(job.sampler, job.student.path, job.teacher.pipe.scheduler)
     scheduler.set_timesteps(len(wanted))

@@ -22,6 +22,7 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import assemble
+from stepdistill.training.identity import resolve
 from stepdistill.training.run import Run
 
 Teachers = Callable[[str], PipelineTeacher]
@@ -132,7 +133,7 @@ def test_a_slim_student_is_a_stock_folder(name: str, tmp_path: Path) -> None:
     scheduler = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
     recipe = load_recipe(run.folder / "recipe.yaml")
-    job = assemble(recipe, Accelerator(cpu=True), tiny_pipeline(name))
+    job = assemble(resolve(recipe), Accelerator(cpu=True), tiny_pipeline(name))
     Run(job.method, recipe, run.folder).restore()
     saved = loaded.unet.state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in job.student.net.state_dict().items())

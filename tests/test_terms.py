@@ -25,6 +25,7 @@ from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TermOptions
 from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 
 HERE = Path(__file__).parent
@@ -273,7 +274,7 @@ def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
         "train.ema_power=6.94",
     ]  # fmt: skip
     accelerator = Accelerator(cpu=True)
-    job = assemble(load_recipe(HERE / "empty.yaml", method="lcm", sets=sets), accelerator, None)
+    job = assemble(resolve(load_recipe(HERE / "empty.yaml", method="lcm", sets=sets)), accelerator, None)
     assert job.needs >= {"pairs", "states", "images"}
     before = {name: value.clone() for name, value in job.teacher.denoiser.net.state_dict().items()}
     trained = train(job.method, training_data(job, tmp_path), job.recipe, tmp_path, accelerator)

@@ -7,15 +7,12 @@ torchrun --nproc_per_node 2 train/distill.py dmd_emoji_quick --output runs/dmd
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 
-from stepdistill.methods import method_options
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.distil import distil
-from stepdistill.training.preflight import check_output, check_recipe
+from stepdistill.training.distil import run_recipe
 
 
 def main() -> None:
@@ -27,14 +24,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     recipe = load_recipe(arguments.recipe, sets=arguments.sets)
-    check_recipe(recipe)
-    method_options(recipe)
-    first_process = os.environ.get("RANK", "0") == "0"
-    if first_process:
-        check_output(arguments.output, resume=arguments.resume)
     command = shlex.join(["python", *sys.argv])
-    run = distil(recipe, output=arguments.output, resume=arguments.resume, command=command)
-    if first_process:
+    run = run_recipe(recipe, output=arguments.output, resume=arguments.resume, command=command)
+    if run.report is not None:
         print(run.student)
 
 

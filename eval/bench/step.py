@@ -23,6 +23,7 @@ from stepdistill.methods.dmd import DMD
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.provenance import provenance
 from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 
 WARM, TIMED = 2, 3
@@ -82,7 +83,7 @@ def main() -> None:
         ],
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    job = assemble(recipe, accelerator, None)
+    job = assemble(resolve(recipe), accelerator, None)
     units, bares = [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(chosen.repeats + 1):

@@ -28,29 +28,20 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ) -> None:
     """Train a student, export it, prove the export and measure it."""
-    from stepdistill.methods import method_options
     from stepdistill.recipes.recipe import load_recipe
-    from stepdistill.training import preflight as checks
+    from stepdistill.training.distil import run_recipe
 
     source: str | Path | None = recipe
     if resume and recipe is None and output is not None and (output / "recipe.yaml").is_file():
         source = output / "recipe.yaml"  # the run's own recipe, so that --resume --output RUN is enough
     wanted = load_recipe(source, teacher=teacher, method=method, sets=sets or ())
-    first_process = os.environ.get("RANK", "0") == "0"
     given = output or (Path(wanted.output) if wanted.output else None)
     folder = given or _default_run_folder(wanted.method, wanted.teacher, resume)
-    if first_process:
-        checks.check_output(folder, resume=resume)
-    checks.check_recipe(wanted, folder if resume else None)
-    method_options(wanted)
-
-    from stepdistill.training.distil import distil
-
-    run = distil(wanted, output=folder, resume=resume, command=command_line())
-    if first_process:
+    run = run_recipe(wanted, output=folder, resume=resume, command=command_line())
+    if run.report is not None:
         print(f"student: {run.student}")
         print(f"picture: {folder / 'samples.png'}")
-        if run.report and run.report.gap_closed:
+        if run.report.gap_closed:
             from stepdistill.comparison.ranking import rank, text_table
 
             print(text_table(rank([run.report])))
@@ -63,8 +54,6 @@ def export(
     ] = None,
 ) -> None:
     """Export the student of a run's last checkpoint again."""
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a run folder: it has no recipe.yaml")
     from stepdistill.training.distil import export_run
 
     print(export_run(run, output))

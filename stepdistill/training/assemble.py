@@ -27,7 +27,6 @@ from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.load import load_features
 from stepdistill.losses.contract import Method, MethodOptions, PairOptions
 from stepdistill.losses.terms import WithTerms
-from stepdistill.methods import find_method, method_options
 from stepdistill.networks.find import find_teacher
 from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
@@ -39,6 +38,7 @@ from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import bar, say
 from stepdistill.system.provenance import provenance
 from stepdistill.system.shipped import cache_folder
+from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.output_matching import Matching, match_output, output_of
 
 if TYPE_CHECKING:
@@ -89,12 +89,12 @@ class Assembled:
 
 
 def assemble(
-    recipe: Recipe, accelerator: Accelerator, pipeline: DiffusionPipeline | None = None
+    resolved: ResolvedRecipe, accelerator: Accelerator, pipeline: DiffusionPipeline | None = None
 ) -> Assembled:
     """Loads what a recipe names and fits it together.
 
     Args:
-        recipe: what to do.
+        resolved: what to do.
         accelerator: where.
         pipeline: the teacher, where it is an object.
 
@@ -103,7 +103,7 @@ def assemble(
     """
     device, main = accelerator.device, accelerator.is_main_process
     origin, began = provenance(device), time.perf_counter()
-    kind, options = find_method(recipe.method), method_options(recipe)
+    recipe, kind, options = resolved.recipe, resolved.kind, resolved.options
     needs = kind.needs_of(options) | recipe.terms.needs
     check_attention(recipe.train.attention, device)
     embedded = pipeline is None and recipe.teacher in embedded_teachers()

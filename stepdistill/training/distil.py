@@ -1,4 +1,7 @@
-"""distil(): recipe -> teacher, student, method, data -> train -> student folder, proven -> report."""
+"""run_recipe(): recipe -> teacher, student, method, data -> train -> student folder, proven -> report.
+
+Nothing here imports torch before the cheap checks are made: what is wrong with a recipe or a folder is said at once.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-
 from stepdistill.errors import UserError
-from stepdistill.export.verify import verify
-from stepdistill.networks.averages import averaged
 from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
-from stepdistill.training.assemble import TEACHER_STEPS, assemble, training_data
-from stepdistill.training.contact_sheets import ContactSheets
-from stepdistill.training.finish import export_student, finish
-from stepdistill.training.identity import resolved_yaml
-from stepdistill.training.loop import train
+from stepdistill.training.identity import resolve, resolved_yaml
 from stepdistill.training.preflight import check_output, check_recipe
-from stepdistill.training.run import Run, check_resume
 from stepdistill.training.run_report import RunReport
 
 if TYPE_CHECKING:
@@ -74,10 +66,10 @@ def distill(
         method=method or (None if recipe else DEFAULT_METHOD),
         sets=sets,
     )
-    return distil(wanted, output=Path(output), resume=resume, pipeline=pipeline)
+    return run_recipe(wanted, output=Path(output), resume=resume, pipeline=pipeline)
 
 
-def distil(
+def run_recipe(
     recipe: Recipe,
     *,
     output: Path,
@@ -85,7 +77,7 @@ def distil(
     command: str | None = None,
     pipeline: DiffusionPipeline | None = None,
 ) -> Distilled:
-    """Runs a recipe from start to report.
+    """Runs a recipe from start to report; in every process, where several are launched.
 
     Args:
         recipe: what to do.
@@ -97,10 +89,23 @@ def distil(
     Raises:
         UserError: for anything the caller can mend.
     """
+    if os.environ.get("RANK", "0") == "0":
+        check_output(output, resume=resume)
     if pipeline is None:
         check_recipe(recipe, output if resume else None)
+    resolved = resolve(recipe)
+
+    import torch
+    from accelerate import Accelerator
+
+    from stepdistill.training.assemble import TEACHER_STEPS, assemble, training_data
+    from stepdistill.training.contact_sheets import ContactSheets
+    from stepdistill.training.finish import finish
+    from stepdistill.training.loop import train
+    from stepdistill.training.run import check_resume
+
     if resume:
-        check_resume(output / "checkpoints", recipe)
+        check_resume(output / "checkpoints", resolved.recipe)
     _check_tracker(recipe.train.tracker)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -113,30 +118,22 @@ def distil(
             f"{wanted} processes were launched, but accelerate runs {accelerator.num_processes}: without a GPU, launch "
             "with ACCELERATE_USE_CPU=true"
         )
-    if accelerator.is_main_process:
-        check_output(output, resume=resume)
-    run = assemble(recipe, accelerator, pipeline)
+    run = assemble(resolved, accelerator, pipeline)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
+        (output / "recipe.yaml").write_text(resolved_yaml(resolved), encoding="utf-8")
     data = training_data(run, output)
     preview = None
     if accelerator.is_main_process and recipe.train.sheet_every:
-        preview = ContactSheets(
-            output / "sheets",
-            run.student,
-            run.sampler,
-            run.teacher,
-            run.shown(16),
-            run.options.guidance,
-            TEACHER_STEPS,
-        )
+        sheets = output / "sheets"
+        guidance, shown = run.options.guidance, run.shown(16)
+        preview = ContactSheets(sheets, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
     if recipe.train.tracker:
         accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
     trained = train(
         run.method,
         data,
-        recipe,
+        run.recipe,
         output,
         accelerator,
         resume=resume,
@@ -145,14 +142,14 @@ def distil(
     accelerator.wait_for_everyone()
     if recipe.train.tracker:
         accelerator.end_training()
-    report = None
-    if accelerator.is_main_process:
-        report = finish(run, output, trained, command)
+    report = finish(run, output, trained, command) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     return Distilled(output, output / "student", report)
 
 
 def _check_tracker(name: str | None) -> None:
+    from accelerate.tracking import get_available_trackers
+
     able = [str(tracker) for tracker in get_available_trackers()]
     if name is not None and name not in able:
         raise UserError(
@@ -172,10 +169,20 @@ def export_run(run: Path, output: Path | None = None) -> Path:
         UserError: when there is no run, no checkpoint, or the student does not verify.
     """
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} holds no run: it has no recipe.yaml")
-    recipe = load_recipe(run / "recipe.yaml")
-    assembled = assemble(recipe, Accelerator(cpu=not torch.cuda.is_available()))
-    state = Run(assembled.method, recipe, run)
+        raise UserError(f"{run} is not a run folder: it has no recipe.yaml")
+
+    import torch
+    from accelerate import Accelerator
+
+    from stepdistill.export.verify import verify
+    from stepdistill.networks.averages import averaged
+    from stepdistill.training.assemble import assemble
+    from stepdistill.training.finish import export_student
+    from stepdistill.training.run import Run
+
+    resolved = resolve(load_recipe(run / "recipe.yaml"))
+    assembled = assemble(resolved, Accelerator(cpu=not torch.cuda.is_available()))
+    state = Run(assembled.method, assembled.recipe, run)
     state.restore()
     folder = output or run / "student"
     with averaged(state.ema):

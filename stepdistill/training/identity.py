@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.recipes.sections import TrainOptions
+
+if TYPE_CHECKING:
+    from stepdistill.losses.contract import Method, MethodOptions
 
 
 def identity(recipe: Recipe) -> Recipe:
@@ -17,27 +21,47 @@ def identity(recipe: Recipe) -> Recipe:
     plain = TrainOptions()
     names = ("budget_seconds", "keep", "sheet_every", "tracker")
     train_options = recipe.train.model_copy(update={name: getattr(plain, name) for name in names})
-    return resolved(recipe).model_copy(update={"output": None, "evaluate": True, "train": train_options})
+    return recipe.model_copy(update={"output": None, "evaluate": True, "train": train_options})
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The same recipe with every option of its method written out."""
-    from stepdistill.methods import method_options
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe whose method was found and whose options were checked, once.
 
-    return recipe.model_copy(update={"options": method_options(recipe).model_dump(mode="json")})
+    Attributes:
+        recipe: with every option of its method written out.
+        kind: the method's class.
+        options: its options.
+    """
+
+    recipe: Recipe
+    kind: type[Method]
+    options: MethodOptions
 
 
-def resolved_yaml(recipe: Recipe) -> str:
+def resolve(recipe: Recipe) -> ResolvedRecipe:
+    """Finds the recipe's method and checks its options. Imports the method, and torch with it.
+
+    Raises:
+        UserError: no such method, an option that it does not have, or a value that it cannot take.
+    """
+    from stepdistill.methods import find_method, method_options
+
+    options = method_options(recipe)
+    written_out = recipe.model_copy(update={"options": options.model_dump(mode="json")})
+    return ResolvedRecipe(written_out, find_method(recipe.method), options)
+
+
+def resolved_yaml(recipe: ResolvedRecipe) -> str:
     """The recipe with every default written out, as YAML that :func:`load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(
-        resolved(recipe).model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
-    )
+    content = recipe.recipe.model_dump(mode="json")
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """Key paths at which two recipes differ, in the recipe's order; an option left out equals its default."""
     if a.method == b.method:
-        a, b = resolved(a), resolved(b)
+        a, b = resolve(a).recipe, resolve(b).recipe
     return _differences(a.model_dump(mode="json"), b.model_dump(mode="json"), "")
 
 
