@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from stepdistill.comparison.ranking import filled, not_told_apart, rank
 from stepdistill.pages.html import document, embedded_picture, table
 from stepdistill.pages.plots import Series, line_plot
+from stepdistill.system.files import written_whole
 from stepdistill.training.run_report import Measured
 
 _STYLE = "td,th{text-align:right}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
@@ -60,9 +60,8 @@ def write(comparison: Comparison, folder: Path, picture: bytes | None = None) ->
     if picture is not None:
         (folder / "compare.png").write_bytes(picture)
     for name, text in (("compare.json", content), ("compare.html", page)):
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
+        with written_whole(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return folder / "compare.html"
 
 

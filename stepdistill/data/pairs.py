@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +26,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.files import written_whole
 
 SHARD = 256
 """Pairs in one file."""
@@ -100,9 +100,8 @@ class PairCache:
             return int(found["pairs"]), kept
         self.folder.mkdir(parents=True, exist_ok=True)
         key = {**key, "pairs": self.count, "states": [round(self.grid[i], 6) for i in wanted]}
-        partial = manifest.with_suffix(f".{os.getpid()}.partial")  # processes of one run may write it at once
-        partial.write_text(json.dumps(key, indent=1))
-        partial.rename(manifest)
+        with written_whole(manifest) as temporary:  # processes of one run may write it at once
+            temporary.write_text(json.dumps(key, indent=1))
         return self.count, wanted
 
     def _refuse(self, name: str, found: object, wanted: object) -> NoReturn:
@@ -137,9 +136,8 @@ class PairCache:
             rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.made))
             if not self._shard(number).is_file():
                 drawn = self._draw(rows, condition(self.prompt_index[rows]))
-                partial = self._shard(number).with_suffix(f".{rank}.partial")
-                save_file({name: value.cpu().contiguous() for name, value in drawn.items()}, partial)
-                partial.rename(self._shard(number))
+                with written_whole(self._shard(number)) as temporary:
+                    save_file({name: value.cpu().contiguous() for name, value in drawn.items()}, temporary)
             progress(min(len(rows), self.count - number * SHARD))
 
     def _draw(self, rows: Tensor, cond: Condition) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation.rows import RowTable
+from stepdistill.system.files import written_whole
 
 FIRST = 64
 """How many of the first images are kept."""
@@ -73,10 +74,8 @@ class Gallery:
             if ranked:
                 tensors[name] = torch.stack([one.pixels for one in ranked])
             about[name] = [{"index": one.index, "prompt": one.prompt, "score": one.score} for one in ranked]
-        temporary = file.with_name(f".{file.name}.part")
-        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-        temporary.chmod(0o644)  # safetensors writes for its owner alone
-        temporary.replace(file)
+        with written_whole(file) as temporary:
+            save_file(tensors, temporary, metadata={"about": json.dumps(about)})
 
 
 def load_gallery(file: Path) -> Gallery:

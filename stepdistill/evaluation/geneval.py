@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
+from stepdistill.system.files import written_whole
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ def export_geneval(
     from stepdistill.evaluation.suite import Suite
     from stepdistill.networks.fingerprint import weights_hash
     from stepdistill.networks.loading import load_pipeline
-    from stepdistill.system.files import sha256_of_file
+    from stepdistill.system.files import sha256_of
     from stepdistill.system.log import bar
 
     weights = weights_hash(pipeline)
@@ -131,7 +132,7 @@ def export_geneval(
     drawing = Drawing(pipe, suite, texts, guidance, trailing)
     settings = {
         "weights_sha256": weights,
-        "prompts_sha256": sha256_of_file(prompts),
+        "prompts_sha256": sha256_of(prompts),
         "steps": steps,
         "samples": samples,
         "guidance": drawing.guidance,
@@ -174,12 +175,10 @@ def _save(picture: Path, image: NDArray[Any], metadata: str) -> None:
     line = picture.parent.parent / "metadata.jsonl"
     if not line.is_file():
         _write(line, metadata + "\n")
-    temporary = picture.with_suffix(".partial")
-    Image.fromarray(image).save(temporary, format="PNG")
-    temporary.replace(picture)
+    with written_whole(picture) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")
 
 
 def _write(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".partial")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(file)
+    with written_whole(file) as temporary:
+        temporary.write_text(text, "utf-8")

@@ -20,6 +20,7 @@ from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.pages.html import document, table, tile
 from stepdistill.pages.numbers import with_error
 from stepdistill.pages.plots import Series, line_plot
+from stepdistill.system.files import written_whole
 
 NEIGHBOURS = 3
 """Real images beside a drawn one."""
@@ -66,9 +67,8 @@ def write_page(report: Report, folder: Path, suite: Suite | None = None) -> Path
     """
     page = html_page(report, load_galleries(folder), suite)
     file = folder / "report.html"
-    temporary = folder / ".report.html.part"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(file)
+    with written_whole(file) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return file
 
 

@@ -27,6 +27,7 @@ from stepdistill.metrics.diversity import Diversity, pairwise_diversity
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.loading import filters_of, load_pipeline
+from stepdistill.system.files import written_whole
 from stepdistill.system.log import bar
 from stepdistill.system.processes import Processes
 
@@ -54,9 +55,8 @@ class Part:
 
     def save(self, scores: StepScores) -> None:
         """Tell the other processes."""
-        temporary = self.images.folder / f".{SCORES}.part"
-        temporary.write_text(json.dumps(asdict(scores)), "utf-8")
-        temporary.replace(self.images.folder / SCORES)
+        with written_whole(self.images.folder / SCORES) as temporary:
+            temporary.write_text(json.dumps(asdict(scores)), "utf-8")
 
     def wait(self, processes: Processes, folder: Path) -> StepScores:
         """The scores, as soon as the main process has measured them."""

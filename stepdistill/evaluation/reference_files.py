@@ -17,7 +17,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.evaluation.pickled_statistics import read_pickled_statistics
 from stepdistill.metrics.frechet import Moments
-from stepdistill.system.files import sha256_of_file
+from stepdistill.system.files import sha256_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,7 +94,7 @@ def _read_safetensors(file: Path) -> Reference:
     if {"spatial_mean", "spatial_covariance"} <= set(tensors):
         mean, covariance = (tensors[key].numpy() for key in ("spatial_mean", "spatial_covariance"))
         spatial = _moments(file, mean, covariance, int(protocol["n"]))
-    return Reference(moments, features, protocol, sha256_of_file(file), spatial)
+    return Reference(moments, features, protocol, sha256_of(file), spatial)
 
 
 def _read_npz(file: Path) -> Reference:
@@ -116,7 +116,7 @@ def _read_npz(file: Path) -> Reference:
     spatial = None
     if {"mu_s", "sigma_s"} <= set(found):
         spatial = _moments(file, found["mu_s"], found["sigma_s"], UNSTATED_COUNT)
-    return Reference(moments, None, {}, sha256_of_file(file), spatial, "arr_0" in names)
+    return Reference(moments, None, {}, sha256_of(file), spatial, "arr_0" in names)
 
 
 def _read_pickle(file: Path, network: str) -> Reference:
@@ -137,7 +137,7 @@ def _read_pickle(file: Path, network: str) -> Reference:
     count = content.get("num_images")
     count = int(count) if isinstance(count, (int, float)) and count >= 2 else UNSTATED_COUNT
     moments = _moments(file, statistics["mu"], statistics["sigma"], count)
-    return Reference(moments, None, {}, sha256_of_file(file))
+    return Reference(moments, None, {}, sha256_of(file))
 
 
 def _moments(file: Path, mean: Any, covariance: Any, count: int) -> Moments:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation.rows import Rows, RowTable
+from stepdistill.system.files import written_whole
 
 SIZE = 500
 """Images of a shard. Batches do not cross shards, so it is a multiple of usual batches."""
@@ -123,11 +123,8 @@ class Shards(RowTable):
             "pictures": list(pictures),
             "sha256": _sha256(tensors),
         }
-        file = self.file(shard)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-        temporary.chmod(0o644)  # safetensors writes for its owner alone
-        temporary.replace(file)
+        with written_whole(self.file(shard)) as temporary:
+            save_file(tensors, temporary, metadata={"about": json.dumps(about)})
 
     def cost(self) -> Cost:
         """Of all images."""
@@ -231,9 +228,8 @@ def claim(folder: Path, key: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{folder} holds shards without {MANIFEST}: remove the folder, or give another --output"
             )
-        temporary = file.with_name(f".{MANIFEST}.{os.getpid()}.part")
-        temporary.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
-        temporary.replace(file)
+        with written_whole(file) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
         return
     try:
         found = json.loads(file.read_text("utf-8"))

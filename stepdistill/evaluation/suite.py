@@ -21,7 +21,7 @@ from stepdistill.evaluation.suite_metrics import MetricKeys
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.system.emoji import emoji_captions
-from stepdistill.system.files import sha256_of_file
+from stepdistill.system.files import sha256_of
 from stepdistill.system.shipped import cache_folder, content_folder, suite_files
 
 
@@ -236,7 +236,7 @@ class Suite(MetricKeys):
             "resize": network.resize if network else self.resize,
             "features": without_folder(network.name if network else self.features),
             "features_sha256": network.sha256 if network else MISSING,
-            "reference_sha256": sha256_of_file(self.reference_file()),
+            "reference_sha256": sha256_of(self.reference_file()),
             "suite_sha256": self.sha256(),
             "neighbours": str(self.neighbours),
             **networks,
@@ -258,7 +258,7 @@ class Suite(MetricKeys):
             "suite": protocol,
             "prompts": self.prompt_list(),
             "features": weights_sha256(self.features),
-            "reference": sha256_of_file(self.reference_file()),
+            "reference": sha256_of(self.reference_file()),
         }
         if networks := self.networks():
             content |= {"networks": {key: weights_sha256(spec) for key, spec in networks.items()}}
@@ -269,10 +269,10 @@ class Suite(MetricKeys):
         """The SHA-256 of the files besides networks and reference."""
         found = {}
         if (file := self.cmmd_reference_file()) is not None:
-            found["cmmd_reference_sha256"] = sha256_of_file(file)
+            found["cmmd_reference_sha256"] = sha256_of(file)
         if self.aesthetic is not None:
             head = self.aesthetic_file()
-            found["aesthetic_sha256"] = sha256_of_file(head) if head.is_file() else MISSING
+            found["aesthetic_sha256"] = sha256_of(head) if head.is_file() else MISSING
         return found
 
     def _places(self, kind: str) -> tuple[Path, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.scores import StepScores
 from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.networks.fingerprint import weights_hash
+from stepdistill.system.files import written_whole
 from stepdistill.system.shipped import cache_folder, content_folder
 
 SHIPPED = "teachers.json"
@@ -68,11 +68,10 @@ def find(name: str) -> Entry | None:
 def store(name: str, content: dict[str, Any]) -> None:
     """Put a score into the user's cache; a cache that cannot be written is passed over, the score is not lost."""
     file = cache_folder() / "teachers" / f"{name}.json"
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1), "utf-8")
-        temporary.replace(file)
+        with written_whole(file) as temporary:
+            temporary.write_text(json.dumps(content, indent=1), "utf-8")
 
 
 @dataclass(frozen=True)

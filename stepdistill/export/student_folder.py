@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
-from stepdistill.system.files import sha256_of
+from stepdistill.system.files import folder_written_whole, sha256_of
 
 VERIFICATION = "verification"
 TOLERANCE = {"max": 4, "mean": 0.5}
@@ -135,19 +134,30 @@ def export(
         prompts: as many as seeds, for the verification pictures.
         card: the model card, Markdown.
     """
+    with folder_written_whole(folder) as temporary:
+        _write(student, sampler, teacher, temporary, prompts, card, seeds)
+
+
+def _write(
+    student: Student,
+    sampler: Sampler,
+    teacher: PipelineTeacher,
+    folder: Path,
+    prompts: Sequence[str],
+    card: str,
+    seeds: Sequence[int],
+) -> None:
     from PIL import Image
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     pipe = student_pipeline(student, sampler, teacher)
-    pipe.save_pretrained(partial)
+    pipe.save_pretrained(folder)
     if isinstance(student.net, Experts):
         for i, net in enumerate(student.net.nets):
-            _save_adapter(net, teacher, partial / f"expert-{i + 1}")
+            _save_adapter(net, teacher, folder / f"expert-{i + 1}")
     else:
-        _save_adapter(student.net, teacher, partial)
-    (partial / "README.md").write_text(with_code_note(card, partial), encoding="utf-8")
-    proof = partial / VERIFICATION
+        _save_adapter(student.net, teacher, folder)
+    (folder / "README.md").write_text(with_code_note(card, folder), encoding="utf-8")
+    proof = folder / VERIFICATION
     proof.mkdir()
     as_saved = copy.copy(teacher)  # encodes and decodes in the float32 that was saved
     as_saved.pipe = pipe
@@ -158,11 +168,9 @@ def export(
         "call": _call(pipe, sampler, teacher, prompts),
         "seeds": list(seeds),
         "tolerance": TOLERANCE,
-        "files": hashes(partial),
+        "files": hashes(folder),
     }
     (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def hashes(folder: Path) -> dict[str, str]:

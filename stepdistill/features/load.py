@@ -28,7 +28,7 @@ from stepdistill.features.inception import InceptionFeatures, check_public, find
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.features.own_module import user_network
 from stepdistill.system import emoji as embedded
-from stepdistill.system.files import sha256_of_file
+from stepdistill.system.files import sha256_of
 from stepdistill.system.log import quiet_loading
 
 
@@ -57,7 +57,7 @@ def features_sha256(spec: str) -> str:
     kind, path = _locate(spec)
     if kind != "inception":
         return _folder_sha256(path, kind)
-    sha256 = sha256_of_file(path)
+    sha256 = sha256_of(path)
     check_public(path, sha256)
     return sha256
 
@@ -81,7 +81,7 @@ def _pixel_statistics(folder: Path, kind: str) -> tuple[tuple[float, ...], tuple
 def _folder_sha256(folder: Path, kind: str) -> str:
     """Of the only safetensors file of a folder, or of the digests of its shards in order; and of the pixels' mean and
     deviation where they are not those of its kind, as they move the features."""
-    digests = [sha256_of_file(shard) for shard in sorted(folder.glob("*.safetensors"))]
+    digests = [sha256_of(shard) for shard in sorted(folder.glob("*.safetensors"))]
     if (statistics := _pixel_statistics(folder, kind)) != PIXELS[kind]:
         digests.append(json.dumps(statistics))
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -148,7 +148,7 @@ def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
         return user_network(spec, resize, device)
     kind, path = _locate(spec)
     if kind == "inception":
-        return InceptionFeatures(path, sha256=sha256_of_file(path), mode=resize, device=device)
+        return InceptionFeatures(path, sha256=sha256_of(path), mode=resize, device=device)
     mean, std = _pixel_statistics(path, kind)
     sha256 = _folder_sha256(path, kind)
     if kind == "emoji":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepdistill.errors import MissingWeights, UserError
-from stepdistill.system.files import sha256_of_file
+from stepdistill.system.files import sha256_of
 from stepdistill.system.tensor_files import read_tensors
 
 
@@ -70,4 +70,4 @@ def load_aesthetic_head(file: Path) -> AestheticHead:
         raise UserError(
             f"{file} is no chain of linear layers to one number: it holds {shapes[:200]}"
         ) from None
-    return AestheticHead(row, float(number), sha256_of_file(file))
+    return AestheticHead(row, float(number), sha256_of(file))

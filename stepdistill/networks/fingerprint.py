@@ -10,7 +10,7 @@ from typing import Any
 
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.pipeline_files import INDEX, SAFETY_CHECKER
-from stepdistill.system.files import sha256_of_file
+from stepdistill.system.files import sha256_of
 
 
 def weights_hash(pipeline: Any) -> str:
@@ -52,7 +52,7 @@ def weights_hash(pipeline: Any) -> str:
         if name.startswith(f"{SAFETY_CHECKER}/"):
             continue
         if file.suffix == ".safetensors" or file.name == "merges.txt":
-            digest.update(f"{name} {sha256_of_file(file)}\n".encode())
+            digest.update(f"{name} {sha256_of(file)}\n".encode())
         elif file.suffix == ".json":
             digest.update(f"{name} {_plain(json.loads(file.read_text('utf-8')))}\n".encode())
     return digest.hexdigest()

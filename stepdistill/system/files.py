@@ -1,10 +1,12 @@
-"""Files: their SHA-256, and whether one can be written, said before anything slow."""
+"""Files: written whole or not at all, their SHA-256, and whether one can be written, said before anything slow."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from stepdistill.errors import UserError
@@ -14,6 +16,35 @@ def sha256_of(file: Path) -> str:
     """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A file beside ``file`` to write to, which takes its place when the block ends: a reader, or a process that is
+    killed, never sees half of it. Each process has its own. Where the block fails nothing is left."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # safetensors writes for its owner alone
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """The same for a folder: an empty one beside it, which takes its place, and that of one that was there."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def check_writable(folder: Path) -> None:
@@ -58,9 +89,3 @@ def check_file(path: Path) -> None:
         raise UserError(f"--output {path} is a folder; give a file")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--output {path}: the folder {path.parent} is not there or cannot be written")
-
-
-def sha256_of_file(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

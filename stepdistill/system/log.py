@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from stepdistill.system.files import written_whole
 
 STATS = "stats.jsonl"
 
@@ -65,9 +66,8 @@ class RunLog:
         self._file: TextIO | None = None
         if main:
             kept = [line for line in read_stats(folder) if line["step"] < first]
-            temporary = folder / f"{STATS}.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, folder / STATS)
+            with written_whole(folder / STATS) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             self._file = (folder / STATS).open("a", encoding="utf-8")
 
     def __enter__(self) -> RunLog:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel
 
 from stepdistill.diffusion.draws import generator_for
+from stepdistill.system.files import folder_written_whole
 from stepdistill.teacher_training.networks import build_scheduler, text_encoder, text_encoder_with_projection
 from stepdistill.teacher_training.settings import StageSettings, TeacherSettings
 from stepdistill.teacher_training.stage import History
@@ -49,11 +49,8 @@ class Result:
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Calls ``write`` on a temporary folder and renames it: a folder of this name is complete."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    temporary.rename(folder)
+    with folder_written_whole(folder) as temporary:
+        write(temporary)
 
 
 def save_half(network: torch.nn.Module, folder: Path) -> None:

@@ -25,6 +25,7 @@ from stepdistill.system.emoji import (
     teacher_folder,
     tokenizer_folder,
 )
+from stepdistill.system.files import written_whole
 from stepdistill.teacher_training import networks, stages
 from stepdistill.teacher_training.folder import (
     Result,
@@ -279,9 +280,8 @@ class _Run:
         if name not in known:
             known[name] = measure()
             self.work.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(known))
-            temporary.rename(path)
+            with written_whole(path) as temporary:
+                temporary.write_text(json.dumps(known))
         return known[name]
 
     def latents(self, vae: AutoencoderKL) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from stepdistill.errors import UserError
+from stepdistill.system.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,8 @@ def claim_folder(folder: Path, settings: TeacherSettings) -> None:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(wanted, indent=2) + "\n")
-            temporary.rename(path)
+            with written_whole(path) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
         return

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.system.files import sha256_of
+from stepdistill.system.files import folder_written_whole, sha256_of
 
 STATE = "state.json"
 
@@ -46,23 +46,18 @@ def save_checkpoint(
         UserError: when it cannot be written (a full disk, say); earlier checkpoints are untouched.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{step:08d}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files = {}
-        for name, group in tensors.items():
-            file = partial / f"{name}.safetensors"
-            save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
-            files[file.name] = sha256_of(file)
-        with (partial / STATE).open("w") as stream:
-            json.dump({**state, "step": step, "files": files}, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with folder_written_whole(final) as partial:
+            files = {}
+            for name, group in tensors.items():
+                file = partial / f"{name}.safetensors"
+                save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
+                files[file.name] = sha256_of(file)
+            with (partial / STATE).open("w") as stream:
+                json.dump({**state, "step": step, "files": files}, stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         kept = checkpoints_in(folder)
         last = f"the last good one is {kept[-1]}" if kept else "there is no earlier one"
         raise UserError(

@@ -1,0 +1,49 @@
+"""Files and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stepdistill.system.files import folder_written_whole, sha256_of, written_whole
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text("old")
+    with written_whole(file) as temporary:
+        temporary.write_text("new")
+        assert file.read_text() == "old" and temporary.parent == tmp_path
+    assert file.read_text() == "new" and [place.name for place in tmp_path.iterdir()] == ["report.json"]
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(file) as temporary:
+        temporary.write_text("half of")
+        raise ZeroDivisionError
+    assert file.read_text() == "old" and [place.name for place in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_folder_is_replaced_as_one(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "student"
+    for content in ("first", "second"):
+        with folder_written_whole(folder) as temporary:
+            (temporary / content).write_text(content)
+        assert [place.name for place in folder.iterdir()] == [content]
+    (folder.parent / ".student.part").mkdir()  # of a process that was killed
+    (folder.parent / ".student.part" / "left").touch()
+    with pytest.raises(ZeroDivisionError), folder_written_whole(folder) as temporary:
+        assert not any(temporary.iterdir())
+        raise ZeroDivisionError
+    assert [place.name for place in folder.iterdir()] == ["second"]
+    assert [place.name for place in folder.parent.iterdir()] == ["student"]
+
+
+def test_a_files_hash_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert sha256_of(tmp_path / "abc") == known
