@@ -350,7 +350,7 @@ def test_what_fails_in_one_process_ends_the_others_with_one_message(tmp_path: Pa
 LAUNCHED = """
 import json, sys
 from pathlib import Path
-from stepdistill import shards
+from stepdistill.evaluation import shards
 shards.SIZE = 5
 from stepdistill.cli import main
 from stepdistill.evaluation.evaluate import evaluate

@@ -373,7 +373,7 @@ def test_an_unknown_pipeline_is_told_the_families_in_one_line() -> None:
     with pytest.raises(UserError) as caught:
         family_named("FluxPipeline")
     message = str(caught.value)
-    assert "\n" not in message and "FluxPipeline" in message and "families.Family" in message
+    assert "\n" not in message and "FluxPipeline" in message and "families.base.Family" in message
     assert all(family.name in message for family in FAMILIES)
     assert all(name in message for family in FAMILIES for name in family.pipelines)
 
