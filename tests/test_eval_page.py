@@ -27,6 +27,7 @@ from stepdistill.evaluation.reference_files import read_reference
 from stepdistill.evaluation.scores import Report, StepScores
 from stepdistill.evaluation.statistics import make_statistics
 from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.features.load import network_of
 from stepdistill.networks.loading import load_pipeline
 from stepdistill.pages.numbers import with_error
@@ -233,8 +234,8 @@ def test_every_field_that_differs_is_named(evaluated: tuple[Report, Path], tmp_p
     report, _ = evaluated
     suite = tiny(prompts=str(tmp_path / "prompts.txt"))
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    assert suite.sha256() != report.protocol["suite_sha256"]
-    protocol = {**report.protocol, "suite_sha256": suite.sha256(), "resize": "tf1"}
+    assert suite_sha256(suite) != report.protocol["suite_sha256"]
+    protocol = {**report.protocol, "suite_sha256": suite_sha256(suite), "resize": "tf1"}
     del protocol["features_sha256"]
     a = read_report(saved(report, tmp_path / "a.json"))
     b = read_report(saved(replace(report, protocol=protocol, n=19), tmp_path / "b.json"))

@@ -19,6 +19,7 @@ from stepdistill.evaluation.reference import load_reference
 from stepdistill.evaluation.scores import Scores
 from stepdistill.evaluation.statistics import make_reference
 from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
 from stepdistill.features.load import features_sha256, load_features
 from stepdistill.networks.find import find_pipeline
@@ -63,9 +64,9 @@ def test_suite_hash_moves_with_the_protocol_and_not_with_the_place(tmp_path: Pat
     suite = load_suite("emoji")
     copy = tmp_path / "emoji.yaml"
     shutil.copy(suite.folder / "emoji.yaml", copy)
-    assert load_suite(copy).sha256() == suite.sha256()
+    assert suite_sha256(load_suite(copy)) == suite_sha256(suite)
     for change in ({"first_seed": 1}, {"n": 1999}, {"version": 2}, {"prompts": str(copy)}, {"kid": False}):
-        assert suite.model_copy(update=change).sha256() != suite.sha256()
+        assert suite_sha256(suite.model_copy(update=change)) != suite_sha256(suite)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_diversity_is_of_samples_of_one_prompt_from_seeds_of_their_own(teacher: 
     plain = evaluate(teacher, tiny(), progress=False).scores[1]
     found = evaluate(teacher, suite, progress=False).scores[1]
     assert (found.fd, found.recall, plain.diversity) == (plain.fd, plain.recall, None)
-    assert suite.sha256() == tiny().sha256()
+    assert suite_sha256(suite) == suite_sha256(tiny())
     assert teacher_cache.key("w", suite, 1, 1.0) != teacher_cache.key("w", tiny(), 1, 1.0)
     prompts = suite.prompt_list()
     assert prompts is not None

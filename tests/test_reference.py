@@ -28,6 +28,7 @@ from stepdistill.evaluation.reference import for_reference, load_reference
 from stepdistill.evaluation.reference_files import read_reference
 from stepdistill.evaluation.statistics import make_statistics
 from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.system.emoji import emoji_images
@@ -386,7 +387,7 @@ def test_the_number_of_images_is_the_suites_or_an_error() -> None:
     report = evaluate_images(iter(pixels[:20]), suite, batch=8, progress=False)
     direct = evaluate_images(pixels[:20], suite, batch=20, progress=False)
     assert report.n == 20 and report.scores[0].fd == pytest.approx(direct.scores[0].fd, rel=1e-6)
-    assert report.protocol == direct.protocol and report.protocol["suite_sha256"] == suite.sha256()
+    assert report.protocol == direct.protocol and report.protocol["suite_sha256"] == suite_sha256(suite)
     with pytest.raises(UserError, match="17 of the 20 images that the suite asks can be used"):
         evaluate_images(iter(pixels[:17]), suite, progress=False)
     with pytest.raises(UserError, match="more than the 20 images"):

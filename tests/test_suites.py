@@ -24,6 +24,7 @@ from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.reference import load_reference
 from stepdistill.evaluation.statistics import make_statistics
 from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.features.inception_network import random_state
 from stepdistill.features.load import load_features
 from stepdistill.system.emoji import emoji_images, features_folder
@@ -137,7 +138,9 @@ def test_labels_are_balanced_or_uniform_and_a_shorter_suite_begins_a_longer_one(
             some = torch.cat(list(drawing.batches(1, 2, rows=[7, 3, 4])))
             assert (some.int() - drawn[[7, 3, 4]].int()).abs().max() <= 1
         hook.remove()
-    assert mine(labels="uniform").sha256() != mine().sha256() == mine(labels="balanced").sha256()
+    assert (
+        suite_sha256(mine(labels="uniform")) != suite_sha256(mine()) == suite_sha256(mine(labels="balanced"))
+    )
 
 
 def test_images_are_drawn_at_one_size_and_compared_at_another(pipes: dict[str, Any]) -> None:
@@ -206,9 +209,10 @@ def test_a_derived_suite_says_in_its_label_what_differs(tmp_path: Path) -> None:
     whole, file = load_suite("emoji"), tmp_path / "mine.txt"
     file.write_text("a cat\na dog\n")
     few = whole.derive(n=500)
-    assert few.label == "emoji@1+n=500" and few.sha256() != whole.sha256()
+    assert few.label == "emoji@1+n=500" and suite_sha256(few) != suite_sha256(whole)
     assert (
-        few.sha256() == whole.changed({"n": 500}).sha256() and few.changed({"kid": False}).label == few.label
+        suite_sha256(few) == suite_sha256(whole.changed({"n": 500}))
+        and few.changed({"kid": False}).label == few.label
     )
     other = whole.derive(n=3, prompts=file)
     assert other.label == "emoji@1+prompts=mine.txt+n=3" and set(other.prompt_list() or []) == {
@@ -219,11 +223,13 @@ def test_a_derived_suite_says_in_its_label_what_differs(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     copy = tmp_path / "elsewhere" / "mine.txt"
     copy.write_bytes(file.read_bytes())
-    assert whole.derive(prompts=copy).sha256() == whole.derive(prompts=file).sha256()  # the content counts
+    assert suite_sha256(whole.derive(prompts=copy)) == suite_sha256(
+        whole.derive(prompts=file)
+    )  # the content counts
     for place in ("a", "b"):
         shutil.copytree(features_folder(), tmp_path / place)
-    by_place = [whole.changed({"features": f"clip:{tmp_path / place}"}).sha256() for place in ("a", "b")]
-    assert by_place[0] == by_place[1] != whole.sha256()
+    by_place = [suite_sha256(whole.changed({"features": f"clip:{tmp_path / place}"})) for place in ("a", "b")]
+    assert by_place[0] == by_place[1] != suite_sha256(whole)
     with pytest.raises(UserError, match=r"--prompts gone\.txt not found"):
         whole.derive(prompts=Path("gone.txt"))
     with pytest.raises(UserError, match="clip_score needs n"):

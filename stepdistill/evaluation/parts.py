@@ -23,6 +23,7 @@ from stepdistill.evaluation.rows import Rows
 from stepdistill.evaluation.scores import StepScores
 from stepdistill.evaluation.shards import MANIFEST, Shards, claim
 from stepdistill.evaluation.suite import Suite
+from stepdistill.evaluation.suite_identity import protocol_of
 from stepdistill.metrics.diversity import Diversity, pairwise_diversity
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.fingerprint import weights_hash
@@ -228,7 +229,7 @@ class Work:
     @cached_property
     def _key(self) -> dict[str, Any]:
         """All that the rows depend on."""
-        suite, protocol = self.suite, self.suite.protocol(self.extraction.network)
+        suite, protocol = self.suite, protocol_of(self.suite, self.extraction.network)
         return {
             "suite": suite.label,
             "n": suite.n,

@@ -9,6 +9,7 @@ from typing import Any
 from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.measure import ERRORS, too_few_for
 from stepdistill.evaluation.scores import Report, Scores
+from stepdistill.evaluation.suite_identity import protocol_of
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.sample_size import too_few
 from stepdistill.metrics.sfid import DIMENSION
@@ -37,7 +38,7 @@ def statement(
     return {
         "metrics": metric_names(extraction),
         "protocol": {
-            **suite.protocol(extraction.network),
+            **protocol_of(suite, extraction.network),
             "standard_errors": ERRORS,
             **(protocol or {}),
         },

@@ -3,8 +3,6 @@ resize and reference; a suite fixes them all, and its version changes when any o
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from stepdistill.data.prompts import FORMS, read_prompts
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError, did_you_mean
-from stepdistill.evaluation.suite_identity import FILE_KEYS, MISSING, weights_sha256, without_folder
 from stepdistill.evaluation.suite_metrics import MetricKeys
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.system.emoji import emoji_captions
-from stepdistill.system.files import sha256_of
 from stepdistill.system.shipped import cache_folder, content_folder, suite_files
 
 
@@ -222,58 +218,6 @@ class Suite(MetricKeys):
             advice = "make them with `stepdistill stats`, or give --reference FILE"
             raise UserError(self._missing("reference statistics", self.reference, "reference", advice))
         return file
-
-    def protocol(self, network: FeatureNetwork | None) -> dict[str, str]:
-        """What a report states of the suite, besides its numbers: two scores compare only where all of it is equal.
-
-        Args:
-            network: the suite's; None where its weights are missing.
-        """
-        networks = {} if not self.clip_prefix else {"clip_prefix": self.clip_prefix}
-        for key, spec in self.networks().items():
-            networks |= {key: without_folder(spec), f"{key}_sha256": weights_sha256(spec)}
-        return {
-            "resize": network.resize if network else self.resize,
-            "features": without_folder(network.name if network else self.features),
-            "features_sha256": network.sha256 if network else MISSING,
-            "reference_sha256": sha256_of(self.reference_file()),
-            "suite_sha256": self.sha256(),
-            "neighbours": str(self.neighbours),
-            **networks,
-            **self._further_files(),
-        }
-
-    def sha256(self) -> str:
-        """Of everything that moves a score: the protocol (keys at their defaults left out, so that a new key does not
-        change old suites), the prompts, the networks' weights and the reference files. What only adds a score of its
-        own, diversity, is not part of it, and neither are intervals."""
-        apart = {"images", "source", "teacher_steps", "diversity", "diversity_prompts", "intervals"}
-        protocol = self.model_dump(mode="json", exclude_defaults=True, exclude=apart)
-        for key in protocol.keys() & FILE_KEYS:  # their content counts, wherever they lie
-            protocol[key] = Path(protocol[key]).name
-        for key in protocol.keys() & {"features", *self.networks()}:
-            kind = protocol[key].partition(":")[0]
-            protocol[key] = protocol[key] if kind == "module" else kind
-        content: dict[str, Any] = {
-            "suite": protocol,
-            "prompts": self.prompt_list(),
-            "features": weights_sha256(self.features),
-            "reference": sha256_of(self.reference_file()),
-        }
-        if networks := self.networks():
-            content |= {"networks": {key: weights_sha256(spec) for key, spec in networks.items()}}
-            content |= {"files": self._further_files()}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def _further_files(self) -> dict[str, str]:
-        """The SHA-256 of the files besides networks and reference."""
-        found = {}
-        if (file := self.cmmd_reference_file()) is not None:
-            found["cmmd_reference_sha256"] = sha256_of(file)
-        if self.aesthetic is not None:
-            head = self.aesthetic_file()
-            found["aesthetic_sha256"] = sha256_of(head) if head.is_file() else MISSING
-        return found
 
     def _places(self, kind: str) -> tuple[Path, ...]:
         """Where a file that is named without a folder is looked for."""

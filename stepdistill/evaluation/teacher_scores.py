@@ -17,6 +17,7 @@ from stepdistill.evaluation import teacher_scores as teacher_cache
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.scores import StepScores
 from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.system.files import written_whole
 from stepdistill.system.shipped import cache_folder, content_folder
@@ -41,7 +42,7 @@ class Entry:
 
 def key(weights: str, suite: Suite, steps: int, guidance: float) -> str:
     """The name of a score: it changes with anything that can move it."""
-    content = [weights, suite.label, suite.sha256(), steps, float(guidance)]
+    content = [weights, suite.label, suite_sha256(suite), steps, float(guidance)]
     if suite.diversity:  # a score of its own, apart from the suite's hash
         content += [suite.diversity, suite.diversity_prompts]
     if suite.intervals:  # an error of its own, apart as well
