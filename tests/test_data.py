@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from stepdistill.data.batches import Data
-from stepdistill.data.image_sources import open_images
+from stepdistill.data.image_archives import open_images
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.training_images import EmbeddedImages, ImageFolder

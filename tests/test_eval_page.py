@@ -118,7 +118,7 @@ def test_the_features_of_a_reference_are_in_the_order_of_its_images(tmp_path: Pa
     assert found.distances.max() < 1e-3
     for place, other in zip(places, found.indices[:, 0].tolist(), strict=True):
         assert np.array_equal(images[place], images[other])  # some emoji are drawn twice
-    from stepdistill.data.image_sources import open_images
+    from stepdistill.data.image_archives import open_images
 
     for i in range(12):  # 10.png follows 9.png
         Image.fromarray(images[40 * i]).save(tmp_path / f"{i}.png")

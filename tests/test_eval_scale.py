@@ -319,7 +319,7 @@ def test_the_order_of_files_and_the_batch_move_no_score(tmp_path: Path) -> None:
 
 
 def test_images_of_alternating_sizes_keep_their_order(tmp_path: Path) -> None:
-    from stepdistill.data.image_sources import open_images
+    from stepdistill.data.image_archives import open_images
 
     save_images(tmp_path / "a", list(range(30)), sizes=(32, 24, 32, 16, 32))
     for batch in (1, 2, 4):

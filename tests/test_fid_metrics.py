@@ -15,7 +15,8 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.suite import load_suite
 from stepdistill.features.inception import STATE_SHA256, check_public
-from stepdistill.features.inception_network import Inception, random_state, shapes
+from stepdistill.features.inception_layers import shapes
+from stepdistill.features.inception_network import Inception, random_state
 from stepdistill.features.load import features_sha256, load_features
 from stepdistill.features.own_module import ModuleFeatures
 from stepdistill.features.resize import RESIZES, resize

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepdistill.data.image_archives import is_source, open_images
 from stepdistill.data.image_names import natural
-from stepdistill.data.image_sources import is_source, open_images
 from stepdistill.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.data.image_sources import open_images
+from stepdistill.data.image_archives import open_images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.given_images import evaluate_images

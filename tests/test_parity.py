@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepdistill.data.image_sources import open_images
+from stepdistill.data.image_archives import open_images
 from stepdistill.features.inception import InceptionFeatures
 from stepdistill.features.inception_network import Inception, random_state
 from stepdistill.features.load import load_features

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stepdistill.cli import main
-from stepdistill.data.image_sources import open_images
+from stepdistill.data.image_archives import open_images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.given_images import evaluate_images, score_images

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tiny import tiny_pipeline
 
-from stepdistill.data.image_sources import open_images
+from stepdistill.data.image_archives import open_images
 from stepdistill.data.prompts import read_prompts
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError

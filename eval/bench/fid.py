@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stepdistill.data.image_sources import open_images
+from stepdistill.data.image_archives import open_images
 from stepdistill.errors import UserError
 from stepdistill.features.inception import find_weights
 from stepdistill.features.inception_network import Inception, random_state

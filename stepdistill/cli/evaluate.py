@@ -129,7 +129,7 @@ def stats(
     from stepdistill.system.files import check_file
 
     check_file(output)
-    from stepdistill.data.image_sources import open_images
+    from stepdistill.data.image_archives import open_images
 
     source = open_images(images, resolution=resolution)
     from stepdistill.evaluation.statistics import make_statistics
@@ -179,7 +179,7 @@ def pipeline_or_images(name: str | Path) -> Path | None:
     try:
         return find_pipeline(name)
     except UserError:
-        from stepdistill.data.image_sources import is_source
+        from stepdistill.data.image_archives import is_source
 
         if is_source(name) and not (Path(name).expanduser() / "recipe.yaml").is_file():
             return None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.data.image_sources import ImageSource, open_images
+from stepdistill.data.image_archives import open_images
+from stepdistill.data.image_sources import ImageSource
 from stepdistill.errors import UserError
 from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.folder import steps_folder, write_results

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stepdistill.data.image_sources import open_images
+from stepdistill.data.image_archives import open_images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.reference_files import Reference
 from stepdistill.system.emoji import emoji_images

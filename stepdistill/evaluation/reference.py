@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stepdistill.data.image_sources import ImageSource, open_images
+from stepdistill.data.image_archives import open_images
+from stepdistill.data.image_sources import ImageSource
 from stepdistill.errors import MissingWeights, UserError
 from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.features.load import features_sha256

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stepdistill.data.image_sources import ImageSource, open_images
+from stepdistill.data.image_archives import open_images
+from stepdistill.data.image_sources import ImageSource
 from stepdistill.errors import UserError
 from stepdistill.features.inception import InceptionFeatures
 from stepdistill.features.network import FeatureNetwork
