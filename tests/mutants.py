@@ -8,8 +8,9 @@ The tests that guard a file are collected once; for each change (a mutant) they 
 that killed a mutant before and the quick ones first, with the changed code grafted into the functions in use. A mutant
 is killed when a test fails or three times the tests' own processor time runs out; the command fails when one survives
 that EXCEPTIONS does not explain. Left as they are: defaults of options, which a test would only say twice, the default
-times, which tests/test_contract.py has for all methods, floors of 1e-4 and less, the strictness of zip, and whether a
-continuous draw may meet its bound. Trainings ("home", "follows") are left out: they take long to notice little.
+times, which tests/methods/test_contract.py has for all methods, floors of 1e-4 and less, the strictness of zip, and
+whether a continuous draw may meet its bound. Trainings ("home", "follows") are left out: they take long to notice
+little.
 
 Why not a library: mutmut 3 changes nothing in decorated functions or class bodies (properties, class methods,
 ``@torch.no_grad()``), has no mutants that drop a term, a statement or a stopped gradient, and takes no others;
@@ -36,50 +37,65 @@ from types import FunctionType, ModuleType
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_CONSISTENCY, OF_FLOWS = "tests/test_options_consistency.py", "tests/test_options_flow.py"
-SHARED = ["tests/test_fake_score.py", "tests/test_options_matching.py"]
+OF_CONSISTENCY, OF_FLOWS = "tests/methods/test_options_consistency.py", "tests/methods/test_options_flow.py"
+SHARED = ["tests/losses/test_fake_score.py", "tests/methods/test_options_matching.py"]
 GUARDS: dict[str, list[str]] = {
     "stepdistill/losses/fake_score.py": [
         *SHARED,
-        "tests/test_dmd.py",
-        "tests/test_diff_instruct.py",
-        "tests/test_phased_dmd.py",
-        "tests/test_shift.py",
+        "tests/methods/test_dmd.py",
+        "tests/methods/test_diff_instruct.py",
+        "tests/methods/test_phased_dmd.py",
+        "tests/diffusion/test_shift.py",
     ],
     "stepdistill/losses/gan.py": [
-        "tests/test_discriminator.py",
-        "tests/test_options_matching.py",
-        "tests/test_pcm.py",
-        "tests/test_shift.py",
+        "tests/losses/test_discriminator.py",
+        "tests/methods/test_options_matching.py",
+        "tests/methods/test_pcm.py",
+        "tests/diffusion/test_shift.py",
     ],
-    "stepdistill/losses/terms.py": ["tests/test_options_matching.py", "tests/test_terms.py"],
-    "stepdistill/losses/regression.py": [*SHARED, "tests/test_diff_instruct.py", "tests/test_terms.py"],
-    "stepdistill/losses/decoupled_guidance.py": ["tests/test_dmd.py"],
-    "stepdistill/losses/first_step.py": ["tests/test_dmd.py", "tests/test_shift.py"],
-    "stepdistill/losses/subinterval.py": ["tests/test_phased_dmd.py", "tests/test_shift.py"],
-    "stepdistill/networks/sampler.py": ["tests/test_sampler.py", "tests/test_dmd.py", "tests/test_shift.py"],
-    "stepdistill/export/schedulers.py": ["tests/test_sampler.py", "tests/test_shift.py"],
-    "stepdistill/networks/derivative.py": ["tests/test_derivative.py"],
-    "stepdistill/methods/dmd.py": ["tests/test_dmd.py", *SHARED],
-    "stepdistill/methods/phased_dmd.py": ["tests/test_phased_dmd.py", *SHARED],
-    "stepdistill/methods/diff_instruct.py": ["tests/test_diff_instruct.py", *SHARED],
-    "stepdistill/methods/f_distill.py": ["tests/test_f_distill.py", *SHARED],
-    "stepdistill/methods/sid.py": ["tests/test_sid_sim.py", *SHARED],
-    "stepdistill/methods/sim.py": ["tests/test_sid_sim.py", *SHARED],
-    "stepdistill/methods/consistency.py": ["tests/test_consistency.py", OF_CONSISTENCY],
-    "stepdistill/methods/flow_map.py": ["tests/test_flow_map.py", OF_FLOWS],
-    "stepdistill/methods/freeflow.py": ["tests/test_freeflow.py", OF_FLOWS],
-    "stepdistill/methods/instaflow.py": ["tests/test_reflow_family.py", OF_FLOWS],
-    "stepdistill/methods/lcm.py": ["tests/test_lcm.py", OF_CONSISTENCY],
-    "stepdistill/methods/meanflow.py": ["tests/test_meanflow.py", OF_FLOWS],
-    "stepdistill/methods/pcm.py": ["tests/test_pcm.py", OF_CONSISTENCY],
-    "stepdistill/methods/reflow.py": ["tests/test_reflow.py", OF_FLOWS],
-    "stepdistill/methods/rfpp.py": ["tests/test_reflow_family.py", OF_FLOWS],
-    "stepdistill/methods/scm.py": ["tests/test_scm.py", OF_CONSISTENCY],
-    "stepdistill/methods/slimflow.py": ["tests/test_reflow_family.py", "tests/test_slim.py", OF_FLOWS],
-    "stepdistill/methods/tbcm.py": ["tests/test_tbcm.py", OF_CONSISTENCY],
-    "stepdistill/methods/tcd.py": ["tests/test_tcd.py", OF_CONSISTENCY],
-    "stepdistill/methods/tscd.py": ["tests/test_tscd.py", OF_CONSISTENCY],
+    "stepdistill/losses/terms.py": ["tests/methods/test_options_matching.py", "tests/losses/test_terms.py"],
+    "stepdistill/losses/regression.py": [
+        *SHARED,
+        "tests/methods/test_diff_instruct.py",
+        "tests/losses/test_terms.py",
+    ],
+    "stepdistill/losses/decoupled_guidance.py": ["tests/methods/test_dmd.py"],
+    "stepdistill/losses/first_step.py": ["tests/methods/test_dmd.py", "tests/diffusion/test_shift.py"],
+    "stepdistill/losses/subinterval.py": [
+        "tests/methods/test_phased_dmd.py",
+        "tests/diffusion/test_shift.py",
+    ],
+    "stepdistill/networks/sampler.py": [
+        "tests/networks/test_sampler.py",
+        "tests/methods/test_dmd.py",
+        "tests/diffusion/test_shift.py",
+    ],
+    "stepdistill/export/schedulers.py": ["tests/networks/test_sampler.py", "tests/diffusion/test_shift.py"],
+    "stepdistill/networks/derivative.py": ["tests/networks/test_derivative.py"],
+    "stepdistill/methods/dmd.py": ["tests/methods/test_dmd.py", *SHARED],
+    "stepdistill/methods/phased_dmd.py": ["tests/methods/test_phased_dmd.py", *SHARED],
+    "stepdistill/methods/diff_instruct.py": ["tests/methods/test_diff_instruct.py", *SHARED],
+    "stepdistill/methods/f_distill.py": ["tests/methods/test_f_distill.py", *SHARED],
+    "stepdistill/methods/sid.py": ["tests/methods/test_sid_sim.py", *SHARED],
+    "stepdistill/methods/sim.py": ["tests/methods/test_sid_sim.py", *SHARED],
+    "stepdistill/methods/consistency.py": ["tests/methods/test_consistency.py", OF_CONSISTENCY],
+    "stepdistill/methods/flow_map.py": ["tests/methods/test_flow_map.py", OF_FLOWS],
+    "stepdistill/methods/freeflow.py": ["tests/methods/test_freeflow.py", OF_FLOWS],
+    "stepdistill/methods/instaflow.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],
+    "stepdistill/methods/lcm.py": ["tests/methods/test_lcm.py", OF_CONSISTENCY],
+    "stepdistill/methods/meanflow.py": ["tests/methods/test_meanflow.py", OF_FLOWS],
+    "stepdistill/methods/pcm.py": ["tests/methods/test_pcm.py", OF_CONSISTENCY],
+    "stepdistill/methods/reflow.py": ["tests/methods/test_reflow.py", OF_FLOWS],
+    "stepdistill/methods/rfpp.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],
+    "stepdistill/methods/scm.py": ["tests/methods/test_scm.py", OF_CONSISTENCY],
+    "stepdistill/methods/slimflow.py": [
+        "tests/methods/test_reflow_family.py",
+        "tests/families/test_slim.py",
+        OF_FLOWS,
+    ],
+    "stepdistill/methods/tbcm.py": ["tests/methods/test_tbcm.py", OF_CONSISTENCY],
+    "stepdistill/methods/tcd.py": ["tests/methods/test_tcd.py", OF_CONSISTENCY],
+    "stepdistill/methods/tscd.py": ["tests/methods/test_tscd.py", OF_CONSISTENCY],
 }
 """The test files that are to notice a change in a file, those that fail soonest first."""
 
@@ -557,7 +573,7 @@ def check(file: str, chosen: list[Mutant], folder: Path) -> int:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         os.chdir(ROOT)
-        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toys"), str(ROOT / "tests" / "methods")]
         import pytest
 
         importlib.import_module(file.removesuffix(".py").replace("/", "."))

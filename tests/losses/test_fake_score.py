@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from matching_toy import FAMILY, MU, S, full_batch
 from table_toy import TABLE, Eps, eps_teacher, gaussian_eps
 from tiny import shaken, tiny_prompts
 from torch import nn
@@ -99,9 +98,6 @@ def test_without_fake_steps_every_turn_is_the_students():
 
 # --- every method of the family ----------------------------------------------------------------------------------
 
-MU, S = 0.7, 0.8
-FAMILY = [DMD, DiffInstruct, FDistill, SiD, SIM, PhasedDMD]
-
 
 def on_table(kind, mean, deviation=S, times=(1.0,), unguided=None, **options):
     """A method of Gaussians whose teacher N(MU, S^2), student and exact fake network N(mean, deviation^2) are eps
@@ -181,14 +177,6 @@ def perceptrons(kind, times=(1.0, 0.5), **options):
         for parameter in method.fake.parameters():
             parameter *= 1.1
     return method
-
-
-def full_batch(count=16, step=5):
-    """With images, and pairs of two times whose states lie on straight lines."""
-    images = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(3))
-    batch = toy_batch(count, step, pairs=lambda z: MU + S * z, images=images)
-    states = (0.5 * batch.pairs.noise + 0.5 * batch.pairs.x0)[:, None]
-    return replace(batch, pairs=replace(batch.pairs, states=states))
 
 
 WEIGHTS = [

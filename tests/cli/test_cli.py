@@ -25,7 +25,7 @@ VERBS = ["ls", "cp", "train", "sample", "eval", "geneval", "stats", "compare", "
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as ``stepdistill`` would run."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     code = f"import sys; sys.path.insert(0, {root!r}); from stepdistill.cli import main; main()"
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
@@ -46,7 +46,7 @@ def test_help_names_every_verb_and_imports_neither_torch_nor_pydantic(tmp_path: 
     for verb in VERBS:
         assert f"\n  {verb} " in answer.stdout
     code = "import sys; import stepdistill.cli; print(*(m in sys.modules for m in ('torch', 'pydantic', 'yaml')))"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

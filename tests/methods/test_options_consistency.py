@@ -11,8 +11,8 @@ import pytest
 import test_options_flow
 import test_options_matching
 import torch
+from matching_toy import full_batch
 from table_toy import TABLE
-from test_fake_score import full_batch
 from toy import Perceptron, ToyFamily, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path
@@ -31,8 +31,8 @@ from stepdistill.networks.sampler import schedule_times
 FAMILY = [LCM, Consistency, SCM, TBCM, TCD, PCM, TSCD]
 OF_PAIRS = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
 ELSEWHERE = OF_PAIRS | {"guidance_interval", "guidance_rescale"}
-"""Options that these methods do not read: the cache of pairs does (tests/test_options_flow.py), and the teacher
-(tests/test_terms.py: guidance_is_off_outside_its_interval, rescaled_guidance_is_the_teachers)."""
+"""Options that these methods do not read: the cache of pairs does (tests/methods/test_options_flow.py), and the teacher
+(tests/losses/test_terms.py: guidance_is_off_outside_its_interval, rescaled_guidance_is_the_teachers)."""
 
 Number = Callable[[Any], Any]
 

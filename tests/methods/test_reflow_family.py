@@ -7,8 +7,9 @@ from functools import cache
 
 import pytest
 import torch
+from reflow_toy import MU, S, Slimming, Straight
 from torch import nn
-from toy import SHAPE, Gaussian, Mixture, Perceptron, ToyFamily, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.draws import Draws
@@ -23,7 +24,6 @@ from stepdistill.methods.rfpp import RFPP, u_shaped
 from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.networks.sampler import Sampler
 
-MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath()]
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 
@@ -31,19 +31,6 @@ ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=
 def table_path():
     """Stable Diffusion's."""
     return TablePath.from_alphas_cumprod(ALPHAS)
-
-
-class Straight(nn.Module):
-    """The exact x0 of the reflowed Gaussian: on lines from z to mu + s z, z = (x - (1 - t) mu) / ((1 - t) s + t)."""
-
-    def __init__(self, path, error=0.0):
-        super().__init__()
-        self.path, self.error = path, nn.Parameter(torch.tensor(error))
-
-    def forward(self, x, t, cond):
-        alpha, sigma = self.path.alpha_sigma(t)
-        time, norm = per_sample(sigma / (alpha + sigma), x), per_sample(alpha + sigma, x)
-        return MU + S * (x / norm - (1 - time) * MU) / ((1 - time) * S + time) + self.error
 
 
 def build(kind, net, path=STRAIGHT, times=(1.0,), output="x0", **options):
@@ -343,13 +330,6 @@ def test_slimflow_begins_its_distillation_with_the_annealed_flow():
     method.after_step(1)
     assert float(method.flow.net.error) == pytest.approx(0.3)
     assert set(method.loss("student", pair_batch(8, 2))[1]) == {"distillation", "guide"}
-
-
-class Slimming(ToyFamily):
-    """Perceptrons of 64 channels, and slimmer ones."""
-
-    def slimmer(self, net, width, depth):
-        return Perceptron(width=int(64 * width), seed=9)
 
 
 def test_slimflow_swaps_in_the_familys_smaller_network():

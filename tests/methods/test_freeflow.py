@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from flow_toy import MU, C, Velocity, errors, from_the_teacher
+from run_toy import HERE
 from tiny import tiny_pipeline
 from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 
@@ -318,7 +319,7 @@ def test_it_trains_with_no_data_to_load_and_the_network_unplugged(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a data-free method loads nothing")
 
-    here = File(__file__).parent
+    here = HERE
     recipe = load_recipe(
         here / "empty.yaml",
         method=method,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_contract import batch_for
+from contract_toy import batch_for
 from tiny import tiny_pipeline, tiny_prompts
 from torch import Tensor
 from toy import Perceptron, ToyTeacher, toy_batch, toy_student

@@ -36,7 +36,7 @@ from stepdistill.system.emoji import emoji_images, teacher_folder
 from stepdistill.system.prefetch import ahead
 from stepdistill.system.processes import Processes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"seconds_per_image", "images_per_second", "peak_memory_bytes"}
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from sampler_toy import DEVIATION, MEAN, Output, teacher_scheduler
+from torch import Tensor
 from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath
@@ -21,28 +22,7 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
 from stepdistill.system.travelling import travelling_module
 
-MEAN, DEVIATION = 0.4, 0.6
-
-
-def teacher_scheduler(**more: Any) -> Any:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **more)
-
-
 TABLE = TablePath.from_alphas_cumprod(teacher_scheduler().alphas_cumprod)
-
-
-class Output(nn.Module):
-    """A closed-form Gaussian as a network of any output kind."""
-
-    def __init__(self, path: Path, kind: Any) -> None:
-        super().__init__()
-        self.x0, self.path, self.kind = Gaussian(path, MEAN, DEVIATION), path, kind
-
-    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        said = self.path.read(self.x0(x, t, cond), "x0", x, t)
-        return self.path.target(said.x0, said.eps, t, self.kind)
 
 
 def drawn_by(

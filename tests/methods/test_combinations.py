@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sampler import Output, teacher_scheduler
+from sampler_toy import Output, teacher_scheduler
 from torch import Tensor, nn
 from toy import SHAPE, Gaussian, GaussianMap, Mixture, ToyFamily, ToyTeacher, toy_batch, toy_student
 

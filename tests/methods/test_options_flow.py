@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flow_toy import MU, C, Velocity
-from test_reflow_family import Slimming, Straight
+from reflow_toy import Slimming, Straight
 from torch import Tensor, nn
 from toy import SHAPE, Affine, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from run_toy import COMMON, HERE, METHODS, recipe_of
 from safetensors.torch import load_file
 
 from stepdistill.data.batches import Data
@@ -30,30 +31,6 @@ from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.run import Run
 from stepdistill.training.schedule import learning_rate
-
-HERE = Path(__file__).parent
-COMMON = [
-    f"data.prompts={HERE / 'prompts.txt'}",
-    "train.batch=4",
-    "train.checkpoint_every=5",
-    "train.sheet_every=0",
-    "train.ema=0.9",
-    "train.lr=1e-4",
-    "options.guidance=2.0",
-    "evaluate=false",
-]
-METHODS = {
-    "dmd": ["options.fake_steps=1", "student.times=[1.0, 0.5]", "options.pairs=8", "options.pair_steps=2",
-            "options.warm_start=3", "options.regression_weight=0.1"],
-    "lcm": ["options.pairs=8", "options.pair_steps=2", "options.grid=10"],
-    "reflow": ["options.pairs=8", "options.pair_steps=2", "options.reflow_steps=7", "options.fresh=0.5"],
-}  # fmt: skip
-
-
-def recipe_of(method, steps, *more):
-    empty = HERE / "empty.yaml"
-    sets = [*COMMON, *METHODS[method], f"train.steps={steps}", *more]
-    return load_recipe(empty, method=method, sets=sets)
 
 
 def start(recipe, folder, resume=False, preview=None):
@@ -160,7 +137,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_loop import METHODS, recipe_of
+from run_toy import METHODS, recipe_of
 from accelerate import Accelerator
 from stepdistill.training.identity import resolve
 from stepdistill.training.assemble import Assembled, assemble, training_data
@@ -193,7 +170,7 @@ def test_two_gloo_processes_equal_one(tmp_path):
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(Path(__file__).parent), str(tmp_path / "two")],
+        [*command, str(HERE), str(tmp_path / "two")],
         capture_output=True, text=True, timeout=300, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

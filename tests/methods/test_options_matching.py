@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fake_score import FAMILY, full_batch
+from matching_toy import FAMILY, full_batch
 from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_student
 
 from stepdistill.diffusion.path import FlowPath
@@ -25,7 +25,8 @@ from stepdistill.methods.sim import SIM
 from stepdistill.recipes.sections import TermOptions
 
 ELSEWHERE = set(PairOptions.model_fields) - set(MethodOptions.model_fields) | {"guidance_rescale"}
-"""Options that no method reads: the cache of pairs does (tests/test_data.py), and the teacher (tests/test_terms.py)."""
+"""Options that no method reads: the cache of pairs does (tests/data/test_data.py), and the teacher
+(tests/losses/test_terms.py)."""
 
 Number = Callable[[Any], Any]
 
@@ -243,7 +244,9 @@ def test_a_terms_distance_and_rate_are_those_given() -> None:
         1.0,
         4.0,
     ]
-    assert TermOptions(perceptual="clip:x").perceptual == "clip:x"  # which network: tests/test_terms.py
+    assert (
+        TermOptions(perceptual="clip:x").perceptual == "clip:x"
+    )  # which network: tests/losses/test_terms.py
 
 
 def test_the_generators_term_raises_the_logits_of_the_students_samples() -> None:

@@ -26,7 +26,7 @@ from stepdistill.teacher_training.settings import TINY, StageSettings, claim_fol
 from stepdistill.teacher_training.stage import learning_rate, seeded, train_stage
 from stepdistill.teacher_training.tokenizer import learn_merges, train_tokenizer
 
-SCRIPT = Path(__file__).parents[1] / "train" / "make_teacher.py"
+SCRIPT = Path(__file__).parents[2] / "train" / "make_teacher.py"
 
 
 class Stop(Exception):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
 from accelerate import Accelerator
+from run_toy import HERE
 from torch import nn
 from toy import Gaussian, GaussianFlowMap, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 
@@ -28,7 +28,6 @@ from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 
-HERE = Path(__file__).parent
 PATH = FlowPath()
 
 

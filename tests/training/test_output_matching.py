@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from run_toy import HERE
 from tiny import tiny_pipeline, tiny_prompts
 from toy import Gaussian, Perceptron, ToyTeacher
 
@@ -26,7 +27,7 @@ from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.output_matching import Matched, Matching, NoisedSamples, match_output, output_of
 
-EMPTY = Path(__file__).parent / "empty.yaml"
+EMPTY = HERE / "empty.yaml"
 
 
 def matching(teacher: PipelineTeacher, steps: int = 12, **options: Any) -> Matching:
@@ -147,7 +148,12 @@ def test_an_adapter_alone_turns_the_network(tmp_path: Path, monkeypatch: pytest.
 
 
 def job_of(teacher: Any, *sets: str) -> Assembled:
-    common = ["data.prompts=tests/prompts.txt", "train.batch=4", "student.output=v", "student.output_steps=3"]
+    common = [
+        f"data.prompts={HERE / 'prompts.txt'}",
+        "train.batch=4",
+        "student.output=v",
+        "student.output_steps=3",
+    ]
     more = ["options.guidance=2.0", "student.output_samples=8", "student.output_lr=1e-3"]
     recipe = load_recipe(EMPTY, method="dmd", sets=[*common, *more, *sets])
     return assemble(resolve(recipe), Accelerator(cpu=True), teacher)
