@@ -11,12 +11,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.path import per_sample
-from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
-from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
+from stepdistill.extend import (
+    Batch,
+    Examples,
+    Method,
+    MethodOptions,
+    PairOptions,
+    Sampler,
+    Student,
+    Teacher,
+    per_sample,
+)
 
 
 class Halving(Method):

@@ -1,0 +1,36 @@
+"""The face for methods and families of one's own: all that they import, from one place.
+
+What is named here stays where it is; the packages behind it may move. `train/own_method.md` has a worked example.
+"""
+
+from __future__ import annotations
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.path import Path, Prediction, per_sample
+from stepdistill.families.base import Family
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher, Teacher
+
+__all__ = [
+    "Batch",
+    "Condition",
+    "Denoiser",
+    "Draws",
+    "Examples",
+    "Family",
+    "Method",
+    "MethodOptions",
+    "PairOptions",
+    "Path",
+    "PipelineTeacher",
+    "Prediction",
+    "Sampler",
+    "Student",
+    "Teacher",
+    "per_sample",
+]
