@@ -67,6 +67,7 @@ GUARDS: dict[str, list[str]] = {
     ],
     "stepdistill/networks/sampler.py": [
         "tests/networks/test_sampler.py",
+        "tests/networks/test_second_time.py",
         "tests/methods/test_dmd.py",
         "tests/diffusion/test_shift.py",
     ],

@@ -11,39 +11,29 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stepdistill.extend import (
-    Batch,
-    Examples,
-    Method,
-    MethodOptions,
-    PairOptions,
-    Sampler,
-    Student,
-    Teacher,
-    per_sample,
-)
+from stepdistill import extend as sd
 
 
-class Halving(Method):
+class Halving(sd.Method):
     """See the module's text."""
 
     needs = frozenset({"noise", "prompts", "pairs"})  # pairs: clean latents without real images
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(PairOptions):
+    class Options(sd.PairOptions):
         largest_weight: float = 10.0  # of SNR = (alpha / sigma)^2, the weight of the loss in x0
 
     def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
+        self, teacher: sd.Teacher, student: sd.Student, times: tuple[float, ...], options: sd.MethodOptions
     ) -> None:
         super().__init__(teacher, student, times, options)
         self.options = cast(Halving.Options, options)
 
-    def sampler(self) -> Sampler:
-        return Sampler(self.times, renoise=False)
+    def sampler(self) -> sd.Sampler:
+        return sd.Sampler(self.times, renoise=False)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        guidance, path, pairs = self.options.guidance, self.student.path, cast(Examples, batch.pairs)
+    def loss(self, turn: str, batch: sd.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        guidance, path, pairs = self.options.guidance, self.student.path, cast(sd.Examples, batch.pairs)
         edges = torch.tensor([*self.times, 0.0], device=batch.noise.device)
         index = batch.draws.integers("step", len(self.times))
         t, s = edges[index], edges[index + 1]
@@ -54,8 +44,10 @@ class Halving(Method):
         first = self.teacher.predict(x_t, t, pairs.cond, guidance=guidance)
         second = self.teacher.predict(first.at(middle), middle, pairs.cond, guidance=guidance)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
-        ratio = per_sample(sigma_s / sigma_t, x_t)
-        target = (second.at(s) - ratio * x_t) / (per_sample(alpha_s, x_t) - ratio * per_sample(alpha_t, x_t))
+        ratio = sd.per_sample(sigma_s / sigma_t, x_t)
+        target = (second.at(s) - ratio * x_t) / (
+            sd.per_sample(alpha_s, x_t) - ratio * sd.per_sample(alpha_t, x_t)
+        )
 
         weight = (alpha_t / sigma_t).square().clamp(1.0, self.options.largest_weight)  # [B]
         error = (self.student.predict(x_t, t, pairs.cond).x0 - target).square().flatten(1).mean(1)  # [B]
