@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sampler_toy import DEVIATION, MEAN, Output, teacher_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath
