@@ -26,7 +26,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.shift import shifted
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
@@ -36,8 +36,6 @@ from stepdistill.losses.distances import pseudo_huber, rms
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import Teacher
-
-STRAIGHT = FlowPath()
 
 
 class TBCM(Method):

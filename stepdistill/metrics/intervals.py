@@ -56,39 +56,11 @@ def of_mean(values: Tensor, *, level: float = 0.95) -> Interval:
     return Interval(float(wide.mean()), float(wide.std()) / math.sqrt(len(wide)), level)
 
 
-def bootstrap(
-    statistic: Callable[[Tensor], float], count: int, *, draws: int = 200, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Of any statistic of ``count`` images, by drawing as many with replacement (Efron 1979).
-
-    The width is the spread of the resampled values, the centre the value itself: metrics with a bias in 1/N, as the
-    Frechet distance, have it twice when resampled, so their percentiles would lie beside the value. Not for metrics of
-    nearest neighbours, to which a repeated image is its own neighbour: use :func:`of_mean` on Balls, or the jackknife.
-
-    Args:
-        statistic: of image indices [count], with repetitions.
-        count: number of images.
-        draws: resamples; 200 know the width to about 5 %.
-        level: probability.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: fewer than two images or draws.
-    """
-    _check(min(count, draws))
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.tensor(
-        [statistic(torch.randint(count, (count,), generator=generator)) for _ in range(draws)],
-        dtype=torch.float64,
-    )
-    return Interval(statistic(torch.arange(count)), float(values.std()), level)
-
-
 def jackknife(
     statistic: Callable[[Tensor], float], count: int, *, groups: int = 20, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """The same by leaving out one group of images at a time, at ``groups`` + 1 evaluations; for statistics that are
-    expensive or that repeated images would upset. The groups are random and of nearly equal size.
+    """Of any statistic of ``count`` images, by leaving out one group of them at a time, at ``groups`` + 1 evaluations.
+    The groups are random and of nearly equal size; no image is repeated, which would upset nearest neighbours.
 
     Raises:
         ValueError: fewer than two groups, or fewer images than groups.

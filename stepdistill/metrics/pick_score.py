@@ -22,8 +22,3 @@ def pick_scores(images: Tensor, texts: Tensor, scale: float) -> Tensor:
         scale: exp of the model's logit scale: ``logit_scale`` of its features, 100 for most CLIP models.
     """
     return scale * cosines(images, texts)
-
-
-def preference(first: Tensor, second: Tensor) -> Tensor:
-    """The probability [B] that the first image is picked, from the scores [B] of two images of the same prompts."""
-    return (first - second).sigmoid()

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
-from stepdistill.diffusion.path import FlowPath, per_sample
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.networks.denoiser import Denoiser
@@ -98,21 +96,8 @@ class Student(Denoiser):
     def _towards(self, s: Tensor) -> Tensor | None:
         return s if self.two_times else None
 
-    def mean_velocity(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """u(x_t, t, s) with x_s = x_t - (t - s) u, [B, C, H, W]; at s = t the plain velocity."""
-        prediction = self.predict(x_t, t, cond, self._towards(s))
-        if isinstance(self.path, FlowPath):
-            return prediction.velocity  # a DDIM step on the straight path is an Euler step
-        gap = per_sample(t - s, x_t)
-        mean = (x_t - prediction.at(s)) / torch.where(gap == 0, torch.ones_like(gap), gap)
-        return torch.where(gap == 0, prediction.velocity, mean)
-
     def flow_velocity(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """The same read on the straight path: for x_t, t and s there, x_s = x_t - (t - s) u, whatever the own path is.
 
         DDIM steps commute with a change of path, so a flow map learnt there is one on the student's own path."""
         return self.predict_on(STRAIGHT, x_t, t, cond, self._towards(s)).velocity
-
-    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """x_s from x_t along the student's own DDIM step, [B, C, H, W]."""
-        return self.predict(x_t, t, cond, self._towards(s)).at(s)

@@ -113,11 +113,6 @@ def emoji_captions() -> list[str]:
     return _captions_file()["captions"]
 
 
-def emoji_categories() -> list[str]:
-    """The Unicode group of each of the 3,781 emoji, in the order of :func:`emoji_images`."""
-    return _captions_file()["categories"]
-
-
 def emoji_images() -> NDArray[np.uint8]:
     """The real images, uint8 [3781, 32, 32, 3] in RGB, white background (Noto Emoji, Apache License 2.0)."""
     import numpy as np

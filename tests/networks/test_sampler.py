@@ -266,7 +266,7 @@ def test_walking_stops_at_the_asked_time() -> None:
     for calls in range(4):
         assert torch.equal(sampler.walk(student, noise, Condition(), none, calls), x)
         t, s = torch.full((4,), 1 - calls / 4), torch.full((4,), 0.75 - calls / 4)
-        x = student.jump(x, t, s, Condition())
+        x = student.predict(x, t, Condition()).at(s)
     assert torch.equal(sampler.draw(student, noise, Condition(), none), x)
 
 
@@ -369,15 +369,3 @@ def test_consistency_sampling_of_the_exact_map_draws_the_data(path: Path, steps:
     # Four standard errors of a mean and of a variance.
     assert abs(float(drawn.mean()) - MEAN) < 4 * DEVIATION / numbers**0.5
     assert abs(float(drawn.var()) - DEVIATION**2) < 4 * DEVIATION**2 * (2 / numbers) ** 0.5
-
-
-def test_a_jump_is_the_mean_velocity_times_the_gap() -> None:
-    path = FlowPath()
-    student = toy_student(Gaussian(path, MEAN, DEVIATION), path)
-    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
-    t, s = torch.tensor([1.0, 0.6, 0.5]), torch.tensor([0.0, 0.1, 0.5])
-    velocity = student.mean_velocity(x, t, s, Condition())
-    assert torch.allclose(
-        x - (t - s)[:, None, None, None] * velocity, student.jump(x, t, s, Condition()), atol=1e-6
-    )
-    assert torch.allclose(velocity[2], student.predict(x, t, Condition()).velocity[2])

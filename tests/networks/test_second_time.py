@@ -45,7 +45,7 @@ def points(teacher: PipelineTeacher, name: str) -> tuple[Tensor, Condition]:
 
 @pytest.mark.parametrize("name", ABLE)
 def test_at_the_start_every_jump_is_the_teachers(name: str, teacher_of: Teachers) -> None:
-    """Output and mean velocity equal those without a second time bit for bit at any (t, s), s = t among them."""
+    """Output, jump and velocity equal those without a second time bit for bit at any (t, s), s = t among them."""
     teacher = teacher_of(name)
     plain, student = Student.from_teacher(teacher), two_timed(teacher)
     assert student.two_times and not plain.two_times
@@ -55,9 +55,8 @@ def test_at_the_start_every_jump_is_the_teachers(name: str, teacher_of: Teachers
         with torch.no_grad():
             assert torch.equal(student.raw(x, start, cond, end), teacher.denoiser.raw(x, start, cond))
             assert torch.equal(student.raw(x, start, cond), teacher.denoiser.raw(x, start, cond))
-            ours = student.mean_velocity(x, start, end, cond)
-            assert torch.equal(ours, plain.mean_velocity(x, start, end, cond))
-            assert torch.equal(student.jump(x, start, end, cond), plain.jump(x, start, end, cond))
+            jump = student.predict(x, start, cond, end).at(end)
+            assert torch.equal(jump, plain.predict(x, start, cond).at(end))
             flow = student.flow_velocity(x, start, end, cond)
             assert torch.equal(flow, plain.flow_velocity(x, start, end, cond))
 
@@ -76,7 +75,7 @@ def test_the_second_time_is_trained_and_then_tells_jumps_apart(name: str, teache
     assert gradient is not None and bool(gradient.any())
     moved = two_timed(teacher, moved=True)
     with torch.no_grad():
-        one, other = (moved.mean_velocity(x, t, end, cond) for end in (s, torch.zeros(4)))
+        one, other = (moved.flow_velocity(x, t, end, cond) for end in (s, torch.zeros(4)))
     assert float((one - other).abs().max()) > 1e-3
 
 
