@@ -3,6 +3,7 @@
     python tests/mutants.py                                   # every file of GUARDS
     python tests/mutants.py stepdistill/methods/dmd.py        # one file
     python tests/mutants.py stepdistill/methods/dmd.py --lines 70-90
+    python tests/mutants.py --jobs 2                          # two files at a time
 
 The tests that guard a file are collected once; for each change (a mutant) they run in a fork of that process, those
 that killed a mutant before and the quick ones first, with the changed code grafted into the functions in use. A mutant
@@ -570,8 +571,8 @@ class Loop:
         return Outcome(bool(failed or status), by, used.ru_utime + used.ru_stime, seen)
 
 
-def check(file: str, chosen: list[Mutant], folder: Path) -> int:
-    """Runs a file's mutants in a process of its own; how many survived."""
+def started(file: str, chosen: list[Mutant], folder: Path) -> int:
+    """A process of its own that runs a file's mutants; it ends with 10 plus how many survived."""
     child = os.fork()
     if child == 0:
         say = os.fdopen(os.dup(1), "w")
@@ -587,7 +588,11 @@ def check(file: str, chosen: list[Mutant], folder: Path) -> int:
         pytest.main(["-q", "-p", "no:cacheprovider", *CHOICE, *GUARDS[file]], [loop])
         say.flush()
         os._exit(min(loop.survived, 200) + 10)
-    _, status = os.waitpid(child, 0)
+    return child
+
+
+def ended(file: str, status: int, folder: Path) -> int:
+    """How many survived in a process that ended with ``status``."""
     if os.waitstatus_to_exitcode(status) < 10:
         shutil.copy(folder / "output.txt", "mutants-output.txt")
         raise SystemExit(f"{file}: its tests could not be run, see mutants-output.txt")
@@ -600,6 +605,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", help="files of GUARDS; default all")
     parser.add_argument("--lines", default="1-100000", help="first and last line to change")
     parser.add_argument("--every", type=int, default=1, help="only each n-th mutant")
+    parser.add_argument("--jobs", type=int, default=1, help="files at a time")
     arguments = parser.parse_args()
     first, last = map(int, arguments.lines.split("-"))
     odd = [file for file in arguments.files if file not in GUARDS]
@@ -611,12 +617,20 @@ def main() -> int:
     import diffusers  # noqa: F401  # imported once, before the forks
 
     survived = total = 0
+    waiting, running = list(arguments.files or GUARDS), {}
     with tempfile.TemporaryDirectory() as name:
-        for file in arguments.files or GUARDS:
-            chosen = [mutant for mutant in mutants(file) if first <= mutant.line <= last][:: arguments.every]
-            left = check(file, chosen, Path(name))
-            print(f"{file}: {len(chosen)} mutants, {left} survived", flush=True)
-            total, survived = total + len(chosen), survived + left
+        while waiting or running:
+            while waiting and len(running) < arguments.jobs:
+                file = waiting.pop(0)
+                folder = Path(name) / file.replace("/", "-")
+                folder.mkdir()
+                chosen = [m for m in mutants(file) if first <= m.line <= last][:: arguments.every]
+                running[started(file, chosen, folder)] = file, len(chosen), folder
+            child, status = os.wait()
+            file, count, folder = running.pop(child)
+            left = ended(file, status, folder)
+            print(f"{file}: {count} mutants, {left} survived", flush=True)
+            total, survived = total + count, survived + left
     print(f"{total} mutants, {survived} survived")
     return int(survived > 0)
 
