@@ -57,6 +57,7 @@ def finish(run: Assembled, output: Path, trained: Trained, command: str | None) 
     with averaged(trained.ema):
         export_student(run, output / "student", command)
         proof = verify(output / "student")
+        scores = _scores(run, output / "student")  # before the time and the memory that it takes are read
         report = RunReport(
             name=output.name,
             method=recipe.method,
@@ -69,7 +70,7 @@ def finish(run: Assembled, output: Path, trained: Trained, command: str | None) 
             train_seconds=round(trained.seconds, 1),
             wall_seconds=round(time.perf_counter() - run.began, 1),
             peak_memory_bytes=peak_memory(device),
-            **{**_scores(run, output / "student"), **origin, "command": command},
+            **{**scores, **origin, "command": command},
         )
         _samples(run, output / "samples.png")
     text = with_code_note(card(run, command, score_table(report)), output / "student")

@@ -248,6 +248,7 @@ def test_runs_that_fail_stop_and_go_on(
         assert picture.width >= 12 * 64  # the teacher at 25 and 1 steps and the student, 12 prompts
     report = json.loads((tmp_path / "out" / "good" / "report.json").read_text())
     assert 1 <= report["updates"] < 100000 and report["train_seconds"] >= 0.2
+    assert report["wall_seconds"] > report["train_seconds"] + 0.5  # drawing and measuring count
     assert report["recall_of_teachers"]["1"] == pytest.approx(
         report["student"]["recall"]["1"] / report["teacher"]["recall"]["8"]
     )
