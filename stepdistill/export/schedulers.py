@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import replace
 from typing import Any
 
@@ -97,12 +98,12 @@ def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any) -> None:
     allowed = 1.5e-3
     if sampler.grid and isinstance(path, TablePath):
         if path.steps % sampler.grid:
-            wanted = sampler.grid
-            every = [n for n in range(1, path.steps + 1) if path.steps % n == 0]
-            near = [n for n in every if n < wanted][-1:] + [n for n in every if n > wanted][:1]
+            divisors = [n for n in range(2, path.steps + 1) if path.steps % n == 0]
+            above = bisect(divisors, sampler.grid)
+            near = divisors[max(above - 1, 0) : above + 1]
             raise UserError(
-                f"a grid of {wanted} times does not divide the teacher's {path.steps} timesteps, so drawings would "
-                f"not start at the last of them: set options.grid to a divisor, {' or '.join(map(str, near))}"
+                f"a grid of {sampler.grid} times does not divide the teacher's {path.steps} timesteps, so drawings "
+                f"would not start at the last of them: set options.grid to a divisor, {' or '.join(map(str, near))}"
             )
         allowed += 1 / sampler.grid  # the steps are taken out of the grid
     grid = times_of(path, scheduler, sampler.steps)

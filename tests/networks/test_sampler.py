@@ -341,7 +341,7 @@ def test_a_grid_that_does_not_divide_the_table_is_refused(name: str, grid: int, 
     teacher = ToyTeacher(Gaussian(TABLE, MEAN, DEVIATION), TABLE)
     student = toy_student(Gaussian(TABLE, MEAN, DEVIATION), TABLE)
     method = kind(teacher, student, (1.0, 0.5), kind.Options(grid=grid, **more))
-    with pytest.raises(UserError, match=f"grid of {grid} .*{near}") as caught:
+    with pytest.raises(UserError, match=f"grid of {grid} .*divisor, {near}$") as caught:
         stock_scheduler(method.sampler(), TABLE, teacher_scheduler())
     assert "\n" not in str(caught.value)
     allowed = kind(teacher, student, (1.0, 0.5), kind.Options(grid=40, **more))
