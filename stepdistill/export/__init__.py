@@ -1,4 +1,5 @@
 """A trained student becomes a folder that others load, and the proof of it.
 
-``student_folder.py`` writes, ``verify.py`` loads it in a fresh process without this package and compares pictures.
+``schedulers.py`` chooses the scheduler that draws as the student's sampler does, ``student_folder.py`` writes the
+folder, ``verify.py`` loads it in a fresh process without this package and compares pictures.
 """
