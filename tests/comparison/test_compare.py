@@ -198,9 +198,10 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
 
 
 def test_a_budget_chooses_the_recipe_that_fits_and_without_one_the_methods_own_is_taken() -> None:
-    """Of DMD's recipes only the quick one trained in ten minutes when the shipped results were made."""
+    """Of DMD's recipes two trained in ten minutes when the shipped results were made, and the quick one in five."""
     assert side_by_side.recipe_of("dmd", "emoji") == "dmd_emoji"
-    assert side_by_side.recipe_of("dmd", "emoji", 600) == "dmd_emoji_quick"
+    assert side_by_side.recipe_of("dmd", "emoji", 600) == "dmd_emoji_below_noise"
+    assert side_by_side.recipe_of("dmd", "emoji", 300) == "dmd_emoji_quick"
     assert side_by_side.recipe_of("dmd", "emoji", 1) == "dmd_emoji_quick"
     assert side_by_side.recipe_of("dmd", "some/teacher") == "dmd_emoji"
     assert side_by_side.recipe_of("no_such_method", "emoji") is None
