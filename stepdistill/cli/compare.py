@@ -50,18 +50,16 @@ def compare(
     folder = output
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
-    from stepdistill.comparison import train_all as side_by_side
+    from stepdistill.comparison import train_all
     from stepdistill.system.files import check_writable
 
     if methods:
-        wanted = side_by_side.plan(
-            methods, teacher, side_by_side.seconds_of(budget) if budget else 0.0, sets or ()
-        )
+        wanted = train_all.plan(methods, teacher, train_all.seconds_of(budget) if budget else 0.0, sets or ())
         folder = output or Path("runs") / f"compare_{Path(teacher).name}"
         check_writable(folder)
-        compared = side_by_side.compare_methods(wanted, folder, command_line())
+        compared = train_all.compare_methods(wanted, folder, command_line())
     else:
-        compared = side_by_side.collect(reports or [], command_line())
+        compared = train_all.collect(reports or [], command_line())
     from stepdistill.comparison.ranking import rank, text_table
 
     print(text_table(rank(compared.reports)))
@@ -70,6 +68,6 @@ def compare(
     if compared.without_recipe:
         print(f"no recipe for: {', '.join(compared.without_recipe)}")
     if folder is not None:
-        print(side_by_side.write_all(compared, folder))
+        print(train_all.write_all(compared, folder))
     if compared.failed and not compared.reports:
         raise typer.Exit(1)

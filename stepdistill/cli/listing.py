@@ -15,15 +15,14 @@ Kind = Literal["all", "teachers", "methods", "recipes", "suites", "families"]
 def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "all") -> None:
     """List what is shipped: teachers, methods, recipes, suites, families."""
     from stepdistill.networks.pipeline_files import pipeline_class
-    from stepdistill.system import shipped as content
+    from stepdistill.system import shipped
     from stepdistill.system.emoji import embedded_teachers
 
     tables: dict[str, dict[str, str]] = {}
     if kind in ("all", "teachers"):
-        shipped = embedded_teachers()
-        tables["teachers"] = {name: pipeline_class(path) for name, path in shipped.items()}
+        tables["teachers"] = {name: pipeline_class(path) for name, path in embedded_teachers().items()}
     if kind in ("all", "methods"):
-        tables["methods"] = content.module_summaries("methods")
+        tables["methods"] = shipped.module_summaries("methods")
     if kind == "methods":  # what a method needs is in its class, so that this alone imports torch
         from stepdistill.methods import needs
 
@@ -33,11 +32,11 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "al
             name: f"{told[name].ljust(width)}  {text}" for name, text in tables["methods"].items()
         }
     if kind in ("all", "recipes"):
-        tables["recipes"] = {name: content.header(path) for name, path in content.recipe_files().items()}
+        tables["recipes"] = {name: shipped.header(path) for name, path in shipped.recipe_files().items()}
     if kind in ("all", "suites"):
-        tables["suites"] = {name: content.header(path) for name, path in content.suite_files().items()}
+        tables["suites"] = {name: shipped.header(path) for name, path in shipped.suite_files().items()}
     if kind in ("all", "families"):
-        tables["families"] = content.module_summaries("families")
+        tables["families"] = shipped.module_summaries("families")
     for title, table in tables.items():
         if kind == "all":
             print(f"{title}:")

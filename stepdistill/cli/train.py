@@ -69,10 +69,10 @@ def verify(student: Annotated[Path, typer.Argument(help="Student folder.")]) -> 
 
 
 def _default_run_folder(method: str, teacher: str, resume: bool) -> Path:
-    from stepdistill.training import preflight as checks
+    from stepdistill.training import preflight
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Each process would number the folder by what it finds, and the first one has made its own by then.
         raise UserError("give --output DIR when several processes train together")
     name = f"{Path(method).stem}_{Path(teacher).name}"
-    return (checks.newest_run_folder if resume else checks.next_run_folder)(Path("runs"), name)
+    return (preflight.newest_run_folder if resume else preflight.next_run_folder)(Path("runs"), name)

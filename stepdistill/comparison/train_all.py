@@ -28,8 +28,8 @@ from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.recipe import DEFAULT_TEACHER, Recipe, load_recipe
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.shipped import content_folder, module_summaries, recipe_files
-from stepdistill.training import preflight as checks
 from stepdistill.training.identity import differences
+from stepdistill.training.preflight import check_recipe
 from stepdistill.training.run_report import Measured, RunReport, read_report
 
 PROGRESS_SECONDS = 60
@@ -113,7 +113,7 @@ def plan(methods: str, teacher: str, budget: float = 0.0, sets: Sequence[str] = 
     entries = []
     for source in sources:
         recipe = load_recipe(source, teacher=teacher, sets=more)
-        checks.check_recipe(recipe)
+        check_recipe(recipe)
         arguments = ["--teacher", teacher, *(part for one in more for part in ("--set", one))]
         entries.append(Entry(Path(source).stem, source, tuple(arguments), recipe))
     twice = {entry.name for entry in entries if [other.name for other in entries].count(entry.name) > 1}
@@ -310,7 +310,7 @@ def collect(paths: Sequence[str], command: str) -> Comparison:
 def write_all(compared: Comparison, folder: Path) -> Path:
     """The page with the students' pictures, where all runs have a student of one teacher, or else with those that the
     evaluations kept; gives back the page."""
-    from stepdistill.comparison import pictures as compare_pictures
+    from stepdistill.comparison import pictures
 
     rows = [
         (report.name, place, report)
@@ -322,11 +322,11 @@ def write_all(compared: Comparison, folder: Path) -> Path:
     if len(teachers) == 1:
         guidance = rows[0][2].guidance or 1.0
         try:
-            picture = compare_pictures.draw_students(
+            picture = pictures.draw_students(
                 [(name, place) for name, place, _ in rows], teachers.pop(), guidance
             )
         except UserError as error:
             say(f"no pictures: {error}")
     elif not rows:
-        picture = compare_pictures.kept_pictures(compared)
+        picture = pictures.kept_pictures(compared)
     return write(compared, folder, picture)

@@ -134,43 +134,31 @@ def export(
         prompts: as many as seeds, for the verification pictures.
         card: the model card, Markdown.
     """
-    with folder_written_whole(folder) as temporary:
-        _write(student, sampler, teacher, temporary, prompts, card, seeds)
-
-
-def _write(
-    student: Student,
-    sampler: Sampler,
-    teacher: PipelineTeacher,
-    folder: Path,
-    prompts: Sequence[str],
-    card: str,
-    seeds: Sequence[int],
-) -> None:
     from PIL import Image
 
-    pipe = student_pipeline(student, sampler, teacher)
-    pipe.save_pretrained(folder)
-    if isinstance(student.net, Experts):
-        for i, net in enumerate(student.net.nets):
-            _save_adapter(net, teacher, folder / f"expert-{i + 1}")
-    else:
-        _save_adapter(student.net, teacher, folder)
-    (folder / "README.md").write_text(with_code_note(card, folder), encoding="utf-8")
-    proof = folder / VERIFICATION
-    proof.mkdir()
-    as_saved = copy.copy(teacher)  # encodes and decodes in the float32 that was saved
-    as_saved.pipe = pipe
-    images = to_uint8(draw_as_pipeline(student, sampler, as_saved, prompts, seeds))
-    for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
-    manifest = {
-        "call": _call(pipe, sampler, teacher, prompts),
-        "seeds": list(seeds),
-        "tolerance": TOLERANCE,
-        "files": hashes(folder),
-    }
-    (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with folder_written_whole(folder) as place:
+        pipe = student_pipeline(student, sampler, teacher)
+        pipe.save_pretrained(place)
+        if isinstance(student.net, Experts):
+            for i, net in enumerate(student.net.nets):
+                _save_adapter(net, teacher, place / f"expert-{i + 1}")
+        else:
+            _save_adapter(student.net, teacher, place)
+        (place / "README.md").write_text(with_code_note(card, place), encoding="utf-8")
+        proof = place / VERIFICATION
+        proof.mkdir()
+        as_saved = copy.copy(teacher)  # encodes and decodes in the float32 that was saved
+        as_saved.pipe = pipe
+        images = to_uint8(draw_as_pipeline(student, sampler, as_saved, prompts, seeds))
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
+        manifest = {
+            "call": _call(pipe, sampler, teacher, prompts),
+            "seeds": list(seeds),
+            "tolerance": TOLERANCE,
+            "files": hashes(place),
+        }
+        (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def hashes(folder: Path) -> dict[str, str]:

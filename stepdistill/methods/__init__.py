@@ -94,7 +94,6 @@ def method_options(recipe: Recipe) -> MethodOptions:
     Raises:
         UserError: an option the method does not have, or a value it cannot take.
     """
-
     schema = find_method(recipe.method).Options
     try:
         return schema.model_validate(recipe.options)

@@ -1,7 +1,7 @@
 """Recipes: a YAML file and ``--set a.b=c`` become frozen models in which every key is known.
 
 An error names the place it came from, the key by its path and the nearest name that exists. Options of a method are
-checked by the method's own Options class, which means importing it (and torch): :func:`method_options`.
+checked by the method's own Options class, which means importing it (and torch): ``methods.method_options``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Recipe(Section):
     Attributes:
         teacher: an embedded teacher's name, a diffusers folder or a Hub name.
         method: a method's name, or ``./file.py`` with one.
-        options: the method's own options; :func:`method_options` checks them.
+        options: the method's own options; ``methods.method_options`` checks them.
         terms: what is added to any method's loss.
         evaluate: False for no evaluation, True for the teacher's own suite, or a suite's name.
         output: run folder; None lets the command line choose one under runs/.
