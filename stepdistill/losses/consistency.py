@@ -101,4 +101,4 @@ class Target(nn.Module):
     def update(self) -> None:
         """One step of the average, after a step of the student."""
         if self.average is not None:
-            follow(self.average.net, self._student[0].net, self.decay)
+            follow([*self.average.net.parameters()], [*self._student[0].net.parameters()], self.decay)

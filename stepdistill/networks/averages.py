@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """target <- decay target + (1 - decay) source, for two modules of the same layout."""
-    pairs = zip(target.parameters(), source.parameters(), strict=True)
+def follow(target: Sequence[Tensor], source: Sequence[Tensor], decay: float) -> None:
+    """target <- decay target + (1 - decay) source, for the weights of two networks of the same layout."""
+    pairs = zip(target, source, strict=True)
     ours, theirs = zip(*((a, b.to(a.dtype)) for a, b in pairs if a is not b), strict=True)
     torch._foreach_lerp_(list(ours), list(theirs), 1 - decay)
 

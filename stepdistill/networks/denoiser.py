@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from stepdistill.diffusion.path import Output, Path, Prediction
 from stepdistill.families.base import GAP, Family
 from stepdistill.families.condition import Condition
 from stepdistill.networks.experts import Experts
+from stepdistill.networks.lora import Adapter
 
 
 class _Reached(Exception):
@@ -44,6 +46,8 @@ class Denoiser(nn.Module):
         self.compute: torch.dtype | None = None
         # For a teacher's network with embedded guidance, the scale where none is given, and of its copies.
         self.guidance: float | None = None
+        # Where the network is one that several share: which of them this is.
+        self.adapter: Adapter | None = None
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
         """The network's output in its own kind, float32 [B, C, H, W], at x_t [B, C, H, W] and t [B]; s [B] is the end
@@ -60,7 +64,8 @@ class Denoiser(nn.Module):
         dtype = torch.float32 if self.compute else next(net.parameters()).dtype
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.tensors.items()}
         timestep = self.family.timestep(self.path, t)
-        with self._arithmetic(x_t.device.type):
+        own = nullcontext() if self.adapter is None else self.adapter.on()
+        with self._arithmetic(x_t.device.type), own:
             return self.family.call(net, x_t.to(dtype), timestep, Condition(tensors)).float()
 
     def _arithmetic(self, device: str) -> torch.autocast:
@@ -75,8 +80,9 @@ class Denoiser(nn.Module):
         return cond.with_tensor("guidance_embedding", self.family.embed_guidance(self.net, scale))
 
     def trainable_net(self) -> nn.Module:
-        """A copy of the network in float32 for training; one with embedded guidance has its scale folded in."""
-        net = copy.deepcopy(self.net).float()
+        """A copy of the network in float32 for training, without adapters: what one does is in its weights. One with
+        embedded guidance has its scale folded in."""
+        net = copy.deepcopy(self.net).float() if self.adapter is None else self.adapter.plain()
         net = net if self.guidance is None else self.family.fold_guidance(net, self.guidance)
         return net.requires_grad_(True)
 

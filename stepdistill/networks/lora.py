@@ -1,41 +1,187 @@
-"""LoRA adapters on a frozen network: added, found, merged."""
+"""LoRA adapters on a frozen network: several on one, switched for a call, found and merged."""
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stepdistill.diffusion.draws import generator_for
 
 ADAPTER = "student"
 
 
-def add_lora(net: nn.Module, targets: list[str], rank: int, alpha: float) -> None:
-    """Adds a trainable LoRA adapter named ADAPTER to a frozen diffusers network, zero at the start."""
+def add_lora(net: nn.Module, targets: list[str], rank: int, alpha: float, name: str = ADAPTER) -> None:
+    """Adds a trainable LoRA adapter to a frozen diffusers network, zero at the start."""
     from diffusers.loaders.peft import PeftAdapterMixin
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]  # a float serves
-    if isinstance(net, PeftAdapterMixin):
-        net.add_adapter(config, adapter_name=ADAPTER)
-    else:
-        inject_adapter_in_model(config, net, adapter_name=ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        if isinstance(net, PeftAdapterMixin):
+            net.add_adapter(config, adapter_name=name)
+        else:
+            inject_adapter_in_model(config, net, adapter_name=name)
 
 
 def lora_layers(net: nn.Module) -> dict[str, Any]:
-    """The layers of a network that carry the adapter, by name."""
+    """The layers of a network that carry adapters, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in net.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def merged_state(net: nn.Module) -> dict[str, Tensor]:
-    """The state of a network with its LoRA (if any) added to the base weights, under the base network's names."""
-    layers = lora_layers(net)
-    state = {}
-    for name, value in net.state_dict().items():
-        if ".lora_" in name:
-            continue
-        state[name.replace(".base_layer.", ".")] = value
-    for name, layer in layers.items():
-        state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(ADAPTER)
-    return {name: value.detach().clone() for name, value in state.items()}
+def merged_state(
+    net: nn.Module, name: str | None = ADAPTER, exact: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state of a network with one of its adapters (if any) added to the weights, under the names of the network
+    without any.
+
+    Args:
+        net: the network.
+        name: the adapter; None is the network alone.
+        exact: the network's own state to take in its place, where it is held rounded.
+    """
+    layers = lora_layers(net) if name else {}
+    own = {key.replace(".base_layer.", "."): v for key, v in net.state_dict().items() if ".lora_" not in key}
+    state = {key: value.detach().clone() for key, value in (exact or own).items()}
+    for key, layer in layers.items():
+        weight = state[f"{key}.weight"]
+        weight += layer.get_delta_weight(name).detach().to(weight)
+    return state
+
+
+class adapter_on(AbstractContextManager[None]):
+    """One adapter is on in these layers inside the ``with``, or none; what was on before is on again after it.
+
+    Sets what the layers' forward reads and nothing else: peft's own ``set_adapter`` and ``enable_adapters`` would also
+    say what gets gradients, which is the training loop's to say. Can be entered again, also within itself.
+
+    Args:
+        layers: of one network, see :func:`lora_layers`.
+        name: the adapter; None is the network alone.
+    """
+
+    def __init__(self, layers: list[Any], name: str | None) -> None:
+        self.layers, self.name = layers, name
+        self._before: list[list[tuple[Any, bool]]] = []
+
+    def __enter__(self) -> None:
+        self._before.append([(layer._active_adapter, layer._disable_adapters) for layer in self.layers])
+        for layer in self.layers:
+            layer._active_adapter, layer._disable_adapters = [self.name], self.name is None
+
+    def __exit__(self, *error: object) -> None:
+        for layer, (name, disabled) in zip(self.layers, self._before.pop(), strict=True):
+            layer._active_adapter, layer._disable_adapters = name, disabled
+
+
+class SharedNetwork:
+    """A frozen network that several adapters share, each a network of its own where it is on.
+
+    Args:
+        net: the network. It stays as it is: what carries the adapters is a network of its own with the same tensors.
+        targets: suffixes of the layers that carry adapters.
+        exact: the state of ``net`` before its weights were rounded, for merging.
+
+    Attributes:
+        net: the network that carries the adapters; all are off outside of a call.
+    """
+
+    def __init__(self, net: nn.Module, targets: list[str], exact: Mapping[str, Tensor] | None = None) -> None:
+        from diffusers import ModelMixin
+
+        shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+        self.net = copy.deepcopy(net, dict(shared)).requires_grad_(False)
+        self.targets, self.exact = targets, exact
+        self.layers: dict[str, Any] = {}
+        if isinstance(self.net, ModelMixin) and self.net.is_gradient_checkpointing:
+            self.checkpoint_activations()
+
+    def add(self, name: str, rank: int, alpha: float, trained: bool = True) -> None:
+        """A further adapter, in float32, that changes nothing as yet; ``trained`` says whether gradients reach it."""
+        reached = {id(value): value.requires_grad for value in self.net.parameters()}
+        add_lora(self.net, self.targets, rank, alpha, name)
+        self.layers = lora_layers(self.net)
+        for layer in self.layers.values():
+            layer._active_adapter, layer._disable_adapters = [None], True
+            layer.lora_A[name].float()
+            layer.lora_B[name].float()
+        for value in self.net.parameters():
+            value.requires_grad_(reached.get(id(value), trained))
+        self.reset(name)
+
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        """The weights of an adapter, by names without its own: ``mid_block.attentions.0.proj_in.lora_A.weight``."""
+        found: dict[str, nn.Parameter] = {}
+        for key, layer in self.layers.items():
+            found |= {
+                f"{key}.lora_{part}.weight": getattr(layer, f"lora_{part}")[name].weight for part in "AB"
+            }
+        return found
+
+    @torch.no_grad()
+    def reset(self, name: str) -> None:
+        """Makes an adapter what it was at first: B zero, and A as peft draws it, with numbers that the adapter's name
+        and the layer's say."""
+        for key, value in self.weights(name).items():
+            if key.endswith(".lora_B.weight"):
+                value.zero_()
+                continue
+            first = torch.empty(value.shape)
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator_for("adapter", name, key))
+            value.copy_(first)
+
+    def on(self, name: str | None) -> AbstractContextManager[None]:
+        """Inside the ``with`` the network is the one with this adapter; None: without any."""
+        return adapter_on(list(self.layers.values()), name)
+
+    def plain(self, name: str | None) -> nn.Module:
+        """An ordinary network in float32 that says what this one does with the adapter on, or with none."""
+        net: Any = self.net
+        plain: nn.Module = type(net).from_config(net.config)
+        plain.load_state_dict(merged_state(net, name, self.exact))
+        return plain.to(next(self.net.parameters()).device).eval()
+
+    def checkpoint_activations(self) -> None:
+        """Keeps the inputs of blocks alone for the backward pass, which runs their forward again: under the adapter
+        that was on the first time, whichever is on by then."""
+
+        def call(block: Any, *args: Any) -> Any:
+            layer = next(iter(self.layers.values()), None)
+            name = None if layer is None or layer._disable_adapters else layer._active_adapter[0]
+            again = lambda: (nullcontext(), self.on(name))  # noqa: E731
+            return checkpoint(block, *args, use_reentrant=False, context_fn=again)
+
+        net: Any = self.net
+        net.enable_gradient_checkpointing(call)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One of the networks that share one.
+
+    Attributes:
+        shared: the network.
+        name: which adapter is on in it; None for the network alone.
+    """
+
+    shared: SharedNetwork
+    name: str | None
+
+    def on(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` a call of the shared network is one of this network."""
+        return self.shared.on(self.name)
+
+    def plain(self) -> nn.Module:
+        """An ordinary network in float32 that says the same."""
+        return self.shared.plain(self.name)

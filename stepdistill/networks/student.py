@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 class Student(Denoiser):
     """The network that is distilled: full weights, or LoRA on frozen teacher weights."""
+
+    @staticmethod
+    def of(denoiser: Denoiser, device: torch.device) -> Student:
+        """A student that starts as ``denoiser`` and trains all weights, in float32, on ``device``."""
+        net = denoiser.trainable_net().eval().to(device)
+        return Student(net, denoiser.path, denoiser.output, denoiser.family)
 
     @staticmethod
     def from_teacher(

@@ -1,0 +1,266 @@
+"""Who is who: the teacher, the student and every network that starts as one of them, and on which weights each lies.
+
+- ``Copies``: a role is a float32 network of its own. What trains all weights needs that.
+- ``Adapters``: there is one frozen network, the teacher's, as the teacher holds it; a role is a LoRA adapter on it, and
+  the teacher is the network with none. A student, the fake network that follows it and a target cost three adapters
+  beside the one network, and no more of it than its activations (DMD2-LoRA and Hyper-SD train so: Yin et al. 2024,
+  2405.14867; Ren et al. 2024, 2404.13686).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.path import Output
+from stepdistill.errors import UserError
+from stepdistill.networks.averages import follow
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.lora import Adapter, SharedNetwork
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import Teacher
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+class Roles(ABC):
+    """The teacher, and the networks that start as it or as one another, by name.
+
+    Attributes:
+        teacher: what is distilled; no role.
+        student: the role "student".
+    """
+
+    def __init__(self, teacher: Teacher, student: Student) -> None:
+        self.teacher, self.student = teacher, student
+        self._denoisers: dict[str, Denoiser] = {STUDENT: student}
+
+    def __getitem__(self, name: str) -> Denoiser:
+        """A role's network."""
+        return self._denoisers[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The roles, the student first, then in the order in which they were added."""
+        return tuple(self._denoisers)
+
+    @abstractmethod
+    def add(
+        self,
+        name: str,
+        source: str = TEACHER,
+        *,
+        trained: bool = True,
+        restarts: bool = False,
+        rank: int | None = None,
+    ) -> Denoiser:
+        """A new role.
+
+        Args:
+            name: its name, without a dot.
+            source: what it starts as: the teacher, in the output that a student starts with, or another role.
+            trained: whether gradients reach it.
+            restarts: whether it will :meth:`become` the teacher again.
+            rank: of its adapter; None takes that of ``source``, the student's for the teacher.
+
+        Raises:
+            UserError: for a rank where there are no adapters, or one that its start has not.
+        """
+
+    @abstractmethod
+    def become(self, name: str, source: str) -> None:
+        """Gives a role the weights of another one, or those it started with as the teacher."""
+
+    @abstractmethod
+    def average(self, name: str, of: str, decay: float) -> None:
+        """name <- decay name + (1 - decay) of."""
+
+    @abstractmethod
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        """What of a role is trained, or would be, by name; nothing that it shares."""
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The same without names."""
+        return list(self.weights(name).values())
+
+    @abstractmethod
+    def stored(self) -> dict[str, nn.Module]:
+        """What lies in memory: networks, each once."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """All that the roles are, beside the teacher; a role's tensors after its name and a dot."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restores :meth:`state`."""
+
+
+class Copies(Roles):
+    """A role is a network of its own in float32.
+
+    Args:
+        teacher: what is distilled.
+        student: a network that starts as the teacher; None makes one.
+    """
+
+    def __init__(self, teacher: Teacher, student: Student | None = None) -> None:
+        super().__init__(teacher, student or Student.of(teacher.start, _device(teacher)))
+        self._fresh: dict[str, dict[str, Tensor]] = {}
+
+    def add(
+        self,
+        name: str,
+        source: str = TEACHER,
+        *,
+        trained: bool = True,
+        restarts: bool = False,
+        rank: int | None = None,
+    ) -> Denoiser:
+        if rank is not None:
+            raise UserError(
+                f"an adapter of rank {rank} for the {name} network needs a student that is one: set student.lora_rank"
+            )
+        made = (self.teacher.start if source == TEACHER else self[source]).copy()
+        made.net.to(_device(self.teacher)).requires_grad_(trained)
+        if restarts:  # the teacher itself may be rounded to the run's precision later
+            kept = made.net.state_dict().items()
+            self._fresh[name] = {key: value.to("cpu", copy=True) for key, value in kept}
+        self._denoisers[name] = made
+        return made
+
+    def become(self, name: str, source: str) -> None:
+        state = self._fresh[name] if source == TEACHER else self[source].net.state_dict()
+        self[name].net.load_state_dict(state)
+
+    def average(self, name: str, of: str, decay: float) -> None:
+        follow(self.parameters(name), self.parameters(of), decay)
+
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        return dict(self[name].net.named_parameters())
+
+    def stored(self) -> dict[str, nn.Module]:
+        return {
+            TEACHER: self.teacher.denoiser.net,
+            **{name: each.net for name, each in self._denoisers.items()},
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        roles = self._denoisers.items()
+        return {
+            f"{name}.{key}": value for name, each in roles for key, value in each.net.state_dict().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, each in self._denoisers.items():
+            each.net.load_state_dict(_of(name, state))
+
+
+class Adapters(Roles):
+    """A role is a LoRA adapter on the teacher's network, which stays in the type that the teacher holds it in.
+
+    Args:
+        teacher: what is distilled. Its ``denoiser`` calls the shared network from here on; the network that it had
+            stays as it was, on the same tensors.
+        rank: of the student's adapter.
+        alpha: scale of an adapter times its rank; None is the rank, a scale of 1.
+        output: what the roles' network says; None is what the teacher's does.
+        start: the adapter that turns the teacher's network into that output, by the names of
+            ``SharedNetwork.weights``, in which every role then starts; None starts at zero.
+        exact: the state of the teacher's network before its weights were rounded to bfloat16, for export.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        output: Output | None = None,
+        start: Mapping[str, Tensor] | None = None,
+        exact: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        own = teacher.denoiser
+        self._shared = SharedNetwork(own.net, own.family.lora_targets, exact)
+        self._scale, self._start = (alpha or rank) / rank, dict(start or {})
+        self._ranks: dict[str, int] = {}
+        own.net, own.adapter = self._shared.net, Adapter(self._shared, None)
+        student = Student(own.net, own.path, output or own.output, own.family)
+        super().__init__(teacher, student)
+        self._put(STUDENT, student, rank, trained=True)
+        self._reset(STUDENT)
+
+    def _put(self, name: str, denoiser: Denoiser, rank: int, trained: bool) -> None:
+        """Makes a denoiser of the shared network the role ``name``, at zero."""
+        own = self.teacher.denoiser
+        self._shared.add(name, rank, self._scale * rank, trained)
+        self._ranks[name] = rank
+        denoiser.adapter, denoiser.guidance = Adapter(self._shared, name), own.guidance
+        # Weights that are held in bfloat16 take autocast around every call.
+        rounded = any(value.dtype == torch.bfloat16 for value in own.net.parameters())
+        denoiser.compute = torch.bfloat16 if rounded else None
+        self._denoisers[name] = denoiser
+
+    def _reset(self, name: str) -> None:
+        self._shared.reset(name)
+        if self._start:
+            self._copy(name, self._start)
+
+    @torch.no_grad()
+    def _copy(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        for key, value in self._shared.weights(name).items():
+            if value.shape != weights[key].shape:
+                raise UserError(
+                    f"the {name} network's adapter has rank {self._ranks[name]}, but what it starts as has another: "
+                    "give it the student's rank"
+                )
+            value.copy_(weights[key])
+
+    def add(
+        self,
+        name: str,
+        source: str = TEACHER,
+        *,
+        trained: bool = True,
+        restarts: bool = False,
+        rank: int | None = None,
+    ) -> Denoiser:
+        like = self.student if source == TEACHER else self[source]
+        made = Denoiser(like.net, like.path, like.output, like.family)
+        self._put(name, made, rank or self._ranks[STUDENT if source == TEACHER else source], trained)
+        self.become(name, source)
+        return made
+
+    def become(self, name: str, source: str) -> None:
+        if source == TEACHER:
+            self._reset(name)
+        else:
+            self._copy(name, self._shared.weights(source))
+
+    def average(self, name: str, of: str, decay: float) -> None:
+        follow(self.parameters(name), self.parameters(of), decay)
+
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        return self._shared.weights(name)
+
+    def stored(self) -> dict[str, nn.Module]:
+        return {TEACHER: self._shared.net}
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": v.detach() for name in self.names for key, v in self.weights(name).items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name in self.names:
+            self._copy(name, _of(name, state))
+
+
+def _of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A role's part of a state."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def _device(teacher: Teacher) -> torch.device:
+    return next(teacher.denoiser.net.parameters()).device
