@@ -10,7 +10,7 @@ from stepdistill.diffusion.path import Path, Prediction, per_sample
 from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.contract import Loss, Method, MethodOptions, PairOptions, Trained, Turn
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
@@ -23,6 +23,7 @@ __all__ = [
     "Draws",
     "Examples",
     "Family",
+    "Loss",
     "Method",
     "MethodOptions",
     "PairOptions",
@@ -32,5 +33,7 @@ __all__ = [
     "Sampler",
     "Student",
     "Teacher",
+    "Trained",
+    "Turn",
     "per_sample",
 ]

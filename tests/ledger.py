@@ -33,19 +33,19 @@ UPDATES = 3
 def of_method(name: str) -> list[str]:
     """Losses of the first updates, by plain gradient steps of the networks whose turn it is."""
     method = build(name)
-    networks = {key: list(net.parameters()) for key, net in method.networks().items()}
+    networks = {key: list(one.module.parameters()) for key, one in method.trained().items()}
     losses = []
     for step in range(2 * UPDATES):
         turn = method.turn(step)
-        take_turn(networks, turn)
+        take_turn(networks, turn.network)
         method.zero_grad(set_to_none=True)
-        loss, _ = method.loss(turn, batch_for(method, step=step))
+        loss = method.loss(turn, batch_for(method, step=step)).value
         loss.backward()
         with torch.no_grad():
-            for parameter in networks[turn]:
+            for parameter in networks[turn.network]:
                 if parameter.grad is not None:
                     parameter -= 1e-3 * parameter.grad
-        method.after_step(step)
+        method.after_step(turn)
         losses.append(float(loss.detach()).hex())
     return losses
 

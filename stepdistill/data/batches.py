@@ -75,7 +75,7 @@ class Data:
         device = self.teacher.device
         draws = Draws(self.seed, step, first, count, device)
         position = torch.arange(step * size + first, step * size + first + count)
-        cond = self.condition(_shuffled(position, len(self.prompts), self.seed, "prompts"))
+        prompt = _shuffled(position, len(self.prompts), self.seed, "prompts")
         examples: dict[str, Examples] = {}
         if self.images is not None:
             rows = self.images.take(_shuffled(position, self.images.count, self.seed, "images"))
@@ -89,7 +89,9 @@ class Data:
                 self.pairs.noise(index).to(device),
                 None if (states := self.pairs.states(index)) is None else states.to(device),
             )
-        return Batch(draws, draws.normal("noise", self.teacher.shape), cond, **examples)
+        return Batch(
+            draws, draws.normal("noise", self.teacher.shape), self.condition(prompt), prompt, **examples
+        )
 
 
 @lru_cache(maxsize=16)

@@ -40,6 +40,7 @@ class Batch:
         draws: the random numbers of these samples at this step; a method draws every further number from it.
         noise: starting noise [B, C, H, W].
         cond: conditions of the prompts drawn for this step.
+        prompt: [B] on the CPU, which of the run's prompts each is: rewards look their texts up by it.
         images: real images, where the method needs them.
         pairs: cached (noise, teacher sample) pairs, where the method needs them.
     """
@@ -47,6 +48,7 @@ class Batch:
     draws: Draws
     noise: Tensor
     cond: Condition
+    prompt: Tensor
     images: Examples | None = None
     pairs: Examples | None = None
 
@@ -68,6 +70,7 @@ class Batch:
             draws=self.draws.part(start, size),
             noise=self.noise[rows],
             cond=self.cond.rows(rows),
+            prompt=self.prompt[rows],
             images=self.images and self.images.part(rows),
             pairs=self.pairs and self.pairs.part(rows),
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.path import Path, TablePath, per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.averages import follow
 from stepdistill.networks.denoiser import Denoiser
 
@@ -39,6 +40,17 @@ def ect_lower(t: Tensor, q: float, stage: int) -> Tensor:
 
 Source = Literal["pairs", "images"]
 """Where clean latents come from: cached samples of the teacher, or real images."""
+
+
+class SourceOptions(PairOptions):
+    """Options of a method that learns at noised clean latents."""
+
+    source: Source = "pairs"  # where clean latents come from
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs - {"pairs"} | {self.source}
+
 
 SAMPLER_GRID = 50
 """Times of LCMScheduler and TCDScheduler, out of which the steps of a student are taken."""

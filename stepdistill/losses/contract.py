@@ -1,9 +1,13 @@
-"""The contracts: what a batch, a teacher, a student and a method are. Nothing here knows a model or a paper."""
+"""The contract of a method: whose turn a step is, what it minimises then, what it trains, and how it is sampled.
+
+Nothing here knows a model or a paper.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
@@ -20,9 +24,55 @@ NEEDS = ("noise", "prompts", "images", "pairs", "states")
 """What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs, and with the
 pairs the states of their trajectories at the method's ``pair_times``, the student's own by default."""
 
-DISCRIMINATOR = "discriminator"
-FOLLOWERS = ("fake", DISCRIMINATOR)
-"""Turns of networks that follow the student: neither terms nor ``train.lr_of`` are for them."""
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose update an optimiser step is, and when.
+
+    Attributes:
+        network: the name in :meth:`Method.trained`.
+        step: the method's own step, from 0. It is the method's clock: terms with turns of their own shift it against
+            the step of the run, by which random numbers are drawn.
+    """
+
+    network: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a method says of a batch.
+
+    Attributes:
+        value: a scalar, a mean over samples.
+        logs: scalars to log.
+        sample: the student's clean samples [B, ...] of the batch's own noise and conditions, with their graph, where
+            the method made them as :meth:`Method.sample` does: terms then need no second rollout.
+    """
+
+    value: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    sample: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one optimiser updates.
+
+    Attributes:
+        module: whose parameters.
+        follows: whether it follows the student's samples: terms, ``train.lr_of`` and averages are not for it.
+        span: the calls of a drawing, from the first to before the second, that it makes; None for all of them, and for
+            what makes none.
+    """
+
+    module: nn.Module
+    follows: bool = False
+    span: tuple[int, int] | None = None
+
+    def draws_the_end(self, calls: int) -> bool:
+        """Whether it makes the last of a drawing's calls, which gives the clean sample."""
+        return not self.follows and (self.span is None or self.span[1] >= calls)
 
 
 class MethodOptions(BaseModel):
@@ -43,13 +93,29 @@ class MethodOptions(BaseModel):
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     shift: PositiveFloat | None = None
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the method asks of the data under these options, out of NEEDS: checked before anything loads."""
+        return frozenset({"noise", "prompts"})
+
+
+class PairOptions(MethodOptions):
+    """Options of a method that learns from pairs."""
+
+    pairs: int = 4096  # how many are cached
+    pair_steps: int = 25  # network calls of the teacher per pair
+    pair_solver: Literal["euler", "ddim", "heun", "dpm++2m"] = "dpm++2m"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"pairs"}
+
 
 class Method(nn.Module, ABC):
     """One algorithm. A subclass is one file in ``methods/``: its paper, its Options, and these functions.
 
     Class attributes:
-        Options: the schema of ``options:`` in a recipe.
-        needs: what the method always asks of the data, out of NEEDS.
+        Options: the schema of ``options:`` in a recipe; a method narrows ``options`` to it.
         default_times: the student's times when the recipe gives none, descending from 1; a flow teacher's shift is
             applied to them where ``shifted_times``.
         starts_below: whether the student may be called first at a time below 1, there too with standard normal noise:
@@ -58,21 +124,17 @@ class Method(nn.Module, ABC):
     """
 
     Options: ClassVar[type[MethodOptions]]
-    needs: ClassVar[frozenset[str]] = frozenset({"noise", "prompts"})
     default_times: ClassVar[tuple[float, ...]] = (1.0,)
     shifted_times: ClassVar[bool] = True
     starts_below: ClassVar[bool] = False
     own_network: ClassVar[bool] = False
+    options: MethodOptions
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        """What the method asks of the data under these options: checked before anything loads."""
-        return cls.needs
-
+    @final
     def __init__(
         self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
     ) -> None:
-        """A method at its start.
+        """A method at its start; what it adds is made in :meth:`setup`.
 
         Args:
             teacher: what is distilled.
@@ -83,56 +145,57 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.student = student
         self.times = times
+        self.options = options
         # Held in a list so that nn.Module does not adopt the teacher: it is never trained, moved or saved with the run.
         self._teacher = [teacher]
+        self.setup()
+
+    def setup(self) -> None:
+        """Makes what the method has beside the student: networks, targets, heads, buffers.
+
+        Raises:
+            UserError: options that do not go together, or not with the times.
+        """
+        return None
 
     @property
     def teacher(self) -> Teacher:
         return self._teacher[0]
 
-    def networks(self) -> dict[str, nn.Module]:
-        """Networks that are trained, by name; each gets an optimiser of its own."""
-        return {"student": self.student.net}
+    def trained(self) -> dict[str, Trained]:
+        """What is trained, by name; each gets an optimiser of its own."""
+        return {"student": Trained(self.student.net)}
 
     def pair_times(self) -> tuple[float, ...]:
         """Times inside (0, 1), descending, at which cached pairs keep states of their trajectories, where they are
         asked for."""
         return self.times[1:]
 
-    def lr_ratio(self, turn: str, step: int) -> float:
-        """The learning rate over that of ``train`` for the network whose turn the step is."""
+    def turn(self, step: int) -> Turn:
+        """Whose update the method's step ``step`` (from 0) is."""
+        return Turn("student", step)
+
+    def lr_ratio(self, turn: Turn) -> float:
+        """The learning rate of the turn over that of ``train``."""
         return 1.0
 
-    def turn(self, step: int) -> str:
-        """Whose update the optimiser step ``step`` (from 0) is."""
-        return "student"
-
     @abstractmethod
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the network whose turn it is, a scalar that is a mean over samples, and what to log."""
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
+        """The loss of the network whose turn it is."""
 
-    def after_step(self, step: int) -> None:
-        """Called after the optimiser step ``step``: targets, stages, phases. State lives in buffers or modules."""
+    def after_step(self, turn: Turn) -> None:
+        """Called after the turn's update: targets, stages, phases. State lives in buffers or modules."""
         return None
 
-    def anew(self, step: int) -> frozenset[str]:
-        """Networks, by name, whose optimiser starts anew after the optimiser step ``step``, as they were given other
-        weights there: moments of the old ones would pull the new ones along."""
+    def anew(self, turn: Turn) -> frozenset[str]:
+        """What is trained, by name, whose optimiser starts anew after this turn, as it was given other weights there:
+        moments of the old ones would pull the new ones along."""
         return frozenset()
-
-    def span(self, turn: str) -> tuple[int, int] | None:
-        """The calls of a drawing, from the first to before the second, that the network of this turn makes; None for
-        all of them, and for a network that makes none."""
-        return None
 
     @abstractmethod
     def sampler(self) -> Sampler:
         """How the student is sampled; becomes the exported scheduler."""
 
-
-class PairOptions(MethodOptions):
-    """Options of a method that learns from pairs."""
-
-    pairs: int = 4096  # how many are cached
-    pair_steps: int = 25  # network calls of the teacher per pair
-    pair_solver: Literal["euler", "ddim", "heun", "dpm++2m"] = "dpm++2m"
+    def sample(self, batch: Batch) -> Tensor:
+        """The student's clean samples [B, ...] of the batch's noise and conditions; the last call alone has a graph."""
+        return self.sampler().draw(self.student, batch.noise, batch.cond, batch.fresh)

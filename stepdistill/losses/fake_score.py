@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.guidance import in_interval
 from stepdistill.diffusion.path import Prediction, TablePath
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.contract import Loss, Method, MethodOptions, Trained, Turn
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
 from stepdistill.networks.denoiser import Denoiser
@@ -67,6 +67,11 @@ class ScoreOptions(FakeScoreOptions, WarmStartOptions):
     regression_weight: float = 0.0  # of the regression beside the method's own loss; 0 leaves it out
     gan_weight: float = 0.0  # of the generator's GAN loss on the fake network's features; 0: no images
     gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn
+
+    @property
+    def needs(self) -> frozenset[str]:
+        pairs = {"pairs", "states"} if self.regression_weight else set()
+        return super().needs | pairs | ({"images"} if self.gan_weight else set())
 
 
 @dataclass(frozen=True)
@@ -215,29 +220,21 @@ class ScoreMethod(Method):
     fake: FakeScore
     gan: FeatureGan | None
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        options = cast(ScoreOptions, options)
-        pairs = {"pairs", "states"} if options.regression_weight or options.warm_start else set()
-        return cls.needs | pairs | ({"images"} if options.gan_weight else set())
+    def setup(self) -> None:
+        self.fake = FakeScore(self.teacher)
+        self.gan = FeatureGan(self.fake) if "images" in self.options.needs else None
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(ScoreOptions, options)
-        self.fake = FakeScore(teacher)
-        self.gan = FeatureGan(self.fake) if "images" in self.needs_of(options) else None
-
-    def networks(self) -> dict[str, nn.Module]:
+    def trained(self) -> dict[str, Trained]:
         fake = [self.fake.net] if self.gan is None else [self.fake.net, self.gan]
-        return {"student": self.student.net, "fake": nn.ModuleList(fake)}
+        return {**super().trained(), "fake": Trained(nn.ModuleList(fake), follows=True)}
 
-    def lr_ratio(self, turn: str, step: int) -> float:
-        return self.options.fake_lr_ratio if turn == "fake" else warm_start_rate(step, self.options)
+    def lr_ratio(self, turn: Turn) -> float:
+        return (
+            self.options.fake_lr_ratio if turn.network == "fake" else warm_start_rate(turn.step, self.options)
+        )
 
-    def turn(self, step: int) -> str:
-        return turn_at(step, self.options, self.options.warm_start)
+    def turn(self, step: int) -> Turn:
+        return Turn(turn_at(step, self.options, self.options.warm_start), step)
 
     def sampler(self) -> Sampler:
         return sampler_of(self.student, self.times, self.options)
@@ -245,6 +242,9 @@ class ScoreMethod(Method):
     def generate(self, batch: Batch) -> Tensor:
         """The student's clean prediction [B, C, H, W] at a step drawn for the whole batch; only it has a graph."""
         return rollout(self.student, self.sampler(), batch)
+
+    def sample(self, batch: Batch) -> Tensor:
+        return self.generate(batch)
 
     def views(self, x: Tensor, batch: Batch) -> Views:
         """What both networks see in x [B, C, H, W], noised."""
@@ -259,11 +259,11 @@ class ScoreMethod(Method):
         """The distance to x of what the student sees of it from a state of its trajectory, one of K at random."""
         return regression(self.student, self.times, batch, self.options.regression)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "fake":
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
+        if turn.network == "fake":
             return self.fake_loss(batch)
-        if batch.draws.step < self.options.warm_start:
-            return self.regression(batch), {}
+        if turn.step < self.options.warm_start:
+            return Loss(self.regression(batch))
         x = self.generate(batch)
         loss, logs = self.match(x, batch)
         logs["x_std"] = x.detach().std()
@@ -273,9 +273,9 @@ class ScoreMethod(Method):
         if self.options.regression_weight:
             logs["regression"] = self.regression(batch)
             loss = loss + self.options.regression_weight * logs["regression"]
-        return loss, logs
+        return Loss(loss, logs, x)
 
-    def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def fake_loss(self, batch: Batch) -> Loss:
         """The fake network's diffusion loss on the student's samples, and the discriminator's where there is one."""
         with torch.no_grad():
             x = self.generate(batch)
@@ -284,4 +284,4 @@ class ScoreMethod(Method):
         if self.gan is not None:
             logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
             loss = loss + self.options.gan_fake_weight * logs["discriminator"]
-        return loss, logs
+        return Loss(loss, logs)

@@ -23,13 +23,12 @@ from stepdistill.diffusion.path import Path, TablePath, per_sample
 from stepdistill.diffusion.polyline import Polyline
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.contract import Method, Turn
 from stepdistill.losses.distances import distance
 from stepdistill.losses.map_equations import SHORTEST, MapEquations
 from stepdistill.losses.regression import WarmStartOptions, warm_start_rate
 from stepdistill.networks.derivative import STEP, Derivative, Way
 from stepdistill.networks.sampler import Sampler, schedule_times
-from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import Teacher
 
 
@@ -103,6 +102,10 @@ class JumpOptions(MapOptions):
     warmup: int | None = None
 
     @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({self.source} - {"student"})
+
+    @property
     def fade(self) -> int:
         """``warmup``, where it was left open as it follows from ``warm_start``."""
         return self.warmup if self.warmup is not None else 0 if self.warm_start else 2000
@@ -123,39 +126,32 @@ class FlowMapMethod(Method):
 
     shifted_times = False  # exported as steps of equal length, of which one constant tells
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.map_options = cast(MapOptions, options)
+    options: MapOptions
+
+    def setup(self) -> None:
+        student = self.student
         student.add_second_time()
         path, one = student.path, torch.ones(1)
         self.last = float(on_straight(path, one, one)[1][0])
-        self.least = max(self.map_options.time_min, first_time(path))
-        self.derivative = Derivative(self.map_options.derivative, self.map_options.derivative_step, self.last)
+        self.least = max(self.options.time_min, first_time(path))
+        self.derivative = Derivative(self.options.derivative, self.options.derivative_step, self.last)
         self.equations = MapEquations(student, self.velocity, self.derivative, self.least)
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        warm = {"pairs", "states"} if cast(MapOptions, options).warm_start else set()
-        source = {options.source} - {"student"} if isinstance(options, JumpOptions) else set()
-        return cls.needs | warm | source
-
     def pair_times(self) -> tuple[float, ...]:
-        options = self.map_options
+        options = self.options
         if options.warm_times == "all":
             return schedule_times(self.student.path, options.pair_steps)[1:]
         return tuple(sorted({*self.times[1:], *options.warm_times}, reverse=True))
 
-    def lr_ratio(self, turn: str, step: int) -> float:
-        return warm_start_rate(step, self.map_options)
+    def lr_ratio(self, turn: Turn) -> float:
+        return warm_start_rate(turn.step, self.options)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False, two_times=True)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The velocity v(x, t) that the map is to have, [B, ...]."""
-        return teacher_velocity(self.teacher, x, t, cond, self.map_options.guidance)
+        return teacher_velocity(self.teacher, x, t, cond, self.options.guidance)
 
     def beginning(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Where drawings from ``noise`` [B, ...] start: the state and its time [B] on the straight path."""
@@ -171,20 +167,18 @@ class FlowMapMethod(Method):
             noise.new_tensor([1.0, *self.pair_times(), 0.0]),
             lambda x, t: on_straight(path, x, t),
         )
-        whole = self.map_options.warm_times == "all"
+        whole = self.options.warm_times == "all"
         t, s = self._any_times(batch.draws, line) if whole else self._states_times(batch.draws, line)
         x, gap = line.at(t), per_sample(t - s, noise)
         mean = (x - line.at(s)) / gap.clamp_min(SHORTEST)
         if len(i := (t - s <= SHORTEST).nonzero()[:, 0]):
-            mean[i] = teacher_velocity(
-                self.teacher, x[i], t[i], pairs.cond.rows(i), self.map_options.guidance
-            )
-        return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.map_options.regression)
+            mean[i] = teacher_velocity(self.teacher, x[i], t[i], pairs.cond.rows(i), self.options.guidance)
+        return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.options.regression)
 
     def _states_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
         """Start and end [B] of the warm start's jumps on the straight path, among the times of the states; those of a
         method without jumps of its own choice start where the student's steps do."""
-        last, options = len(line.times) - 1, self.map_options
+        last, options = len(line.times) - 1, self.options
         if isinstance(options, JumpOptions):
             start = draws.integers("regression start", last)
             start = torch.where(draws.uniform("start") < options.noise_share, torch.zeros_like(start), start)
@@ -198,7 +192,7 @@ class FlowMapMethod(Method):
 
     def _any_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
         """The same at any times of the line, and s = t on the share ``same``."""
-        options, kind = self.map_options, draws.uniform("kind")
+        options, kind = self.options, draws.uniform("kind")
         same = options.same if isinstance(options, JumpOptions) else 0.0
         if isinstance(options, JumpOptions):
             t = line.times[0] * draws.uniform("regression start")
@@ -214,7 +208,7 @@ class FlowMapMethod(Method):
     def jumps(self, draws: Draws, a: Tensor, b: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Start t <= last and end s <= t of each sample's jump from two times a and b, and which samples start where
         drawings do; each [B]."""
-        options = cast(JumpOptions, self.map_options)
+        options = cast(JumpOptions, self.options)
         first = draws.uniform("start") < options.noise_share
         t = torch.where(first, last, torch.maximum(a, b).clamp_min(self.least).minimum(last))
         kind = draws.uniform("kind")
@@ -223,7 +217,7 @@ class FlowMapMethod(Method):
 
     def points(self, batch: Batch, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
         """States x_t [B, ...], their clean latents, the start and the end of a jump from each, and the condition."""
-        options, draws = cast(JumpOptions, self.map_options), batch.draws
+        options, draws = cast(JumpOptions, self.options), batch.draws
         if options.source == "student":
             with torch.no_grad():
                 x0 = self.sampler().draw(self.student, batch.noise, batch.cond, batch.fresh)
@@ -239,7 +233,7 @@ class FlowMapMethod(Method):
 
     def share(self, step: int) -> float:
         """How much of the derivative counts at an update, in [0, 1]."""
-        options = cast(JumpOptions, self.map_options)
+        options = cast(JumpOptions, self.options)
         return min(1.0, (step - options.warm_start) / options.fade) if options.fade else 1.0
 
     def read_ends(self, draws: Draws, t: Tensor, s: Tensor) -> Tensor:

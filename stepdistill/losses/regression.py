@@ -21,6 +21,10 @@ class WarmStartOptions(PairOptions):
     warm_start: int = 0  # first updates of the student, by regression alone
     warm_start_lr_ratio: float = 1.0  # their learning rate over train.lr
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"states"} if self.warm_start else super().needs - {"pairs"}
+
 
 def warm_start_rate(step: int, options: WarmStartOptions) -> float:
     """The student's learning rate over that of ``train``: annealed within the warm start by itself, so that the next

@@ -6,119 +6,143 @@
   scored in the very network it learnt from scores better than it is.
 - GAN (Yin et al. 2024, 2405.14867, 4.3): the student's samples against real images, told apart by a head on the frozen
   teacher's features of both, noised. Its turns alternate with the method's steps, which therefore take twice as many.
-  Refused where a network of the student draws no clean sample, as all but the last of several experts.
+- Reward (stepdistill/losses/rewards.py): how good the student's samples are, upwards.
+
+The last two read clean samples: the method's own, where its loss made them, else those of a drawing. They are refused
+where a network of the student draws none, as all but the last of several experts.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
-from typing import cast
+from functools import cached_property
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import DISCRIMINATOR, FOLLOWERS, Method, MethodOptions
-from stepdistill.losses.distances import distance
+from stepdistill.losses.contract import Method, Trained
+from stepdistill.losses.distances import DistanceName, distance
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.losses.regression import ends
-from stepdistill.networks.sampler import Sampler
-from stepdistill.recipes.sections import TermOptions
+from stepdistill.networks.denoiser import Denoiser
 
 
-class WithTerms(Method):
-    """A method with further terms in its student's loss.
+class Shown:
+    """What the terms are shown of a student in one batch: each made when it is first asked for, for all of them.
 
     Args:
-        method: the method itself, its times as they will be sampled.
-        terms: what is added.
-        embed: latents [B, C, H, W] to unit features [B, D] of their images, with a graph; for the perceptual term.
+        method: whose student.
+        batch: its noise, conditions and pairs.
+        span: the calls of the network whose turn it is, see ``Trained``.
+        sample: clean samples that the method's loss has made.
     """
 
     def __init__(
-        self, method: Method, terms: TermOptions, embed: Callable[[Tensor], Tensor] | None = None
+        self, method: Method, batch: Batch, span: tuple[int, int] | None, sample: Tensor | None
     ) -> None:
-        super().__init__(method.teacher, method.student, method.times, MethodOptions())
-        self.method, self.terms, self.embed = method, terms, embed
-        self.gan = FeatureGan(method.teacher.denoiser) if terms.gan_weight else None
-        spans = {name: method.span(name) for name in method.networks()}
-        early = [name for name, span in spans.items() if span and span[1] < len(method.times)]
-        if self.gan is not None and early:
-            raise UserError(
-                f"terms.gan_weight is {terms.gan_weight:g}, but {early[0]} draws no clean sample to be told from real "
-                "images: set it to 0, or take a student of one network (options.phases=1)"
-            )
+        self.batch = batch
+        self._method, self._span, self._sample = method, span, sample
 
-    def networks(self) -> dict[str, nn.Module]:
-        gan: dict[str, nn.Module] = {} if self.gan is None else {DISCRIMINATOR: self.gan}
-        return {**self.method.networks(), **gan}
+    @cached_property
+    def sample(self) -> Tensor:
+        """The student's clean samples [B, ...] of the batch's noise and conditions, with a graph."""
+        return self._method.sample(self.batch) if self._sample is None else self._sample
 
-    def own_step(self, step: int) -> int:
-        """The method's own step: every other one of the run where there is a discriminator."""
-        return step if self.gan is None else step // 2
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The ends that the student sees from states of the pairs' trajectories, with a graph, and the pairs' own."""
+        # The states that pairs keep are those of the method's pair times, which may be more than the student's own.
+        method = self._method
+        return ends(method.student, (method.times[0], *method.pair_times()), self.batch, self._span)
 
-    def turn(self, step: int) -> str:
-        # The discriminator comes first: the student never follows one that has not seen it.
-        if self.gan is not None and step % 2 == 0:
-            return DISCRIMINATOR
-        return self.method.turn(self.own_step(step))
 
-    def lr_ratio(self, turn: str, step: int) -> float:
-        if turn == DISCRIMINATOR:
-            return self.terms.gan_lr_ratio
-        return self.method.lr_ratio(turn, self.own_step(step))
+class Term(nn.Module, ABC):
+    """A part of a student's loss beside its method.
 
-    def pair_times(self) -> tuple[float, ...]:
-        return self.method.pair_times()
+    Class attributes:
+        name: ``terms.<name>_weight`` of a recipe is its weight.
+        of_samples: whether it reads clean samples, which not every network of a student draws.
+    """
 
-    def sampler(self) -> Sampler:
-        return self.method.sampler()
+    name: ClassVar[str]
+    of_samples: ClassVar[bool] = False
+    lr_ratio: float = 1.0  # learning rate of its critic over train.lr
 
-    def after_step(self, step: int) -> None:
-        if self.turn(step) != DISCRIMINATOR:
-            self.method.after_step(self.own_step(step))
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
 
-    def anew(self, step: int) -> frozenset[str]:
-        return frozenset() if self.turn(step) == DISCRIMINATOR else self.method.anew(self.own_step(step))
+    @abstractmethod
+    def value(self, shown: Shown) -> Tensor:
+        """A scalar, a mean over samples, that is to fall."""
 
-    def sample(self, batch: Batch) -> Tensor:
-        """The student's clean samples [B, C, H, W] of the batch's noise; the last call alone has a graph."""
-        sampler, student = self.sampler(), self.student
+    def critic(self) -> Trained | None:
+        """What the term trains in turns of its own, named ``term <name>``."""
+        return None
+
+    def critic_loss(self, x: Tensor, batch: Batch) -> Tensor:
+        """The critic's loss, a scalar, at the student's clean samples x [B, ...] of the batch, which have no graph."""
+        raise NotImplementedError(f"the term {self.name} has no critic")
+
+
+class RegressionTerm(Term):
+    """See the module's text."""
+
+    name = "regression"
+
+    def __init__(self, weight: float, kind: DistanceName) -> None:
+        super().__init__(weight)
+        self.kind: DistanceName = kind
+
+    def value(self, shown: Shown) -> Tensor:
+        return distance(*shown.ends, self.kind)
+
+
+class PerceptualTerm(Term):
+    """See the module's text.
+
+    Args:
+        weight: of the term.
+        embed: latents [B, ...] to unit features [B, D] of their images, with a graph.
+    """
+
+    name = "perceptual"
+
+    def __init__(self, weight: float, embed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(weight)
+        self.embed = embed
+
+    def value(self, shown: Shown) -> Tensor:
+        seen, wanted = shown.ends
         with torch.no_grad():
-            x = sampler.walk(student, batch.noise, batch.cond, batch.fresh, sampler.steps - 1)
-        t = torch.full((len(x),), sampler.times[-1], device=x.device)
-        end = torch.zeros_like(t) if student.two_times else None
-        return student.predict(x, t, batch.cond, end).x0
+            target = self.embed(wanted)
+        return (self.embed(seen) - target).square().sum(1).mean()
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = self.terms
-        if turn == DISCRIMINATOR:
-            gan = cast(FeatureGan, self.gan)
-            with torch.no_grad():
-                x = self.sample(batch)
-            loss = gan.for_discriminator(x, cast(Examples, batch.images), batch)
-            return loss, {DISCRIMINATOR: loss}
-        own = replace(batch, draws=replace(batch.draws, step=self.own_step(batch.draws.step)))
-        loss, logs = self.method.loss(turn, own)
-        if turn in FOLLOWERS:
-            return loss, logs
-        logs = dict(logs)
-        if terms.regression_weight or terms.perceptual_weight:
-            # The states that pairs keep are those of the method's pair times, which may be more than the student's own.
-            times = (self.times[0], *self.pair_times())
-            seen, wanted = ends(self.student, times, batch, self.method.span(turn))
-            if terms.regression_weight:
-                logs["term regression"] = distance(seen, wanted, terms.regression)
-                loss = loss + terms.regression_weight * logs["term regression"]
-            if terms.perceptual_weight:
-                embed = cast("Callable[[Tensor], Tensor]", self.embed)
-                with torch.no_grad():
-                    target = embed(wanted)
-                logs["term perceptual"] = (embed(seen) - target).square().sum(1).mean()
-                loss = loss + terms.perceptual_weight * logs["term perceptual"]
-        if self.gan is not None:
-            logs["term gan"] = self.gan.for_generator(self.sample(batch), batch)
-            loss = loss + terms.gan_weight * logs["term gan"]
-        return loss, logs
+
+class GanTerm(Term):
+    """See the module's text.
+
+    Args:
+        weight: of the generator's loss.
+        eye: the frozen network whose features the head reads.
+        lr_ratio: learning rate of the head over train.lr.
+    """
+
+    name = "gan"
+    of_samples = True
+
+    def __init__(self, weight: float, eye: Denoiser, lr_ratio: float = 1.0) -> None:
+        super().__init__(weight)
+        self.gan, self.lr_ratio = FeatureGan(eye), lr_ratio
+
+    def value(self, shown: Shown) -> Tensor:
+        return self.gan.for_generator(shown.sample, shown.batch)
+
+    def critic(self) -> Trained:
+        return Trained(self.gan, follows=True)
+
+    def critic_loss(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.gan.for_discriminator(x, cast(Examples, batch.images), batch)

@@ -72,17 +72,14 @@ def _module_of(file: Path, changed_ns: int) -> ModuleType:
 def needs(name: str) -> str:
     """What a method asks of the data with its default options, and in brackets what single options can add."""
     kind = find_method(name)
-    try:
-        plain = kind.Options()
-    except ValidationError:  # an option without a default
-        return ", ".join(need for need in NEEDS if need in kind.needs)
-    own = kind.needs_of(plain)
+    plain = kind.Options()
+    own = plain.needs
     more: set[str] = set()
     for field, info in kind.Options.model_fields.items():
         default = info.default
         values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
         for value in values or ([type(default)(1)] if type(default) in (int, float, bool) else []):
-            more |= kind.needs_of(plain.model_copy(update={field: value})) - own
+            more |= plain.model_copy(update={field: value}).needs - own
     text = ", ".join(need for need in NEEDS if need in own)
     extra = ", ".join(need for need in NEEDS if need in more)
     return f"{text} (+ {extra})" if extra else text

@@ -21,7 +21,7 @@ Left out: LPIPS, which is for pixels; CM's schedule of the EMA decay; equal drop
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import (
     SAMPLER_GRID,
-    Source,
+    SourceOptions,
     Target,
     clean,
     ect_lower,
@@ -42,11 +42,9 @@ from stepdistill.losses.consistency import (
     lognormal_law,
     noised,
 )
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.contract import Loss, Method, Turn
 from stepdistill.losses.distances import pseudo_huber, rms
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class Consistency(Method):
@@ -54,7 +52,7 @@ class Consistency(Method):
 
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(PairOptions):
+    class Options(SourceOptions):
         solver: Literal["heun", "ddim", "euler", "none"] = "heun"  # the teacher's step
         schedule: Literal["karras", "ect"] = "karras"  # pairs of levels
         sigma_min: float = 0.002  # lowest level sigma / alpha, in CM
@@ -71,19 +69,13 @@ class Consistency(Method):
         huber: float | None = 0.00054  # c over the square root of the dimension in iCT; null: squared
         ema: float = 0.9  # decay of the target network, in CM with L2; 0: the student itself, in iCT and ECT
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
-        source: Source = "pairs"  # where clean latents come from
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        return cls.needs | {cast(Consistency.Options, options).source}
+    options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(Consistency.Options, options)
-        self.target = Target(student, self.options.ema)
-        path, ends = student.path, torch.tensor([last_time(student.path), 1.0])
+    def setup(self) -> None:
+        self.target = Target(self.student, self.options.ema)
+        path = self.student.path
+        ends = torch.tensor([last_time(path), 1.0])
         first, last = path.angle(ends).tolist()
         lowest = self.options.sigma_min if self.options.schedule == "karras" else 0.0
         self.low = math.tan(max(first, math.atan(lowest)))
@@ -109,12 +101,12 @@ class Consistency(Method):
         intervals = min(self.options.grid * 2 ** min(self.stage(step), 30), self.options.grid_max)
         return karras(self.low, self.high, intervals, self.options.rho)
 
-    def levels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The upper and the lower level of each sample's pair, [B] each."""
+    def levels(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """The upper and the lower level of each sample's pair at the method's step, [B] each."""
         options, draws = self.options, batch.draws
         start = draws.uniform("start") < options.noise_share
         if options.schedule == "karras":
-            grid = self.grid(draws.step).to(start.device)
+            grid = self.grid(step).to(start.device)
             i = (draws.uniform("interval") * (len(grid) - 1)).long()
             if options.law == "lognormal":
                 law = lognormal_law(grid, options.log_mean, options.log_deviation)
@@ -123,7 +115,7 @@ class Consistency(Method):
             return grid[i + 1], grid[i]
         t = (options.log_mean + options.log_deviation * draws.normal("level", ())).exp()
         t = torch.where(start, self.high, t.clamp(2 * self.low, self.high))
-        return t, ect_lower(t, options.q, self.stage(draws.step)).clamp_min(self.low)
+        return t, ect_lower(t, options.q, self.stage(step)).clamp_min(self.low)
 
     @torch.no_grad()
     def neighbour(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Condition) -> Tensor:
@@ -136,10 +128,10 @@ class Consistency(Method):
         x_r = SOLVERS[self.options.solver](predict, x_t, now, None, r)
         return torch.where(per_sample(r <= 0, x_t), now.at(r), x_r)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         source, options, path = examples(batch, self.options.source), self.options, self.student.path
         eps = batch.draws.normal("eps", tuple(source.x0.shape[1:]))
-        upper, lower = self.levels(batch)
+        upper, lower = self.levels(batch, turn.step)
         t, r = self.time_of(upper), self.time_of(lower)
         x_t = noised(path, source.x0, eps, t)
         with torch.no_grad():
@@ -150,7 +142,7 @@ class Consistency(Method):
         c = options.huber
         losses = residual.square().flatten(1).mean(1) if c is None else pseudo_huber(residual, c)
         weight = 1 / (upper - lower) if options.weight else 1.0
-        return (weight * losses).mean(), {"residual": rms(residual)}
+        return Loss((weight * losses).mean(), {"residual": rms(residual)})
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.target.update()

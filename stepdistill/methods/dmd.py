@@ -30,13 +30,10 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import MethodOptions
 from stepdistill.losses.decoupled_guidance import augmentation_field
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout
 from stepdistill.losses.first_step import first_step_loss
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class DMD(ScoreMethod):
@@ -54,10 +51,9 @@ class DMD(ScoreMethod):
 
     options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
+    def setup(self) -> None:
+        super().setup()
+        times = self.times
         if self.options.first_step_weight and (len(times) < 2 or times[0] < 1):
             raise UserError(
                 f"options.first_step_weight is {self.options.first_step_weight:g}, which takes two student.times or "

@@ -26,12 +26,10 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.path import per_sample
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.contract import Turn
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, push
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.losses.running_means import StepSums
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 Divergence = Literal[
     "reverse_kl", "forward_kl", "js", "softened_reverse_kl", "hellinger", "neyman", "jeffreys"
@@ -88,8 +86,6 @@ class RatioWeight(nn.Module):
 class FDistill(ScoreMethod):
     """See the module's text."""
 
-    needs = frozenset({"noise", "prompts", "images"})
-
     class Options(ScoreOptions):
         guidance: float = 1.75  # of the teacher, for SD 1.5; 8 for SDXL
         fake_steps: int = 5  # updates of the fake network per student update; 9 for SD 1.5
@@ -98,15 +94,17 @@ class FDistill(ScoreMethod):
         ratio_range: tuple[float, float] = (0.1, 20.0)  # r is clamped to
         ratio_ema: float = 0.9  # decay of the running means; 0.5 in the authors' code at batches of thousands
 
+        @property
+        def needs(self) -> frozenset[str]:
+            return super().needs | {"images"}
+
     options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
+    def setup(self) -> None:
+        super().setup()
         self.weight = RatioWeight(self.options)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.weight.update()
 
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ Left out: gradients through derivatives and through v; the learnt log-variance, 
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ from torch import Tensor
 from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.contract import Loss, Turn
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, teacher_velocity
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class FlowMap(FlowMapMethod):
@@ -48,11 +46,7 @@ class FlowMap(FlowMapMethod):
         # Length of the semigroup's first jump as one Heun step of the teacher, CTM's; 0: both jumps are the student's.
         first_leg: float = 0.0
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(FlowMap.Options, options)
+    options: Options
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """v(x, t) off the diagonal, [B, ...]."""
@@ -91,10 +85,10 @@ class FlowMap(FlowMapMethod):
         second = self.student.flow_velocity(x - per_sample(t - m, x) * first, m, s, cond)
         return first + per_sample(g, x) * (second - first)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, draws = self.options, batch.draws
-        if draws.step < options.warm_start:
-            return self.regression(batch), {}
+        if turn.step < options.warm_start:
+            return Loss(self.regression(batch))
         a, b = (draws.uniform(name, self.least, 1.0) for name in ("a", "b"))  # uniform on s < t
         x, x0, t, s, cond = self.points(batch, a, b)
         if options.objective == "lagrangian":
@@ -105,10 +99,8 @@ class FlowMap(FlowMapMethod):
         if len(i := (s == t).nonzero()[:, 0]):
             target[i] = self.diagonal(x[i], x0[i], t[i], cond.rows(i))
         if len(i := (s != t).nonzero()[:, 0]):
-            share = self.share(draws.step)
+            share = self.share(turn.step)
             target[i] = self.target(x[i], t[i], s[i], cond.rows(i), now[i], g[i], share)
         error = now - target
-        return adaptive(error, options.power, options.offset), {
-            "residual": error.detach().square().mean().sqrt(),
-            **self.derivative.logs(),
-        }
+        logs = {"residual": error.detach().square().mean().sqrt(), **self.derivative.logs()}
+        return Loss(adaptive(error, options.power, options.offset), logs)

@@ -23,17 +23,16 @@ The paper's law of s and learning rates were not at hand. Left out: a guidance s
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.diffusion.change_of_path import STRAIGHT, on_straight
 from stepdistill.diffusion.guidance import in_interval
 from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.contract import Loss, Trained, Turn
 from stepdistill.losses.fake_score import FakeScore, FakeTurnOptions, push, turn_at
 from stepdistill.losses.flow_maps import (
     FlowMapMethod,
@@ -44,8 +43,6 @@ from stepdistill.losses.flow_maps import (
     teacher_velocity,
 )
 from stepdistill.losses.running_means import Balance
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class FreeFlow(FlowMapMethod):
@@ -65,24 +62,23 @@ class FreeFlow(FlowMapMethod):
         correction_mean: float = 0.8  # of the logit of r; without high noise training fails
         correction_deviation: float = 1.0  # of the same
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(FreeFlow.Options, options)
-        self.fake = FakeScore(teacher)
+    options: Options
+
+    def setup(self) -> None:
+        super().setup()
+        self.fake = FakeScore(self.teacher)
         self.balance = Balance(decay=0.95)
 
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student.net, "fake": self.fake.net}
+    def trained(self) -> dict[str, Trained]:
+        return {**super().trained(), "fake": Trained(self.fake.net, follows=True)}
 
-    def lr_ratio(self, turn: str, step: int) -> float:
-        return self.options.fake_lr_ratio if turn == "fake" else super().lr_ratio(turn, step)
+    def lr_ratio(self, turn: Turn) -> float:
+        return self.options.fake_lr_ratio if turn.network == "fake" else super().lr_ratio(turn)
 
-    def turn(self, step: int) -> str:
-        return turn_at(step, self.options, self.options.warm_start)
+    def turn(self, step: int) -> Turn:
+        return Turn(turn_at(step, self.options, self.options.warm_start), step)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.balance.update()
 
     @torch.no_grad()
@@ -109,16 +105,16 @@ class FreeFlow(FlowMapMethod):
         field = self.fake.predict_on(STRAIGHT, x_r, r, cond).velocity - v
         return field, (n - x0 - v).abs().flatten(1).mean(1)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, draws = self.options, batch.draws
-        if turn == "student" and draws.step < options.warm_start:
-            return self.regression(batch), {}
+        if turn.network == "student" and turn.step < options.warm_start:
+            return Loss(self.regression(batch))
         x, t = self.starts(batch)
-        if turn == "fake":
+        if turn.network == "fake":
             with torch.no_grad():
                 mean = self.student.flow_velocity(x, t, torch.zeros_like(t), batch.cond)
             loss = self.fake.denoising_loss(x - per_sample(t, x) * mean, batch, options.fake_loss)
-            return loss, {"denoising": loss}
+            return Loss(loss, {"denoising": loss})
         s = t * logit_normal(draws, "end", options.end_mean, options.end_deviation)
         s = torch.where(draws.uniform("to data") < options.to_data, torch.zeros_like(s), s)
         s = self.read_ends(draws, t, s)
@@ -143,4 +139,4 @@ class FreeFlow(FlowMapMethod):
             loss = loss + lam * len(rows) / len(x) * push(mean, field)
             told[1], logs["field"] = sizes(field), sizes(field).mean()
         self.balance.see(*told)
-        return loss, logs
+        return Loss(loss, logs)

@@ -25,19 +25,15 @@ from torch import Tensor
 
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName
 from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class InstaFlow(Method):
     """See the module's text."""
-
-    needs = frozenset({"noise", "prompts", "pairs"})
 
     class Options(PairOptions):
         guidance: float = 5.0  # of the teacher's samples: 5 for SD 1.5, 6 over-saturates
@@ -49,13 +45,11 @@ class InstaFlow(Method):
         flow_steps: int = 25  # Euler steps of the pairs that the reflowed flow draws
         t_min: float = 0.02  # least time of the reflow loss; below, the velocity is the noise of the reading
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(InstaFlow.Options, options)
+    options: Options
+
+    def setup(self) -> None:
         # The flow that the last finished round ended with.
-        self.flow = cast(Denoiser, student).copy().requires_grad_(False)
+        self.flow = cast(Denoiser, self.student).copy().requires_grad_(False)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
@@ -65,19 +59,19 @@ class InstaFlow(Method):
         options = self.options
         return min(step // options.reflow_steps, options.rounds) if options.reflow_steps else options.rounds
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        options, stage = self.options, self.stage(batch.draws.step)
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
+        options, stage = self.options, self.stage(turn.step)
         own = stage > 0
         if stage == options.rounds:
             own = batch.draws.shared_integer("own", 1000) < 1000 * options.own
         z, x, cond = self.coupling(batch, own)
         if stage < options.rounds:
             loss = reflow_loss(self.student, z, x, cond, batch.draws.uniform("time", options.t_min, 1.0))
-            return loss, {"reflow": loss}
-        distilled = batch.draws.step - options.rounds * options.reflow_steps
+            return Loss(loss, {"reflow": loss})
+        distilled = turn.step - options.rounds * options.reflow_steps
         name: DistanceName = "l2" if distilled < options.l2_steps else options.distance
         loss = distillation_loss(self.student, self.times, z, x, cond, batch.draws, name)
-        return loss, {"distillation": loss}
+        return Loss(loss, {"distillation": loss})
 
     def coupling(self, batch: Batch, own: bool) -> tuple[Tensor, Tensor, Condition]:
         """Noise, the sample that belongs to it and the condition: the reflowed flow's own, or the teacher's."""
@@ -87,6 +81,6 @@ class InstaFlow(Method):
         pairs = cast(Examples, batch.pairs)
         return cast(Tensor, pairs.noise), pairs.x0, pairs.cond
 
-    def after_step(self, step: int) -> None:
-        if self.stage(step + 1) > self.stage(step):
+    def after_step(self, turn: Turn) -> None:
+        if self.stage(turn.step + 1) > self.stage(turn.step):
             self.flow.net.load_state_dict(self.student.net.state_dict())

@@ -23,12 +23,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import Source, Target, clean, examples, last_time, noised
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.consistency import SourceOptions, Target, clean, examples, last_time, noised
+from stepdistill.losses.contract import Loss, Method, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class LCM(Method):
@@ -36,7 +34,7 @@ class LCM(Method):
 
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(PairOptions):
+    class Options(SourceOptions):
         guidance: float = 7.5  # fixed guidance of the teacher's step, and of the cached samples
         step_guidance: float | None = None  # of the teacher's step where it should differ from the samples'
         guidance_range: tuple[float, float] | None = (
@@ -48,27 +46,20 @@ class LCM(Method):
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
         ema: float = 0.95  # decay of the target network (LCM 5.1)
         huber: float = 0.001  # c of the pseudo-Huber loss
-        source: Source = "pairs"  # where clean latents come from
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        return cls.needs | {cast(LCM.Options, options).source}
+    options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(LCM.Options, options)
+    def setup(self) -> None:
         self.embedded = self.options.guidance_range is not None and self.options.embed_guidance
         if self.embedded:
-            student.add_guidance_input()
-        self.target = Target(student, self.options.ema)
+            self.student.add_guidance_input()
+        self.target = Target(self.student, self.options.ema)
 
     def sampler(self) -> Sampler:
         guidance = self.options.guidance if self.embedded else None
         return Sampler(self.times, True, self.options.grid, guidance)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         source = examples(batch, self.options.source)
         x0, cond = source.x0, source.cond
         path, draws = self.student.path, batch.draws
@@ -90,7 +81,7 @@ class LCM(Method):
             z_s = self.teacher.predict(z, t, cond, guidance=guidance).at(s)
             target = clean(self.target.denoiser, z_s, s, student_cond)
         residual = clean(self.student, z, t, student_cond) - target
-        return elementwise_huber(residual, options.huber), {"residual": rms(residual)}
+        return Loss(elementwise_huber(residual, options.huber), {"residual": rms(residual)})
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.target.update()

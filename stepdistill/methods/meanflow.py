@@ -21,15 +21,9 @@ start. Left out: training without a teacher; label dropout, as nothing is uncond
 
 from __future__ import annotations
 
-from typing import cast
-
-from torch import Tensor
-
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import MethodOptions
+from stepdistill.losses.contract import Loss, Turn
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, logit_normal
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class MeanFlow(FlowMapMethod):
@@ -40,21 +34,15 @@ class MeanFlow(FlowMapMethod):
         time_mean: float = -0.4  # of the logit of both times (MeanFlow table 4)
         time_deviation: float = 1.0  # of the same
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(MeanFlow.Options, options)
+    options: Options
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, draws = self.options, batch.draws
-        if draws.step < options.warm_start:
-            return self.regression(batch), {}
+        if turn.step < options.warm_start:
+            return Loss(self.regression(batch))
         a, b = (logit_normal(draws, name, options.time_mean, options.time_deviation) for name in ("a", "b"))
         x, _, t, s, cond = self.points(batch, a, b)
         now = self.student.flow_velocity(x, t, s, cond)
-        error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(draws.step))
-        return adaptive(error, options.power, options.offset), {
-            "residual": error.detach().square().mean().sqrt(),
-            **self.derivative.logs(),
-        }
+        error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(turn.step))
+        logs = {"residual": error.detach().square().mean().sqrt(), **self.derivative.logs()}
+        return Loss(adaptive(error, options.power, options.offset), logs)

@@ -21,17 +21,15 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import Source, Target, examples, jump, noised
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.consistency import SourceOptions, Target, examples, jump, noised
+from stepdistill.losses.contract import Loss, Method, Trained, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class PCM(Method):
@@ -39,33 +37,26 @@ class PCM(Method):
 
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(PairOptions):
+    class Options(SourceOptions):
         guidance: float = 5.5  # of the teacher's step: w in [4, 5], and g = 1 + w
         grid: int = 50  # times on the path, shared out evenly among the phases
         start_share: float = 0.0  # share of samples put at their phase's start, where the student is called
         ema: float = 0.0  # decay of the target network; 0: the student itself
         huber: float = 0.001  # c of the pseudo-Huber loss
         gan_weight: float = 0.0  # of the adversarial loss: 0.1 in the authors' code; 0 leaves it out
-        source: Source = "pairs"  # where clean latents come from
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        return cls.needs | {cast(PCM.Options, options).source}
+    options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(PCM.Options, options)
-        self.target = Target(student, self.options.ema)
-        self.gan = FeatureGan(teacher.denoiser) if self.options.gan_weight else None
+    def setup(self) -> None:
+        self.target = Target(self.student, self.options.ema)
+        self.gan = FeatureGan(self.teacher.denoiser) if self.options.gan_weight else None
 
-    def networks(self) -> dict[str, nn.Module]:
-        gan: dict[str, nn.Module] = {} if self.gan is None else {"discriminator": self.gan}
-        return {"student": self.student.net, **gan}
+    def trained(self) -> dict[str, Trained]:
+        gan = {} if self.gan is None else {"discriminator": Trained(self.gan, follows=True)}
+        return {**super().trained(), **gan}
 
-    def turn(self, step: int) -> str:
-        return "student" if self.gan is None or step % 2 else "discriminator"
+    def turn(self, step: int) -> Turn:
+        return Turn("student" if self.gan is None or step % 2 else "discriminator", step)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
@@ -93,8 +84,8 @@ class PCM(Method):
             target = jump(self.target.denoiser, z_s, s, e, source.cond)
         return jump(self.student, z, t, e, source.cond), target, start, e, source.cond
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "discriminator":
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
+        if turn.network == "discriminator":
             return self.discriminator_loss(batch)
         jumped, target, start, e, cond = self.two_jumps(batch)
         residual = jumped - target
@@ -102,15 +93,15 @@ class PCM(Method):
         if self.gan is not None:
             logs["gan"] = -self.gan.logits_above(jumped, e, start, cond, batch).mean()
             loss = loss + self.options.gan_weight * logs["gan"]
-        return loss, logs
+        return Loss(loss, logs)
 
-    def discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, batch: Batch) -> Loss:
         with torch.no_grad():
             jumped, target, start, e, cond = self.two_jumps(batch)
         gan = cast(FeatureGan, self.gan)
         real, fake = (gan.logits_above(x, e, start, cond, batch) for x in (target, jumped))
         loss = ((1 - real).clamp_min(0) + (1 + fake).clamp_min(0)).mean()
-        return loss, {"discriminator": loss}
+        return Loss(loss, {"discriminator": loss})
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.target.update()

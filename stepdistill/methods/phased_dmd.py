@@ -29,12 +29,12 @@ from typing import cast
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.diffusion.path import per_sample
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.contract import Loss, Method, Trained, Turn
 from stepdistill.losses.fake_score import (
     FakeLoss,
     FakeScore,
@@ -48,8 +48,6 @@ from stepdistill.losses.regression import WarmStartOptions, regression, warm_sta
 from stepdistill.losses.subinterval import kernel, subinterval_loss
 from stepdistill.networks.experts import Experts
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class PhasedDMD(Method):
@@ -67,16 +65,10 @@ class PhasedDMD(Method):
         clamp: float = 10.0  # greatest weight of the fake network's loss (eq. 13)
         renoise: bool | None = False  # the paper's steps are Euler steps
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        warm = cast(PhasedDMD.Options, options).warm_start
-        return cls.needs | ({"pairs", "states"} if warm else set())
+    options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = own = cast(PhasedDMD.Options, options)
+    def setup(self) -> None:
+        own, times, student = self.options, self.times, self.student
         if not 1 <= own.phases <= len(times):
             raise UserError(
                 f"options.phases is {own.phases}, but student.times has {len(times)}: a phase has one step or more"
@@ -85,14 +77,14 @@ class PhasedDMD(Method):
         self.spans = list(pairwise(edges))  # first call of each phase, and of the one after it
         student.net = Experts(student.net, [(times[i - 1] + times[i]) / 2 for i in edges[1:-1]])
         self.names = [*(f"expert-{k + 1}" for k in range(own.phases - 1)), "student"]
-        self.fake = FakeScore(teacher)
+        self.fake = FakeScore(self.teacher)
         # A plain dict, so no state of the run. The teacher itself may be rounded to the run's precision later.
-        fresh = self.fake.net.state_dict().items()
-        self.fresh = {name: value.to("cpu", copy=True) for name, value in fresh}
+        self.fresh = {name: value.to("cpu", copy=True) for name, value in self.fake.net.state_dict().items()}
 
-    def networks(self) -> dict[str, nn.Module]:
+    def trained(self) -> dict[str, Trained]:
         nets = cast(Experts, self.student.net).nets
-        return {**dict(zip(self.names, nets, strict=True)), "fake": self.fake.net}
+        experts = {self.names[k]: Trained(net, span=self.spans[k]) for k, net in enumerate(nets)}
+        return {**experts, "fake": Trained(self.fake.net, follows=True)}
 
     def place(self, step: int) -> tuple[int, int]:
         """The phase that an optimiser step belongs to, and its number within the phase."""
@@ -105,56 +97,54 @@ class PhasedDMD(Method):
         """s, where the phase ends."""
         return (*self.times, 0.0)[self.spans[phase][1]]
 
-    def turn(self, step: int) -> str:
+    def turn(self, step: int) -> Turn:
         phase, inner = self.place(step)
         whose = turn_at(inner, self.options, self.options.warm_start)
-        return "fake" if whose == "fake" else self.names[phase]
+        return Turn("fake" if whose == "fake" else self.names[phase], step)
 
-    def lr_ratio(self, turn: str, step: int) -> float:
-        if turn == "fake":
-            return self.options.fake_lr_ratio
-        return warm_start_rate(self.place(step)[1], self.options)
+    def lr_ratio(self, turn: Turn) -> float:
+        own = self.options
+        return own.fake_lr_ratio if turn.network == "fake" else warm_start_rate(self.place(turn.step)[1], own)
 
-    def after_step(self, step: int) -> None:
-        if self.anew(step):
+    def after_step(self, turn: Turn) -> None:
+        if self.anew(turn):
             self.fake.net.load_state_dict(self.fresh)
 
-    def anew(self, step: int) -> frozenset[str]:
-        return frozenset({"fake"} if self.place(step + 1)[0] > self.place(step)[0] else ())
-
-    def span(self, turn: str) -> tuple[int, int] | None:
-        return None if turn == "fake" else self.spans[self.names.index(turn)]
+    def anew(self, turn: Turn) -> frozenset[str]:
+        return frozenset({"fake"} if self.place(turn.step + 1)[0] > self.place(turn.step)[0] else ())
 
     def sampler(self) -> Sampler:
         return sampler_of(self.student, self.times, self.options)
 
     def generate(self, batch: Batch, phase: int) -> Tensor:
-        """States x_s [B, C, H, W] at the phase's end; only the jump to it, from a random step of the phase, has a
-        graph."""
+        """States x_s [B, C, H, W] at the phase's end; only the jump there, from a random step, has a graph."""
         calls, sampler = exit_of(batch, *self.spans[phase]), self.sampler()
         with torch.no_grad():
             start = sampler.walk(self.student, batch.noise, batch.cond, batch.fresh, calls)
         jump = replace(sampler, times=(self.times[calls], self.end(phase)))
         return jump.walk(self.student, start, batch.cond, lambda call: batch.fresh(calls), 1)
 
+    def sample(self, batch: Batch) -> Tensor:
+        return self.generate(batch, self.options.phases - 1)
+
     def field(self, x_s: Tensor, batch: Batch, since: float) -> Tensor:
         """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where they should move away from."""
-        options = self.options
-        views = self.fake.views(self.teacher, x_s, batch, options, options.score_scale, since=since)
+        views = self.fake.views(self.teacher, x_s, batch, self.options, self.options.score_scale, since=since)
         ratio, _ = kernel(self.fake.path, torch.full_like(views.t, since), views.t)
         return per_sample(ratio, x_s) * (views.fake.score - views.real.score)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        options, (phase, inner) = self.options, self.place(batch.draws.step)
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
+        options, (phase, inner) = self.options, self.place(turn.step)
         since = self.end(phase)
-        if turn == "fake":
+        if turn.network == "fake":
             with torch.no_grad():
                 x_s = self.generate(batch, phase)
             loss = subinterval_loss(self.fake, x_s, since, batch, options.clamp, options.fake_loss)
-            return loss, {"denoising": loss}
+            return Loss(loss, {"denoising": loss})
         if inner < options.warm_start:
-            return regression(self.student, self.times, batch, options.regression, self.spans[phase]), {}
+            return Loss(regression(self.student, self.times, batch, options.regression, self.spans[phase]))
         x_s = self.generate(batch, phase)
         with torch.no_grad():
             field = self.field(x_s, batch, since)
-        return push(x_s, field), {"field": field.abs().mean(), "x_std": x_s.detach().std()}
+        logs = {"field": field.abs().mean(), "x_std": x_s.detach().std()}
+        return Loss(push(x_s, field), logs, None if since else x_s)

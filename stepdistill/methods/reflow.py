@@ -24,19 +24,15 @@ from torch import Tensor
 
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName
 from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class Reflow(Method):
     """See the module's text."""
-
-    needs = frozenset({"noise", "prompts", "pairs"})
 
     class Options(PairOptions):
         guidance: float = 5.0  # of the teacher's samples (InstaFlow 4.1, for SD 1.5)
@@ -48,40 +44,38 @@ class Reflow(Method):
         flow_steps: int = 4  # its Euler steps
         distance: DistanceName = "l2"  # of the distillation
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(Reflow.Options, options)
+    options: Options
+
+    def setup(self) -> None:
         self.register_buffer("distilling", torch.tensor(self.options.reflow_steps == 0))
-        self.flow = cast(Denoiser, student).copy().requires_grad_(False)
+        self.flow = cast(Denoiser, self.student).copy().requires_grad_(False)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         pairs = cast(Examples, batch.pairs)
         return self.distillation_loss(pairs, batch) if self.distilling else self.reflow_loss(pairs, batch)
 
-    def reflow_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def reflow_loss(self, pairs: Examples, batch: Batch) -> Loss:
         t = batch.draws.uniform("time", self.options.t_min, 1.0)
         loss = reflow_loss(self.student, cast(Tensor, pairs.noise), pairs.x0, pairs.cond, t)
-        return loss, {"reflow": loss}
+        return Loss(loss, {"reflow": loss})
 
-    def distillation_loss(self, pairs: Examples, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def distillation_loss(self, pairs: Examples, batch: Batch) -> Loss:
         z, x, cond = cast(Tensor, pairs.noise), pairs.x0, pairs.cond
         if batch.draws.shared_integer("fresh", 1000) < 1000 * self.options.fresh:
             z, cond = batch.noise, batch.cond
             x = self.flow_sample(z, cond)
         name = self.options.distance
         loss = distillation_loss(self.student, self.times, z, x, cond, batch.draws, name)
-        return loss, {"distillation": loss}
+        return Loss(loss, {"distillation": loss})
 
     def flow_sample(self, z: Tensor, cond: Condition) -> Tensor:
         """The clean end [B, C, H, W] of the reflowed student's trajectory from noise z [B, C, H, W]."""
         return flow_end(self.flow, z, cond, self.options.flow_steps)
 
-    def after_step(self, step: int) -> None:
-        if step + 1 == self.options.reflow_steps:
+    def after_step(self, turn: Turn) -> None:
+        if turn.step + 1 == self.options.reflow_steps:
             self.flow.net.load_state_dict(self.student.net.state_dict())
             cast(Tensor, self.distilling).fill_(True)

@@ -26,12 +26,10 @@ from torch import Tensor
 
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import distance
 from stepdistill.losses.reflow import on_line
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 def u_shaped(uniform: Tensor, side: Tensor, sharpness: float) -> Tensor:
@@ -47,8 +45,6 @@ def u_shaped(uniform: Tensor, side: Tensor, sharpness: float) -> Tensor:
 class RFPP(Method):
     """See the module's text."""
 
-    needs = frozenset({"noise", "prompts", "pairs"})
-
     class Options(PairOptions):
         pair_steps: int = 18  # of Heun, the paper's for CIFAR-10; 40 for ImageNet
         pair_solver: Literal["euler", "ddim", "heun", "dpm++2m"] = "heun"
@@ -61,11 +57,7 @@ class RFPP(Method):
         clean_over_t: bool = True  # P over t, as the paper has it on CIFAR-10 ("F"); false in "E"
         feature_time: float = 0.02  # at which the teacher's features are read
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(RFPP.Options, options)
+    options: Options
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
@@ -85,7 +77,7 @@ class RFPP(Method):
         alpha, _ = denoiser.path.alpha_sigma(t[:1])
         return denoiser.features(alpha * x, t, cond)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         pairs, t = cast(Examples, batch.pairs), self.times_of(batch)
         z, x = cast(Tensor, pairs.noise), pairs.x0
         said = on_line(self.student, z, x, pairs.cond, t)
@@ -94,4 +86,5 @@ class RFPP(Method):
             wanted = self.seen(x, pairs.cond)
         over = 1 / t if self.options.clean_over_t else None
         clean = distance(self.seen(said.x0, pairs.cond), wanted, "huber", over)
-        return velocity + self.options.clean_weight * clean, {"velocity": velocity, "clean": clean}
+        logs = {"velocity": velocity, "clean": clean}
+        return Loss(velocity + self.options.clean_weight * clean, logs)

@@ -21,7 +21,6 @@ steps, as f is x0. Left out: training without a teacher (sCT); changes of the ne
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +29,10 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Prediction, TablePath, per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import SAMPLER_GRID, Source, examples, noised
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.consistency import SAMPLER_GRID, SourceOptions, examples, noised
+from stepdistill.losses.contract import Loss, Method, Trained, Turn
 from stepdistill.networks.derivative import Derivative, Way
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 def trig_velocity(said: Prediction) -> Tensor:
@@ -61,7 +58,7 @@ class SCM(Method):
 
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(PairOptions):
+    class Options(SourceOptions):
         guidance: float = 4.5  # of the teacher's velocity: 4 to 5 in SANA-Sprint (2503.09641), 1 to 2 in sCM
         log_mean: float = -0.8  # of the lognormal level, for latents (sCM, ImageNet 512)
         log_deviation: float = 1.6  # its deviation in the logarithm
@@ -73,24 +70,19 @@ class SCM(Method):
         # Greatest h of the differences, in units of [0, 1], and never more than a quarter of the time. Where drawings
         # start, smaller ones see the unevenness of a pretrained network from one timestep to the next, not its slope.
         derivative_step: float = 0.04
-        source: Source = "pairs"  # where clean latents come from
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        return cls.needs | {cast(SCM.Options, options).source}
+    options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(SCM.Options, options)
-        way = self.options.derivative or ("difference" if isinstance(student.path, TablePath) else "auto")
+    def setup(self) -> None:
+        way = self.options.derivative or (
+            "difference" if isinstance(self.student.path, TablePath) else "auto"
+        )
         self.derivative = Derivative(way, self.options.derivative_step)
         self.weight = Weight() if self.options.adaptive else None
 
-    def networks(self) -> dict[str, nn.Module]:
+    def trained(self) -> dict[str, Trained]:
         net = self.student.net
-        return {"student": net if self.weight is None else nn.ModuleList([net, self.weight])}
+        return {"student": Trained(net if self.weight is None else nn.ModuleList([net, self.weight]))}
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, True, SAMPLER_GRID)
@@ -135,18 +127,18 @@ class SCM(Method):
         y = torch.cos(a) * now.x0 + torch.sin(a) * now.eps
         return g - share * torch.cos(a) * torch.sin(a) * (y + rate / per_sample(speed, rate))
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, draws, path = self.options, batch.draws, self.student.path
         source = examples(batch, options.source)
         t = self.drawn_times(draws)
         x_t = noised(path, source.x0, draws.normal("eps", tuple(source.x0.shape[1:])), t)
         now = self.teacher.predict(x_t, t, source.cond, guidance=options.guidance)
         F = trig_velocity(self.student.predict(x_t, t, source.cond))
-        share = min(1.0, draws.step / options.warmup) if options.warmup else 1.0
+        share = min(1.0, turn.step / options.warmup) if options.warmup else 1.0
         g = self.tangent(now, F.detach(), source.cond, share)
         size = g.flatten(1).norm(dim=1) / math.sqrt(g[0].numel())  # [B]
         target = F.detach() + g / per_sample(size + options.offset, g)
         error = (F - target).square().flatten(1).mean(1)  # [B]
         w = self.weight(path.angle(t)) if self.weight is not None else torch.zeros_like(error)
         logs = {"tangent": size.square().mean().sqrt(), "error": error.detach().mean()}
-        return (w.exp() * error - w).mean(), {**logs, **self.derivative.logs()}
+        return Loss((w.exp() * error - w).mean(), {**logs, **self.derivative.logs()})

@@ -31,14 +31,12 @@ from torch import Tensor
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.path import TablePath
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName, distance
 from stepdistill.losses.reflow import distillation_loss, reflow_loss
 from stepdistill.losses.regression import annealed
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -46,7 +44,6 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class SlimFlow(Method):
     """See the module's text."""
 
-    needs = frozenset({"noise", "prompts", "pairs"})
     own_network = True
 
     class Options(PairOptions):
@@ -60,16 +57,14 @@ class SlimFlow(Method):
         guide_times: tuple[float, float] = (0.2, 0.8)  # range of m
         distance: DistanceName = "l2"  # of both terms
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(SlimFlow.Options, options)
+    options: Options
+
+    def setup(self) -> None:
         if (self.options.width, self.options.depth) != (1.0, 1.0):
-            student.make_slimmer(self.options.width, self.options.depth)
-            if isinstance(student.path, TablePath):
-                student.output = "v"
-        self.flow = cast(Denoiser, student).copy().requires_grad_(False)
+            self.student.make_slimmer(self.options.width, self.options.depth)
+            if isinstance(self.student.path, TablePath):
+                self.student.output = "v"
+        self.flow = cast(Denoiser, self.student).copy().requires_grad_(False)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
@@ -79,9 +74,9 @@ class SlimFlow(Method):
         done = min(1.0, step / max(1.0, self.options.anneal * self.options.reflow_steps))
         return 1 - done if self.options.schedule == "linear" else annealed(done)
 
-    def annealed_noise(self, z: Tensor, batch: Batch) -> Tensor:
-        """z' = sqrt(1 - b^2) z + b xi, [B, C, H, W]."""
-        beta = self.beta(batch.draws.step)
+    def annealed_noise(self, z: Tensor, batch: Batch, step: int) -> Tensor:
+        """z' = sqrt(1 - b^2) z + b xi, [B, C, H, W], at the method's step."""
+        beta = self.beta(step)
         return math.sqrt(1 - beta**2) * z + beta * batch.draws.normal("anneal", tuple(z.shape[1:]))
 
     def guide(self, batch: Batch) -> Tensor:
@@ -94,20 +89,20 @@ class SlimFlow(Method):
             y = self.flow.predict_on(STRAIGHT, STRAIGHT.sample(x, xi, m), m, cond).x0
         return distance(x, y, self.options.distance)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, pairs = self.options, cast(Examples, batch.pairs)
         z, x, cond = cast(Tensor, pairs.noise), pairs.x0, pairs.cond
-        if batch.draws.step < options.reflow_steps:
+        if turn.step < options.reflow_steps:
             t = batch.draws.uniform("time", options.t_min, 1.0)
-            loss = reflow_loss(self.student, self.annealed_noise(z, batch), x, cond, t)
-            return loss, {"reflow": loss}
+            loss = reflow_loss(self.student, self.annealed_noise(z, batch, turn.step), x, cond, t)
+            return Loss(loss, {"reflow": loss})
         loss = distillation_loss(self.student, self.times, z, x, cond, batch.draws, options.distance)
         logs = {"distillation": loss}
         if options.guide_weight:
             logs["guide"] = self.guide(batch)
             loss = loss + options.guide_weight * logs["guide"]
-        return loss, logs
+        return Loss(loss, logs)
 
-    def after_step(self, step: int) -> None:
-        if step + 1 == self.options.reflow_steps:
+    def after_step(self, turn: Turn) -> None:
+        if turn.step + 1 == self.options.reflow_steps:
             self.flow.net.load_state_dict(self.student.net.state_dict())

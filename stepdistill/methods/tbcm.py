@@ -21,7 +21,6 @@ black pictures.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,11 +30,9 @@ from stepdistill.diffusion.shift import shifted
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import SAMPLER_GRID, Target, clean, last_time
-from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.contract import Loss, Method, MethodOptions, Turn
 from stepdistill.losses.distances import pseudo_huber, rms
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class TBCM(Method):
@@ -51,12 +48,10 @@ class TBCM(Method):
         huber: float = 0.00054  # c over the square root of the dimension (iCT, 2310.14189)
         ema: float = 0.0  # decay of the target network; 0: the student itself
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(TBCM.Options, options)
-        self.target = Target(student, self.options.ema)
+    options: Options
+
+    def setup(self) -> None:
+        self.target = Target(self.student, self.options.ema)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, True, SAMPLER_GRID)
@@ -85,7 +80,7 @@ class TBCM(Method):
             states.append(now.at(s))
         return torch.stack(states, 1)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         times = self.route(batch)
         states = self.trajectory(batch.noise, times, batch.cond)
         count, route = len(times), self.options.route
@@ -96,7 +91,7 @@ class TBCM(Method):
         with torch.no_grad():
             target = clean(self.target.denoiser, states[row, i + 1], times[row, i + 1], cond)
         residual = clean(self.student, states[row, i], times[row, i], cond) - target
-        return pseudo_huber(residual, self.options.huber).mean(), {"residual": rms(residual)}
+        return Loss(pseudo_huber(residual, self.options.huber).mean(), {"residual": rms(residual)})
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.target.update()

@@ -16,20 +16,16 @@ Left out: the form with an embedded end, TCF(S+), which the paper finds worse at
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import TablePath
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import Source, Target, examples, jump, last_time, noised
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.consistency import SourceOptions, Target, examples, jump, last_time, noised
+from stepdistill.losses.contract import Loss, Method, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 
 class TCD(Method):
@@ -37,7 +33,7 @@ class TCD(Method):
 
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(PairOptions):
+    class Options(SourceOptions):
         guidance: float = 7.5  # fixed guidance of the teacher's step, and of the cached samples
         guidance_range: tuple[float, float] | None = None  # draw it from here, not embedded; (3, 15) in TCD
         grid: int = 50  # times on the path
@@ -48,18 +44,11 @@ class TCD(Method):
         gamma: float = (
             0.0  # fresh noise between steps: 0 is what a pipeline does without `eta`; TCD has 0.2 to 0.5
         )
-        source: Source = "pairs"  # where clean latents come from
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        return cls.needs | {cast(TCD.Options, options).source}
+    options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(TCD.Options, options)
-        self.target = Target(student, self.options.ema)
+    def setup(self) -> None:
+        self.target = Target(self.student, self.options.ema)
 
     def sampler(self) -> Sampler:
         table, gamma = isinstance(self.student.path, TablePath), self.options.gamma
@@ -69,7 +58,7 @@ class TCD(Method):
             )
         return Sampler(self.times, table, self.options.grid, gamma=gamma if table else None)
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
         source, options, draws = examples(batch, self.options.source), self.options, batch.draws
         path, end = self.student.path, last_time(self.student.path)
         n = draws.integers("time", options.grid) + 1
@@ -87,7 +76,7 @@ class TCD(Method):
             z_s = self.teacher.predict(z, t, source.cond, guidance=guidance).at(s)
             target = jump(self.target.denoiser, z_s, s, e, source.cond)
         residual = jump(self.student, z, t, e, source.cond) - target
-        return elementwise_huber(residual, options.huber), {"residual": rms(residual)}
+        return Loss(elementwise_huber(residual, options.huber), {"residual": rms(residual)})
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.target.update()

@@ -17,8 +17,6 @@ Left out: human feedback (reward models, segmentation loss) and timestep 800 as 
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -26,14 +24,12 @@ from stepdistill.diffusion.path import TablePath
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import Source, Target, examples, jump, last_time, noised
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.consistency import SourceOptions, Target, examples, jump, last_time, noised
+from stepdistill.losses.contract import Loss, Method, Trained, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
 from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions, push, rollout, turn_at
 from stepdistill.losses.gan import FeatureGan, discriminator_loss, generator_loss
 from stepdistill.networks.sampler import Sampler
-from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
 
 ONE_STEP = Sampler((1.0,), renoise=False)
 
@@ -43,7 +39,7 @@ class TSCD(Method):
 
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(FakeScoreOptions, PairOptions):
+    class Options(FakeScoreOptions, SourceOptions):
         guidance: float = 7.5  # of the teacher's step, and of the cached samples
         segments: tuple[int, ...] = (8, 4, 2, 1)  # of each stage
         stage_updates: int = 2000  # optimiser steps of each stage; the last one goes on
@@ -56,51 +52,47 @@ class TSCD(Method):
         score_weight: float = 0.0  # of the score term; 0 leaves it out
         critic_segments: int = 2  # both terms act in stages of at most so many segments
         gamma: float = 1.0  # fresh noise between steps on a table, a pipeline's `eta`; renoise=false: 0
-        source: Source = "pairs"  # where clean latents come from
 
-    @classmethod
-    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
-        return cls.needs | {cast(TSCD.Options, options).source}
+    options: Options
 
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = options = cast(TSCD.Options, options)
+    def setup(self) -> None:
+        options = self.options
         each = options.segments
         if not each or any(k < 1 or options.grid % k for k in each) or list(each) != sorted(each)[::-1]:
             raise UserError(
                 f"options.segments is {list(each)}: they must descend, and each divide options.grid={options.grid}"
             )
         self.early = sum(k > options.critic_segments for k in each) * options.stage_updates
-        self.target = Target(student, options.ema)
-        self.gan = FeatureGan(teacher.denoiser) if options.gan_weight else None
-        self.fake = FakeScore(teacher) if options.score_weight else None
+        self.target = Target(self.student, options.ema)
+        self.gan = FeatureGan(self.teacher.denoiser) if options.gan_weight else None
+        self.fake = FakeScore(self.teacher) if options.score_weight else None
 
-    def networks(self) -> dict[str, nn.Module]:
+    def trained(self) -> dict[str, Trained]:
         critics = nn.ModuleList(part for part in (self.fake and self.fake.net, self.gan) if part is not None)
-        return {"student": self.student.net, **({"fake": critics} if len(critics) else {})}
+        fake = {"fake": Trained(critics, follows=True)} if len(critics) else {}
+        return {**super().trained(), **fake}
 
     def segments(self, step: int) -> int:
         """k of the stage that the optimiser step belongs to."""
         return self.options.segments[: step // self.options.stage_updates + 1][-1]
 
-    def turn(self, step: int) -> str:
-        return turn_at(step, self.options, self.early) if "fake" in self.networks() else "student"
+    def turn(self, step: int) -> Turn:
+        alone = self.gan is None and self.fake is None
+        return Turn("student" if alone else turn_at(step, self.options, self.early), step)
 
-    def lr_ratio(self, turn: str, step: int) -> float:
-        return self.options.fake_lr_ratio if turn == "fake" else 1.0
+    def lr_ratio(self, turn: Turn) -> float:
+        return self.options.fake_lr_ratio if turn.network == "fake" else 1.0
 
     def sampler(self) -> Sampler:
         table = isinstance(self.student.path, TablePath)
         gamma = 0.0 if self.options.renoise is False else self.options.gamma
         return Sampler(self.times, table, self.options.grid, gamma=gamma if table else None)
 
-    def two_jumps(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
+    def two_jumps(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
         """The student's jump and its target [B, C, H, W], their end and their segment's start [B], the conditions."""
         options, draws = self.options, batch.draws
         source, path = examples(batch, options.source), self.student.path
-        each = options.grid // self.segments(draws.step)
+        each = options.grid // self.segments(step)
         n = draws.integers("time", options.grid) + 1
         n = torch.where(draws.uniform("start") < options.noise_share, torch.full_like(n, options.grid), n)
         low = (n - 1) // each * each  # an edge ends the segment below it
@@ -114,16 +106,16 @@ class TSCD(Method):
             target = jump(self.target.denoiser, z_s, s, e, source.cond)
         return jump(self.student, z, t, e, source.cond), target, e, start, source.cond
 
-    def loss(self, turn: str, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if turn == "fake":
-            return self.critics_loss(batch)
+    def loss(self, turn: Turn, batch: Batch) -> Loss:
+        if turn.network == "fake":
+            return self.critics_loss(batch, turn.step)
         options = self.options
-        jumped, target, e, start, cond = self.two_jumps(batch)
+        jumped, target, e, start, cond = self.two_jumps(batch, turn.step)
         r = jumped - target
         loss = r.square().mean() if options.huber is None else elementwise_huber(r, options.huber)
         logs = {"residual": rms(r)}
-        if batch.draws.step < self.early:
-            return loss, logs
+        if turn.step < self.early:
+            return Loss(loss, logs)
         if self.gan is not None:
             logs["gan"] = generator_loss(self.gan.logits_above(jumped, e, start, cond, batch))
             loss = loss + options.gan_weight * logs["gan"]
@@ -133,20 +125,20 @@ class TSCD(Method):
             field = views.error / (views.distance.detach() + 1e-6)
             logs["field"] = field.abs().mean()
             loss = loss + options.score_weight * push(x, field)
-        return loss, logs
+        return Loss(loss, logs)
 
-    def critics_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def critics_loss(self, batch: Batch, step: int) -> Loss:
         """The discriminator's loss and the fake network's, of those there are."""
         logs = {}
         with torch.no_grad():
-            jumped, target, e, start, cond = self.two_jumps(batch)
+            jumped, target, e, start, cond = self.two_jumps(batch, step)
             x = rollout(self.student, ONE_STEP, batch)
         if self.gan is not None:
             real, made = (self.gan.logits_above(each, e, start, cond, batch) for each in (target, jumped))
             logs["discriminator"] = discriminator_loss(real, made)
         if self.fake is not None:
             logs["denoising"] = self.fake.denoising_loss(x, batch, self.options.fake_loss)
-        return torch.stack(list(logs.values())).sum(), logs
+        return Loss(torch.stack(list(logs.values())).sum(), logs)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, turn: Turn) -> None:
         self.target.update()

@@ -96,7 +96,7 @@ class Sampler:
     def draw(
         self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor]
     ) -> Tensor:
-        """Clean latents [B, C, H, W].
+        """Clean latents [B, C, H, W]; the last call alone has a graph.
 
         Args:
             denoiser: the student, or anything with its ``predict`` and ``path``.
@@ -108,7 +108,8 @@ class Sampler:
             scales = torch.full((len(noise),), self.guidance, device=noise.device)
             embedding = denoiser.family.embed_guidance(denoiser.net, scales)
             cond = cond.with_tensor("guidance_embedding", embedding)
-        x = self.walk(denoiser, noise, cond, fresh, self.steps - 1)
+        with torch.no_grad():
+            x = self.walk(denoiser, noise, cond, fresh, self.steps - 1)
         t = torch.full((len(x),), self.times[-1], device=x.device)
         more = (torch.zeros_like(t),) if self.two_times else ()
         last = denoiser.predict(x, t, cond, *more)

@@ -147,6 +147,8 @@ class TermOptions(Section):
         perceptual: that network: ``emoji`` or ``clip:FOLDER``.
         gan_weight: of the GAN loss of the student's samples against real images.
         gan_lr_ratio: learning rate of its discriminator over train.lr.
+        reward_weight: of how well the student's samples fit their own prompts, decoded, which is to rise.
+        reward: in what network: ``emoji`` or ``clip:FOLDER``.
     """
 
     regression_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -155,8 +157,10 @@ class TermOptions(Section):
     perceptual: str = "emoji"
     gan_weight: Annotated[float, Field(ge=0)] = 0.0
     gan_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    reward_weight: Annotated[float, Field(ge=0)] = 0.0
+    reward: str = "emoji"
 
-    @field_validator("perceptual")
+    @field_validator("perceptual", "reward")
     @classmethod
     def _has_a_graph(cls, name: str) -> str:
         if name != "emoji" and not name.startswith("clip:"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +25,9 @@ from stepdistill.families.base import LabelFamily
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.load import load_features
 from stepdistill.losses.contract import Method, MethodOptions, PairOptions
-from stepdistill.losses.terms import WithTerms
+from stepdistill.losses.objective import Objective
+from stepdistill.losses.rewards import RewardTerm
+from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Term
 from stepdistill.networks.find import find_teacher
 from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
@@ -40,6 +41,7 @@ from stepdistill.system.provenance import provenance
 from stepdistill.system.shipped import cache_folder
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.output_matching import Matching, match_output, output_of
+from stepdistill.training.rewards import REWARDS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,6 +62,7 @@ class Assembled:
         accelerator: where it runs.
         source: the teacher as it was given: the place of a folder, or the pipeline itself.
         teacher, student, method: as they are trained.
+        objective: the method with the recipe's terms.
         sampler: how the student draws, on the exported scheduler's grid.
         prompts: all that it learns from.
         changes: what was changed in the teacher when it was taken.
@@ -76,6 +79,7 @@ class Assembled:
     teacher: PipelineTeacher
     student: Student
     method: Method
+    objective: Objective
     sampler: Sampler
     prompts: list[str]
     changes: list[str]
@@ -104,7 +108,7 @@ def assemble(
     device, main = accelerator.device, accelerator.is_main_process
     origin, began = provenance(device), time.perf_counter()
     recipe, kind, options = resolved.recipe, resolved.kind, resolved.options
-    needs = kind.needs_of(options) | recipe.terms.needs
+    needs = options.needs | recipe.terms.needs
     check_attention(recipe.train.attention, device)
     embedded = pipeline is None and recipe.teacher in embedded_teachers()
     if "images" in needs and recipe.data.images is None and not embedded:
@@ -139,8 +143,7 @@ def assemble(
     sampler = on_stock_grid(sampler, student.path, teacher.pipe.scheduler)
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
-    if recipe.terms.needs:
-        method = WithTerms(method, recipe.terms, _embedding(recipe, teacher)).to(device)
+    objective = Objective(method, _terms(recipe, teacher, prompts)).to(device)
     # Only now: the student and its followers are float32 copies of the teacher, and exported is what was loaded.
     low = (recipe.train.teacher_precision or recipe.train.precision) == "bf16"
     teacher.compute_in(torch.bfloat16 if low else torch.float32)
@@ -155,6 +158,7 @@ def assemble(
         teacher=teacher,
         student=student,
         method=method,
+        objective=objective,
         sampler=sampler,
         prompts=prompts,
         changes=changes,
@@ -237,12 +241,29 @@ def _match_output(
     return found.adapter
 
 
-def _embedding(recipe: Recipe, teacher: PipelineTeacher) -> Callable[[Tensor], Tensor] | None:
-    """Latents to features of their images, with a graph; None where no term asks for it."""
-    if not recipe.terms.perceptual_weight:
-        return None
-    network = cast(ClipFeatures, load_features(recipe.terms.perceptual, device=teacher.device))
-    return lambda latents: network.embed(255 * teacher.family.to_images(teacher.pipe, latents))
+def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: list[str]) -> list[Term]:
+    """The terms that have a weight."""
+    options, device, terms = recipe.terms, teacher.device, list[Term]()
+
+    def decode(latents: Tensor) -> Tensor:
+        return teacher.family.to_images(teacher.pipe, latents)
+
+    if options.regression_weight:
+        terms.append(RegressionTerm(options.regression_weight, options.regression))
+    if options.perceptual_weight:
+        network = cast(ClipFeatures, load_features(options.perceptual, device=device))
+        terms.append(PerceptualTerm(options.perceptual_weight, lambda x: network.embed(255 * decode(x))))
+    if options.gan_weight:
+        terms.append(GanTerm(options.gan_weight, teacher.denoiser, options.gan_lr_ratio))
+    if options.reward_weight:
+        if isinstance(teacher.family, LabelFamily):
+            raise UserError(
+                f"terms.reward_weight is {options.reward_weight:g}, but {recipe.teacher} draws classes, and a reward "
+                "reads prompts: set it to 0"
+            )
+        reward = REWARDS[options.reward.partition(":")[0]](options.reward, device, decode, prompts)
+        terms.append(RewardTerm(options.reward_weight, reward))
+    return terms
 
 
 def training_data(run: Assembled, output: Path) -> Data:

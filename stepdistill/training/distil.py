@@ -131,7 +131,7 @@ def run_recipe(
     if recipe.train.tracker:
         accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
     trained = train(
-        run.method,
+        run.objective,
         data,
         run.recipe,
         output,
@@ -182,7 +182,7 @@ def export_run(run: Path, output: Path | None = None) -> Path:
 
     resolved = resolve(load_recipe(run / "recipe.yaml"))
     assembled = assemble(resolved, Accelerator(cpu=not torch.cuda.is_available()))
-    state = Run(assembled.method, assembled.recipe, run)
+    state = Run(assembled.objective, assembled.recipe, run)
     state.restore()
     folder = output or run / "student"
     with averaged(state.ema):

@@ -23,7 +23,7 @@ from stepdistill.system.memory import peak_memory
 from stepdistill.system.shipped import module_summaries
 from stepdistill.training.assemble import TEACHER_STEPS, Assembled
 from stepdistill.training.report import score_table, write_report
-from stepdistill.training.run import Trained
+from stepdistill.training.run import Finished
 from stepdistill.training.run_report import RunReport
 
 
@@ -50,7 +50,7 @@ def export_student(run: Assembled, folder: Path, command: str) -> None:
     export(run.student, run.sampler, run.teacher, folder, run.shown(4), card(run, command))
 
 
-def finish(run: Assembled, output: Path, trained: Trained, command: str | None) -> RunReport:
+def finish(run: Assembled, output: Path, trained: Finished, command: str | None) -> RunReport:
     """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
     recipe, device, origin = run.recipe, run.accelerator.device, run.origin
     command = command or str(origin["command"])

@@ -21,7 +21,7 @@ from torch import Tensor
 from stepdistill.attention.kernels import attention
 from stepdistill.data.batches import Data
 from stepdistill.errors import UserError
-from stepdistill.losses.contract import FOLLOWERS, Method
+from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import RunLog
@@ -29,12 +29,12 @@ from stepdistill.system.memory import keep_freed_memory
 from stepdistill.training.health import Seen, require_finite
 from stepdistill.training.interruption import Interruption
 from stepdistill.training.parallel import average_gradients, average_numbers, take_turn
-from stepdistill.training.run import Run, Trained
+from stepdistill.training.run import Finished, Run
 from stepdistill.training.schedule import learning_rate
 
 
 def train(
-    method: Method,
+    objective: Objective,
     data: Data,
     recipe: Recipe,
     folder: Path,
@@ -42,11 +42,11 @@ def train(
     *,
     resume: bool = False,
     preview: Callable[[int, Ema | None], Seen] | None = None,
-) -> Trained:
-    """Trains a method's networks in their turns.
+) -> Finished:
+    """Trains a method's networks, and those of its terms, in their turns.
 
     Args:
-        method: the method, its networks on the accelerator's device.
+        objective: the method and its terms, their networks on the accelerator's device.
         data: where batches come from.
         recipe: its ``train`` says how; kept in every checkpoint.
         folder: the run folder; gets ``stats.jsonl`` and ``checkpoints/``.
@@ -62,7 +62,7 @@ def train(
     options = recipe.train
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    run = Run(method, recipe, folder, data.identity())
+    run = Run(objective, recipe, folder, data.identity())
     if resume:
         run.restore()
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -81,18 +81,19 @@ def train(
         Interruption() as interruption,
     ):
         while not run.done:
-            step, turn = run.step, method.turn(run.step)
-            parameters, optimizer = run.trained[turn], run.optimizers[turn]
-            take_turn(run.trained, turn)
+            step, turn = run.step, objective.turn(run.step)
+            name = turn.network
+            parameters, optimizer = run.trained[name], run.optimizers[name]
+            take_turn(run.trained, name)
 
             # Backward, in equal parts whose mean is the batch's loss.
             told: list[dict[str, Tensor]] = []
             for part in data.batch(step, rank * own, own, options.batch).split(options.accumulate):
                 with accelerator.autocast():
-                    loss, logs = method.loss(turn, part)
+                    loss, logs = objective.loss(turn, part)
                 (loss / options.accumulate).backward()
-                told.append({name: value.detach() for name, value in {"loss": loss, **logs}.items()})
-            numbers = {name: float(sum(logs[name] for logs in told)) / len(told) for name in told[0]}
+                told.append({key: value.detach() for key, value in {"loss": loss, **logs}.items()})
+            numbers = {key: float(sum(logs[key] for logs in told)) / len(told) for key in told[0]}
             elapsed = time.perf_counter() - started
             if processes > 1:
                 average_gradients(parameters)
@@ -101,24 +102,24 @@ def train(
 
             # Update.
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
-            require_finite({"loss": numbers["loss"], "gradient": float(norm)}, turn, step, run.last_good)
-            rate = learning_rate(options, step) * method.lr_ratio(turn, step)
-            if options.lr_of == "x0" and turn not in FOLLOWERS:
-                rate /= method.student.x0_gain(method.times)
+            require_finite({"loss": numbers["loss"], "gradient": float(norm)}, name, step, run.last_good)
+            rate = learning_rate(options, step) * objective.lr_ratio(turn)
+            if options.lr_of == "x0" and not objective.trained[name].follows:
+                rate /= objective.method.student.x0_gain(objective.method.times)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            method.after_step(step)
-            for name in method.anew(step):
-                run.optimizers[name].state.clear()
-            if run.ema and turn == "student":
+            objective.after_step(turn)
+            for other in objective.anew(turn):
+                run.optimizers[other].state.clear()
+            if run.ema and objective.trained[name].module is objective.averaged:
                 run.ema.update()
             run.step, run.seconds = step + 1, elapsed
 
             # Say how it goes.
             values: dict[str, float | str] = {
-                "turn": turn,
+                "turn": name,
                 **numbers,
                 "grad_norm": float(norm),
                 "lr": rate,
@@ -131,7 +132,7 @@ def train(
             values["seconds"] = run.seconds
             log.step(step, values, shown=("turn", "loss"))
             if options.tracker:
-                plotted = {f"{turn}/{k}": v for k, v in values.items() if isinstance(v, float)}
+                plotted = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, float)}
                 accelerator.log(plotted, step=step)
             due = run.step % options.checkpoint_every == 0 or run.done
             if main and (due or interruption.asked):
@@ -139,4 +140,4 @@ def train(
             if interruption.asked:
                 log.note(f"stopped after step {step}; --resume goes on from there")
                 raise KeyboardInterrupt
-    return Trained(run.seconds, run.step, run.ema)
+    return Finished(run.seconds, run.step, run.ema)

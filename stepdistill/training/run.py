@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.losses.contract import Method
+from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.lora import lora_layers
 from stepdistill.recipes.recipe import Recipe
@@ -27,7 +27,7 @@ from stepdistill.training.identity import differences, identity
 
 
 @dataclass(frozen=True)
-class Trained:
+class Finished:
     """What training leaves besides the weights in the method.
 
     Attributes:
@@ -45,7 +45,7 @@ class Run:
     """The state of a run between two steps, and how it is saved and restored.
 
     Args:
-        method: what is trained.
+        objective: what is trained.
         recipe: kept in every checkpoint and compared on resume.
         folder: the run folder.
         inputs: ``Data.identity``, kept in every checkpoint and compared on resume; None, where nothing is trained,
@@ -53,12 +53,12 @@ class Run:
     """
 
     def __init__(
-        self, method: Method, recipe: Recipe, folder: Path, inputs: dict[str, str] | None = None
+        self, objective: Objective, recipe: Recipe, folder: Path, inputs: dict[str, str] | None = None
     ) -> None:
-        self.method, self.recipe, self.options, self.inputs = method, recipe, recipe.train, inputs
+        self.objective, self.recipe, self.options, self.inputs = objective, recipe, recipe.train, inputs
         self.checkpoints = folder / "checkpoints"
         options = recipe.train
-        networks = method.networks()
+        networks = {name: one.module for name, one in objective.trained.items()}
         self.trained = {k: [p for p in net.parameters() if p.requires_grad] for k, net in networks.items()}
         self.optimizers = {
             name: torch.optim.AdamW(
@@ -67,16 +67,25 @@ class Run:
             for name, parameters in self.trained.items()
         }
         averaged = options.ema or options.ema_power
-        self.ema = Ema(networks["student"], options.ema, options.ema_power) if averaged else None
+        self.ema = Ema(objective.averaged, options.ema, options.ema_power) if averaged else None
         # A frozen parameter of a trained network (the base of an adapter) is the teacher's and need not be kept, nor
         # that of a copy of it (a target network); whatever else a frozen module of the method holds is state.
-        student = networks["student"]
+        student = objective.averaged
         base = {name for name, p in student.named_parameters() if not p.requires_grad}
-        copies = [net for net in method.modules() if base and type(net) is type(student) and lora_layers(net)]
+        copies = [
+            net for net in objective.modules() if base and type(net) is type(student) and lora_layers(net)
+        ]
         frozen = {id(p) for net in networks.values() for p in net.parameters() if not p.requires_grad}
         frozen |= {id(p) for net in copies for name, p in net.named_parameters() if name in base}
-        tensors = [*method.named_parameters(), *method.named_buffers()]
-        self.state_names = [name for name, value in tensors if id(value) not in frozen]
+        self.modules = {"method": objective.method, "terms": objective.terms}
+        self.state_names = {
+            part: [
+                name
+                for name, value in [*module.named_parameters(), *module.named_buffers()]
+                if id(value) not in frozen
+            ]
+            for part, module in self.modules.items()
+        }
         self.step, self.seconds = 0, 0.0
         self.last_good: Path | None = None
 
@@ -86,13 +95,15 @@ class Run:
         budget = self.options.budget_seconds
         return self.step >= self.options.steps or 0 < budget <= self.seconds
 
-    def _method_state(self) -> dict[str, Tensor]:
-        state = self.method.state_dict()
-        return {name: state[name] for name in self.state_names if name in state}
+    def _state(self, part: str) -> dict[str, Tensor]:
+        state = self.modules[part].state_dict()
+        return {name: state[name] for name in self.state_names[part] if name in state}
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        tensors: dict[str, dict[str, Tensor]] = {"method": self._method_state()}
+        tensors: dict[str, dict[str, Tensor]] = {
+            part: own for part in self.modules if (own := self._state(part))
+        }
         for name, optimizer in self.optimizers.items():
             tensors[f"optimizer-{name}"] = optimizer_state(optimizer)
         if self.ema:
@@ -111,11 +122,13 @@ class Run:
         if self.inputs is not None:
             self._check_inputs(last)
         tensors, state = load_checkpoint(last)
-        expected = set(self._method_state())
-        if set(tensors["method"]) != expected:
-            odd = sorted(set(tensors["method"]) ^ expected)[0]
-            raise UserError(f"--resume: {last} was made by another version of the method ({odd} differs)")
-        self.method.load_state_dict(tensors["method"], strict=False)
+        for part, module in self.modules.items():
+            found = tensors.get(part, {})
+            if odd := sorted(found.keys() ^ self._state(part).keys()):
+                raise UserError(
+                    f"--resume: {last} was made by another version of the {part} ({odd[0]} differs)"
+                )
+            module.load_state_dict(found, strict=False)
         for name, optimizer in self.optimizers.items():
             load_optimizer_state(optimizer, tensors[f"optimizer-{name}"])
         if self.ema:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flow_toy import OnPath
-from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.change_of_path import on_straight
 from stepdistill.diffusion.path import FlowPath, TablePath
 from stepdistill.diffusion.polyline import Polyline
 from stepdistill.diffusion.solvers import trajectory, uniform_times
 from stepdistill.families.condition import Condition
-from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.batch import Examples
 from stepdistill.methods.flow_map import FlowMap
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -64,7 +66,7 @@ def test_jumps_of_no_length_learn_the_teachers_velocity_between_the_states_too(
         grid = (*uniform_times(4), 0.0)
         states = list(trajectory(lambda x, t: teacher.predict(x, t, Condition()), noise, grid, "ddim"))
         pairs = Examples(states[-1], Condition(), noise, torch.stack(states[:-1], 1))
-        loss = method.loss("student", Batch(plain.draws, noise, Condition(), None, pairs))[0]
+        loss = loss_of(method, "student", replace(plain, noise=noise, pairs=pairs))[0]
         assert float(loss) < 1e-6
         line = Polyline.of(
             torch.stack([noise, *states], 1), torch.tensor(grid), lambda x, t: on_straight(path, x, t)

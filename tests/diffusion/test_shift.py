@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from contract_toy import batch_for
 from tiny import tiny_pipeline, tiny_prompts
 from torch import Tensor
-from toy import Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.data.pairs import PairCache
 from stepdistill.diffusion.path import FlowPath
@@ -160,7 +160,7 @@ def test_grids_lie_on_the_teachers_schedule(name: str) -> None:
         kind.Options(grid=grid, guidance=1.0),
     )
     with times_seen() as seen:
-        method.loss("student", batch_for(method, 64))
+        loss_of(method, "student", batch_for(method, 64))
     away = (seen[0][:, None] - own_times(grid, shift=SHIFT)).abs().amin(1)
     assert away.max() < 1e-6
     assert (seen[0][:, None] - torch.tensor(uniform_times(grid))).abs().amin(1).max() > 0.005

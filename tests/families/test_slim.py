@@ -134,6 +134,6 @@ def test_a_slim_student_is_a_stock_folder(name: str, tmp_path: Path) -> None:
     assert scheduler["prediction_type"] == "v_prediction"
     recipe = load_recipe(run.folder / "recipe.yaml")
     job = assemble(resolve(recipe), Accelerator(cpu=True), tiny_pipeline(name))
-    Run(job.method, recipe, run.folder).restore()
+    Run(job.objective, recipe, run.folder).restore()
     saved = loaded.unet.state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in job.student.net.state_dict().items())

@@ -8,7 +8,7 @@ from matching_toy import FAMILY, MU, S, full_batch
 from table_toy import TABLE, Eps, eps_teacher, gaussian_eps
 from tiny import shaken, tiny_prompts
 from torch import nn
-from toy import SHAPE, Affine, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Affine, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath
@@ -86,7 +86,7 @@ def test_without_guidance_a_teacher_needs_no_unconditional_mode(teacher_of):
         FakeScore(teacher),
         torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)),
     )
-    batch = Batch(Draws(0, 0, 0, 2), noise, teacher.encode(["0", "0"]))
+    batch = Batch(Draws(0, 0, 0, 2), noise, teacher.encode(["0", "0"]), torch.zeros(2))
     assert float(fake.views(teacher, noise, batch, FakeScoreOptions(), 1.0).error.abs().max()) == 0.0
     with pytest.raises(UserError, match="needs an unconditional mode"):
         fake.views(teacher, noise, batch, FakeScoreOptions(), 1.5)
@@ -144,9 +144,9 @@ def test_with_eps_heads_on_a_table_the_gradient_of_a_mean_shift_is_the_closed_fo
         DMD: e / size, FDistill: e / size, DiffInstruct: e, SiD: e * part / size,
         SIM: 2 * e * part / (2 * e**2 + c**2).sqrt(), PhasedDMD: (alpha / sigma) ** 2 * e,
     }[kind]  # fmt: skip
-    turn = method.turn(method.options.fake_steps)
-    net = method.networks()[turn].net
-    method.loss(turn, batch)[0].backward()
+    turn = method.turn(method.options.fake_steps).network
+    net = modules_of(method)[turn].net
+    loss_of(method, turn, batch)[0].backward()
     assert float(net.shift.grad) == pytest.approx(float(expected.mean()), rel=2e-3)
 
 
@@ -163,7 +163,7 @@ def test_guidance_moves_the_fixed_point_and_score_guidance_goes_first(kind, opti
     sizes = []
     for method in (there, away):
         batch = toy_batch(16)
-        logs = method.loss(method.turn(method.options.fake_steps), batch)[1]
+        logs = loss_of(method, method.turn(method.options.fake_steps).network, batch)[1]
         sizes.append(float(logs["error" if "error" in logs else "field"]))
     assert sizes[0] < 1e-4 and sizes[1] > 1e-2, sizes
 
@@ -195,8 +195,8 @@ def test_a_weight_is_what_its_term_is_multiplied_by(kind, turn, option, term, lo
     losses, logs, gradients = [], {}, []
     for weight in (low, high):
         method = perceptrons(kind, **{**more, option: weight})
-        loss, logs = method.loss(turn, batch)
-        parameters = list(method.networks()[turn].parameters())
+        loss, logs = loss_of(method, turn, batch)
+        parameters = list(modules_of(method)[turn].parameters())
         losses.append(float(loss.detach()))
         for value in (loss, logs[term]) if weight == high else (loss,):
             found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
@@ -217,13 +217,13 @@ def test_a_turn_holds_no_graph_to_the_other_network(kind):
     which a student is pushed has none to the fake network. (SiD and SIM differentiate through it.)"""
     method = perceptrons(kind)
     of_fake = list(method.fake.parameters())
-    own = [p for name, net in method.networks().items() if name != "fake" for p in net.parameters()]
-    method.loss("fake", full_batch(step=0))[0].backward()
+    own = [p for name, net in modules_of(method).items() if name != "fake" for p in net.parameters()]
+    loss_of(method, "fake", full_batch(step=0))[0].backward()
     assert all(p.grad is None for p in own) and all(p.grad is not None for p in of_fake)
     if kind in (DMD, DiffInstruct, PhasedDMD):
         method.zero_grad(set_to_none=True)
-        step = next(step for step in range(20) if method.turn(step) != "fake")
-        method.loss(method.turn(step), full_batch(step=step))[0].backward()
+        step = next(step for step in range(20) if method.turn(step).network != "fake")
+        loss_of(method, method.turn(step).network, full_batch(step=step))[0].backward()
         assert all(p.grad is None for p in of_fake) and any(p.grad is not None for p in own)
 
 
@@ -236,16 +236,16 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(kind, teacher_of):
     step = next(step for step in range(9) if Draws(0, step, 0, 2).shared_integer("exit", 2) == 1)
     draws = Draws(0, step, 0, 2)
     images = Examples(draws.normal("images", teacher.shape), cond)
-    batch = Batch(draws, draws.normal("noise", teacher.shape), cond, images)
+    batch = Batch(draws, draws.normal("noise", teacher.shape), cond, torch.zeros(draws.count), images)
     more = {"phases": 1} if kind is PhasedDMD else {}
     for enabled in (False, True):
         options = kind.Options(guidance=2.0, **more)
         method = kind(teacher, Student.from_teacher(teacher), (1.0, 0.5), options)
         shaken(method.fake.net)  # a copy of the teacher sees nothing to learn
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss, _ = method.loss("student", batch)
+            loss, _ = loss_of(method, "student", batch)
         loss.backward()
-        gradients.append([p.grad for p in method.networks()["student"].parameters()])
+        gradients.append([p.grad for p in modules_of(method)["student"].parameters()])
     full, half = gradients
     assert [g is not None and bool(g.any()) for g in full] == [g is not None and bool(g.any()) for g in half]
     pairs = [(a.flatten(), b.flatten()) for a, b in zip(full, half, strict=True) if a is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,21 @@ from toy import Gaussian, GaussianFlowMap, Mixture, Perceptron, ToyTeacher, toy_
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
+from stepdistill.losses.contract import Turn
+from stepdistill.losses.objective import Objective
 from stepdistill.losses.regression import ends
-from stepdistill.losses.terms import WithTerms
+from stepdistill.losses.rewards import RewardTerm
+from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm
 from stepdistill.methods import find_method, method_names
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.recipes.sections import TermOptions
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.parallel import take_turn
 
 PATH = FlowPath()
 
@@ -47,11 +51,20 @@ def direction(latents):
     return nn.functional.normalize(latents.flatten(1) + 2, dim=1)
 
 
+def student_loss(objective, sample):
+    """Value and logs of the student's turn at the step of the batch."""
+    return objective.loss(Turn("student", sample.draws.step), sample)
+
+
+def gan_beside(method, weight=1.0, lr_ratio=1.0):
+    return Objective(method, [GanTerm(weight, method.teacher.denoiser, lr_ratio)])
+
+
 def test_terms_add_to_the_methods_own_loss():
-    terms = TermOptions(regression_weight=0.5, regression="l1", perceptual_weight=0.25)
-    method = WithTerms(plain(), terms, direction)
-    total, logs = method.loss("student", batch())
-    own, _ = method.method.loss("student", batch())
+    method = plain()
+    terms = [RegressionTerm(0.5, "l1"), PerceptualTerm(0.25, direction)]
+    total, logs = student_loss(Objective(method, terms), batch())
+    own = method.loss(Turn("student", 0), batch()).value
     sample = batch()
     seen = method.student.predict(sample.pairs.noise, torch.ones(8), sample.pairs.cond).x0
     regression = (seen - sample.pairs.x0).abs().mean()
@@ -64,14 +77,15 @@ def test_terms_add_to_the_methods_own_loss():
 
 
 def test_terms_vanish_with_their_gradient_at_the_exact_student():
-    method = WithTerms(plain(), TermOptions(regression_weight=1.0, perceptual_weight=1.0), direction)
+    method = plain()
     exact = method.student
 
     def land(z):
         with torch.no_grad():
             return exact.predict(z, torch.ones(len(z)), batch().cond).x0
 
-    _, logs = method.loss("student", toy_batch(8, pairs=land))
+    objective = Objective(method, [RegressionTerm(1.0, "l2"), PerceptualTerm(1.0, direction)])
+    _, logs = student_loss(objective, toy_batch(8, pairs=land))
     for name in ("term regression", "term perceptual"):
         gradients = torch.autograd.grad(logs[name], list(exact.net.parameters()), retain_graph=True)
         assert float(logs[name].detach()) == pytest.approx(0, abs=1e-10)
@@ -97,8 +111,7 @@ def test_the_regression_reads_each_state_at_its_own_time():
         return predict(x, t, cond, s)
 
     student.predict = watched
-    terms = WithTerms(method, TermOptions(regression_weight=1.0))
-    terms.loss("student", sample)
+    student_loss(Objective(method, [RegressionTerm(1.0, "l2")]), sample)
     x, t = asked[-1]
     line = t.view(-1, 1, 1, 1) * pairs.noise + (1 - t.view(-1, 1, 1, 1)) * pairs.x0
     torch.testing.assert_close(x, line)
@@ -106,24 +119,19 @@ def test_the_regression_reads_each_state_at_its_own_time():
 
 
 @pytest.mark.parametrize("name", ["dmd", "reflow"])
-def test_the_discriminators_turns_come_between_the_methods_own(name):
-    """Without them the sequence of turns, rates and losses is that of the method alone."""
-    alone, method = plain(name), WithTerms(plain(name), TermOptions(gan_weight=1e-9, gan_lr_ratio=3.0))
-    turns = [method.turn(step) for step in range(24)]
-    assert turns[::2] == ["discriminator"] * 12
+def test_the_critics_turns_come_between_the_methods_own(name):
+    """Without them the sequence of turns, rates and losses is that of the method alone: its clock is its own, and the
+    random numbers are those of the run's step."""
+    alone, objective = plain(name), gan_beside(plain(name), 1e-9, 3.0)
+    turns = [objective.turn(step) for step in range(24)]
+    assert turns[::2] == [Turn("term gan", step) for step in range(12)]
     assert turns[1::2] == [alone.turn(step) for step in range(12)]
-    assert {method.lr_ratio("discriminator", step) for step in range(0, 24, 2)} == {3.0}
+    assert {objective.lr_ratio(turn) for turn in turns[::2]} == {3.0}
     for step in range(12):
-        turn = alone.turn(step)
-        loss, _ = method.loss(turn, batch(2 * step + 1))
-        own = alone.loss(turn, batch_at(step))[0]
-        assert turn == "fake" or float(loss) == pytest.approx(float(own), rel=1e-4, abs=1e-6)
-
-
-def batch_at(step):
-    """The batch of the run's step 2 step + 1 as the method's step ``step``."""
-    sample = batch(2 * step + 1)
-    return replace(sample, draws=replace(sample.draws, step=step))
+        turn, sample = alone.turn(step), batch(2 * step + 1)
+        loss, _ = objective.loss(turn, sample)
+        own = alone.loss(turn, sample).value
+        assert turn.network == "fake" or float(loss) == pytest.approx(float(own), rel=1e-4, abs=1e-6)
 
 
 def test_what_the_perceptual_term_wants_holds_no_graph():
@@ -134,68 +142,159 @@ def test_what_the_perceptual_term_wants_holds_no_graph():
         seen.append(loud * direction(latents))
         return seen[-1]
 
-    WithTerms(plain(), TermOptions(perceptual_weight=1.0), embed).loss("student", batch())
+    student_loss(Objective(plain(), [PerceptualTerm(1.0, embed)]), batch())
     assert [features.requires_grad for features in seen] == [False, True]
 
 
 class Counted(find_method("reflow")):
     """Keeps the steps it is told, and logs that are not to be written to."""
 
-    def __init__(self, *given):
-        super().__init__(*given)
+    def setup(self):
+        super().setup()
         self.steps = []
 
     def loss(self, turn, batch):
-        return super().loss(turn, batch)[0], MappingProxyType({})
+        return replace(super().loss(turn, batch), logs=MappingProxyType({}))
 
-    def after_step(self, step):
-        self.steps.append(step)
+    def after_step(self, turn):
+        self.steps.append(turn.step)
 
-    def anew(self, step):
-        return frozenset({f"anew {step}"})
+    def anew(self, turn):
+        return frozenset({f"anew {turn.step}"})
 
 
-def counted(**terms):
+def counted():
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    return WithTerms(Counted(teacher, student, (1.0,), Counted.Options()), TermOptions(**terms))
+    return Counted(teacher, student, (1.0,), Counted.Options())
 
 
 def test_a_method_is_told_its_own_steps_alone():
-    with_gan, without = counted(gan_weight=0.1), counted(regression_weight=0.1)
+    with_gan, without = gan_beside(counted(), 0.1), Objective(counted(), [RegressionTerm(0.1, "l2")])
     for step in range(6):
-        own = step // 2
-        assert with_gan.anew(step) == ({f"anew {own}"} if step % 2 else set())
-        assert without.anew(step) == {f"anew {step}"}
-        with_gan.after_step(step)
-        without.after_step(step)
+        assert with_gan.anew(with_gan.turn(step)) == ({f"anew {step // 2}"} if step % 2 else set())
+        assert without.anew(without.turn(step)) == {f"anew {step}"}
+        for objective in (with_gan, without):
+            objective.after_step(objective.turn(step))
     assert with_gan.method.steps == [0, 1, 2] and without.method.steps == list(range(6))
-    assert set(with_gan.networks()) == {"student", "discriminator"} and set(without.networks()) == {"student"}
-    assert with_gan.networks()["discriminator"] is with_gan.gan
-    assert set(with_gan.loss("student", batch(1))[1]) == {"term gan"}
-    assert set(without.loss("student", batch(1))[1]) == {"term regression"}
+    assert set(with_gan.trained) == {"student", "term gan"} and set(without.trained) == {"student"}
+    assert set(student_loss(with_gan, batch(1))[1]) == {"term gan"}
+    assert set(student_loss(without, batch(1))[1]) == {"term regression"}
 
 
-@pytest.mark.parametrize(("name", "times"), [("dmd", (1.0, 0.5)), ("flow_map", (1.0, 0.5)), ("lcm", (1.0,))])
-def test_the_gans_samples_are_those_that_are_drawn_and_its_gradient_that_of_the_last_call(name, times):
-    method = WithTerms(plain(name, times), TermOptions(gan_weight=1.0))
+def test_a_methods_own_discriminator_and_the_terms_both_train():
+    """PCM calls its discriminator what it likes: four turns move its own, the term's and the student, each alone."""
+    kind = find_method("pcm")
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    student = toy_student(Perceptron(seed=1), PATH, "velocity")
+    objective = gan_beside(kind(teacher, student, (1.0,), kind.Options(gan_weight=0.1)), 0.1)
+    assert [objective.turn(step).network for step in range(4)] == [
+        *("term gan", "discriminator", "term gan", "student")
+    ]
+    parameters = {name: list(one.module.parameters()) for name, one in objective.trained.items()}
+    for step in range(4):
+        turn = objective.turn(step)
+        take_turn(parameters, turn.network)
+        objective.zero_grad(set_to_none=True)
+        objective.loss(turn, batch(step))[0].backward()
+        reached = {name for name, own in parameters.items() if any(p.grad is not None for p in own)}
+        assert reached == {turn.network}
+        assert any(bool(p.grad.any()) for p in parameters[turn.network])
+
+
+def test_a_critic_called_like_a_network_of_the_method_is_refused():
+    class Clash(find_method("pcm")):
+        def trained(self):
+            return {**super().trained(), "term gan": super().trained()["student"]}
+
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    method = Clash(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), (1.0,), Clash.Options())
+    with pytest.raises(ValueError, match="'term gan'"):
+        gan_beside(method)
+
+
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        ("dmd", (1.0,)),
+        ("phased_dmd", (1.0, 0.5)),
+        ("flow_map", (1.0, 0.5)),
+        ("lcm", (1.0,)),
+        ("reflow", (1.0, 0.5)),
+    ],
+)
+def test_terms_read_the_students_samples_and_the_critic_the_same_ones(name, times):
+    """The samples are the method's own where its loss makes them, and a term costs no second rollout there."""
+    kind = find_method(name)
+    options = kind.Options(**({"phases": 1} if name == "phased_dmd" else {}))
+    teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
+    method = kind(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), times, options)
+    objective, sample = gan_beside(method), batch_with_states(batch(1), times)
+    turn = next(turn for step in range(1, 40) if (turn := objective.turn(step)).network == "student")
+    found = method.loss(turn, sample)
+    made = method.sample(sample)
+    assert made.requires_grad
+    assert (found.sample is not None) == (name in ("dmd", "phased_dmd"))
+    if found.sample is not None:
+        assert torch.equal(found.sample, made) and found.sample.requires_grad
+    calls = []
+    method.student.net.register_forward_hook(lambda *_: calls.append(1))
+    method.loss(turn, sample)
+    alone = len(calls)
+    _, logs = objective.loss(turn, sample)
+    more = 0 if found.sample is not None else len(times)
+    assert len(calls) == 2 * alone + more
+    assert torch.equal(logs["term gan"], objective.terms["gan"].gan.for_generator(made, sample))
+    critics = objective.loss(Turn("term gan", 0), sample)[0]
+    wanted = objective.terms["gan"].gan.for_discriminator(made.detach(), sample.images, sample)
+    assert torch.equal(critics, wanted)
+    critics.backward()
+    assert all(p.grad is None for p in method.student.net.parameters())
+    assert all(p.grad is not None for p in objective.terms["gan"].parameters())
+
+
+@pytest.mark.parametrize(("name", "times"), [("flow_map", (1.0, 0.5)), ("lcm", (1.0,)), ("tcd", (1.0, 0.5))])
+def test_samples_are_those_that_are_drawn_and_their_gradient_that_of_the_last_call(name, times):
+    method = plain(name, times)
     sample, sampler = batch(1), method.sampler()
     made = method.sample(sample)
     with torch.no_grad():
-        drawn = sampler.draw(method.student, sample.noise, sample.cond, sample.fresh)
         start = sampler.walk(method.student, sample.noise, sample.cond, sample.fresh, len(times) - 1)
-    assert torch.equal(made, drawn)
     t = torch.full((8,), times[-1])
     end = (torch.zeros(8),) if method.student.two_times else ()
     last = method.student.predict(start, t, sample.cond, *end).x0
+    assert torch.equal(made, last)
     parameters = list(method.student.net.parameters())
     for one, two in zip(
         torch.autograd.grad(made.sum(), parameters), torch.autograd.grad(last.sum(), parameters), strict=True
     ):
         torch.testing.assert_close(one, two)
-    method.loss("discriminator", sample)[0].backward()
-    assert all(p.grad is None for p in parameters)
-    assert all(p.grad is not None for p in method.gan.parameters())
+
+
+def test_a_reward_is_climbed_and_told_which_prompt_each_sample_is_of():
+    """Less the weighted mean reward is added; a step against its gradient raises the reward."""
+    told = []
+
+    def reward(x0, prompt):
+        told.append(prompt)
+        return x0.flatten(1).mean(1) * (1 + prompt)
+
+    method, sample = plain("dmd"), batch(1)
+    objective = Objective(method, [RewardTerm(0.5, reward)])
+    turn = next(turn for step in range(40) if (turn := objective.turn(step)).network == "student")
+    loss, logs = objective.loss(turn, sample)
+    before = reward(method.sample(sample), sample.prompt).mean()
+    assert float(logs["term reward"]) == pytest.approx(-float(before), rel=1e-6)
+    own = method.loss(turn, sample).value
+    assert float(loss) == pytest.approx(float(own - 0.5 * before), rel=1e-5)
+    assert all(torch.equal(prompt, sample.prompt) for prompt in told)
+    parameters = list(method.student.net.parameters())
+    with torch.no_grad():
+        for value, gradient in zip(
+            parameters, torch.autograd.grad(logs["term reward"], parameters), strict=True
+        ):
+            value -= 0.01 * gradient
+    assert float(reward(method.sample(sample), sample.prompt).mean()) > float(before)
 
 
 def test_one_expert_for_all_calls_takes_a_gan():
@@ -203,8 +302,15 @@ def test_one_expert_for_all_calls_takes_a_gan():
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
     method = kind(teacher, student, (1.0, 0.5), kind.Options(phases=1))
-    assert method.span("student") == (0, 2)
-    assert "discriminator" in WithTerms(method, TermOptions(gan_weight=0.5)).networks()
+    assert method.trained()["student"].span == (0, 2)
+    assert "term gan" in gan_beside(method, 0.5).trained
+
+
+def batch_with_states(sample, times):
+    """The same with the states of straight trajectories."""
+    pairs = sample.pairs
+    between = [t * pairs.noise + (1 - t) * pairs.x0 for t in times[1:]]
+    return replace(sample, pairs=replace(pairs, states=torch.stack(between, 1) if between else None))
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -212,25 +318,20 @@ def test_any_method_takes_them(name):
     kind = find_method(name)
     times = (1.0, 0.5) if len(kind.default_times) > 1 else (1.0,)
     gan = name != "phased_dmd"  # whose experts draw no clean sample, but for the last
-    method = WithTerms(plain(name, times), TermOptions(regression_weight=1.0, gan_weight=float(gan)))
+    method = plain(name, times)
+    terms: list[Any] = [RegressionTerm(1.0, "l2"), *([GanTerm(1.0, method.teacher.denoiser)] if gan else [])]
+    objective, sample = Objective(method, terms), batch_with_states(batch(1), times)
     turn = next(
-        turn for step in range(1, 400) if (turn := method.turn(step)) not in ("fake", "discriminator")
+        turn
+        for step in range(1, 400)
+        if not objective.trained[(turn := objective.turn(step)).network].follows
     )
-    sample = batch(1)
-    if len(times) > 1:
-        pairs = sample.pairs
-        states = (0.5 * pairs.noise + 0.5 * pairs.x0)[:, None]
-        sample = type(sample)(
-            sample.draws,
-            sample.noise,
-            sample.cond,
-            sample.images,
-            type(pairs)(pairs.x0, pairs.cond, pairs.noise, states),
-        )
-    wanted = [(turn, {"term regression"} | ({"term gan"} if gan else set()))]
-    for which, names in [*wanted, *([("discriminator", {"discriminator"})] if gan else [])]:
-        loss, logs = method.loss(which, sample)
-        assert names <= set(logs) and bool(torch.isfinite(loss))
+    loss, logs = objective.loss(turn, sample)
+    assert {"term regression"} | ({"term gan"} if gan else set()) <= set(logs) and bool(torch.isfinite(loss))
+    for name, one in objective.trained.items():
+        if one.follows:  # no term is for what follows the student
+            found, logs = objective.loss(Turn(name, turn.step), sample)
+            assert not any(key.startswith("term") for key in logs) and bool(torch.isfinite(found))
 
 
 def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
@@ -244,25 +345,23 @@ def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
         teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
         return kind(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), times, options)
 
-    method = WithTerms(experts(), TermOptions(regression_weight=1.0))
-    sample = batch()
-    pairs = sample.pairs
-    states = torch.stack([t * pairs.noise + (1 - t) * pairs.x0 for t in times[1:]], 1)
-    sample = replace(sample, pairs=replace(pairs, states=states))
+    method = experts()
+    objective, sample = Objective(method, [RegressionTerm(1.0, "l2")]), batch_with_states(batch(), times)
+    assert objective.averaged is method.student.net.nets[1]
     nets = dict(zip(("expert-1", "student"), method.student.net.nets, strict=True))
-    for turn, own in (("expert-1", (0, 1)), ("student", (2, 3))):
-        step = next(step for step in range(9) if method.turn(step) == turn)
-        _, logs = method.loss(turn, replace(sample, draws=replace(sample.draws, step=step)))
+    for whose, own in (("expert-1", (0, 2)), ("student", (2, 4))):
+        turn = next(turn for step in range(9) if (turn := method.turn(step)).network == whose)
+        _, logs = objective.loss(turn, sample)
         method.zero_grad(set_to_none=True)
         logs["term regression"].backward()
         assert {name for name, net in nets.items() if any(p.grad is not None for p in net.parameters())} == {
-            turn
+            whose
         }
-        assert method.method.span(turn) == (own[0], own[1] + 1)
-    with pytest.raises(
-        UserError, match=r"terms\.gan_weight is 0\.5, but expert-1 draws no clean sample to be told"
-    ):
-        WithTerms(experts(), TermOptions(gan_weight=0.5))
+        assert method.trained()[whose].span == own
+    with pytest.raises(UserError, match=r"terms\.gan_weight is 0\.5, but expert-1 draws no clean sample"):
+        gan_beside(experts(), 0.5)
+    with pytest.raises(UserError, match=r"terms\.reward_weight is 0\.5, but expert-1 draws no clean sample"):
+        Objective(experts(), [RewardTerm(0.5, lambda x0, prompt: x0.flatten(1).mean(1))])
 
 
 def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
@@ -270,17 +369,17 @@ def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
         f"data.prompts={HERE / 'prompts.txt'}", "train.steps=4", "train.batch=4", "train.sheet_every=0",
         "options.pairs=8", "options.pair_steps=4", "options.guidance=2.0", "student.times=[1.0, 0.5]", "evaluate=false",
         "terms.regression_weight=0.1", "terms.perceptual_weight=0.1", "terms.gan_weight=0.01",
-        "train.ema_power=6.94",
+        "terms.reward_weight=0.01", "train.ema_power=6.94",
     ]  # fmt: skip
     accelerator = Accelerator(cpu=True)
     job = assemble(resolve(load_recipe(HERE / "empty.yaml", method="lcm", sets=sets)), accelerator, None)
     assert job.needs >= {"pairs", "states", "images"}
     before = {name: value.clone() for name, value in job.teacher.denoiser.net.state_dict().items()}
-    trained = train(job.method, training_data(job, tmp_path), job.recipe, tmp_path, accelerator)
+    trained = train(job.objective, training_data(job, tmp_path), job.recipe, tmp_path, accelerator)
     rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
-    assert [row["turn"] for row in rows] == ["discriminator", "student"] * 2
-    assert {"term regression", "term perceptual", "term gan"} <= set(rows[1])
-    assert 0 < rows[1]["term perceptual"] < 4
+    assert [row["turn"] for row in rows] == ["term gan", "student"] * 2
+    assert {"term regression", "term perceptual", "term gan", "term reward"} <= set(rows[1])
+    assert 0 < rows[1]["term perceptual"] < 4 and -1 < rows[1]["term reward"] < 1
     after = job.teacher.denoiser.net.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert trained.ema is not None and trained.ema.updates == 2
@@ -289,6 +388,8 @@ def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
 def test_only_networks_with_a_graph_can_be_perceptual():
     with pytest.raises(UserError, match=r"terms\.perceptual.*emoji or clip:FOLDER"):
         load_recipe(HERE / "empty.yaml", method="lcm", sets=["terms.perceptual=inception:file.pt"])
+    with pytest.raises(UserError, match=r"terms\.reward.*emoji or clip:FOLDER"):
+        load_recipe(HERE / "empty.yaml", method="lcm", sets=["terms.reward=dinov2:folder"])
 
 
 def test_a_power_functions_average_weighs_the_past_by_a_power_of_its_age():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from sampler_toy import Output, teacher_scheduler
 from torch import Tensor, nn
-from toy import SHAPE, Gaussian, GaussianMap, Mixture, ToyFamily, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, GaussianMap, Mixture, ToyFamily, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath
 from stepdistill.diffusion.solvers import Predict, solve
@@ -166,7 +166,7 @@ def test_consistency_losses_vanish_with_the_step_at_the_exact_map(schedule: str,
     def residual(method: Any, net: nn.Module, **options: Any) -> float:
         student = toy_student(As(net, path, kind), path, kind)
         made = method(teacher, student, (1.0,), method.Options(**{"guidance": 1.0, **options}))
-        return float(made.loss("student", batch)[1]["residual"])
+        return float(loss_of(made, "student", batch)[1]["residual"])
 
     exact, beside = GaussianMap(path, MEAN, DEVIATION), GaussianMap(path, MEAN, DEVIATION + 0.2)
     for method, order, options in ((LCM, 2, {}), (Consistency, 3, {"rho": 3.0})):
@@ -200,7 +200,7 @@ def test_the_gradient_of_dmd_is_the_closed_form(schedule: str, kind: Any) -> Non
     student = toy_student(As(generator, path, kind), path, kind)
     method = DMD(teacher, student, (1.0,), DMD.Options(guidance=1.0))
     method.fake.net = As(Gaussian(path, MEAN + shift, DEVIATION), path, kind).requires_grad_(False)
-    method.loss("student", batch)[0].backward()  # type: ignore[no-untyped-call]
+    loss_of(method, "student", batch)[0].backward()  # type: ignore[no-untyped-call]
     t = path.shifted(batch.draws.uniform("score t", 0.02, 0.98))
     alpha, sigma = path.alpha_sigma(t)
     x = MEAN + shift + DEVIATION * batch.noise

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
-from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath
@@ -38,7 +38,7 @@ def test_squared_residual_at_the_exact_map_has_the_order_of_the_solver(path, sol
     squares = []
     for grid in (40, 80):
         method = consistency(path, GaussianMap(path, MU, S), solver=solver, grid=grid, rho=3.0)
-        squares.append(float(method.loss("student", data_batch(4096))[1]["residual"]) ** 2)
+        squares.append(float(loss_of(method, "student", data_batch(4096))[1]["residual"]) ** 2)
     coarse, fine = squares
     assert 0.6 * ratio < coarse / fine < 1.6 * ratio
 
@@ -50,7 +50,7 @@ def test_loss_is_zero_on_a_point_mass(solver):
     student = toy_student(GaussianMap(path, MU, 0.0), path)
     method = Consistency(teacher, student, (1.0,), Consistency.Options(solver=solver))
     batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
-    assert float(method.loss("student", batch)[1]["residual"]) < 2e-6
+    assert float(loss_of(method, "student", batch)[1]["residual"]) < 2e-6
 
 
 def test_distillation_and_training_have_one_expected_gradient_for_a_linear_f():
@@ -63,7 +63,7 @@ def test_distillation_and_training_have_one_expected_gradient_for_a_linear_f():
         )
         with torch.no_grad():
             method.student.net.deviation.add_(0.2)
-        method.loss("student", data_batch(20_000))[0].backward()
+        loss_of(method, "student", data_batch(20_000))[0].backward()
         gradients[solver] = float(method.student.net.deviation.grad)
     assert gradients["none"] == pytest.approx(gradients["ddim"], rel=0.1)
 
@@ -109,7 +109,7 @@ def test_the_index_law_of_ict_is_lognormal():
     mean = float((law * log).sum())
     assert mean == pytest.approx(-1.1, abs=0.1)
     assert float((law * (log - mean).square()).sum()) ** 0.5 == pytest.approx(2.0, abs=0.1)
-    upper, lower = method.levels(data_batch(4000))
+    upper, lower = method.levels(data_batch(4000), 0)
     assert bool((upper > lower).all())
     assert float(((upper * lower).log() / 2).mean()) == pytest.approx(mean, abs=4 * 2 / 4000**0.5)
 
@@ -118,7 +118,7 @@ def test_one_interval_of_the_grid_is_as_likely_as_another():
     path = FlowPath()
     method = consistency(path, GaussianMap(path, MU, S), grid=5)
     grid = method.grid(0)
-    upper, lower = method.levels(data_batch(4000))
+    upper, lower = method.levels(data_batch(4000), 0)
     i = torch.searchsorted(grid, lower)
     assert torch.equal(grid[i], lower) and torch.equal(grid[i + 1], upper)
     drawn = torch.bincount(i, minlength=5)
@@ -132,11 +132,11 @@ def test_the_schedule_of_ect():
     method = consistency(
         path, GaussianMap(path, MU, S), schedule="ect", double_every=100, log_mean=0.0, log_deviation=3.0
     )
-    t, r = method.levels(data_batch(2000, step=0))
+    t, r = method.levels(data_batch(2000, step=0), 0)
     assert bool((r >= 0).all()) and bool((r < t).all())
     assert bool((r[t < 0.5] == 0).all())
     torch.testing.assert_close(r[t > 15], t[t > 15] / 2, rtol=1e-5, atol=0)
-    t, r = method.levels(data_batch(2000, step=700))
+    t, r = method.levels(data_batch(2000, step=700), 700)
     assert bool(((r / t)[t > 10] - 0.996).abs().max() < 1e-3)
 
 
@@ -150,7 +150,9 @@ def test_the_greatest_draw_still_has_an_interval():
     path = FlowPath()
     for grid in range(5, 60):
         method = consistency(path, GaussianMap(path, MU, S), grid=grid, law="lognormal")
-        upper, lower = method.levels(Batch(Greatest(0, 0, 0, 4), torch.zeros(4, *SHAPE), Condition()))
+        upper, lower = method.levels(
+            Batch(Greatest(0, 0, 0, 4), torch.zeros(4, *SHAPE), Condition(), torch.zeros(4)), 0
+        )
         assert bool((upper == method.high).all()) and bool((lower < upper).all())
 
 
@@ -160,7 +162,7 @@ def test_levels_of_ect_keep_within_the_path():
     method = consistency(
         path, GaussianMap(path, MU, S), schedule="ect", log_mean=0.0, log_deviation=6.0, noise_share=0.25
     )
-    upper, lower = method.levels(data_batch(4000))
+    upper, lower = method.levels(data_batch(4000), 0)
     assert method.low > 0
     assert float(upper.min()) == pytest.approx(2 * method.low)
     assert float(upper.max()) == pytest.approx(method.high)
@@ -176,7 +178,7 @@ def test_levels_of_ect_keep_within_the_path():
 def test_without_a_weight_the_loss_is_the_mean_square_of_the_residual():
     path = FlowPath()
     method = consistency(path, Perceptron(), huber=None, weight=False)
-    loss, logs = method.loss("student", data_batch(32))
+    loss, logs = loss_of(method, "student", data_batch(32))
     assert loss.item() == pytest.approx(float(logs["residual"]) ** 2, rel=1e-5)
 
 
@@ -186,13 +188,13 @@ def test_ect_with_the_whole_gap_is_the_denoising_loss():
         path, Perceptron(), schedule="ect", solver="none", q=1e-6, huber=None, ema=0.0, weight=True
     )
     batch = data_batch()
-    upper, lower = method.levels(batch)
+    upper, lower = method.levels(batch, 0)
     assert not bool(lower.any())
     t, x0 = method.time_of(upper), batch.pairs.x0
     x_t = path.sample(x0, batch.draws.normal("eps", SHAPE), t)
     denoising = (method.student.predict(x_t, t, batch.cond).x0 - x0).square().flatten(1).mean(1)
     torch.testing.assert_close(
-        method.loss("student", batch)[0], (denoising / upper).mean(), rtol=1e-4, atol=1e-4
+        loss_of(method, "student", batch)[0], (denoising / upper).mean(), rtol=1e-4, atol=1e-4
     )
 
 
@@ -203,7 +205,7 @@ def test_weighted_training_residuals_do_not_depend_on_the_grid():
         method = consistency(
             path, Gaussian(path, MU, S), grid=grid, huber=0.0, weight=True, ema=0.0, law="lognormal"
         )
-        losses.append(float(method.loss("student", data_batch(2000))[0].detach()))
+        losses.append(float(loss_of(method, "student", data_batch(2000))[0].detach()))
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
@@ -245,7 +247,7 @@ def test_target_is_an_average_or_the_student_without_gradient():
     gradients = []
     for ema in (0.0, 0.5):
         method = consistency(path, Gaussian(path, MU, S), ema=ema)
-        method.loss("student", data_batch())[0].backward()
+        loss_of(method, "student", data_batch())[0].backward()
         gradients.append(method.student.net.deviation.grad)
         assert method.teacher.denoiser.net.mean.grad is None
     assert torch.equal(*gradients)

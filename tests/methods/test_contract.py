@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from contract_toy import batch_for, build
-from toy import SHAPE
+from toy import SHAPE, loss_of, modules_of
 
+import stepdistill
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.losses.contract import NEEDS
 from stepdistill.methods import find_method, method_names
 from stepdistill.training.parallel import take_turn
 
+PACKAGE = Path(stepdistill.__file__).parent
+
 
 def turns_of(method):
-    return {method.turn(step): step for step in reversed(range(200))}
+    return {method.turn(step).network: step for step in reversed(range(200))}
 
 
 BELOW = [name for name in method_names() if find_method(name).starts_below]
@@ -29,13 +34,13 @@ BELOW = [name for name in method_names() if find_method(name).starts_below]
 )
 def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, times):
     method = build(name, times)
-    networks = method.networks()
+    networks = modules_of(method)
     assert set(turns_of(method)) == set(networks)
     trained = {key: list(net.parameters()) for key, net in networks.items()}
     for turn, step in turns_of(method).items():
         method.zero_grad(set_to_none=True)
         take_turn(trained, turn)
-        loss, logs = method.loss(turn, batch_for(method, step=step))
+        loss, logs = loss_of(method, turn, batch_for(method, step=step))
         loss.backward()
         assert loss.ndim == 0 and bool(torch.isfinite(loss))
         assert all(bool(torch.isfinite(value)) for value in logs.values())
@@ -64,19 +69,19 @@ def test_methods_that_match_distributions_start_below_pure_noise():
 def test_the_same_seed_gives_the_same_loss_and_another_step_another(name):
     first, second = build(name), build(name)
     for turn, step in turns_of(first).items():
-        one = first.loss(turn, batch_for(first, step=step))[0]
-        assert torch.equal(one, second.loss(turn, batch_for(second, step=step))[0])
-        assert not torch.equal(one, first.loss(turn, batch_for(first, step=step + 1000))[0])
+        one = loss_of(first, turn, batch_for(first, step=step))[0]
+        assert torch.equal(one, loss_of(second, turn, batch_for(second, step=step))[0])
+        assert not torch.equal(one, loss_of(first, turn, batch_for(first, step=step + 1000))[0])
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_a_batch_is_the_mean_of_its_halves_in_loss_and_gradient(name):
     method = build(name)
     for turn, step in turns_of(method).items():
-        parameters = list(method.networks()[turn].parameters())
+        parameters = list(modules_of(method)[turn].parameters())
         batch = batch_for(method, step=step)
-        whole = torch.autograd.grad(method.loss(turn, batch)[0], parameters)
-        halves = [torch.autograd.grad(method.loss(turn, part)[0], parameters) for part in batch.split(2)]
+        whole = torch.autograd.grad(loss_of(method, turn, batch)[0], parameters)
+        halves = [torch.autograd.grad(loss_of(method, turn, part)[0], parameters) for part in batch.split(2)]
         for all_of_it, one, two in zip(whole, *halves, strict=True):
             torch.testing.assert_close(all_of_it, (one + two) / 2, rtol=1e-4, atol=1e-6)
 
@@ -86,7 +91,7 @@ def test_options_and_needs_are_declared(name):
     kind = find_method(name)
     options = kind.Options()
     assert options.model_config["frozen"] and options.model_config["extra"] == "forbid"
-    assert kind.needs_of(options) <= set(NEEDS)
+    assert options.needs <= set(NEEDS)
     assert kind.default_times[0] == 1.0
     assert kind.default_times == uniform_times(len(kind.default_times))
 
@@ -108,3 +113,9 @@ def test_a_method_from_a_file_is_found(tmp_path):
     )
     assert find_method(str(file)).default_times == (1.0, 0.5)
     assert find_method(str(file)).__name__ == "Mine"
+
+
+def test_no_method_reads_its_clock_from_the_random_numbers():
+    """``turn.step`` is the method's own; the step of the draws is that of the run, with the terms' turns in between."""
+    read = [file for folder in ("methods", "losses") for file in (PACKAGE / folder).glob("*.py")]
+    assert len(read) > 30 and not [file.name for file in read if "draws.step" in file.read_text("utf-8")]

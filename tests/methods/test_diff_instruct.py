@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
+from stepdistill.losses.contract import Turn
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
@@ -30,7 +31,7 @@ def test_gradient_of_a_mean_shift(path):
     """With equal deviations dL/dm is the mean of (m - mu) sigma^2 / V over the times drawn; zero at m = mu."""
     for shift in (0.3, 0.0, -0.3):
         method, batch = method_of(DiffInstruct, path, MU + shift, S), toy_batch(64)
-        method.loss("student", batch)[0].backward()
+        loss_of(method, "student", batch)[0].backward()
         alpha, sigma = path.alpha_sigma(batch.draws.uniform("score t", 0.02, 0.98))
         expected = (shift * sigma**2 / (alpha**2 * S**2 + sigma**2)).mean()
         assert float(method.student.net.shift.grad) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
@@ -76,23 +77,23 @@ def test_field_is_bitwise_zero_at_the_start():
 def test_training_brings_a_gaussian_student_home():
     """Alternating updates, the fake network learning too: mean and deviation come within 0.12 and 0.1."""
     method = method_of(DiffInstruct, FlowPath(), -0.5, 0.3)
-    networks = method.networks()
+    networks = modules_of(method)
     networks["fake"].requires_grad_(True)
     optimizers = {
         k: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9)) for k, net in networks.items()
     }
     for step in range(600):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         assert turn == ("fake", "student")[step % 2]
         optimizers[turn].zero_grad()
-        method.loss(turn, toy_batch(32, step))[0].backward()
+        loss_of(method, turn, toy_batch(32, step))[0].backward()
         optimizers[turn].step()
     assert method.student.net.shift.item() == pytest.approx(MU, abs=0.12)
     assert abs(method.student.net.scale.item()) == pytest.approx(S, abs=0.1)
 
 
 def test_asks_for_noise_and_prompts_alone():
-    assert DiffInstruct.needs_of(DiffInstruct.Options()) == {"noise", "prompts"}
+    assert DiffInstruct.Options().needs == {"noise", "prompts"}
     assert toy_batch(2).noise.shape == (2, *SHAPE)
 
 
@@ -103,13 +104,13 @@ def test_every_score_method_may_start_by_regression_on_pairs(kind):
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     options = kind.Options(warm_start=3, warm_start_lr_ratio=8.0, fake_warm_start=1)
     method = kind(teacher, toy_student(Affine(MU, S), path), (1.0,), options)
-    assert kind.needs_of(options) >= {"pairs", "states"} and not kind.needs_of(kind.Options()) & {
+    assert options.needs >= {"pairs", "states"} and not kind.Options().needs & {
         "pairs",
         "states",
     }
-    assert [method.turn(step) for step in range(5)] == ["student"] * 3 + ["fake"] * 2
-    assert [method.lr_ratio("student", step) for step in (0, 3)] == [8.0, 1.0]
-    loss, _ = method.loss("student", toy_batch(8, 2, pairs=lambda z: MU + S * z))
+    assert [method.turn(step).network for step in range(5)] == ["student"] * 3 + ["fake"] * 2
+    assert [method.lr_ratio(Turn("student", step)) for step in (0, 3)] == [8.0, 1.0]
+    loss, _ = loss_of(method, "student", toy_batch(8, 2, pairs=lambda z: MU + S * z))
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
-    loss, _ = method.loss("student", toy_batch(8, 2, pairs=lambda z: MU + 0.5 + S * z))
+    loss, _ = loss_of(method, "student", toy_batch(8, 2, pairs=lambda z: MU + 0.5 + S * z))
     assert float(loss.detach()) == pytest.approx(0.25, rel=1e-5)

@@ -9,7 +9,7 @@ import torch
 from mixture_toy import Batched
 from table_toy import TABLE, gaussian_eps
 from torch import nn
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.errors import UserError
@@ -27,7 +27,7 @@ PATHS = [FlowPath(), TrigPath()]
 def many(count):
     """A large batch whose numbers come from one generator a stream."""
     draws = Batched(0, 0, 0, count)
-    return Batch(draws, draws.normal("noise", SHAPE), Condition())
+    return Batch(draws, draws.normal("noise", SHAPE), Condition(), torch.zeros(draws.count))
 
 
 def dmd(path, shift, scale, times=(1.0,), **options):
@@ -75,7 +75,7 @@ def test_field_without_its_normaliser_is_the_gradient_of_the_kl(path):
 def test_gradient_of_the_loss_is_the_field_over_the_element_count():
     """d/dx of 1/2 mean (x - sg[x - field])^2 is field / (B C H W)."""
     method, batch = dmd(FlowPath(), MU + 0.5, 1.2), toy_batch(16)
-    loss, _ = method.loss("student", batch)
+    loss, _ = loss_of(method, "student", batch)
     loss.backward()
     with torch.no_grad():
         x = method.generate(batch)
@@ -87,7 +87,7 @@ def test_gradient_of_the_loss_is_the_field_over_the_element_count():
 def test_gradient_is_zero_at_the_optimum():
     """With the fake network equal to the teacher the field is zero at every point, not in the mean only."""
     method = dmd(FlowPath(), MU, S)
-    loss, logs = method.loss("student", toy_batch(256))
+    loss, logs = loss_of(method, "student", toy_batch(256))
     loss.backward()
     assert float(logs["field"]) == 0.0
     assert not any(value.requires_grad for value in logs.values())
@@ -131,7 +131,7 @@ def test_exact_fake_network_minimises_its_loss():
     for shift, scale in ((MU, S), (MU + 0.1, S), (MU - 0.1, S), (MU, S + 0.1), (MU, S - 0.1)):
         method = dmd(FlowPath(), MU, S)
         method.fake.net = Gaussian(FlowPath(), shift, scale)
-        losses[shift, scale] = float(method.loss("fake", toy_batch(4000))[0])
+        losses[shift, scale] = float(loss_of(method, "fake", toy_batch(4000))[0])
     assert min(losses, key=losses.__getitem__) == (MU, S)
 
 
@@ -160,9 +160,9 @@ def test_gradients_reach_only_the_network_whose_turn_it_is(turn):
     from stepdistill.training.parallel import take_turn
 
     method = gan_method()
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     take_turn(trained, turn)
-    method.loss(turn, full_batch())[0].backward()
+    loss_of(method, turn, full_batch())[0].backward()
     for name, parameters in trained.items():
         assert all((p.grad is not None) == (name == turn) for p in parameters)
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
@@ -173,7 +173,7 @@ def test_the_field_is_made_without_a_graph():
     method, graphs = dmd(FlowPath(), 1.0, 1.2), []
     for net in (method.teacher.denoiser.net, method.fake.net):
         net.register_forward_hook(lambda m, a, out: graphs.append(out.requires_grad))
-    method.loss("student", toy_batch(4))
+    loss_of(method, "student", toy_batch(4))
     assert graphs == [False, False]
 
 
@@ -211,7 +211,7 @@ def test_turns_follow_the_two_time_scales():
     path = FlowPath()
     options = DMD.Options(fake_steps=4, warm_start=3, fake_warm_start=2)
     method = DMD(ToyTeacher(Affine(0.0, 1.0), path), toy_student(Affine(0.0, 1.0), path), (1.0,), options)
-    turns = [method.turn(step) for step in range(55)]
+    turns = [method.turn(step).network for step in range(55)]
     assert turns[:3] == ["student"] * 3
     assert turns[3:5] == ["fake"] * 2
     assert turns[5:10] == ["fake"] * 4 + ["student"]
@@ -226,12 +226,12 @@ def test_gradient_flow_brings_a_gaussian_student_home():
     method.fake.net = Gaussian(path, MU, S).requires_grad_(True)
     optimizers = {
         name: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9))
-        for name, net in method.networks().items()
+        for name, net in modules_of(method).items()
     }
     for step in range(1800):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         optimizers[turn].zero_grad()
-        method.loss(turn, toy_batch(64, step))[0].backward()
+        loss_of(method, turn, toy_batch(64, step))[0].backward()
         optimizers[turn].step()
         if step == 1200:
             for optimizer in optimizers.values():
@@ -241,7 +241,7 @@ def test_gradient_flow_brings_a_gaussian_student_home():
 
 
 def test_networks_are_two_and_share_no_weight():
-    networks = gan_method().networks()
+    networks = modules_of(gan_method())
     assert set(networks) == {"student", "fake"}
     assert not {id(p) for p in networks["student"].parameters()} & {
         id(p) for p in networks["fake"].parameters()
@@ -279,14 +279,14 @@ def test_at_one_time_the_two_parts_are_dmds_error(path):
 def test_without_guidance_decoupling_changes_nothing():
     one, two = (dmd(FlowPath(), 1.0, 1.2, guidance=1.0, decoupled=decoupled) for decoupled in (False, True))
     batch = toy_batch(16)
-    assert torch.equal(one.loss("student", batch)[0], two.loss("student", batch)[0])
+    assert torch.equal(loss_of(one, "student", batch)[0], loss_of(two, "student", batch)[0])
 
 
 def test_decoupled_guidance_acts_at_any_scale_and_leaves_no_graph():
     batch = toy_batch(16)
     plain = guided(FlowPath(), score_guidance=1.0, decoupled=True)
     method = guided(FlowPath(), score_guidance=1.5, decoupled=True)
-    (_, one), (_, other) = (each.loss("student", batch) for each in (plain, method))
+    (_, one), (_, other) = (loss_of(each, "student", batch) for each in (plain, method))
     assert float((other["field"] - one["field"]).abs()) > 0.01
     assert not other["field"].requires_grad
 
@@ -378,7 +378,7 @@ def test_matching_leaves_the_first_step_to_its_regression():
         exits.add(len(graphs) - 1)
         assert graphs[0] is False and x.requires_grad
     assert exits == {1, 2, 3}
-    loss, logs = method.loss("student", toy_batch(4))
+    loss, logs = loss_of(method, "student", toy_batch(4))
     loss.backward()
     assert float(logs["first_step"]) > 0
     with pytest.raises(UserError, match=r"takes two student.times or more from 1.0 on"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods.dmd import DMD
@@ -81,14 +81,14 @@ def test_the_reverse_kl_is_dmd_with_a_gan(turn):
     dmd = perceptrons(DMD, gan_weight=0.1)
     for step in range(3):
         batch = full_batch(step=step)
-        one, other = ours.loss(turn, batch)[0], dmd.loss(turn, batch)[0]
+        one, other = loss_of(ours, turn, batch)[0], loss_of(dmd, turn, batch)[0]
         assert torch.equal(one, other)
         gradients = (
-            torch.autograd.grad(loss, list(m.networks()[turn].parameters()))
+            torch.autograd.grad(loss, list(modules_of(m)[turn].parameters()))
             for m, loss in ((ours, one), (dmd, other))
         )
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-        ours.after_step(step)
+        ours.after_step(ours.turn(step))
 
 
 class Planted(nn.Module):
@@ -170,7 +170,7 @@ def test_a_student_step_moves_the_means():
     method.gan.head = Planted(torch.full((16,), 2.0))
     batch = full_batch()
     method.match(method.generate(batch), batch)
-    method.after_step(0)
+    method.after_step(method.turn(0))
     assert float(method.weight.mean_weight) > 1.5
 
 
@@ -219,13 +219,13 @@ def gaussian_method(**options):
 def test_the_logit_learns_the_density_ratio():
     """Of a student that stands still, against log p_data(x_t) / p_student(x_t) in closed form at t = 0.7."""
     method = gaussian_method(gan_fake_weight=1.0)
-    parameters = list(method.networks()["fake"].parameters())
+    parameters = list(modules_of(method)["fake"].parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.01, betas=(0.5, 0.9))
     generator = torch.Generator().manual_seed(1)
     for step in range(250):
         images = MU + S * torch.randn(64, *SHAPE, generator=generator)
         optimizer.zero_grad()
-        method.loss("fake", toy_batch(64, step, images=images))[0].backward()
+        loss_of(method, "fake", toy_batch(64, step, images=images))[0].backward()
         optimizer.step()
     t = torch.full((2000,), 0.7)
     alpha, sigma = 0.3, 0.7
@@ -247,21 +247,21 @@ def test_the_logit_learns_the_density_ratio():
 def test_training_brings_a_gaussian_student_home(divergence):
     """All networks learning, the ratio from the discriminator: mean and deviation close more than half their gaps."""
     method = gaussian_method(divergence=divergence, fake_steps=2, gan_fake_weight=1.0)
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     optimizers = {k: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9)) for k, p in trained.items()}
     generator = torch.Generator().manual_seed(1)
     for step in range(450):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         take_turn(trained, turn)
         optimizers[turn].zero_grad()
         images = MU + S * torch.randn(32, *SHAPE, generator=generator)
-        method.loss(turn, toy_batch(32, step, images=images))[0].backward()
+        loss_of(method, turn, toy_batch(32, step, images=images))[0].backward()
         optimizers[turn].step()
-        method.after_step(step)
+        method.after_step(method.turn(step))
     assert float(method.weight.mean_ratio.sub(1).abs().max()) > 1e-3
     assert method.student.net.shift.item() == pytest.approx(MU, abs=0.2)
     assert abs(method.student.net.scale.item()) == pytest.approx(S, abs=0.15)
 
 
 def test_asks_for_images():
-    assert FDistill.needs_of(FDistill.Options()) == {"noise", "prompts", "images"}
+    assert FDistill.Options().needs == {"noise", "prompts", "images"}

@@ -7,7 +7,7 @@ import torch
 from consistency_toy import table_path
 from flow_toy import MU, C, OnPath, errors, from_the_teacher
 from torch import Tensor
-from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath, per_sample
 from stepdistill.families.condition import Condition
@@ -45,7 +45,7 @@ def data(count: int = 64, step: int = 0, deviation: float = C) -> Batch:
 
 
 def residual(method: FlowMap, deviation: float = C) -> float:
-    return float(method.loss("student", data(deviation=deviation))[1]["residual"])
+    return float(loss_of(method, "student", data(deviation=deviation))[1]["residual"])
 
 
 @pytest.mark.parametrize("velocity", ["teacher", "self"])
@@ -57,7 +57,7 @@ def test_loss_and_gradient_vanish_at_the_exact_map_and_not_at_a_bent_one(
     """Pointwise, with the teacher's velocity or the student's own, on the networks' own path or on another."""
     chosen = {"objective": objective, "velocity": velocity, "middle": "uniform", "path": path}
     method = flow_map(**chosen)  # type: ignore[arg-type]
-    loss, logs = method.loss("student", data())
+    loss, logs = loss_of(method, "student", data())
     loss.backward()
     # A table's least time is that of its first entry, so that its jumps to data are closed from farther.
     assert float(logs["residual"]) < (1e-3 if isinstance(path, TablePath) else 1e-4)
@@ -73,7 +73,7 @@ def test_half_of_the_lagrangians_jumps_to_data_end_at_the_least_time() -> None:
     method.student.net.register_forward_pre_hook(
         lambda _, given: ends.append(given[1] - given[2].tensors["gap"])
     )
-    method.loss("student", data(1000))
+    loss_of(method, "student", data(1000))
     s = ends[0]
     assert bool(((s.abs() < 1e-6) | ((s - 0.02).abs() < 1e-6)).all())
     assert float((s > 0.01).float().mean()) == pytest.approx(0.5, abs=4 * 0.5 / 1000**0.5)
@@ -81,7 +81,7 @@ def test_half_of_the_lagrangians_jumps_to_data_end_at_the_least_time() -> None:
 
 def test_the_residual_is_the_errors_root_mean_square() -> None:
     """At power 0 the loss is the mean of |error|^2 over samples of two elements."""
-    loss, logs = flow_map(Bent(MU, C)).loss("student", data())
+    loss, logs = loss_of(flow_map(Bent(MU, C)), "student", data())
     assert loss.item() == pytest.approx(2 * float(logs["residual"]) ** 2, rel=1e-5)
     assert not any(value.requires_grad for value in logs.values())
 
@@ -183,7 +183,7 @@ def test_a_warm_start_goes_on_with_the_whole_derivative(objective: str) -> None:
     warm = flow_map(objective=objective, warm_start=10, warmup=None, same=0.0)
     assert [warm.share(step) for step in (10, 11, 5000)] == [1, 1, 1]
     batch = data(step=10)
-    assert float(warm.loss("student", batch)[1]["residual"]) < 1e-4
+    assert float(loss_of(warm, "student", batch)[1]["residual"]) < 1e-4
     assert [flow_map(warmup=None).share(step) for step in (0, 500, 4000)] == [0, 0.25, 1]
     assert [flow_map(warm_start=10, warmup=100).share(step) for step in (10, 60)] == [0, 0.5]
 
@@ -238,7 +238,7 @@ def test_without_a_teacher_it_is_never_called(objective: str) -> None:
         raise AssertionError("the teacher was called")
 
     method.teacher.predict = predict  # type: ignore[method-assign, assignment]
-    assert bool(torch.isfinite(method.loss("student", data())[0]))
+    assert bool(torch.isfinite(loss_of(method, "student", data())[0]))
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(200_000, *SHAPE, generator=generator) for _ in range(2))
     t = torch.full((len(x0),), 0.6)
@@ -254,8 +254,8 @@ def test_without_a_teacher_it_is_never_called(objective: str) -> None:
 def test_its_own_samples_serve_as_data(objective: str) -> None:
     """Noise and prompts alone; the equations hold at any state, so the exact map is the zero there too."""
     method = flow_map(objective=objective, source="student")
-    assert method.needs_of(method.options) == {"noise", "prompts"}
-    assert float(method.loss("student", toy_batch(32))[1]["residual"]) < 1e-4
+    assert method.options.needs == {"noise", "prompts"}
+    assert float(loss_of(method, "student", toy_batch(32))[1]["residual"]) < 1e-4
 
 
 @pytest.mark.parametrize(("objective", "steps"), [("lagrangian", 700), ("semigroup", 200)])

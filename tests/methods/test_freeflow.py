@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from flow_toy import MU, C, Velocity, errors, from_the_teacher
 from run_toy import HERE
 from tiny import tiny_pipeline
-from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
@@ -95,7 +96,7 @@ def test_the_corrections_field_of_a_mean_shift() -> None:
 
     chosen = freeflow(GaussianFlowMap(MU + shift, C), correction_share=1.0)
     chosen.fake = method.fake
-    chosen.loss("student", toy_batch(64))[0].backward()
+    loss_of(chosen, "student", toy_batch(64))[0].backward()
     assert float(chosen.student.net.mean.grad) > 0
 
 
@@ -148,7 +149,7 @@ def test_the_loss_is_its_two_parts_in_their_shares() -> None:
     field, uncertain = method.field(sample, r[corrected], n[corrected], cond)
     field = field / per_sample(uncertain, field)
 
-    loss, logs = method.loss("student", batch)
+    loss, logs = loss_of(method, "student", batch)
     value = 0.5 * ((weighed * error).sum() + 3.0 * field.square().sum()) / 2 / 64
     assert loss.item() == pytest.approx(value.item(), rel=1e-4)
     assert float(logs["residual"]) == pytest.approx(float(square.sqrt().mean()), rel=1e-4)
@@ -159,7 +160,7 @@ def test_the_loss_is_its_two_parts_in_their_shares() -> None:
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
     method.balance.means.zero_()
-    method.after_step(0)
+    method.after_step(method.turn(0))
     sizes = torch.stack(
         [weighed.square().mean((1, 2, 3)).sqrt().mean(), field.square().mean((1, 2, 3)).sqrt().mean()]
     )
@@ -173,10 +174,10 @@ def test_the_corrections_size_is_tied_to_the_predictions() -> None:
     method.fake.net, method.fake.output = Velocity(Gaussian(PATH, MU + 0.3, C)), "velocity"
     means = [0.0, 0.0]
     for step in range(12):
-        _, logs = method.loss("student", toy_batch(1, step))
+        _, logs = loss_of(method, "student", toy_batch(1, step))
         wanted = means[0] / means[1] if all(means) else 1.0
         assert float(logs["lambda"]) == pytest.approx(2.0 * wanted, rel=1e-5)
-        method.after_step(step)
+        method.after_step(method.turn(step))
         for i, name in enumerate(("residual", "field")):
             now = float(logs[name])
             means[i] = (0.95 * means[i] + 0.05 * now if means[i] else now) if now else means[i]
@@ -185,7 +186,7 @@ def test_the_corrections_size_is_tied_to_the_predictions() -> None:
 
 def test_the_fake_networks_turn_leaves_the_student_alone() -> None:
     method = freeflow(GaussianFlowMap(MU, C), (1.0, 0.6))
-    method.loss("fake", toy_batch(8))[0].backward()
+    loss_of(method, "fake", toy_batch(8))[0].backward()
     assert all(p.grad is None for p in method.student.net.parameters())
     assert any(p.grad is not None for p in method.fake.net.parameters())
 
@@ -242,18 +243,18 @@ def test_the_warm_start_is_regression_on_the_trajectories_mean_velocity(times: t
     """Zero at the exact map, for jumps between any two kept states."""
     exact = GaussianFlowMap(MU, C)
     method = freeflow(exact, times, warm_start=10)
-    assert method.needs_of(method.options) == {"noise", "prompts", "pairs", "states"}
+    assert method.options.needs == {"noise", "prompts", "pairs", "states"}
     plain = toy_batch(64, pairs=lambda z: MU + C * z)
     z = plain.pairs.noise
     s = torch.full((64,), 0.6)
     between = (z - 0.4 * exact(z, torch.ones(64), Condition({"gap": 1 - s})))[:, None]
     pairs = Examples(plain.pairs.x0, Condition(), z, between.detach() if len(times) > 1 else None)
-    batch = Batch(plain.draws, plain.noise, plain.cond, None, pairs)
-    assert method.turn(0) == "student" and method.turn(10) == "fake"
+    batch = replace(plain, pairs=pairs)
+    assert method.turn(0).network == "student" and method.turn(10).network == "fake"
     with torch.no_grad():
-        assert float(method.loss("student", batch)[0]) < 1e-9
+        assert float(loss_of(method, "student", batch)[0]) < 1e-9
         exact.mean += 0.1
-        assert float(method.loss("student", batch)[0]) > 5e-3
+        assert float(loss_of(method, "student", batch)[0]) > 5e-3
 
 
 @pytest.mark.parametrize("kind", [FreeFlow, FlowMap])
@@ -270,15 +271,15 @@ def test_on_whole_trajectories_it_is_zero_at_the_exact_map_also_for_jumps_of_no_
     z, x0 = plain.pairs.noise, plain.pairs.x0
     assert method.pair_times() == (0.75, 0.5, 0.25)
     states = torch.stack([t * z + (1 - t) * x0 for t in method.pair_times()], 1)
-    batch = Batch(plain.draws, plain.noise, plain.cond, None, Examples(x0, Condition(), z, states))
+    batch = replace(plain, pairs=Examples(x0, Condition(), z, states))
     asked: list[float] = []
     exact.register_forward_pre_hook(lambda _, given: asked.extend(given[1].tolist()))
     with torch.no_grad():
-        assert float(method.loss("student", batch)[0]) < 1e-5
+        assert float(loss_of(method, "student", batch)[0]) < 1e-5
         if kind is FreeFlow:  # its jumps start where the student's steps do
             assert {round(t, 6) for t in asked} == {1.0, 0.6}
         exact.mean += 0.1
-        assert float(method.loss("student", batch)[0]) > 5e-3
+        assert float(loss_of(method, "student", batch)[0]) > 5e-3
 
 
 def test_training_without_data_brings_the_student_to_the_trajectories_end() -> None:
@@ -307,7 +308,7 @@ class SealedData(Data):
     def batch(self, step: int, first: int, count: int, size: int) -> Batch:
         plain = super().batch(step, first, count, size)
         assert plain.images is None and plain.pairs is None
-        return Sealed(plain.draws, plain.noise, plain.cond)
+        return Sealed(plain.draws, plain.noise, plain.cond, plain.prompt)
 
 
 @pytest.mark.parametrize("method", ["freeflow", "sim"])
@@ -343,7 +344,7 @@ def test_it_trains_with_no_data_to_load_and_the_network_unplugged(
     start = {name: value.clone() for name, value in job.student.net.state_dict().items()}
     data = SealedData(job.teacher, job.prompts, recipe.train.seed)
     assert training_data(job, tmp_path).images is None  # what the recipe itself would have loaded
-    trained = train(job.method, data, recipe, tmp_path, accelerator)
+    trained = train(job.objective, data, recipe, tmp_path, accelerator)
     assert trained.step == 6
     assert any(not torch.equal(value, start[name]) for name, value in job.student.net.state_dict().items())
     assert not (tmp_path / "absent").exists()

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny import shaken, tiny_pipeline, tiny_prompts
-from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
@@ -44,7 +44,7 @@ def test_loss_is_zero_where_the_solver_is_exact():
         teacher, toy_student(GaussianMap(path, MU, 0.0), path), (1.0,), LCM.Options(grid=10, guidance=1.0)
     )
     batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
-    assert float(method.loss("student", batch)[1]["residual"]) < 1e-6
+    assert float(loss_of(method, "student", batch)[1]["residual"]) < 1e-6
 
 
 @pytest.mark.parametrize("path", [FlowPath(), TrigPath()])
@@ -54,7 +54,7 @@ def test_squared_residual_falls_with_the_fourth_power_of_the_step(path):
     squares = []
     for grid in (20, 40, 80):
         method = lcm(path, GaussianMap(path, MU, S), grid=grid)
-        squares.append(float(method.loss("student", data_batch(4096))[1]["residual"]) ** 2)
+        squares.append(float(loss_of(method, "student", data_batch(4096))[1]["residual"]) ** 2)
     for coarse, fine in pairwise(squares):
         assert 11 < coarse / fine < 22
 
@@ -65,12 +65,12 @@ def test_loss_at_the_exact_map_has_a_gradient_that_vanishes_with_the_step():
     path, sizes = FlowPath(), []
     for grid in (20, 40, 80):
         method = lcm(path, GaussianMap(path, MU, S), grid=grid, huber=10.0)
-        method.loss("student", data_batch(4096))[0].backward()
+        loss_of(method, "student", data_batch(4096))[0].backward()
         sizes.append(abs(float(method.student.net.deviation.grad)))
     for coarse, fine in pairwise(sizes):
         assert 3 < coarse / fine < 5.5
     beside = lcm(path, GaussianMap(path, MU, S + 0.1), grid=80, huber=10.0)
-    beside.loss("student", data_batch(4096))[0].backward()
+    loss_of(beside, "student", data_batch(4096))[0].backward()
     assert abs(float(beside.student.net.deviation.grad)) > 10 * sizes[-1]
 
 
@@ -81,7 +81,7 @@ def test_a_drawn_guidance_need_not_be_embedded():
     method = lcm(path, GaussianMap(path, MU, S), unguided=Gaussian(path, 0.2, S), **options)
     assert method.sampler().guidance is None
     fixed = lcm(path, GaussianMap(path, MU, S), unguided=Gaussian(path, 0.2, S), guidance=2.5)
-    residuals = [float(each.loss("student", data_batch())[1]["residual"]) for each in (method, fixed)]
+    residuals = [float(loss_of(each, "student", data_batch())[1]["residual"]) for each in (method, fixed)]
     assert residuals[0] != pytest.approx(residuals[1], rel=0.01)
     real = PipelineTeacher(tiny_pipeline("sd"))
     student = Student.from_teacher(real, lora_rank=2)
@@ -147,7 +147,7 @@ def test_guidance_is_folded_into_the_ode(guidance):
         method = lcm(
             path, GaussianMap(path, mean, S), unguided=Gaussian(path, 0.2, S), grid=50, guidance=guidance
         )
-        residual[g] = float(method.loss("student", data_batch())[1]["residual"])
+        residual[g] = float(loss_of(method, "student", data_batch())[1]["residual"])
     assert residual[guidance] < 0.1 * residual[3.5 - guidance]
 
 
@@ -156,16 +156,16 @@ def test_target_follows_by_its_decay():
     method = lcm(path, GaussianMap(path, MU, S), ema=0.9)
     with torch.no_grad():
         method.student.net.mean.fill_(MU + 1)
-    method.after_step(0)
+    method.after_step(method.turn(0))
     assert float(method.target.denoiser.net.mean) == pytest.approx(MU + 0.1)
-    method.after_step(1)
+    method.after_step(method.turn(1))
     assert float(method.target.denoiser.net.mean) == pytest.approx(MU + 0.19)
 
 
 def test_target_holds_no_graph():
     path = FlowPath()
     method = lcm(path, GaussianMap(path, MU, S))
-    method.loss("student", data_batch(8))[0].backward()
+    loss_of(method, "student", data_batch(8))[0].backward()
     assert method.target.denoiser.net.mean.grad is None
     assert method.student.net.mean.grad is not None
 
@@ -176,13 +176,13 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(teacher_of):
     teacher, gradients = teacher_of("sd"), []
     cond, draws = teacher.encode(tiny_prompts("sd", 4)), Draws(0, 3, 0, 4)
     pairs = Examples(draws.normal("x0", teacher.shape), cond)
-    batch = Batch(draws, draws.normal("noise", teacher.shape), cond, pairs=pairs)
+    batch = Batch(draws, draws.normal("noise", teacher.shape), cond, torch.zeros(draws.count), pairs=pairs)
     for enabled in (False, True):
         student = Student.from_teacher(teacher)
         shaken(student.net)
         method = LCM(teacher, student, (1.0, 0.5), LCM.Options(guidance=2.0, huber=0.1))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss, _ = method.loss("student", batch)
+            loss, _ = loss_of(method, "student", batch)
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.net.parameters()]))
     one, other = gradients

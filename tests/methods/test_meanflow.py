@@ -6,7 +6,7 @@ import pytest
 import torch
 from consistency_toy import table_path
 from flow_toy import MU, C, OnPath, errors, from_the_teacher
-from toy import Gaussian, GaussianFlowMap, ToyTeacher, toy_batch, toy_student
+from toy import Gaussian, GaussianFlowMap, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.families.condition import Condition
@@ -34,7 +34,7 @@ def test_loss_and_gradient_vanish_at_the_exact_map_and_not_beside_it(path, way):
     """u + (t - s) Du/Dt = v pointwise, whatever path the networks live on (card 6.1; G1, G3)."""
     method = meanflow(path, derivative=way, power=0.0, noise_share=0.2)
     rough = 1e-3 if way == "difference" else 2e-5
-    loss, logs = method.loss("student", data())
+    loss, logs = loss_of(method, "student", data())
     loss.backward()
     mean, deviation = method.student.net.mean, method.student.net.deviation
     assert float(logs["residual"]) < rough
@@ -42,7 +42,7 @@ def test_loss_and_gradient_vanish_at_the_exact_map_and_not_beside_it(path, way):
     with torch.no_grad():
         mean += 0.1
     method.zero_grad()
-    method.loss("student", data())[0].backward()
+    loss_of(method, "student", data())[0].backward()
     assert float(mean.grad) > 1e-2  # descent takes the shift back
 
 
@@ -51,7 +51,7 @@ def test_the_residual_is_the_errors_root_mean_square():
     method = meanflow(power=0.0)
     with torch.no_grad():
         method.student.net.mean += 0.3
-    loss, logs = method.loss("student", data())
+    loss, logs = loss_of(method, "student", data())
     assert loss.item() == pytest.approx(2 * float(logs["residual"]) ** 2, rel=1e-5)
     assert not any(value.requires_grad for value in logs.values())
 
@@ -67,7 +67,7 @@ def test_without_the_derivative_it_is_velocity_matching():
         x_t, _, t, s, _ = method.points(batch, a, b)
         v = teacher_velocity(method.teacher, x_t, t, Condition(), 1.0)
         wanted = (method.student.flow_velocity(x_t, t, s, Condition()) - v).flatten(1).square().sum(1).mean()
-        torch.testing.assert_close(method.loss("student", batch)[0], wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(loss_of(method, "student", batch)[0], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_a_tangent_other_than_the_targets_velocity_is_wrong():
@@ -75,7 +75,7 @@ def test_a_tangent_other_than_the_targets_velocity_is_wrong():
     method = meanflow(power=0.0, same=0.0)
     exact = method.derivative.exact
     method.derivative.exact = lambda u, p, w: exact(u, p, (w[0] + 1, *w[1:]))
-    assert float(method.loss("student", data())[1]["residual"]) > 0.05
+    assert float(loss_of(method, "student", data())[1]["residual"]) > 0.05
 
 
 def test_the_guided_map_is_learnt():
@@ -89,7 +89,7 @@ def test_the_guided_map_is_learnt():
         (1.0,),
         MeanFlow.Options(guidance=3.0, warmup=0, power=0.0),
     )
-    assert float(method.loss("student", data())[1]["residual"]) < 1e-4
+    assert float(loss_of(method, "student", data())[1]["residual"]) < 1e-4
 
 
 def test_jumps_go_towards_data_in_the_shares_that_were_asked():

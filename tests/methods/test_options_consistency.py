@@ -13,11 +13,11 @@ import test_options_matching
 import torch
 from matching_toy import full_batch
 from table_toy import TABLE
-from toy import Perceptron, ToyFamily, ToyTeacher, toy_batch, toy_student
+from toy import Perceptron, ToyFamily, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path
 from stepdistill.export.schedulers import on_stock_grid
-from stepdistill.losses.contract import MethodOptions, PairOptions
+from stepdistill.losses.contract import MethodOptions, PairOptions, Turn
 from stepdistill.methods import find_method, method_names
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.lcm import LCM
@@ -58,9 +58,9 @@ def made(kind: Any, path: Path | None = None, **options: Any) -> Any:
     with torch.no_grad():
         for parameter in method.student.net.parameters():
             parameter *= 1.1
-        for parameter in method.networks().get("fake", torch.nn.Module()).parameters():
+        for parameter in modules_of(method).get("fake", torch.nn.Module()).parameters():
             parameter *= 1.1
-    method.after_step(0)
+    method.after_step(method.turn(0))
     return method
 
 
@@ -68,12 +68,12 @@ def made(kind: Any, path: Path | None = None, **options: Any) -> Any:
 
 
 def loss(method: Any) -> float:
-    step = next(step for step in range(7, 40) if method.turn(step) == "student")
-    return float(method.loss("student", full_batch(step=step))[0].detach())
+    step = next(step for step in range(7, 40) if method.turn(step).network == "student")
+    return float(loss_of(method, "student", full_batch(step=step))[0].detach())
 
 
 def loss_of_fake(method: Any) -> float:
-    return float(method.loss("fake", full_batch(step=4))[0].detach())
+    return float(loss_of(method, "fake", full_batch(step=4))[0].detach())
 
 
 def target(method: Any) -> float:
@@ -83,19 +83,19 @@ def target(method: Any) -> float:
 
 
 def needs(method: Any) -> frozenset[str]:
-    return method.needs_of(method.options)
+    return method.options.needs
 
 
 def networks(method: Any) -> list[str]:
-    return sorted(method.networks())
+    return sorted(modules_of(method))
 
 
 def turns(method: Any) -> str:
-    return "".join(method.turn(step)[0] for step in range(40))
+    return "".join(method.turn(step).network[0] for step in range(40))
 
 
 def rates(method: Any) -> list[float]:
-    return [method.lr_ratio(turn, 7) for turn in method.networks()]
+    return [method.lr_ratio(Turn(turn, 7)) for turn in modules_of(method)]
 
 
 def drawing(method: Any) -> Any:
@@ -181,7 +181,7 @@ CASES: dict[Any, dict[str, Case]] = {
         "log_deviation": Case(0.5, loss),
         "warmup": Case(20, loss),
         "offset": Case(0.5, loss),
-        "adaptive": Case(False, lambda method: len(list(method.networks()["student"].parameters())), wanted=8),
+        "adaptive": Case(False, lambda method: len(list(modules_of(method)["student"].parameters())), wanted=8),
         "derivative": Case("difference", way, wanted="difference"),
         "derivative_step": Case(0.2, loss, {"derivative": "difference"}),
     },
@@ -287,7 +287,7 @@ def test_a_target_is_a_number_to_the_gradient(kind: Any) -> None:
     for ema in (0.0, 0.5):
         method = made(kind, ema=ema)
         method.target = type(method.target)(method.student, ema)
-        method.loss("student", full_batch(step=7))[0].backward()
+        loss_of(method, "student", full_batch(step=7))[0].backward()
         found.append([p.grad for p in method.student.net.parameters()])
     assert all(p.grad is None for p in method.target.parameters())
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
@@ -308,7 +308,7 @@ def test_a_teacher_step_is_k_timesteps_long_and_starts_on_the_grid(kind: Any, pa
         read = test_options_flow.Calls(method.teacher.denoiser.net)
         batch = toy_batch(600, step=7, pairs=lambda z: z)
         with torch.no_grad():
-            method.loss("student", batch)
+            loss_of(method, "student", batch)
         t, s = (1000 * path.unshifted(times) for times in (seen.t[0], then.t[0]))
         assert torch.equal(seen.t[0], read.t[0]) and torch.equal(seen.x[0], read.x[0])
         assert {round(time) for time in t.tolist()} == set(range(20, 1001, 20))

@@ -12,7 +12,17 @@ import torch
 from flow_toy import MU, C, Velocity
 from reflow_toy import Slimming, Straight
 from torch import Tensor, nn
-from toy import SHAPE, Affine, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    GaussianFlowMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 from stepdistill.data.pairs import PairCache
 from stepdistill.diffusion.draws import Draws
@@ -20,7 +30,7 @@ from stepdistill.diffusion.path import FlowPath
 from stepdistill.diffusion.solvers import solve
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import Method, PairOptions
+from stepdistill.losses.contract import Method, PairOptions, Turn
 from stepdistill.losses.fake_score import FakeTurnOptions
 from stepdistill.losses.flow_maps import JumpOptions, MapOptions
 from stepdistill.losses.regression import WarmStartOptions
@@ -85,12 +95,12 @@ class Calls:
 
 def value(method: Method, batch: Batch) -> float:
     with torch.no_grad():
-        return float(method.loss("student", batch)[0])
+        return float(loss_of(method, "student", batch)[0])
 
 
 def logs(method: Method, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
-        return method.loss("student", batch)[1]
+        return loss_of(method, "student", batch)[1]
 
 
 def logit_moments(times: Tensor) -> tuple[float, float]:
@@ -146,7 +156,7 @@ def source() -> None:
     plain = toy_batch(8, pairs=lambda z: MU + C * z, images=images)
     for name, wanted in (("images", images), ("pairs", plain.pairs and plain.pairs.x0), ("student", None)):
         method = build(FlowMap, source=name)
-        assert method.needs_of(method.options) == {"noise", "prompts"} | {name} - {"student"}
+        assert method.options.needs == {"noise", "prompts"} | {name} - {"student"}
         if wanted is None:
             wanted = method.sampler().draw(method.student, plain.noise, Condition(), plain.fresh)
         torch.testing.assert_close(method.points(plain, a, a)[1], wanted)
@@ -176,14 +186,14 @@ def warm_up() -> None:
         assert [method.share(warm + step) for step in (0, 500, 4000)] == wanted
     assert not logs(method, batch_of(8, 99))  # by regression alone
     assert "residual" in logs(method, batch_of(8, 100))
-    assert {"pairs", "states"} <= method.needs_of(method.options)
+    assert {"pairs", "states"} <= method.options.needs
 
 
 @covers("WarmStartOptions.warm_start_lr_ratio")
 def warm_start_lr_ratio() -> None:
     """Annealed to 0 within the warm start, and 1 after it."""
     method = build(FreeFlow, warm_start=10, warm_start_lr_ratio=30)
-    assert [method.lr_ratio("student", step) for step in (0, 5, 10)] == pytest.approx([30, 15, 1])
+    assert [method.lr_ratio(Turn("student", step)) for step in (0, 5, 10)] == pytest.approx([30, 15, 1])
 
 
 @covers("WarmStartOptions.regression")
@@ -340,8 +350,8 @@ def correction_guidance() -> None:
 @covers("FakeTurnOptions.fake_steps", "FakeTurnOptions.fake_warm_start", "FakeTurnOptions.fake_lr_ratio")
 def fake_turns() -> None:
     method = build(FreeFlow, fake_steps=2, fake_warm_start=3, fake_lr_ratio=7.0, warm_start=2)
-    assert "".join(method.turn(step)[0] for step in range(12)) == "ss" + "fff" + "ffs" * 2 + "f"
-    assert [method.lr_ratio(turn, 5) for turn in ("student", "fake")] == [1.0, 7.0]
+    assert "".join(method.turn(step).network[0] for step in range(12)) == "ss" + "fff" + "ffs" * 2 + "f"
+    assert [method.lr_ratio(Turn(turn, 5)) for turn in ("student", "fake")] == [1.0, 7.0]
 
 
 @covers("FakeTurnOptions.fake_loss")
@@ -354,7 +364,7 @@ def fake_loss() -> None:
         said = Affine(0.0, 0.0)
         said.shift = nn.Parameter(MU + C * batch.noise + 0.5)
         method.fake.net, method.fake.output = Velocity(said), "velocity"
-        assert float(method.loss("fake", batch)[0].detach()) == pytest.approx(wanted, rel=1e-3)
+        assert float(loss_of(method, "fake", batch)[0].detach()) == pytest.approx(wanted, rel=1e-3)
 
 
 @covers("Reflow.reflow_steps", "Reflow.distance", "InstaFlow.reflow_steps", "InstaFlow.distance")
@@ -376,7 +386,7 @@ def stages() -> None:
             said = logs(method, batch_of(16, step))
             assert ("reflow" in said) == (loss is None)
             assert loss is None or float(said["distillation"]) == pytest.approx(loss, rel=1e-4)
-            method.after_step(step)
+            method.after_step(method.turn(step))
 
 
 @covers("Reflow.t_min", "InstaFlow.t_min", "SlimFlow.t_min", "RFPP.t_min")

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from matching_toy import FAMILY, full_batch
-from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_student
+from toy import SHAPE, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_student
 
 from stepdistill.diffusion.path import FlowPath
-from stepdistill.losses.contract import MethodOptions, PairOptions
+from stepdistill.losses.contract import MethodOptions, PairOptions, Turn
+from stepdistill.losses.distances import DistanceName
 from stepdistill.losses.fake_score import ScoreMethod
-from stepdistill.losses.terms import WithTerms
+from stepdistill.losses.objective import Objective
+from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
@@ -49,41 +51,45 @@ def made(kind: Any, times: tuple[float, ...] = (1.0, 0.5), **options: Any) -> An
 def student_step(method: Any) -> int:
     """The first step that is a matching update of the student."""
     return next(
-        s for s in range(200) if method.turn(s) != "fake" and s >= getattr(method.options, "warm_start", 0)
+        s
+        for s in range(200)
+        if method.turn(s).network != "fake" and s >= getattr(method.options, "warm_start", 0)
     )
 
 
 def loss_of_student(method: Any) -> float:
     step = student_step(method)
-    return float(method.loss(method.turn(step), full_batch(step=step))[0].detach())
+    return float(loss_of(method, method.turn(step).network, full_batch(step=step))[0].detach())
 
 
 def loss_of_fake(method: Any) -> float:
-    return float(method.loss("fake", full_batch(step=0))[0].detach())
+    return float(loss_of(method, "fake", full_batch(step=0))[0].detach())
 
 
 def loss_of_warm_start(method: Any) -> float:
-    return float(method.loss(method.turn(0), full_batch(step=0))[0].detach())
+    return float(loss_of(method, method.turn(0).network, full_batch(step=0))[0].detach())
 
 
 def gradient_of_student(method: Any) -> float:
     step = student_step(method)
-    turn = method.turn(step)
-    parameters = list(method.networks()[turn].parameters())
-    found = torch.autograd.grad(method.loss(turn, full_batch(step=step))[0], parameters, allow_unused=True)
+    turn = method.turn(step).network
+    parameters = list(modules_of(method)[turn].parameters())
+    found = torch.autograd.grad(
+        loss_of(method, turn, full_batch(step=step))[0], parameters, allow_unused=True
+    )
     return sum(float(g.square().sum()) for g in found if g is not None) ** 0.5
 
 
 def turns(method: Any) -> str:
-    return "".join(method.turn(step)[0] for step in range(40))
+    return "".join(method.turn(step).network[0] for step in range(40))
 
 
 def rates(method: Any) -> list[float]:
-    return [method.lr_ratio(method.turn(step), step) for step in range(8)]
+    return [method.lr_ratio(method.turn(step)) for step in range(8)]
 
 
 def needs(method: Any) -> frozenset[str]:
-    return method.needs_of(method.options)
+    return method.options.needs
 
 
 def renoise(method: Any) -> bool:
@@ -91,7 +97,7 @@ def renoise(method: Any) -> bool:
 
 
 def networks(method: Any) -> list[str]:
-    return list(method.networks())
+    return list(modules_of(method))
 
 
 def means(method: Any) -> float:
@@ -192,14 +198,27 @@ def test_an_option_moves_its_number(kind: Any, option: str) -> None:
 # --- terms -------------------------------------------------------------------------------------------------------
 
 
-def with_terms(**terms: Any) -> WithTerms:
+def with_terms(
+    regression_weight: float = 0.0,
+    regression: DistanceName = "l2",
+    perceptual_weight: float = 0.0,
+    gan_weight: float = 0.0,
+    gan_lr_ratio: float = 1.0,
+) -> Objective:
     kind = DMD
     teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity")
     student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
     method = kind(teacher, student, (1.0, 0.5), kind.Options(guidance=1.0, fake_steps=1))
-    return WithTerms(
-        method, TermOptions(**terms), lambda x: torch.nn.functional.normalize(x.flatten(1) + 2, dim=1)
-    )
+    terms = [
+        RegressionTerm(regression_weight, regression),
+        PerceptualTerm(perceptual_weight, lambda x: torch.nn.functional.normalize(x.flatten(1) + 2, dim=1)),
+        GanTerm(gan_weight, teacher.denoiser, gan_lr_ratio),
+    ]
+    return Objective(method, [term for term in terms if term.weight])
+
+
+def students_turn(objective: Objective, batch: Any) -> tuple[Any, dict[str, Any]]:
+    return objective.loss(Turn("student", batch.draws.step), batch)
 
 
 def term_batch(step: int) -> Any:
@@ -208,8 +227,8 @@ def term_batch(step: int) -> Any:
     return replace(batch, images=replace(batch.images, x0=images))
 
 
-def own_turn(method: WithTerms) -> int:
-    return next(step for step in range(20) if method.turn(step) == "student")
+def own_turn(method: Objective) -> int:
+    return next(step for step in range(20) if method.turn(step).network == "student")
 
 
 @pytest.mark.parametrize(
@@ -227,23 +246,19 @@ def test_a_terms_weight_is_what_it_is_multiplied_by(option: str, term: str, give
     low, high = float(given.get(option, 0.0)), 0.7
     methods = [with_terms(**{**given, option: weight}) for weight in (low, high)]
     step = own_turn(methods[1]) if option == "gan_weight" else 1
-    (one, _), (other, logs) = (method.loss("student", term_batch(step)) for method in methods)
+    (one, _), (other, logs) = (students_turn(one, term_batch(step)) for one in methods)
     assert float((other - one).detach()) == pytest.approx((high - low) * float(logs[term].detach()), rel=1e-4)
     assert abs(float(logs[term].detach())) > 1e-4
 
 
 def test_a_terms_distance_and_rate_are_those_given() -> None:
     seen = [
-        with_terms(regression_weight=1.0, regression=name)
-        .loss("student", term_batch(1))[1]["term regression"]
-        .item()
+        students_turn(with_terms(regression_weight=1.0, regression=name), term_batch(1))[1]["term regression"]
         for name in ("l2", "l1", "huber")
     ]
-    assert len(set(seen)) == 3
-    assert [with_terms(gan_weight=1.0, gan_lr_ratio=r).lr_ratio("discriminator", 0) for r in (1.0, 4.0)] == [
-        1.0,
-        4.0,
-    ]
+    assert len({float(value.detach()) for value in seen}) == 3
+    rates = [with_terms(gan_weight=1.0, gan_lr_ratio=r).lr_ratio(Turn("term gan", 0)) for r in (1.0, 4.0)]
+    assert rates == [1.0, 4.0]
     assert (
         TermOptions(perceptual="clip:x").perceptual == "clip:x"
     )  # which network: tests/losses/test_terms.py
@@ -251,17 +266,17 @@ def test_a_terms_distance_and_rate_are_those_given() -> None:
 
 def test_the_generators_term_raises_the_logits_of_the_students_samples() -> None:
     """A step of the student against the gradient of the GAN term alone raises the discriminator's mean logit."""
-    method = with_terms(gan_weight=1.0)
-    batch = term_batch(own_turn(method))
+    objective = with_terms(gan_weight=1.0)
+    method, batch = objective.method, term_batch(own_turn(objective))
     parameters = list(method.student.net.parameters())
     t, eps = batch.draws.uniform("gan t"), batch.draws.normal("gan eps", SHAPE)
 
     def logit() -> float:
         x_t = FlowPath().sample(method.sample(batch), eps, t)
-        return float(method.gan.logits(x_t, t, batch.cond).mean().detach())
+        return float(objective.terms["gan"].gan.logits(x_t, t, batch.cond).mean().detach())
 
     before = logit()
-    _, logs = method.loss("student", batch)
+    _, logs = students_turn(objective, batch)
     gradients = torch.autograd.grad(logs["term gan"], parameters)
     norm = sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
 from torch import nn
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.families.condition import Condition
@@ -57,7 +57,7 @@ def test_squared_residual_at_the_exact_map_falls_with_the_fourth_power_of_the_st
     squares = []
     for grid in (20, 40, 80):
         method = pcm(path, PhaseMap(path, FOUR), grid=grid)
-        squares.append(float(method.loss("student", data_batch(4096))[1]["residual"]) ** 2)
+        squares.append(float(loss_of(method, "student", data_batch(4096))[1]["residual"]) ** 2)
     for coarse, fine in pairwise(squares):
         assert 10 < coarse / fine < 22
 
@@ -76,7 +76,7 @@ def test_the_exact_map_draws_the_end_of_the_trajectory_in_one_step_a_phase(path)
 def test_with_as_many_phases_as_grid_times_the_teacher_is_the_solution(path):
     """Then the target is the teacher's own DDIM step to the edge, whatever the student is (card: M = 50)."""
     method = pcm(path, Gaussian(path, MU, S), grid=4)
-    assert float(method.loss("student", data_batch())[0]) == 0.0
+    assert float(loss_of(method, "student", data_batch())[0]) == 0.0
     other = pcm(path, Perceptron(), grid=4)
     batch = data_batch()
     jumped, target, _, e, cond = other.two_jumps(batch)
@@ -155,10 +155,10 @@ def gan_method():
 @pytest.mark.parametrize("turn", ["student", "discriminator"])
 def test_adversarial_turns_reach_only_their_network(turn):
     method = gan_method()
-    assert [method.turn(step) for step in range(4)] == ["discriminator", "student"] * 2
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    assert [method.turn(step).network for step in range(4)] == ["discriminator", "student"] * 2
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     take_turn(trained, turn)
-    method.loss(turn, data_batch(16))[0].backward()
+    loss_of(method, turn, data_batch(16))[0].backward()
     for name, parameters in trained.items():
         assert any(p.grad is not None and bool(p.grad.any()) for p in parameters) == (name == turn)
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
@@ -178,10 +178,10 @@ def told_apart(method, batch):
 def test_the_generators_term_raises_the_logits_of_its_jumps():
     method, batch = gan_method(), data_batch(64)
     fake, _ = told_apart(method, batch)
-    loss, logs = method.loss("student", batch)
+    loss, logs = loss_of(method, "student", batch)
     assert logs["gan"].item() == pytest.approx(-float(fake.mean()), rel=1e-5)
     method.gan = None
-    alone = method.loss("student", batch)[0]
+    alone = loss_of(method, "student", batch)[0]
     assert (loss - alone).item() == pytest.approx(-0.1 * float(fake.mean()), rel=1e-3)
 
 
@@ -196,7 +196,7 @@ def test_the_discriminators_loss_is_the_hinge():
         and bool((fake > -1).any())
     )
     hinge = (1 - real).relu() + (1 + fake).relu()
-    torch.testing.assert_close(method.loss("discriminator", batch)[0], hinge.mean())
+    torch.testing.assert_close(loss_of(method, "discriminator", batch)[0], hinge.mean())
 
 
 def test_the_discriminator_cannot_tell_a_consistent_student():
@@ -207,7 +207,7 @@ def test_the_discriminator_cannot_tell_a_consistent_student():
         Perceptron(), path, "velocity"
     )  # equal weights; with one grid time a phase it is exact
     method = PCM(teacher, student, FOUR, PCM.Options(gan_weight=0.1, guidance=1.0, grid=4))
-    assert float(method.loss("discriminator", data_batch(64))[0]) == pytest.approx(2.0, abs=1e-6)
+    assert float(loss_of(method, "discriminator", data_batch(64))[0]) == pytest.approx(2.0, abs=1e-6)
 
 
 def test_training_brings_a_step_a_phase_to_the_end_of_the_ode():

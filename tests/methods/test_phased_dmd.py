@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny import shaken, tiny_prompts
 from torch import nn
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
@@ -20,6 +20,7 @@ from stepdistill.export.card import STOCK, model_card, with_code_note
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import VERIFICATION, export
 from stepdistill.export.verify import verify
+from stepdistill.losses.contract import Turn
 from stepdistill.losses.subinterval import kernel, scaled_target
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.phased_dmd import PhasedDMD
@@ -148,7 +149,7 @@ def test_one_phase_of_one_step_is_the_plain_kl_of_diff_instruct():
     plain = DiffInstruct(one.teacher, toy_student(Affine(0.1, 1.2), path), (1.0,), options)
     for method in (one, plain):
         method.fake.net = Gaussian(path, -0.2, 1.1)
-    loss, other = (method.loss("student", batch)[0] for method in (one, plain))
+    loss, other = (loss_of(method, "student", batch)[0] for method in (one, plain))
     torch.testing.assert_close(loss, other)
     loss.backward(), other.backward()
     shifts = (one.student.net.nets[0].shift.grad, plain.student.net.shift.grad)
@@ -164,7 +165,7 @@ def test_the_fakes_loss_on_the_whole_interval_is_the_ordinary_one(kind):
     student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
     method, batch = PhasedDMD(teacher, student, (1.0,), options), toy_batch(32)
     x = method.generate(batch, 0).detach()
-    torch.testing.assert_close(method.loss("fake", batch)[0], method.fake.denoising_loss(x, batch, kind))
+    torch.testing.assert_close(loss_of(method, "fake", batch)[0], method.fake.denoising_loss(x, batch, kind))
 
 
 def test_the_fakes_loss_is_clamped_where_t_meets_s():
@@ -179,7 +180,7 @@ def test_the_fakes_loss_is_clamped_where_t_meets_s():
     error = (method.fake.predict(x_t, t, batch.cond).x0 - target).square().flatten(1).mean(1)
     weight = (3.0 * c**2).clamp_max(1)
     assert 0.1 < float((weight < 1).float().mean()) < 0.9
-    loss, _ = method.loss("fake", batch)
+    loss, _ = loss_of(method, "fake", batch)
     assert float(loss.detach()) == pytest.approx(float((weight * error).mean().detach()), rel=1e-3)
     t = torch.full((2000,), 0.001)
     assert bool(torch.isfinite(scaled_target(FlowPath(), t, t, t, t, "eps")).all())  # where t meets s
@@ -192,23 +193,23 @@ FOUR = (1.0, 0.75, 0.5, 0.25)
 
 def test_phases_take_turns_and_the_fake_network_starts_anew():
     method = phased(times=FOUR, phase_updates=2, fake_steps=2, warm_start=1)
-    turns = [method.turn(step) for step in range(16)]
+    turns = [method.turn(step).network for step in range(16)]
     fake = ["fake"] * 2
     assert turns[:7] == ["expert-1", *fake, "expert-1", *fake, "expert-1"]
     assert turns[7:14] == [turn.replace("expert-1", "student") for turn in turns[:7]]
     assert turns[14:] == fake  # the last phase goes on
     ahead = phased(times=FOUR, phase_updates=2, fake_steps=2, warm_start=1, fake_warm_start=3)
-    assert [ahead.turn(step) for step in range(4)] == ["expert-1", "fake", "fake", "fake"]
+    assert [ahead.turn(step).network for step in range(4)] == ["expert-1", "fake", "fake", "fake"]
     assert [ahead.place(step) for step in (9, 10, 20)] == [(0, 9), (1, 0), (1, 10)]  # 1 + 3 + 2 * 3 a phase
-    assert list(method.networks()) == ["expert-1", "student", "fake"]
-    assert [method.span(name) for name in method.networks()] == [(0, 2), (2, 4), None]
+    assert list(modules_of(method)) == ["expert-1", "student", "fake"]
+    assert [one.span for one in method.trained().values()] == [(0, 2), (2, 4), None]
     assert [method.end(phase) for phase in (0, 1)] == [0.5, 0.0]
     with torch.no_grad():
         method.fake.net.mean += 1
     for step in range(6):
-        method.after_step(step)
+        method.after_step(method.turn(step))
     assert method.fake.net.mean.item() == pytest.approx(MU + 1)
-    method.after_step(6)
+    method.after_step(method.turn(6))
     assert method.fake.net.mean.item() == pytest.approx(MU)
     with pytest.raises(UserError, match=r"options\.phases is 3, but student\.times has 2"):
         phased(phases=3)
@@ -226,9 +227,9 @@ def test_a_phase_ends_where_the_sampler_arrives_and_reaches_its_expert_alone(ste
         draw = sampler.draw if phase else lambda *a: sampler.walk(*a, 2)
         torch.testing.assert_close(x_s, draw(method.student, batch.noise, batch.cond, batch.fresh))
     turn = ("expert-1", "student")[phase]
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     take_turn(trained, turn)
-    method.loss(turn, batch)[0].backward()
+    loss_of(method, turn, batch)[0].backward()
     assert {name for name, values in trained.items() if any(p.grad is not None for p in values)} == {turn}
 
 
@@ -236,14 +237,14 @@ def test_only_the_last_call_of_a_phase_has_a_graph():
     method, ends = phased(times=FOUR, net=Perceptron(), output="velocity", phase_updates=90), set()
     for step in range(6):
         graphs = []
-        expert = method.networks()["expert-1"]
+        expert = modules_of(method)["expert-1"]
         hook = expert.register_forward_hook(lambda m, a, out, seen=graphs: seen.append(out.requires_grad))
         x_s = method.generate(toy_batch(4, step), 0)
         hook.remove()
         assert graphs == [False] * (len(graphs) - 1) + [True] and x_s.requires_grad
         ends.add(len(graphs))
     assert ends == {1, 2}
-    logs = method.loss("expert-1", toy_batch(4, 1))[1]
+    logs = loss_of(method, "expert-1", toy_batch(4, 1))[1]
     assert not any(value.requires_grad for value in logs.values())
 
 
@@ -259,15 +260,15 @@ def test_experts_answer_for_their_own_times_in_a_mixed_batch():
 
 def test_warm_start_regresses_each_expert_at_its_own_times():
     method = phased(warm_start=2)
-    assert method.needs_of(method.options) == {"noise", "prompts", "pairs", "states"}
-    assert PhasedDMD.needs_of(PhasedDMD.Options()) == {"noise", "prompts"}
+    assert method.options.needs == {"noise", "prompts", "pairs", "states"}
+    assert PhasedDMD.Options().needs == {"noise", "prompts"}
     batch = toy_batch(8, 0, pairs=lambda z: MU + S * z)
     with torch.no_grad():
         method.student.net.nets[0].shift.fill_(MU)
         method.student.net.nets[0].scale.fill_(S)
-    assert method.loss("expert-1", batch)[0].item() == pytest.approx(0.0, abs=1e-12)
-    assert method.lr_ratio("expert-1", 0) == method.options.warm_start_lr_ratio
-    assert method.lr_ratio("expert-1", 1) == pytest.approx(0.5)
+    assert loss_of(method, "expert-1", batch)[0].item() == pytest.approx(0.0, abs=1e-12)
+    assert method.lr_ratio(Turn("expert-1", 0)) == method.options.warm_start_lr_ratio
+    assert method.lr_ratio(Turn("expert-1", 1)) == pytest.approx(0.5)
 
 
 def test_training_phase_after_phase_brings_a_gaussian_student_home():
@@ -275,7 +276,7 @@ def test_training_phase_after_phase_brings_a_gaussian_student_home():
     method = phased(net=Affine(-0.5, 0.9), phase_updates=100, fake_steps=2)
     optimizers = {
         name: torch.optim.Adam(net.parameters(), lr=0.03, betas=(0.5, 0.9))
-        for name, net in method.networks().items()
+        for name, net in modules_of(method).items()
     }
 
     def errors():
@@ -291,11 +292,11 @@ def test_training_phase_after_phase_brings_a_gaussian_student_home():
 
     before = errors()
     for step in range(600):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         optimizers[turn].zero_grad()
-        method.loss(turn, toy_batch(16, step))[0].backward()
+        loss_of(method, turn, toy_batch(16, step))[0].backward()
         optimizers[turn].step()
-        method.after_step(step)
+        method.after_step(method.turn(step))
     assert all(after < 0.5 * start for after, start in zip(errors(), before, strict=True)), (before, errors())
 
 

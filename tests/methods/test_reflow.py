@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath, per_sample
@@ -50,7 +50,7 @@ def pair_batch(count=256, step=0):
 @pytest.mark.parametrize("path", [FlowPath(), TrigPath()])
 def test_reflow_loss_is_zero_at_the_straight_velocity(path):
     """Gaussian pairs (z, mu + s z) never cross: the regression target is a function, its loss zero (card 8.1, a)."""
-    assert float(reflow(path, Straight(path)).loss("student", pair_batch())[0]) < 1e-9
+    assert float(loss_of(reflow(path, Straight(path)), "student", pair_batch())[0]) < 1e-9
 
 
 def test_reflow_loss_is_zero_on_a_discrete_table_up_to_its_end():
@@ -103,7 +103,7 @@ def test_training_finds_the_straight_velocity():
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     for step in range(150):
         optimizer.zero_grad()
-        method.loss("student", pair_batch(32, step))[0].backward()
+        loss_of(method, "student", pair_batch(32, step))[0].backward()
         optimizer.step()
     assert abs(float(net.error)) < 0.02
 
@@ -111,22 +111,22 @@ def test_training_finds_the_straight_velocity():
 def test_distillation_is_zero_at_the_map_and_begins_after_the_first_stage():
     path = FlowPath()
     method = reflow(path, Straight(path), reflow_steps=2)
-    assert "reflow" in method.loss("student", pair_batch())[1]
-    method.after_step(0)
+    assert "reflow" in loss_of(method, "student", pair_batch())[1]
+    method.after_step(method.turn(0))
     assert not method.distilling
     with torch.no_grad():
         method.student.net.error.fill_(0.3)
-    method.after_step(1)
+    method.after_step(method.turn(1))
     assert method.distilling
     assert float(method.flow.net.error) == pytest.approx(0.3)  # fresh pairs are the reflowed student's
     with torch.no_grad():
         method.student.net.error.fill_(0.0)
-    loss, logs = method.loss("student", pair_batch())
+    loss, logs = loss_of(method, "student", pair_batch())
     assert "distillation" in logs
     assert float(loss) < 1e-12
     with torch.no_grad():
         method.student.net.error.fill_(0.1)
-    assert float(method.loss("student", pair_batch())[0]) == pytest.approx(0.01, rel=1e-4)
+    assert float(loss_of(method, "student", pair_batch())[0]) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_fresh_pairs_come_from_the_frozen_flow():
@@ -139,7 +139,7 @@ def test_fresh_pairs_come_from_the_frozen_flow():
     target = method.flow_sample(batch.noise, batch.cond)
     out = MU + S * batch.noise
     expected = float((out - target).square().mean())
-    assert float(method.loss("student", batch)[0]) == pytest.approx(expected, rel=1e-4)
+    assert float(loss_of(method, "student", batch)[0]) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.01
 
 
@@ -148,6 +148,6 @@ def test_a_batch_is_its_two_halves():
     for options in ({"reflow_steps": 5}, {"reflow_steps": 0, "fresh": 0.5}):
         torch.manual_seed(0)
         method = reflow(path, Perceptron(), output="velocity", times=(1.0, 0.5), **options)
-        whole = method.loss("student", pair_batch(16))[0]
-        halves = [method.loss("student", part)[0] for part in pair_batch(16).split(2)]
+        whole = loss_of(method, "student", pair_batch(16))[0]
+        halves = [loss_of(method, "student", part)[0] for part in pair_batch(16).split(2)]
         torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reflow_toy import MU, S, Slimming, Straight
 from torch import nn
-from toy import SHAPE, Gaussian, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.draws import Draws
@@ -45,7 +45,7 @@ def pair_batch(count=256, step=0):
 
 def value(method, batch):
     with torch.no_grad():
-        return float(method.loss("student", batch)[0])
+        return float(loss_of(method, "student", batch)[0])
 
 
 # rf++
@@ -167,7 +167,7 @@ def test_rfpp_compares_features_of_the_frozen_teacher():
     teacher = ToyTeacher(Perceptron(seed=5), STRAIGHT, "velocity")
     for net, low, high in ((Straight(STRAIGHT), 0.0, 1e-9), (Straight(STRAIGHT, 0.3), 1e-3, 1.0)):
         method = RFPP(teacher, toy_student(net, STRAIGHT), (1.0,), RFPP.Options(clean="features"))
-        clean = method.loss("student", pair_batch())[1]["clean"]
+        clean = loss_of(method, "student", pair_batch())[1]["clean"]
         clean.backward()
         assert low <= float(clean.detach()) < high
         assert (abs(float(net.error.grad)) < 1e-6) == (low == 0)  # round-off, or a slope
@@ -182,11 +182,11 @@ def test_instaflow_goes_through_its_rounds_and_stages():
     assert [method.stage(step) for step in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     seen = []
     for step in range(10):
-        logs = method.loss("student", pair_batch(16, step))[1]
+        logs = loss_of(method, "student", pair_batch(16, step))[1]
         seen.append(next(iter(logs)))
         with torch.no_grad():
             method.student.net.error.fill_(0.1 * (step + 1))
-        method.after_step(step)
+        method.after_step(method.turn(step))
         last = 0.0 if step < 2 else 0.3 if step < 5 else 0.6  # the flow is the student at the end of a round
         assert float(method.flow.net.error) == pytest.approx(last)
     assert seen == ["reflow"] * 6 + ["distillation"] * 4
@@ -221,7 +221,7 @@ def test_further_rounds_learn_from_the_flows_own_pairs():
     method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_steps=1, flow_steps=5)
     with torch.no_grad():
         method.student.net.error.fill_(0.2)
-    method.after_step(0)
+    method.after_step(method.turn(0))
     batch = pair_batch(64, 1)
     z, x, _ = method.coupling(batch, own=True)
     assert torch.equal(z, batch.noise)
@@ -259,7 +259,7 @@ def test_annealing_keeps_the_noise_standard_and_lets_its_pair_in(schedule):
     z = torch.randn(20_000, *SHAPE, generator=torch.Generator().manual_seed(0))
     for step in (0, 150, 450, 700):
         draws = Draws(0, step, 0, len(z))
-        noise = method.annealed_noise(z, Batch(draws, z, Condition()))
+        noise = method.annealed_noise(z, Batch(draws, z, Condition(), torch.zeros(len(z))), draws.step)
         assert float(noise.mean()) == pytest.approx(0, abs=0.02)
         assert float(noise.var()) == pytest.approx(1, abs=0.03)
         expected = (1 - method.beta(step) ** 2) ** 0.5
@@ -277,7 +277,7 @@ def test_annealing_goes_from_flow_matching_to_reflow():
         if name == "curved":  # the gradient at b = 1 vanishes in the mean: this is the minimiser
             slope = [
                 torch.autograd.grad(
-                    method.loss("student", toy_batch(2000, 0, seed, lambda z: MU + S * z))[0],
+                    loss_of(method, "student", toy_batch(2000, 0, seed, lambda z: MU + S * z))[0],
                     (net.mean, net.deviation),
                 )
                 for seed in range(4)
@@ -293,7 +293,7 @@ def test_annealing_goes_from_flow_matching_to_reflow():
 def test_flow_guided_target_is_the_exact_sample_of_a_straight_flow(path):
     """With a straight frozen flow and the exact student, y = mu + s xi: both terms of the distillation vanish."""
     method = build(SlimFlow, Straight(path), path, reflow_steps=0)
-    logs = method.loss("student", pair_batch())[1]
+    logs = loss_of(method, "student", pair_batch())[1]
     assert logs["distillation"].item() < 1e-10
     assert logs["guide"].item() < 1e-10
 
@@ -324,12 +324,12 @@ def test_slimflow_begins_its_distillation_with_the_annealed_flow():
     method = build(SlimFlow, Straight(STRAIGHT), reflow_steps=2)
     with torch.no_grad():
         method.student.net.error.fill_(0.3)
-    method.after_step(0)
+    method.after_step(method.turn(0))
     assert float(method.flow.net.error) == 0
-    assert "reflow" in method.loss("student", pair_batch(8, 1))[1]
-    method.after_step(1)
+    assert "reflow" in loss_of(method, "student", pair_batch(8, 1))[1]
+    method.after_step(method.turn(1))
     assert float(method.flow.net.error) == pytest.approx(0.3)
-    assert set(method.loss("student", pair_batch(8, 2))[1]) == {"distillation", "guide"}
+    assert set(loss_of(method, "student", pair_batch(8, 2))[1]) == {"distillation", "guide"}
 
 
 def test_slimflow_swaps_in_the_familys_smaller_network():
@@ -337,7 +337,7 @@ def test_slimflow_swaps_in_the_familys_smaller_network():
     student.family = Slimming()
     method = SlimFlow(teacher, student, (1.0,), SlimFlow.Options(width=0.25))
     assert SlimFlow.own_network  # so that nothing is done to the teacher's for it
-    assert method.networks()["student"].first.out_features == 16
+    assert modules_of(method)["student"].first.out_features == 16
     assert method.flow.net.first.out_features == 16
     assert teacher.denoiser.net.first.out_features == 64
     for share in (0.0, 1.5):
@@ -361,8 +361,8 @@ def test_in_every_stage_a_batch_is_its_two_halves(kind, options, steps):
     student = toy_student(Perceptron(seed=1), STRAIGHT, "velocity")
     method = kind(teacher, student, (1.0, 0.5), kind.Options(**options))
     for step in steps:
-        whole = method.loss("student", pair_batch(16, step))[0]
-        halves = [method.loss("student", part)[0] for part in pair_batch(16, step).split(2)]
+        whole = loss_of(method, "student", pair_batch(16, step))[0]
+        halves = [loss_of(method, "student", part)[0] for part in pair_batch(16, step).split(2)]
         torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, rtol=1e-5, atol=1e-6)
 
 
@@ -387,7 +387,9 @@ def mixture_batch(step, count=64):
     draws = Draws(0, step, 0, count)
     rows = torch.randint(len(z) // 2, (count,), generator=torch.Generator().manual_seed(step))
     noise = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(100_000 + step))
-    return Batch(draws, noise, Condition(), pairs=Examples(x[rows], Condition(), z[rows]))
+    return Batch(
+        draws, noise, Condition(), torch.zeros(len(noise)), pairs=Examples(x[rows], Condition(), z[rows])
+    )
 
 
 def energy_distance(a, b):
@@ -427,9 +429,9 @@ def test_a_student_with_random_weights_learns_the_mixture(name):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / steps)
         optimizer.zero_grad()
-        method.loss("student", mixture_batch(step))[0].backward()
+        loss_of(method, "student", mixture_batch(step))[0].backward()
         optimizer.step()
-        method.after_step(step)
+        method.after_step(method.turn(step))
     after = gaps()
     print(f"{name}: energy {before[0]:.4f} -> {after[0]:.4f}, distance {before[1]:.3f} -> {after[1]:.3f}")
     assert after[0] < 0.5 * before[0]

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from consistency_toy import table_path
 from torch import nn
-from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import (
+    SHAPE,
+    Gaussian,
+    GaussianMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 from stepdistill.diffusion.path import EDMPath, FlowPath, Prediction, TrigPath, per_sample
 from stepdistill.export.schedulers import on_stock_grid
@@ -146,7 +157,7 @@ def test_a_network_that_returns_x0_has_finite_losses_at_the_defaults(path):
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
     method = SCM(teacher, toy_student(Perceptron(), path), (1.0,), SCM.Options(guidance=1.0, warmup=0))
     for step in range(20):
-        loss = method.loss("student", data(64, step))[0]
+        loss = loss_of(method, "student", data(64, step))[0]
         loss.backward()
         assert bool(torch.isfinite(loss)), step
     assert all(bool(torch.isfinite(p.grad).all()) for p in method.student.net.parameters())
@@ -175,7 +186,7 @@ def test_without_the_derivative_it_is_velocity_matching():
     """At step 0 of a warm-up a student that starts as its teacher has no gradient; under guidance g = cos^2 (v - F)."""
     path = TrigPath()
     method = scm(path, Gaussian(path, MU, S), warmup=10, adaptive=False)
-    method.loss("student", data())[0].backward()
+    loss_of(method, "student", data())[0].backward()
     assert abs(float(method.student.net.mean.grad)) < 1e-6
     method = scm(path, Gaussian(path, MU, S), Gaussian(path, 0.2, S), warmup=10, guidance=3.0)
     g, now, a = at(method, share=0.0)
@@ -187,11 +198,11 @@ def test_the_pull_of_a_sample_is_bounded_however_large_its_tangent():
     """|F - target| = |g| / (|g| + c) < 1 in root mean squares, and the gradient in F is -2 e^w g / (|g| + c)."""
     path = TrigPath()
     method = scm(path, Perceptron(), output="velocity", adaptive=False, offset=0.1)
-    small, logs = method.loss("student", data())
+    small, logs = loss_of(method, "student", data())
     small = small.detach()
     with torch.no_grad():
         method.teacher.denoiser.net.mean += 100.0
-    large = method.loss("student", data())[0].detach()
+    large = loss_of(method, "student", data())[0].detach()
     assert float(small) < float(large) < 1
     size = at(method)[0].flatten(1).square().mean(1).sqrt()
     torch.testing.assert_close(large, (size / (size + 0.1)).square().mean(), rtol=1e-3, atol=1e-5)
@@ -220,19 +231,21 @@ def test_the_learnt_weight_scales_each_error_and_pays_for_itself():
     plain, weighted = (scm(FlowPath(), Perceptron(), adaptive=adaptive) for adaptive in (False, True))
     with torch.no_grad():
         weighted.weight.amplitudes[0] = 0.7
-    error = plain.loss("student", data())[0].item()
-    assert weighted.loss("student", data())[0].item() == pytest.approx(math.exp(0.7) * error - 0.7, rel=1e-5)
+    error = loss_of(plain, "student", data())[0].item()
+    assert loss_of(weighted, "student", data())[0].item() == pytest.approx(
+        math.exp(0.7) * error - 0.7, rel=1e-5
+    )
 
 
 def test_the_derivative_is_whole_after_its_warm_up_and_without_one():
     """At the exact map the whole tangent is 0, and no other share of it; the log states its root mean square."""
     for warmup, step, whole in [(0, 0, True), (10, 5, False), (10, 10, True), (10, 15, True)]:
         method = scm(FlowPath(), GaussianMap(FlowPath(), MU, S), warmup=warmup)
-        _, logs = method.loss("student", data(step=step))
+        _, logs = loss_of(method, "student", data(step=step))
         assert (float(logs["tangent"]) < 1e-4) == whole
         assert not any(value.requires_grad for value in logs.values())
     method = scm(FlowPath(), Perceptron())
-    tangent = method.loss("student", data())[1]["tangent"]
+    tangent = loss_of(method, "student", data())[1]["tangent"]
     torch.testing.assert_close(tangent, at(method)[0].square().mean().sqrt())
 
 
@@ -252,20 +265,22 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
     from tiny import tiny_prompts
 
     from stepdistill.export.student_folder import student_pipeline
-    from stepdistill.losses.batch import Batch, Examples
+    from stepdistill.losses.batch import Examples
     from stepdistill.networks.pictures import draw_as_pipeline
     from stepdistill.networks.student import Student
 
     teacher = teacher_of("sd")
     student = Student.from_teacher(teacher)
     method = SCM(teacher, student, (1.0, 0.5), SCM.Options(guidance=2.5, warmup=1, noise_share=0.5))
-    optimizer = torch.optim.Adam([p for net in method.networks().values() for p in net.parameters()], 1e-3)
+    optimizer = torch.optim.Adam([p for net in modules_of(method).values() for p in net.parameters()], 1e-3)
     prompts = tiny_prompts("sd", 4)
     for step in (1, 2):
         plain = toy_batch(4, step)
         x0, noise = (plain.draws.normal(name, teacher.shape) for name in ("x0", "noise"))
         cond = teacher.encode(prompts)
-        loss, logs = method.loss("student", Batch(plain.draws, noise, cond, pairs=Examples(x0, cond)))
+        loss, logs = loss_of(
+            method, "student", replace(plain, noise=noise, cond=cond, pairs=Examples(x0, cond))
+        )
         assert bool(torch.isfinite(loss)) and 0 < float(logs["error"]) < 1
         optimizer.zero_grad()
         loss.backward()
@@ -315,7 +330,7 @@ def test_one_step_moves_from_the_teachers_mean_towards_the_trajectorys_end():
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         optimizer.zero_grad()
-        method.loss("student", data(48, step))[0].backward()
+        loss_of(method, "student", data(48, step))[0].backward()
         optimizer.step()
     print(f"before {start}, after {error()}")
     assert error() < 0.5 * start

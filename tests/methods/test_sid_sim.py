@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.families.condition import Condition
@@ -78,7 +78,7 @@ def test_sid_gradient_and_value_of_a_mean_shift(path, alpha):
 def test_value_and_gradient_are_zero_at_the_optimum(kind):
     """Fake network and teacher equal: zero at every point, not in the mean only."""
     method = method_of(kind, FlowPath(), MU, S)
-    loss, logs = method.loss("student", toy_batch(64))
+    loss, logs = loss_of(method, "student", toy_batch(64))
     loss.backward()
     assert not any(value.requires_grad for value in logs.values())
     net = method.student.net
@@ -242,17 +242,17 @@ class Sealed(Batch):
 @pytest.mark.parametrize("kind", [SiD, SIM])
 def test_is_data_free_and_leaves_the_frozen_networks_alone(kind):
     """Noise and prompts alone, in both turns; only the network whose turn it is gets a gradient."""
-    assert kind.needs_of(kind.Options()) == kind.needs == {"noise", "prompts"}
+    assert kind.Options().needs == {"noise", "prompts"}
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity", unguided=Perceptron(seed=2))
     student = toy_student(Perceptron(seed=1), path, "velocity")
     method = kind(teacher, student, (1.0, 0.5), kind.Options(guidance=2.0))
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     for turn, parameters in trained.items():
         method.zero_grad(set_to_none=True)
         take_turn(trained, turn)
         plain = toy_batch(8)
-        method.loss(turn, Sealed(plain.draws, plain.noise, plain.cond))[0].backward()
+        loss_of(method, turn, Sealed(plain.draws, plain.noise, plain.cond, plain.prompt))[0].backward()
         assert all(p.grad is not None for p in parameters)
         others = [p for name, group in trained.items() if name != turn for p in group]
         assert all(p.grad is None for p in [*others, *teacher.denoiser.parameters()])
@@ -266,14 +266,14 @@ def test_training_brings_a_gaussian_student_home(kind, options):
     """Alternating updates, the fake network learning too: the mean closes nine tenths of its gap, the deviation four
     fifths."""
     method = method_of(kind, FlowPath(), -0.5, 0.3, **options)
-    networks = method.networks()
+    networks = modules_of(method)
     trained = {name: list(net.parameters()) for name, net in networks.items()}
     optimizers = {k: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9)) for k, p in trained.items()}
     for step in range(600):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         take_turn(trained, turn)
         optimizers[turn].zero_grad()
-        method.loss(turn, toy_batch(32, step))[0].backward()
+        loss_of(method, turn, toy_batch(32, step))[0].backward()
         optimizers[turn].step()
     assert method.student.net.shift.item() == pytest.approx(MU, abs=0.12)
     assert abs(method.student.net.scale.item()) == pytest.approx(S, abs=0.1)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
-from toy import Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.losses.consistency import last_time
@@ -78,7 +78,7 @@ def test_squared_residual_at_the_exact_map_falls_with_the_fourth_power_of_the_st
     squares = []
     for route in (16, 32, 64):
         method = tbcm(path, GaussianMap(path, MU, S), route=route, points=route)
-        squares.append(float(method.loss("student", toy_batch(300))[1]["residual"]) ** 2)
+        squares.append(float(loss_of(method, "student", toy_batch(300))[1]["residual"]) ** 2)
     for coarse, fine in pairwise(squares):
         assert 11 < coarse / fine < 22
 
@@ -89,22 +89,22 @@ def test_loss_is_zero_where_the_solver_is_exact(path):
     method = tbcm(path, Gaussian(path, MU, 0.0), deviation=0.0)
     # On a table the last state is its timestep 0, where the map is the identity: the pair there is off by that noise.
     bound = 2e-6 if last_time(path) == 0 else 0.012
-    assert float(method.loss("student", toy_batch(64))[1]["residual"]) < bound
+    assert float(loss_of(method, "student", toy_batch(64))[1]["residual"]) < bound
 
 
 def test_it_learns_from_noise_and_conditions_alone():
     """No images and no pairs are asked for, and none are touched."""
-    assert TBCM.needs_of(TBCM.Options()) == {"noise", "prompts"}
+    assert TBCM.Options().needs == {"noise", "prompts"}
     batch = replace(toy_batch(8), images=None, pairs=None)
-    assert bool(torch.isfinite(tbcm(FlowPath(), Perceptron()).loss("student", batch)[0]))
+    assert bool(torch.isfinite(loss_of(tbcm(FlowPath(), Perceptron()), "student", batch)[0]))
 
 
 def test_a_few_points_estimate_the_loss_of_all():
     path = FlowPath()
     all_of_them, few = (tbcm(path, Gaussian(path, MU, S), points=points) for points in (16, 2))
     batch = toy_batch(4000)
-    whole = float(all_of_them.loss("student", batch)[0].detach())
-    assert float(few.loss("student", batch)[0].detach()) == pytest.approx(whole, rel=0.05)
+    whole = float(loss_of(all_of_them, "student", batch)[0].detach())
+    assert float(loss_of(few, "student", batch)[0].detach()) == pytest.approx(whole, rel=0.05)
 
 
 def test_guidance_moves_the_trajectory():
@@ -118,7 +118,7 @@ def test_guidance_moves_the_trajectory():
         TBCM.Options(guidance=1.0),
     )
     batch = toy_batch(16)
-    torch.testing.assert_close(guided.loss("student", batch)[0], moved.loss("student", batch)[0])
+    torch.testing.assert_close(loss_of(guided, "student", batch)[0], loss_of(moved, "student", batch)[0])
 
 
 def test_training_brings_one_step_to_the_end_of_the_ode():

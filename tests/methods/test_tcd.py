@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
-from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.diffusion.solvers import uniform_times
@@ -55,7 +55,7 @@ def test_loss_is_zero_where_trajectories_are_straight(path):
     """A point mass: x0 and eps stay put on a trajectory, so one pair of them is right for every end."""
     method = tcd(path, Gaussian(path, MU, 0.0), deviation=0.0)
     batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
-    assert float(method.loss("student", batch)[1]["residual"]) < 2e-6
+    assert float(loss_of(method, "student", batch)[1]["residual"]) < 2e-6
 
 
 def test_the_floor_of_a_first_order_map():
@@ -84,7 +84,7 @@ def test_ends_lie_on_the_grid_between_the_boundary_and_the_teachers_point(monkey
         module, "jump", lambda net, z, t, s, cond: (seen.append((t, s)), jump(net, z, t, s, cond))[1]
     )
     method = tcd(path, Gaussian(path, MU, S), grid=50)
-    method.loss("student", toy_batch(4000, pairs=lambda z: MU + S * z))
+    loss_of(method, "student", toy_batch(4000, pairs=lambda z: MU + S * z))
     (s, e), (t, same) = seen
     assert torch.equal(e, same)
     assert bool((e <= s).all()) and bool((s < t).all())
@@ -109,7 +109,7 @@ def test_every_end_from_the_boundary_to_the_teachers_point_is_drawn(kind, monkey
     more = {"segments": (1,)} if kind is TSCD else {}
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
     method = kind(teacher, toy_student(Gaussian(path, MU, S), path), (1.0,), kind.Options(grid=5, **more))
-    method.loss("student", toy_batch(2000, pairs=lambda z: MU + S * z))
+    loss_of(method, "student", toy_batch(2000, pairs=lambda z: MU + S * z))
     (s, _), (t, e) = seen
     torch.testing.assert_close(s, t - 0.2)
     for n in range(1, 6):
@@ -126,9 +126,9 @@ def test_guidance_is_folded_into_the_ode():
     plain.teacher.denoiser.net.mean.fill_(0.2 + 2.5 * (MU - 0.2))
     ranged = tcd(path, Perceptron(), unguided=Gaussian(path, 0.2, S), guidance_range=(2.5, 2.5))
     batch = toy_batch(64, pairs=lambda z: MU + S * z)
-    expected = plain.loss("student", batch)[0]
-    torch.testing.assert_close(guided.loss("student", batch)[0], expected)
-    torch.testing.assert_close(ranged.loss("student", batch)[0], expected)
+    expected = loss_of(plain, "student", batch)[0]
+    torch.testing.assert_close(loss_of(guided, "student", batch)[0], expected)
+    torch.testing.assert_close(loss_of(ranged, "student", batch)[0], expected)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
 from torch import nn
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
@@ -40,7 +40,7 @@ def test_lower_edges_are_those_of_the_card():
     method = tscd(FlowPath(), Perceptron(), segments=(8,), grid=1000, skip=1000)
     batch = data(4000)
     n = batch.draws.integers("time", 1000) + 1
-    _, _, e, start, _ = method.two_jumps(batch)
+    _, _, e, start, _ = method.two_jumps(batch, batch.draws.step)
     torch.testing.assert_close(e * 1000, (n - 1) // 125 * 125.0, atol=1e-3, rtol=0)
     torch.testing.assert_close(start - e, torch.full_like(e, 0.125))
     for time, edge in ((140, 125), (125, 0), (500, 375), (1000, 875)):
@@ -70,15 +70,17 @@ def test_one_segment_is_tcd(path):
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, 0.2, S))
     theirs = TCD(teacher, toy_student(Perceptron(), path, "velocity"), (1.0,), TCD.Options(**options))
     batch = data(step=3)
-    assert torch.equal(ours.loss("student", batch)[0], theirs.loss("student", batch)[0])
-    assert not torch.equal(ours.loss("student", data(step=2))[0], theirs.loss("student", data(step=2))[0])
+    assert torch.equal(loss_of(ours, "student", batch)[0], loss_of(theirs, "student", batch)[0])
+    assert not torch.equal(
+        loss_of(ours, "student", data(step=2))[0], loss_of(theirs, "student", data(step=2))[0]
+    )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_a_segment_of_one_teacher_step_is_the_teachers_step(path):
     """As many segments as grid times: the target is the teacher's point, and the teacher itself has no loss."""
     method = tscd(path, Gaussian(path, MU, S), segments=(10,), grid=10)
-    assert float(method.loss("student", data())[1]["residual"]) < 2e-6
+    assert float(loss_of(method, "student", data())[1]["residual"]) < 2e-6
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
@@ -87,7 +89,7 @@ def test_loss_is_zero_where_trajectories_are_straight(path):
     method = tscd(path, Gaussian(path, MU, 0.0), deviation=0.0, stage_updates=1)
     for step in range(4):
         batch = toy_batch(64, step, pairs=lambda z: torch.full_like(z, MU))
-        assert float(method.loss("student", batch)[1]["residual"]) < 2e-6
+        assert float(loss_of(method, "student", batch)[1]["residual"]) < 2e-6
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
@@ -98,7 +100,7 @@ def test_the_shorter_the_segments_the_nearer_is_the_teacher_to_the_solution(path
     for segments in (8, 4, 2, 1):
         method = tscd(path, Gaussian(path, MU, S).requires_grad_(False), segments=(segments,), skip=40)
         batch = data(2000)
-        jumped, _, e, _, _ = method.two_jumps(batch)
+        jumped, _, e, _, _ = method.two_jumps(batch, batch.draws.step)
         t = (batch.draws.integers("time", 40) + 1) / 40
         z = noised(path, batch.pairs.x0, batch.draws.normal("eps", SHAPE), t)
         (alpha, sigma), (alpha_e, sigma_e) = path.alpha_sigma(t), path.alpha_sigma(e)
@@ -114,7 +116,7 @@ def test_ends_stay_in_the_segment_and_the_lowest_is_timestep_0():
     method = tscd(path, Gaussian(path, MU, S), segments=(4,))
     batch = data(4000)
     n = batch.draws.integers("time", 40) + 1
-    _, _, e, start, _ = method.two_jumps(batch)
+    _, _, e, start, _ = method.two_jumps(batch, batch.draws.step)
     low = ((n - 1) // 10 * 10 / 40).clamp_min(1 / 1000)
     assert bool((e >= low - 1e-6).all()) and bool((e < n / 40).all()) and bool((start >= n / 40 - 1e-6).all())
     assert float(e.min()) == pytest.approx(1 / 1000)
@@ -131,41 +133,41 @@ def with_critics(path=None, **options):
 
 def test_the_optional_terms_begin_with_their_stage_and_reach_only_whose_turn_it_is():
     method = with_critics()
-    assert all(method.turn(step) == "student" for step in range(20))
-    assert [method.turn(step) for step in range(20, 24)] == ["fake", "student"] * 2
-    assert set(method.loss("student", data(step=19))[1]) == {"residual"}
-    assert set(method.loss("student", data(step=20))[1]) == {"residual", "gan", "field"}
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    assert all(method.turn(step).network == "student" for step in range(20))
+    assert [method.turn(step).network for step in range(20, 24)] == ["fake", "student"] * 2
+    assert set(loss_of(method, "student", data(step=19))[1]) == {"residual"}
+    assert set(loss_of(method, "student", data(step=20))[1]) == {"residual", "gan", "field"}
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     for turn, step, logs in (
         ("fake", 20, {"discriminator", "denoising"}),
         ("student", 21, {"residual", "gan", "field"}),
     ):
         method.zero_grad(set_to_none=True)
         take_turn(trained, turn)
-        loss, said = method.loss(turn, data(step=step))
+        loss, said = loss_of(method, turn, data(step=step))
         loss.backward()
         assert set(said) == logs
         for name, parameters in trained.items():
             assert any(p.grad is not None and bool(p.grad.any()) for p in parameters) == (name == turn)
     assert all(p.grad is None for p in method.teacher.denoiser.parameters())
-    assert set(with_critics(gan_weight=0.0, score_weight=0.0).networks()) == {"student"}
+    assert set(modules_of(with_critics(gan_weight=0.0, score_weight=0.0))) == {"student"}
 
 
 def test_each_term_is_added_at_its_weight():
     """The squared residual, beside it the generator's loss, and the pull against DMD's field on one-step samples."""
     batch, plain = data(step=40), with_critics(gan_weight=0.0, score_weight=0.0)
-    alone, logs = plain.loss("student", batch)
+    alone, logs = loss_of(plain, "student", batch)
     assert alone.item() == pytest.approx(float(logs["residual"]) ** 2, rel=1e-5)
 
     method = with_critics(gan_weight=0.3, score_weight=0.0)
-    loss, logs = method.loss("student", batch)
-    jumped, _, e, start, cond = method.two_jumps(batch)
+    loss, logs = loss_of(method, "student", batch)
+    jumped, _, e, start, cond = method.two_jumps(batch, batch.draws.step)
     generator = nn.functional.softplus(-method.gan.logits_above(jumped, e, start, cond, batch)).mean()
     assert (loss - alone).item() == pytest.approx(0.3 * generator.item(), rel=1e-4)
 
     method = with_critics(gan_weight=0.0, score_weight=0.2, score_guidance=2.0)
     method._teacher[0].unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
-    loss, logs = method.loss("student", batch)
+    loss, logs = loss_of(method, "student", batch)
     x = method.student.predict(batch.noise, torch.ones(64), batch.cond).x0
     views = method.fake.views(method.teacher, x.detach(), batch, method.options, 2.0)
     field = views.error / views.distance
@@ -175,7 +177,7 @@ def test_each_term_is_added_at_its_weight():
     weights = list(method.student.net.parameters())
     ours = torch.autograd.grad(loss, weights)
     pull = 0.2 * (x * field.detach()).mean()  # descent moves the samples against the field
-    wanted = torch.autograd.grad(plain.loss("student", batch)[0], list(plain.student.net.parameters()))
+    wanted = torch.autograd.grad(loss_of(plain, "student", batch)[0], list(plain.student.net.parameters()))
     for got, regressed, pulled in zip(ours, wanted, torch.autograd.grad(pull, weights), strict=True):
         torch.testing.assert_close(got, regressed + pulled, rtol=1e-3, atol=1e-5)
 
@@ -183,10 +185,10 @@ def test_each_term_is_added_at_its_weight():
 def test_the_score_term_is_zero_where_the_fake_network_is_the_teacher():
     """Unguided and at its start; under a guidance it is not."""
     batch = data(step=40)
-    assert float(with_critics().loss("student", batch)[1]["field"]) == 0
+    assert float(loss_of(with_critics(), "student", batch)[1]["field"]) == 0
     method = with_critics(score_guidance=2.0)
     method._teacher[0].unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
-    assert float(method.loss("student", batch)[1]["field"]) > 0.01
+    assert float(loss_of(method, "student", batch)[1]["field"]) > 0.01
 
 
 def test_the_discriminator_cannot_tell_a_consistent_student():
@@ -195,7 +197,7 @@ def test_the_discriminator_cannot_tell_a_consistent_student():
     with torch.no_grad():
         for parameter in method.gan.head.body[-1].parameters():
             parameter.zero_()
-    loss = method.loss("fake", data())[0]
+    loss = loss_of(method, "fake", data())[0]
     assert float(loss) == pytest.approx(2 * 0.6931472, abs=1e-5)
     loss.backward()
     # Real and generated features are equal, so the gradients of the two softplus terms at logit 0 are opposite.

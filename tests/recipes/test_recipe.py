@@ -17,7 +17,7 @@ from stepdistill.training.identity import differences, resolve, resolved_yaml
 
 METHOD = '''"""A method of the test's own."""
 from typing import ClassVar
-from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.contract import Loss, Method, MethodOptions
 
 class Options(MethodOptions):
     guidance: float = 2.5
@@ -25,7 +25,7 @@ class Options(MethodOptions):
 
 class Mine(Method):
     Options: ClassVar[type[MethodOptions]] = Options
-    def loss(self, turn, batch): return batch.noise.mean(), {}
+    def loss(self, turn, batch): return Loss(batch.noise.mean())
     def sampler(self): raise AssertionError
 '''
 

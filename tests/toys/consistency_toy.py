@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from toy import SHAPE, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import SHAPE, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TablePath, per_sample
 from stepdistill.diffusion.solvers import solve, uniform_times
@@ -64,17 +64,17 @@ def error(method, steps):
 def train(method, updates, lr=2e-3, batch=64):
     """Trains every network of the method in its turn, on images of the mixture."""
     images = Mixture(PATH).sample(4096, torch.Generator().manual_seed(1))
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     optimizers = {name: torch.optim.Adam(parameters, lr) for name, parameters in trained.items()}
     for step in range(updates):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         take_turn(trained, turn)
         for group in optimizers[turn].param_groups:
             group["lr"] = lr * (1 - step / updates)
         rows = torch.arange(step * batch, (step + 1) * batch) % len(images)
-        loss, _ = method.loss(turn, toy_batch(batch, step, images=images[rows]))
+        loss, _ = loss_of(method, turn, toy_batch(batch, step, images=images[rows]))
         optimizers[turn].zero_grad()
         loss.backward()
         optimizers[turn].step()
-        method.after_step(step)
+        method.after_step(method.turn(step))
     return method

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from toy import Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
 
@@ -33,4 +35,4 @@ def batch_for(method, count=8, step=0):
     between = [t * batch.pairs.noise + (1 - t) * batch.pairs.x0 for t in method.times[1:]]
     states = torch.stack(between, 1) if between else None
     pairs = Examples(batch.pairs.x0, batch.pairs.cond, batch.pairs.noise, states)
-    return type(batch)(batch.draws, batch.noise, batch.cond, batch.images, pairs)
+    return replace(batch, pairs=pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, toy_student
+from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, loss_of, modules_of, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT, carried
 from stepdistill.diffusion.draws import Draws, generator_for
@@ -74,18 +74,18 @@ def errors(method: FlowMapMethod, steps: int, count: int = 64, lr: float = 5e-3)
         return float((drawn - (MU + C * z)).square().mean().sqrt())
 
     start = error()
-    trained = {name: list(net.parameters()) for name, net in method.networks().items()}
+    trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     optimizers = {name: torch.optim.Adam(parameters) for name, parameters in trained.items()}
     for step in range(steps):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         take_turn(trained, turn)
         optimizers[turn].param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizers[turn].zero_grad()
         draws = Quick(0, step, 0, count)
         images = Examples(MU + C * draws.normal("image", SHAPE), Condition())
-        batch = Batch(draws, draws.normal("noise", SHAPE), Condition(), images)
-        method.loss(turn, batch)[0].backward()
+        batch = Batch(draws, draws.normal("noise", SHAPE), Condition(), torch.zeros(draws.count), images)
+        loss_of(method, turn, batch)[0].backward()
         torch.nn.utils.clip_grad_norm_(trained[turn], 1.0)
         optimizers[turn].step()
-        method.after_step(step)
+        method.after_step(method.turn(step))
     return start, error()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from consistency_toy import PATH, Corrected
 from flow_toy import Quick
 from torch import Tensor, nn
-from toy import SHAPE, Mixture, Perceptron, ToyFamily, ToyTeacher, toy_student
+from toy import SHAPE, Mixture, Perceptron, ToyFamily, ToyTeacher, loss_of, modules_of, toy_student
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.diffusion.solvers import trajectory, uniform_times
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.contract import Method, Turn
 from stepdistill.methods import find_method
 from stepdistill.recipes.sections import TrainOptions
 from stepdistill.training.parallel import take_turn
@@ -94,8 +94,8 @@ def images() -> Tensor:
 
 def mixture_batch(method: Method, step: int, count: int, seed: int) -> Batch:
     """What a run hands to the method at a step: all that the method says it needs, and nothing else."""
-    draws, needs = Batched(seed, step, 0, count), method.needs_of(cast(MethodOptions, method.options))
-    batch = Batch(draws, draws.normal("noise", SHAPE), Condition())
+    draws, needs = Batched(seed, step, 0, count), method.options.needs
+    batch = Batch(draws, draws.normal("noise", SHAPE), Condition(), torch.zeros(draws.count))
     rows = draws.integers("rows", PAIRS)
     if "images" in needs:
         batch = replace(batch, images=Examples(images()[rows], Condition()))
@@ -113,7 +113,7 @@ def train(method: Method, setting: Setting, *, sign: float = 1.0, seed: int = 0)
     options = TrainOptions(
         steps=setting.steps, lr=setting.lr, schedule="linear", betas=(0.0, 0.99), seed=seed
     )
-    trained = {k: [p for p in net.parameters() if p.requires_grad] for k, net in method.networks().items()}
+    trained = {k: [p for p in net.parameters() if p.requires_grad] for k, net in modules_of(method).items()}
     optimizers = {
         name: torch.optim.AdamW(
             parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
@@ -121,17 +121,17 @@ def train(method: Method, setting: Setting, *, sign: float = 1.0, seed: int = 0)
         for name, parameters in trained.items()
     }
     for step in range(options.steps):
-        turn = method.turn(step)
+        turn = method.turn(step).network
         take_turn(trained, turn)
-        loss, _ = method.loss(turn, mixture_batch(method, step, options.batch, options.seed))
+        loss, _ = loss_of(method, turn, mixture_batch(method, step, options.batch, options.seed))
         (sign * loss if turn == "student" else loss).backward()
         torch.nn.utils.clip_grad_norm_(trained[turn], options.clip)
         for group in optimizers[turn].param_groups:
-            group["lr"] = learning_rate(options, step) * method.lr_ratio(turn, step)
+            group["lr"] = learning_rate(options, step) * method.lr_ratio(Turn(turn, step))
         optimizers[turn].step()
         optimizers[turn].zero_grad(set_to_none=True)
-        method.after_step(step)
-        for name in method.anew(step):
+        method.after_step(method.turn(step))
+        for name in method.anew(method.turn(step)):
             optimizers[name].state.clear()
 
 

@@ -14,6 +14,7 @@ from stepdistill.diffusion.path import Output, Path, Prediction, TablePath, per_
 from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, Turn
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.student import Student
 
@@ -193,6 +194,18 @@ def toy_student(net: nn.Module, path: Path, output: Output = "x0") -> Student:
     return Student(net.requires_grad_(True), path, output, ToyFamily(path))
 
 
+def loss_of(method: Method, network: str | Turn, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a network's turn at the step of the batch comes to, and what it logs."""
+    turn = network if isinstance(network, Turn) else Turn(network, batch.draws.step)
+    found = method.loss(turn, batch)
+    return found.value, found.logs
+
+
+def modules_of(method: Method) -> dict[str, nn.Module]:
+    """What each optimiser of a method updates."""
+    return {name: one.module for name, one in method.trained().items()}
+
+
 def toy_batch(
     count: int, step: int = 0, seed: int = 0, pairs: Any = None, images: Tensor | None = None
 ) -> Batch:
@@ -204,6 +217,7 @@ def toy_batch(
         draws,
         noise,
         Condition(),
+        torch.arange(count),
         images=None if images is None else Examples(images, Condition()),
         pairs=None if pairs is None else Examples(pairs(z), Condition(), z),
     )

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from run_toy import COMMON, HERE, METHODS, recipe_of
 from safetensors.torch import load_file
+from toy import loss_of
 
 from stepdistill.data.batches import Data
 from stepdistill.data.prompts import read_prompts
@@ -39,7 +40,7 @@ def start(recipe, folder, resume=False, preview=None):
     accelerator = Accelerator(cpu=True)
     job = assemble(resolve(recipe), accelerator, None)
     data = training_data(job, folder)
-    return job, train(job.method, data, recipe, folder, accelerator, resume=resume, preview=preview)
+    return job, train(job.objective, data, recipe, folder, accelerator, resume=resume, preview=preview)
 
 
 def final_tensors(folder):
@@ -151,7 +152,7 @@ for method in METHODS:
     accelerator.wait_for_everyone()
     recipe = recipe_of(method, 4)
     job = assemble(resolve(recipe), accelerator, None)
-    train(job.method, training_data(job, folder), recipe, folder, accelerator)
+    train(job.objective, training_data(job, folder), recipe, folder, accelerator)
 accelerator.end_training()
 """
 
@@ -197,15 +198,15 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
     job = assemble(resolve(recipe), accelerator, None)
     plain = job.method.after_step
 
-    def interrupted(step):
-        if step == 6:
+    def interrupted(turn):
+        if turn.step == 6:
             signal.raise_signal(signal.SIGINT)
-        plain(step)
+        plain(turn)
 
     job.method.after_step = interrupted
     (tmp_path / "parts").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        train(job.method, training_data(job, tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
+        train(job.objective, training_data(job, tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
     assert checkpoints_in(tmp_path / "parts" / "checkpoints")[-1].name == "step-00000007"
     start(recipe, tmp_path / "parts", resume=True)
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
@@ -294,12 +295,12 @@ def test_every_trained_weight_has_a_gradient_in_bf16(method, tmp_path):
 
     job.student.net.register_forward_pre_hook(look)
     for step in range(1, 20):
-        if job.method.turn(step) != "student":
+        if job.method.turn(step).network != "student":
             continue
         graphs.clear()
         job.student.net.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = job.method.loss("student", data.batch(step, 0, 4, 4))
+            loss, _ = loss_of(job.method, "student", data.batch(step, 0, 4, 4))
         loss.backward()
         missing = [name for name, p in job.student.net.named_parameters() if p.grad is None]
         assert not missing
@@ -319,7 +320,7 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
     moved = [p for n, p in job.student.net.named_parameters() if "lora_B" in n and bool(p.any())]
     assert moved
     again = assemble(resolve(recipe), Accelerator(cpu=True), None)
-    Run(again.method, recipe, tmp_path).restore()
+    Run(again.objective, recipe, tmp_path).restore()
     wanted = job.method.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in again.method.state_dict().items())
 
@@ -340,7 +341,7 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
     with pytest.raises(
         TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"
     ):
-        train(job.method, training_data(job, tmp_path), recipe, tmp_path, accelerator, preview=poison)
+        train(job.objective, training_data(job, tmp_path), recipe, tmp_path, accelerator, preview=poison)
 
 
 def test_resume_needs_a_checkpoint(tmp_path):
@@ -380,18 +381,18 @@ def test_resume_refuses_other_prompts_and_another_teacher_under_the_same_names(t
     assert checks._begun_in(tmp_path / "run") == str(Path.cwd())
     assert kept["teacher"] == job.teacher.fingerprint() and set(kept) == {"teacher", "data.prompts"}
     data = training_data(job, tmp_path / "run")
-    run = Run(job.method, recipe, tmp_path / "run", data.identity())
+    run = Run(job.objective, recipe, tmp_path / "run", data.identity())
     run.restore()
     assert run.step == 5
     prompts.write_text(prompts.read_text() + "one more\n")
     changed = Data(job.teacher, read_prompts(prompts), 0)
     with pytest.raises(UserError, match=r"--resume: data.prompts \(.*p.txt\) changed since step 5"):
-        Run(job.method, recipe, tmp_path / "run", changed.identity()).restore()
+        Run(job.objective, recipe, tmp_path / "run", changed.identity()).restore()
     altered(tmp_path / "run", "teacher")
     with pytest.raises(UserError, match=r"--resume: teacher \(emoji\) changed since step 5"):
-        Run(job.method, recipe, tmp_path / "run", data.identity()).restore()
+        Run(job.objective, recipe, tmp_path / "run", data.identity()).restore()
     altered(tmp_path / "run", None)  # as earlier versions wrote it
-    Run(job.method, recipe, tmp_path / "run", data.identity()).restore()
+    Run(job.objective, recipe, tmp_path / "run", data.identity()).restore()
     assert "none was compared" in capsys.readouterr().err
 
 
@@ -451,7 +452,7 @@ def test_a_run_restores_where_it_was(tmp_path):
     recipe = recipe_of("dmd", 10)
     _, trained = start(recipe, tmp_path)
     job = assemble(resolve(recipe), Accelerator(cpu=True), None)
-    state = Run(job.method, recipe, tmp_path)
+    state = Run(job.objective, recipe, tmp_path)
     state.restore()
     assert state.step == 10
     assert state.seconds == pytest.approx(trained.seconds, abs=5)

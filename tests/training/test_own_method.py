@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_pipeline
-from toy import Gaussian, ToyTeacher, toy_batch, toy_student
+from toy import Gaussian, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
@@ -33,8 +33,8 @@ def test_one_step_and_two_agree_where_trajectories_are_straight() -> None:
     """All data at one point: the teacher's x0 is that point everywhere, so is the target, and the loss of a student at
     another point is the mean weight times the squared distance."""
     batch = toy_batch(64, pairs=lambda z: torch.full_like(z, 0.7))
-    assert halving(0.7, 0.0, 0.7).loss("student", batch)[0].item() < 1e-10
-    loss, logs = halving(0.7, 0.0, 0.2).loss("student", batch)
+    assert loss_of(halving(0.7, 0.0, 0.7), "student", batch)[0].item() < 1e-10
+    loss, logs = loss_of(halving(0.7, 0.0, 0.2), "student", batch)
     assert logs["error"].item() == pytest.approx(0.25, rel=1e-4)
     # t is 1 or 1/2 with SNR 0 or 1: every weight is at its floor of 1.
     assert loss.item() == pytest.approx(0.25, rel=1e-4)

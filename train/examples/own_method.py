@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from stepdistill import extend as sd
 
@@ -17,22 +16,17 @@ from stepdistill import extend as sd
 class Halving(sd.Method):
     """See the module's text."""
 
-    needs = frozenset({"noise", "prompts", "pairs"})  # pairs: clean latents without real images
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(sd.PairOptions):
+    class Options(sd.PairOptions):  # of pairs: clean latents without real images
         largest_weight: float = 10.0  # of SNR = (alpha / sigma)^2, the weight of the loss in x0
 
-    def __init__(
-        self, teacher: sd.Teacher, student: sd.Student, times: tuple[float, ...], options: sd.MethodOptions
-    ) -> None:
-        super().__init__(teacher, student, times, options)
-        self.options = cast(Halving.Options, options)
+    options: Options
 
     def sampler(self) -> sd.Sampler:
         return sd.Sampler(self.times, renoise=False)
 
-    def loss(self, turn: str, batch: sd.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, turn: sd.Turn, batch: sd.Batch) -> sd.Loss:
         guidance, path, pairs = self.options.guidance, self.student.path, cast(sd.Examples, batch.pairs)
         edges = torch.tensor([*self.times, 0.0], device=batch.noise.device)
         index = batch.draws.integers("step", len(self.times))
@@ -51,4 +45,4 @@ class Halving(sd.Method):
 
         weight = (alpha_t / sigma_t).square().clamp(1.0, self.options.largest_weight)  # [B]
         error = (self.student.predict(x_t, t, pairs.cond).x0 - target).square().flatten(1).mean(1)  # [B]
-        return (weight * error).mean(), {"error": error.mean()}
+        return sd.Loss((weight * error).mean(), {"error": error.mean()})
