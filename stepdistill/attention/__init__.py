@@ -1,1 +1,1 @@
-"""Attention: kernels by name, what forward-mode differentiation needs of them, and a token that counts many times."""
+"""Attention: fused, with gradients and tangents; kernels by name; and a token that counts many times."""

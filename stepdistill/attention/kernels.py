@@ -9,13 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from stepdistill.attention.fused import why_no_triton
 from stepdistill.errors import UserError
 
-NAMES = ("sdpa", "xformers", "math")
+NAMES = ("sdpa", "triton", "xformers", "math")
 
 
 def why_not(name: str, device: torch.device) -> str | None:
     """Why an attention kernel cannot run on a device; None where it can."""
+    if name == "triton":
+        return why_no_triton(device)
     if name != "xformers":
         return None
     if importlib.util.find_spec("xformers") is None:
@@ -48,13 +51,19 @@ def use_xformers(net: nn.Module) -> None:
 
 @contextmanager
 def attention(name: str, device: torch.device) -> Iterator[None]:
-    """Within it, torch's scaled_dot_product_attention is the fused kernel it picks (``sdpa``) or the plain one
-    (``math``). xformers is set on the networks themselves, see :func:`use_xformers`."""
+    """Within it, torch's scaled_dot_product_attention is the fused kernel it picks (``sdpa``), the plain one (``math``)
+    or our own (``triton``), which leaves to torch's what it does not take. xformers is set on the networks themselves,
+    see :func:`use_xformers`."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     check_attention(name, device)
     if name == "math":
         with sdpa_kernel(SDPBackend.MATH):
+            yield
+    elif name == "triton":
+        from stepdistill.attention.rerouted import FusedMode
+
+        with FusedMode():
             yield
     else:
         yield

@@ -137,6 +137,8 @@ def _attention(device: torch.device) -> list[Finding]:
     for name in NAMES:
         if (reason := why_not(name, device)) is not None:
             findings.append(Finding("note", f"attention {name}", f"cannot be chosen: {reason}"))
+        elif name in ("triton", "xformers"):
+            findings.append(Finding("ok", f"attention {name}", f"{_installed(name)} on {device.type}"))
     return findings
 
 

@@ -66,7 +66,7 @@ class SCM(Method):
         warmup: int = 10_000  # updates over which the derivative fades in (H); 0: it is whole from the start
         offset: float = 0.1  # c of the normalisation
         adaptive: bool = True  # the learnt weight; rCM (2510.08431) does without
-        derivative: Way | None = None  # null: difference on a table, and auto (unfused attention) else
+        derivative: Way | None = None  # null: difference on a table, and auto else
         # Greatest h of the differences, in units of [0, 1], and never more than a quarter of the time. Where drawings
         # start, smaller ones see the unevenness of a pretrained network from one timestep to the next, not its slope.
         derivative_step: float = 0.04

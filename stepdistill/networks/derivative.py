@@ -2,8 +2,8 @@
 
 Continuous-time objectives need d/dh f(x + h w, t + h a, s + h b) at h = 0, never a gradient through it. Three ways:
 
-- ``exact``: forward-mode differentiation (``torch.func.jvp``). Fused attention has no forward-mode rule, and that of
-  GroupNorm takes contiguous inputs only; both are re-routed for the call, so diffusers' networks run as they are.
+- ``exact``: forward-mode differentiation (``torch.func.jvp``). Torch's fused attention has no forward-mode rule, and
+  that of GroupNorm takes contiguous inputs only; both are re-routed for the call: diffusers' networks run as they are.
 - ``difference``: central differences in float32, one-sided where a time would leave [0, last] or the end of a jump
   would pass its start. In bfloat16 they are noise (rounding over h), so autocast is off here for both ways.
 - ``auto``: exact where the network has the rules; the first call also takes differences and keeps, and says, how far

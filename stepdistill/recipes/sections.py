@@ -99,7 +99,8 @@ class TrainOptions(Section):
             with short steps may want ``teacher_precision: float32``: near pure noise bf16 moves an eps network's x0 by
             as much as such a step does.
         teacher_precision: of the teacher's arithmetic where it should differ; float32 then holds it in float32.
-        attention: sdpa (torch's fused kernels), xformers or math.
+        attention: sdpa (torch's fused kernels), triton (our own; cuda alone), xformers or math. Exact derivatives of
+            continuous-time methods take our own, in tiles on a CPU, wherever they pay.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that stay on the disk.
         sheet_every: steps between contact sheets; 0 draws none.
@@ -122,7 +123,7 @@ class TrainOptions(Section):
     seed: _NotNegative = 0
     precision: Literal["float32", "bf16"] = "float32"
     teacher_precision: Literal["float32", "bf16"] | None = None
-    attention: Literal["sdpa", "xformers", "math"] = "sdpa"
+    attention: Literal["sdpa", "triton", "xformers", "math"] = "sdpa"
     checkpoint_every: _Positive = 200
     keep: _Positive = 2
     sheet_every: _NotNegative = 100

@@ -1,0 +1,189 @@
+"""Launches Triton's kernels of fused attention, in the shapes that fit their heads and the card."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from stepdistill.attention import triton_kernels
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a kernel is cut: queries and keys of a tile, warps, stages of its pipeline, and how float32 is multiplied."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+    def smaller(self) -> Shape | None:
+        """One that takes less shared memory."""
+        if self.stages > 1:
+            return replace(self, stages=1)
+        if self.rows > 16 or self.columns > 16:
+            return replace(self, rows=max(16, self.rows // 2), columns=max(16, self.columns // 2))
+        return None
+
+
+SHAPES: dict[tuple[str, int, int], Shape] = {
+    ("forward", 16, 64): Shape(128, 128, 8, 3),
+    ("forward", 16, 128): Shape(128, 128, 8, 2),
+    ("forward", 16, 256): Shape(64, 64, 4, 2),
+    ("tangent", 16, 64): Shape(128, 64, 8, 2),
+    ("tangent", 16, 128): Shape(128, 64, 8, 2),
+    ("tangent", 16, 256): Shape(64, 32, 4, 1),
+    ("of_queries", 16, 64): Shape(128, 64, 8, 2),
+    ("of_queries", 16, 128): Shape(128, 64, 8, 2),
+    ("of_queries", 16, 256): Shape(64, 32, 8, 1),
+    ("of_keys", 16, 64): Shape(64, 128, 8, 2),
+    ("of_keys", 16, 128): Shape(64, 128, 8, 2),
+    ("of_keys", 16, 256): Shape(32, 64, 8, 1),
+    ("forward", 32, 64): Shape(32, 32, 4, 1),
+    ("forward", 32, 128): Shape(32, 32, 8, 1),
+    ("forward", 32, 256): Shape(32, 32, 8, 1),
+    ("tangent", 32, 64): Shape(32, 32, 8, 1),
+    ("tangent", 32, 128): Shape(16, 16, 8, 1),
+    ("tangent", 32, 256): Shape(16, 16, 16, 1),
+    ("of_queries", 32, 64): Shape(32, 32, 8, 1),
+    ("of_queries", 32, 128): Shape(32, 32, 8, 1),
+    ("of_queries", 32, 256): Shape(16, 16, 8, 1),
+    ("of_keys", 32, 64): Shape(32, 32, 8, 1),
+    ("of_keys", 32, 128): Shape(32, 32, 8, 1),
+    ("of_keys", 32, 256): Shape(16, 16, 8, 1),
+}
+"""By kernel, bits of a number and padded head: what holds its sums in registers on compute capability 9.0. A card with
+less shared memory takes a smaller one at its first call."""
+
+
+def _padded(count: int) -> int:
+    """The next power of two, at least 16 (the least of a product)."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+class _Launch:
+    """The arguments that the kernels share, for one call."""
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        self.batch, self.heads, self.n, self.d = query.shape
+        self.kv_heads, self.m = key.shape[1:3]
+        self.query = query
+        self.width = _padded(self.d)
+        self.sizes = (scale, self.heads, self.heads // self.kv_heads, self.n, self.m)
+        full = (self.batch, self.heads, self.n, self.m)
+        self.masked, self.added = mask is not None, mask is not None and mask.dtype != torch.bool
+        self.mask = query if mask is None else mask.expand(full)
+        if self.masked and not self.added:
+            self.mask = self.mask.view(torch.uint8)
+        self.mask_strides = (0,) * 4 if mask is None else self.mask.stride()
+
+    def run(self, name: str, pointers: tuple[Tensor, ...], strides: tuple[int, ...], **flags: bool) -> None:
+        key = (name, self.query.element_size() * 8, max(64, self.width))
+        over_keys = name == "of_keys"
+        heads, length = (self.kv_heads, self.m) if over_keys else (self.heads, self.n)
+        while True:
+            shape = SHAPES[key]
+            rows, columns = min(shape.rows, _padded(self.n)), min(shape.columns, _padded(self.m))
+            grid = (triton.cdiv(length, columns if over_keys else rows), self.batch * heads)
+            whole = self.n % rows == 0 if over_keys else self.m % columns == 0
+            try:
+                with torch.cuda.device_of(self.query):
+                    _KERNELS[name][grid](
+                        *pointers, *self.sizes, *strides,
+                        D=self.d, WIDTH=self.width, ROWS=rows, COLUMNS=columns,
+                        MASKED=self.masked, ADDED=self.added, WHOLE=whole,
+                        TYPE=_type(self.query.dtype), PRECISION=shape.precision,
+                        num_warps=shape.warps, num_stages=shape.stages, **flags,
+                    )  # fmt: skip
+                return
+            except OutOfResources:
+                smaller = shape.smaller()
+                if smaller is None:
+                    raise
+                SHAPES[key] = smaller
+
+
+_KERNELS: dict[str, Any] = {
+    "forward": triton_kernels.forward,
+    "tangent": triton_kernels.tangent,
+    "of_queries": triton_kernels.of_queries,
+    "of_keys": triton_kernels.of_keys,
+}
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _type(dtype: torch.dtype) -> tl.dtype:
+    """The type of products: the interpreter has none of bfloat16."""
+    return tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else _TYPES[dtype]
+
+
+def _like(x: Tensor) -> Tensor:
+    """Room for a result, laid out like x where its heads lie in one piece."""
+    room = torch.empty_like(x)
+    return room if room.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As ``tiled.forward``."""
+    launch = _Launch(query, key, mask, scale)
+    out, logsum = _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    strides = (*_strides(query, key, value, out), *launch.mask_strides)
+    launch.run("forward", (query, key, value, launch.mask, out, logsum), strides)
+    return out, logsum
+
+
+def tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    out: Tensor,
+    logsum: Tensor,
+    *tangents: Tensor | None,
+) -> Tensor:
+    """As ``tiled.tangent``."""
+    launch = _Launch(query, key, mask, scale)
+    rate = torch.empty_like(out)
+    tq, tk, tv = (query if x is None else x for x in tangents)
+    strides = (*_strides(query, key, value, out), *launch.mask_strides, *_strides(tq, tk, tv))
+    pointers = (query, key, value, launch.mask, out, logsum, tq, tk, tv, rate)
+    flags = {f"ALONG_{name}": x is not None for name, x in zip("QKV", tangents, strict=True)}
+    launch.run("tangent", pointers, strides, **flags)
+    return rate
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    out: Tensor,
+    logsum: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``tiled.backward``."""
+    launch = _Launch(query, key, mask, scale)
+    of_query, of_key, of_value = (_like(x) for x in (query, key, value))
+    mean = torch.empty_like(logsum)
+    strides = (*_strides(query, key, value, out), *launch.mask_strides, *_strides(grad, of_query))
+    pointers = (query, key, value, launch.mask, out, logsum, grad, mean, of_query)
+    launch.run("of_queries", pointers, strides)
+    strides = (*_strides(query, key, value), *launch.mask_strides, *_strides(grad, of_key, of_value))
+    launch.run("of_keys", (query, key, value, launch.mask, logsum, grad, mean, of_key, of_value), strides)
+    return of_query, of_key, of_value
