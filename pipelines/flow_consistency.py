@@ -41,9 +41,17 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
     # The bare name, also when diffusers has loaded the file as a dynamic module: it is what a saved pipeline writes.
     __module__ = "flow_consistency"
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """The grid, as the stock class has it; what is drawn next is a new picture."""
-        super().set_timesteps(*args, **kwargs)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """The grid, as the stock class has it; what is drawn next is a new picture. ``mu``, the time shift that some
+        pipelines work out from the size, is not used: the shift of the config is the student's."""
+        super().set_timesteps(num_inference_steps, device, sigmas, timesteps)
         self._keys: list[bytes] | None = None
         self._calls = 0
 

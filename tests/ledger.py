@@ -24,7 +24,7 @@ from stepdistill.training.parallel import take_turn
 
 sys.path.insert(0, str(Path(__file__).parent / "toys"))
 from contract_toy import batch_for, build
-from tiny import PIPELINES, tiny_pipeline, tiny_prompts
+from tiny import PIPELINES, SIZES, tiny_pipeline, tiny_prompts
 
 LEDGER = Path(__file__).with_name("ledger.json")
 UPDATES = 3
@@ -66,6 +66,8 @@ def of_pipeline(name: str) -> list[str]:
             ),
             *("student.output=teacher", "options.fake_warm_start=0"),
         ]
+        if size := SIZES.get(name):
+            sets.append(f"data.size={[size.height, size.width, size.frames]}")
         stepdistill.distill(tiny_pipeline(name), "dmd", run, sets=sets)
         return [
             float(json.loads(line)["loss"]).hex() for line in (run / "stats.jsonl").read_text().splitlines()

@@ -43,8 +43,8 @@ def bare_seconds(job: Assembled, batch: int, fake_steps: int) -> float:
     """Seconds of the network passes of one unit."""
     method, teacher = job.method, job.teacher
     assert isinstance(method, DMD)
-    x, t = torch.randn(batch, *teacher.shape), torch.rand(batch)
-    cond = teacher.encode(job.prompts[:batch])
+    x, t = torch.randn(batch, *teacher.codec.shape), torch.rand(batch)
+    cond = teacher.codec.encode(job.prompts[:batch])
     both, both_t, both_cond = torch.cat([x, x]), torch.cat([t, t]), cond.join(cond)
 
     def learn(net: torch.nn.Module, call: Callable[[], torch.Tensor]) -> None:

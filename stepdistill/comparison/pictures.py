@@ -14,7 +14,7 @@ from stepdistill.comparison.page import Comparison
 from stepdistill.evaluation.gallery import load_galleries
 from stepdistill.export.student_folder import VERIFICATION
 from stepdistill.networks.loading import load_pipeline, load_teacher
-from stepdistill.networks.pictures import teacher_pictures, to_uint8
+from stepdistill.networks.pictures import frames_of, strip, teacher_pictures, to_uint8
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import rows_of_pictures
 from stepdistill.recipes.recipe import DEFAULT_TEACHER
@@ -59,9 +59,9 @@ def draw_students(
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pipe, _ = load_pipeline(folder / "student", device)
         with torch.no_grad():
-            images = torch.from_numpy(pipe(**call, generator=generators, output_type="np").images)
+            drawn = pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
         steps = call["num_inference_steps"]
-        rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(images.permute(0, 3, 1, 2))))
+        rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(strip(frames_of(drawn)))))
     file = io.BytesIO()
     rows_of_pictures(rows).save(file, "PNG")
     return file.getvalue()

@@ -16,6 +16,7 @@ from stepdistill.data.pairs import PairCache
 from stepdistill.data.row_cache import Rows
 from stepdistill.data.training_images import Images, rows_sha256
 from stepdistill.diffusion.draws import Draws, generator_for
+from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
@@ -41,19 +42,22 @@ class Data:
         pairs: PairCache | None = None,
     ) -> None:
         self.teacher, self.seed, self.pairs = teacher, seed, pairs
-        self.prompts = list(prompts)
+        self.prompts, codec = list(prompts), teacher.codec
         self._images = images
         self.conditions = Rows(
-            len(self.prompts), lambda rows: dict(teacher.encode([self.prompts[i] for i in rows]).tensors)
+            len(self.prompts), lambda rows: dict(codec.encode([self.prompts[i] for i in rows]).tensors)
         )
         self.images: Rows | None = None
         if images is not None:
-            height, width = self._pixels()
+            if codec.size.frames != 1:
+                raise UserError(
+                    "this method with these options learns from images, and the teacher draws videos"
+                )
 
             def encode(rows: list[int]) -> dict[str, Tensor]:
-                pixels = images.load(rows, height, width).to(teacher.device)
-                cond = teacher.encode([images.captions[i] for i in rows])
-                return {"x0": teacher.to_latents(pixels), **cond.tensors}
+                pixels = images.load(rows, codec.size.height, codec.size.width).to(teacher.device)
+                cond = codec.encode([images.captions[i] for i in rows])
+                return {"x0": codec.to_states(pixels[:, None]), **cond.tensors}
 
             self.images = Rows(len(images.captions), encode)
 
@@ -61,10 +65,6 @@ class Data:
         """SHA-256 of what batches are made of, by what the recipe calls it: a run goes on with the very same alone."""
         found = {"teacher": self.teacher.fingerprint(), "data.prompts": rows_sha256(self.prompts)}
         return found if self._images is None else {**found, "data.images": self._images.sha256()}
-
-    def _pixels(self) -> tuple[int, int]:
-        probe = self.teacher.to_images(torch.zeros(1, *self.teacher.shape, device=self.teacher.device))
-        return int(probe.shape[2]), int(probe.shape[3])
 
     def condition(self, index: Tensor) -> Condition:
         """Conditions of the prompts ``index`` [B], on the teacher's device."""
@@ -90,7 +90,7 @@ class Data:
                 None if (states := self.pairs.states(index)) is None else states.to(device),
             )
         return Batch(
-            draws, draws.normal("noise", self.teacher.shape), self.condition(prompt), prompt, **examples
+            draws, draws.normal("noise", self.teacher.codec.shape), self.condition(prompt), prompt, **examples
         )
 
 

@@ -71,7 +71,7 @@ class PairCache:
                 "shift": teacher.path.shift if isinstance(teacher.path, FlowPath) else 1.0,
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
                 "seed": seed,
-                "shape": list(teacher.shape),
+                "shape": list(teacher.codec.shape),
             },
             wanted,
         )
@@ -114,8 +114,8 @@ class PairCache:
         return self.folder / f"pairs-{number:05d}.safetensors"
 
     def noise(self, index: Tensor) -> Tensor:
-        """The noises [B, C, H, W] that the pairs ``index`` [B] start from."""
-        rows = [Draws(self.seed, 0, int(i), 1).normal("pair noise", self.teacher.shape) for i in index]
+        """The noises [B, ...] that the pairs ``index`` [B] start from."""
+        rows = [Draws(self.seed, 0, int(i), 1).normal("pair noise", self.teacher.codec.shape) for i in index]
         return torch.cat(rows)
 
     def make(
@@ -159,11 +159,11 @@ class PairCache:
         return drawn
 
     def clean(self, index: Tensor) -> Tensor:
-        """The clean ends [B, C, H, W] of the pairs ``index`` [B]."""
+        """The clean ends [B, ...] of the pairs ``index`` [B]."""
         return self._read("x0", index)
 
     def states(self, index: Tensor) -> Tensor | None:
-        """The states [B, K, C, H, W] of those pairs at the K ``times``; None where none were asked for."""
+        """The states [B, K, ...] of those pairs at the K ``times``; None where none were asked for."""
         return self._read("states", index)[:, self.columns] if self.columns else None
 
     def _read(self, name: str, index: Tensor) -> Tensor:

@@ -104,13 +104,15 @@ class Drawing:
         begin = time.perf_counter()
         try:
             with torch.no_grad():
-                drawn = torch.from_numpy(self._pipe(**call).images)  # [B, H, W, 3] in [0, 1]
+                drawn = torch.from_numpy(self._pipe(**call, return_dict=False)[0])  # [B, H, W, 3] in [0, 1]
         except ValueError as error:  # a scheduler that is pinned to a grid says so
             name = type(self._pipe).__name__
             raise UserError(
                 f"{name} cannot draw with {steps} steps: {' '.join(str(error).split())}"
             ) from None
         self.seconds += time.perf_counter() - begin
+        if drawn.ndim == 5:  # a video [B, F, H, W, 3] is compared by its middle frame
+            drawn = drawn[:, drawn.shape[1] // 2]
         broken = (~drawn.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
             index = rows[broken[0]]

@@ -21,7 +21,7 @@ def sample(
     seed: int = 0,
     device: str | None = None,
 ) -> list[Image]:
-    """One image per prompt.
+    """One image per prompt; of a video its middle frame.
 
     Args:
         pipeline: an embedded teacher, a diffusers folder or a run folder (its student).
@@ -56,8 +56,8 @@ def sample(
         arguments |= {"batch_size": len(prompts)}
     else:
         raise UserError(f"--guidance {guidance}: {type(pipe).__name__} has no guidance; leave it out")
-    images: list[Image] = pipe(**arguments).images
-    return images
+    drawn = pipe(**arguments, output_type="pil", return_dict=False)[0]
+    return [item[len(item) // 2] if isinstance(item, list) else item for item in drawn]
 
 
 def _classes(prompts: Sequence[str]) -> list[int]:

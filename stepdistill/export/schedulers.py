@@ -21,7 +21,7 @@ def check_sampler(sampler: Sampler, path: NoisePath, family: Family) -> None:
         UserError: for fresh noise between steps on a table where the pipeline keeps its generator to itself.
     """
     own = isinstance(path, FlowPath)  # the scheduler that travels there has noise of its own
-    if sampler.renoise and sampler.steps > 1 and not (own or family.passes_generator):
+    if sampler.renoise and sampler.steps > 1 and not (own or "generator" in family.passes):
         raise UserError(
             f"a {sampler.steps}-step student that takes fresh noise between steps could not be reproduced from a seed: "
             f"{', '.join(family.pipelines)} hands its generator to no scheduler. Set student.times=[1.0], or the "
@@ -29,14 +29,33 @@ def check_sampler(sampler: Sampler, path: NoisePath, family: Family) -> None:
         )
 
 
-def stock_scheduler(sampler: Sampler, path: NoisePath, teacher_scheduler: Any) -> Any:
+def stock_scheduler(
+    sampler: Sampler, path: NoisePath, teacher_scheduler: Any, passes: frozenset[str] = frozenset()
+) -> Any:
     """The scheduler that draws as this sampler does, its grid pinned by its config alone: a stock one, but for
     fresh noise on a flow path, where ``pipelines/flow_consistency.py`` travels along.
+
+    On a flow path it follows from what the pipeline's call passes. FlowMapEulerDiscreteScheduler makes the grid from
+    the number of steps, and takes no ``mu``. FlowMatchEulerDiscreteScheduler takes one and, without dynamic shifting,
+    ignores it; from a number of steps it would waste the last one, but pipelines that pass ``mu`` also pass the
+    sigmas 1, 1 - 1/n ... 1/n.
+
+    Args:
+        sampler: how the student draws.
+        path: the student's.
+        teacher_scheduler: whose table is kept.
+        passes: what the pipeline hands to its scheduler, see ``Family.passes``.
 
     Raises:
         UserError: when no scheduler has this grid.
     """
-    from diffusers import DDIMScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler, TCDScheduler
+    from diffusers import (
+        DDIMScheduler,
+        FlowMapEulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        LCMScheduler,
+        TCDScheduler,
+    )
 
     scheduler: Any
     if isinstance(path, FlowPath):
@@ -45,7 +64,7 @@ def stock_scheduler(sampler: Sampler, path: NoisePath, teacher_scheduler: Any) -
                 f"student.times starts at {sampler.times[0]:g}, but diffusers' flow schedulers call a network first "
                 "at pure noise: set 1.0"
             )
-        kind: Any = FlowMapEulerDiscreteScheduler
+        kind: Any = FlowMatchEulerDiscreteScheduler if "mu" in passes else FlowMapEulerDiscreteScheduler
         if sampler.renoise and sampler.step_counts != (1,):
             # The stock ones that take fresh noise (FlowMatchLCM, FlowMatchEuler with stochastic_sampling) draw it
             # from the global generator in SD3's pipeline, and their grid ends at 1/1000.
@@ -82,7 +101,7 @@ def stock_scheduler(sampler: Sampler, path: NoisePath, teacher_scheduler: Any) -
             scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
     else:
         raise UserError(f"students on a {type(path).__name__} have no stock diffusers scheduler")
-    _check_grid(sampler, path, scheduler)
+    _check_grid(sampler, path, scheduler, passes)
     return scheduler
 
 
@@ -94,7 +113,7 @@ def _shift(sampler: Sampler, path: FlowPath) -> float:
     return round(t * (1 - u) / (u * (1 - t)), 6)
 
 
-def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any) -> None:
+def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any, passes: frozenset[str]) -> None:
     allowed = 1.5e-3
     if sampler.grid and isinstance(path, TablePath):
         if path.steps % sampler.grid:
@@ -106,7 +125,7 @@ def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any) -> None:
                 f"would not start at the last of them: set options.grid to a divisor, {' or '.join(map(str, near))}"
             )
         allowed += 1 / sampler.grid  # the steps are taken out of the grid
-    grid = times_of(path, scheduler, sampler.steps)
+    grid = times_of(path, scheduler, sampler.steps, passes)
     if max(abs(a - b) for a, b in zip(grid, sampler.times, strict=True)) > allowed:
         raise UserError(
             f"student.times is {list(sampler.times)}, which no stock diffusers scheduler draws in {sampler.steps} "
@@ -115,16 +134,23 @@ def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any) -> None:
 
 
 def on_stock_grid(
-    sampler: Sampler, path: NoisePath, teacher_scheduler: Any, steps: int | None = None
+    sampler: Sampler,
+    path: NoisePath,
+    teacher_scheduler: Any,
+    steps: int | None = None,
+    passes: frozenset[str] = frozenset(),
 ) -> Sampler:
     """The same sampler with the exact times that its scheduler has for ``steps`` (default: its own count)."""
-    scheduler = stock_scheduler(sampler, path, teacher_scheduler)
-    return replace(sampler, times=times_of(path, scheduler, steps or sampler.steps))
+    scheduler = stock_scheduler(sampler, path, teacher_scheduler, passes)
+    return replace(sampler, times=times_of(path, scheduler, steps or sampler.steps, passes))
 
 
-def times_of(path: NoisePath, scheduler: Any, steps: int) -> tuple[float, ...]:
-    """The times at which a diffusers scheduler calls the network in ``steps`` steps."""
-    scheduler.set_timesteps(steps)
+def times_of(
+    path: NoisePath, scheduler: Any, steps: int, passes: frozenset[str] = frozenset()
+) -> tuple[float, ...]:
+    """The times at which a diffusers scheduler calls the network in ``steps`` steps of a pipeline that passes these."""
+    given = {"sigmas": [1 - i / steps for i in range(steps)]} if "sigmas" in passes else {}
+    scheduler.set_timesteps(steps, **given, **({"mu": 0.0} if "mu" in passes else {}))
     timesteps = [float(value) for value in scheduler.timesteps]
     if isinstance(path, TablePath):
         return tuple((value + 1) / path.steps for value in timesteps)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from stepdistill.errors import UserError
 from stepdistill.export.card import with_code_note
 from stepdistill.export.experts import one_network
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
+from stepdistill.networks.codec import Codec
 from stepdistill.networks.experts import Experts
 from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
-from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
+from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -44,17 +46,17 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     check_sampler(sampler, student.path, family)
     folded = student.stock_net(sampler.gap) if student.two_times else student.net
     if isinstance(folded, Experts):
-        bounds = family.timestep(student.path, torch.tensor(folded.bounds)).tolist()
-        plain = [family.without_variance(_plain_network(expert)) for expert in folded.nets]
+        bounds = family.time(student.path, torch.tensor(folded.bounds)).tolist()
+        plain = [family.changes.without_variance(_plain_network(expert)) for expert in folded.nets]
         net = one_network(plain, bounds)
     else:
-        net = family.without_variance(_plain_network(folded))
-    scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler)
+        net = family.changes.without_variance(_plain_network(folded))
+    scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler, family.passes)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:
-        return getattr(diffusers, other)(**{family.denoiser: net, "scheduler": scheduler})
+        return getattr(diffusers, other)(**{family.network: net, "scheduler": scheduler})
     pipe = copy.copy(teacher.pipe)
-    pipe.register_modules(**{family.denoiser: net, "scheduler": scheduler})
+    pipe.register_modules(**{family.network: net, "scheduler": scheduler})
     # from_pretrained gives diffusers' networks as float32 and transformers' as they were saved: of a teacher that was
     # handed in as bfloat16 it would make a pipeline of two types that cannot run.
     for name, component in pipe.components.items():
@@ -72,11 +74,11 @@ def _plain_network(net: Any) -> nn.Module:
     return plain.to(next(net.parameters()).device).eval()  # type: ignore[no-any-return]
 
 
-def _call(pipe: Any, sampler: Sampler, teacher: PipelineTeacher, prompts: Sequence[str]) -> dict[str, Any]:
-    """The arguments with which a student's pipeline draws the prompts."""
-    spelt = teacher.family.call_prompts(teacher.pipe, list(prompts))
+def pipeline_call(pipeline: str, sampler: Sampler, codec: Codec, prompts: Sequence[str]) -> dict[str, Any]:
+    """The arguments with which a student's pipeline, of the class ``pipeline``, draws the prompts."""
+    spelt = codec.family.call_prompts(codec.pipe, list(prompts))
     return {
-        **teacher.family.call_arguments(type(pipe).__name__, spelt, sampler.guidance or 0.0),
+        **codec.family.call_arguments(pipeline, spelt, sampler.guidance, codec.told_size),
         "num_inference_steps": sampler.steps,
         **sampler.call_arguments(),
     }
@@ -94,8 +96,8 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
         if "safety_checker" in pipe.components:
             pipe.register_modules(safety_checker=None)  # it blackens what it takes for unsafe
         generator = [torch.Generator("cpu").manual_seed(0)]
-        call = _call(pipe, sampler, teacher, [prompt])
-        drawn = torch.as_tensor(pipe(**call, generator=generator, output_type="np").images)
+        call = pipeline_call(type(pipe).__name__, sampler, teacher.codec, [prompt])
+        drawn = pipe(**call, generator=generator, output_type="np", return_dict=False)[0]
     except UserError:
         raise
     except Exception as error:
@@ -104,10 +106,8 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
             f"a student of this teacher could not be exported, so nothing was trained: {type(teacher.pipe).__name__} "
             f"does not draw with the student's network and scheduler ({type(error).__name__}: {first})"
         ) from error
-    as_saved = copy.copy(teacher)
-    as_saved.pipe = pipe
-    own = draw_as_pipeline(student, sampler, as_saved, [prompt], [0]).permute(0, 2, 3, 1).cpu()
-    difference = 255 * (drawn - own).abs()
+    own = draw_as_pipeline(student, sampler, replace(teacher.codec, pipe=pipe), [prompt], [0]).cpu()
+    difference = 255 * (strip(frames_of(drawn)) - own).abs()
     if difference.max() > TOLERANCE["max"] or difference.mean() > TOLERANCE["mean"]:
         raise UserError(
             f"a student of this teacher could not be exported, so nothing was trained: {type(pipe).__name__} draws "
@@ -147,13 +147,12 @@ def export(
         (place / "README.md").write_text(with_code_note(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()
-        as_saved = copy.copy(teacher)  # encodes and decodes in the float32 that was saved
-        as_saved.pipe = pipe
-        images = to_uint8(draw_as_pipeline(student, sampler, as_saved, prompts, seeds))
+        codec = replace(teacher.codec, pipe=pipe)  # encodes and decodes in the float32 that was saved
+        images = to_uint8(draw_as_pipeline(student, sampler, codec, prompts, seeds))
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
         manifest = {
-            "call": _call(pipe, sampler, teacher, prompts),
+            "call": pipeline_call(type(pipe).__name__, sampler, teacher.codec, prompts),
             "seeds": list(seeds),
             "tolerance": TOLERANCE,
             "files": hashes(place),
@@ -181,7 +180,7 @@ def _save_adapter(net: nn.Module, teacher: PipelineTeacher, folder: Path) -> Non
     writer = getattr(type(teacher.pipe), "save_lora_weights", None)
     if writer is None:
         return
-    kind = teacher.family.denoiser
+    kind = teacher.family.network
     state = get_peft_model_state_dict(net, adapter_name=ADAPTER)
     metadata = net.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
     writer(folder, **{f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": metadata})

@@ -32,11 +32,14 @@ if getattr(pipe, "watermark", None) is not None:
     pipe.watermark = None  # SDXL adds one where invisible-watermark is installed, whatever the folder says
 pipe.set_progress_bar_config(disable=True)
 generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
-images = pipe(**manifest["call"], generator=generators, output_type="np").images
+images = pipe(**manifest["call"], generator=generators, output_type="np", return_dict=False)[0]
 from PIL import Image
 worst, total = 0.0, 0.0
 for i, image in enumerate(images):
     drawn = numpy.rint(numpy.asarray(image, dtype="float64") * 255)
+    if drawn.ndim == 4:  # of a video the first, the middle and the last frame are kept
+        shown = dict.fromkeys((0, len(drawn) // 2, len(drawn) - 1))
+        drawn = numpy.concatenate([drawn[k] for k in shown], axis=1)
     kept = numpy.asarray(Image.open(f"{folder}/verification/{i}.png").convert("RGB"), dtype="float64")
     difference = numpy.abs(drawn - kept)
     worst, total = max(worst, float(difference.max())), total + float(difference.mean()) / len(images)

@@ -1,19 +1,41 @@
-"""The model families that can teach; one file each."""
+"""The families of pipelines that can teach, one file each, and how the one that serves a pipeline is found."""
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.families.dit import DiT
-from stepdistill.families.stable_diffusion import StableDiffusion, StableDiffusionXL
-from stepdistill.families.stable_diffusion_3 import StableDiffusion3
-from stepdistill.families.unet2d import UNet2D
+from stepdistill.system.python_files import module_of
 
-FAMILIES: tuple[Family, ...] = (UNet2D(), DiT(), StableDiffusion(), StableDiffusionXL(), StableDiffusion3())
+__all__ = ["Family", "families", "family_in", "family_named", "family_of"]
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
+
+@cache
+def families() -> tuple[Family, ...]:
+    """One of each family that comes with the package: those of the files of this folder."""
+    names = sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
+    return tuple(
+        kind()
+        for name in names
+        for kind in _defined_in(importlib.import_module(f"stepdistill.families.{name}"))
+    )
+
+
+def _defined_in(module: ModuleType) -> list[type[Family]]:
+    """The families that a module defines and that serve pipelines, in the order of the file."""
+    return [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Family)
+        and value.__module__ == module.__name__
+        and "pipelines" in vars(value)
+    ]
 
 
 def family_of(pipe: Any) -> Family:
@@ -27,12 +49,25 @@ def family_named(found: str) -> Family:
     Raises:
         UserError: for a pipeline of no known family, naming the families and how to write one.
     """
-    for family in FAMILIES:
+    for family in families():
         if found in family.pipelines:
             return family
-    known = "; ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in FAMILIES)
+    known = "; ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in families())
     raise UserError(
-        f"no family for {found}. There are: {known}. To add one, subclass stepdistill.families.base.Family "
-        "(call, encode, null, features_of: 40 lines, see families/stable_diffusion_3.py) and pass it as "
-        "PipelineTeacher(pipe, family=...)"
+        f"no family for {found}. There are: {known}. A family of your own is one file, see train/own_family.md: name "
+        "it in the recipe's family"
     )
+
+
+def family_in(file: str) -> Family:
+    """The family that a Python file of one's own defines.
+
+    Raises:
+        UserError: there is no such file, it cannot be imported, or it defines no family or several.
+    """
+    found = _defined_in(module_of(file, "family"))
+    if len(found) != 1:
+        raise UserError(
+            f"family {file}: the file defines {len(found)} subclasses of Family with pipelines, it must define one"
+        )
+    return found[0]()

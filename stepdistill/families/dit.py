@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.families.base import TRANSFORMER_LORA, LabelFamily
 from stepdistill.families.condition import Condition
+from stepdistill.families.kinds import LabelFamily, TransformerFamily
+from stepdistill.families.size import Size
 
 
-class DiT(LabelFamily):
+class DiT(LabelFamily, TransformerFamily):
     name = "DiT"
     pipelines = ("DiTPipeline",)
-    denoiser = "transformer"
-    lora_targets = TRANSFORMER_LORA
-    passes_generator = False
 
     def classes(self, pipe: Any) -> int:
         return int(pipe.transformer.config.num_embeds_ada_norm)
@@ -25,22 +23,21 @@ class DiT(LabelFamily):
         named = getattr(pipe, "labels", {})
         return int(named[prompt]) if prompt in named else super().label_of(pipe, prompt)
 
-    def call_arguments(self, pipeline: str, prompts: list[str], guidance: float) -> dict[str, Any]:
-        return {"class_labels": [int(prompt) for prompt in prompts], "guidance_scale": guidance}
+    def pixels(self, pipe: Any) -> int:
+        return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))
 
-    def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        labels = cond.tensors["class_labels"]
-        output: Tensor = net(x_t, timestep=timestep, class_labels=labels, return_dict=False)[0]
+    def call_arguments(
+        self, pipeline: str, prompts: list[str], guidance: float | None, size: Size | None
+    ) -> dict[str, Any]:
+        return {
+            "class_labels": [int(prompt) for prompt in prompts],
+            "guidance_scale": guidance or self.guidance_off,
+        }
+
+    def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        output: Tensor = net(x_t, timestep=time, class_labels=cond["class_labels"], return_dict=False)[0]
         return output[:, : x_t.shape[1]]
 
-    def null(self, pipe: Any) -> Condition | None:
+    def null(self, pipe: Any, size: Size) -> Condition | None:
         # The label table holds one row more than there are classes; DiTPipeline uses it as "no class".
         return Condition({"class_labels": torch.tensor([self.classes(pipe)], device=pipe.device)})
-
-    def features_of(self, net: nn.Module) -> nn.Module:
-        blocks = net.get_submodule("transformer_blocks")
-        return net.get_submodule(f"transformer_blocks.{len(list(blocks.children())) // 2}")
-
-    def feature_shape(self, net: Any) -> tuple[int, int, int]:
-        height, width = (size // net.config.patch_size for size in self.size_of(net))
-        return int(net.config.num_attention_heads * net.config.attention_head_dim), height, width

@@ -5,45 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.attention.repeated_token import RepeatedLastToken
-from stepdistill.families.base import TRANSFORMER_LORA, Family
 from stepdistill.families.condition import Condition
+from stepdistill.families.kinds import TransformerFamily
+from stepdistill.families.size import Size
 
 COUNTS = "last_token_counts"
 """The condition that says how many equal tokens the last one stands for, [B]; what the attention processor is told."""
 
 
-class StableDiffusion3(Family):
+class StableDiffusion3(TransformerFamily):
     name = "Stable Diffusion 3"
     pipelines = ("StableDiffusion3Pipeline",)
-    denoiser = "transformer"
-    lora_targets = TRANSFORMER_LORA
-    passes_generator = False
 
     def adopt(self, pipe: Any) -> None:
         pipe.transformer.set_attn_processor(RepeatedLastToken())
 
-    def call(self, net: Any, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        states, counts = cond.tensors["encoder_hidden_states"], cond.tensors.get(COUNTS)
+    def call(self, net: Any, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        states, counts = cond["encoder_hidden_states"], cond.get(COUNTS)
         told = {} if counts is None else {COUNTS: counts}
         if counts is not None and not isinstance(net.transformer_blocks[0].attn.processor, RepeatedLastToken):
-            repeated = states[:, -1:].expand(
-                -1, int(counts[0]), -1
-            )  # for a processor that counts every token once
+            # For a processor that counts every token once.
+            repeated = states[:, -1:].expand(-1, int(counts[0]), -1)
             states, told = torch.cat([states[:, :-1], repeated], 1), {}
         output: Tensor = net(
             hidden_states=x_t,
-            timestep=timestep,
+            timestep=time,
             encoder_hidden_states=states,
-            pooled_projections=cond.tensors["pooled_projections"],
+            pooled_projections=cond["pooled_projections"],
             joint_attention_kwargs=told,
             return_dict=False,
         )[0]
         return output
 
-    def encode(self, pipe: Any, prompts: list[str]) -> Condition:
+    def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         states, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, device=pipe.device, do_classifier_free_guidance=False
         )
@@ -55,13 +52,5 @@ class StableDiffusion3(Family):
             return Condition({"encoder_hidden_states": states, "pooled_projections": pooled, COUNTS: counts})
         return Condition({"encoder_hidden_states": states, "pooled_projections": pooled})
 
-    def null(self, pipe: Any) -> Condition | None:
-        return self.encode(pipe, [""])
-
-    def features_of(self, net: nn.Module) -> nn.Module:
-        blocks = net.get_submodule("transformer_blocks")
-        return net.get_submodule(f"transformer_blocks.{len(list(blocks.children())) // 2}")
-
-    def feature_shape(self, net: Any) -> tuple[int, int, int]:
-        height, width = (size // net.config.patch_size for size in self.size_of(net))
-        return int(net.config.num_attention_heads * net.config.attention_head_dim), height, width
+    def null(self, pipe: Any, size: Size) -> Condition | None:
+        return self.encode(pipe, [""], size)

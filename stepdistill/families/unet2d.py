@@ -10,38 +10,22 @@ from torch import Tensor, nn
 
 from stepdistill.errors import UserError
 from stepdistill.families._slim_unet import slim_unet
-from stepdistill.families.base import GAP_SCALE, LabelFamily
 from stepdistill.families.condition import Condition
+from stepdistill.families.kinds import LabelFamily, UNetFamily
+from stepdistill.families.network_changes import GAP_SCALE, NetworkChanges, gap_of
+from stepdistill.families.size import Size
 
 
-class UNet2D(LabelFamily):
-    name = "unconditional or class-conditional UNet2DModel"
-    pipelines = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+class UNetChanges(NetworkChanges):
+    """Its second time goes through the slot for class embeddings, which an unconditional network leaves empty."""
 
-    def student_pipeline(self, pipe: Any) -> str | None:
-        # DDIMPipeline turns every scheduler into DDIM, and DDPMPipeline passes no class labels.
-        return "ConsistencyModelPipeline" if self.classes(pipe) else "DDPMPipeline"
-
-    def call_arguments(self, pipeline: str, prompts: list[str], guidance: float) -> dict[str, Any]:
-        if pipeline == "DDPMPipeline":
-            return {"batch_size": len(prompts)}
-        return {"batch_size": len(prompts), "class_labels": [int(prompt) for prompt in prompts]}
-
-    def classes(self, pipe: Any) -> int:
-        return int(pipe.unet.config.num_class_embeds or 0)
-
-    def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        labels = cond.tensors.get("class_labels")
-        if self.has_second_time(net):
-            labels = GAP_SCALE * self.gap_of(x_t, cond)
-        output: Tensor = net(x_t, timestep, class_labels=labels, return_dict=False)[0]
-        return output[:, : x_t.shape[1]]
+    def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
+        return slim_unet(net, width, depth)
 
     def has_second_time(self, net: Any) -> bool:
         return bool(net.config.class_embed_type == "timestep")
 
     def second_time(self, net: Any) -> nn.Module:
-        """Through the slot for class embeddings, which an unconditional network leaves empty."""
         if net.class_embedding is not None:
             raise UserError(
                 "this method needs a network with a second time, and a class-conditional UNet2DModel has its one slot "
@@ -62,15 +46,6 @@ class UNet2D(LabelFamily):
         plain.to(net.device).time_embedding.linear_2.bias += net.class_embedding(phase)[0]
         return plain.train(net.training)  # type: ignore[no-any-return]
 
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
-        shape, given = super().latent_shape(pipe), pipe.unet.config.out_channels
-        if given < shape[0]:
-            raise UserError(
-                f"this UNet2DModel takes {shape[0]} channels and returns {given}: a teacher returns those it takes, "
-                "with or without their variances after them"
-            )
-        return shape
-
     @torch.no_grad()
     def without_variance(self, net: Any) -> nn.Module:
         # A learned variance (Nichol and Dhariwal 2021, 2102.09672) is channels after those of the mean, which
@@ -83,22 +58,50 @@ class UNet2D(LabelFamily):
         plain.load_state_dict({k: v[:kept] if k in last else v for k, v in state.items()})
         return plain.to(net.device).train(net.training)  # type: ignore[no-any-return]
 
-    def null(self, pipe: Any) -> Condition | None:
+
+class UNet2D(LabelFamily, UNetFamily):
+    name = "unconditional or class-conditional UNet2DModel"
+    pipelines = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+    changes = UNetChanges()
+
+    def student_pipeline(self, pipe: Any) -> str | None:
+        # DDIMPipeline turns every scheduler into DDIM, and DDPMPipeline passes no class labels.
+        return "ConsistencyModelPipeline" if self.classes(pipe) else "DDPMPipeline"
+
+    def call_arguments(
+        self, pipeline: str, prompts: list[str], guidance: float | None, size: Size | None
+    ) -> dict[str, Any]:
+        if pipeline == "DDPMPipeline":
+            return {"batch_size": len(prompts)}
+        return {"batch_size": len(prompts), "class_labels": [int(prompt) for prompt in prompts]}
+
+    def classes(self, pipe: Any) -> int:
+        return int(pipe.unet.config.num_class_embeds or 0)
+
+    def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        labels = cond.get("class_labels")
+        if self.changes.has_second_time(net):
+            labels = GAP_SCALE * gap_of(x_t, cond)
+        output: Tensor = net(x_t, time, class_labels=labels, return_dict=False)[0]
+        return output[:, : x_t.shape[1]]
+
+    def pixels(self, pipe: Any) -> int:
+        return 1
+
+    def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        shape, given = super().state_shape(pipe, size), pipe.unet.config.out_channels
+        if given < shape[0]:
+            raise UserError(
+                f"this UNet2DModel takes {shape[0]} channels and returns {given}: a teacher returns those it takes, "
+                "with or without their variances after them"
+            )
+        return shape
+
+    def null(self, pipe: Any, size: Size) -> Condition | None:
         return None
 
-    def features_of(self, net: nn.Module) -> nn.Module:
-        return net.get_submodule("mid_block")
+    def to_states(self, pipe: Any, frames: Tensor) -> Tensor:
+        return frames[:, 0]
 
-    def feature_shape(self, net: Any) -> tuple[int, int, int]:
-        halvings = sum(block.downsamplers is not None for block in net.down_blocks)
-        height, width = (-(-size // 2**halvings) for size in self.size_of(net))
-        return int(net.config.block_out_channels[-1]), height, width
-
-    def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
-        return slim_unet(net, width, depth)
-
-    def to_latents(self, pipe: Any, images: Tensor) -> Tensor:
-        return images
-
-    def to_images(self, pipe: Any, latents: Tensor) -> Tensor:
-        return (latents / 2 + 0.5).clamp(0, 1)
+    def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
+        return (x0[:, None] / 2 + 0.5).clamp(0, 1)

@@ -15,10 +15,10 @@ class Examples:
     """Clean latents with their conditions: real images, or teacher samples with the noise they came from.
 
     Attributes:
-        x0: clean latents [B, C, H, W], in the network's scale.
+        x0: clean states [B, ...], in the network's scale.
         cond: their conditions.
-        noise: for pairs, the noise [B, C, H, W] the teacher started from; None for images.
-        states: for pairs, the states [B, K, C, H, W] at the method's ``pair_times``, where it asked for them.
+        noise: for pairs, the noise [B, ...] the teacher started from; None for images.
+        states: for pairs, the states [B, K, ...] at the method's ``pair_times``, where it asked for them.
     """
 
     x0: Tensor
@@ -38,7 +38,7 @@ class Batch:
 
     Attributes:
         draws: the random numbers of these samples at this step; a method draws every further number from it.
-        noise: starting noise [B, C, H, W].
+        noise: starting noise [B, ...].
         cond: conditions of the prompts drawn for this step.
         prompt: [B] on the CPU, which of the run's prompts each is: rewards look their texts up by it.
         images: real images, where the method needs them.
@@ -53,7 +53,7 @@ class Batch:
     pairs: Examples | None = None
 
     def fresh(self, call: int) -> Tensor:
-        """Noise [B, C, H, W] for the re-noising after network call ``call`` of a rollout."""
+        """Noise [B, ...] for the re-noising after network call ``call`` of a rollout."""
         return self.draws.normal(f"renoise {call}", tuple(self.noise.shape[1:]))
 
     def split(self, parts: int) -> list[Batch]:

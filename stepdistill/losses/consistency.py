@@ -81,7 +81,7 @@ def clean(denoiser: Denoiser, z: Tensor, t: Tensor, cond: Condition) -> Tensor:
     x0 = denoiser.predict(z, t, cond).x0
     if not isinstance(denoiser.path, TablePath):
         return torch.where(per_sample(t <= 0, z), z, x0)
-    n = 10 * denoiser.family.timestep(denoiser.path, t)
+    n = 10 * denoiser.family.time(denoiser.path, t)
     skip, out = 0.25 / (n.square() + 0.25), n / (n.square() + 0.25).sqrt()
     return per_sample(skip, z) * z + per_sample(out, z) * x0
 

@@ -72,18 +72,18 @@ class FeatureGan(nn.Module):
             devices=[]
         ):  # its start follows from its width, not from the global generator
             torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
-            self.head = Discriminator(eye.family.feature_shape(eye.net))
+            self.head = Discriminator(eye.family.feature_shape(eye.net, eye.shape))
 
     @property
     def eye(self) -> Denoiser:
         return self._eye[0]
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Logits [B] of x_t [B, C, H, W] at t [B]: at its best, log of the density of real over that of generated."""
+        """Logits [B] of x_t [B, ...] at t [B]: at its best, log of the density of real over that of generated."""
         return cast(Tensor, self.head(self.eye.features(x_t, t, cond)))
 
     def logits_above(self, x_e: Tensor, e: Tensor, start: Tensor, cond: Condition, batch: Batch) -> Tensor:
-        """Logits [B] of x_e [B, C, H, W] noised from e [B] to a time between e and ``start`` [B]; noise and time are
+        """Logits [B] of x_e [B, ...] noised from e [B] to a time between e and ``start`` [B]; noise and time are
         the same for both kinds of a batch."""
         path = self.eye.path
         t = path.shifted(torch.lerp(path.unshifted(e), path.unshifted(start), batch.draws.uniform("gan t")))
@@ -98,10 +98,10 @@ class FeatureGan(nn.Module):
         return self.logits(path.sample(x, eps, t), t, cond)
 
     def for_generator(self, x: Tensor, batch: Batch) -> Tensor:
-        """The generator's loss for its samples x [B, C, H, W]; gradients flow through the features into x."""
+        """The generator's loss for its samples x [B, ...]; gradients flow through the features into x."""
         return generator_loss(self._logits(x, batch.cond, batch, "gan"))
 
     def for_discriminator(self, x: Tensor, images: Examples, batch: Batch) -> Tensor:
-        """The discriminator's loss on generated x [B, C, H, W] and real images."""
+        """The discriminator's loss on generated x [B, ...] and real images."""
         real = self._logits(images.x0, images.cond, batch, "gan real")
         return discriminator_loss(real, self._logits(x, batch.cond, batch, "gan"))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -16,6 +12,7 @@ from stepdistill.errors import UserError, did_you_mean
 from stepdistill.losses.contract import NEEDS, Method
 from stepdistill.recipes.messages import explain
 from stepdistill.recipes.recipe import Recipe
+from stepdistill.system.python_files import module_of
 
 if TYPE_CHECKING:
     from stepdistill.losses.contract import MethodOptions
@@ -33,10 +30,7 @@ def find_method(name: str) -> type[Method]:
         UserError: for an unknown name, a missing file, or a file without exactly one Method.
     """
     if name.endswith(".py"):
-        file = Path(name)
-        if not file.is_file():
-            raise UserError(f"method {name}: there is no such file")
-        module = _module_of(file.resolve(), file.stat().st_mtime_ns)
+        module = module_of(name, "method")
     elif name in method_names():
         module = importlib.import_module(f"stepdistill.methods.{name}")
     else:
@@ -53,20 +47,6 @@ def find_method(name: str) -> type[Method]:
             f"method {name}: the file defines {len(found)} subclasses of Method, it must define one"
         )
     return found[0]
-
-
-@cache
-def _module_of(file: Path, changed_ns: int) -> ModuleType:
-    """The module in a file, run once as long as the file stays as it is, so that a run has one class of it."""
-    spec = importlib.util.spec_from_file_location(f"stepdistill_method_{file.stem}", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"method {file}: it cannot be imported: {type(error).__name__}: {error}") from error
-    return module
 
 
 def needs(name: str) -> str:

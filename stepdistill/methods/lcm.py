@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stepdistill.families.condition import GUIDANCE
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import SourceOptions, Target, clean, examples, last_time, noised
 from stepdistill.losses.contract import Loss, Method, Turn
@@ -74,8 +75,7 @@ class LCM(Method):
         if options.guidance_range:
             guidance = draws.uniform("guidance", *options.guidance_range)
         if self.embedded:
-            embedding = self.student.family.embed_guidance(self.student.net, cast(Tensor, guidance))
-            student_cond = cond.with_tensor("guidance_embedding", embedding)
+            student_cond = cond.with_tensor(GUIDANCE, cast(Tensor, guidance))
 
         with torch.no_grad():
             z_s = self.teacher.predict(z, t, cond, guidance=guidance).at(s)

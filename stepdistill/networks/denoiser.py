@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.change_of_path import carried, predict_elsewhere
 from stepdistill.diffusion.path import Output, Path, Prediction
-from stepdistill.families.base import GAP, Family
-from stepdistill.families.condition import Condition
+from stepdistill.families.base import Family
+from stepdistill.families.condition import GAP, GUIDANCE, Condition
 from stepdistill.networks.experts import Experts
 from stepdistill.networks.lora import Adapter
 
@@ -34,14 +34,18 @@ class Denoiser(nn.Module):
         path: the path its inputs lie on.
         output: what it returns.
         family: how it is called.
+        shape: of one state, without B; what a discriminator of its features is made for.
     """
 
-    def __init__(self, net: nn.Module, path: Path, output: Output, family: Family) -> None:
+    def __init__(
+        self, net: nn.Module, path: Path, output: Output, family: Family, shape: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.net = net
         self.path = path
         self.output: Output = output
         self.family = family
+        self.shape = shape
         # What it computes in, whatever is on around the call; None takes what is on.
         self.compute: torch.dtype | None = None
         # For a teacher's network with embedded guidance, the scale where none is given, and of its copies.
@@ -50,8 +54,8 @@ class Denoiser(nn.Module):
         self.adapter: Adapter | None = None
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
-        """The network's output in its own kind, float32 [B, C, H, W], at x_t [B, C, H, W] and t [B]; s [B] is the end
-        of the jump, for a network with a second time."""
+        """The network's output in its own kind, float32 [B, ...], at x_t [B, ...] and t [B]; s [B] is the end of the
+        jump, for a network with a second time."""
         if s is not None:
             cond = cond.with_tensor(GAP, t - s)
         if isinstance(self.net, Experts):
@@ -59,14 +63,17 @@ class Denoiser(nn.Module):
         return self._call(self.net, x_t, t, cond)
 
     def _call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        if self.guidance is not None and "guidance_embedding" not in cond.tensors:
-            cond = self.guided(cond, torch.full_like(t, self.guidance))
+        if self.guidance is not None and cond.get(GUIDANCE) is None:
+            cond = cond.with_tensor(GUIDANCE, torch.full_like(t, self.guidance))
         dtype = torch.float32 if self.compute else next(net.parameters()).dtype
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.tensors.items()}
-        timestep = self.family.timestep(self.path, t)
+        tensors = {
+            k: v.to(dtype) if v.is_floating_point() and k not in (GUIDANCE, GAP) else v
+            for k, v in cond.tensors.items()
+        }
+        time = self.family.time(self.path, t)
         own = nullcontext() if self.adapter is None else self.adapter.on()
         with self._arithmetic(x_t.device.type), own:
-            return self.family.call(net, x_t.to(dtype), timestep, Condition(tensors)).float()
+            return self.family.call(net, x_t.to(dtype), time, Condition(tensors)).float()
 
     def _arithmetic(self, device: str) -> torch.autocast:
         """Autocast as it is on around the call, or as ``compute`` says. A cast of a weight that is made without a graph
@@ -75,19 +82,15 @@ class Denoiser(nn.Module):
         dtype = torch.get_autocast_dtype(device) if self.compute is None or not low else self.compute
         return torch.autocast(device, dtype, low, cache_enabled=torch.is_grad_enabled())
 
-    def guided(self, cond: Condition, scale: Tensor) -> Condition:
-        """The condition with guidance scales [B] embedded in it."""
-        return cond.with_tensor("guidance_embedding", self.family.embed_guidance(self.net, scale))
-
     def trainable_net(self) -> nn.Module:
         """A copy of the network in float32 for training, without adapters: what one does is in its weights. One with
         embedded guidance has its scale folded in."""
         net = copy.deepcopy(self.net).float() if self.adapter is None else self.adapter.plain()
-        net = net if self.guidance is None else self.family.fold_guidance(net, self.guidance)
+        net = net if self.guidance is None else self.family.changes.fold_guidance(net, self.guidance)
         return net.requires_grad_(True)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Prediction:
-        """What the network says about x_t [B, C, H, W] at t [B]; with a second time, for a jump to s [B]."""
+        """What the network says about x_t [B, ...] at t [B]; with a second time, for a jump to s [B]."""
         return self.path.read(self.raw(x_t, t, cond, s), self.output, x_t, t)
 
     def x0_gain(self, times: Sequence[float]) -> float:
@@ -111,7 +114,7 @@ class Denoiser(nn.Module):
         network does not run."""
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            raise _Reached(output[-1] if isinstance(output, tuple) else output)
+            raise _Reached(output[self.family.picture_tokens] if isinstance(output, tuple) else output)
 
         handle = self.family.features_of(self.net).register_forward_hook(stop)
         try:
@@ -124,7 +127,7 @@ class Denoiser(nn.Module):
 
     def copy(self) -> Denoiser:
         """An independent trainable copy in float32."""
-        return Denoiser(self.trainable_net(), self.path, self.output, self.family)
+        return Denoiser(self.trainable_net(), self.path, self.output, self.family, self.shape)
 
 
 def in_bfloat16(net: nn.Module) -> nn.Module:

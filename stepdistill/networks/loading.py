@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.families import family_named
+from stepdistill.families import Family, family_named
 from stepdistill.networks.find import find_pipeline, find_teacher
 from stepdistill.networks.pipeline_files import (
     INDEX,
@@ -213,8 +213,13 @@ def load_pipeline(
     return pipe, label
 
 
-def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family | None = None) -> Any:
     """A pipeline from an embedded teacher's name, a folder or a hub id; safetensors weights only.
+
+    Args:
+        source: what it is named.
+        dtype: of its networks.
+        family: one of the user's own that serves it; None looks for one of ours.
 
     Raises:
         UserError: when there is nothing to load, it is of no known family or scheduler (said before any weight is
@@ -227,7 +232,14 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32) -> Any:
     local = FilePath(place).is_dir()
     try:
         index = read_index(FilePath(place), what) if local else DiffusionPipeline.load_config(place)
-        family_named(str(index.get("_class_name", "of no stated class")))
+        name = str(index.get("_class_name", "of no stated class"))
+        if family is None:
+            family_named(name)
+        elif name not in family.pipelines:
+            raise UserError(
+                f"{what} is a {name}, but the recipe's family is for {', '.join(family.pipelines)}: leave it out, or "
+                "name the teacher that it is for"
+            )
         path_of(_scheduler(place, index))
         if not local:
             place = DiffusionPipeline.download(place, use_safetensors=True, safety_checker=None)

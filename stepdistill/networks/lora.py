@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,12 @@ from stepdistill.diffusion.draws import generator_for
 ADAPTER = "student"
 
 
-def add_lora(net: nn.Module, targets: list[str], rank: int, alpha: float, name: str = ADAPTER) -> None:
+def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float, name: str = ADAPTER) -> None:
     """Adds a trainable LoRA adapter to a frozen diffusers network, zero at the start."""
     from diffusers.loaders.peft import PeftAdapterMixin
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]  # a float serves
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]  # a float serves
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         if isinstance(net, PeftAdapterMixin):
@@ -97,7 +97,9 @@ class SharedNetwork:
         net: the network that carries the adapters; all are off outside of a call.
     """
 
-    def __init__(self, net: nn.Module, targets: list[str], exact: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, targets: Sequence[str], exact: Mapping[str, Tensor] | None = None
+    ) -> None:
         from diffusers import ModelMixin
 
         shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}

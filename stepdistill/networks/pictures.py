@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.diffusion.solvers import solve
+from stepdistill.networks.codec import Codec
 from stepdistill.networks.sampler import Sampler, schedule_times
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -17,31 +19,48 @@ from stepdistill.system.travelling import travelling_module
 
 @torch.no_grad()
 def draw_as_pipeline(
-    student: Student, sampler: Sampler, teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int]
+    student: Student, sampler: Sampler, codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Tensor:
-    """The trainer's pictures [B, 3, H, W] in [0, 1] from the very noises a pipeline draws, one generator a seed.
+    """The trainer's pictures, as :func:`strip` lays them out, from the very noises a pipeline draws, one generator a
+    seed.
 
     Args:
         student: what is drawn with; LoRA is active.
         sampler: its steps.
-        teacher: its encoder and decoder.
+        codec: encodes the prompts and decodes the states.
         prompts: B prompts.
         seeds: B seeds of CPU generators.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    shape = (1, *teacher.shape)
+    shape = (1, *codec.shape)
 
     def noise() -> Tensor:
         rows = [torch.randn(shape, generator=generator) for generator in generators]
-        return torch.cat(rows).to(teacher.device)
+        return torch.cat(rows).to(codec.device)
 
     start, fresh = noise(), lambda call: noise()
     if isinstance(student.path, FlowPath):  # the noise of its travelling scheduler
         code = travelling_module("flow_consistency")
-        keys = code.keys_of(start)
-        fresh = lambda call: code.noise_after(keys, call, start)  # noqa: E731
-    latents = sampler.draw(student, start, teacher.encode(list(prompts)), fresh)
-    return teacher.to_images(latents)
+        packed = codec.family.pack(start)
+        keys = code.keys_of(packed)
+        fresh = lambda call: codec.family.unpack(code.noise_after(keys, call, packed), codec.shape)  # noqa: E731
+    states = sampler.draw(student, start, codec.encode(prompts), fresh)
+    return strip(codec.to_frames(states))
+
+
+def strip(frames: Tensor) -> Tensor:
+    """Frames [B, F, 3, H, W] as pictures [B, 3, H, W']: of a video the first, the middle and the last side by side, of
+    a picture itself."""
+    count = frames.shape[1]
+    shown = dict.fromkeys((0, count // 2, count - 1))
+    return torch.cat([frames[:, i] for i in shown], dim=3)
+
+
+def frames_of(drawn: Any) -> Tensor:
+    """What a pipeline drew with ``output_type="np"``, pictures [B, H, W, 3] or videos [B, F, H, W, 3], as frames
+    [B, F, 3, H, W]."""
+    pixels = torch.as_tensor(drawn)
+    return (pixels if pixels.ndim == 5 else pixels[:, None]).movedim(-1, 2)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -53,14 +72,15 @@ def to_uint8(images: Tensor) -> Tensor:
 def teacher_pictures(
     teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
 ) -> Tensor:
-    """The teacher's pictures [B, 3, H, W] in [0, 1] after ``steps`` DDIM steps on the grid of its schedule."""
-    shape = (1, *teacher.shape)
+    """The teacher's pictures, as :func:`strip` lays them out, after ``steps`` DDIM steps on its schedule's grid."""
+    codec = teacher.codec
+    shape = (1, *codec.shape)
     noise = torch.cat(
         [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     )
-    cond = teacher.encode(list(prompts))
+    cond = codec.encode(prompts)
     times = (*schedule_times(teacher.path, steps), 0.0)
-    latents = solve(
+    states = solve(
         lambda x, t: teacher.predict(x, t, cond, guidance=guidance), noise.to(teacher.device), times, "ddim"
     )
-    return teacher.to_images(latents)
+    return strip(codec.to_frames(states))

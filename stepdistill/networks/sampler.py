@@ -12,7 +12,7 @@ from torch import Tensor
 from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.families.condition import Condition
+from stepdistill.families.condition import GUIDANCE, Condition
 
 if TYPE_CHECKING:
     from stepdistill.networks.denoiser import Denoiser
@@ -81,7 +81,7 @@ class Sampler:
     def walk(
         self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor], calls: int
     ) -> Tensor:
-        """The state [B, C, H, W] at ``times[calls]``, after the first ``calls`` network calls."""
+        """The state [B, ...] at ``times[calls]``, after the first ``calls`` network calls."""
         x = noise
         for i in range(calls):
             t, s = (torch.full((len(x),), time, device=x.device) for time in self.times[i : i + 2])
@@ -96,18 +96,17 @@ class Sampler:
     def draw(
         self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor]
     ) -> Tensor:
-        """Clean latents [B, C, H, W]; the last call alone has a graph.
+        """Clean states [B, ...]; the last call alone has a graph.
 
         Args:
             denoiser: the student, or anything with its ``predict`` and ``path``.
-            noise: standard normal start [B, C, H, W].
+            noise: standard normal start [B, ...].
             cond: conditions of the B samples.
-            fresh: fresh(i) gives the standard normal noise [B, C, H, W] that follows call i, from 0.
+            fresh: fresh(i) gives the standard normal noise [B, ...] that follows call i, from 0.
         """
         if self.guidance is not None:
             scales = torch.full((len(noise),), self.guidance, device=noise.device)
-            embedding = denoiser.family.embed_guidance(denoiser.net, scales)
-            cond = cond.with_tensor("guidance_embedding", embedding)
+            cond = cond.with_tensor(GUIDANCE, scales)
         with torch.no_grad():
             x = self.walk(denoiser, noise, cond, fresh, self.steps - 1)
         t = torch.full((len(x),), self.times[-1], device=x.device)

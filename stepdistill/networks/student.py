@@ -50,13 +50,13 @@ class Student(Denoiser):
         if lora_rank:
             add_lora(net, source.family.lora_targets, lora_rank, lora_alpha or float(lora_rank))
             net.load_state_dict(adapter or {}, strict=False)
-        return Student(net.eval().to(teacher.device), start.path, start.output, start.family)
+        return Student(net.eval().to(teacher.device), start.path, start.output, start.family, start.shape)
 
     @property
     def two_times(self) -> bool:
         """Whether the network is also told where its jump ends."""
         first = self.net.nets[0] if isinstance(self.net, Experts) else self.net
-        return self.family.has_second_time(first)
+        return self.family.changes.has_second_time(first)
 
     def add_second_time(self) -> None:
         """Gives the network its second time t - s, which changes nothing at the start.
@@ -67,7 +67,7 @@ class Student(Denoiser):
         if self.two_times:
             return
         self._refuse_lora("this method adds a second time to the network", "")
-        self.net = self.family.second_time(self.net)
+        self.net = self.family.changes.second_time(self.net)
 
     def add_guidance_input(self) -> None:
         """Gives the network the guidance scale as an input, which changes nothing at the start.
@@ -76,7 +76,7 @@ class Student(Denoiser):
             UserError: where the family has no way to, or the student is a LoRA.
         """
         self._refuse_lora("options.guidance_range adds weights", ", or use one fixed options.guidance")
-        self.net = self.family.guidance_input(self.net)
+        self.net = self.family.changes.guidance_input(self.net)
 
     def make_slimmer(self, width: float, depth: float) -> None:
         """Replaces the network by a smaller one of its class, with new weights.
@@ -89,7 +89,7 @@ class Student(Denoiser):
             UserError: where the family has no smaller network, nothing would get smaller, or the student is a LoRA.
         """
         self._refuse_lora("a smaller student has new weights", "")
-        self.net = self.family.slimmer(self.net, width, depth)
+        self.net = self.family.changes.slimmer(self.net, width, depth)
 
     def _refuse_lora(self, what: str, otherwise: str) -> None:
         if lora_layers(self.net):
@@ -98,7 +98,7 @@ class Student(Denoiser):
     def stock_net(self, gap: float) -> nn.Module:
         """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is
         folded into a bias; otherwise the network itself. ``gap`` is that of the sampler, ``Sampler.gap``."""
-        return self.family.fold_second_time(self.net, gap) if self.two_times else self.net
+        return self.family.changes.fold_second_time(self.net, gap) if self.two_times else self.net
 
     def _towards(self, s: Tensor) -> Tensor | None:
         return s if self.two_times else None

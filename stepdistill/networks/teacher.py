@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +14,11 @@ from stepdistill.diffusion.shift import shift_of
 from stepdistill.errors import UserError
 from stepdistill.families import family_of
 from stepdistill.families.base import Family
-from stepdistill.families.condition import Condition
+from stepdistill.families.condition import GUIDANCE, Condition
+from stepdistill.families.size import Size
+from stepdistill.networks.codec import Codec
 from stepdistill.networks.denoiser import Denoiser, in_bfloat16
+from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.loading import with_merged_adapters, without_filters
 from stepdistill.networks.scheduler_path import path_of
 
@@ -32,9 +34,11 @@ class PipelineTeacher:
         guidance_rescale: how far guided outputs are drawn to the deviation of those that are not guided.
         shift: of the times, for a flow model; None takes its scheduler's own.
         guidance: for a network that takes the scale as an input, that of the copies that are trained.
+        size: what is drawn; None takes the pipeline's own.
 
     Raises:
-        UserError: for a shift where there is none, or a scheduler of its own whose spacing is no shift.
+        UserError: for a size that the pipeline does not draw, for a shift where there is none, or a scheduler of its
+            own whose spacing is no shift.
     """
 
     def __init__(
@@ -46,10 +50,13 @@ class PipelineTeacher:
         shift: float | None = None,
         guidance: float = 1.0,
         guidance_rescale: float = 0.0,
+        size: Size | None = None,
     ) -> None:
         self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
         self.family = family or family_of(pipe)
+        self.size = size or self.family.default_size(self.pipe)
+        self.family.check_size(self.pipe, self.size)
         self.pipe.set_progress_bar_config(disable=True)
         self.family.adopt(self.pipe)
         self.pipe.to(device)
@@ -60,18 +67,17 @@ class PipelineTeacher:
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.device = torch.device(device)
+        net, shape = getattr(self.pipe, self.family.network), self.codec.shape
         path, output = path_of(self.pipe.scheduler)
         if isinstance(path, FlowPath):
-            path = FlowPath(shift or shift_of(self.pipe.scheduler, self.family.image_tokens(self.pipe)))
+            path = FlowPath(shift or shift_of(self.pipe.scheduler, self.family.tokens(net, shape)))
         elif shift is not None:
             raise UserError(
                 f"options.shift is {shift:g}, but the times of a {type(self.pipe.scheduler).__name__} have no shift, "
                 "which only flow models have: leave it out"
             )
-        self.denoiser: Denoiser = Denoiser(
-            getattr(self.pipe, self.family.denoiser), path, output, self.family
-        )
-        if self.family.takes_guidance(self.denoiser.net):
+        self.denoiser: Denoiser = Denoiser(net, path, output, self.family, shape)
+        if self.family.changes.takes_guidance(net):
             if guidance_rescale:
                 raise UserError(
                     f"options.guidance_rescale is {guidance_rescale:g}, but this teacher takes guidance as an input "
@@ -79,9 +85,12 @@ class PipelineTeacher:
                 )
             self.denoiser.guidance = guidance
         self.start = self.denoiser
-        self.shape = self.family.latent_shape(self.pipe)
-        with torch.no_grad():
-            self.null = self.family.null(self.pipe)
+        self.null = self.codec.null()
+
+    @property
+    def codec(self) -> Codec:
+        """The pipeline's encoders and decoders."""
+        return Codec(self.pipe, self.family, self.size, self.device)
 
     def _replace(self, **components: nn.Module) -> None:
         """Sets components of the pipeline in a copy of it: the one that was handed in stays as it is."""
@@ -101,7 +110,7 @@ class PipelineTeacher:
         elif any(value.dtype != dtype for value in net.parameters()):
             net = copy.deepcopy(net).to(dtype)
         if net is not self.denoiser.net:
-            self._replace(**{self.family.denoiser: net})
+            self._replace(**{self.family.network: net})
         self.denoiser.net, self.denoiser.compute = net, dtype
 
     @property
@@ -112,7 +121,7 @@ class PipelineTeacher:
     def predict(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
     ) -> Prediction:
-        """What the teacher says about x_t [B, C, H, W] at t [B]; guided prediction is one call of 2 B samples, or of B
+        """What the teacher says about x_t [B, ...] at t [B]; guided prediction is one call of 2 B samples, or of B
         where the network takes the scale as an input.
 
         Raises:
@@ -130,7 +139,7 @@ class PipelineTeacher:
         """
         if self.denoiser.guidance is not None:
             scale = in_interval(guidance, t, *self.guidance_interval)
-            return self.denoiser.predict(x_t, t, self.denoiser.guided(cond, scale))
+            return self.denoiser.predict(x_t, t, cond.with_tensor(GUIDANCE, scale))
         if not isinstance(guidance, Tensor) and guidance == 1.0:
             return self.denoiser.predict(x_t, t, cond)
         if self.null is None:
@@ -151,36 +160,9 @@ class PipelineTeacher:
             return guided
         return rescaled(guided, strong, self.guidance_rescale, self.denoiser.output, x_t)
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Condition:
-        """Conditions of the prompts, through the pipeline's own encoder."""
-        return self.family.encode(self.pipe, prompts)
-
-    @torch.no_grad()
-    def to_latents(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to what the denoiser works on."""
-        return self.family.to_latents(self.pipe, images)
-
-    @torch.no_grad()
-    def to_images(self, latents: Tensor) -> Tensor:
-        """What the denoiser works on to images [B, 3, H, W] in [0, 1]."""
-        return self.family.to_images(self.pipe, latents)
-
     def fingerprint(self) -> str:
-        """SHA-256 over the weights of all networks and the scheduler's config: what the teacher's samples depend on."""
-        digest = hashlib.sha256()
-        for name, component in sorted(self.pipe.components.items()):
-            if isinstance(component, nn.Module):
-                for key, value in sorted(component.state_dict().items()):
-                    digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(
-                        value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                    )
-        config = dict(self.pipe.scheduler.config)
-        if "_use_default_values" in config:  # a set's order, another in every process
-            config["_use_default_values"] = sorted(config["_use_default_values"])
-        digest.update(str(sorted((k, str(v)) for k, v in config.items())).encode())
-        return digest.hexdigest()
+        """SHA-256 of the weights and configs of the pipeline: what the teacher's samples depend on."""
+        return weights_hash(self.pipe)
 
 
 class Teacher(Protocol):

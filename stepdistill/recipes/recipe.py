@@ -27,6 +27,7 @@ class Recipe(Section):
 
     Attributes:
         teacher: an embedded teacher's name, a diffusers folder or a Hub name.
+        family: ``./file.py`` with the family of the teacher's pipeline, where stepdistill has none for it.
         method: a method's name, or ``./file.py`` with one.
         options: the method's own options; ``methods.method_options`` checks them.
         terms: what is added to any method's loss.
@@ -35,6 +36,7 @@ class Recipe(Section):
     """
 
     teacher: str = DEFAULT_TEACHER
+    family: str | None = None
     method: str
     options: dict[str, Any] = Field(default_factory=dict)
     terms: TermOptions = TermOptions()
@@ -72,12 +74,14 @@ def load_recipe(
     if path is not None:
         sources[""] = str(path) if _is_path(name_or_path) else path.name
         tree = _read_yaml(path, sources[""])
-        own = tree.get("method")
-        if isinstance(own, str) and own.endswith(".py") and not Path(own).is_file():
-            beside = (
-                path.parent / own
-            )  # a method's file may lie where the command is run, or beside its recipe
-            tree["method"] = str(beside) if beside.is_file() else own
+        for key in (
+            "method",
+            "family",
+        ):  # a file of one's own lies where the command is run, or beside the recipe
+            own = tree.get(key)
+            if isinstance(own, str) and own.endswith(".py") and not Path(own).is_file():
+                beside = path.parent / own
+                tree[key] = str(beside) if beside.is_file() else own
     for key, value in (("teacher", teacher), ("method", method)):
         if value is not None:
             tree[key] = value

@@ -64,11 +64,14 @@ class DataOptions(Section):
             takes the teacher's own captions.
         images: folder of real images with captions, for methods that need them; None takes the teacher's own.
         pairs: folder of cached (noise, teacher sample) pairs; None keeps them in the run folder.
+        size: [height, width] in pixels, with a third number the frames of a video; None takes what the teacher's
+            pipeline draws by itself.
     """
 
     prompts: str | None = None
     images: str | None = None
     pairs: str | None = None
+    size: tuple[_Positive, _Positive] | tuple[_Positive, _Positive, _Positive] | None = None
 
 
 class TrainOptions(Section):

@@ -57,10 +57,10 @@ def is_lfs_pointer(file: Path) -> bool:
 def module_summaries(package: Literal["methods", "families"]) -> dict[str, str]:
     """What a subpackage offers, with the first line of each docstring, read without importing anything."""
     found: dict[str, str] = {}
-    for path in sorted((_PACKAGE / package).glob("*.py")):
-        if path.stem not in ("base", "condition") and not path.stem.startswith("_"):
-            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            found[path.stem] = docstring.partition("\n")[0]
+    for path in sorted((_PACKAGE / package).glob("[!_]*.py")):
+        source = path.read_text(encoding="utf-8")
+        if package == "methods" or "\n    pipelines = " in source:  # a family, and not what families share
+            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
     return found
 
 

@@ -21,7 +21,9 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
 from stepdistill.export.schedulers import check_sampler, on_stock_grid
 from stepdistill.export.student_folder import check_export
-from stepdistill.families.base import LabelFamily
+from stepdistill.families import family_in
+from stepdistill.families.kinds import LabelFamily
+from stepdistill.families.size import Size
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.load import load_features
 from stepdistill.losses.contract import Method, MethodOptions, PairOptions
@@ -116,16 +118,19 @@ def assemble(
             f"{recipe.method} with these options learns from images: give a folder in data.images"
         )
     source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
+    family = family_in(recipe.family) if recipe.family else None
     teacher = PipelineTeacher(
-        pipeline or load_teacher(recipe.teacher),
+        pipeline or load_teacher(recipe.teacher, family=family),
         device,
+        family,
         guidance_interval=options.guidance_interval,
         shift=options.shift,
         guidance=options.guidance,
         guidance_rescale=options.guidance_rescale,
+        size=Size(*recipe.data.size) if recipe.data.size else None,
     )
     changes = taken_as(source)
-    if teacher.null is None:
+    if teacher.null is None and teacher.denoiser.guidance is None:
         options = _without_guidance(options, recipe)
     prompts = _prompts(recipe, teacher, embedded)
     for remark in cut_prompts(teacher.pipe, prompts) if main else ():
@@ -140,7 +145,7 @@ def assemble(
     sampler = method.sampler()
     if student.output != teacher.denoiser.output:
         sampler = replace(sampler, prediction_type=PREDICTION_TYPES[student.output])
-    sampler = on_stock_grid(sampler, student.path, teacher.pipe.scheduler)
+    sampler = on_stock_grid(sampler, student.path, teacher.pipe.scheduler, passes=teacher.family.passes)
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
     objective = Objective(method, _terms(recipe, teacher, prompts)).to(device)
@@ -245,8 +250,12 @@ def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: list[str]) -> list
     """The terms that have a weight."""
     options, device, terms = recipe.terms, teacher.device, list[Term]()
 
-    def decode(latents: Tensor) -> Tensor:
-        return teacher.family.to_images(teacher.pipe, latents)
+    codec = teacher.codec
+
+    def decode(states: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1]; of a video its middle frame."""
+        frames = codec.to_frames(states)
+        return frames[:, frames.shape[1] // 2]
 
     if options.regression_weight:
         terms.append(RegressionTerm(options.regression_weight, options.regression))

@@ -44,7 +44,7 @@ class ContactSheets:
     def look(self, step: int, ema: Ema | None) -> Seen:
         """Draws the sheet of one step; its numbers go to the log, its worries above the progress bar."""
         with averaged(ema):
-            drawn = draw_as_pipeline(self.student, self.sampler, self.teacher, self.prompts, self.seeds)
+            drawn = draw_as_pipeline(self.student, self.sampler, self.teacher.codec, self.prompts, self.seeds)
         self.folder.mkdir(parents=True, exist_ok=True)
         label = f"student, {self.sampler.steps} step(s), after {step} updates"
         sheet = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])

@@ -13,7 +13,7 @@ from stepdistill.evaluation.scores import by_metric
 from stepdistill.evaluation.suite import load_suite
 from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
 from stepdistill.export.card import model_card, with_code_note
-from stepdistill.export.student_folder import export
+from stepdistill.export.student_folder import export, pipeline_call
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
 from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
@@ -29,16 +29,16 @@ from stepdistill.training.run_report import RunReport
 
 def card(run: Assembled, command: str, scores: str = "") -> str:
     """The student's model card."""
-    pipeline = run.teacher.family.student_pipeline(run.teacher.pipe) or type(run.teacher.pipe).__name__
-    prompts = run.teacher.family.call_prompts(run.teacher.pipe, run.shown(1))
-    call = run.teacher.family.call_arguments(pipeline, prompts, run.sampler.guidance or 0.0)
+    codec = run.teacher.codec
+    pipeline = codec.family.student_pipeline(codec.pipe) or type(codec.pipe).__name__
+    call = pipeline_call(pipeline, run.sampler, codec, run.shown(1))
     return model_card(
         teacher=run.recipe.teacher,
         method=Path(run.recipe.method).stem,
         summary=module_summaries("methods").get(run.recipe.method, run.recipe.method),
         steps=run.sampler.steps,
         guidance=run.options.guidance,
-        call={**call, "num_inference_steps": run.sampler.steps, **run.sampler.call_arguments()},
+        call=call,
         command=command,
         changes=run.changes,
         scores=scores,
@@ -134,7 +134,7 @@ def _samples(run: Assembled, file: Path) -> None:
     guidance = run.options.guidance
     full = teacher_pictures(run.teacher, prompts, seeds, TEACHER_STEPS, guidance)
     few = teacher_pictures(run.teacher, prompts, seeds, steps, guidance)
-    own = draw_as_pipeline(run.student, run.sampler, run.teacher, prompts, seeds)
+    own = draw_as_pipeline(run.student, run.sampler, run.teacher.codec, prompts, seeds)
     rows = [
         (f"teacher, {TEACHER_STEPS} steps", to_uint8(full)),
         (f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(few)),

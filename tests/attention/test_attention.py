@@ -22,8 +22,8 @@ def test_kernels_agree(name: str, teacher_of: Callable[[str], PipelineTeacher]) 
     teacher = teacher_of(name)
     student = Student.from_teacher(teacher)
     generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(2, *teacher.shape, generator=generator)
-    t, cond = torch.tensor([0.8, 0.3]), teacher.encode(tiny_prompts(name, 2))
+    x_t = torch.randn(2, *teacher.codec.shape, generator=generator)
+    t, cond = torch.tensor([0.8, 0.3]), teacher.codec.encode(tiny_prompts(name, 2))
     outputs, gradients = [], []
     for kernel in ("sdpa", "math"):
         student.net.zero_grad()
@@ -67,8 +67,11 @@ def test_xformers_needs_a_diffusers_network() -> None:
 def test_xformers_agrees_on_a_gpu(teacher_of: Callable[[str], PipelineTeacher]) -> None:
     teacher = teacher_of("sd")
     student = Student.from_teacher(teacher).cuda()
-    x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)).cuda()
-    t, cond = torch.tensor([0.8, 0.3]).cuda(), teacher.encode(tiny_prompts("sd", 2)).to(torch.device("cuda"))
+    x_t = torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(0)).cuda()
+    t, cond = (
+        torch.tensor([0.8, 0.3]).cuda(),
+        teacher.codec.encode(tiny_prompts("sd", 2)).to(torch.device("cuda")),
+    )
     with torch.no_grad(), attention("math", torch.device("cuda")):
         plain = student.raw(x_t, t, cond)
     use_xformers(student.net)

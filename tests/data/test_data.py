@@ -135,7 +135,7 @@ def test_a_run_may_take_the_first_pairs_of_a_larger_cache_and_some_of_its_states
     index = torch.tensor([0, 6])
     assert (part.count, part.states(index).shape[1]) == (7, 1)
     torch.testing.assert_close(part.states(index)[:, 0], whole.states(index)[:, 1], atol=0, rtol=0)
-    assert whole.clean(torch.tensor([11])).shape == (1, *teacher.shape)
+    assert whole.clean(torch.tensor([11])).shape == (1, *teacher.codec.shape)
     bare = PairCache(tmp_path / "bare", teacher, PROMPTS, wide, 5)
     with pytest.raises(UserError, match=r"another states \(\[\], this run has \[0.5\]\)"):
         PairCache(bare.folder, teacher, PROMPTS, wide, 5, times=(0.5,))
@@ -315,7 +315,7 @@ def test_images_reach_the_batch_as_latents_of_the_teachers_scale(teacher):
     assert 0.5 < float(x0.std()) < 2.0
     index = torch.randperm(40, generator=generator_for(0, "order", "images", 0))[:8]
     real = few.load(index.tolist(), 32, 32) / 2 + 0.5
-    error = float((teacher.to_images(x0) - real).square().mean())
+    error = float((teacher.codec.to_frames(x0)[:, 0] - real).square().mean())
     assert -10 * np.log10(error) > 22  # decibels
 
 
@@ -344,7 +344,7 @@ def test_kept_states_lie_on_the_pairs_own_trajectories(teacher, tmp_path):
     cache.make(data.condition)
     index = torch.tensor([1, 10])
     states, cond = cache.states(index), data.condition(cache.prompt_index[index])
-    assert states.shape == (2, 2, *teacher.shape)
+    assert states.shape == (2, 2, *teacher.codec.shape)
     x = teacher.predict(states[:, 1], torch.full((2,), 0.25), cond, guidance=2.0).x0
     torch.testing.assert_close(cache.clean(index), x, atol=1e-4, rtol=1e-4)
     x = teacher.predict(cache.noise(index), torch.ones(2), cond, guidance=2.0).at(torch.full((2,), 0.75))

@@ -148,22 +148,22 @@ def test_the_table_is_diffusers_own(zero_terminal: bool) -> None:
         alpha, sigma = path.alpha_sigma(((n + 1).double() / 1000).float())  # as a float32 time gets there
         assert (alpha - table.sqrt()).abs().max() < 1e-7
         assert (sigma - (1 - table.double()).sqrt()).abs().max() < 1e-7
-        timestep = ToyNetworkTime().timestep(path, ((n + 1).double() / 1000).float())
+        timestep = ToyNetworkTime().time(path, ((n + 1).double() / 1000).float())
         assert torch.equal(timestep, n.float())
 
 
 class ToyNetworkTime(ToyFamily):
     """A toy network that is given diffusers' own timesteps."""
 
-    def timestep(self, path: Path, t: Tensor) -> Tensor:
-        return super(ToyFamily, self).timestep(path, t)
+    def time(self, path: Path, t: Tensor) -> Tensor:
+        return super(ToyFamily, self).time(path, t)
 
 
 def test_between_entries_the_timestep_is_a_fraction() -> None:
     family, path = ToyNetworkTime(), PATHS["table"]
     t = torch.tensor([0.75, 0.7504, 0.0005, 0.0, 1.0])
-    assert torch.allclose(family.timestep(path, t), torch.tensor([749.0, 749.4, 0.0, 0.0, 999.0]), atol=1e-4)
-    assert torch.allclose(family.timestep(FlowPath(), t), 1000 * t)
+    assert torch.allclose(family.time(path, t), torch.tensor([749.0, 749.4, 0.0, 0.0, 999.0]), atol=1e-4)
+    assert torch.allclose(family.time(FlowPath(), t), 1000 * t)
 
 
 # --- moving along a path and between paths -----------------------------------------------------------------------

@@ -99,7 +99,8 @@ def test_a_dynamic_shift_grows_with_the_image() -> None:
     dynamic = scheduler(use_dynamic_shifting=True)  # mu from 0.5 at 256 tokens to 1.15 at 4096
     assert shift_of(dynamic, 256) == pytest.approx(1.6487, abs=1e-4)
     assert shift_of(dynamic, 4096) == pytest.approx(3.1582, abs=1e-4)
-    assert PipelineTeacher(tiny_pipeline("sd3")).family.image_tokens(tiny_pipeline("sd3")) == 16
+    teacher = PipelineTeacher(tiny_pipeline("sd3"))
+    assert teacher.family.tokens(teacher.denoiser.net, teacher.codec.shape) == 16
 
 
 def test_a_spacing_that_is_no_shift_is_refused_and_may_be_given() -> None:
@@ -121,7 +122,7 @@ def test_pairs_of_sd3_end_where_its_pipeline_draws(tmp_path: Any) -> None:
     times = tuple(own_times(4, shift=SHIFT)[1:].tolist())
     assert times == pytest.approx([0.9, 0.75, 0.5])
     cache = PairCache(tmp_path, teacher, prompts, options, seed=5, times=times)
-    cache.make(lambda rows: teacher.encode([prompts[i] for i in rows]))
+    cache.make(lambda rows: teacher.codec.encode([prompts[i] for i in rows]))
     index, states = torch.arange(3), []
     drawn = teacher.pipe(
         [prompts[i] for i in cache.prompt_index],

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import PIPELINES, shaken, tiny_prompts
+from tiny import PIPELINES, SIZES, call_of, shaken, tiny_prompts
 from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath
@@ -26,7 +26,7 @@ from stepdistill.export.student_folder import TOLERANCE, VERIFICATION, export, s
 from stepdistill.export.verify import verify
 from stepdistill.networks.loading import load_pipeline, load_teacher
 from stepdistill.networks.lora import merged_state
-from stepdistill.networks.pictures import draw_as_pipeline
+from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip
 from stepdistill.networks.pipeline_files import absent_components
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
@@ -45,6 +45,9 @@ SAMPLERS = {
     "sd-v": Sampler(uniform_times(3), False),
     "sdxl": Sampler(uniform_times(2), True, grid=50),
     "sd3": Sampler((1.0, 0.75), False),
+    "flux": Sampler((1.0, 0.75), False),
+    "schnell": Sampler(uniform_times(3), False),
+    "wan": Sampler((1.0, 0.9), False),
 }
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
@@ -55,8 +58,18 @@ CLASSES = {
     "sd-v": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "schnell": "FluxPipeline",
+    "wan": "WanPipeline",
 }
-IN_A_FRESH_PROCESS = (pytest.param("unet-classes", marks=pytest.mark.own_process), "dit", "sd", "sd3")
+IN_A_FRESH_PROCESS = (
+    pytest.param("unet-classes", marks=pytest.mark.own_process),
+    "dit",
+    "sd",
+    "sd3",
+    "flux",
+    "wan",
+)
 
 
 class Exported:
@@ -64,7 +77,8 @@ class Exported:
 
     def __init__(self, name: str, teacher: PipelineTeacher, folder: Path, lora_rank: int = 0) -> None:
         self.name, self.teacher, self.folder = name, teacher, folder
-        self.sampler = on_stock_grid(SAMPLERS[name], teacher.path, teacher.pipe.scheduler)
+        passes, scheduler = teacher.family.passes, teacher.pipe.scheduler
+        self.sampler = on_stock_grid(SAMPLERS[name], teacher.path, scheduler, passes=passes)
         self.prompts, self.seeds = tiny_prompts(name, 2), (0, 1)
         self.student = Student.from_teacher(teacher, lora_rank, lora_alpha=3.0 * lora_rank or None)
         trained = [value for value in self.student.net.parameters() if value.requires_grad]
@@ -74,7 +88,7 @@ class Exported:
     @property
     def weights(self) -> Path:
         """The denoiser's weights."""
-        return self.folder / self.teacher.family.denoiser / "diffusion_pytorch_model.safetensors"
+        return self.folder / self.teacher.family.network / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +116,8 @@ def drawn(pipe: Any, folder: Path) -> Tensor:
     """What a pipeline draws by a folder's manifest, uint8 [B, 3, H, W]."""
     manifest = json.loads((folder / VERIFICATION / "manifest.json").read_text())
     generators = [torch.Generator().manual_seed(seed) for seed in manifest["seeds"]]
-    images = np.asarray(pipe(**manifest["call"], generator=generators, output_type="np").images)
-    return torch.tensor(images * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+    images = pipe(**manifest["call"], generator=generators, output_type="np", return_dict=False)[0]
+    return strip(frames_of(images * 255)).round().to(torch.uint8)
 
 
 def kept(folder: Path) -> Tensor:
@@ -123,7 +137,7 @@ def test_plain_diffusers_draws_what_the_student_drew(name: str, exported: Callab
     run = exported(name)
     pipe = loaded(run.folder)
     assert type(pipe).__name__ == CLASSES[name]
-    state = getattr(pipe, run.teacher.family.denoiser).state_dict()
+    state = getattr(pipe, run.teacher.family.network).state_dict()
     own = run.student.net.state_dict()
     assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
     original = run.teacher.denoiser.net.state_dict()
@@ -131,7 +145,7 @@ def test_plain_diffusers_draws_what_the_student_drew(name: str, exported: Callab
     assert_same(drawn(pipe, run.folder), kept(run.folder))
     # The teacher's own pipeline was left alone.
     assert run.teacher.pipe.scheduler is not pipe.scheduler
-    assert getattr(run.teacher.pipe, run.teacher.family.denoiser) is run.teacher.denoiser.net
+    assert getattr(run.teacher.pipe, run.teacher.family.network) is run.teacher.denoiser.net
     index = json.loads((run.folder / "model_index.json").read_text())
     assert all(
         entry[0] in ("diffusers", "transformers", None) for entry in index.values() if isinstance(entry, list)
@@ -151,7 +165,7 @@ def test_verify_passes_in_a_process_without_stepdistill(
     assert str(found).startswith(f"verified: {found.files} files unaltered; 2 pictures")
 
 
-@pytest.mark.parametrize("name", ["unet-classes", "dit", "sd", "sd3"])
+@pytest.mark.parametrize("name", ["unet-classes", "dit", "sd", "sd3", "flux", "wan"])
 def test_saved_and_loaded_twice_it_is_the_same(
     name: str, exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
@@ -202,11 +216,13 @@ def test_dit_labels_may_be_names(exported: Callable[[str], Exported], tmp_path: 
     assert_same(drawn(loaded(tmp_path / "s"), tmp_path / "s"), kept(run.folder))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
 def test_a_flow_student_of_fresh_noise_draws_one_picture_from_a_seed(
-    teacher_of: Teachers, tmp_path: Path
+    name: str, teacher_of: Teachers, tmp_path: Path
 ) -> None:
-    """SD3's pipeline hands its generator to no scheduler: the one that travels has its noise from the start."""
-    teacher, folder, prompts = teacher_of("sd3"), tmp_path / "student", tiny_prompts("sd3", 2)
+    """These pipelines hand their generator to no scheduler: the one that travels has its noise from the start, which
+    Flux's has packed."""
+    teacher, folder, prompts = teacher_of(name), tmp_path / "student", tiny_prompts(name, 2)
     student = Student.from_teacher(teacher)
     shaken(student.net)
     times = tuple(teacher.path.shifted(time) for time in uniform_times(4))
@@ -221,19 +237,19 @@ def test_a_flow_student_of_fresh_noise_draws_one_picture_from_a_seed(
     assert_same(whole, kept(folder))
     torch.manual_seed(7)  # whatever the global generator holds
     for i, prompt in enumerate(prompts):
-        call = {"prompt": [prompt], "guidance_scale": 0.0, "num_inference_steps": 4, "output_type": "np"}
-        image = pipe(**call, generator=torch.Generator().manual_seed(i)).images
-        alone = torch.tensor(image * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+        call = {**call_of(name, [prompt], 0.0), "num_inference_steps": 4, "output_type": "np"}
+        image = pipe(**call, generator=torch.Generator().manual_seed(i), return_dict=False)[0]
+        alone = strip(frames_of(image * 255)).round().to(torch.uint8)
         assert (alone.int() - whole[i].int()).abs().max() <= 1
     # Fresh noise matters, and the student can be saved again and can teach.
     euler = replace(sampler, renoise=False)
-    other = draw_as_pipeline(student, euler, teacher, prompts, (0, 1))
-    assert (other - draw_as_pipeline(student, sampler, teacher, prompts, (0, 1))).abs().max() > 0.02
+    other = draw_as_pipeline(student, euler, teacher.codec, prompts, (0, 1))
+    assert (other - draw_as_pipeline(student, sampler, teacher.codec, prompts, (0, 1))).abs().max() > 0.02
     pipe.save_pretrained(tmp_path / "again")
     again, _ = load_pipeline(tmp_path / "again", "cpu")
     assert_same(drawn(again, folder), whole)
-    path = PipelineTeacher(again).path
-    assert isinstance(path, FlowPath) and path.shift == pytest.approx(3.0, abs=1e-4)
+    path = PipelineTeacher(again, size=teacher.size).path
+    assert isinstance(path, FlowPath) and path.shift == pytest.approx(teacher.path.shift, abs=1e-4)
 
 
 def test_verify_draws_a_flow_student_of_fresh_noise(teacher_of: Teachers, tmp_path: Path) -> None:
@@ -256,16 +272,18 @@ def test_fresh_noise_is_refused_where_the_pipeline_keeps_its_generator(
     student_pipeline(run.student, Sampler((1.0,), True), run.teacher)  # one step draws no second noise
 
 
-@pytest.mark.parametrize("name", ["unet-classes", "sd", "sd3"])
+@pytest.mark.parametrize("name", ["unet-classes", "sd", "sd3", "flux", "wan"])
 def test_a_student_can_teach(name: str, exported: Callable[[str], Exported]) -> None:
     run = exported(name)
-    teacher = PipelineTeacher(load_teacher(str(run.folder)))
+    teacher = PipelineTeacher(load_teacher(str(run.folder)), size=SIZES.get(name))
     x_t, t = (
-        torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)),
+        torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(0)),
         torch.tensor([0.9, 0.2]),
     )
     with torch.no_grad():
-        said, wanted = (who.predict(x_t, t, teacher.encode(run.prompts)) for who in (teacher, run.student))
+        said, wanted = (
+            who.predict(x_t, t, teacher.codec.encode(run.prompts)) for who in (teacher, run.student)
+        )
     assert (said.x0 - wanted.x0).abs().max() < 1e-4
     assert torch.equal(teacher.path.angle(t), run.student.path.angle(t))
 
@@ -365,7 +383,7 @@ def test_a_folder_that_does_not_load_is_told_why(copied: Path) -> None:
 # --- LoRA and embedded guidance ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "schnell", "wan"])
 def test_the_adapter_alone_makes_the_teacher_the_student(
     name: str, teacher_of: Teachers, tmp_path: Path
 ) -> None:
@@ -382,14 +400,15 @@ def test_the_adapter_alone_makes_the_teacher_the_student(
 
     pipe = tiny_pipeline(name)
     pipe.load_lora_weights(run.folder, weight_name="pytorch_lora_weights.safetensors")
-    pipe.scheduler = stock_scheduler(run.sampler, run.student.path, teacher.pipe.scheduler)
-    x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(3))
-    t, cond = torch.tensor([1.0, 0.3]), teacher.encode(run.prompts)
-    timestep = teacher.family.timestep(teacher.path, t)
+    passes, scheduler = teacher.family.passes, teacher.pipe.scheduler
+    pipe.scheduler = stock_scheduler(run.sampler, run.student.path, scheduler, passes)
+    x_t = torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(3))
+    t, cond = torch.tensor([1.0, 0.3]), teacher.codec.encode(run.prompts)
+    time = teacher.family.time(teacher.path, t)
     with torch.no_grad():
-        by_adapter = teacher.family.call(getattr(pipe, teacher.family.denoiser), x_t, timestep, cond)
+        by_adapter = teacher.family.call(getattr(pipe, teacher.family.network), x_t, time, cond)
         plain = student_pipeline(run.student, run.sampler, teacher)
-        by_merging = teacher.family.call(getattr(plain, teacher.family.denoiser), x_t, timestep, cond)
+        by_merging = teacher.family.call(getattr(plain, teacher.family.network), x_t, time, cond)
     assert (by_adapter - by_merging).abs().max() < 1e-4
     assert (by_merging - teacher.denoiser.raw(x_t, t, cond)).abs().max() > 1e-2
     assert_same(drawn(pipe, run.folder), kept(run.folder))
@@ -420,6 +439,6 @@ def test_a_student_of_embedded_guidance_is_given_its_scale(teacher_of: Teachers,
     assert json.loads((folder / "unet" / "config.json").read_text())["time_cond_proj_dim"] == 256
     assert verify(folder).worst <= 1
     # The scale matters: another one draws another picture.
-    pictures = draw_as_pipeline(student, sampler, teacher, prompts, (0, 1))
+    pictures = draw_as_pipeline(student, sampler, teacher.codec, prompts, (0, 1))
     other = Sampler(sampler.times, sampler.renoise, sampler.grid, guidance=2.0)
-    assert (draw_as_pipeline(student, other, teacher, prompts, (0, 1)) - pictures).abs().max() > 0.02
+    assert (draw_as_pipeline(student, other, teacher.codec, prompts, (0, 1)) - pictures).abs().max() > 0.02

@@ -18,7 +18,11 @@ TABLE = TablePath.from_alphas_cumprod(teacher_scheduler().alphas_cumprod)
 
 
 class KeepsItsGenerator(ToyFamily):
-    passes_generator = False
+    """As all families do whose ``passes`` does not say otherwise."""
+
+
+class HandsItOn(ToyFamily):
+    passes = frozenset({"generator"})
 
 
 @pytest.mark.parametrize(
@@ -28,7 +32,7 @@ class KeepsItsGenerator(ToyFamily):
         (3, True, TABLE, KeepsItsGenerator(), True),
         (1, True, TABLE, KeepsItsGenerator(), False),
         (2, False, TABLE, KeepsItsGenerator(), False),
-        (2, True, TABLE, ToyFamily(), False),
+        (2, True, TABLE, HandsItOn(), False),
         (2, True, FlowPath(), KeepsItsGenerator(), False),  # whose travelling scheduler has noise of its own
     ],
 )

@@ -39,21 +39,21 @@ def test_a_slim_network_takes_and_gives_what_the_old_one_does(name: str, teacher
     teacher = teacher_of(name)
     old: Any = teacher.denoiser.net
     state = torch.get_rng_state()
-    slim: Any = teacher.family.slimmer(old, 0.5, 1.0)
+    slim: Any = teacher.family.changes.slimmer(old, 0.5, 1.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(slim) is type(old) and slim.training == old.training
     assert weights(slim) < 0.5 * weights(old)
-    other = teacher.family.slimmer(old, 0.5, 1.0).state_dict()
+    other = teacher.family.changes.slimmer(old, 0.5, 1.0).state_dict()
     assert all(torch.equal(value, other[key]) for key, value in slim.state_dict().items())
     assert all(value.requires_grad for value in slim.parameters())
     changed = {key for key, value in old.config.items() if slim.config[key] != value}
     assert changed <= {"block_out_channels", "attention_head_dim", "_use_default_values"}
-    cond = teacher.encode(tiny_prompts(name, 3))
-    x = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    cond = teacher.codec.encode(tiny_prompts(name, 3))
+    x = torch.randn(3, *teacher.codec.shape, generator=torch.Generator().manual_seed(0))
     student = Student(slim, teacher.path, teacher.denoiser.output, teacher.family)
     said = student.predict(x, torch.full((3,), 0.5), cond).x0
     assert said.shape == x.shape and bool(torch.isfinite(said).all())
-    shape = teacher.family.feature_shape(slim)
+    shape = teacher.family.feature_shape(slim, teacher.codec.shape)
     assert student.features(x, torch.full((3,), 0.5), cond).shape[1:] == shape
 
 
@@ -96,11 +96,11 @@ def test_half_the_channels_are_a_quarter_of_the_weights_of_stable_diffusion() ->
 def test_what_cannot_be_slimmer_is_refused(teacher_of: Teachers) -> None:
     for name in ("dit", "sd3"):
         teacher = teacher_of(name)
-        with pytest.raises(UserError, match="has not: leave both at 1"):
-            teacher.family.slimmer(teacher.denoiser.net, 0.5, 1.0)
+        with pytest.raises(UserError, match="Model: leave both at 1"):
+            teacher.family.changes.slimmer(teacher.denoiser.net, 0.5, 1.0)
     teacher = teacher_of("sd")
     with pytest.raises(UserError, match=r"channels come in multiples of 4 \(8, 16\)"):
-        teacher.family.slimmer(teacher.denoiser.net, 1.0, 0.5)  # it has one layer a resolution
+        teacher.family.changes.slimmer(teacher.denoiser.net, 1.0, 0.5)  # it has one layer a resolution
     student = Student.from_teacher(teacher, 2)
     with pytest.raises(UserError, match=r"set student\.lora_rank=0"):
         SlimFlow(teacher, student, (1.0,), SlimFlow.Options(width=0.5))

@@ -84,9 +84,9 @@ def test_without_guidance_a_teacher_needs_no_unconditional_mode(teacher_of):
     teacher = teacher_of("unet-ddpm")
     fake, noise = (
         FakeScore(teacher),
-        torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)),
+        torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(0)),
     )
-    batch = Batch(Draws(0, 0, 0, 2), noise, teacher.encode(["0", "0"]), torch.zeros(2))
+    batch = Batch(Draws(0, 0, 0, 2), noise, teacher.codec.encode(["0", "0"]), torch.zeros(2))
     assert float(fake.views(teacher, noise, batch, FakeScoreOptions(), 1.0).error.abs().max()) == 0.0
     with pytest.raises(UserError, match="needs an unconditional mode"):
         fake.views(teacher, noise, batch, FakeScoreOptions(), 1.5)
@@ -232,11 +232,11 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(kind, teacher_of):
     """Two steps, of which only the second has a graph, on a tiny Stable Diffusion under autocast: every weight that has
     a gradient in float32 has one, and all together they point the same way."""
     teacher, gradients = teacher_of("sd"), []
-    cond = teacher.encode(tiny_prompts("sd", 2))
+    cond = teacher.codec.encode(tiny_prompts("sd", 2))
     step = next(step for step in range(9) if Draws(0, step, 0, 2).shared_integer("exit", 2) == 1)
     draws = Draws(0, step, 0, 2)
-    images = Examples(draws.normal("images", teacher.shape), cond)
-    batch = Batch(draws, draws.normal("noise", teacher.shape), cond, torch.zeros(draws.count), images)
+    images = Examples(draws.normal("images", teacher.codec.shape), cond)
+    batch = Batch(draws, draws.normal("noise", teacher.codec.shape), cond, torch.zeros(draws.count), images)
     more = {"phases": 1} if kind is PhasedDMD else {}
     for enabled in (False, True):
         options = kind.Options(guidance=2.0, **more)

@@ -408,8 +408,8 @@ def test_guidance_is_off_outside_its_interval():
     pipe = load_teacher("emoji")
     whole, part = PipelineTeacher(pipe), PipelineTeacher(pipe, guidance_interval=(0.0, 0.5))
     x, cond = (
-        torch.randn(2, *whole.shape, generator=torch.Generator().manual_seed(0)),
-        whole.encode(["cat", "dog"]),
+        torch.randn(2, *whole.codec.shape, generator=torch.Generator().manual_seed(0)),
+        whole.codec.encode(["cat", "dog"]),
     )
     t = torch.tensor([0.3, 0.7])
     guided, plain_one = whole.predict(x, t, cond, guidance=3.0).x0, whole.predict(x, t, cond).x0
@@ -424,8 +424,8 @@ def test_rescaled_guidance_is_the_teachers_where_it_is_asked_for(teacher_of):
     plain = teacher_of("sd")
     full = PipelineTeacher(plain.pipe, guidance_rescale=1.0)
     generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(2, *plain.shape, generator=generator), torch.tensor([0.5, 0.9])
-    cond = plain.encode(["a fish", "a heart"])
+    x, t = torch.randn(2, *plain.codec.shape, generator=generator), torch.tensor([0.5, 0.9])
+    cond = plain.codec.encode(["a fish", "a heart"])
     deviation = [
         teacher.predict(x, t, cond, guidance=g).eps.flatten(1).std(1)
         for teacher, g in ((plain, 1.0), (full, 7.0), (plain, 7.0))

@@ -17,6 +17,7 @@ from toy import Perceptron, ToyFamily, ToyTeacher, loss_of, modules_of, toy_batc
 
 from stepdistill.diffusion.path import FlowPath, Path
 from stepdistill.export.schedulers import on_stock_grid
+from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.losses.contract import MethodOptions, PairOptions, Turn
 from stepdistill.methods import find_method, method_names
 from stepdistill.methods.consistency import Consistency
@@ -37,14 +38,15 @@ ELSEWHERE = OF_PAIRS | {"guidance_interval", "guidance_rescale"}
 Number = Callable[[Any], Any]
 
 
-class Told(ToyFamily):
-    """Networks that take a guidance embedding, as Stable Diffusion's do."""
-
+class TakesGuidance(NetworkChanges):
     def guidance_input(self, net: torch.nn.Module) -> torch.nn.Module:
         return net
 
-    def embed_guidance(self, net: torch.nn.Module, guidance: torch.Tensor) -> torch.Tensor:
-        return guidance[:, None]
+
+class Told(ToyFamily):
+    """Networks that take guidance as an input, as Stable Diffusion's can."""
+
+    changes = TakesGuidance()
 
 
 def made(kind: Any, path: Path | None = None, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from toy import (
     Gaussian,
     GaussianFlowMap,
     Perceptron,
+    ToyFamily,
     ToyTeacher,
     loss_of,
     toy_batch,
@@ -475,9 +476,12 @@ def slimmer() -> None:
             asked.append((width, depth))
             return super().slimmer(net, width, depth)  # type: ignore[no-any-return]
 
+    class Family(ToyFamily):  # type: ignore[misc]
+        changes = Asked()
+
     for width, depth in ((0.25, 1.0), (1.0, 0.5), (1.0, 1.0)):
         student = toy_student(Perceptron(), PATH, "velocity")
-        student.family = Asked()
+        student.family = Family()
         options = SlimFlow.Options(width=width, depth=depth)
         SlimFlow(ToyTeacher(Perceptron(), PATH, "velocity"), student, (1.0,), options)
         assert student.net.get_submodule("first").out_features == 64 * width
@@ -529,7 +533,7 @@ def test_pairs_are_drawn_as_they_were_asked_for(
     options = Reflow.Options.model_validate(
         {"pairs": 3, "pair_steps": 2, "pair_solver": solver, "guidance": 2.0}
     )
-    cond = teacher.encode(["a fish"])
+    cond = teacher.codec.encode(["a fish"])
     cache = PairCache(tmp_path, teacher, ["a fish"], options, 0)
     cache.make(lambda index: cond.repeat(len(index)))
     rows = torch.arange(3)

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from reflow_toy import MU, S, Slimming, Straight
+from reflow_toy import MU, S, Slimmable, Straight
 from torch import nn
 from toy import SHAPE, Gaussian, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
@@ -334,7 +334,7 @@ def test_slimflow_begins_its_distillation_with_the_annealed_flow():
 
 def test_slimflow_swaps_in_the_familys_smaller_network():
     teacher, student = ToyTeacher(Perceptron(), STRAIGHT, "velocity"), toy_student(Perceptron(), STRAIGHT)
-    student.family = Slimming()
+    student.family = Slimmable()
     method = SlimFlow(teacher, student, (1.0,), SlimFlow.Options(width=0.25))
     assert SlimFlow.own_network  # so that nothing is done to the teacher's for it
     assert modules_of(method)["student"].first.out_features == 16
@@ -414,7 +414,7 @@ def test_a_student_with_random_weights_learns_the_mixture(name):
     student = toy_student(Perceptron(seed=1), STRAIGHT, "velocity")
     if "width" in options:
         student = toy_student(Perceptron(seed=1), table_path(), "eps")
-        student.family = Slimming()
+        student.family = Slimmable()
     method = kind(teacher, student, (1.0,), kind.Options(**options))
     z, x = (part[2048:] for part in mixture_pairs())  # noises that training does not see
 

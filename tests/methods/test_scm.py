@@ -276,8 +276,8 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
     prompts = tiny_prompts("sd", 4)
     for step in (1, 2):
         plain = toy_batch(4, step)
-        x0, noise = (plain.draws.normal(name, teacher.shape) for name in ("x0", "noise"))
-        cond = teacher.encode(prompts)
+        x0, noise = (plain.draws.normal(name, teacher.codec.shape) for name in ("x0", "noise"))
+        cond = teacher.codec.encode(prompts)
         loss, logs = loss_of(
             method, "student", replace(plain, noise=noise, cond=cond, pairs=Examples(x0, cond))
         )
@@ -293,7 +293,7 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
     drawn = pipe(
         prompts[:2], num_inference_steps=2, guidance_scale=0.0, generator=generators, output_type="pt"
     )
-    ours = draw_as_pipeline(student, sampler, teacher, prompts[:2], (0, 1))
+    ours = draw_as_pipeline(student, sampler, teacher.codec, prompts[:2], (0, 1))
     assert float((drawn.images - ours).abs().max()) < 1e-2 and float(ours.std()) > 0.01
 
 

@@ -213,9 +213,9 @@ def test_guidance_moves_the_fixed_point_as_it_moves_the_teacher(kind):
 def test_a_pipelines_prediction_has_a_graph_to_its_input_alone(teacher_of, guidance):
     """Same numbers as predict, a derivative that a finite difference confirms, and no gradient for any weight."""
     teacher = teacher_of("sd")
-    cond = teacher.encode(["a red cat", "a dog"])
+    cond = teacher.codec.encode(["a red cat", "a dog"])
     generator = torch.Generator().manual_seed(0)
-    x_t, direction, u = (torch.randn(2, *teacher.shape, generator=generator) for _ in range(3))
+    x_t, direction, u = (torch.randn(2, *teacher.codec.shape, generator=generator) for _ in range(3))
     t = torch.tensor([0.3, 0.7])
     x_t.requires_grad_(True)
     prediction = teacher.predict_with_input_gradient(x_t, t, cond, guidance=guidance)

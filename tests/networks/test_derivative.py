@@ -25,10 +25,10 @@ NETWORKS = ("unet-ddpm", "sd", "sdxl", "sd3", "dit")
 def case(teacher: PipelineTeacher, count: int = 3) -> tuple[Tensor, Tensor, Tensor, Condition]:
     """x, t, a tangent of x and conditions for the tiny teacher."""
     generator = torch.Generator().manual_seed(3)
-    x, w = torch.randn(2, count, *teacher.shape, generator=generator)
+    x, w = torch.randn(2, count, *teacher.codec.shape, generator=generator)
     t = torch.tensor([0.2, 0.1003, 0.0507])[:count]
     texts = ["a red heart", "fish", "star"] if teacher.family.has_prompts else ["0", "1", "0"]
-    return x, t, w, teacher.encode(texts[:count])
+    return x, t, w, teacher.codec.encode(texts[:count])
 
 
 def in_double(

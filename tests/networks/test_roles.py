@@ -30,8 +30,8 @@ def teacher_named(name: str) -> PipelineTeacher:
 
 
 def inputs(teacher: PipelineTeacher, name: str, seed: int = 0) -> tuple[Tensor, Tensor, Condition]:
-    noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(seed))
-    return noise, torch.tensor([0.9, 0.4]), teacher.encode(tiny_prompts(name, 2))
+    noise = torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(seed))
+    return noise, torch.tensor([0.9, 0.4]), teacher.codec.encode(tiny_prompts(name, 2))
 
 
 def said(roles: Roles, at: tuple[Tensor, Tensor, Condition]) -> dict[str, Tensor]:

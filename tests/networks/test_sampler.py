@@ -239,17 +239,11 @@ class Told(nn.Module):
         self.one = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return self.one * cond.tensors["guidance_embedding"][:, :, None, None].expand_as(x)
-
-
-class Embedding(ToyFamily):
-    def embed_guidance(self, net: nn.Module, guidance: Tensor) -> Tensor:
-        return guidance[:, None]
+        return self.one * cond["guidance"][:, None, None, None].expand_as(x)
 
 
 def test_a_student_that_takes_its_guidance_is_told_it_at_every_call() -> None:
     student = toy_student(Told(), FlowPath(), "x0")
-    student.family = Embedding()
     noise = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     sampler = Sampler(uniform_times(2), False, guidance=3.5)
     drawn = sampler.draw(student, noise, Condition(), lambda call: noise)

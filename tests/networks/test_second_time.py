@@ -39,8 +39,8 @@ def two_timed(teacher: PipelineTeacher, moved: bool = False) -> Student:
 
 
 def points(teacher: PipelineTeacher, name: str) -> tuple[Tensor, Condition]:
-    x = torch.randn(4, *teacher.shape, generator=torch.Generator().manual_seed(1))
-    return x, teacher.encode(tiny_prompts(name, 4))
+    x = torch.randn(4, *teacher.codec.shape, generator=torch.Generator().manual_seed(1))
+    return x, teacher.codec.encode(tiny_prompts(name, 4))
 
 
 @pytest.mark.parametrize("name", ABLE)
@@ -135,11 +135,11 @@ def test_a_stock_pipeline_draws_several_jumps_as_the_trainer_does(name: str, tea
     sampler = on_stock_grid(plain, student.path, teacher.pipe.scheduler)
     pipe, prompts, seeds = student_pipeline(student, sampler, teacher), tiny_prompts(name, 2), (0, 1)
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
-    call = teacher.family.call_arguments(type(pipe).__name__, prompts, 0.0)
+    call = teacher.family.call_arguments(type(pipe).__name__, prompts, None, None)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = pipe(**call, num_inference_steps=3, generator=generators, output_type="np").images
     images = torch.tensor(drawn).permute(0, 3, 1, 2)
-    ours = draw_as_pipeline(student, sampler, teacher, prompts, seeds)
+    ours = draw_as_pipeline(student, sampler, teacher.codec, prompts, seeds)
     difference = (images - ours).abs() * 255
     assert float(difference.max()) <= TOLERANCE["max"] and float(difference.mean()) < 0.1
     assert float(ours.std()) > 0.01
@@ -188,7 +188,7 @@ def test_flow_velocities_of_a_table_student_have_derivatives(name: str, teacher_
 def test_times_that_snap_to_a_timestep_keep_their_derivative(teacher_of: Teachers) -> None:
     family, path = teacher_of("unet-ddpm").family, teacher_of("unet-ddpm").path
     t = torch.tensor([0.5, 0.5004, 0.75, 1.0])
-    value, rate = torch.func.jvp(lambda t: family.timestep(path, t), (t,), (torch.ones(4),))
+    value, rate = torch.func.jvp(lambda t: family.time(path, t), (t,), (torch.ones(4),))
     assert torch.equal(value[[0, 2, 3]], torch.tensor([499.0, 749.0, 999.0]))
     torch.testing.assert_close(rate, torch.full((4,), 1000.0))
     # The schedule too, at entries of the table, both ends of it, and between: alpha' and sigma' as `rates` has them.

@@ -249,19 +249,19 @@ def test_a_teachers_adapters_are_in_its_weights(adapt: Callable[[Any], None]) ->
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     teacher, prompts = PipelineTeacher(pipe), tiny_prompts("sd", 2)
     assert not lora_layers(teacher.denoiser.net) and not lora_layers(teacher.pipe.text_encoder)
-    x = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.7, 0.2])
     family = family_of(pipe)
     with torch.no_grad():
-        cond = family.encode(pipe, prompts)
-        wanted = family.call(pipe.unet, x, family.timestep(teacher.path, t), cond)
-        assert torch.allclose(teacher.encode(prompts).tensors["encoder_hidden_states"],
+        cond = family.encode(pipe, prompts, teacher.size)
+        wanted = family.call(pipe.unet, x, family.time(teacher.path, t), cond)
+        assert torch.allclose(teacher.codec.encode(prompts).tensors["encoder_hidden_states"],
                               cond.tensors["encoder_hidden_states"], atol=1e-5)  # fmt: skip
         torch.testing.assert_close(teacher.denoiser.raw(x, t, cond), wanted, rtol=0, atol=1e-5)
         for rank in (0, 2):
             student = Student.from_teacher(teacher, rank)
             torch.testing.assert_close(student.raw(x, t, cond), wanted, rtol=0, atol=1e-5)
-        apart = float((bare.denoiser.raw(x, t, bare.encode(prompts)) - wanted).abs().max())
+        apart = float((bare.denoiser.raw(x, t, bare.codec.encode(prompts)) - wanted).abs().max())
     assert apart == 0 if adapt is disabled else apart > 0.05
     assert pipe.unet.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
@@ -293,7 +293,7 @@ def test_a_safety_checker_is_off_for_students_and_scores_and_the_papers_say_so(t
     sampler = on_stock_grid(Sampler((1.0,), True), student.path, pipe.scheduler)
     prompts = tiny_prompts("sd", 2)
     export(student, sampler, teachers[1], tmp_path / "s", prompts, "", seeds=(0, 1))
-    assert to_uint8(draw_as_pipeline(student, sampler, teachers[1], prompts, (0, 1))).float().std() > 2
+    assert to_uint8(draw_as_pipeline(student, sampler, teachers[1].codec, prompts, (0, 1))).float().std() > 2
     index = json.loads((tmp_path / "s" / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
     # Scores: of the pictures, from object and folder alike, and under another key than black ones had.

@@ -11,7 +11,17 @@ import torch
 from consistency_toy import PATH, Corrected
 from flow_toy import Quick
 from torch import Tensor, nn
-from toy import SHAPE, Mixture, Perceptron, ToyFamily, ToyTeacher, loss_of, modules_of, toy_student
+from toy import (
+    SHAPE,
+    Mixture,
+    Perceptron,
+    ToyChanges,
+    ToyFamily,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_student,
+)
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.diffusion.solvers import trajectory, uniform_times
@@ -44,14 +54,20 @@ class Setting:
     lr: float = 5e-3
 
 
-class CorrectedFamily(ToyFamily):
-    """Corrected networks: their features, and a smaller network, which has random weights."""
-
-    def features_of(self, net: nn.Module) -> nn.Module:
-        return net.get_submodule("correction.inner")
+class CorrectedChanges(ToyChanges):
+    """A smaller network has random weights."""
 
     def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
         return Perceptron(width=int(64 * width), seed=1)
+
+
+class CorrectedFamily(ToyFamily):
+    """Corrected networks and their features."""
+
+    changes = CorrectedChanges()
+
+    def features_of(self, net: nn.Module) -> nn.Module:
+        return net.get_submodule("correction.inner")
 
 
 class Batched(Quick):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from toy import Perceptron, ToyFamily
+from toy import Perceptron, ToyChanges, ToyFamily
 
 from stepdistill.diffusion.path import per_sample
 
@@ -24,8 +24,12 @@ class Straight(nn.Module):
         return MU + S * (x / norm - (1 - time) * MU) / ((1 - time) * S + time) + self.error
 
 
-class Slimming(ToyFamily):
-    """Perceptrons of 64 channels, and slimmer ones."""
+class Slimming(ToyChanges):
+    """Perceptrons of 64 channels become slimmer."""
 
     def slimmer(self, net, width, depth):
         return Perceptron(width=int(64 * width), seed=9)
+
+
+class Slimmable(ToyFamily):
+    changes = Slimming()

@@ -8,15 +8,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepdistill.families.size import Size
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.emoji import tokenizer_folder
 
-PIPELINES = ("unet-ddpm", "unet-ddim", "unet-classes", "dit", "sd", "sd-v", "sdxl", "sd3")
+PIPELINES = (
+    "unet-ddpm",
+    "unet-ddim",
+    "unet-classes",
+    "dit",
+    "sd",
+    "sd-v",
+    "sdxl",
+    "sd3",
+    "flux",
+    "schnell",
+    "wan",
+)
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
-WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3")
+WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan")
 WITH_VAE = ("dit", *WITH_TEXT)
-GUIDED = WITH_VAE
+FLOW = ("sd3", "flux", "schnell", "wan")
+GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan")
+"""With an unconditional mode: guidance is extrapolation."""
+
+SIZES = {"flux": Size(16, 24), "schnell": Size(16, 24), "wan": Size(32, 16, 9)}
+"""What tiny pipelines draw whose own default is that of the real ones."""
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -36,7 +54,7 @@ def tiny_pipeline(name: str) -> Any:
 
 def tiny_teacher(name: str) -> PipelineTeacher:
     """A teacher around ``tiny_pipeline(name)``."""
-    return PipelineTeacher(tiny_pipeline(name))
+    return PipelineTeacher(tiny_pipeline(name), size=SIZES.get(name))
 
 
 def tiny_prompts(name: str, count: int) -> list[str]:
@@ -53,7 +71,10 @@ def call_of(name: str, prompts: list[str], guidance: float) -> dict[str, Any]:
         return {"batch_size": len(prompts), "class_labels": [int(prompt) for prompt in prompts]}
     if name == "dit":
         return {"class_labels": [int(prompt) for prompt in prompts], "guidance_scale": guidance}
-    return {"prompt": prompts, "guidance_scale": guidance}
+    size = SIZES.get(name)
+    sides = {"height": size.height, "width": size.width} if size else {}
+    frames = {"num_frames": size.frames} if name == "wan" and size else {}
+    return {"prompt": prompts, "guidance_scale": guidance, **sides, **frames}
 
 
 def shaken(net: nn.Module, amount: float = 0.2, seed: int = 1) -> None:
@@ -234,6 +255,73 @@ def _sd3() -> Any:
     )
 
 
+def _flux(guidance_embeds: bool = True) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
+        vae=_vae(shift=0.1, quant=False),
+        text_encoder=_text_encoder(16, projected=False),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_t5(16),
+        tokenizer_2=_t5_tokenizer(),
+    )
+
+
+def _schnell() -> Any:
+    return _flux(guidance_embeds=False)
+
+
+def _wan() -> Any:
+    from diffusers import (
+        AutoencoderKLWan,
+        FlowMatchEulerDiscreteScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+
+    transformer = WanTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[-0.7, 0.1, 0.4, 0.9],
+        latents_std=[2.8, 1.4, 0.9, 1.7],
+    )
+    return WanPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=_t5(16),
+        tokenizer=_t5_tokenizer(),
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "unet-ddpm": _unet_ddpm,
     "unet-ddim": _unet_ddim,
@@ -243,6 +331,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sd-v": _sd_v,
     "sdxl": _sdxl,
     "sd3": _sd3,
+    "flux": _flux,
+    "schnell": _schnell,
+    "wan": _wan,
 }
 
 
@@ -281,6 +372,22 @@ def _vae(shift: float | None = None, quant: bool = True) -> Any:
         use_post_quant_conv=quant,
         mid_block_add_attention=False,
     )
+
+
+def _t5_tokenizer() -> Any:
+    """A T5 tokenizer of single letters."""
+    from transformers import T5Tokenizer
+
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("\u2581", -2.0), *letters]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
+
+
+def _t5(width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    size: dict[str, Any] = {"d_model": width, "d_kv": 8, "num_heads": 2, "d_ff": 2 * width, "num_layers": 2}
+    return T5EncoderModel(T5Config(vocab_size=30, feed_forward_proj="gated-gelu", **size)).eval()
 
 
 def _tokenizer() -> Any:

@@ -13,12 +13,25 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Output, Path, Prediction, TablePath, per_sample
 from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition
+from stepdistill.families.network_changes import NetworkChanges
+from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Method, Turn
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.student import Student
 
 SHAPE = (2, 1, 1)
+
+
+class ToyChanges(NetworkChanges):
+    def second_time(self, net: nn.Module) -> nn.Module:
+        return net if self.has_second_time(net) else TwoTimes(net)
+
+    def has_second_time(self, net: nn.Module) -> bool:
+        return isinstance(net, TwoTimes | GaussianFlowMap)
+
+    def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
+        return AtGap(net, gap)
 
 
 class ToyFamily(Family):
@@ -30,37 +43,33 @@ class ToyFamily(Family):
 
     name = "toy"
     pipelines = ()
+    lora_targets = ()
+    changes = ToyChanges()
 
     def __init__(self, path: Path | None = None) -> None:
         self.steps = path.steps if isinstance(path, TablePath) else 0
 
-    def timestep(self, path: Path, t: Tensor) -> Tensor:
-        return super().timestep(path, t) if self.steps else t
+    def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        return SHAPE
 
-    def call(self, net: nn.Module, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-        t = (timestep + 1) / self.steps if self.steps else timestep
+    def time(self, path: Path, t: Tensor) -> Tensor:
+        return super().time(path, t) if self.steps else t
+
+    def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        t = (time + 1) / self.steps if self.steps else time
         return net(x_t, t, cond)  # type: ignore[no-any-return]
 
-    def encode(self, pipe: Any, prompts: list[str]) -> Condition:
+    def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         return Condition()
 
-    def null(self, pipe: Any) -> Condition | None:
+    def null(self, pipe: Any, size: Size) -> Condition | None:
         return None
 
     def features_of(self, net: nn.Module) -> nn.Module:
         return net.get_submodule("inner")
 
-    def feature_shape(self, net: nn.Module) -> tuple[int, int, int]:
+    def feature_shape(self, net: nn.Module, state: tuple[int, ...]) -> tuple[int, int, int]:
         return 32, 1, 1
-
-    def second_time(self, net: nn.Module) -> nn.Module:
-        return net if self.has_second_time(net) else TwoTimes(net)
-
-    def has_second_time(self, net: nn.Module) -> bool:
-        return isinstance(net, TwoTimes | GaussianFlowMap)
-
-    def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
-        return AtGap(net, gap)
 
 
 class Gaussian(nn.Module):
@@ -151,10 +160,19 @@ class Perceptron(nn.Module):
         return self.last(h.flatten(1))[..., None, None]  # type: ignore[no-any-return]
 
 
+class ToyCodec:
+    """States of SHAPE, and no condition for any prompt."""
+
+    shape = SHAPE
+
+    def encode(self, prompts: list[str]) -> Condition:
+        return Condition()
+
+
 class ToyTeacher:
     """A closed-form network with PipelineTeacher's contract."""
 
-    shape = SHAPE
+    codec = ToyCodec()
     device = torch.device("cpu")
 
     def __init__(

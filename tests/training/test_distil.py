@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageChops
-from tiny import tiny_pipeline, tiny_teacher
+from tiny import SIZES, tiny_pipeline, tiny_teacher
 
 import stepdistill
 from stepdistill.errors import UserError
@@ -40,6 +40,33 @@ def prompts(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("red apple\ndog\ncat face\nsun\nwaving hand\n")
     return f"data.prompts={file}"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(name, rank, tmp_path, prompts):
+    """Flux, whose guidance is an input, and Wan, a video, at the size that the recipe states; then resumed."""
+    teacher, size = saved(name, tmp_path / name), SIZES[name]
+    sets = [
+        *SHORT,
+        prompts,
+        "train.batch=2",
+        "train.checkpoint_every=2",
+        f"data.size={[size.height, size.width, size.frames][: 3 if name == 'wan' else 2]}",
+        f"student.lora_rank={rank}",
+        "student.times=[1.0, 0.9]",
+        "options.guidance=2",
+        "options.fake_warm_start=0",
+    ]
+    sets.append("train.steps=4")
+    stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=[*sets, "train.budget_seconds=1e-9"])
+    run = stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=sets, resume=True)
+    assert run.report is not None and "differ from the trainer's by 0/255" in run.report.verification
+    assert run.report.updates == 4
+    card = (run.student / "README.md").read_text()
+    assert f"height={size.height}" in card and f"width={size.width}" in card
+    with Image.open(run.student / "verification" / "0.png") as picture:
+        assert picture.size == (size.width * (3 if name == "wan" else 1), size.height)
 
 
 def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path, prompts):

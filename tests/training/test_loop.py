@@ -231,8 +231,8 @@ def job_of(method, *more):
 
 def points(job, count=2):
     generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(count, *job.teacher.shape, generator=generator)
-    return x_t, torch.tensor([0.97, 0.3])[:count], job.teacher.encode(job.prompts[:count])
+    x_t = torch.randn(count, *job.teacher.codec.shape, generator=generator)
+    return x_t, torch.tensor([0.97, 0.3])[:count], job.teacher.codec.encode(job.prompts[:count])
 
 
 def test_bf16_rounds_nothing_that_is_trained_or_exported(tmp_path):
@@ -276,7 +276,7 @@ def test_a_pipeline_object_is_left_in_its_own_precision():
     assert job.teacher.pipe.vae.dtype == job.teacher.denoiser.net.dtype == torch.float32
     values = job.student.net.state_dict()
     assert all(torch.equal(value.float(), values[name]) for name, value in pipe.unet.state_dict().items())
-    image = job.teacher.to_images(1e5 * torch.randn(1, *job.teacher.shape))
+    image = job.teacher.codec.to_frames(1e5 * torch.randn(1, *job.teacher.codec.shape))[:, 0]
     assert bool(torch.isfinite(image).all())
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from run_toy import HERE
 from tiny import tiny_pipeline, tiny_prompts
-from toy import Gaussian, Perceptron, ToyTeacher
+from toy import Gaussian, Perceptron, ToyCodec, ToyTeacher
 
 from stepdistill.diffusion.path import Output, TablePath
 from stepdistill.errors import UserError
@@ -61,10 +61,15 @@ def test_auto_is_v_where_an_eps_network_is_called_near_pure_noise_alone() -> Non
 TABLE = TablePath.from_alphas_cumprod(torch.linspace(0.9999**0.5, 0.05**0.5, 1000).square())
 
 
+class Labelled(ToyCodec):
+    def encode(self, prompts: list[str]) -> Condition:
+        return Condition({"label": torch.zeros(len(prompts))})
+
+
 def toy_teacher(net: torch.nn.Module, output: Output) -> Any:
     """A closed-form teacher that encodes prompts and has a fingerprint."""
     teacher: Any = ToyTeacher(net, TABLE, output)
-    teacher.encode = lambda prompts: Condition({"label": torch.zeros(len(prompts))})
+    teacher.codec = Labelled()
     teacher.fingerprint, teacher.guidance_interval, teacher.guidance_rescale = lambda: "toy", (0.0, 1.0), 0.0
     return teacher
 
@@ -168,8 +173,8 @@ def test_student_and_follower_start_as_the_turned_network_and_the_folder_says_it
     monkeypatch.chdir(EMPTY.parents[1])
     job = job_of(tiny_pipeline("sd"), f"student.lora_rank={rank}")
     method: Any = job.method
-    x, t = torch.randn(4, *job.teacher.shape), torch.full((4,), 0.7)
-    cond = job.teacher.encode(job.prompts[:4])
+    x, t = torch.randn(4, *job.teacher.codec.shape), torch.full((4,), 0.7)
+    cond = job.teacher.codec.encode(job.prompts[:4])
     with torch.no_grad():
         start = job.teacher.start.raw(x, t, cond)
         assert (start - job.teacher.denoiser.raw(x, t, cond)).abs().max() > 1e-3

@@ -25,7 +25,7 @@ def teacher():
 
 
 def decode_of(teacher):
-    return lambda latents: teacher.family.to_images(teacher.pipe, latents)
+    return lambda states: teacher.codec.to_frames(states)[:, 0]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def names(tmp_path_factory):
 @pytest.mark.parametrize("kind", REWARDS)
 def test_a_reward_is_a_number_a_sample_with_a_graph_into_it_alone(kind, names, teacher):
     reward = REWARDS[kind](names[kind], torch.device("cpu"), decode_of(teacher), PROMPTS)
-    x0 = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x0 = torch.randn(3, *teacher.codec.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     prompt = torch.tensor([2, 0, 2])
     value = reward(x0, prompt)
     assert value.shape == (3,) and bool(torch.isfinite(value).all())
@@ -55,7 +55,7 @@ def test_a_reward_is_a_number_a_sample_with_a_graph_into_it_alone(kind, names, t
 def test_the_clip_reward_is_the_cosine_of_image_and_own_prompt(teacher):
     network, decode = load_features("emoji"), decode_of(teacher)
     reward = REWARDS["emoji"]("emoji", torch.device("cpu"), decode, PROMPTS)
-    x0 = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1))
+    x0 = torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         images = network.images(255 * decode(x0))
         value = reward(x0, torch.tensor([3, 1]))

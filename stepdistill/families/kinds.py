@@ -1,0 +1,103 @@
+"""Three kinds of families: around a UNet, around a transformer, conditioned on class numbers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.families.condition import Condition
+from stepdistill.families.size import Size
+
+
+class UNetFamily(Family):
+    """Families around a diffusers UNet. The LoRA layers are those of LCM-LoRA (Luo et al. 2023, 2311.05556)."""
+
+    network = "unet"
+    lora_targets = tuple(
+        "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+        "downsamplers.0.conv upsamplers.0.conv time_emb_proj".split()
+    )
+    passes = frozenset({"generator"})
+
+    def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        side = self.pixels(pipe)
+        return int(pipe.unet.config.in_channels), size.height // side, size.width // side
+
+    def features_of(self, net: nn.Module) -> nn.Module:
+        return net.get_submodule("mid_block")
+
+    def feature_shape(self, net: Any, state: tuple[int, ...]) -> tuple[int, int, int]:
+        halvings = sum(block.downsamplers is not None for block in net.down_blocks)
+        height, width = (-(-side // 2**halvings) for side in state[-2:])
+        return int(net.config.block_out_channels[-1]), height, width
+
+
+class TransformerFamily(Family):
+    """Families around a diffusers transformer.
+
+    Class attributes:
+        blocks: the network's attribute that holds its blocks, the middle one of which is read by discriminators.
+    """
+
+    blocks: ClassVar[str] = "transformer_blocks"
+    lora_targets = tuple(
+        "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out ff.net.0.proj ff.net.2 "
+        "ff_context.net.0.proj ff_context.net.2".split()
+    )
+
+    def patch(self, net: Any) -> int:
+        """Values of a state along a side of a token."""
+        return int(net.config.patch_size)
+
+    def unit(self, pipe: Any) -> int:
+        return self.pixels(pipe) * self.patch(pipe.transformer)
+
+    def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        side = self.pixels(pipe)
+        return int(pipe.transformer.config.in_channels), size.height // side, size.width // side
+
+    def tokens(self, net: Any, state: tuple[int, ...]) -> int:
+        return (state[-2] // self.patch(net)) * (state[-1] // self.patch(net))
+
+    def features_of(self, net: nn.Module) -> nn.Module:
+        count = len(list(net.get_submodule(self.blocks).children()))
+        return net.get_submodule(f"{self.blocks}.{count // 2}")
+
+    def feature_shape(self, net: Any, state: tuple[int, ...]) -> tuple[int, int, int]:
+        frames = state[-3] if self.video else 1
+        height, width = (side // self.patch(net) for side in state[-2:])
+        return int(net.config.num_attention_heads * net.config.attention_head_dim), frames * height, width
+
+
+class LabelFamily(Family):
+    """Pipelines conditioned on a class number, given as text: ``"207"``."""
+
+    has_prompts = False
+    any_size = False
+
+    @abstractmethod
+    def classes(self, pipe: Any) -> int:
+        """How many classes there are; 0 for an unconditional model."""
+
+    def label_of(self, pipe: Any, prompt: str) -> int:
+        """The class number that a prompt means."""
+        count = self.classes(pipe)
+        if not prompt.strip().isdecimal() or int(prompt) >= count:
+            raise UserError(
+                f"'{prompt}' is not a class of this {type(pipe).__name__}: give a number from 0 to {count - 1}"
+            )
+        return int(prompt)
+
+    def call_prompts(self, pipe: Any, prompts: list[str]) -> list[str]:
+        return [str(self.label_of(pipe, prompt)) for prompt in prompts] if self.classes(pipe) else prompts
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
+        if not self.classes(pipe):
+            return Condition()
+        labels = [self.label_of(pipe, prompt) for prompt in prompts]
+        return Condition({"class_labels": torch.tensor(labels, device=pipe.device)})

@@ -1,0 +1,77 @@
+"""What methods may change in a network: its size, and inputs that it is given beside its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from stepdistill.errors import UserError
+from stepdistill.families.condition import GAP, Condition
+
+GAP_SCALE = 100.0
+"""A gap times this goes through the sinusoids, a tenth of the scale of diffusers' timesteps: gaps of 1 / 100 are told
+apart, and derivatives in s stay a tenth as steep."""
+
+
+class NetworkChanges:
+    """Nothing can be changed. Families whose networks have the slots for it have a subclass."""
+
+    def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
+        """A smaller network of the same class with random weights: channels and layers over the old ones in (0, 1].
+
+        Raises:
+            UserError: where there is no smaller network.
+        """
+        raise UserError(
+            "options.width and options.depth need a UNet2DModel or UNet2DConditionModel, not a "
+            f"{type(net).__name__}: leave both at 1"
+        )
+
+    def guidance_input(self, net: nn.Module) -> nn.Module:
+        """A copy of the network that also takes the guidance scale, changing nothing at the start.
+
+        Raises:
+            UserError: where the network has no slot for it.
+        """
+        raise UserError(
+            f"options.guidance_range needs a network that takes a guidance embedding; a {type(net).__name__} has none. "
+            "Use one fixed options.guidance."
+        )
+
+    def takes_guidance(self, net: Any) -> bool:
+        """Whether the network has guidance embedded: it takes the scale as an input, and one call is guided."""
+        return False
+
+    def fold_guidance(self, net: nn.Module, guidance: float) -> nn.Module:
+        """The network without that input that equals ``net`` wherever the scale is ``guidance``."""
+        raise NotImplementedError(f"a {type(net).__name__} takes no guidance")
+
+    def second_time(self, net: nn.Module) -> nn.Module:
+        """A copy of the network that is also told t - s, the length of its jump, changing nothing at the start.
+
+        Raises:
+            UserError: where the network has no slot for it.
+        """
+        raise UserError(
+            f"this method needs a network with a second time, which a {type(net).__name__} has no slot for. There is "
+            "one in unconditional UNet2DModel and in UNet2DConditionModel; or take a method with one time, such as dmd"
+        )
+
+    def has_second_time(self, net: Any) -> bool:
+        """Whether the network is one that :meth:`second_time` made."""
+        return False
+
+    def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
+        """The stock network that equals ``net`` wherever t - s is ``gap``: the constant embedding goes into a bias."""
+        raise NotImplementedError(f"a {type(net).__name__} has no second time")
+
+    def without_variance(self, net: nn.Module) -> nn.Module:
+        """The network without the outputs that a family's ``call`` cuts off and the student's pipeline does not."""
+        return net
+
+
+def gap_of(x_t: Tensor, cond: Condition) -> Tensor:
+    """t - s [B] out of a condition; 0, the instantaneous velocity, where nothing says how long the jump is."""
+    gap = cond.get(GAP)
+    return x_t.new_zeros(len(x_t)) if gap is None else gap

@@ -1,0 +1,90 @@
+"""Codec: prompts and pictures to what networks work on, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.families.base import Family
+from stepdistill.families.condition import Condition
+from stepdistill.families.size import Size
+
+Part = Literal["text", "vae"]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A pipeline without its denoiser.
+
+    Attributes:
+        pipe: the pipeline.
+        family: how it is called.
+        size: what is drawn.
+        device: where its networks work.
+    """
+
+    pipe: Any
+    family: Family
+    size: Size
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one state, without B."""
+        return self.family.state_shape(self.pipe, self.size)
+
+    @property
+    def told_size(self) -> Size | None:
+        """The size that the pipeline's call must be told; None where it draws it by itself."""
+        return None if self.size == self.family.default_size(self.pipe) else self.size
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Conditions of the prompts, through the pipeline's own encoder."""
+        return self._in_place(lambda: self.family.encode(self.pipe, list(prompts), self.size))
+
+    @torch.no_grad()
+    def null(self) -> Condition | None:
+        """The condition (B = 1) that classifier-free guidance starts from; None where the model has none."""
+        return self._in_place(lambda: self.family.null(self.pipe, self.size))
+
+    @torch.no_grad()
+    def to_states(self, frames: Tensor) -> Tensor:
+        """Frames [B, F, 3, H, W] in [-1, 1] to clean states [B, ...]."""
+        return self._in_place(lambda: self.family.to_states(self.pipe, frames))
+
+    def to_frames(self, states: Tensor) -> Tensor:
+        """Clean states [B, ...] to frames [B, F, 3, H, W] in [0, 1], F = 1 for pictures; with a graph to the states,
+        where they have one."""
+        return self._in_place(lambda: self.family.to_frames(self.pipe, states))
+
+    def release(self, *parts: Part) -> None:
+        """Moves text encoders or the VAE off the device; what needs them brings them back for as long as it takes."""
+        for name, network in self._networks().items():
+            if ("text" in parts and name.startswith("text_encoder")) or ("vae" in parts and name == "vae"):
+                network.to("cpu")
+
+    def _networks(self) -> dict[str, nn.Module]:
+        found: dict[str, Any] = self.pipe.components
+        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+    def _in_place(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, with every network of the pipeline on the device while it runs."""
+        away = [part for part in self._networks().values() if _device(part).type != self.device.type]
+        for part in away:
+            part.to(self.device)
+        try:
+            return work()
+        finally:
+            for part in away:
+                part.to("cpu")
+
+
+def _device(network: nn.Module) -> torch.device:
+    tensors = [*network.parameters(), *network.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
