@@ -8,7 +8,10 @@ from __future__ import annotations
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Path, Prediction, per_sample
 from stepdistill.families.base import Family
-from stepdistill.families.condition import Condition
+from stepdistill.families.condition import GUIDANCE, Condition
+from stepdistill.families.kinds import LabelFamily, TransformerFamily
+from stepdistill.families.network_changes import NetworkChanges
+from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, MethodOptions, PairOptions, Trained, Turn
 from stepdistill.networks.denoiser import Denoiser
@@ -17,23 +20,28 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher, Teacher
 
 __all__ = [
+    "GUIDANCE",
     "Batch",
     "Condition",
     "Denoiser",
     "Draws",
     "Examples",
     "Family",
+    "LabelFamily",
     "Loss",
     "Method",
     "MethodOptions",
+    "NetworkChanges",
     "PairOptions",
     "Path",
     "PipelineTeacher",
     "Prediction",
     "Sampler",
+    "Size",
     "Student",
     "Teacher",
     "Trained",
+    "TransformerFamily",
     "Turn",
     "per_sample",
 ]

@@ -86,7 +86,7 @@ def main() -> None:
     odd = [key for key in before.keys() | found.keys() if before.get(key) != found.get(key)]
     for key in sorted(odd):
         print(f"{key}: {before.get(key)} before, {found.get(key)} now")
-    print(f"{len(before) - len(odd)} of {len(before)} are the same to the last bit")
+    print(f"{len(found) - len(odd)} of {len(found)} are the same to the last bit")
     sys.exit(bool(odd))
 
 

@@ -6,20 +6,23 @@ stopped and several processes read disjoint parts of the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stepdistill.data.pairs import PairCache
-from stepdistill.data.row_cache import Rows
+from stepdistill.data.row_cache import RowCache
 from stepdistill.data.training_images import Images, rows_sha256
 from stepdistill.diffusion.draws import Draws, generator_for
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.shipped import cache_folder
 
 
 class Data:
@@ -44,22 +47,32 @@ class Data:
         self.teacher, self.seed, self.pairs = teacher, seed, pairs
         self.prompts, codec = list(prompts), teacher.codec
         self._images = images
-        self.conditions = Rows(
-            len(self.prompts), lambda rows: dict(codec.encode([self.prompts[i] for i in rows]).tensors)
+        self.conditions = RowCache(
+            len(self.prompts),
+            lambda rows: codec.encode([self.prompts[i] for i in rows]).tensors,
+            lambda: self._place("conditions", rows_sha256(self.prompts)),
+            "conditions",
         )
-        self.images: Rows | None = None
+        self.images: RowCache | None = None
         if images is not None:
             if codec.size.frames != 1:
                 raise UserError(
                     "this method with these options learns from images, and the teacher draws videos"
                 )
 
-            def encode(rows: list[int]) -> dict[str, Tensor]:
+            def encode(rows: list[int]) -> Mapping[str, Tensor]:
                 pixels = images.load(rows, codec.size.height, codec.size.width).to(teacher.device)
                 cond = codec.encode([images.captions[i] for i in rows])
                 return {"x0": codec.to_states(pixels[:, None]), **cond.tensors}
 
-            self.images = Rows(len(images.captions), encode)
+            self.images = RowCache(
+                len(images.captions), encode, lambda: self._place("latents", images.sha256()), "latents"
+            )
+
+    def _place(self, kind: str, source: str) -> Path:
+        """Where rows of a kind lie that are made of ``source``, a SHA-256, by this teacher at its size."""
+        key = f"{self.teacher.fingerprint()} {self.teacher.size} {source}"
+        return cache_folder() / kind / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
         """SHA-256 of what batches are made of, by what the recipe calls it: a run goes on with the very same alone."""

@@ -304,4 +304,6 @@ def training_data(run: Assembled, output: Path) -> Data:
         pairs.make(data.condition, accelerator.process_index, accelerator.num_processes, shown.update)
         shown.close()
         accelerator.wait_for_everyone()
+    if accelerator.device.type != "cpu":
+        run.teacher.codec.release("text")  # every prompt is encoded; pictures bring the encoders back
     return data

@@ -179,14 +179,16 @@ def _dit() -> Any:
         norm_num_groups=4,
     )
     labels: Any = {0: "tench, Tinca", 1: "goldfish"}
-    return DiTPipeline(transformer=transformer, vae=_vae(), scheduler=DDIMScheduler(**BETAS), id2label=labels)
+    return DiTPipeline(
+        transformer=transformer, vae=tiny_vae(), scheduler=DDIMScheduler(**BETAS), id2label=labels
+    )
 
 
 def _sd(prediction_type: str = "epsilon") -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     return StableDiffusionPipeline(
-        vae=_vae(),
+        vae=tiny_vae(),
         text_encoder=_text_encoder(16, projected=False),
         tokenizer=_tokenizer(),
         unet=_unet2d_condition(cross_attention_dim=16),
@@ -211,7 +213,7 @@ def _sdxl() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     return StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=tiny_vae(),
         text_encoder=_text_encoder(16, projected=False),
         text_encoder_2=_text_encoder(16, projected=True),
         tokenizer=_tokenizer(),
@@ -245,7 +247,7 @@ def _sd3() -> Any:
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(shift=0.1, quant=False),
+        vae=tiny_vae(shift=0.1, quant=False),
         text_encoder=_text_encoder(16, projected=True),
         tokenizer=_tokenizer(),
         text_encoder_2=_text_encoder(16, projected=True),
@@ -272,11 +274,11 @@ def _flux(guidance_embeds: bool = True) -> Any:
     return FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
-        vae=_vae(shift=0.1, quant=False),
+        vae=tiny_vae(shift=0.1, quant=False),
         text_encoder=_text_encoder(16, projected=False),
         tokenizer=_tokenizer(),
-        text_encoder_2=_t5(16),
-        tokenizer_2=_t5_tokenizer(),
+        text_encoder_2=tiny_t5(16),
+        tokenizer_2=tiny_t5_tokenizer(),
     )
 
 
@@ -317,8 +319,8 @@ def _wan() -> Any:
         transformer=transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=_t5(16),
-        tokenizer=_t5_tokenizer(),
+        text_encoder=tiny_t5(16),
+        tokenizer=tiny_t5_tokenizer(),
     )
 
 
@@ -355,7 +357,7 @@ def _unet2d_condition(cross_attention_dim: int, **more: Any) -> Any:
     )
 
 
-def _vae(shift: float | None = None, quant: bool = True) -> Any:
+def tiny_vae(shift: float | None = None, quant: bool = True) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -374,7 +376,7 @@ def _vae(shift: float | None = None, quant: bool = True) -> Any:
     )
 
 
-def _t5_tokenizer() -> Any:
+def tiny_t5_tokenizer() -> Any:
     """A T5 tokenizer of single letters."""
     from transformers import T5Tokenizer
 
@@ -383,7 +385,7 @@ def _t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
-def _t5(width: int) -> Any:
+def tiny_t5(width: int) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     size: dict[str, Any] = {"d_model": width, "d_kv": 8, "num_heads": 2, "d_ff": 2 * width, "num_layers": 2}

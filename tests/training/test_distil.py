@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -61,7 +62,7 @@ def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(na
     sets.append("train.steps=4")
     stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=[*sets, "train.budget_seconds=1e-9"])
     run = stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=sets, resume=True)
-    assert run.report is not None and "differ from the trainer's by 0/255" in run.report.verification
+    assert run.report is not None and re.search("by [01]/255 at most", run.report.verification)
     assert run.report.updates == 4
     card = (run.student / "README.md").read_text()
     assert f"height={size.height}" in card and f"width={size.width}" in card
