@@ -112,7 +112,7 @@ class FakeScore(Denoiser):
 
     def __init__(self, teacher: Teacher) -> None:
         copy = teacher.start.copy()
-        super().__init__(copy.net, copy.path, copy.output, copy.family)
+        super().__init__(copy.net, copy.path, copy.output, copy.family, copy.shape)
 
     def denoising_loss(self, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:
         """The diffusion loss of samples x [B, C, H, W] at uniform times of the teacher's schedule, squared in ``kind``;

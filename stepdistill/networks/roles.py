@@ -188,7 +188,7 @@ class Adapters(Roles):
         self._scale, self._start = (alpha or rank) / rank, dict(start or {})
         self._ranks: dict[str, int] = {}
         own.net, own.adapter = self._shared.net, Adapter(self._shared, None)
-        student = Student(own.net, own.path, output or own.output, own.family)
+        student = Student(own.net, own.path, output or own.output, own.family, own.shape)
         super().__init__(teacher, student)
         self._put(STUDENT, student, rank, trained=True)
         self._reset(STUDENT)
@@ -229,7 +229,7 @@ class Adapters(Roles):
         rank: int | None = None,
     ) -> Denoiser:
         like = self.student if source == TEACHER else self[source]
-        made = Denoiser(like.net, like.path, like.output, like.family)
+        made = Denoiser(like.net, like.path, like.output, like.family, like.shape)
         self._put(name, made, rank or self._ranks[STUDENT if source == TEACHER else source], trained)
         self.become(name, source)
         return made

@@ -178,7 +178,7 @@ class Matching:
         if rank:
             source.net.requires_grad_(False)
             add_lora(source.net, source.family.lora_targets, rank, self.options.lora_alpha or float(rank))
-        return Denoiser(source.net.eval(), source.path, self.output, source.family)
+        return Denoiser(source.net.eval(), source.path, self.output, source.family, source.shape)
 
 
 @dataclass(frozen=True)
@@ -280,4 +280,4 @@ def _frozen(matching: Matching, copy: Denoiser) -> tuple[Denoiser, dict[str, Ten
         copy = matching.teacher.denoiser.copy()
         copy.net.load_state_dict(merged)
     net = copy.net.requires_grad_(False).eval().cpu()
-    return Denoiser(net, copy.path, matching.output, copy.family), adapter
+    return Denoiser(net, copy.path, matching.output, copy.family, copy.shape), adapter

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PIPELINES, shaken, tiny_pipeline, tiny_prompts
+from tiny import PIPELINES, shaken, tiny_pipeline, tiny_prompts, tiny_teacher
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
@@ -26,7 +26,7 @@ SHARES: dict[str, Callable[[PipelineTeacher], Roles]] = {
 
 def teacher_named(name: str) -> PipelineTeacher:
     """One of its own: adapters change whose network it calls."""
-    return PipelineTeacher(tiny_pipeline(name))
+    return tiny_teacher(name)
 
 
 def inputs(teacher: PipelineTeacher, name: str, seed: int = 0) -> tuple[Tensor, Tensor, Condition]:
@@ -111,7 +111,11 @@ def test_all_roles_start_as_the_teacher_to_the_last_bit(name: str) -> None:
         roles.add("fake")
         roles.add("target", "student", trained=False)
         assert roles.names == ("student", "fake", "target")
-        assert all(torch.equal(value, before) for value in said(roles, at).values())
+        for value in said(roles, at).values():
+            if name == "flux":  # a copy has the teacher's guidance folded into a bias
+                torch.testing.assert_close(value, before, atol=1e-5, rtol=1e-5)
+            else:
+                assert torch.equal(value, before)
         assert all(value.requires_grad for value in [*roles.parameters("student"), *roles.parameters("fake")])
         assert not any(value.requires_grad for value in roles.parameters("target"))
 

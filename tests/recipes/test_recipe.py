@@ -74,7 +74,7 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
 
 
 KEYS_OF_STUDENT = "times, lora_rank, lora_alpha, output, output_samples, output_steps, output_lr"
-KEYS_OF_RECIPE = "teacher, method, options, terms, student, data, train, evaluate, output"
+KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, evaluate, output"
 
 
 @pytest.mark.parametrize(

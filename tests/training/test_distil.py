@@ -158,7 +158,7 @@ def test_a_run_with_a_second_time_ends_in_the_stock_class(tmp_path, prompts):
 
 
 def test_a_second_time_is_refused_where_the_teacher_has_no_slot_for_it(tmp_path, prompts):
-    match = "needs a network with a second time, which Stable Diffusion 3 has no slot for"
+    match = "needs a network with a second time, which a SD3Transformer2DModel has no slot for"
     refused(tmp_path, match, prompts, teacher="sd3", method="meanflow")
 
 
@@ -251,4 +251,4 @@ def test_an_unknown_family_is_named_before_a_weight_is_read(tmp_path, prompts):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "AudioPipeline"}))
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    refused(tmp_path, "no family for AudioPipeline. There are: .*SDXL.*PipelineTeacher", prompts)
+    refused(tmp_path, "no family for AudioPipeline. There are: .*SDXL.*own_family", prompts)
