@@ -25,6 +25,7 @@ from stepdistill.system.provenance import provenance
 from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.parallel import take_turn
 
 WARM, TIMED = 2, 3
 """Units of a short run that are left out, as the first ones make the optimisers' state, and units that are timed."""
@@ -33,35 +34,56 @@ WARM, TIMED = 2, 3
 def unit_seconds(job: Assembled, accelerator: Accelerator, folder: Path, fake_steps: int) -> float:
     """Seconds of a unit of a short run, once the run is under way: the mean of its last ones."""
     data = training_data(job, folder)
-    train(job.method, data, job.recipe, folder, accelerator)
+    train(job.objective, data, job.recipe, folder, accelerator)
     rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     unit = fake_steps + 1
     return float(rows[-1]["seconds"] - rows[WARM * unit - 1]["seconds"]) / TIMED
 
 
-def bare_seconds(job: Assembled, batch: int, fake_steps: int) -> float:
+def trained_parameters(job: Assembled) -> dict[str, list[torch.nn.Parameter]]:
+    """What each network trains; to be asked before a run has taken turns."""
+    networks = {name: one.module for name, one in job.objective.trained.items()}
+    return {name: [p for p in net.parameters() if p.requires_grad] for name, net in networks.items()}
+
+
+def bare_seconds(
+    job: Assembled, trained: dict[str, list[torch.nn.Parameter]], batch: int, fake_steps: int
+) -> float:
     """Seconds of the network passes of one unit."""
-    method, teacher = job.method, job.teacher
+    method, teacher, device = job.method, job.teacher, job.accelerator.device
     assert isinstance(method, DMD)
-    x, t = torch.randn(batch, *teacher.codec.shape), torch.rand(batch)
+    x, t = torch.randn(batch, *teacher.codec.shape, device=device), torch.rand(batch, device=device)
     cond = teacher.codec.encode(job.prompts[:batch])
     both, both_t, both_cond = torch.cat([x, x]), torch.cat([t, t]), cond.join(cond)
 
-    def learn(net: torch.nn.Module, call: Callable[[], torch.Tensor]) -> None:
-        call().square().mean().backward()
-        net.zero_grad(set_to_none=True)
+    def learn(name: str, call: Callable[[], torch.Tensor]) -> None:
+        take_turn(trained, name)
+        with job.accelerator.autocast():
+            value = call().square().mean()
+        torch.autograd.grad(value, trained[name])
 
-    method.requires_grad_(True)
+    synchronize(device)
     began = time.perf_counter()
-    learn(method.student.net, lambda: method.student.raw(x, t, cond))
-    with torch.no_grad():
+    learn("student", lambda: method.student.raw(x, t, cond))
+    with torch.no_grad(), job.accelerator.autocast():
         teacher.denoiser.raw(both, both_t, both_cond)
         method.fake.raw(x, t, cond)
     for _ in range(fake_steps):
-        with torch.no_grad():
+        with torch.no_grad(), job.accelerator.autocast():
             method.student.raw(x, t, cond)
-        learn(method.fake.net, lambda: method.fake.raw(x, t, cond))
-    return time.perf_counter() - began
+        learn("fake", lambda: method.fake.raw(x, t, cond))
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    for parameters in trained.values():  # as a run finds them
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what a GPU was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main() -> None:
@@ -84,11 +106,14 @@ def main() -> None:
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     job = assemble(resolve(recipe), accelerator, None)
+    trained = trained_parameters(job)
     units, bares = [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(chosen.repeats + 1):
             unit = unit_seconds(job, accelerator, Path(folder), chosen.fake_steps)
-            bare = statistics.mean(bare_seconds(job, chosen.batch, chosen.fake_steps) for _ in range(TIMED))
+            bare = statistics.mean(
+                bare_seconds(job, trained, chosen.batch, chosen.fake_steps) for _ in range(TIMED)
+            )
             if repeat:  # the first round warms up
                 units.append(unit)
                 bares.append(bare)

@@ -260,8 +260,8 @@ def test_a_networks_exact_derivative_is_that_of_the_plain_product(
 ) -> None:
     teacher = teacher_of(name)
     student = Student.from_teacher(teacher)
-    x, w = torch.randn(2, 2, *teacher.shape, generator=torch.Generator().manual_seed(3))
-    t, cond = torch.tensor([0.8, 0.3]), teacher.encode(tiny_prompts(name, 2))
+    x, w = torch.randn(2, 2, *teacher.codec.shape, generator=torch.Generator().manual_seed(3))
+    t, cond = torch.tensor([0.8, 0.3]), teacher.codec.encode(tiny_prompts(name, 2))
     calls = []
 
     def counted(*inputs: Any) -> Tensor:
@@ -286,8 +286,8 @@ def test_a_network_trains_through_fused_attention(
 ) -> None:
     teacher = teacher_of(name)
     student = Student.from_teacher(teacher)
-    x = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(3))
-    t, cond = torch.tensor([0.8, 0.3]), teacher.encode(tiny_prompts(name, 2))
+    x = torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(3))
+    t, cond = torch.tensor([0.8, 0.3]), teacher.codec.encode(tiny_prompts(name, 2))
 
     def gradients() -> Tensor:
         student.net.zero_grad()

@@ -1,0 +1,480 @@
+"""The parts of gpu.py: each takes its argument and whether sizes are toys, and yields rows."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attention as bench
+import torch
+from torch import Tensor
+
+from stepdistill.system.provenance import provenance
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = DEVICE.type == "cuda"
+PEAK_FLOPS = 989e12
+"""Of an H100 or H200 in bf16, dense, as its data sheet has it."""
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other part times anything on the GPU meanwhile."""
+    with open(os.environ.get("GPU_LOCK", os.devnull), "w") as lock:
+        if "GPU_LOCK" in os.environ:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def errors(dtype: str, tiny: bool) -> Iterator[Row]:
+    kind = getattr(torch, dtype)
+    large = [bench.Case(4096, 4096, 64, 4, 4, batch=1), bench.Case(4096, 77, 64, 10, 10, "keys", 1)]
+    for case in bench.CASES[:3] if tiny else [*bench.CASES, *large]:
+        try:
+            yield {"case": _short(case), **bench.errors(case, kind, DEVICE)}
+        except Exception as error:
+            yield {"case": _short(case), "failed": f"{type(error).__name__}: {error}"[:300]}
+    yield {"case": "two runs", "same bits": str(_repeats(kind))}
+    if CUDA:
+        from stepdistill.attention.triton_launch import SHAPES, Shape
+
+        key = ("forward", torch.finfo(kind).bits, 64)
+        kept, SHAPES[key] = SHAPES[key], Shape(128, 128, 8, 12)
+        case = bench.Case(513, 600, 64)
+        found = bench.errors(case, kind, DEVICE)
+        yield {"case": f"shrunk to {SHAPES[key].rows}x{SHAPES[key].columns}", **found}
+        SHAPES[key] = kept
+
+
+def _short(case: bench.Case) -> str:
+    return f"{case.n}x{case.m} D{case.d} heads {case.heads}/{case.kv_heads} {case.mask}"
+
+
+def _repeats(dtype: torch.dtype) -> bool:
+    inputs, _, grad, mask = bench.CASES[4].draw(dtype, DEVICE)
+    leaves = [x.requires_grad_() for x in inputs]
+    runs = [torch.autograd.grad(bench.fused_attention(*leaves, mask), leaves, grad) for _ in range(2)]
+    return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# By kernel: what is tried beside the shape in use; rows, columns, warps, stages.
+HALF = {
+    "forward": "128-128-8-2 128-64-8-3 128-64-4-3 64-64-4-3 64-128-4-3",
+    "tangent": "128-64-8-1 128-32-8-2 64-64-4-2 64-64-4-3 128-32-4-2 64-128-8-2",
+    "of_queries": "128-64-8-3 128-64-4-2 64-64-4-2 64-64-4-3 128-128-8-2",
+    "of_keys": "64-128-8-3 64-64-4-2 32-128-8-2 128-128-8-2 64-64-8-2 128-64-4-2",
+}
+WHOLE = {
+    "forward": "64-32-8-1 64-64-8-1 32-64-4-1 x128-64-8-2 x64-64-4-2 x64-32-4-1 x64-32-4-2",
+    "tangent": "16-32-4-1 16-16-4-1 32-16-8-1 x64-32-4-1 x64-32-8-1 x128-32-8-1 x64-16-4-1",
+    "of_queries": "32-32-4-1 16-32-4-1 x64-32-4-1 x64-32-8-1 x128-32-8-1 x64-64-8-1",
+    "of_keys": "32-32-4-1 32-16-4-1 x32-64-4-1 x32-64-8-1 x32-128-8-1 x64-64-8-1",
+}
+
+
+def tiles(kind: str, tiny: bool) -> Iterator[Row]:
+    from stepdistill.attention import triton_launch
+    from stepdistill.attention.triton_launch import SHAPES
+
+    bits, head = map(int, kind.split("-"))
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    tokens, heads = (40, 1) if tiny else (2048, 8) if bits == 32 else (4096, 16)
+    q, k, v, tq, tk, tv, g = (
+        torch.randn(1, heads, tokens, head, device=DEVICE, dtype=dtype) for _ in range(7)
+    )
+    scale = head**-0.5
+    out, logsum = triton_launch.forward(q, k, v, None, scale)
+
+    def call(kernel: str) -> tuple[Tensor, ...]:
+        if kernel == "forward":
+            return triton_launch.forward(q, k, v, None, scale)[:1]
+        if kernel == "tangent":
+            return (triton_launch.tangent(q, k, v, None, scale, out, logsum, tq, tk, tv),)
+        return triton_launch.backward(q, k, v, None, scale, out, logsum, g)
+
+    def wanted(kernel: str) -> list[Tensor]:
+        wide = [x.double() for x in (q, k, v)]
+        if kernel == "forward":
+            return [bench.plain(*wide, None)]
+        if kernel == "tangent":
+            along = tuple(x.double() for x in (tq, tk, tv))
+            return [torch.func.jvp(lambda *x: bench.plain(*x, None), tuple(wide), along)[1]]
+        leaves = [x.requires_grad_() for x in wide]
+        return list(torch.autograd.grad(bench.plain(*leaves, None), leaves, g.double()))
+
+    for kernel, texts in (HALF if bits == 16 else WHOLE).items():
+        key, exact = (kernel, bits, head), wanted(kernel)
+        kept = SHAPES[key]
+        tried = [kept, *(_shape(text) for text in (texts.split()[-1:] if tiny else texts.split()))]
+        for shape in tried:
+            SHAPES[key] = shape
+            row: Row = {"kernel": kernel, "shape": _name(shape), "in use": "*" if shape == kept else ""}
+            try:
+                began = time.perf_counter()
+                found = call(kernel)
+                row["compile s"] = time.perf_counter() - began
+                if SHAPES[key] != shape:
+                    yield {**row, "failed": f"shrank to {_name(SHAPES[key])}"}
+                    continue
+                with alone():
+                    row["ms"] = (
+                        statistics.median(bench._seconds(lambda k=kernel: call(k), DEVICE) for _ in range(8))
+                        * 1e3
+                    )
+                row["error"] = max(
+                    float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)
+                )
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:200]
+            yield row
+        SHAPES[key] = kept
+
+
+def _shape(text: str) -> Any:
+    from stepdistill.attention.triton_launch import Shape
+
+    numbers = [int(x) for x in text.lstrip("x").split("-")]
+    return Shape(*numbers, precision="tf32x3" if text.startswith("x") else "ieee")
+
+
+def _name(shape: Any) -> str:
+    return f"{shape.rows}x{shape.columns} warps {shape.warps} stages {shape.stages} {shape.precision}"
+
+
+ASKED = {
+    "dmd": "options.warm_start=0 options.fake_warm_start=0",
+    "lcm": "options.pairs=128 options.pair_steps=2",
+    "scm": "options.pairs=128 options.pair_steps=2 options.warmup=0 options.derivative=exact",
+    "meanflow": "options.pairs=128 options.pair_steps=2 options.warm_start=0 options.derivative=exact",
+    "reflow": "options.pairs=128 options.pair_steps=2 options.reflow_steps=10 options.flow_steps=2",
+}
+SHORT = "student.output=teacher train.warmup=0 train.sheet_every=0 train.ema=0.9 evaluate=false"
+
+
+def toolkit(method: str, tiny: bool) -> Iterator[Row]:
+    import stepdistill
+    from stepdistill.training import loop
+
+    plain = loop.train
+
+    def timed(*told: Any, **named: Any) -> Any:
+        with alone():
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            return plain(*told, **named)
+
+    loop.train = timed
+    steps, batch = (4, 2) if tiny else (20, 64)
+    for precision in ("float32", "bf16"):
+        other_precision()
+        row: Row = {"method": method, "precision": precision}
+        with tempfile.TemporaryDirectory() as folder:
+            sets = [*SHORT.split(), *ASKED[method].split(), f"train.steps={steps}", f"train.batch={batch}"]
+            began = time.perf_counter()
+            try:
+                run = stepdistill.distill(
+                    "emoji", method, Path(folder) / "run", sets=[*sets, f"train.precision={precision}"]
+                )
+                rows = [json.loads(x) for x in (run.folder / "stats.jsonl").read_text().splitlines()]
+                half = len(rows) // 2
+                row["ms a step"] = (
+                    (rows[-1]["seconds"] - rows[half - 1]["seconds"]) / (len(rows) - half) * 1e3
+                )
+                row["loss"] = rows[-1]["loss"]
+                assert run.report is not None
+                row["peak MiB"] = (run.report.peak_memory_bytes or 0) / 2**20
+                row["device"] = run.report.hardware
+                row["verified"] = run.report.verification
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:400]
+            row["whole s"] = time.perf_counter() - began
+        yield row
+
+
+def other_precision() -> None:
+    """Lets a process that has used accelerate use it with another precision."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+
+
+def attention(_: str, tiny: bool) -> Iterator[Row]:
+    yield {"kernel": provenance(DEVICE)["hardware"], "work": f"torch {torch.__version__}"}
+    grid = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float32, 128)]
+    for dtype, dim in grid[:1] if tiny else grid:
+        for tokens in (64,) if tiny else (1024, 4096, 16384) if dtype == torch.bfloat16 else (1024, 4096):
+            for work in bench.WORK:
+                found = {
+                    name: bench.measure(name, work, (1, 8, tokens, dim), dtype, DEVICE, 5)
+                    for name in bench.KERNELS
+                }
+                row: Row = {"dtype": str(dtype)[6:], "D": dim, "tokens": tokens, "work": work}
+                for name, one in found.items():
+                    row |= {f"{name} ms": one.get("ms", "-"), f"{name} MiB": one.get("mib", "-")}
+                if "ms" in found["math"] and "ms" in found["fused"]:
+                    row["math/fused"] = found["math"]["ms"] / found["fused"]["ms"]
+                if "ms" in found["sdpa"] and "ms" in found["fused"]:
+                    row["sdpa/fused"] = found["sdpa"]["ms"] / found["fused"]["ms"]
+                failures = {name: one["error"] for name, one in found.items() if "error" in one}
+                yield {
+                    **row,
+                    **(
+                        {"no rule" if set(failures) == {"sdpa"} else "failed": str(failures)}
+                        if failures
+                        else {}
+                    ),
+                }
+
+
+def unit(_: str, tiny: bool) -> Iterator[Row]:
+    for precision in ("float32", "bf16"):
+        for batch in (2,) if tiny else (64, 512):
+            try:
+                yield _unit(_emoji(batch, precision), batch, {"teacher": "emoji", "precision": precision})
+            except Exception as error:
+                yield {
+                    "precision": precision,
+                    "batch": batch,
+                    "failed": f"{type(error).__name__}: {error}"[:400],
+                }
+
+
+def _emoji(batch: int, precision: str) -> Any:
+    return _assembled("emoji", None, batch, [f"train.precision={precision}"])
+
+
+def _assembled(teacher: str, pipeline: Any, batch: int, sets: list[str]) -> Any:
+    other_precision()
+    from accelerate import Accelerator
+    from step import TIMED, WARM
+
+    from stepdistill.recipes.recipe import load_recipe
+    from stepdistill.training.assemble import assemble
+    from stepdistill.training.identity import resolve
+
+    own = [*SHORT.split(), *ASKED["dmd"].split(), "options.fake_steps=1", f"train.batch={batch}"]
+    recipe = load_recipe(
+        method="dmd", teacher=teacher, sets=[*own, f"train.steps={2 * (WARM + TIMED)}", *sets]
+    )
+    low = "bf16" if recipe.train.precision == "bf16" else "no"
+    return assemble(resolve(recipe), Accelerator(cpu=not CUDA, mixed_precision=low), pipeline)
+
+
+def _unit(job: Any, batch: int, row: Row) -> Row:
+    """Seconds of a unit of one student and one fake update, of its bare passes, its peak and what it waits for."""
+    from step import TIMED, WARM, bare_seconds, trained_parameters, unit_seconds
+
+    from stepdistill.training.run import Run
+
+    Run.save = lambda self: None  # type: ignore[method-assign]  # nothing here is resumed
+    trained = trained_parameters(job)
+    with tempfile.TemporaryDirectory() as folder:
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        took = unit_seconds(job, job.accelerator, Path(folder), 1)
+        row |= {"batch": batch, "unit ms": took * 1e3}
+        if CUDA:
+            row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        bare = [bare_seconds(job, trained, batch, 1) for _ in range(4)]
+        row |= {"bare ms": statistics.median(bare[1:]) * 1e3, "ratio": took / statistics.median(bare[1:])}
+        if CUDA:
+            waits = _waits(lambda: unit_seconds(job, job.accelerator, Path(folder), 1))
+            steps = 2 * (WARM + TIMED)
+            row["waits a step"] = sum(waits.values()) / steps
+            row["where"] = "; ".join(f"{place} {count / steps:.1f}" for place, count in waits.most_common(8))
+    return row
+
+
+def _waits(call: Callable[[], Any]) -> Counter[str]:
+    """How often a call made the processor wait for the GPU, by the line of ours that did."""
+    seen: Counter[str] = Counter()
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchronizing" not in str(message):
+            return
+        frame = sys._getframe(1)
+        while frame is not None and "/stepdistill/" not in frame.f_code.co_filename:
+            frame = frame.f_back  # type: ignore[assignment]
+        seen[f"{Path(frame.f_code.co_filename).stem}:{frame.f_lineno}" if frame else "elsewhere"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return seen
+
+
+def sdxl(_: str, tiny: bool) -> Iterator[Row]:
+    from stepdistill.training import assemble
+
+    assemble.check_export = lambda *_: None  # nothing is drawn or exported
+    size = 64 if tiny else 1024
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.txt"
+        prompts.write_text("a red heart\na blue fish\n")
+        for rank in (16, 0):
+            row: Row = {"trained": f"LoRA {rank}" if rank else "all weights", "pixels": size}
+            try:
+                if not rank and CUDA and torch.cuda.get_device_properties(0).total_memory < 130e9:
+                    yield {**row, "failed": "left out: needs more than this card has"}
+                    continue
+                sets = [f"data.prompts={prompts}", f"student.lora_rank={rank}", "train.precision=bf16"]
+                sets += ["train.ema=0"]
+                job = _assembled("random", sdxl_pipeline(tiny), 1, sets)
+                row["parameters M"] = sum(p.numel() for p in job.teacher.denoiser.net.parameters()) / 1e6
+                row = _unit(job, 1, row)
+                flops = _flops(job)
+                row |= {"TFLOP": flops / 1e12, "MFU": flops / (row["unit ms"] / 1e3) / PEAK_FLOPS}
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:600]
+            yield row
+            job = None
+            if CUDA:
+                torch.cuda.empty_cache()
+
+
+def _flops(job: Any) -> float:
+    """Of the losses and gradients of a unit, counted operation by operation."""
+    from step import trained_parameters
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from stepdistill.training.assemble import training_data
+    from stepdistill.training.parallel import take_turn
+
+    trained = trained_parameters(job)
+    with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
+        data = training_data(job, Path(folder))
+        for step in range(2):
+            turn = job.objective.turn(step)
+            take_turn(trained, turn.network)
+            with job.accelerator.autocast():
+                loss = job.objective.loss(turn, data.batch(step, 0, 1, 1))[0]
+            loss.backward()
+            job.objective.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops())
+
+
+def sdxl_unet(tiny: bool) -> Any:
+    """Random weights in the shape of SDXL's UNet, or a toy of its kind."""
+    from diffusers import UNet2DConditionModel
+
+    widths = (32, 64, 64) if tiny else (320, 640, 1280)
+    with torch.device(DEVICE):
+        return UNet2DConditionModel(
+            sample_size=8 if tiny else 128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=widths,
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 1, 1) if tiny else (1, 2, 10),
+            attention_head_dim=(2, 4, 4) if tiny else (5, 10, 20),
+            cross_attention_dim=32 if tiny else 2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8 if tiny else 256,
+            projection_class_embeddings_input_dim=16 + 6 * 8 if tiny else 1280 + 6 * 256,
+        )
+
+
+def sdxl_pipeline(tiny: bool) -> Any:
+    """That network in a pipeline whose other parts are small."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from stepdistill.system.emoji import tokenizer_folder
+
+    def config(width: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=2048,
+            hidden_size=width,
+            intermediate_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            projection_dim=width,
+            bos_token_id=2046,
+            eos_token_id=2047,
+            pad_token_id=2047,
+        )
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder())
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+            scaling_factor=0.13025,
+        ),
+        text_encoder=CLIPTextModel(config(16 if tiny else 768)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(config(16 if tiny else 1280)).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=sdxl_unet(tiny),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )
+
+
+def compiled(_: str, tiny: bool) -> Iterator[Row]:
+    net = sdxl_unet(tiny).to(torch.bfloat16).requires_grad_(False)
+    net.add_embedding.requires_grad_(True)
+    side, width, pooled = (8, 32, 16) if tiny else (128, 2048, 1280)
+    x = torch.randn(1, 4, side, side, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    told = {
+        "timestep": torch.tensor(500, device=DEVICE),
+        "encoder_hidden_states": torch.randn(1, 77, width, device=DEVICE, dtype=torch.bfloat16),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(1, pooled, device=DEVICE, dtype=torch.bfloat16),
+            "time_ids": torch.zeros(1, 6, device=DEVICE),
+        },
+    }
+
+    def call() -> None:
+        net(x, **told).sample.float().square().mean().backward()
+
+    def timed(name: str) -> Row:
+        began = time.perf_counter()
+        call()
+        if CUDA:
+            torch.cuda.synchronize()
+        first = time.perf_counter() - began
+        call()
+        return {
+            "network": name,
+            "first s": first,
+            "ms": statistics.median(bench._seconds(call, DEVICE) for _ in range(8)) * 1e3,
+        }
+
+    yield timed("eager, forward and backward")
+    net.compile_repeated_blocks(fullgraph=True)
+    yield timed("repeated blocks compiled")
+
+
+PARTS: dict[str, Callable[[str, bool], Iterator[Row]]] = {
+    "errors": errors,
+    "tiles": tiles,
+    "toolkit": toolkit,
+    "attention": attention,
+    "unit": unit,
+    "sdxl": sdxl,
+    "compile": compiled,
+}
