@@ -139,7 +139,7 @@ def main() -> None:
                 found |= {name: {"rows": [], "error": "left out: no time"} for name in wave}
                 continue
             # One part may not take the time of all that follow.
-            share = time.perf_counter() + (150 if len(wave) > 1 else 100)
+            share = time.perf_counter() + (150 if len(wave) > 1 else 300 if chosen.tiny else 100)
             new = collect(wave, Path(folder), chosen.tiny, min(began + chosen.seconds, share))
             found |= new
             for name, part in new.items():
