@@ -20,6 +20,8 @@ from stepdistill.families import families, family_named, family_of
 from stepdistill.families._unet_condition_changes import embed_guidance
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
+from stepdistill.networks.pictures import frames_of
+from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -162,6 +164,24 @@ def test_ddim_on_our_path_draws_what_the_pipeline_draws(name: str, teacher_of: T
     assert ours.shape == frames.shape
     assert (ours - frames).abs().max() < 1e-3
     assert ours.std() > 0.02  # and they are pictures, not one grey
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_at_full_steps_the_pipeline_draws_on_its_own_scheduler_what_the_teacher_does(
+    name: str, teacher_of: Teachers
+) -> None:
+    """Where the pipeline passes its times, they are those of the teacher's schedule, its dynamic shift with them."""
+    teacher, steps = teacher_of(name), 25
+    prompts, scale = tiny_prompts(name, 1), 1.0 if name == "schnell" else 4.0
+    call = {**call_of(name, prompts, scale), "num_inference_steps": steps, "output_type": "np"}
+    drawn = teacher.pipe(**call, generator=torch.Generator().manual_seed(3), return_dict=False)[0]
+    times = teacher.pipe.scheduler.sigmas.tolist()
+    if "sigmas" in teacher.family.passes:
+        assert times == pytest.approx([*schedule_times(teacher.path, steps), 0.0], abs=1e-6)
+    noise = torch.randn(1, *teacher.codec.shape, generator=torch.Generator().manual_seed(3))
+    cond = teacher.codec.encode(prompts)
+    states = solve(lambda x, t: teacher.predict(x, t, cond, guidance=scale), noise, times, "euler")
+    assert (teacher.codec.to_frames(states) - frames_of(drawn)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", PIPELINES)
