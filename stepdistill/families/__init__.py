@@ -1,4 +1,8 @@
-"""The families of pipelines that can teach, one file each, and how the one that serves a pipeline is found."""
+"""The families of pipelines that can teach, one file each, found by being here.
+
+``base.py`` states what a family is; ``kinds.py`` has what those around a UNet or a transformer share, ``_packing.py``
+the tokens of those whose pipelines pack latents. Nothing outside takes a state apart or knows how a network is called.
+"""
 
 from __future__ import annotations
 

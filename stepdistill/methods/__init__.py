@@ -1,4 +1,7 @@
-"""The methods, one file each, and how they are found by name or by path."""
+"""The methods, one file each, found by being here, or by the path of a file of one's own.
+
+A method is its paper; what several share stands in ``losses/``. Training comes in here, and no method knows another.
+"""
 
 from __future__ import annotations
 
