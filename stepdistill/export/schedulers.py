@@ -1,4 +1,4 @@
-"""The stock diffusers scheduler that draws as a sampler does."""
+"""Chooses an exported student's scheduler: the one of diffusers that draws as its sampler does, or one that travels."""
 
 from __future__ import annotations
 

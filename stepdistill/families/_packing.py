@@ -1,4 +1,4 @@
-"""Transformers whose tokens are 2x2 patches of latents, packed by the pipeline itself after it has drawn its noise."""
+"""Transformers whose tokens are 2x2 patches of latents (Flux), packed by the pipeline after it has drawn its noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flux.1 [dev] and [schnell]: FluxTransformer2DModel on 2x2-packed latents; guidance is an input of [dev]."""
+"""Flux.1 [dev] and [schnell]: FluxTransformer2DModel on packed latents (_packing.py); guidance is an input of [dev]."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""FID's features: where the weights of its Inception lie, how they are read, and the three modes of resizing.
+"""FID's features: where the weights of its Inception lie, how they are read, and which resize goes with them.
 
 Two public files hold the same weights: a state dict, which this package's own network reads, and NVIDIA's TorchScript.
-Neither is shipped or downloaded. A file is known by its SHA-256; weights of another hash are used when given by path,
-and the distance in their features is then not called FID.
+The resizes are those of resize.py, but that the TorchScript does tf1's itself. Neither file is shipped or downloaded.
+A file is known by its SHA-256; weights of another hash are used when given by path, and the distance in their features
+is then not called FID.
 """
 
 from __future__ import annotations
