@@ -32,6 +32,7 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import folder_written_whole, sha256_of
+from stepdistill.system.float32 import full_float32
 
 VERIFICATION = "verification"
 TOLERANCE = {"max": 4, "mean": 0.5}
@@ -97,7 +98,8 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
             pipe.register_modules(safety_checker=None)  # it blackens what it takes for unsafe
         generator = [torch.Generator("cpu").manual_seed(0)]
         call = pipeline_call(type(pipe).__name__, sampler, teacher.codec, [prompt])
-        drawn = pipe(**call, generator=generator, output_type="np", return_dict=False)[0]
+        with full_float32():
+            drawn = pipe(**call, generator=generator, output_type="np", return_dict=False)[0]
     except UserError:
         raise
     except Exception as error:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepdistill.features.float32 import full_float32
 from stepdistill.features.resize import resize_clean
+from stepdistill.system.float32 import full_float32
 
 
 class ClipFeatures:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.features.float32 import full_float32
 from stepdistill.features.resize import resize
+from stepdistill.system.float32 import full_float32
 
 SIZE = 224
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import MissingWeights, UserError, did_you_mean
-from stepdistill.features.float32 import full_float32
 from stepdistill.features.inception_network import Activations, Inception, Layer
 from stepdistill.features.resize import RESIZES, Resize, resize
+from stepdistill.system.float32 import full_float32
 from stepdistill.system.shipped import cache_folder
 from stepdistill.system.tensor_files import read_tensors
 

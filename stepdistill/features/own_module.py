@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
-from stepdistill.features.float32 import full_float32
 from stepdistill.features.resize import Resize, resize
+from stepdistill.system.float32 import full_float32
 
 
 class ModuleFeatures:

@@ -14,10 +14,12 @@ from stepdistill.networks.codec import Codec
 from stepdistill.networks.sampler import Sampler, schedule_times
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.float32 import full_float32
 from stepdistill.system.travelling import travelling_module
 
 
 @torch.no_grad()
+@full_float32()
 def draw_as_pipeline(
     student: Student, sampler: Sampler, codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Tensor:

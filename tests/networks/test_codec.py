@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_pipeline, tiny_prompts
 
 from stepdistill.errors import UserError
+from stepdistill.export.student_folder import check_export
 from stepdistill.families.size import Size
-from stepdistill.networks.pictures import frames_of, strip
+from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 
 Teachers = Callable[[str], PipelineTeacher]
@@ -100,3 +104,19 @@ def test_a_strip_is_the_first_the_middle_and_the_last_frame() -> None:
     frames = torch.arange(5.0)[None, :, None, None, None].expand(2, 5, 3, 4, 6)
     assert strip(frames)[0, 0, 0].tolist() == [0.0] * 6 + [2.0] * 6 + [4.0] * 6
     assert torch.equal(strip(frames[:, 3:4]), frames[:, 3])
+
+
+def test_pictures_that_are_compared_are_drawn_in_full_float32(teacher_of: Teachers) -> None:
+    """By the trainer and by the pipeline; TF32 would part them from those of another device. The setting comes back."""
+    teacher, seen = teacher_of("sd"), set[str]()
+    student, sampler = Student.from_teacher(teacher), Sampler((1.0,), True)
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolution.fp32_precision
+    student.net.register_forward_hook(lambda *_: seen.add(convolution.fp32_precision))
+    convolution.fp32_precision = "tf32"
+    try:
+        draw_as_pipeline(student, sampler, teacher.codec, ["a red heart"], [0])
+        check_export(student, sampler, teacher, "a red heart")
+        assert seen == {"ieee"} and convolution.fp32_precision == "tf32"
+    finally:
+        convolution.fp32_precision = before

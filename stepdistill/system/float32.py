@@ -1,5 +1,8 @@
-"""Full float32 for feature networks: on NVIDIA GPUs PyTorch lets convolutions round their inputs to 10 bits (TF32)
-unless told otherwise, which moves features by 1e-3 and makes a score depend on the device."""
+"""Full float32: on NVIDIA GPUs PyTorch lets convolutions round their inputs to 10 bits (TF32) unless told otherwise.
+
+That moves features by 1e-3, so that a score depends on the device, and a student's pictures by several 255ths, so that
+they are not those that are drawn elsewhere.
+"""
 
 from __future__ import annotations
 
