@@ -15,6 +15,7 @@ from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, MethodOptions, PairOptions, Trained, Turn
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Roles
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher, Teacher
@@ -36,6 +37,7 @@ __all__ = [
     "Path",
     "PipelineTeacher",
     "Prediction",
+    "Roles",
     "Sampler",
     "Size",
     "Student",

@@ -25,6 +25,7 @@ from stepdistill.training.parallel import take_turn
 sys.path.insert(0, str(Path(__file__).parent / "toys"))
 from contract_toy import batch_for, build
 from tiny import PIPELINES, SIZES, tiny_pipeline, tiny_prompts
+from toy import clear
 
 LEDGER = Path(__file__).with_name("ledger.json")
 UPDATES = 3
@@ -33,12 +34,12 @@ UPDATES = 3
 def of_method(name: str) -> list[str]:
     """Losses of the first updates, by plain gradient steps of the networks whose turn it is."""
     method = build(name)
-    networks = {key: list(one.module.parameters()) for key, one in method.trained().items()}
+    networks = {key: one.parameters(method.roles) for key, one in method.trained().items()}
     losses = []
     for step in range(2 * UPDATES):
         turn = method.turn(step)
         take_turn(networks, turn.network)
-        method.zero_grad(set_to_none=True)
+        clear(method)
         loss = method.loss(turn, batch_for(method, step=step)).value
         loss.backward()
         with torch.no_grad():

@@ -41,9 +41,8 @@ def unit_seconds(job: Assembled, accelerator: Accelerator, folder: Path, fake_st
 
 
 def trained_parameters(job: Assembled) -> dict[str, list[torch.nn.Parameter]]:
-    """What each network trains; to be asked before a run has taken turns."""
-    networks = {name: one.module for name, one in job.objective.trained.items()}
-    return {name: [p for p in net.parameters() if p.requires_grad] for name, net in networks.items()}
+    """What each network trains."""
+    return {name: job.objective.weights(name) for name in job.objective.trained}
 
 
 def bare_seconds(

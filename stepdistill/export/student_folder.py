@@ -25,8 +25,7 @@ from stepdistill.export.card import with_code_note
 from stepdistill.export.experts import one_network
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.networks.codec import Codec
-from stepdistill.networks.experts import Experts
-from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
@@ -45,13 +44,12 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
 
     family = teacher.family
     check_sampler(sampler, student.path, family)
-    folded = student.stock_net(sampler.gap) if student.two_times else student.net
-    if isinstance(folded, Experts):
-        bounds = family.time(student.path, torch.tensor(folded.bounds)).tolist()
-        plain = [family.changes.without_variance(_plain_network(expert)) for expert in folded.nets]
+    if student.experts:
+        bounds = family.time(student.path, torch.tensor(student.bounds)).tolist()
+        plain = [family.changes.without_variance(each.plain_net()) for each in student.experts]
         net = one_network(plain, bounds)
     else:
-        net = family.changes.without_variance(_plain_network(folded))
+        net = family.changes.without_variance(student.stock_net(sampler.gap if student.two_times else 0.0))
     scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler, family.passes)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:
@@ -64,15 +62,6 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
         if isinstance(component, nn.Module) and component.dtype != torch.float32:
             pipe.register_modules(**{name: copy.deepcopy(component).float()})
     return pipe
-
-
-def _plain_network(net: Any) -> nn.Module:
-    """The student's network without adapters: its own where there are none, a merged copy otherwise."""
-    if not lora_layers(net):
-        return net  # type: ignore[no-any-return]
-    plain = type(net).from_config(net.config)
-    plain.load_state_dict(merged_state(net))
-    return plain.to(next(net.parameters()).device).eval()  # type: ignore[no-any-return]
 
 
 def pipeline_call(pipeline: str, sampler: Sampler, codec: Codec, prompts: Sequence[str]) -> dict[str, Any]:
@@ -93,6 +82,7 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
         UserError: when it cannot be made, does not draw, or draws another picture.
     """
     try:
+        student = student.unrounded()
         pipe = student_pipeline(student, sampler, teacher)
         if "safety_checker" in pipe.components:
             pipe.register_modules(safety_checker=None)  # it blackens what it takes for unsafe
@@ -139,18 +129,18 @@ def export(
     from PIL import Image
 
     with folder_written_whole(folder) as place:
-        pipe = student_pipeline(student, sampler, teacher)
+        whole = student.unrounded()
+        pipe = student_pipeline(whole, sampler, teacher)
         pipe.save_pretrained(place)
-        if isinstance(student.net, Experts):
-            for i, net in enumerate(student.net.nets):
-                _save_adapter(net, teacher, place / f"expert-{i + 1}")
-        else:
-            _save_adapter(student.net, teacher, place)
+        for i, each in enumerate(student.experts):
+            _save_adapter(each, teacher, place / f"expert-{i + 1}")
+        if not student.experts:
+            _save_adapter(student, teacher, place)
         (place / "README.md").write_text(with_code_note(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()
         codec = replace(teacher.codec, pipe=pipe)  # encodes and decodes in the float32 that was saved
-        images = to_uint8(draw_as_pipeline(student, sampler, codec, prompts, seeds))
+        images = to_uint8(draw_as_pipeline(whole, sampler, codec, prompts, seeds))
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
         manifest = {
@@ -173,16 +163,12 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def _save_adapter(net: nn.Module, teacher: PipelineTeacher, folder: Path) -> None:
+def _save_adapter(network: Denoiser, teacher: PipelineTeacher, folder: Path) -> None:
     """The LoRA of a student as load_lora_weights takes it, where its pipeline class can load one."""
-    if not lora_layers(net):
-        return
-    from peft import get_peft_model_state_dict
-
     writer = getattr(type(teacher.pipe), "save_lora_weights", None)
-    if writer is None:
+    if network.adapter is None or network.adapter.name is None or writer is None:
         return
-    kind = teacher.family.network
-    state = get_peft_model_state_dict(net, adapter_name=ADAPTER)
-    metadata = net.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
-    writer(folder, **{f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": metadata})
+    shared, name, kind = network.adapter.shared, network.adapter.name, teacher.family.network
+    state = {key: value.detach() for key, value in shared.weights(name).items()}
+    layers = {f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": shared.config(name)}
+    writer(folder, **layers)

@@ -6,14 +6,14 @@ import math
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.diffusion.path import Path, TablePath, per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import PairOptions
-from stepdistill.networks.averages import follow
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Roles
 
 
 def karras(low: float, high: float, intervals: int, rho: float) -> Tensor:
@@ -91,26 +91,24 @@ def jump(denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, cond: Condition) -
     return torch.where(per_sample(t <= s, z), z, denoiser.predict(z, t, cond).at(s))
 
 
-class Target(nn.Module):
+class Target:
     """The network that a consistency target is read from: an average of the student, or the student as it is.
 
     Args:
-        student: who is followed.
+        roles: whose student is followed; the average is a role of them, "target".
         decay: of the average, in [0, 1); 0 takes the student itself, without a second network.
     """
 
-    def __init__(self, student: Denoiser, decay: float) -> None:
-        super().__init__()
-        self.decay = decay
-        self._student = [student]  # in a list: it belongs to the method
-        self.average = student.copy().requires_grad_(False) if decay else None
+    def __init__(self, roles: Roles, decay: float) -> None:
+        self.roles, self.decay = roles, decay
+        self.average = roles.add("target", "student", trained=False) if decay else None
 
     @property
     def denoiser(self) -> Denoiser:
         """The network; whoever calls it switches gradients off."""
-        return self._student[0] if self.average is None else self.average
+        return self.average or self.roles.student
 
     def update(self) -> None:
         """One step of the average, after a step of the student."""
         if self.average is not None:
-            follow([*self.average.net.parameters()], [*self._student[0].net.parameters()], self.decay)
+            self.roles.average("target", "student", self.decay)

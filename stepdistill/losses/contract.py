@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
 from stepdistill.losses.batch import Batch
+from stepdistill.networks.roles import Roles
 from stepdistill.networks.teacher import Teacher
 
 if TYPE_CHECKING:
     from stepdistill.networks.sampler import Sampler
-    from stepdistill.networks.student import Student
 
 
 NEEDS = ("noise", "prompts", "images", "pairs", "states")
@@ -60,19 +60,26 @@ class Trained:
     """What one optimiser updates.
 
     Attributes:
-        module: whose parameters.
+        role: whose weights, by its name in ``Method.roles``; None for none.
+        extra: weights beside them that are no role's, such as a head.
         follows: whether it follows the student's samples: terms, ``train.lr_of`` and averages are not for it.
         span: the calls of a drawing, from the first to before the second, that it makes; None for all of them, and for
             what makes none.
     """
 
-    module: nn.Module
+    role: str | None = None
+    extra: nn.Module | None = None
     follows: bool = False
     span: tuple[int, int] | None = None
 
+    def parameters(self, roles: Roles) -> list[nn.Parameter]:
+        """All of its weights."""
+        own = [] if self.role is None else roles.parameters(self.role)
+        return [*own, *([] if self.extra is None else self.extra.parameters())]
+
     def draws_the_end(self, calls: int) -> bool:
         """Whether it makes the last of a drawing's calls, which gives the clean sample."""
-        return not self.follows and (self.span is None or self.span[1] >= calls)
+        return self.role is not None and not self.follows and (self.span is None or self.span[1] >= calls)
 
 
 class MethodOptions(BaseModel):
@@ -131,27 +138,24 @@ class Method(nn.Module, ABC):
     options: MethodOptions
 
     @final
-    def __init__(
-        self, teacher: Teacher, student: Student, times: tuple[float, ...], options: MethodOptions
-    ) -> None:
+    def __init__(self, roles: Roles, times: tuple[float, ...], options: MethodOptions) -> None:
         """A method at its start; what it adds is made in :meth:`setup`.
 
         Args:
-            teacher: what is distilled.
-            student: a copy of the teacher that is trained.
+            roles: the teacher, the student that starts as it, and what further networks are made of. They are no part
+                of this module, whose own state is heads and buffers.
             times: where the student is called, descending from 1, or from below it with ``starts_below``.
             options: an instance of the class's Options.
         """
         super().__init__()
-        self.student = student
+        self.roles = roles
+        self.student = roles.student
         self.times = times
         self.options = options
-        # Held in a list so that nn.Module does not adopt the teacher: it is never trained, moved or saved with the run.
-        self._teacher = [teacher]
         self.setup()
 
     def setup(self) -> None:
-        """Makes what the method has beside the student: networks, targets, heads, buffers.
+        """Makes what the method has beside the student: further roles, heads, buffers.
 
         Raises:
             UserError: options that do not go together, or not with the times.
@@ -160,11 +164,12 @@ class Method(nn.Module, ABC):
 
     @property
     def teacher(self) -> Teacher:
-        return self._teacher[0]
+        """What is distilled."""
+        return self.roles.teacher
 
     def trained(self) -> dict[str, Trained]:
         """What is trained, by name; each gets an optimiser of its own."""
-        return {"student": Trained(self.student.net)}
+        return {"student": Trained("student")}
 
     def pair_times(self) -> tuple[float, ...]:
         """Times inside (0, 1), descending, at which cached pairs keep states of their trajectories, where they are
@@ -184,7 +189,7 @@ class Method(nn.Module, ABC):
         """The loss of the network whose turn it is."""
 
     def after_step(self, turn: Turn) -> None:
-        """Called after the turn's update: targets, stages, phases. State lives in buffers or modules."""
+        """Called after the turn's update: targets, stages, phases. State lives in roles, buffers or modules."""
         return None
 
     def anew(self, turn: Turn) -> frozenset[str]:

@@ -1,8 +1,9 @@
 """The fake score of distribution matching: a network that follows the student's samples, and how a student meets it.
 
-What Diff-Instruct, DMD, f-distill, SiD and SIM share: a copy of the teacher trained to denoise the student's samples,
-whose turns precede the student's; the student's rollout to one exit step; both networks' views of a noised sample; a
-loss whose gradient is a given field; and, around them, the method that lacks only its own loss of those views.
+What Diff-Instruct, DMD, f-distill, SiD and SIM share: a role that starts as the teacher and learns to denoise the
+student's samples, whose turns precede the student's; the student's rollout to one exit step; both networks' views of a
+noised sample; a loss whose gradient is a given field; and, around them, the method that lacks only its own loss of
+those views. Beside a student that is an adapter the fake network is one, too (2405.14867 trains SDXL's LoRA so).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from pydantic import PositiveInt
+from torch import Tensor
 
 from stepdistill.diffusion.guidance import in_interval
 from stepdistill.diffusion.path import Prediction, TablePath
@@ -49,6 +51,8 @@ class FakeScoreOptions(FakeTurnOptions):
     # Where the two scores are compared (DMD 4.1), before a flow teacher's time shift.
     score_times: tuple[float, float] = (0.02, 0.98)
     renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
+    # Rank of the fake network's adapter where the student is one (student.lora_rank); default the student's.
+    fake_lora_rank: PositiveInt | None = None
 
     @property
     def score_scale(self) -> float:
@@ -103,60 +107,51 @@ class Views:
         return (self.x - self.real.x0).abs().mean(dim=tuple(range(1, self.x.ndim)), keepdim=True)
 
 
-class FakeScore(Denoiser):
-    """A trainable copy of the teacher's network that learns to denoise the student's samples.
+def denoising_loss(fake: Denoiser, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:
+    """The fake network's diffusion loss of samples x [B, C, H, W] at uniform times of the teacher's schedule, squared
+    in ``kind``; a scalar."""
+    t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
+    t = fake.path.shifted(t)
+    x_t = fake.path.sample(x, eps, t)
+    if kind == "x0":
+        return (fake.predict(x_t, t, batch.cond).x0 - x).square().mean()
+    error = fake.raw(x_t, t, batch.cond) - fake.path.target(x, eps, t, fake.output)
+    return error.square().mean()
+
+
+def views_of(
+    fake: Denoiser,
+    teacher: Teacher,
+    x: Tensor,
+    batch: Batch,
+    options: FakeScoreOptions,
+    scale: float,
+    *,
+    through_inputs: bool = False,
+    since: float = 0.0,
+) -> Views:
+    """Both networks' views of x noised by a fresh (t, eps).
 
     Args:
-        teacher: whose network is copied.
+        fake: the network that follows the student's samples.
+        teacher: the frozen network.
+        x: the student's clean samples [B, C, H, W]; its states at ``since`` where that is not 0.
+        batch: their draws and conditions.
+        options: where the scores are compared, and where guidance is on.
+        scale: the teacher's guidance there.
+        through_inputs: keep the graph from both predictions through x_t into x; otherwise there is none.
+        since: where x is; the t of ``score_times`` in [0, 1] are then taken in [since, 1].
     """
-
-    def __init__(self, teacher: Teacher) -> None:
-        copy = teacher.start.copy()
-        super().__init__(copy.net, copy.path, copy.output, copy.family, copy.shape)
-
-    def denoising_loss(self, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:
-        """The diffusion loss of samples x [B, C, H, W] at uniform times of the teacher's schedule, squared in ``kind``;
-        a scalar."""
-        t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
-        t = self.path.shifted(t)
-        x_t = self.path.sample(x, eps, t)
-        if kind == "x0":
-            return (self.predict(x_t, t, batch.cond).x0 - x).square().mean()
-        error = self.raw(x_t, t, batch.cond) - self.path.target(x, eps, t, self.output)
-        return error.square().mean()
-
-    def views(
-        self,
-        teacher: Teacher,
-        x: Tensor,
-        batch: Batch,
-        options: FakeScoreOptions,
-        scale: float,
-        *,
-        through_inputs: bool = False,
-        since: float = 0.0,
-    ) -> Views:
-        """Both networks' views of x noised by a fresh (t, eps).
-
-        Args:
-            teacher: the frozen network.
-            x: the student's clean samples [B, C, H, W]; its states at ``since`` where that is not 0.
-            batch: their draws and conditions.
-            options: where the scores are compared, and where guidance is on.
-            scale: the teacher's guidance there.
-            through_inputs: keep the graph from both predictions through x_t into x; otherwise there is none.
-            since: where x is; the t of ``score_times`` in [0, 1] are then taken in [since, 1].
-        """
-        low = self.path.unshifted(since)
-        t = self.path.shifted(low + (1 - low) * batch.draws.uniform("score t", *options.score_times))
-        guidance = in_interval(scale, t, *options.score_interval) if scale != 1.0 else 1.0
-        with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
-            eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
-            s = torch.full_like(t, since)
-            x_t = self.path.renoise(x, s, t, eps) if since else self.path.sample(x, eps, t)
-            look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
-            real = look(x_t, t, batch.cond, guidance=guidance)
-            return Views(x, x_t, t, real, self.predict(x_t, t, batch.cond))
+    low = fake.path.unshifted(since)
+    t = fake.path.shifted(low + (1 - low) * batch.draws.uniform("score t", *options.score_times))
+    guidance = in_interval(scale, t, *options.score_interval) if scale != 1.0 else 1.0
+    with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
+        eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
+        s = torch.full_like(t, since)
+        x_t = fake.path.renoise(x, s, t, eps) if since else fake.path.sample(x, eps, t)
+        look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
+        real = look(x_t, t, batch.cond, guidance=guidance)
+        return Views(x, x_t, t, real, fake.predict(x_t, t, batch.cond))
 
 
 def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
@@ -217,16 +212,15 @@ class ScoreMethod(Method):
     through_inputs: ClassVar[bool] = False
     starts_below = True
     options: ScoreOptions
-    fake: FakeScore
+    fake: Denoiser
     gan: FeatureGan | None
 
     def setup(self) -> None:
-        self.fake = FakeScore(self.teacher)
+        self.fake = self.roles.add("fake", rank=self.options.fake_lora_rank)
         self.gan = FeatureGan(self.fake) if "images" in self.options.needs else None
 
     def trained(self) -> dict[str, Trained]:
-        fake = [self.fake.net] if self.gan is None else [self.fake.net, self.gan]
-        return {**super().trained(), "fake": Trained(nn.ModuleList(fake), follows=True)}
+        return {**super().trained(), "fake": Trained("fake", self.gan, follows=True)}
 
     def lr_ratio(self, turn: Turn) -> float:
         return (
@@ -249,7 +243,8 @@ class ScoreMethod(Method):
     def views(self, x: Tensor, batch: Batch) -> Views:
         """What both networks see in x [B, C, H, W], noised."""
         options, through = self.options, self.through_inputs
-        return self.fake.views(self.teacher, x, batch, options, options.score_scale, through_inputs=through)
+        scale = options.score_scale
+        return views_of(self.fake, self.teacher, x, batch, options, scale, through_inputs=through)
 
     @abstractmethod
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -279,7 +274,7 @@ class ScoreMethod(Method):
         """The fake network's diffusion loss on the student's samples, and the discriminator's where there is one."""
         with torch.no_grad():
             x = self.generate(batch)
-        loss = self.fake.denoising_loss(x, batch, self.options.fake_loss)
+        loss = denoising_loss(self.fake, x, batch, self.options.fake_loss)
         logs = {"denoising": loss}
         if self.gan is not None:
             logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)

@@ -67,16 +67,12 @@ class FeatureGan(nn.Module):
 
     def __init__(self, eye: Denoiser) -> None:
         super().__init__()
-        self._eye = [eye]
+        self.eye = eye
         with torch.random.fork_rng(
             devices=[]
         ):  # its start follows from its width, not from the global generator
             torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
             self.head = Discriminator(eye.family.feature_shape(eye.net, eye.shape))
-
-    @property
-    def eye(self) -> Denoiser:
-        return self._eye[0]
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Logits [B] of x_t [B, ...] at t [B]: at its best, log of the density of real over that of generated."""

@@ -47,10 +47,14 @@ class Objective(nn.Module):
             )
 
     @property
-    def averaged(self) -> nn.Module:
-        """What averages are of: the network that draws the clean sample."""
+    def averaged(self) -> str:
+        """What averages are of, by name in ``trained``: the network that draws the clean sample."""
         calls = len(self.method.times)
-        return next(one.module for one in self.trained.values() if one.draws_the_end(calls))
+        return next(name for name, one in self.trained.items() if one.draws_the_end(calls))
+
+    def weights(self, name: str) -> list[nn.Parameter]:
+        """All that the optimiser of ``name`` updates."""
+        return self.trained[name].parameters(self.method.roles)
 
     def turn(self, step: int) -> Turn:
         """Whose update the run's step is. In a cycle critics come first: the student never follows one that has not

@@ -142,7 +142,7 @@ class GanTerm(Term):
         return self.gan.for_generator(shown.sample, shown.batch)
 
     def critic(self) -> Trained:
-        return Trained(self.gan, follows=True)
+        return Trained(extra=self.gan, follows=True)
 
     def critic_loss(self, x: Tensor, batch: Batch) -> Tensor:
         return self.gan.for_discriminator(x, cast(Examples, batch.images), batch)

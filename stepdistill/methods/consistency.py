@@ -73,7 +73,7 @@ class Consistency(Method):
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.student, self.options.ema)
+        self.target = Target(self.roles, self.options.ema)
         path = self.student.path
         ends = torch.tensor([last_time(path), 1.0])
         first, last = path.angle(ends).tolist()

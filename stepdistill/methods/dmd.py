@@ -31,7 +31,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.decoupled_guidance import augmentation_field
-from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout, views_of
 from stepdistill.losses.first_step import first_step_loss
 from stepdistill.networks.sampler import Sampler
 
@@ -83,7 +83,7 @@ class DMD(ScoreMethod):
 
     def decoupled_field(self, x: Tensor, batch: Batch) -> Tensor:
         """The unguided field, less what guidance adds at another time."""
-        views = self.fake.views(self.teacher, x, batch, self.options, 1.0)
+        views = views_of(self.fake, self.teacher, x, batch, self.options, 1.0)
         call = exit_of(batch, self.first_exit, len(self.times))
         called_at = self.times[call] if call else 1.0  # pure noise settles nothing, wherever it is handed in
         towards = augmentation_field(self.teacher, x, batch, self.options, called_at)

@@ -33,7 +33,7 @@ from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
-from stepdistill.losses.fake_score import FakeScore, FakeTurnOptions, push, turn_at
+from stepdistill.losses.fake_score import FakeTurnOptions, denoising_loss, push, turn_at
 from stepdistill.losses.flow_maps import (
     FlowMapMethod,
     MapOptions,
@@ -66,11 +66,11 @@ class FreeFlow(FlowMapMethod):
 
     def setup(self) -> None:
         super().setup()
-        self.fake = FakeScore(self.teacher)
+        self.fake = self.roles.add("fake")
         self.balance = Balance(decay=0.95)
 
     def trained(self) -> dict[str, Trained]:
-        return {**super().trained(), "fake": Trained(self.fake.net, follows=True)}
+        return {**super().trained(), "fake": Trained("fake", follows=True)}
 
     def lr_ratio(self, turn: Turn) -> float:
         return self.options.fake_lr_ratio if turn.network == "fake" else super().lr_ratio(turn)
@@ -113,7 +113,7 @@ class FreeFlow(FlowMapMethod):
         if turn.network == "fake":
             with torch.no_grad():
                 mean = self.student.flow_velocity(x, t, torch.zeros_like(t), batch.cond)
-            loss = self.fake.denoising_loss(x - per_sample(t, x) * mean, batch, options.fake_loss)
+            loss = denoising_loss(self.fake, x - per_sample(t, x) * mean, batch, options.fake_loss)
             return Loss(loss, {"denoising": loss})
         s = t * logit_normal(draws, "end", options.end_mean, options.end_deviation)
         s = torch.where(draws.uniform("to data") < options.to_data, torch.zeros_like(s), s)

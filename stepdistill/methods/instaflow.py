@@ -28,7 +28,6 @@ from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName
 from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
 
 
@@ -49,7 +48,7 @@ class InstaFlow(Method):
 
     def setup(self) -> None:
         # The flow that the last finished round ended with.
-        self.flow = cast(Denoiser, self.student).copy().requires_grad_(False)
+        self.flow = self.roles.add("flow", "student", trained=False)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
@@ -83,4 +82,4 @@ class InstaFlow(Method):
 
     def after_step(self, turn: Turn) -> None:
         if self.stage(turn.step + 1) > self.stage(turn.step):
-            self.flow.net.load_state_dict(self.student.net.state_dict())
+            self.roles.become("flow", "student")

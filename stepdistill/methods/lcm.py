@@ -54,7 +54,7 @@ class LCM(Method):
         self.embedded = self.options.guidance_range is not None and self.options.embed_guidance
         if self.embedded:
             self.student.add_guidance_input()
-        self.target = Target(self.student, self.options.ema)
+        self.target = Target(self.roles, self.options.ema)
 
     def sampler(self) -> Sampler:
         guidance = self.options.guidance if self.embedded else None

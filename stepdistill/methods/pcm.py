@@ -48,11 +48,11 @@ class PCM(Method):
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.student, self.options.ema)
+        self.target = Target(self.roles, self.options.ema)
         self.gan = FeatureGan(self.teacher.denoiser) if self.options.gan_weight else None
 
     def trained(self) -> dict[str, Trained]:
-        gan = {} if self.gan is None else {"discriminator": Trained(self.gan, follows=True)}
+        gan = {} if self.gan is None else {"discriminator": Trained(extra=self.gan, follows=True)}
         return {**super().trained(), **gan}
 
     def turn(self, step: int) -> Turn:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import cast
 
 import torch
 from pydantic import PositiveInt
@@ -37,17 +36,17 @@ from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Method, Trained, Turn
 from stepdistill.losses.fake_score import (
     FakeLoss,
-    FakeScore,
     FakeScoreOptions,
     exit_of,
     push,
     sampler_of,
     turn_at,
+    views_of,
 )
 from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
 from stepdistill.losses.subinterval import kernel, subinterval_loss
-from stepdistill.networks.experts import Experts
 from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
 
 
 class PhasedDMD(Method):
@@ -68,23 +67,22 @@ class PhasedDMD(Method):
     options: Options
 
     def setup(self) -> None:
-        own, times, student = self.options, self.times, self.student
+        own, times = self.options, self.times
         if not 1 <= own.phases <= len(times):
             raise UserError(
                 f"options.phases is {own.phases}, but student.times has {len(times)}: a phase has one step or more"
             )
         edges = [round(k * len(times) / own.phases) for k in range(own.phases + 1)]
         self.spans = list(pairwise(edges))  # first call of each phase, and of the one after it
-        student.net = Experts(student.net, [(times[i - 1] + times[i]) / 2 for i in edges[1:-1]])
         self.names = [*(f"expert-{k + 1}" for k in range(own.phases - 1)), "student"]
-        self.fake = FakeScore(self.teacher)
-        # A plain dict, so no state of the run. The teacher itself may be rounded to the run's precision later.
-        self.fresh = {name: value.to("cpu", copy=True) for name, value in self.fake.net.state_dict().items()}
+        experts = [self.roles.add(name, "student") for name in self.names[:-1]]
+        bounds = [(times[i - 1] + times[i]) / 2 for i in edges[1:-1]]
+        self.student = Student.of_experts([*experts, self.roles.student], bounds)
+        self.fake = self.roles.add("fake", restarts=True, rank=own.fake_lora_rank)
 
     def trained(self) -> dict[str, Trained]:
-        nets = cast(Experts, self.student.net).nets
-        experts = {self.names[k]: Trained(net, span=self.spans[k]) for k, net in enumerate(nets)}
-        return {**experts, "fake": Trained(self.fake.net, follows=True)}
+        experts = {name: Trained(name, span=span) for name, span in zip(self.names, self.spans, strict=True)}
+        return {**experts, "fake": Trained("fake", follows=True)}
 
     def place(self, step: int) -> tuple[int, int]:
         """The phase that an optimiser step belongs to, and its number within the phase."""
@@ -108,7 +106,7 @@ class PhasedDMD(Method):
 
     def after_step(self, turn: Turn) -> None:
         if self.anew(turn):
-            self.fake.net.load_state_dict(self.fresh)
+            self.roles.become("fake", "teacher")
 
     def anew(self, turn: Turn) -> frozenset[str]:
         return frozenset({"fake"} if self.place(turn.step + 1)[0] > self.place(turn.step)[0] else ())
@@ -129,7 +127,9 @@ class PhasedDMD(Method):
 
     def field(self, x_s: Tensor, batch: Batch, since: float) -> Tensor:
         """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where they should move away from."""
-        views = self.fake.views(self.teacher, x_s, batch, self.options, self.options.score_scale, since=since)
+        views = views_of(
+            self.fake, self.teacher, x_s, batch, self.options, self.options.score_scale, since=since
+        )
         ratio, _ = kernel(self.fake.path, torch.full_like(views.t, since), views.t)
         return per_sample(ratio, x_s) * (views.fake.score - views.real.score)
 

@@ -27,7 +27,6 @@ from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName
 from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
 
 
@@ -48,7 +47,7 @@ class Reflow(Method):
 
     def setup(self) -> None:
         self.register_buffer("distilling", torch.tensor(self.options.reflow_steps == 0))
-        self.flow = cast(Denoiser, self.student).copy().requires_grad_(False)
+        self.flow = self.roles.add("flow", "student", trained=False)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
@@ -77,5 +76,5 @@ class Reflow(Method):
 
     def after_step(self, turn: Turn) -> None:
         if turn.step + 1 == self.options.reflow_steps:
-            self.flow.net.load_state_dict(self.student.net.state_dict())
+            self.roles.become("flow", "student")
             cast(Tensor, self.distilling).fill_(True)

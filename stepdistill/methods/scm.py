@@ -81,8 +81,7 @@ class SCM(Method):
         self.weight = Weight() if self.options.adaptive else None
 
     def trained(self) -> dict[str, Trained]:
-        net = self.student.net
-        return {"student": Trained(net if self.weight is None else nn.ModuleList([net, self.weight]))}
+        return {"student": Trained("student", self.weight)}
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, True, SAMPLER_GRID)

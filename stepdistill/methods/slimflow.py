@@ -35,7 +35,6 @@ from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName, distance
 from stepdistill.losses.reflow import distillation_loss, reflow_loss
 from stepdistill.losses.regression import annealed
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -64,7 +63,7 @@ class SlimFlow(Method):
             self.student.make_slimmer(self.options.width, self.options.depth)
             if isinstance(self.student.path, TablePath):
                 self.student.output = "v"
-        self.flow = cast(Denoiser, self.student).copy().requires_grad_(False)
+        self.flow = self.roles.add("flow", "student", trained=False)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
@@ -105,4 +104,4 @@ class SlimFlow(Method):
 
     def after_step(self, turn: Turn) -> None:
         if turn.step + 1 == self.options.reflow_steps:
-            self.flow.net.load_state_dict(self.student.net.state_dict())
+            self.roles.become("flow", "student")

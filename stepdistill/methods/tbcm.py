@@ -51,7 +51,7 @@ class TBCM(Method):
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.student, self.options.ema)
+        self.target = Target(self.roles, self.options.ema)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, True, SAMPLER_GRID)

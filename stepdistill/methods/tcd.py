@@ -48,7 +48,7 @@ class TCD(Method):
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.student, self.options.ema)
+        self.target = Target(self.roles, self.options.ema)
 
     def sampler(self) -> Sampler:
         table, gamma = isinstance(self.student.path, TablePath), self.options.gamma

@@ -18,7 +18,7 @@ Left out: human feedback (reward models, segmentation loss) and timestep 800 as 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.diffusion.path import TablePath
 from stepdistill.errors import UserError
@@ -27,7 +27,7 @@ from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import SourceOptions, Target, examples, jump, last_time, noised
 from stepdistill.losses.contract import Loss, Method, Trained, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
-from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions, push, rollout, turn_at
+from stepdistill.losses.fake_score import FakeScoreOptions, denoising_loss, push, rollout, turn_at, views_of
 from stepdistill.losses.gan import FeatureGan, discriminator_loss, generator_loss
 from stepdistill.networks.sampler import Sampler
 
@@ -63,14 +63,13 @@ class TSCD(Method):
                 f"options.segments is {list(each)}: they must descend, and each divide options.grid={options.grid}"
             )
         self.early = sum(k > options.critic_segments for k in each) * options.stage_updates
-        self.target = Target(self.student, options.ema)
+        self.target = Target(self.roles, options.ema)
         self.gan = FeatureGan(self.teacher.denoiser) if options.gan_weight else None
-        self.fake = FakeScore(self.teacher) if options.score_weight else None
+        self.fake = self.roles.add("fake", rank=self.options.fake_lora_rank) if options.score_weight else None
 
     def trained(self) -> dict[str, Trained]:
-        critics = nn.ModuleList(part for part in (self.fake and self.fake.net, self.gan) if part is not None)
-        fake = {"fake": Trained(critics, follows=True)} if len(critics) else {}
-        return {**super().trained(), **fake}
+        critics = Trained("fake" if self.fake else None, self.gan, follows=True)
+        return {**super().trained(), **({"fake": critics} if self.fake or self.gan else {})}
 
     def segments(self, step: int) -> int:
         """k of the stage that the optimiser step belongs to."""
@@ -121,7 +120,7 @@ class TSCD(Method):
             loss = loss + options.gan_weight * logs["gan"]
         if self.fake is not None:
             x = rollout(self.student, ONE_STEP, batch)
-            views = self.fake.views(self.teacher, x, batch, options, options.score_scale)
+            views = views_of(self.fake, self.teacher, x, batch, options, options.score_scale)
             field = views.error / (views.distance.detach() + 1e-6)
             logs["field"] = field.abs().mean()
             loss = loss + options.score_weight * push(x, field)
@@ -137,7 +136,7 @@ class TSCD(Method):
             real, made = (self.gan.logits_above(each, e, start, cond, batch) for each in (target, jumped))
             logs["discriminator"] = discriminator_loss(real, made)
         if self.fake is not None:
-            logs["denoising"] = self.fake.denoising_loss(x, batch, self.options.fake_loss)
+            logs["denoising"] = denoising_loss(self.fake, x, batch, self.options.fake_loss)
         return Loss(torch.stack(list(logs.values())).sum(), logs)
 
     def after_step(self, turn: Turn) -> None:

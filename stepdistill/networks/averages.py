@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -21,16 +21,16 @@ class Ema:
     """The average of a network's trained weights.
 
     Args:
-        net: the network; only its trainable parameters are averaged.
+        weights: the network's, by name.
         decay: in (0, 1). Early on the decay is min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is
             not an average with its own start.
         power: where not 0, the decay of update n is (1 - 1 / n)^(power + 1) instead: the weights of the past fall as a
             power of their age (Karras et al. 2024, 2312.02696, 3.1), and the start is forgotten at the first update.
     """
 
-    def __init__(self, net: nn.Module, decay: float, power: float = 0.0) -> None:
-        self.net, self.decay, self.power, self.updates = net, decay, power, 0
-        self.shadow = {k: p.detach().float().clone() for k, p in net.named_parameters() if p.requires_grad}
+    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float, power: float = 0.0) -> None:
+        self.weights, self.decay, self.power, self.updates = dict(weights), decay, power, 0
+        self.shadow = {name: value.detach().float().clone() for name, value in weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -39,25 +39,22 @@ class Ema:
         decay = min(self.decay, (1 + n) / (10 + n))
         if self.power:
             decay = (1 - 1 / (n + 1)) ** (self.power + 1)
-        parameters = dict(self.net.named_parameters())
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [parameters[name].float() for name in self.shadow], 1 - decay
-        )
+        now = [self.weights[name].float() for name in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), now, 1 - decay)
         self.updates += 1
 
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """The network with averaged weights inside the ``with``, its own after it."""
-        parameters = dict(self.net.named_parameters())
-        own = {name: parameters[name].detach().clone() for name in self.shadow}
+        """Averaged weights are in the network inside the ``with``, its own again after it."""
+        own = {name: value.detach().clone() for name, value in self.weights.items()}
         try:
             for name, value in self.shadow.items():
-                parameters[name].copy_(value)
+                self.weights[name].copy_(value)
             yield
         finally:
             for name, value in own.items():
-                parameters[name].copy_(value)
+                self.weights[name].copy_(value)
 
     def state(self) -> dict[str, Tensor]:
         """The average, by parameter name, and the number of updates."""

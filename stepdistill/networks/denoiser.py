@@ -14,7 +14,7 @@ from stepdistill.diffusion.change_of_path import carried, predict_elsewhere
 from stepdistill.diffusion.path import Output, Path, Prediction
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GAP, GUIDANCE, Condition
-from stepdistill.networks.experts import Experts
+from stepdistill.networks.experts import by_time
 from stepdistill.networks.lora import Adapter
 
 
@@ -26,8 +26,8 @@ class _Reached(Exception):
         self.features = features
 
 
-class Denoiser(nn.Module):
-    """A network with what is needed to read its output.
+class Denoiser:
+    """A network with what is needed to call it and to read its output.
 
     Args:
         net: the family's network.
@@ -40,7 +40,6 @@ class Denoiser(nn.Module):
     def __init__(
         self, net: nn.Module, path: Path, output: Output, family: Family, shape: tuple[int, ...] = ()
     ) -> None:
-        super().__init__()
         self.net = net
         self.path = path
         self.output: Output = output
@@ -52,20 +51,22 @@ class Denoiser(nn.Module):
         self.guidance: float | None = None
         # Where the network is one that several share: which of them this is.
         self.adapter: Adapter | None = None
+        # Where several networks share the times: who is called in the stretches between the bounds, see experts.py.
+        self.experts: tuple[Denoiser, ...] = ()
+        self.bounds: tuple[float, ...] = ()
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
         """The network's output in its own kind, float32 [B, ...], at x_t [B, ...] and t [B]; s [B] is the end of the
         jump, for a network with a second time."""
         if s is not None:
             cond = cond.with_tensor(GAP, t - s)
-        if isinstance(self.net, Experts):
-            return self.net.by_time(t, lambda net, own: self._call(net, x_t[own], t[own], cond.rows(own)))
-        return self._call(self.net, x_t, t, cond)
-
-    def _call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        if self.experts:
+            return by_time(
+                t, self.bounds, lambda k, own: self.experts[k].raw(x_t[own], t[own], cond.rows(own))
+            )
         if self.guidance is not None and cond.get(GUIDANCE) is None:
             cond = cond.with_tensor(GUIDANCE, torch.full_like(t, self.guidance))
-        dtype = torch.float32 if self.compute else next(net.parameters()).dtype
+        dtype = torch.float32 if self.compute else next(self.net.parameters()).dtype
         tensors = {
             k: v.to(dtype) if v.is_floating_point() and k not in (GUIDANCE, GAP) else v
             for k, v in cond.tensors.items()
@@ -73,7 +74,7 @@ class Denoiser(nn.Module):
         time = self.family.time(self.path, t)
         own = nullcontext() if self.adapter is None else self.adapter.on()
         with self._arithmetic(x_t.device.type), own:
-            return self.family.call(net, x_t.to(dtype), time, Condition(tensors)).float()
+            return self.family.call(self.net, x_t.to(dtype), time, Condition(tensors)).float()
 
     def _arithmetic(self, device: str) -> torch.autocast:
         """Autocast as it is on around the call, or as ``compute`` says. A cast of a weight that is made without a graph
@@ -82,10 +83,19 @@ class Denoiser(nn.Module):
         dtype = torch.get_autocast_dtype(device) if self.compute is None or not low else self.compute
         return torch.autocast(device, dtype, low, cache_enabled=torch.is_grad_enabled())
 
+    def plain_net(self) -> nn.Module:
+        """The network; where it is an adapter on a shared one, an ordinary one in float32 that says the same."""
+        if self.adapter is None:
+            return self.net
+        net = self.adapter.plain()
+        return net if self.guidance is None else self.family.changes.fold_guidance(net, self.guidance)
+
     def trainable_net(self) -> nn.Module:
         """A copy of the network in float32 for training, without adapters: what one does is in its weights. One with
         embedded guidance has its scale folded in."""
-        net = copy.deepcopy(self.net).float() if self.adapter is None else self.adapter.plain()
+        if self.adapter is not None:
+            return self.plain_net().requires_grad_(True)
+        net = copy.deepcopy(self.net).float()
         net = net if self.guidance is None else self.family.changes.fold_guidance(net, self.guidance)
         return net.requires_grad_(True)
 

@@ -16,10 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from stepdistill.diffusion.draws import generator_for
 
-ADAPTER = "student"
 
-
-def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float, name: str = ADAPTER) -> None:
+def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float, name: str) -> None:
     """Adds a trainable LoRA adapter to a frozen diffusers network, zero at the start."""
     from diffusers.loaders.peft import PeftAdapterMixin
     from peft import LoraConfig, inject_adapter_in_model
@@ -41,7 +39,7 @@ def lora_layers(net: nn.Module) -> dict[str, Any]:
 
 
 def merged_state(
-    net: nn.Module, name: str | None = ADAPTER, exact: Mapping[str, Tensor] | None = None
+    net: nn.Module, name: str | None, exact: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The state of a network with one of its adapters (if any) added to the weights, under the names of the network
     without any.
@@ -131,6 +129,12 @@ class SharedNetwork:
             }
         return found
 
+    def config(self, name: str) -> dict[str, Any]:
+        """What peft keeps of an adapter beside its weights: rank, scale, layers."""
+        net: Any = self.net
+        found: dict[str, Any] = net.peft_config[name].to_dict()
+        return found
+
     @torch.no_grad()
     def reset(self, name: str) -> None:
         """Makes an adapter what it was at first: B zero, and A as peft draws it, with numbers that the adapter's name
@@ -142,6 +146,12 @@ class SharedNetwork:
             first = torch.empty(value.shape)
             nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator_for("adapter", name, key))
             value.copy_(first)
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """What calls are to compute in: weights that are held in bfloat16 take autocast around every one."""
+        rounded = any(value.dtype == torch.bfloat16 for value in self.net.parameters())
+        return torch.bfloat16 if rounded else None
 
     def on(self, name: str | None) -> AbstractContextManager[None]:
         """Inside the ``with`` the network is the one with this adapter; None: without any."""

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -21,7 +22,7 @@ from stepdistill.networks.averages import follow
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import Adapter, SharedNetwork
 from stepdistill.networks.student import Student
-from stepdistill.networks.teacher import Teacher
+from stepdistill.networks.teacher import PipelineTeacher, Teacher
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -108,7 +109,7 @@ class Copies(Roles):
     """
 
     def __init__(self, teacher: Teacher, student: Student | None = None) -> None:
-        super().__init__(teacher, student or Student.of(teacher.start, _device(teacher)))
+        super().__init__(teacher, student or Student.from_teacher(teacher))
         self._fresh: dict[str, dict[str, Tensor]] = {}
 
     def add(
@@ -125,7 +126,7 @@ class Copies(Roles):
                 f"an adapter of rank {rank} for the {name} network needs a student that is one: set student.lora_rank"
             )
         made = (self.teacher.start if source == TEACHER else self[source]).copy()
-        made.net.to(_device(self.teacher)).requires_grad_(trained)
+        made.net.to(next(self.student.net.parameters()).device).requires_grad_(trained)
         if restarts:  # the teacher itself may be rounded to the run's precision later
             kept = made.net.state_dict().items()
             self._fresh[name] = {key: value.to("cpu", copy=True) for key, value in kept}
@@ -163,8 +164,8 @@ class Adapters(Roles):
     """A role is a LoRA adapter on the teacher's network, which stays in the type that the teacher holds it in.
 
     Args:
-        teacher: what is distilled. Its ``denoiser`` calls the shared network from here on; the network that it had
-            stays as it was, on the same tensors.
+        teacher: what is distilled. ``Roles.teacher`` is another with its parts, which calls the shared network; this
+            one and its pipeline stay as they are, on the same tensors.
         rank: of the student's adapter.
         alpha: scale of an adapter times its rank; None is the rank, a scale of 1.
         output: what the roles' network says; None is what the teacher's does.
@@ -175,7 +176,7 @@ class Adapters(Roles):
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: PipelineTeacher,
         rank: int,
         alpha: float | None = None,
         *,
@@ -183,14 +184,15 @@ class Adapters(Roles):
         start: Mapping[str, Tensor] | None = None,
         exact: Mapping[str, Tensor] | None = None,
     ) -> None:
-        own = teacher.denoiser
+        own = copy.copy(teacher.denoiser)
         self._shared = SharedNetwork(own.net, own.family.lora_targets, exact)
         self._scale, self._start = (alpha or rank) / rank, dict(start or {})
         self._ranks: dict[str, int] = {}
         own.net, own.adapter = self._shared.net, Adapter(self._shared, None)
-        student = Student(own.net, own.path, output or own.output, own.family, own.shape)
-        super().__init__(teacher, student)
-        self._put(STUDENT, student, rank, trained=True)
+        teacher = copy.copy(teacher)
+        teacher.denoiser = teacher.start = own
+        super().__init__(teacher, Student(own.net, own.path, output or own.output, own.family, own.shape))
+        self._put(STUDENT, self.student, rank, trained=True)
         self._reset(STUDENT)
 
     def _put(self, name: str, denoiser: Denoiser, rank: int, trained: bool) -> None:
@@ -199,9 +201,7 @@ class Adapters(Roles):
         self._shared.add(name, rank, self._scale * rank, trained)
         self._ranks[name] = rank
         denoiser.adapter, denoiser.guidance = Adapter(self._shared, name), own.guidance
-        # Weights that are held in bfloat16 take autocast around every call.
-        rounded = any(value.dtype == torch.bfloat16 for value in own.net.parameters())
-        denoiser.compute = torch.bfloat16 if rounded else None
+        denoiser.compute = self._shared.compute
         self._denoisers[name] = denoiser
 
     def _reset(self, name: str) -> None:
@@ -260,7 +260,3 @@ class Adapters(Roles):
 def _of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A role's part of a state."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-
-
-def _device(teacher: Teacher) -> torch.device:
-    return next(teacher.denoiser.net.parameters()).device

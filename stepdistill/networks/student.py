@@ -1,62 +1,42 @@
-"""A network on a path, and the student: a trained copy of the teacher's network that keeps its scale and output."""
+"""The student: a network on a path that starts as the teacher's, and keeps its scale and output."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.experts import Experts
-from stepdistill.networks.lora import add_lora, lora_layers
-
-if TYPE_CHECKING:
-    from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.networks.teacher import Teacher
 
 
 class Student(Denoiser):
-    """The network that is distilled: full weights, or LoRA on frozen teacher weights."""
+    """The network that is distilled: of its own weights, or an adapter on the teacher's."""
 
     @staticmethod
-    def of(denoiser: Denoiser, device: torch.device) -> Student:
-        """A student that starts as ``denoiser`` and trains all weights, in float32, on ``device``."""
-        net = denoiser.trainable_net().eval().to(device)
-        return Student(net, denoiser.path, denoiser.output, denoiser.family)
+    def from_teacher(teacher: Teacher) -> Student:
+        """A student of its own weights, in float32, that starts as ``teacher.start``."""
+        start, device = teacher.start, next(teacher.denoiser.net.parameters()).device
+        return Student(
+            start.trainable_net().eval().to(device), start.path, start.output, start.family, start.shape
+        )
 
     @staticmethod
-    def from_teacher(
-        teacher: PipelineTeacher,
-        lora_rank: int = 0,
-        lora_alpha: float | None = None,
-        adapter: Mapping[str, Tensor] | None = None,
-    ) -> Student:
-        """A student that starts as the teacher, in the output kind of ``teacher.start``.
-
-        Args:
-            teacher: whose network is copied, in float32.
-            lora_rank: 0 trains all weights; otherwise the rank of the adapter that is trained.
-            lora_alpha: scale of the adapter times its rank; default the rank, a scale of 1.
-            adapter: the weights with which the adapter turns the teacher's own network into ``teacher.start``; None
-                where it starts at zero.
-        """
-        start = teacher.start
-        source = teacher.denoiser if adapter else start
-        net = source.trainable_net().requires_grad_(lora_rank == 0)
-        if lora_rank:
-            add_lora(net, source.family.lora_targets, lora_rank, lora_alpha or float(lora_rank))
-            net.load_state_dict(adapter or {}, strict=False)
-        return Student(net.eval().to(teacher.device), start.path, start.output, start.family, start.shape)
+    def of_experts(experts: Sequence[Denoiser], bounds: Sequence[float]) -> Student:
+        """A student of several networks, see experts.py; what is asked of one network is asked of the last."""
+        last = experts[-1]
+        made = Student(last.net, last.path, last.output, last.family, last.shape)
+        made.adapter, made.guidance, made.compute = last.adapter, last.guidance, last.compute
+        made.experts, made.bounds = tuple(experts), tuple(bounds)
+        return made
 
     @property
     def two_times(self) -> bool:
         """Whether the network is also told where its jump ends."""
-        first = self.net.nets[0] if isinstance(self.net, Experts) else self.net
-        return self.family.changes.has_second_time(first)
+        return self.family.changes.has_second_time(self.net)
 
     def add_second_time(self) -> None:
         """Gives the network its second time t - s, which changes nothing at the start.
@@ -92,13 +72,24 @@ class Student(Denoiser):
         self.net = self.family.changes.slimmer(self.net, width, depth)
 
     def _refuse_lora(self, what: str, otherwise: str) -> None:
-        if lora_layers(self.net):
+        if self.adapter is not None:
             raise UserError(f"{what}, which a LoRA cannot hold: set student.lora_rank=0{otherwise}")
 
     def stock_net(self, gap: float) -> nn.Module:
         """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is
-        folded into a bias; otherwise the network itself. ``gap`` is that of the sampler, ``Sampler.gap``."""
-        return self.family.changes.fold_second_time(self.net, gap) if self.two_times else self.net
+        folded into a bias, and an adapter is merged. ``gap`` is that of the sampler, ``Sampler.gap``."""
+        return self.family.changes.fold_second_time(self.net, gap) if self.two_times else self.plain_net()
+
+    def unrounded(self) -> Student:
+        """The student as it is exported: itself, or, where it is adapters on a network that is held rounded, one of
+        whole networks in float32."""
+        if self.adapter is None or self.adapter.shared.exact is None:
+            return self
+        whole = [
+            Student(each.plain_net(), each.path, each.output, each.family, each.shape)
+            for each in self.experts or (self,)
+        ]
+        return Student.of_experts(whole, self.bounds) if self.experts else whole[0]
 
     def _towards(self, s: Tensor) -> Tensor | None:
         return s if self.two_times else None

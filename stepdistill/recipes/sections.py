@@ -28,7 +28,8 @@ class StudentOptions(Section):
     Attributes:
         times: where it jumps from, descending in (0, 1]; None takes the method's default. A first time below 1 is for
             dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
-        lora_rank: rank of the adapters that are trained; 0 trains the whole network.
+        lora_rank: rank of the adapter that is trained; 0 trains the whole network. Networks that follow the student
+            are then adapters, too, all on the teacher's one network (stepdistill/networks/roles.py).
         lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
         output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
             data-free stage that turns the teacher's network (stepdistill/training/output_matching.py); ``auto``: v

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.training_images import EmbeddedImages, ImageFolder, Images
-from stepdistill.diffusion.path import TablePath
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
 from stepdistill.export.schedulers import check_sampler, on_stock_grid
@@ -40,10 +38,9 @@ from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import bar, say
 from stepdistill.system.provenance import provenance
-from stepdistill.system.shipped import cache_folder
 from stepdistill.training.identity import ResolvedRecipe
-from stepdistill.training.output_matching import Matching, match_output, output_of
 from stepdistill.training.rewards import REWARDS
+from stepdistill.training.roles import roles_for, teacher_type
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -136,22 +133,21 @@ def assemble(
     for remark in cut_prompts(teacher.pipe, prompts) if main else ():
         say(remark)
     times = _times(recipe, kind, teacher)
-    adapter = _match_output(recipe, options, teacher, prompts, times, kind.own_network, accelerator)
-    student = Student.from_teacher(teacher, recipe.student.lora_rank, recipe.student.lora_alpha, adapter)
+    roles = roles_for(recipe, kind, options, teacher, prompts, times, accelerator)
+    teacher = cast(PipelineTeacher, roles.teacher)
     if recipe.train.attention == "xformers":
-        use_xformers(student.net)
-        use_xformers(teacher.start.net)
-    method: Method = kind(teacher, student, times, options).to(device)
-    sampler = method.sampler()
+        for net in (*roles.stored().values(), teacher.start.net):
+            use_xformers(net)
+    method: Method = kind(roles, times, options).to(device)
+    student, sampler = method.student, method.sampler()
     if student.output != teacher.denoiser.output:
         sampler = replace(sampler, prediction_type=PREDICTION_TYPES[student.output])
     sampler = on_stock_grid(sampler, student.path, teacher.pipe.scheduler, passes=teacher.family.passes)
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
     objective = Objective(method, _terms(recipe, teacher, prompts)).to(device)
-    # Only now: the student and its followers are float32 copies of the teacher, and exported is what was loaded.
-    low = (recipe.train.teacher_precision or recipe.train.precision) == "bf16"
-    teacher.compute_in(torch.bfloat16 if low else torch.float32)
+    if not recipe.student.lora_rank:  # only now: copies are float32, and exported is what was loaded
+        teacher.compute_in(teacher_type(recipe.train))
     if main:
         check_export(student, sampler, teacher, prompts[0])
     return Assembled(
@@ -203,47 +199,6 @@ def _times(recipe: Recipe, kind: type[Method], teacher: PipelineTeacher) -> tupl
             "set 1.0, or take a method that matches distributions, such as dmd or sid"
         )
     return times
-
-
-def _match_output(
-    recipe: Recipe,
-    options: MethodOptions,
-    teacher: PipelineTeacher,
-    prompts: list[str],
-    times: tuple[float, ...],
-    own_network: bool,
-    accelerator: Accelerator,
-) -> dict[str, Tensor]:
-    """Turns what student and follower start as into ``student.output``, where that is not the teacher's own; the
-    adapter that does it, where the student is one."""
-    own = teacher.denoiser.output
-    output = output_of(recipe.student, own, times)
-    if output == own or (own_network and recipe.student.output == "auto"):
-        return {}
-    if not isinstance(teacher.path, TablePath):
-        raise UserError(
-            f"student.output is {output}, but a flow teacher's student says its velocity, which has no trouble at "
-            "pure noise: set student.output=teacher"
-        )
-    train = recipe.train
-    matching = Matching(teacher, output, prompts, options.guidance, recipe.student, train.batch, train.seed)
-    steps, main = recipe.student.output_steps, accelerator.is_main_process
-    with accelerator.main_process_first():  # the others find it in the cache
-        drawn = bar(recipe.student.output_samples, "samples", unit="sample", shown=main, lazy=True)
-        shown = bar(steps, f"{own} to {output}", unit="update", shown=main, lazy=True)
-        found = match_output(
-            matching,
-            cache_folder() / "outputs",
-            autocast=accelerator.autocast,
-            drawn=drawn.update,
-            progress=shown.update,
-        )
-        drawn.close()
-        shown.close()
-    if main:
-        say(f"{own} to {output}, error of v at t up to " + found.summary)
-    teacher.start = found.denoiser
-    return found.adapter
 
 
 def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: list[str]) -> list[Term]:

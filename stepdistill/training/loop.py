@@ -113,7 +113,7 @@ def train(
             objective.after_step(turn)
             for other in objective.anew(turn):
                 run.optimizers[other].state.clear()
-            if run.ema and objective.trained[name].module is objective.averaged:
+            if run.ema and name == objective.averaged:
                 run.ema.update()
             run.step, run.seconds = step + 1, elapsed
 

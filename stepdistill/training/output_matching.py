@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
@@ -34,7 +34,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.regression import annealed
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.lora import add_lora, merged_state
+from stepdistill.networks.lora import Adapter, SharedNetwork
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.sections import StudentOptions
 from stepdistill.training.checkpoint import (
@@ -45,6 +45,9 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
 )
 from stepdistill.training.health import require_finite
+
+START = "start"
+"""The name of the adapter that is trained where a network's own weights are not."""
 
 SAMPLE_STEPS = 16
 """Of dpm++2m, in which the teacher draws the samples; it is asked about them noised, so they need no last finish."""
@@ -166,19 +169,23 @@ class Matching:
             "samples": options.output_samples,
             "steps": options.output_steps,
             "lr": options.output_lr,
-            "lora": (options.lora_rank, options.lora_alpha),
+            "lora": (options.lora_rank, options.lora_alpha, *([START] if options.lora_rank else [])),
             "batch": self.batch,
             "seed": self.seed,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def copy(self) -> Denoiser:
-        """The teacher's network as the stage starts with it."""
-        source, rank = self.teacher.denoiser.copy(), self.options.lora_rank
-        if rank:
-            source.net.requires_grad_(False)
-            add_lora(source.net, source.family.lora_targets, rank, self.options.lora_alpha or float(rank))
-        return Denoiser(source.net.eval(), source.path, self.output, source.family, source.shape)
+    def network(self) -> tuple[Denoiser, dict[str, nn.Parameter]]:
+        """The teacher's network as the stage starts with it, and which of its weights are trained."""
+        own, rank = self.teacher.denoiser, self.options.lora_rank
+        if not rank:
+            net = own.trainable_net().eval()
+            return Denoiser(net, own.path, self.output, own.family, own.shape), dict(net.named_parameters())
+        shared = SharedNetwork(own.net, own.family.lora_targets)
+        shared.add(START, rank, self.options.lora_alpha or float(rank))
+        made = Denoiser(shared.net, own.path, self.output, own.family, own.shape)
+        made.adapter, made.guidance, made.compute = Adapter(shared, START), own.guidance, shared.compute
+        return made, shared.weights(START)
 
 
 @dataclass(frozen=True)
@@ -186,8 +193,9 @@ class Matched:
     """A turned network.
 
     Attributes:
-        denoiser: the network without adapters, frozen, on the CPU.
-        adapter: the weights of the adapter that turned it, by name; empty where the whole network was trained.
+        denoiser: the network, frozen; one of its own lies on the CPU.
+        adapter: the weights of the adapter that turned it, as ``SharedNetwork.weights`` names them; empty where the
+            whole network was trained.
         before, after: its :func:`errors`.
     """
 
@@ -224,13 +232,15 @@ def match_output(
         UserError: a damaged or unwritable cache.
         TrainingDiverged: the stage's loss is not finite.
     """
-    folder, copy, steps = cache / matching.key, matching.copy(), matching.options.output_steps
-    trained = {name: value for name, value in copy.net.named_parameters() if value.requires_grad}
+    folder, steps = cache / matching.key, matching.options.output_steps
+    copy, trained = matching.network()
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     found = checkpoints_in(folder)
     tensors, state = load_checkpoint(found[-1]) if found else ({}, {"step": 0})
     if found:
-        copy.net.load_state_dict(tensors["network"], strict=False)
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(tensors["network"][name])
     progress(state["step"])
     if state["step"] < steps:
         with autocast():
@@ -266,18 +276,9 @@ def match_output(
                     groups["optimizer"] = optimizer_state(optimizer)
                 save_checkpoint(folder, step + 1, groups, state, keep=1)
         shutil.rmtree(folder / "samples")  # whose use ends with the stage
-    return Matched(*_frozen(matching, copy), state["before"], state["after"])
-
-
-def _frozen(matching: Matching, copy: Denoiser) -> tuple[Denoiser, dict[str, Tensor]]:
-    """The network without adapters, on the CPU, and the adapter's weights."""
-    adapter: dict[str, Tensor] = {}
-    if matching.options.lora_rank:
-        adapter = {
-            name: value.detach().cpu() for name, value in copy.net.named_parameters() if ".lora_" in name
-        }
-        merged = merged_state(copy.net)
-        copy = matching.teacher.denoiser.copy()
-        copy.net.load_state_dict(merged)
-    net = copy.net.requires_grad_(False).eval().cpu()
-    return Denoiser(net, copy.path, matching.output, copy.family, copy.shape), adapter
+    for value in trained.values():
+        value.requires_grad_(False)
+    adapter = {name: value.detach() for name, value in trained.items()} if matching.options.lora_rank else {}
+    if not adapter:
+        copy.net.cpu()
+    return Matched(copy, adapter, state["before"], state["after"])

@@ -12,7 +12,6 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
-from stepdistill.networks.lora import lora_layers
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import say
 from stepdistill.training.checkpoint import (
@@ -58,34 +57,18 @@ class Run:
         self.objective, self.recipe, self.options, self.inputs = objective, recipe, recipe.train, inputs
         self.checkpoints = folder / "checkpoints"
         options = recipe.train
-        networks = {name: one.module for name, one in objective.trained.items()}
-        self.trained = {k: [p for p in net.parameters() if p.requires_grad] for k, net in networks.items()}
+        self.trained = {name: objective.weights(name) for name in objective.trained}
         self.optimizers = {
             name: torch.optim.AdamW(
                 parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
             )
             for name, parameters in self.trained.items()
         }
+        self.roles = objective.method.roles
         averaged = options.ema or options.ema_power
-        self.ema = Ema(objective.averaged, options.ema, options.ema_power) if averaged else None
-        # A frozen parameter of a trained network (the base of an adapter) is the teacher's and need not be kept, nor
-        # that of a copy of it (a target network); whatever else a frozen module of the method holds is state.
-        student = objective.averaged
-        base = {name for name, p in student.named_parameters() if not p.requires_grad}
-        copies = [
-            net for net in objective.modules() if base and type(net) is type(student) and lora_layers(net)
-        ]
-        frozen = {id(p) for net in networks.values() for p in net.parameters() if not p.requires_grad}
-        frozen |= {id(p) for net in copies for name, p in net.named_parameters() if name in base}
+        weights = self.roles.weights(objective.trained[objective.averaged].role or "")
+        self.ema = Ema(weights, options.ema, options.ema_power) if averaged else None
         self.modules = {"method": objective.method, "terms": objective.terms}
-        self.state_names = {
-            part: [
-                name
-                for name, value in [*module.named_parameters(), *module.named_buffers()]
-                if id(value) not in frozen
-            ]
-            for part, module in self.modules.items()
-        }
         self.step, self.seconds = 0, 0.0
         self.last_good: Path | None = None
 
@@ -95,15 +78,13 @@ class Run:
         budget = self.options.budget_seconds
         return self.step >= self.options.steps or 0 < budget <= self.seconds
 
-    def _state(self, part: str) -> dict[str, Tensor]:
-        state = self.modules[part].state_dict()
-        return {name: state[name] for name in self.state_names[part] if name in state}
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """What is kept of the run beside optimisers and averages; the teacher's own weights are no part of it."""
+        return {"roles": self.roles.state()} | {part: net.state_dict() for part, net in self.modules.items()}
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        tensors: dict[str, dict[str, Tensor]] = {
-            part: own for part in self.modules if (own := self._state(part))
-        }
+        tensors = {part: own for part, own in self._states().items() if own}
         for name, optimizer in self.optimizers.items():
             tensors[f"optimizer-{name}"] = optimizer_state(optimizer)
         if self.ema:
@@ -122,13 +103,14 @@ class Run:
         if self.inputs is not None:
             self._check_inputs(last)
         tensors, state = load_checkpoint(last)
-        for part, module in self.modules.items():
-            found = tensors.get(part, {})
-            if odd := sorted(found.keys() ^ self._state(part).keys()):
+        for part, own in self._states().items():
+            if odd := sorted(tensors.get(part, {}).keys() ^ own.keys()):
                 raise UserError(
                     f"--resume: {last} was made by another version of the {part} ({odd[0]} differs)"
                 )
-            module.load_state_dict(found, strict=False)
+        self.roles.load(tensors["roles"])
+        for part, module in self.modules.items():
+            module.load_state_dict(tensors.get(part, {}))
         for name, optimizer in self.optimizers.items():
             load_optimizer_state(optimizer, tensors[f"optimizer-{name}"])
         if self.ema:

@@ -16,6 +16,7 @@ from stepdistill.diffusion.solvers import trajectory, uniform_times
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Examples
 from stepdistill.methods.flow_map import FlowMap
+from stepdistill.networks.roles import Copies
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 PATHS = [FlowPath(), TablePath.from_alphas_cumprod(torch.cumprod(1 - BETAS, 0))]
@@ -59,7 +60,9 @@ def test_jumps_of_no_length_learn_the_teachers_velocity_between_the_states_too(
     net = GaussianFlowMap(0.7, 0.4) if straight else OnPath(path)
     teacher = ToyTeacher(Gaussian(path, 0.7, 0.4), path)
     options = FlowMap.Options(guidance=1.0, warm_start=10, warm_times="all", pair_steps=4, same=1.0)
-    method = FlowMap(teacher, toy_student(net, path, "velocity" if straight else "x0"), (1.0,), options)
+    method = FlowMap(
+        Copies(teacher, toy_student(net, path, "velocity" if straight else "x0")), (1.0,), options
+    )
     plain = toy_batch(64)
     noise = plain.noise
     with torch.no_grad():

@@ -21,12 +21,13 @@ from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
 from stepdistill.losses.contract import PairOptions
-from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions
+from stepdistill.losses.fake_score import FakeScoreOptions, denoising_loss, views_of
 from stepdistill.losses.first_step import first_step_loss
 from stepdistill.losses.subinterval import subinterval_loss
 from stepdistill.methods import find_method
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.pictures import teacher_pictures
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
@@ -155,8 +156,7 @@ def test_grids_lie_on_the_teachers_schedule(name: str) -> None:
     path, kind = FlowPath(SHIFT), find_method(name)
     grid, times = 40, tuple(path.shifted(time) for time in kind.default_times)
     method = kind(
-        ToyTeacher(Perceptron(), path, "velocity"),
-        toy_student(Perceptron(), path, "velocity"),
+        Copies(ToyTeacher(Perceptron(), path, "velocity"), toy_student(Perceptron(), path, "velocity")),
         times,
         kind.Options(grid=grid, guidance=1.0),
     )
@@ -181,14 +181,13 @@ def test_scores_the_follower_and_the_gan_are_read_at_shifted_times() -> None:
     for s in (1.0, SHIFT):
         path = FlowPath(s)
         teacher = ToyTeacher(Perceptron(), path, "velocity")
-        fake, batch = FakeScore(teacher), toy_batch(512)
+        fake, batch = Copies(teacher).add("fake"), toy_batch(512)
         x = batch.noise * 0.3
         with times_seen() as seen:
-            views = fake.views(teacher, x, batch, FakeScoreOptions(), 1.0)
-            fake.denoising_loss(x, batch, "output")
+            views = views_of(fake, teacher, x, batch, FakeScoreOptions(), 1.0)
+            denoising_loss(fake, x, batch, "output")
             method = find_method("pcm")(
-                teacher,
-                toy_student(Perceptron(), path, "velocity"),
+                Copies(teacher, toy_student(Perceptron(), path, "velocity")),
                 (1.0, 0.5),
                 find_method("pcm").Options(gan_weight=1.0, guidance=1.0),
             )
@@ -204,10 +203,10 @@ def test_a_subinterval_keeps_its_part_of_the_schedule() -> None:
     """Times above s = 0.9 with shift 3, where u = 0.75: their u is uniform on (0.75, 1)."""
     path = FlowPath(SHIFT)
     teacher = ToyTeacher(Perceptron(), path, "velocity")
-    fake, batch = FakeScore(teacher), toy_batch(2000)
+    fake, batch = Copies(teacher).add("fake"), toy_batch(2000)
     with times_seen() as seen:
         subinterval_loss(fake, batch.noise, 0.9, batch, 10.0, "output")
-        fake.views(teacher, batch.noise, batch, FakeScoreOptions(score_times=(0.0, 1.0)), 1.0, since=0.9)
+        views_of(fake, teacher, batch.noise, batch, FakeScoreOptions(score_times=(0.0, 1.0)), 1.0, since=0.9)
     for t in seen:
         u = t / (SHIFT - (SHIFT - 1) * t)
         assert float(u.min()) == pytest.approx(0.75, abs=0.01)

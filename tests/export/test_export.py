@@ -28,6 +28,7 @@ from stepdistill.networks.loading import load_pipeline, load_teacher
 from stepdistill.networks.lora import merged_state
 from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip
 from stepdistill.networks.pipeline_files import absent_components
+from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -80,9 +81,9 @@ class Exported:
         passes, scheduler = teacher.family.passes, teacher.pipe.scheduler
         self.sampler = on_stock_grid(SAMPLERS[name], teacher.path, scheduler, passes=passes)
         self.prompts, self.seeds = tiny_prompts(name, 2), (0, 1)
-        self.student = Student.from_teacher(teacher, lora_rank, lora_alpha=3.0 * lora_rank or None)
-        trained = [value for value in self.student.net.parameters() if value.requires_grad]
-        shaken(torch.nn.ParameterList(trained), amount=1.0 if lora_rank else 0.2)
+        roles = Adapters(teacher, lora_rank, 3.0 * lora_rank) if lora_rank else Copies(teacher)
+        self.student = roles.student
+        shaken(torch.nn.ParameterList(roles.parameters("student")), amount=1.0 if lora_rank else 0.2)
         export(self.student, self.sampler, teacher, folder, self.prompts, "# A card\n", seeds=self.seeds)
 
     @property
@@ -391,7 +392,7 @@ def test_the_adapter_alone_makes_the_teacher_the_student(
 
     teacher = teacher_of(name)
     run = Exported(name, teacher, tmp_path / "student", lora_rank=2)
-    merged = merged_state(run.student.net)
+    merged = merged_state(run.student.net, "student")
     saved = load_file(run.weights)
     assert all(torch.equal(saved[key], merged[key]) for key in merged)
     original = teacher.denoiser.net.state_dict()
@@ -428,7 +429,7 @@ def test_a_student_of_embedded_guidance_is_given_its_scale(teacher_of: Teachers,
 
     teacher = teacher_of("sd")
     student = Student.from_teacher(teacher)
-    method = LCM(teacher, student, (1.0, 0.5), LCM.Options(guidance=5.5, guidance_range=(2.0, 8.0)))
+    method = LCM(Copies(teacher, student), (1.0, 0.5), LCM.Options(guidance=5.5, guidance_range=(2.0, 8.0)))
     shaken(student.net)
     torch.nn.init.normal_(student.net.get_parameter("time_embedding.cond_proj.weight"), std=0.3)
     sampler = on_stock_grid(method.sampler(), teacher.path, teacher.pipe.scheduler)

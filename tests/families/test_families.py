@@ -19,8 +19,9 @@ from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.families import families, family_named, family_of
 from stepdistill.families._unet_condition_changes import embed_guidance
 from stepdistill.families.condition import GUIDANCE, Condition
-from stepdistill.networks.lora import ADAPTER, lora_layers, merged_state
+from stepdistill.networks.lora import lora_layers
 from stepdistill.networks.pictures import frames_of
+from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.student import Student
@@ -207,14 +208,14 @@ def test_a_lora_student_starts_as_its_teacher_and_trains_adapters_alone(
 ) -> None:
     teacher = teacher_of(name)
     x_t, t, cond = inputs(teacher, name)
-    student = Student.from_teacher(teacher, lora_rank=2)
+    student = Adapters(teacher, 2).student
     own = student.predict(x_t, t, cond)
     assert same(name)(own.x0, teacher.predict(x_t, t, cond).x0)
     own.x0.square().mean().backward()
     trained = {key for key, value in student.net.named_parameters() if value.requires_grad}
     touched = {key for key, value in student.net.named_parameters() if value.grad is not None}
     assert touched and touched <= trained
-    assert all(".lora_" in key and f".{ADAPTER}." in key for key in trained)
+    assert all(".lora_" in key and ".student." in key for key in trained)
     # At zero B the gradient lands on B: every adapter that was reached has one.
     moved = [
         value.grad
@@ -223,7 +224,7 @@ def test_a_lora_student_starts_as_its_teacher_and_trains_adapters_alone(
     ]
     assert sum(float(grad.abs().max()) > 0 for grad in moved) > len(moved) / 2
     kept = teacher.denoiser.trainable_net().state_dict()
-    merged = merged_state(student.net)
+    merged = student.plain_net().state_dict()
     assert merged.keys() == kept.keys() and all(torch.equal(merged[key], kept[key]) for key in kept)
     assert lora_layers(student.net)
 
@@ -384,8 +385,8 @@ def test_a_teacher_that_takes_guidance_as_an_input_gets_it(name: str) -> None:
     assert (other - wanted).abs().max() > 1e-2
     mixed = teacher.predict(x_t, t, cond, guidance=torch.tensor([2.0] + [5.0] * (len(t) - 1))).x0
     assert torch.allclose(mixed[0], other[0], atol=1e-4) and torch.allclose(mixed[1:], wanted[1:], atol=1e-4)
-    for rank in (0, 2):
-        student = Student.from_teacher(teacher, lora_rank=rank)
+    both: tuple[Roles, ...] = (Copies(teacher), Adapters(teacher, 2))
+    for student in (roles.student for roles in both):
         assert torch.allclose(student.predict(x_t, t, cond).x0, wanted, atol=1e-3)
         sampler = on_stock_grid(Sampler((1.0, 0.5), True), teacher.path, pipe.scheduler)
         check_export(student, sampler, teacher, "dog")
@@ -415,7 +416,7 @@ def test_families_without_a_guidance_embedding_say_so(name: str, teacher_of: Tea
 
 
 def test_a_guidance_embedding_on_adapters_is_refused(teacher_of: Teachers) -> None:
-    student = Student.from_teacher(teacher_of("sd"), lora_rank=2)
+    student = Adapters(teacher_of("sd"), 2).student
     with pytest.raises(UserError, match="lora_rank"):
         student.add_guidance_input()
 

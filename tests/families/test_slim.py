@@ -18,6 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.families._slim_unet import slim_unet
 from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.networks.loading import load_teacher
+from stepdistill.networks.roles import Adapters
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
@@ -101,9 +102,8 @@ def test_what_cannot_be_slimmer_is_refused(teacher_of: Teachers) -> None:
     teacher = teacher_of("sd")
     with pytest.raises(UserError, match=r"channels come in multiples of 4 \(8, 16\)"):
         teacher.family.changes.slimmer(teacher.denoiser.net, 1.0, 0.5)  # it has one layer a resolution
-    student = Student.from_teacher(teacher, 2)
     with pytest.raises(UserError, match=r"set student\.lora_rank=0"):
-        SlimFlow(teacher, student, (1.0,), SlimFlow.Options(width=0.5))
+        SlimFlow(Adapters(teacher, 2), (1.0,), SlimFlow.Options(width=0.5))
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ from matching_toy import FAMILY, MU, S, full_batch
 from table_toy import TABLE, Eps, eps_teacher, gaussian_eps
 from tiny import shaken, tiny_prompts
 from torch import nn
-from toy import SHAPE, Affine, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
+from toy import SHAPE, Affine, Perceptron, ToyTeacher, clear, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.fake_score import FakeScore, FakeScoreOptions, turn_at
+from stepdistill.losses.fake_score import FakeScoreOptions, denoising_loss, turn_at, views_of
 from stepdistill.losses.regression import annealed, warm_start_rate
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
@@ -22,6 +22,7 @@ from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.student import Student
 
 BINS = [(k / 5, (k + 1) / 5) for k in range(5)]
@@ -47,12 +48,12 @@ def test_a_fake_network_with_an_eps_head_follows_at_all_noise_levels_by_its_loss
     """After 100 updates on samples of N(0.5, 0.3^2) it errs less than the teacher, which does not know them, in each of
     five bins of t. By its loss in eps, which weighs it by 1 / 213 at t = 1, it errs more in the noisiest."""
     teacher = eps_teacher()
-    fake = FakeScore(teacher)
+    fake = Copies(teacher).add("fake")
     optimizer = torch.optim.Adam(fake.net.parameters(), lr=1e-3)
     for step in range(100):
         batch = toy_batch(64, step)
         optimizer.zero_grad()
-        fake.denoising_loss(0.5 + 0.3 * batch.noise, batch, kind).backward()
+        denoising_loss(fake, 0.5 + 0.3 * batch.noise, batch, kind).backward()
         nn.utils.clip_grad_norm_(fake.net.parameters(), 10.0)
         optimizer.step()
     x = 0.5 + 0.3 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(4))
@@ -64,9 +65,9 @@ def test_a_fake_network_with_an_eps_head_follows_at_all_noise_levels_by_its_loss
 def test_the_two_losses_are_one_error_in_two_units():
     """On a table (x0_said - x0) = -(sigma / alpha) (eps_said - eps), sample by sample."""
     teacher, batch = eps_teacher(), toy_batch(1, 3)
-    fake, x = FakeScore(teacher), 0.5 * batch.noise
+    fake, x = Copies(teacher).add("fake"), 0.5 * batch.noise
     alpha, sigma = TABLE.alpha_sigma(batch.draws.uniform("fake t"))
-    by_x0, by_eps = (float(fake.denoising_loss(x, batch, kind).detach()) for kind in ("x0", "output"))
+    by_x0, by_eps = (float(denoising_loss(fake, x, batch, kind).detach()) for kind in ("x0", "output"))
     assert by_x0 == pytest.approx(float((sigma / alpha) ** 2) * by_eps, rel=1e-3)
 
 
@@ -83,13 +84,13 @@ def test_without_guidance_a_teacher_needs_no_unconditional_mode(teacher_of):
     not."""
     teacher = teacher_of("unet-ddpm")
     fake, noise = (
-        FakeScore(teacher),
+        Copies(teacher).add("fake"),
         torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(0)),
     )
     batch = Batch(Draws(0, 0, 0, 2), noise, teacher.codec.encode(["0", "0"]), torch.zeros(2))
-    assert float(fake.views(teacher, noise, batch, FakeScoreOptions(), 1.0).error.abs().max()) == 0.0
+    assert float(views_of(fake, teacher, noise, batch, FakeScoreOptions(), 1.0).error.abs().max()) == 0.0
     with pytest.raises(UserError, match="needs an unconditional mode"):
-        fake.views(teacher, noise, batch, FakeScoreOptions(), 1.5)
+        views_of(fake, teacher, noise, batch, FakeScoreOptions(), 1.5)
 
 
 def test_without_fake_steps_every_turn_is_the_students():
@@ -107,7 +108,7 @@ def on_table(kind, mean, deviation=S, times=(1.0,), unguided=None, **options):
     student = toy_student(Eps(Affine(mean, deviation)), TABLE, "eps")
     if kind is PhasedDMD:
         options = {"phases": len(times), **options}
-    method = kind(teacher, student, times, kind.Options(**{"guidance": 1.0, **options}))
+    method = kind(Copies(teacher, student), times, kind.Options(**{"guidance": 1.0, **options}))
     method.fake.net = gaussian_eps(mean, deviation).requires_grad_(False)
     if kind is FDistill:
         method.gan.head = Planted(torch.zeros(1))
@@ -172,9 +173,9 @@ def perceptrons(kind, times=(1.0, 0.5), **options):
     """A method between perceptrons on a flow path, off its start."""
     teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity", unguided=Perceptron(seed=2))
     student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
-    method = kind(teacher, student, times, kind.Options(**options))
+    method = kind(Copies(teacher, student), times, kind.Options(**options))
     with torch.no_grad():
-        for parameter in method.fake.parameters():
+        for parameter in method.fake.net.parameters():
             parameter *= 1.1
     return method
 
@@ -216,12 +217,12 @@ def test_a_turn_holds_no_graph_to_the_other_network(kind):
     """Also where nothing is frozen: the samples a fake network learns from have no graph to the student, and a field by
     which a student is pushed has none to the fake network. (SiD and SIM differentiate through it.)"""
     method = perceptrons(kind)
-    of_fake = list(method.fake.parameters())
+    of_fake = list(method.fake.net.parameters())
     own = [p for name, net in modules_of(method).items() if name != "fake" for p in net.parameters()]
     loss_of(method, "fake", full_batch(step=0))[0].backward()
     assert all(p.grad is None for p in own) and all(p.grad is not None for p in of_fake)
     if kind in (DMD, DiffInstruct, PhasedDMD):
-        method.zero_grad(set_to_none=True)
+        clear(method)
         step = next(step for step in range(20) if method.turn(step).network != "fake")
         loss_of(method, method.turn(step).network, full_batch(step=step))[0].backward()
         assert all(p.grad is None for p in of_fake) and any(p.grad is not None for p in own)
@@ -240,7 +241,7 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(kind, teacher_of):
     more = {"phases": 1} if kind is PhasedDMD else {}
     for enabled in (False, True):
         options = kind.Options(guidance=2.0, **more)
-        method = kind(teacher, Student.from_teacher(teacher), (1.0, 0.5), options)
+        method = kind(Copies(teacher, Student.from_teacher(teacher)), (1.0, 0.5), options)
         shaken(method.fake.net)  # a copy of the teacher sees nothing to learn
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss, _ = loss_of(method, "student", batch)

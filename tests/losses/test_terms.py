@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from run_toy import HERE
 from torch import nn
-from toy import Gaussian, GaussianFlowMap, Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import Gaussian, GaussianFlowMap, Mixture, Perceptron, ToyTeacher, clear, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
@@ -25,6 +25,7 @@ from stepdistill.methods import find_method, method_names
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.loading import load_teacher
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import assemble, training_data
@@ -38,7 +39,7 @@ PATH = FlowPath()
 def plain(name="reflow", times=(1.0,)):
     kind = find_method(name)
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
-    return kind(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), times, kind.Options())
+    return kind(Copies(teacher, toy_student(Perceptron(seed=1), PATH, "velocity")), times, kind.Options())
 
 
 def batch(step=0):
@@ -98,7 +99,7 @@ def test_the_regression_reads_each_state_at_its_own_time():
     kind = find_method("flow_map")
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    method = kind(teacher, student, (1.0, 0.5), kind.Options(warm_times=(0.75, 0.25)))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(warm_times=(0.75, 0.25)))
     assert method.pair_times() == (0.75, 0.5, 0.25)
     sample, asked = batch(), []
     pairs = sample.pairs
@@ -166,7 +167,7 @@ class Counted(find_method("reflow")):
 def counted():
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    return Counted(teacher, student, (1.0,), Counted.Options())
+    return Counted(Copies(teacher, student), (1.0,), Counted.Options())
 
 
 def test_a_method_is_told_its_own_steps_alone():
@@ -187,14 +188,15 @@ def test_a_methods_own_discriminator_and_the_terms_both_train():
     kind = find_method("pcm")
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    objective = gan_beside(kind(teacher, student, (1.0,), kind.Options(gan_weight=0.1)), 0.1)
+    objective = gan_beside(kind(Copies(teacher, student), (1.0,), kind.Options(gan_weight=0.1)), 0.1)
     assert [objective.turn(step).network for step in range(4)] == [
         *("term gan", "discriminator", "term gan", "student")
     ]
-    parameters = {name: list(one.module.parameters()) for name, one in objective.trained.items()}
+    parameters = {name: objective.weights(name) for name in objective.trained}
     for step in range(4):
         turn = objective.turn(step)
         take_turn(parameters, turn.network)
+        clear(objective.method)
         objective.zero_grad(set_to_none=True)
         objective.loss(turn, batch(step))[0].backward()
         reached = {name for name, own in parameters.items() if any(p.grad is not None for p in own)}
@@ -208,7 +210,9 @@ def test_a_critic_called_like_a_network_of_the_method_is_refused():
             return {**super().trained(), "term gan": super().trained()["student"]}
 
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
-    method = Clash(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), (1.0,), Clash.Options())
+    method = Clash(
+        Copies(teacher, toy_student(Perceptron(seed=1), PATH, "velocity")), (1.0,), Clash.Options()
+    )
     with pytest.raises(ValueError, match="'term gan'"):
         gan_beside(method)
 
@@ -228,7 +232,7 @@ def test_terms_read_the_students_samples_and_the_critic_the_same_ones(name, time
     kind = find_method(name)
     options = kind.Options(**({"phases": 1} if name == "phased_dmd" else {}))
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
-    method = kind(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), times, options)
+    method = kind(Copies(teacher, toy_student(Perceptron(seed=1), PATH, "velocity")), times, options)
     objective, sample = gan_beside(method), batch_with_states(batch(1), times)
     turn = next(turn for step in range(1, 40) if (turn := objective.turn(step)).network == "student")
     found = method.loss(turn, sample)
@@ -301,7 +305,7 @@ def test_one_expert_for_all_calls_takes_a_gan():
     kind = find_method("phased_dmd")
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    method = kind(teacher, student, (1.0, 0.5), kind.Options(phases=1))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(phases=1))
     assert method.trained()["student"].span == (0, 2)
     assert "term gan" in gan_beside(method, 0.5).trained
 
@@ -343,16 +347,16 @@ def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
 
     def experts():
         teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
-        return kind(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"), times, options)
+        return kind(Copies(teacher, toy_student(Perceptron(seed=1), PATH, "velocity")), times, options)
 
     method = experts()
     objective, sample = Objective(method, [RegressionTerm(1.0, "l2")]), batch_with_states(batch(), times)
-    assert objective.averaged is method.student.net.nets[1]
-    nets = dict(zip(("expert-1", "student"), method.student.net.nets, strict=True))
+    assert objective.averaged == "student"
+    nets = dict(zip(("expert-1", "student"), (one.net for one in method.student.experts), strict=True))
     for whose, own in (("expert-1", (0, 2)), ("student", (2, 4))):
         turn = next(turn for step in range(9) if (turn := method.turn(step)).network == whose)
         _, logs = objective.loss(turn, sample)
-        method.zero_grad(set_to_none=True)
+        clear(method)
         logs["term regression"].backward()
         assert {name for name, net in nets.items() if any(p.grad is not None for p in net.parameters())} == {
             whose
@@ -396,7 +400,7 @@ def test_a_power_functions_average_weighs_the_past_by_a_power_of_its_age():
     """After n updates the i-th value has weight (i^(g+1) - (i-1)^(g+1)) / n^(g+1): with g = 1 and w_i = i,
     sum i (2 i - 1) / n^2."""
     net = nn.Linear(1, 1, bias=False)
-    ema = Ema(net, 0.0, power=1.0)
+    ema = Ema(dict(net.named_parameters()), 0.0, power=1.0)
     for i in range(1, 6):
         net.weight.data.fill_(i)
         ema.update()
@@ -441,7 +445,7 @@ def test_the_regression_of_a_flow_map_is_on_its_jump_to_data() -> None:
     mean, deviation = 0.7, 0.4
     teacher = ToyTeacher(Gaussian(FlowPath(), mean, deviation), FlowPath())
     student = toy_student(GaussianFlowMap(mean, deviation), FlowPath(), "velocity")
-    method = FlowMap(teacher, student, (1.0,), FlowMap.Options(guidance=1.0))
+    method = FlowMap(Copies(teacher, student), (1.0,), FlowMap.Options(guidance=1.0))
     batch = toy_batch(16, pairs=lambda z: mean + deviation * z)
     seen, wanted = ends(method.student, (1.0,), batch)
     torch.testing.assert_close(seen, wanted, atol=1e-5, rtol=0)

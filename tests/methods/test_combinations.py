@@ -24,6 +24,7 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.lcm import LCM
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler, schedule_times
 from stepdistill.networks.scheduler_path import PREDICTION_TYPES, path_of
 
@@ -165,7 +166,7 @@ def test_consistency_losses_vanish_with_the_step_at_the_exact_map(schedule: str,
 
     def residual(method: Any, net: nn.Module, **options: Any) -> float:
         student = toy_student(As(net, path, kind), path, kind)
-        made = method(teacher, student, (1.0,), method.Options(**{"guidance": 1.0, **options}))
+        made = method(Copies(teacher, student), (1.0,), method.Options(**{"guidance": 1.0, **options}))
         return float(loss_of(made, "student", batch)[1]["residual"])
 
     exact, beside = GaussianMap(path, MEAN, DEVIATION), GaussianMap(path, MEAN, DEVIATION + 0.2)
@@ -198,7 +199,7 @@ def test_the_gradient_of_dmd_is_the_closed_form(schedule: str, kind: Any) -> Non
     teacher = ToyTeacher(As(Gaussian(path, MEAN, DEVIATION), path, kind), path, kind)
     generator = Generator()
     student = toy_student(As(generator, path, kind), path, kind)
-    method = DMD(teacher, student, (1.0,), DMD.Options(guidance=1.0))
+    method = DMD(Copies(teacher, student), (1.0,), DMD.Options(guidance=1.0))
     method.fake.net = As(Gaussian(path, MEAN + shift, DEVIATION), path, kind).requires_grad_(False)
     loss_of(method, "student", batch)[0].backward()  # type: ignore[no-untyped-call]
     t = path.shifted(batch.draws.uniform("score t", 0.02, 0.98))

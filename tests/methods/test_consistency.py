@@ -16,6 +16,7 @@ from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import Target, clean, last_time, lognormal_law
 from stepdistill.losses.distances import pseudo_huber
 from stepdistill.methods.consistency import Consistency
+from stepdistill.networks.roles import Copies
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]
@@ -24,7 +25,7 @@ NAMES = ["flow", "trig", "table"]
 
 def consistency(path, student, **options):
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    return Consistency(teacher, toy_student(student, path), (1.0,), Consistency.Options(**options))
+    return Consistency(Copies(teacher, toy_student(student, path)), (1.0,), Consistency.Options(**options))
 
 
 def data_batch(count=512, step=0):
@@ -48,7 +49,7 @@ def test_loss_is_zero_on_a_point_mass(solver):
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, 0.0), path)
     student = toy_student(GaussianMap(path, MU, 0.0), path)
-    method = Consistency(teacher, student, (1.0,), Consistency.Options(solver=solver))
+    method = Consistency(Copies(teacher, student), (1.0,), Consistency.Options(solver=solver))
     batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
     assert float(loss_of(method, "student", batch)[1]["residual"]) < 2e-6
 
@@ -235,14 +236,15 @@ def test_pseudo_huber_is_a_norm_far_out_and_a_square_close_by():
 def test_target_is_an_average_or_the_student_without_gradient():
     path = FlowPath()
     student = toy_student(GaussianMap(path, MU, S), path)
-    average, same = Target(student, 0.9), Target(student, 0.0)
+    roles = Copies(ToyTeacher(Gaussian(path, MU, S), path), student)
+    average, same = Target(roles, 0.9), Target(roles, 0.0)
     with torch.no_grad():
         student.net.mean.fill_(MU + 1)
     average.update()
     same.update()
     assert float(average.denoiser.net.mean) == pytest.approx(MU + 0.1)
     assert same.denoiser is student
-    assert not list(same.parameters())
+    assert roles.names == ("student", "target")
     # The gradient with the student as its own target is that with the target as a fixed copy.
     gradients = []
     for ema in (0.0, 0.5):

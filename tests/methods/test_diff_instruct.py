@@ -8,11 +8,13 @@ from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, module
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.losses.contract import Turn
+from stepdistill.losses.fake_score import views_of
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
+from stepdistill.networks.roles import Copies
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]
@@ -21,7 +23,7 @@ PATHS = [FlowPath(), TrigPath()]
 def method_of(kind, path, shift, scale, **options):
     """A Gaussian teacher, an affine student and a fake network that is exact for it."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    method = kind(teacher, toy_student(Affine(shift, scale), path), (1.0,), kind.Options(**options))
+    method = kind(Copies(teacher, toy_student(Affine(shift, scale), path)), (1.0,), kind.Options(**options))
     method.fake.net = Gaussian(path, shift, scale)
     return method
 
@@ -60,7 +62,7 @@ def test_dmd_is_this_field_over_a_normaliser():
     batch = toy_batch(32)
     with torch.no_grad():
         x = method.generate(batch)
-        views = method.fake.views(method.teacher, x, batch, method.options, 1.0)
+        views = views_of(method.fake, method.teacher, x, batch, method.options, 1.0)
         torch.testing.assert_close(method.field(x, batch), dmd.field(x, batch) * (views.distance + 1e-6))
 
 
@@ -69,7 +71,7 @@ def test_field_is_bitwise_zero_at_the_start():
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     student = toy_student(Perceptron(seed=1), path, "velocity")
-    method = DiffInstruct(teacher, student, (1.0, 0.5), DiffInstruct.Options())
+    method = DiffInstruct(Copies(teacher, student), (1.0, 0.5), DiffInstruct.Options())
     batch = toy_batch(16)
     assert float(method.field(method.generate(batch), batch).abs().max()) == 0.0
 
@@ -103,7 +105,7 @@ def test_every_score_method_may_start_by_regression_on_pairs(kind):
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     options = kind.Options(warm_start=3, warm_start_lr_ratio=8.0, fake_warm_start=1)
-    method = kind(teacher, toy_student(Affine(MU, S), path), (1.0,), options)
+    method = kind(Copies(teacher, toy_student(Affine(MU, S), path)), (1.0,), options)
     assert options.needs >= {"pairs", "states"} and not kind.Options().needs & {
         "pairs",
         "states",

@@ -16,9 +16,11 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.decoupled_guidance import augmentation
+from stepdistill.losses.fake_score import views_of
 from stepdistill.losses.first_step import first_step_loss, x0_of_jump
 from stepdistill.losses.gan import discriminator_loss, generator_loss
 from stepdistill.methods.dmd import DMD
+from stepdistill.networks.roles import Copies
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]
@@ -33,7 +35,7 @@ def many(count):
 def dmd(path, shift, scale, times=(1.0,), **options):
     """DMD of a Gaussian teacher with an affine student and a fake network that is exact for it."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    method = DMD(teacher, toy_student(Affine(shift, scale), path), times, DMD.Options(**options))
+    method = DMD(Copies(teacher, toy_student(Affine(shift, scale), path)), times, DMD.Options(**options))
     method.fake.net = Gaussian(path, shift, scale)
     return method
 
@@ -101,7 +103,7 @@ def test_guidance_moves_the_fixed_point_as_it_moves_the_teacher(guidance):
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, 0.2, S))
     goal = 0.2 + guidance * (MU - 0.2)
-    method = DMD(teacher, toy_student(Affine(goal, S), path), (1.0,), DMD.Options(guidance=guidance))
+    method = DMD(Copies(teacher, toy_student(Affine(goal, S), path)), (1.0,), DMD.Options(guidance=guidance))
     method.fake.net = Gaussian(path, goal, S)
     with torch.no_grad():
         field = method.field(method.generate(toy_batch(64)), toy_batch(64))
@@ -114,7 +116,7 @@ def test_guidance_is_on_inside_its_interval_and_off_outside(interval):
     path, null, scale = FlowPath(), 0.2, 4.0
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, null, S))
     options = DMD.Options(guidance=scale, **{interval: (0.0, 0.5)})
-    method, batch = DMD(teacher, toy_student(Affine(MU, S), path), (1.0,), options), toy_batch(64)
+    method, batch = DMD(Copies(teacher, toy_student(Affine(MU, S), path)), (1.0,), options), toy_batch(64)
     method.fake.net = Gaussian(path, MU, S)
     with torch.no_grad():
         views = method.views(method.generate(batch), batch)
@@ -147,7 +149,7 @@ def gan_method(times=(1.0, 0.75, 0.5, 0.25)):
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     options = DMD.Options(gan_weight=0.1, regression_weight=0.25, fake_steps=2)
-    return DMD(teacher, toy_student(Perceptron(seed=1), path, "velocity"), times, options)
+    return DMD(Copies(teacher, toy_student(Perceptron(seed=1), path, "velocity")), times, options)
 
 
 def full_batch(count=8, step=5):
@@ -165,7 +167,7 @@ def test_gradients_reach_only_the_network_whose_turn_it_is(turn):
     loss_of(method, turn, full_batch())[0].backward()
     for name, parameters in trained.items():
         assert all((p.grad is not None) == (name == turn) for p in parameters)
-    assert all(p.grad is None for p in method.teacher.denoiser.parameters())
+    assert all(p.grad is None for p in method.teacher.denoiser.net.parameters())
 
 
 def test_the_field_is_made_without_a_graph():
@@ -210,7 +212,9 @@ def test_turns_follow_the_two_time_scales():
     """fake_steps fake updates for each of the student's, after the warm starts."""
     path = FlowPath()
     options = DMD.Options(fake_steps=4, warm_start=3, fake_warm_start=2)
-    method = DMD(ToyTeacher(Affine(0.0, 1.0), path), toy_student(Affine(0.0, 1.0), path), (1.0,), options)
+    method = DMD(
+        Copies(ToyTeacher(Affine(0.0, 1.0), path), toy_student(Affine(0.0, 1.0), path)), (1.0,), options
+    )
     turns = [method.turn(step).network for step in range(55)]
     assert turns[:3] == ["student"] * 3
     assert turns[3:5] == ["fake"] * 2
@@ -222,7 +226,7 @@ def test_gradient_flow_brings_a_gaussian_student_home():
     """A few hundred alternating updates of exact Gaussian students: mean and deviation come within 0.04."""
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    method = DMD(teacher, toy_student(Affine(-0.5, 0.3), path), (1.0,), DMD.Options(fake_steps=5))
+    method = DMD(Copies(teacher, toy_student(Affine(-0.5, 0.3), path)), (1.0,), DMD.Options(fake_steps=5))
     method.fake.net = Gaussian(path, MU, S).requires_grad_(True)
     optimizers = {
         name: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9))
@@ -257,7 +261,9 @@ NULL, SCALE = 0.2, 3.0
 def guided(path, times=(1.0,), **options):
     """DMD of a guided Gaussian teacher, with a fake network that is exact for N(1, S^2)."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, NULL, S))
-    method = DMD(teacher, toy_student(Affine(1.0, S), path), times, DMD.Options(guidance=SCALE, **options))
+    method = DMD(
+        Copies(teacher, toy_student(Affine(1.0, S), path)), times, DMD.Options(guidance=SCALE, **options)
+    )
     method.fake.net = Gaussian(path, 1.0, S)
     return method
 
@@ -299,7 +305,7 @@ def test_guidance_acts_below_the_time_of_the_students_call(step, start):
     path, method = FlowPath(), guided(FlowPath(), times=(start, 0.5), decoupled=True)
     batch = toy_batch(16, step)
     x = method.generate(batch).detach()
-    views = method.fake.views(method.teacher, x, batch, method.options, 1.0)
+    views = views_of(method.fake, method.teacher, x, batch, method.options, 1.0)
     assert not views.error.requires_grad  # a graph through the inputs must be asked for
     towards = views.error / (views.distance + 1e-6) - method.field(x, batch)
     last = (1.0, 0.5)[batch.draws.shared_integer("exit", 2)]
@@ -346,7 +352,7 @@ def test_the_first_step_learns_from_the_guided_teacher():
     for mean, error in ((goal, 0.0), (MU, (goal - MU) ** 2)):
         student = toy_student(Affine(mean, 0.0), path)
         options = DMD.Options(guidance=scale, score_guidance=1.0, first_step_weight=1.0, first_step_calls=1)
-        logs = DMD(teacher, student, (1.0, 0.5), options).match(batch.noise, batch)[1]
+        logs = DMD(Copies(teacher, student), (1.0, 0.5), options).match(batch.noise, batch)[1]
         assert float(logs["first_step"].detach()) == pytest.approx(error, rel=1e-4, abs=1e-8)
 
 
@@ -357,7 +363,7 @@ def test_a_first_step_that_keeps_diversity_keeps_its_noise():
     cases = [({}, True), (first, False), ({**first, "renoise": True}, True), ({"renoise": False}, False)]
     for options, renoise in cases:
         student = toy_student(gaussian_eps(MU, S), TABLE, "eps")
-        method = DMD(teacher, student, (1.0, 0.5), DMD.Options(**options))
+        method = DMD(Copies(teacher, student), (1.0, 0.5), DMD.Options(**options))
         assert method.sampler().renoise is renoise
 
 
@@ -366,7 +372,9 @@ def test_matching_leaves_the_first_step_to_its_regression():
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     options = DMD.Options(first_step_weight=0.05, first_step_calls=2, first_step_grid=8)
-    method = DMD(teacher, toy_student(Perceptron(seed=1), path, "velocity"), (1.0, 0.75, 0.5, 0.25), options)
+    method = DMD(
+        Copies(teacher, toy_student(Perceptron(seed=1), path, "velocity")), (1.0, 0.75, 0.5, 0.25), options
+    )
     exits = set()
     for step in range(30):
         graphs: list[bool] = []
@@ -382,4 +390,4 @@ def test_matching_leaves_the_first_step_to_its_regression():
     loss.backward()
     assert float(logs["first_step"]) > 0
     with pytest.raises(UserError, match=r"takes two student.times or more from 1.0 on"):
-        DMD(teacher, toy_student(Perceptron(), path, "velocity"), (1.0,), options)
+        DMD(Copies(teacher, toy_student(Perceptron(), path, "velocity")), (1.0,), options)

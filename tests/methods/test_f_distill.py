@@ -10,6 +10,7 @@ from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, module
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import BINS, WEIGHTS, FDistill, RatioWeight
+from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8
@@ -62,9 +63,9 @@ def perceptrons(kind, **options):
     """A method between perceptrons, with the same weights at every call."""
     teacher = ToyTeacher(Perceptron(), PATH, "velocity", unguided=Perceptron(seed=2))
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    method = kind(teacher, student, (1.0, 0.5), kind.Options(**options))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(**options))
     with torch.no_grad():
-        for parameter in method.fake.parameters():
+        for parameter in method.fake.net.parameters():
             parameter *= 1.1
     return method
 
@@ -213,7 +214,9 @@ def gaussian_method(**options):
     """A Gaussian teacher, and a student and a discriminator that are to learn."""
     torch.manual_seed(0)  # of the inner layer
     teacher = ToyTeacher(Watched(PATH, MU, S), PATH)
-    return FDistill(teacher, toy_student(Affine(-0.5, 0.3), PATH), (1.0,), FDistill.Options(**options))
+    return FDistill(
+        Copies(teacher, toy_student(Affine(-0.5, 0.3), PATH)), (1.0,), FDistill.Options(**options)
+    )
 
 
 def test_the_logit_learns_the_density_ratio():

@@ -7,12 +7,23 @@ import torch
 from consistency_toy import table_path
 from flow_toy import MU, C, OnPath, errors, from_the_teacher
 from torch import Tensor
-from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
+from toy import (
+    SHAPE,
+    Gaussian,
+    GaussianFlowMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+    weights_of,
+)
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath, per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.methods.flow_map import FlowMap
+from stepdistill.networks.roles import Copies
 
 OBJECTIVES = ("lagrangian", "eulerian", "semigroup")
 
@@ -37,7 +48,7 @@ def flow_map(
     chosen = FlowMap.Options.model_validate(
         {"guidance": 1.0, "warmup": 0, "power": 0.0, "time_min": 1e-3, **options}
     )
-    return FlowMap(ToyTeacher(Gaussian(path, MU, deviation), path), student, (1.0,), chosen)
+    return FlowMap(Copies(ToyTeacher(Gaussian(path, MU, deviation), path), student), (1.0,), chosen)
 
 
 def data(count: int = 64, step: int = 0, deviation: float = C) -> Batch:
@@ -193,7 +204,7 @@ def shaken(objective: str) -> FlowMap:
     method = flow_map(Perceptron(seed=1), objective=objective, velocity="self", derivative="exact")
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in method.parameters():
+        for parameter in weights_of(method):
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return method
 

@@ -26,6 +26,7 @@ from stepdistill.losses.flow_maps import FlowMapMethod, logit_normal
 from stepdistill.losses.running_means import Balance
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
+from stepdistill.networks.roles import Copies
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.identity import resolve
@@ -37,7 +38,7 @@ PATH = FlowPath()
 def freeflow(net: torch.nn.Module, times: tuple[float, ...] = (1.0,), **options: Any) -> FreeFlow:
     teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH)
     chosen = FreeFlow.Options.model_validate({"guidance": 1.0, **options})
-    return FreeFlow(teacher, toy_student(net, PATH, "velocity"), times, chosen)
+    return FreeFlow(Copies(teacher, toy_student(net, PATH, "velocity")), times, chosen)
 
 
 @pytest.mark.parametrize("times", [(1.0,), (1.0, 0.6)])
@@ -67,7 +68,7 @@ def test_a_teachers_copy_starts_without_error_at_the_end_of_no_jump() -> None:
     """At s = t = 1 the student's own velocity is u(z, 1, 1), which the second time leaves the teacher's."""
     net = Perceptron()
     method = FreeFlow(
-        ToyTeacher(net, PATH, "velocity"), toy_student(Perceptron(), PATH, "velocity"), (1.0,),
+        Copies(ToyTeacher(net, PATH, "velocity"), toy_student(Perceptron(), PATH, "velocity")), (1.0,),
         FreeFlow.Options(guidance=1.0),
     )  # fmt: skip
     one = torch.ones(8)
@@ -104,7 +105,7 @@ def test_guidance_is_off_at_high_noise_in_the_correction_alone() -> None:
     teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH, unguided=Gaussian(PATH, 0.2, C))
     goal = 0.2 + 3.0 * (MU - 0.2)
     student = toy_student(GaussianFlowMap(goal, C), PATH, "velocity")
-    method = FreeFlow(teacher, student, (1.0,), FreeFlow.Options(guidance=3.0))
+    method = FreeFlow(Copies(teacher, student), (1.0,), FreeFlow.Options(guidance=3.0))
     x, one = toy_batch(32).noise, torch.ones(32)
     assert float(method.prediction(x, one, 0.9 * one, Condition())[1].abs().max()) < 1e-4
     for r, mean in ((0.6, goal), (0.8, MU)):
@@ -119,7 +120,7 @@ def test_the_corrections_guidance_is_the_one_that_was_asked(guidance: float) -> 
     teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH, unguided=Gaussian(PATH, 0.2, C))
     student = toy_student(GaussianFlowMap(MU, C), PATH, "velocity")
     options = FreeFlow.Options(guidance=3.0, correction_guidance=guidance)
-    method = FreeFlow(teacher, student, (1.0,), options)
+    method = FreeFlow(Copies(teacher, student), (1.0,), options)
     method.fake.net, method.fake.output = Velocity(Gaussian(PATH, 0.2 + guidance * (MU - 0.2), C)), "velocity"
     x, half = toy_batch(32).noise, torch.full((32,), 0.5)
     field, _ = method.field(x, half, x.flip(0), Condition())
@@ -231,7 +232,7 @@ def test_prediction_is_right_at_the_jump_that_is_sampled(deviation: float, bound
     would be off by 0.02, 0.2, 0.6 and 0.7."""
     teacher = ToyTeacher(Gaussian(PATH, MU, deviation), PATH)
     student = toy_student(GaussianFlowMap(MU, deviation), PATH, "velocity")
-    method = FreeFlow(teacher, student, (1.0,), FreeFlow.Options(guidance=1.0))
+    method = FreeFlow(Copies(teacher, student), (1.0,), FreeFlow.Options(guidance=1.0))
     x, t = method.starts(toy_batch(64))
     for s in (0.0, method.least):
         error = method.prediction(x, t, torch.full_like(t, s), Condition())[1]
@@ -265,7 +266,9 @@ def test_on_whole_trajectories_it_is_zero_at_the_exact_map_also_for_jumps_of_no_
     exact = GaussianFlowMap(MU, 1e-4)
     options = kind.Options(warm_start=10, warm_times="all", pair_steps=4)
     method = kind(
-        ToyTeacher(Gaussian(PATH, MU, 1e-4), PATH), toy_student(exact, PATH, "velocity"), (1.0, 0.6), options
+        Copies(ToyTeacher(Gaussian(PATH, MU, 1e-4), PATH), toy_student(exact, PATH, "velocity")),
+        (1.0, 0.6),
+        options,
     )
     plain = toy_batch(64, pairs=lambda z: MU + 0 * z)
     z, x0 = plain.pairs.noise, plain.pairs.x0

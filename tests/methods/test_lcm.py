@@ -16,6 +16,7 @@ from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.consistency import clean
 from stepdistill.methods.lcm import LCM
+from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 
@@ -29,7 +30,9 @@ def table_path():
 
 def lcm(path, student, unguided=None, **options):
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=unguided)
-    return LCM(teacher, toy_student(student, path), (1.0,), LCM.Options(**{"guidance": 1.0, **options}))
+    return LCM(
+        Copies(teacher, toy_student(student, path)), (1.0,), LCM.Options(**{"guidance": 1.0, **options})
+    )
 
 
 def data_batch(count=512, step=0):
@@ -41,7 +44,9 @@ def test_loss_is_zero_where_the_solver_is_exact():
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, 0.0), path)
     method = LCM(
-        teacher, toy_student(GaussianMap(path, MU, 0.0), path), (1.0,), LCM.Options(grid=10, guidance=1.0)
+        Copies(teacher, toy_student(GaussianMap(path, MU, 0.0), path)),
+        (1.0,),
+        LCM.Options(grid=10, guidance=1.0),
     )
     batch = toy_batch(256, pairs=lambda z: torch.full_like(z, MU))
     assert float(loss_of(method, "student", batch)[1]["residual"]) < 1e-6
@@ -84,19 +89,19 @@ def test_a_drawn_guidance_need_not_be_embedded():
     residuals = [float(loss_of(each, "student", data_batch())[1]["residual"]) for each in (method, fixed)]
     assert residuals[0] != pytest.approx(residuals[1], rel=0.01)
     real = PipelineTeacher(tiny_pipeline("sd"))
-    student = Student.from_teacher(real, lora_rank=2)
-    net = student.net
-    LCM(real, student, (1.0,), LCM.Options(**options))
-    assert student.net is net
+    roles = Adapters(real, 2)
+    net = roles.student.net
+    LCM(roles, (1.0,), LCM.Options(**options))
+    assert roles.student.net is net
     with pytest.raises(UserError, match="lora_rank"):
-        LCM(real, student, (1.0,), LCM.Options(guidance=2.5, guidance_range=(1.0, 4.0)))
+        LCM(Adapters(real, 2), (1.0,), LCM.Options(guidance=2.5, guidance_range=(1.0, 4.0)))
 
 
 def test_boundary_is_the_identity_and_has_no_gradient():
     """f(z, timestep 0) = z for any network, and nothing of it reaches the weights (card, test G1)."""
     path = table_path()
     student = toy_student(Perceptron(), path, "eps")
-    method = LCM(ToyTeacher(Gaussian(path, MU, S), path), student, (1.0,), LCM.Options(guidance=1.0))
+    method = LCM(Copies(ToyTeacher(Gaussian(path, MU, S), path), student), (1.0,), LCM.Options(guidance=1.0))
     z = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
     out = clean(method.student, z, torch.full((8,), 1 / 1000), toy_batch(8).cond)
     torch.testing.assert_close(out, z, atol=0, rtol=0)
@@ -109,7 +114,9 @@ def test_scalings_are_those_of_lcm_scheduler():
 
     path = table_path()
     method = LCM(
-        ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options()
+        Copies(ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps")),
+        (1.0,),
+        LCM.Options(),
     )
     scheduler = LCMScheduler()
     z = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -126,7 +133,9 @@ def test_times_are_those_of_lcm_scheduler():
 
     path = table_path()
     method = LCM(
-        ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps"), (1.0,), LCM.Options()
+        Copies(ToyTeacher(Gaussian(path, MU, S), path), toy_student(Perceptron(), path, "eps")),
+        (1.0,),
+        LCM.Options(),
     )
     teacher_scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     for steps, expected in ((1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259])):
@@ -182,7 +191,7 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(teacher_of):
     for enabled in (False, True):
         student = Student.from_teacher(teacher)
         shaken(student.net)
-        method = LCM(teacher, student, (1.0, 0.5), LCM.Options(guidance=2.0, huber=0.1))
+        method = LCM(Copies(teacher, student), (1.0, 0.5), LCM.Options(guidance=2.0, huber=0.1))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss, _ = loss_of(method, "student", batch)
         loss.backward()

@@ -6,12 +6,13 @@ import pytest
 import torch
 from consistency_toy import table_path
 from flow_toy import MU, C, OnPath, errors, from_the_teacher
-from toy import Gaussian, GaussianFlowMap, ToyTeacher, loss_of, toy_batch, toy_student
+from toy import Gaussian, GaussianFlowMap, ToyTeacher, clear, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.families.condition import Condition
 from stepdistill.losses.flow_maps import teacher_velocity
 from stepdistill.methods.meanflow import MeanFlow
+from stepdistill.networks.roles import Copies
 
 
 def meanflow(path=None, net=None, **options):
@@ -21,7 +22,7 @@ def meanflow(path=None, net=None, **options):
     output = "velocity" if isinstance(path, FlowPath) else "x0"
     net = net or (GaussianFlowMap(MU, C) if output == "velocity" else OnPath(path))
     chosen = {"warmup": 0, **options}
-    return MeanFlow(teacher, toy_student(net, path, output), (1.0,), MeanFlow.Options(**chosen))
+    return MeanFlow(Copies(teacher, toy_student(net, path, output)), (1.0,), MeanFlow.Options(**chosen))
 
 
 def data(count=64, step=0):
@@ -41,7 +42,7 @@ def test_loss_and_gradient_vanish_at_the_exact_map_and_not_beside_it(path, way):
     assert max(abs(float(mean.grad)), abs(float(deviation.grad))) < 20 * rough
     with torch.no_grad():
         mean += 0.1
-    method.zero_grad()
+    clear(method)
     loss_of(method, "student", data())[0].backward()
     assert float(mean.grad) > 1e-2  # descent takes the shift back
 
@@ -84,8 +85,7 @@ def test_the_guided_map_is_learnt():
     teacher = ToyTeacher(Gaussian(path, MU, C), path, unguided=Gaussian(path, 0.2, C))
     net = GaussianFlowMap(3 * MU - 2 * 0.2, C)
     method = MeanFlow(
-        teacher,
-        toy_student(net, path, "velocity"),
+        Copies(teacher, toy_student(net, path, "velocity")),
         (1.0,),
         MeanFlow.Options(guidance=3.0, warmup=0, power=0.0),
     )

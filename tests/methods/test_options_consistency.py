@@ -27,13 +27,15 @@ from stepdistill.methods.scm import SCM
 from stepdistill.methods.tbcm import TBCM
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import schedule_times
 
 FAMILY = [LCM, Consistency, SCM, TBCM, TCD, PCM, TSCD]
 OF_PAIRS = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
-ELSEWHERE = OF_PAIRS | {"guidance_interval", "guidance_rescale"}
+ELSEWHERE = OF_PAIRS | {"guidance_interval", "guidance_rescale", "fake_lora_rank"}
 """Options that these methods do not read: the cache of pairs does (tests/methods/test_options_flow.py), and the teacher
-(tests/losses/test_terms.py: guidance_is_off_outside_its_interval, rescaled_guidance_is_the_teachers)."""
+(tests/losses/test_terms.py: guidance_is_off_outside_its_interval, rescaled_guidance_is_the_teachers); of adapters alone
+(tests/networks/test_roles.py)."""
 
 Number = Callable[[Any], Any]
 
@@ -56,7 +58,7 @@ def made(kind: Any, path: Path | None = None, **options: Any) -> Any:
     student = toy_student(Perceptron(seed=1), path, "v")
     student.family = Told(path)
     chosen = {"guidance": 2.0, **({"warmup": 0, "derivative": "exact"} if kind is SCM else {}), **options}
-    method = kind(teacher, student, schedule_times(path, 2), kind.Options(**chosen))
+    method = kind(Copies(teacher, student), schedule_times(path, 2), kind.Options(**chosen))
     with torch.no_grad():
         for parameter in method.student.net.parameters():
             parameter *= 1.1
@@ -288,10 +290,10 @@ def test_a_target_is_a_number_to_the_gradient(kind: Any) -> None:
     found = []
     for ema in (0.0, 0.5):
         method = made(kind, ema=ema)
-        method.target = type(method.target)(method.student, ema)
+        method.target = type(method.target)(Copies(method.teacher, method.student), ema)
         loss_of(method, "student", full_batch(step=7))[0].backward()
         found.append([p.grad for p in method.student.net.parameters()])
-    assert all(p.grad is None for p in method.target.parameters())
+    assert all(p.grad is None for p in method.target.denoiser.net.parameters())
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 

@@ -42,6 +42,7 @@ from stepdistill.methods.meanflow import MeanFlow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.rfpp import RFPP
 from stepdistill.methods.slimflow import SlimFlow
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
 
@@ -72,7 +73,7 @@ def build(kind: type[Method], net: nn.Module | None = None, **options: Any) -> A
     output = "velocity" if maps or isinstance(net, Perceptron) else "x0"
     teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH, unguided=Gaussian(PATH, 0.2, C))
     chosen = kind.Options.model_validate({"guidance": 1.0, **options})
-    return kind(teacher, toy_student(net, PATH, output), (1.0,), chosen)  # type: ignore[arg-type]
+    return kind(Copies(teacher, toy_student(net, PATH, output)), (1.0,), chosen)  # type: ignore[arg-type]
 
 
 def batch_of(count: int = 256, step: int = 0) -> Batch:
@@ -438,7 +439,7 @@ def clean() -> None:
     x = torch.randn(4, *SHAPE)
     teacher = ToyTeacher(Perceptron(), PATH, "velocity")
     student = toy_student(Perceptron(), PATH, "velocity")
-    method = RFPP(teacher, student, (1.0,), RFPP.Options(clean="features", feature_time=0.3))
+    method = RFPP(Copies(teacher, student), (1.0,), RFPP.Options(clean="features", feature_time=0.3))
     read = Calls(teacher.denoiser.net)
     features = method.seen(x, Condition())
     assert features.shape == (4, 32, 1, 1) and [float(t[0]) for t in read.t] == pytest.approx([0.3])
@@ -483,7 +484,7 @@ def slimmer() -> None:
         student = toy_student(Perceptron(), PATH, "velocity")
         student.family = Family()
         options = SlimFlow.Options(width=width, depth=depth)
-        SlimFlow(ToyTeacher(Perceptron(), PATH, "velocity"), student, (1.0,), options)
+        SlimFlow(Copies(ToyTeacher(Perceptron(), PATH, "velocity"), student), (1.0,), options)
         assert student.net.get_submodule("first").out_features == 64 * width
     assert asked == [(0.25, 1.0), (1.0, 0.5)]
 
@@ -516,7 +517,7 @@ def test_how_the_students_of_the_family_are_drawn(kind: type[Method]) -> None:
     assert method.sampler() == Sampler((1.0,), False, two_times=issubclass(kind.Options, MapOptions))
     if kind in (Reflow, InstaFlow, SlimFlow):
         assert method.flow is not method.student and not any(
-            p.requires_grad for p in method.flow.parameters()
+            p.requires_grad for p in method.flow.net.parameters()
         )
 
 

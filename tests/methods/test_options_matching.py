@@ -24,11 +24,13 @@ from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
+from stepdistill.networks.roles import Copies
 from stepdistill.recipes.sections import TermOptions
 
-ELSEWHERE = set(PairOptions.model_fields) - set(MethodOptions.model_fields) | {"guidance_rescale"}
+ELSEWHERE = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
+ELSEWHERE |= {"guidance_rescale", "fake_lora_rank"}
 """Options that no method reads: the cache of pairs does (tests/data/test_data.py), and the teacher
-(tests/losses/test_terms.py)."""
+(tests/losses/test_terms.py); of adapters alone (tests/networks/test_roles.py)."""
 
 Number = Callable[[Any], Any]
 
@@ -38,9 +40,9 @@ def made(kind: Any, times: tuple[float, ...] = (1.0, 0.5), **options: Any) -> An
     path = FlowPath(options.get("shift", 1.0))  # as PipelineTeacher does
     teacher = ToyTeacher(Perceptron(), path, "velocity", unguided=Perceptron(seed=2))
     student = toy_student(Perceptron(seed=1), path, "velocity")
-    method = kind(teacher, student, times, kind.Options(**{"guidance": 2.0, **options}))
+    method = kind(Copies(teacher, student), times, kind.Options(**{"guidance": 2.0, **options}))
     with torch.no_grad():
-        for parameter in method.fake.parameters():
+        for parameter in method.fake.net.parameters():
             parameter *= 1.1
     return method
 
@@ -208,7 +210,7 @@ def with_terms(
     kind = DMD
     teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity")
     student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
-    method = kind(teacher, student, (1.0, 0.5), kind.Options(guidance=1.0, fake_steps=1))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(guidance=1.0, fake_steps=1))
     terms = [
         RegressionTerm(regression_weight, regression),
         PerceptualTerm(perceptual_weight, lambda x: torch.nn.functional.normalize(x.flatten(1) + 2, dim=1)),

@@ -14,6 +14,7 @@ from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.consistency import clean
 from stepdistill.methods.pcm import PCM
+from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.4
@@ -23,7 +24,9 @@ FOUR = (1.0, 0.75, 0.5, 0.25)
 def pcm(path, student, times=FOUR, output="x0", **options):
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
     return PCM(
-        teacher, toy_student(student, path, output), times, PCM.Options(**{"guidance": 1.0, **options})
+        Copies(teacher, toy_student(student, path, output)),
+        times,
+        PCM.Options(**{"guidance": 1.0, **options}),
     )
 
 
@@ -149,7 +152,7 @@ def gan_method():
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     student = toy_student(Perceptron(seed=1), path, "velocity")
-    return PCM(teacher, student, FOUR, PCM.Options(gan_weight=0.1, guidance=1.0))
+    return PCM(Copies(teacher, student), FOUR, PCM.Options(gan_weight=0.1, guidance=1.0))
 
 
 @pytest.mark.parametrize("turn", ["student", "discriminator"])
@@ -161,7 +164,7 @@ def test_adversarial_turns_reach_only_their_network(turn):
     loss_of(method, turn, data_batch(16))[0].backward()
     for name, parameters in trained.items():
         assert any(p.grad is not None and bool(p.grad.any()) for p in parameters) == (name == turn)
-    assert all(p.grad is None for p in method.teacher.denoiser.parameters())
+    assert all(p.grad is None for p in method.teacher.denoiser.net.parameters())
 
 
 def told_apart(method, batch):
@@ -206,7 +209,7 @@ def test_the_discriminator_cannot_tell_a_consistent_student():
     student = toy_student(
         Perceptron(), path, "velocity"
     )  # equal weights; with one grid time a phase it is exact
-    method = PCM(teacher, student, FOUR, PCM.Options(gan_weight=0.1, guidance=1.0, grid=4))
+    method = PCM(Copies(teacher, student), FOUR, PCM.Options(gan_weight=0.1, guidance=1.0, grid=4))
     assert float(loss_of(method, "discriminator", data_batch(64))[0]) == pytest.approx(2.0, abs=1e-6)
 
 

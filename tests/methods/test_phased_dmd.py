@@ -21,12 +21,11 @@ from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import VERIFICATION, export
 from stepdistill.export.verify import verify
 from stepdistill.losses.contract import Turn
+from stepdistill.losses.fake_score import denoising_loss
 from stepdistill.losses.subinterval import kernel, scaled_target
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.phased_dmd import PhasedDMD
-from stepdistill.networks.experts import Experts
-from stepdistill.networks.lora import lora_layers, merged_state
-from stepdistill.networks.student import Student
+from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.system.files import sha256_of
 from stepdistill.training.parallel import take_turn
 
@@ -43,7 +42,7 @@ def phased(path=FlowPath(), times=(1.0, 0.5), net=None, output="x0", **options):
     """Phased DMD of a Gaussian teacher."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
     student = toy_student(net or Affine(0.0, 1.0), path, output)
-    return PhasedDMD(teacher, student, times, PhasedDMD.Options(**{"guidance": 1.0, **options}))
+    return PhasedDMD(Copies(teacher, student), times, PhasedDMD.Options(**{"guidance": 1.0, **options}))
 
 
 # --- the subinterval target --------------------------------------------------------------------------------------
@@ -146,13 +145,13 @@ def test_one_phase_of_one_step_is_the_plain_kl_of_diff_instruct():
     path, batch = FlowPath(), toy_batch(32)
     one = phased(times=(1.0,), net=Affine(0.1, 1.2), phases=1)
     options = DiffInstruct.Options(weight="kl")
-    plain = DiffInstruct(one.teacher, toy_student(Affine(0.1, 1.2), path), (1.0,), options)
+    plain = DiffInstruct(Copies(one.teacher, toy_student(Affine(0.1, 1.2), path)), (1.0,), options)
     for method in (one, plain):
         method.fake.net = Gaussian(path, -0.2, 1.1)
     loss, other = (loss_of(method, "student", batch)[0] for method in (one, plain))
     torch.testing.assert_close(loss, other)
     loss.backward(), other.backward()
-    shifts = (one.student.net.nets[0].shift.grad, plain.student.net.shift.grad)
+    shifts = (one.student.experts[0].net.shift.grad, plain.student.net.shift.grad)
     torch.testing.assert_close(*shifts)
     assert shifts[0] != 0
 
@@ -163,9 +162,9 @@ def test_the_fakes_loss_on_the_whole_interval_is_the_ordinary_one(kind):
     options = PhasedDMD.Options(guidance=1.0, phases=1, clamp=math.inf, fake_loss=kind)
     teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity")
     student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
-    method, batch = PhasedDMD(teacher, student, (1.0,), options), toy_batch(32)
+    method, batch = PhasedDMD(Copies(teacher, student), (1.0,), options), toy_batch(32)
     x = method.generate(batch, 0).detach()
-    torch.testing.assert_close(loss_of(method, "fake", batch)[0], method.fake.denoising_loss(x, batch, kind))
+    torch.testing.assert_close(loss_of(method, "fake", batch)[0], denoising_loss(method.fake, x, batch, kind))
 
 
 def test_the_fakes_loss_is_clamped_where_t_meets_s():
@@ -219,7 +218,7 @@ def test_phases_take_turns_and_the_fake_network_starts_anew():
 def test_a_phase_ends_where_the_sampler_arrives_and_reaches_its_expert_alone(step):
     """From the phase's last step the state is the sampler's own at s; only that expert has gradients."""
     method, batch = phased(times=FOUR, net=Perceptron(), output="velocity"), toy_batch(8, step)
-    shaken(method.student.net.nets[1])
+    shaken(method.student.experts[1].net)
     phase, sampler = step // 180, method.sampler()
     x_s = method.generate(batch, phase)
     exit = (2 * phase) + batch.draws.shared_integer("exit", 2)
@@ -250,11 +249,11 @@ def test_only_the_last_call_of_a_phase_has_a_graph():
 
 def test_experts_answer_for_their_own_times_in_a_mixed_batch():
     method = phased(times=FOUR, net=Perceptron(), output="velocity")
-    shaken(method.student.net.nets[1])
+    shaken(method.student.experts[1].net)
     x, t, cond = torch.randn(6, *SHAPE), torch.tensor([1.0, 0.2, 0.75, 0.5, 0.6, 0.63]), toy_batch(6).cond
     said = method.student.raw(x, t, cond)
     for i, expert in enumerate([0, 1, 0, 1, 1, 0]):  # the bound is midway between 0.75 and 0.5
-        alone = method.student.net.nets[expert](x[i : i + 1], t[i : i + 1], cond)
+        alone = method.student.experts[expert].net(x[i : i + 1], t[i : i + 1], cond)
         torch.testing.assert_close(said[i : i + 1], alone)
 
 
@@ -264,8 +263,8 @@ def test_warm_start_regresses_each_expert_at_its_own_times():
     assert PhasedDMD.Options().needs == {"noise", "prompts"}
     batch = toy_batch(8, 0, pairs=lambda z: MU + S * z)
     with torch.no_grad():
-        method.student.net.nets[0].shift.fill_(MU)
-        method.student.net.nets[0].scale.fill_(S)
+        method.student.experts[0].net.shift.fill_(MU)
+        method.student.experts[0].net.scale.fill_(S)
     assert loss_of(method, "expert-1", batch)[0].item() == pytest.approx(0.0, abs=1e-12)
     assert method.lr_ratio(Turn("expert-1", 0)) == method.options.warm_start_lr_ratio
     assert method.lr_ratio(Turn("expert-1", 1)) == pytest.approx(0.5)
@@ -303,23 +302,38 @@ def test_training_phase_after_phase_brings_a_gaussian_student_home():
 # --- export ------------------------------------------------------------------------------------------------------
 
 
-def test_experts_share_the_base_of_their_adapters(teacher_of):
-    student = Student.from_teacher(teacher_of("unet-ddpm"), lora_rank=2)
-    experts = Experts(student.net, (0.5,))
-    one, two = (dict(net.named_parameters()) for net in experts.nets)
-    for name, value in one.items():
-        assert (value is two[name]) == (not value.requires_grad)
-    assert len({id(p) for p in experts.parameters() if not p.requires_grad}) < len(one)
+def test_experts_on_one_network_share_all_but_their_adapters(teacher_of):
+    roles = Adapters(teacher_of("unet-ddpm"), 2)
+    method = PhasedDMD(roles, FOUR, PhasedDMD.Options(guidance=1.0))
+    first, last = method.student.experts
+    assert roles.names == ("student", "expert-1", "fake") and last is roles.student
+    assert first.net is last.net is method.fake.net and len(roles.stored()) == 1
+    own = [{id(value) for value in roles.parameters(name)} for name in roles.names]
+    assert len(set.union(*own)) == sum(map(len, own))
+    method.roles.become("fake", "student")
+    for step in range(400):  # into the second phase: the fake network is the teacher again
+        method.after_step(method.turn(step))
+    x, t, cond = (
+        torch.randn(2, *method.teacher.codec.shape),
+        torch.tensor([0.9, 0.3]),
+        method.teacher.codec.encode(["0", "1"]),
+    )
+    shaken(nn.ParameterList(roles.parameters("expert-1")), amount=3.0)
+    with torch.no_grad():
+        said, teacher = method.student.raw(x, t, cond), method.teacher.denoiser.raw(x, t, cond)
+        assert torch.equal(method.fake.raw(x, t, cond), teacher)
+    assert not torch.equal(said[0], teacher[0])
+    torch.testing.assert_close(said[1], teacher[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def exported(teacher_of, tmp_path_factory):
     """A phased LoRA student of the tiny Stable Diffusion, and its folder."""
     teacher, folder = teacher_of("sd"), tmp_path_factory.mktemp("phased") / "student"
-    student = Student.from_teacher(teacher, lora_rank=2, lora_alpha=6.0)
-    method = PhasedDMD(teacher, student, FOUR, PhasedDMD.Options())
-    for i, expert in enumerate(student.net.nets):
-        shaken(nn.ParameterList([p for p in expert.parameters() if p.requires_grad]), amount=3.0, seed=i)
+    method = PhasedDMD(Adapters(teacher, 2, 6.0), FOUR, PhasedDMD.Options())
+    student = method.student
+    for i, name in enumerate(("expert-1", "student")):
+        shaken(nn.ParameterList(method.roles.parameters(name)), amount=3.0, seed=i)
     sampler = on_stock_grid(method.sampler(), teacher.path, teacher.pipe.scheduler)
     card = model_card(
         teacher="sd",
@@ -354,9 +368,9 @@ def test_a_stock_pipeline_switches_experts_by_step(exported, tmp_path):
     kept = np.stack([np.asarray(Image.open(folder / VERIFICATION / f"{i}.png")) for i in range(2)])
     pipe = load(folder)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
-    for net, own in zip(pipe.unet.experts, student.net.nets, strict=True):
-        merged = merged_state(own)
-        assert lora_layers(own) and all(torch.equal(net.state_dict()[key], merged[key]) for key in merged)
+    for net, own in zip(pipe.unet.experts, student.experts, strict=True):
+        merged = own.plain_net().state_dict()
+        assert own.adapter and all(torch.equal(net.state_dict()[key], merged[key]) for key in merged)
     calls = []
     for i, net in enumerate(pipe.unet.experts):
         net.register_forward_hook(lambda m, a, out, i=i: calls.append(i))

@@ -14,6 +14,7 @@ from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath, per_sample
 from stepdistill.diffusion.solvers import solve
 from stepdistill.families.condition import Condition
 from stepdistill.methods.reflow import Reflow
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 
 MU, S = 0.7, 0.4
@@ -40,7 +41,7 @@ def table_path():
 
 def reflow(path, net, times=(1.0,), output="x0", **options):
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    return Reflow(teacher, toy_student(net, path, output), times, Reflow.Options(**options))
+    return Reflow(Copies(teacher, toy_student(net, path, output)), times, Reflow.Options(**options))
 
 
 def pair_batch(count=256, step=0):

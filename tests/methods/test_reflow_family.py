@@ -22,6 +22,7 @@ from stepdistill.losses.reflow import flow_end
 from stepdistill.methods.instaflow import InstaFlow
 from stepdistill.methods.rfpp import RFPP, u_shaped
 from stepdistill.methods.slimflow import SlimFlow
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 
 PATHS = [FlowPath(), TrigPath()]
@@ -36,7 +37,7 @@ def table_path():
 def build(kind, net, path=STRAIGHT, times=(1.0,), output="x0", **options):
     """A method with a Gaussian teacher."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    return kind(teacher, toy_student(net, path, output), times, kind.Options(**options))
+    return kind(Copies(teacher, toy_student(net, path, output)), times, kind.Options(**options))
 
 
 def pair_batch(count=256, step=0):
@@ -166,12 +167,12 @@ def test_rfpp_compares_features_of_the_frozen_teacher():
     """At the exact flow their distance is zero too; the gradient passes through the teacher and stays out of it."""
     teacher = ToyTeacher(Perceptron(seed=5), STRAIGHT, "velocity")
     for net, low, high in ((Straight(STRAIGHT), 0.0, 1e-9), (Straight(STRAIGHT, 0.3), 1e-3, 1.0)):
-        method = RFPP(teacher, toy_student(net, STRAIGHT), (1.0,), RFPP.Options(clean="features"))
+        method = RFPP(Copies(teacher, toy_student(net, STRAIGHT)), (1.0,), RFPP.Options(clean="features"))
         clean = loss_of(method, "student", pair_batch())[1]["clean"]
         clean.backward()
         assert low <= float(clean.detach()) < high
         assert (abs(float(net.error.grad)) < 1e-6) == (low == 0)  # round-off, or a slope
-        assert all(p.grad is None for p in teacher.denoiser.parameters())
+        assert all(p.grad is None for p in teacher.denoiser.net.parameters())
 
 
 # InstaFlow
@@ -335,7 +336,7 @@ def test_slimflow_begins_its_distillation_with_the_annealed_flow():
 def test_slimflow_swaps_in_the_familys_smaller_network():
     teacher, student = ToyTeacher(Perceptron(), STRAIGHT, "velocity"), toy_student(Perceptron(), STRAIGHT)
     student.family = Slimmable()
-    method = SlimFlow(teacher, student, (1.0,), SlimFlow.Options(width=0.25))
+    method = SlimFlow(Copies(teacher, student), (1.0,), SlimFlow.Options(width=0.25))
     assert SlimFlow.own_network  # so that nothing is done to the teacher's for it
     assert modules_of(method)["student"].first.out_features == 16
     assert method.flow.net.first.out_features == 16
@@ -359,7 +360,7 @@ def test_slimflow_swaps_in_the_familys_smaller_network():
 def test_in_every_stage_a_batch_is_its_two_halves(kind, options, steps):
     teacher = ToyTeacher(Perceptron(), STRAIGHT, "velocity")
     student = toy_student(Perceptron(seed=1), STRAIGHT, "velocity")
-    method = kind(teacher, student, (1.0, 0.5), kind.Options(**options))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(**options))
     for step in steps:
         whole = loss_of(method, "student", pair_batch(16, step))[0]
         halves = [loss_of(method, "student", part)[0] for part in pair_batch(16, step).split(2)]
@@ -415,7 +416,7 @@ def test_a_student_with_random_weights_learns_the_mixture(name):
     if "width" in options:
         student = toy_student(Perceptron(seed=1), table_path(), "eps")
         student.family = Slimmable()
-    method = kind(teacher, student, (1.0,), kind.Options(**options))
+    method = kind(Copies(teacher, student), (1.0,), kind.Options(**options))
     z, x = (part[2048:] for part in mixture_pairs())  # noises that training does not see
 
     def gaps():
@@ -424,7 +425,7 @@ def test_a_student_with_random_weights_learns_the_mixture(name):
         return energy_distance(drawn, x), float((drawn - x).square().mean().sqrt())
 
     before = gaps()
-    optimizer = torch.optim.Adam(method.student.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(method.student.net.parameters(), lr=5e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / steps)

@@ -26,6 +26,7 @@ from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.families.condition import Condition
 from stepdistill.losses.consistency import noised
 from stepdistill.methods.scm import SCM, Weight, trig_velocity
+from stepdistill.networks.roles import Copies
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), EDMPath(), table_path()]
@@ -35,7 +36,7 @@ NAMES = ["flow", "trig", "edm", "table"]
 def scm(path, student, unguided=None, deviation=S, mean=MU, output="x0", **options):
     teacher = ToyTeacher(Gaussian(path, mean, deviation), path, unguided=unguided)
     chosen = {"guidance": 1.0, "warmup": 0, "derivative": "exact", **options}
-    return SCM(teacher, toy_student(student, path, output), (1.0,), SCM.Options(**chosen))
+    return SCM(Copies(teacher, toy_student(student, path, output)), (1.0,), SCM.Options(**chosen))
 
 
 def data(count=64, step=0):
@@ -155,7 +156,9 @@ def test_differences_take_a_quarter_of_the_time_at_most_and_never_clean_data(pat
 def test_a_network_that_returns_x0_has_finite_losses_at_the_defaults(path):
     """Read at clean data its noise would be 0 / 0."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    method = SCM(teacher, toy_student(Perceptron(), path), (1.0,), SCM.Options(guidance=1.0, warmup=0))
+    method = SCM(
+        Copies(teacher, toy_student(Perceptron(), path)), (1.0,), SCM.Options(guidance=1.0, warmup=0)
+    )
     for step in range(20):
         loss = loss_of(method, "student", data(64, step))[0]
         loss.backward()
@@ -171,7 +174,7 @@ def test_the_tangent_of_the_exact_map_vanishes_at_the_clean_end_of_a_table_too(t
     for name, net in (("map", GaussianMap), ("teacher", Gaussian)):
         teacher = ToyTeacher(Gaussian(path, MU, 0.1), path)
         options = SCM.Options(guidance=1.0, warmup=0)
-        method = SCM(teacher, toy_student(net(path, MU, 0.1), path), (1.0,), options)
+        method = SCM(Copies(teacher, toy_student(net(path, MU, 0.1), path)), (1.0,), options)
         t = torch.full((256,), (timestep + 1) / 1000)
         batch = toy_batch(256, pairs=lambda z: MU + 0.1 * z)
         x_t = noised(path, batch.pairs.x0, batch.draws.normal("eps", SHAPE), t)
@@ -271,7 +274,7 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
 
     teacher = teacher_of("sd")
     student = Student.from_teacher(teacher)
-    method = SCM(teacher, student, (1.0, 0.5), SCM.Options(guidance=2.5, warmup=1, noise_share=0.5))
+    method = SCM(Copies(teacher, student), (1.0, 0.5), SCM.Options(guidance=2.5, warmup=1, noise_share=0.5))
     optimizer = torch.optim.Adam([p for net in modules_of(method).values() for p in net.parameters()], 1e-3)
     prompts = tiny_prompts("sd", 4)
     for step in (1, 2):
@@ -317,7 +320,7 @@ def test_one_step_moves_from_the_teachers_mean_towards_the_trajectorys_end():
     options = SCM.Options(
         guidance=1.0, log_mean=0.0, log_deviation=1.4, warmup=50, adaptive=False, derivative="difference"
     )
-    method = SCM(ToyTeacher(Velocity(), path, "v"), student, (1.0,), options)
+    method = SCM(Copies(ToyTeacher(Velocity(), path, "v"), student), (1.0,), options)
     z = torch.randn(500, *SHAPE, generator=torch.Generator().manual_seed(5))
 
     @torch.no_grad()

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
+from toy import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    clear,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.families.condition import Condition
@@ -13,6 +24,7 @@ from stepdistill.losses.fake_score import Views
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.sid import SiD, numerator
 from stepdistill.methods.sim import SIM
+from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8
@@ -22,7 +34,7 @@ PATHS = [FlowPath(), TrigPath()]
 def method_of(kind, path, shift, scale, **options):
     """A Gaussian teacher, an affine student and a fake network that is exact for it."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    method = kind(teacher, toy_student(Affine(shift, scale), path), (1.0,), kind.Options(**options))
+    method = kind(Copies(teacher, toy_student(Affine(shift, scale), path)), (1.0,), kind.Options(**options))
     method.fake.net = Gaussian(path, shift, scale).requires_grad_(False)
     return method
 
@@ -88,7 +100,7 @@ def test_value_and_gradient_are_zero_at_the_optimum(kind):
 def test_sid_is_finite_where_the_sample_is_what_the_teacher_sees_in_it():
     """The normaliser |x - x0_real| is 0 then, and so is what it divides: both are of one point."""
     teacher = ToyTeacher(Gaussian(FlowPath(), MU, 0.0), FlowPath())
-    method = SiD(teacher, toy_student(Affine(MU, 0.0), FlowPath()), (1.0,), SiD.Options())
+    method = SiD(Copies(teacher, toy_student(Affine(MU, 0.0), FlowPath())), (1.0,), SiD.Options())
     method.fake.net = Gaussian(FlowPath(), MU, 0.0).requires_grad_(False)
     views = many_views(method, 0.5, count=4)
     assert float(views.distance.detach().abs().max()) < 1e-12
@@ -202,7 +214,7 @@ def test_guidance_moves_the_fixed_point_as_it_moves_the_teacher(kind):
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, 0.2, S))
     goal = 0.2 + 2.5 * (MU - 0.2)
-    method = kind(teacher, toy_student(Affine(goal, S), path), (1.0,), kind.Options(guidance=2.5))
+    method = kind(Copies(teacher, toy_student(Affine(goal, S), path)), (1.0,), kind.Options(guidance=2.5))
     method.fake.net = Gaussian(path, goal, S).requires_grad_(False)
     views = views_of(method)
     assert views.real.x0.requires_grad
@@ -227,7 +239,7 @@ def test_a_pipelines_prediction_has_a_graph_to_its_input_alone(teacher_of, guida
     ends = [teacher.predict(x_t + h * direction, t, cond, guidance=guidance).x0 for h in (step, -step)]
     slope = ((ends[0] - ends[1]) * u).sum() / (2 * step)
     assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-2, abs=1e-2)
-    assert all(p.grad is None and not p.requires_grad for p in teacher.denoiser.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.denoiser.net.parameters())
 
 
 class Sealed(Batch):
@@ -246,16 +258,16 @@ def test_is_data_free_and_leaves_the_frozen_networks_alone(kind):
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity", unguided=Perceptron(seed=2))
     student = toy_student(Perceptron(seed=1), path, "velocity")
-    method = kind(teacher, student, (1.0, 0.5), kind.Options(guidance=2.0))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(guidance=2.0))
     trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     for turn, parameters in trained.items():
-        method.zero_grad(set_to_none=True)
+        clear(method)
         take_turn(trained, turn)
         plain = toy_batch(8)
         loss_of(method, turn, Sealed(plain.draws, plain.noise, plain.cond, plain.prompt))[0].backward()
         assert all(p.grad is not None for p in parameters)
         others = [p for name, group in trained.items() if name != turn for p in group]
-        assert all(p.grad is None for p in [*others, *teacher.denoiser.parameters()])
+        assert all(p.grad is None for p in [*others, *teacher.denoiser.net.parameters()])
 
 
 @pytest.mark.parametrize(

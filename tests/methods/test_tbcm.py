@@ -13,6 +13,7 @@ from toy import Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batc
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.losses.consistency import last_time
 from stepdistill.methods.tbcm import TBCM
+from stepdistill.networks.roles import Copies
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]
@@ -21,7 +22,9 @@ NAMES = ["flow", "trig", "table"]
 
 def tbcm(path, student, unguided=None, deviation=S, **options):
     teacher = ToyTeacher(Gaussian(path, MU, deviation), path, unguided=unguided)
-    return TBCM(teacher, toy_student(student, path), (1.0,), TBCM.Options(**{"guidance": 1.0, **options}))
+    return TBCM(
+        Copies(teacher, toy_student(student, path)), (1.0,), TBCM.Options(**{"guidance": 1.0, **options})
+    )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
@@ -112,8 +115,7 @@ def test_guidance_moves_the_trajectory():
     path = FlowPath()
     guided = tbcm(path, Perceptron(), unguided=Gaussian(path, 0.2, S), guidance=2.5)
     moved = TBCM(
-        ToyTeacher(Gaussian(path, 0.2 + 2.5 * (MU - 0.2), S), path),
-        toy_student(Perceptron(), path),
+        Copies(ToyTeacher(Gaussian(path, 0.2 + 2.5 * (MU - 0.2), S), path), toy_student(Perceptron(), path)),
         (1.0,),
         TBCM.Options(guidance=1.0),
     )

@@ -8,14 +8,16 @@ import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
 from torch import nn
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
+from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, clear, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
 from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
 from stepdistill.losses.consistency import noised
+from stepdistill.losses.fake_score import views_of
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
+from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.4
@@ -26,7 +28,9 @@ NAMES = ["flow", "trig", "table"]
 def tscd(path, student, unguided=None, deviation=S, output="x0", **options):
     teacher = ToyTeacher(Gaussian(path, MU, deviation), path, unguided=unguided)
     return TSCD(
-        teacher, toy_student(student, path, output), (1.0,), TSCD.Options(**{"guidance": 1.0, **options})
+        Copies(teacher, toy_student(student, path, output)),
+        (1.0,),
+        TSCD.Options(**{"guidance": 1.0, **options}),
     )
 
 
@@ -68,7 +72,7 @@ def test_one_segment_is_tcd(path):
     options = {"guidance": 2.5, "grid": 40, "skip": 3, "noise_share": 0.2, "huber": 0.001}
     ours = tscd(path, Perceptron(), Gaussian(path, 0.2, S), output="velocity", stage_updates=1, **options)
     teacher = ToyTeacher(Gaussian(path, MU, S), path, unguided=Gaussian(path, 0.2, S))
-    theirs = TCD(teacher, toy_student(Perceptron(), path, "velocity"), (1.0,), TCD.Options(**options))
+    theirs = TCD(Copies(teacher, toy_student(Perceptron(), path, "velocity")), (1.0,), TCD.Options(**options))
     batch = data(step=3)
     assert torch.equal(loss_of(ours, "student", batch)[0], loss_of(theirs, "student", batch)[0])
     assert not torch.equal(
@@ -128,7 +132,7 @@ def with_critics(path=None, **options):
     path = path or FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     chosen = {"guidance": 1.0, "gan_weight": 0.1, "score_weight": 1.0, "stage_updates": 10, **options}
-    return TSCD(teacher, toy_student(Perceptron(), path, "velocity"), (1.0,), TSCD.Options(**chosen))
+    return TSCD(Copies(teacher, toy_student(Perceptron(), path, "velocity")), (1.0,), TSCD.Options(**chosen))
 
 
 def test_the_optional_terms_begin_with_their_stage_and_reach_only_whose_turn_it_is():
@@ -142,14 +146,14 @@ def test_the_optional_terms_begin_with_their_stage_and_reach_only_whose_turn_it_
         ("fake", 20, {"discriminator", "denoising"}),
         ("student", 21, {"residual", "gan", "field"}),
     ):
-        method.zero_grad(set_to_none=True)
+        clear(method)
         take_turn(trained, turn)
         loss, said = loss_of(method, turn, data(step=step))
         loss.backward()
         assert set(said) == logs
         for name, parameters in trained.items():
             assert any(p.grad is not None and bool(p.grad.any()) for p in parameters) == (name == turn)
-    assert all(p.grad is None for p in method.teacher.denoiser.parameters())
+    assert all(p.grad is None for p in method.teacher.denoiser.net.parameters())
     assert set(modules_of(with_critics(gan_weight=0.0, score_weight=0.0))) == {"student"}
 
 
@@ -166,10 +170,10 @@ def test_each_term_is_added_at_its_weight():
     assert (loss - alone).item() == pytest.approx(0.3 * generator.item(), rel=1e-4)
 
     method = with_critics(gan_weight=0.0, score_weight=0.2, score_guidance=2.0)
-    method._teacher[0].unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
+    method.teacher.unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
     loss, logs = loss_of(method, "student", batch)
     x = method.student.predict(batch.noise, torch.ones(64), batch.cond).x0
-    views = method.fake.views(method.teacher, x.detach(), batch, method.options, 2.0)
+    views = views_of(method.fake, method.teacher, x.detach(), batch, method.options, 2.0)
     field = views.error / views.distance
     assert not logs["field"].requires_grad
     assert float(logs["field"]) == pytest.approx(float(field.abs().mean()), rel=1e-4)
@@ -187,7 +191,7 @@ def test_the_score_term_is_zero_where_the_fake_network_is_the_teacher():
     batch = data(step=40)
     assert float(loss_of(with_critics(), "student", batch)[1]["field"]) == 0
     method = with_critics(score_guidance=2.0)
-    method._teacher[0].unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
+    method.teacher.unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
     assert float(loss_of(method, "student", batch)[1]["field"]) > 0.01
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
+from stepdistill.methods import find_method, method_names
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import adapter_on, add_lora, lora_layers, merged_state
 from stepdistill.networks.roles import Adapters, Copies, Roles
@@ -25,7 +26,7 @@ SHARES: dict[str, Callable[[PipelineTeacher], Roles]] = {
 
 
 def teacher_named(name: str) -> PipelineTeacher:
-    """One of its own: adapters change whose network it calls."""
+    """One of its own, as its tensors are looked at."""
     return tiny_teacher(name)
 
 
@@ -136,7 +137,7 @@ def test_a_step_of_one_role_leaves_every_other_output_as_it_was(name: str, share
                 value.requires_grad_(each == learner)
         # All take part in the loss, as in a student's turn, the teacher's call in the middle.
         x = roles[learner].predict(*at).x0
-        pull = teacher.predict(x.detach(), *at[1:]).x0 - roles["target"].predict(x.detach(), *at[1:]).x0
+        pull = roles.teacher.predict(x.detach(), *at[1:]).x0 - roles["target"].predict(x.detach(), *at[1:]).x0
         (x - roles["fake"].predict(x, *at[1:]).x0 - pull).square().mean().backward()
         optimizer.step()
         after = said(roles, at)
@@ -156,7 +157,7 @@ def test_one_network_is_stored_and_the_pipeline_stays_as_it_was() -> None:
     (net,) = roles.stored().values()
     adapters = {id(value) for name in roles.names for value in roles.parameters(name)}
     assert {id(value) for value in net.parameters()} == own | adapters
-    assert roles.student.net is roles["fake"].net is teacher.denoiser.net is net
+    assert roles.student.net is roles["fake"].net is roles.teacher.denoiser.net is net
     stir(roles, *roles.names)
     assert not lora_layers(pipe.unet) and teacher.fingerprint() == fingerprint
     assert all(torch.equal(value, state[key]) for key, value in pipe.unet.state_dict().items())
@@ -204,7 +205,7 @@ def test_three_adapters_are_as_three_networks_with_the_same_adapters() -> None:
     teacher: Any = roles.teacher
     at = inputs(teacher, "sd")
     alone = separate(roles, teacher, {"student": 2, "fake": 4, "target": 2})
-    shared_losses = losses({name: roles[name] for name in roles.names}, teacher, at)
+    shared_losses = losses({name: roles[name] for name in roles.names}, roles.teacher, at)
     alone_losses = losses(alone, teacher, at)
     torch.testing.assert_close(torch.stack(shared_losses), torch.stack(alone_losses), atol=1e-5, rtol=1e-5)
     sum(shared_losses).backward()  # type: ignore[union-attr]
@@ -239,7 +240,7 @@ def test_a_recomputed_forward_runs_under_the_adapter_of_the_first(name: str) -> 
         layer.register_forward_pre_hook(
             lambda module, args, calls=calls: calls.append(module.disable_adapters)
         )
-        total = sum(losses({each: roles[each] for each in roles.names}, teacher, inputs(teacher, name)))
+        total = sum(losses({each: roles[each] for each in roles.names}, roles.teacher, inputs(teacher, name)))
         before = len(calls)
         total.backward(retain_graph=True)  # type: ignore[union-attr]
         assert (len(calls) > before) == enabled
@@ -310,6 +311,23 @@ def test_what_is_saved_restores_every_role_and_adapters_save_no_base(share: str)
     one, other = said(roles, at), said(again, at)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert len({float(value.sum()) for value in one.values()}) == 4
+
+
+# --- methods on adapters -----------------------------------------------------------------------------------------
+
+
+FOLLOWED = [name for name in method_names() if "fake_lora_rank" in find_method(name).Options.model_fields]
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_fake_network_is_an_adapter_of_the_students_rank_or_its_own(name: str) -> None:
+    kind = find_method(name)
+    more = {"tscd": {"score_weight": 1.0}}.get(name, {})
+    for given, rank in ((None, 2), (5, 5)):
+        roles = Adapters(teacher_named("sd"), 2)
+        kind(roles, (1.0, 0.5), kind.Options(guidance=2.0, fake_lora_rank=given, **more))
+        assert {value.shape[0] for key, value in roles.weights("fake").items() if ".lora_A." in key} == {rank}
+        assert len(roles.stored()) == 1
 
 
 # --- adapters: their start, their types, whole networks ----------------------------------------------------------

@@ -19,6 +19,7 @@ from stepdistill.export.schedulers import on_stock_grid, stock_scheduler, times_
 from stepdistill.families.condition import Condition
 from stepdistill.methods import find_method
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.system.travelling import travelling_module
 
@@ -272,7 +273,7 @@ def test_consistency_students_of_a_flow_teacher_draw_the_data_in_any_steps(name:
     path, kind = FlowPath(shift), find_method(name)
     exact = lambda: GaussianMap(path, MEAN, DEVIATION)  # noqa: E731
     student = toy_student(exact(), path)
-    method = kind(ToyTeacher(exact(), path), student, (1.0,), kind.Options())
+    method = kind(Copies(ToyTeacher(exact(), path), student), (1.0,), kind.Options())
     for steps in (1, 2, 4, 8):
         generator = torch.Generator().manual_seed(steps)
         noise = torch.randn(40_000, *SHAPE, generator=generator)
@@ -334,11 +335,11 @@ def test_a_grid_that_does_not_divide_the_table_is_refused(name: str, grid: int, 
     more = {"segments": (1,)} if name == "tscd" else {}
     teacher = ToyTeacher(Gaussian(TABLE, MEAN, DEVIATION), TABLE)
     student = toy_student(Gaussian(TABLE, MEAN, DEVIATION), TABLE)
-    method = kind(teacher, student, (1.0, 0.5), kind.Options(grid=grid, **more))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(grid=grid, **more))
     with pytest.raises(UserError, match=f"grid of {grid} .*divisor, {near}$") as caught:
         stock_scheduler(method.sampler(), TABLE, teacher_scheduler())
     assert "\n" not in str(caught.value)
-    allowed = kind(teacher, student, (1.0, 0.5), kind.Options(grid=40, **more))
+    allowed = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(grid=40, **more))
     for steps in (1, 2, 4, 8):
         assert on_stock_grid(allowed.sampler(), TABLE, teacher_scheduler(), steps).times[0] == 1
 

@@ -20,6 +20,7 @@ from stepdistill.export.student_folder import TOLERANCE, student_pipeline
 from stepdistill.families.condition import Condition
 from stepdistill.networks.derivative import directional_derivative
 from stepdistill.networks.pictures import draw_as_pipeline
+from stepdistill.networks.roles import Adapters
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -88,7 +89,7 @@ def test_families_without_a_slot_say_so(name: str, teacher_of: Teachers) -> None
 
 
 def test_a_lora_cannot_hold_it(teacher_of: Teachers) -> None:
-    student = Student.from_teacher(teacher_of("sd"), lora_rank=2)
+    student = Adapters(teacher_of("sd"), 2).student
     with pytest.raises(UserError, match=r"set student\.lora_rank=0"):
         student.add_second_time()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.loading import filters_of, load_pipeline, load_teacher, taken_as, without_filters
 from stepdistill.networks.lora import lora_layers
 from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
+from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.student import Student
@@ -258,8 +260,7 @@ def test_a_teachers_adapters_are_in_its_weights(adapt: Callable[[Any], None]) ->
         assert torch.allclose(teacher.codec.encode(prompts).tensors["encoder_hidden_states"],
                               cond.tensors["encoder_hidden_states"], atol=1e-5)  # fmt: skip
         torch.testing.assert_close(teacher.denoiser.raw(x, t, cond), wanted, rtol=0, atol=1e-5)
-        for rank in (0, 2):
-            student = Student.from_teacher(teacher, rank)
+        for student in (Student.from_teacher(teacher), Adapters(teacher, 2).student):
             torch.testing.assert_close(student.raw(x, t, cond), wanted, rtol=0, atol=1e-5)
         apart = float((bare.denoiser.raw(x, t, bare.codec.encode(prompts)) - wanted).abs().max())
     assert apart == 0 if adapt is disabled else apart > 0.05
@@ -329,13 +330,14 @@ def test_a_watermarker_is_off_and_the_object_keeps_it() -> None:
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_learned_variance_is_cut_off_exactly(lora_rank: int, tmp_path: Path) -> None:
     teacher = PipelineTeacher(learned_variance())
-    student = Student.from_teacher(teacher, lora_rank)
-    shaken(torch.nn.ParameterList([p for p in student.net.parameters() if p.requires_grad]))
+    roles = Adapters(teacher, lora_rank) if lora_rank else Copies(teacher)
+    student = roles.student
+    shaken(torch.nn.ParameterList(roles.parameters("student")))
     sampler = on_stock_grid(Sampler(uniform_times(2), True), student.path, teacher.pipe.scheduler)
     net = student_pipeline(student, sampler, teacher).unet
     assert (net.config.in_channels, net.config.out_channels) == (3, 3) and not lora_layers(net)
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 3])
-    with torch.no_grad():
+    with torch.no_grad(), student.adapter.on() if student.adapter else nullcontext():
         wanted = student.net(x, t).sample[:, :3]
         torch.testing.assert_close(net(x, t).sample, wanted, rtol=0, atol=0 if lora_rank == 0 else 1e-5)
     assert wanted.std() > 0.1 and teacher.denoiser.net.config.out_channels == 6

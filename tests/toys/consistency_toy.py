@@ -10,6 +10,7 @@ from toy import SHAPE, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy
 from stepdistill.diffusion.path import FlowPath, TablePath, per_sample
 from stepdistill.diffusion.solvers import solve, uniform_times
 from stepdistill.families.condition import Condition
+from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
 
 PATH = FlowPath()
@@ -41,7 +42,7 @@ def table_path():
 def mixture_method(kind, times=(1.0,), **options):
     """The method between the exact mixture and a student that starts as it."""
     teacher = ToyTeacher(Corrected(), PATH, "velocity")
-    return kind(teacher, toy_student(Corrected(), PATH, "velocity"), times, kind.Options(**options))
+    return kind(Copies(teacher, toy_student(Corrected(), PATH, "velocity")), times, kind.Options(**options))
 
 
 def endpoint(z):

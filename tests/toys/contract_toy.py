@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from toy import Mixture, Perceptron, ToyTeacher, toy_batch, toy_student
+from toy import Mixture, Perceptron, ToyTeacher, toy_batch, toy_student, weights_of
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.batch import Examples
 from stepdistill.methods import find_method
+from stepdistill.networks.roles import Copies
 
 PATH = FlowPath()
 
@@ -19,10 +20,10 @@ def build(name, times=None):
     kind = find_method(name)
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    method = kind(teacher, student, times or kind.default_times, kind.Options())
+    method = kind(Copies(teacher, student), times or kind.default_times, kind.Options())
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # off the start, where a copy of the teacher may make a loss exactly zero
-        for parameter in method.parameters():
+        for parameter in weights_of(method):
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return method
 

@@ -12,6 +12,7 @@ from stepdistill.diffusion.path import FlowPath, Path, per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.flow_maps import FlowMapMethod, MapOptions
+from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
 
 MU, C = 0.7, 0.4
@@ -61,7 +62,7 @@ def from_the_teacher(kind: type[FlowMapMethod], options: MapOptions) -> FlowMapM
     path = FlowPath()
     teacher = ToyTeacher(Velocity(Gaussian(path, MU, C)), path, "velocity")
     student = toy_student(Velocity(Gaussian(path, MU, C)), path, "velocity")
-    return kind(teacher, student, (1.0,), options)
+    return kind(Copies(teacher, student), (1.0,), options)
 
 
 def errors(method: FlowMapMethod, steps: int, count: int = 64, lr: float = 5e-3) -> tuple[float, float]:

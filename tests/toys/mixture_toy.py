@@ -29,6 +29,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Method, Turn
 from stepdistill.methods import find_method
+from stepdistill.networks.roles import Copies
 from stepdistill.recipes.sections import TrainOptions
 from stepdistill.training.parallel import take_turn
 from stepdistill.training.schedule import learning_rate
@@ -91,7 +92,7 @@ def build(name: str, setting: Setting, teacher: ToyTeacher | None = None) -> Met
     student = toy_student(copy.deepcopy(own.net), own.path, own.output)
     student.family = CorrectedFamily()
     options = kind.Options.model_validate({"guidance": 1.0, **setting.options})
-    return kind(teacher, student, setting.times, options)
+    return kind(Copies(teacher, student), setting.times, options)
 
 
 @cache

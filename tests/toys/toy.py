@@ -221,7 +221,26 @@ def loss_of(method: Method, network: str | Turn, batch: Batch) -> tuple[Tensor, 
 
 def modules_of(method: Method) -> dict[str, nn.Module]:
     """What each optimiser of a method updates."""
-    return {name: one.module for name, one in method.trained().items()}
+    found: dict[str, nn.Module] = {}
+    for name, one in method.trained().items():
+        net = method.roles[one.role].net if one.role else None
+        parts = [part for part in (net, one.extra) if part is not None]
+        found[name] = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
+    return found
+
+
+def weights_of(method: Method) -> list[nn.Parameter]:
+    """All that a method has: its student's, its other roles', its own."""
+    roles = method.roles
+    student = [p for each in method.student.experts or (method.student,) for p in each.net.parameters()]
+    others = [p for name in roles.names for p in roles.parameters(name)]
+    return list({id(p): p for p in (*student, *others, *method.parameters())}.values())
+
+
+def clear(method: Method) -> None:
+    """Takes all gradients away."""
+    for value in weights_of(method):
+        value.grad = None
 
 
 def toy_batch(

@@ -121,7 +121,7 @@ def assert_same_run(one, two):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2), a["step"]
     first, second = final_tensors(one), final_tensors(two)
     assert first.keys() == second.keys()
-    weights = [name for name in first if name.startswith("method.student")]
+    weights = [name for name in first if name.startswith("roles.student.")]
     apart = math.sqrt(sum(float((first[n] - second[n]).square().sum()) for n in weights))
     size = math.sqrt(sum(float(first[n].square().sum()) for n in weights))
     assert apart < 1e-4 * size
@@ -187,7 +187,7 @@ def test_the_teacher_is_untouched_and_the_same_seed_gives_the_same_loss(method, 
     second, _ = start(recipe_of(method, 4), tmp_path / "b")
     assert second.teacher.fingerprint() == before
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
-    assert all(p.grad is None for p in first.teacher.denoiser.parameters())
+    assert all(p.grad is None for p in first.teacher.denoiser.net.parameters())
 
 
 def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
@@ -314,15 +314,15 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
     """The frozen base is the teacher's, in the target network too; what is kept restores every tensor."""
     recipe = recipe_of("lcm", 5, "student.lora_rank=4")
     job, _ = start(recipe, tmp_path)
-    kept = load_file(checkpoints_in(tmp_path / "checkpoints")[-1] / "method.safetensors")
+    kept = load_file(checkpoints_in(tmp_path / "checkpoints")[-1] / "roles.safetensors")
     assert {name.split(".")[0] for name in kept} == {"student", "target"}
     assert all(".lora_" in name for name in kept)
-    moved = [p for n, p in job.student.net.named_parameters() if "lora_B" in n and bool(p.any())]
-    assert moved
+    roles = job.method.roles
+    assert any(bool(p.any()) for name, p in roles.weights("student").items() if ".lora_B." in name)
     again = assemble(resolve(recipe), Accelerator(cpu=True), None)
     Run(again.objective, recipe, tmp_path).restore()
-    wanted = job.method.state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in again.method.state_dict().items())
+    wanted, found = roles.state(), again.method.roles.state()
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
@@ -408,7 +408,7 @@ def test_resume_takes_what_cannot_move_a_weight(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_resume_refuses_a_damaged_checkpoint(damage, tmp_path):
     start(recipe_of("lcm", 5), tmp_path)
-    file = checkpoints_in(tmp_path / "checkpoints")[-1] / "method.safetensors"
+    file = checkpoints_in(tmp_path / "checkpoints")[-1] / "roles.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[-1] ^= 1
@@ -417,7 +417,7 @@ def test_resume_refuses_a_damaged_checkpoint(damage, tmp_path):
         file.write_bytes(content[:-100])
     else:
         file.unlink()
-    with pytest.raises(UserError, match=r"step-00000005.*method.safetensors"):
+    with pytest.raises(UserError, match=r"step-00000005.*roles.safetensors"):
         start(recipe_of("lcm", 5), tmp_path, resume=True)
 
 
@@ -482,8 +482,8 @@ def test_two_updates_are_adams_with_the_options_of_train(more, rates, tmp_path):
     (b1, b2), clip = options.betas, options.clip or math.inf
     first, second = checkpoints_in(tmp_path / "checkpoints")
     for folder in (first, second):
-        state = load_file(folder / "method.safetensors")
-        weights.append({name: state[f"student.net.{name}"] for name in names})
+        state = load_file(folder / "roles.safetensors")
+        weights.append({name: state[f"student.{name}"] for name in names})
     moments = load_file(first / "optimizer-student.safetensors")
     norm = min(rows[0]["grad_norm"], clip)
     m, v = (torch.cat([moments[f"{i}.{key}"].flatten() for i in range(len(names))]).double()

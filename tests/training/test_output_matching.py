@@ -19,6 +19,8 @@ from stepdistill.errors import UserError
 from stepdistill.export.student_folder import export
 from stepdistill.export.verify import verify
 from stepdistill.families.condition import Condition
+from stepdistill.networks.lora import lora_layers
+from stepdistill.networks.roles import Adapters
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import StudentOptions
@@ -148,8 +150,18 @@ def test_an_adapter_alone_turns_the_network(tmp_path: Path, monkeypatch: pytest.
     found = run(matching(teacher, steps=30, output_lr=1e-2, lora_rank=4), tmp_path)
     assert found.adapter and all(".lora_" in name for name in found.adapter)
     assert sum(found.after) < sum(found.before)
-    own, turned = teacher.denoiser.net.state_dict(), found.denoiser.net.state_dict()
-    assert own.keys() == turned.keys() and any(not torch.equal(own[name], turned[name]) for name in own)
+    # What roles start from is that adapter on the teacher's own network.
+    roles = Adapters(teacher, 4, output="v", start=found.adapter)
+    x, t, cond = (
+        torch.randn(2, *teacher.codec.shape),
+        torch.tensor([0.9, 0.3]),
+        teacher.codec.encode(["a", "b"]),
+    )
+    with torch.no_grad():
+        turned = found.denoiser.raw(x, t, cond)
+        assert torch.equal(roles.student.raw(x, t, cond), turned)
+        assert (teacher.denoiser.raw(x, t, cond) - turned).abs().max() > 1e-3
+    assert teacher.denoiser.adapter is None and not lora_layers(teacher.denoiser.net)
 
 
 def job_of(teacher: Any, *sets: str) -> Assembled:
@@ -176,7 +188,7 @@ def test_student_and_follower_start_as_the_turned_network_and_the_folder_says_it
     x, t = torch.randn(4, *job.teacher.codec.shape), torch.full((4,), 0.7)
     cond = job.teacher.codec.encode(job.prompts[:4])
     with torch.no_grad():
-        start = job.teacher.start.raw(x, t, cond)
+        start = (job.student if rank else job.teacher.start).raw(x, t, cond)
         assert (start - job.teacher.denoiser.raw(x, t, cond)).abs().max() > 1e-3
         torch.testing.assert_close(job.student.raw(x, t, cond), start, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(method.fake.raw(x, t, cond), start, atol=1e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ from toy import Gaussian, ToyTeacher, loss_of, toy_batch, toy_student
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.methods import find_method, needs
+from stepdistill.networks.roles import Copies
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import content_folder
 from stepdistill.training.distil import run_recipe
@@ -25,7 +26,9 @@ def halving(mean: float, deviation: float, student_mean: float):
     kind, path = find_method(str(EXAMPLE)), FlowPath()
     teacher = ToyTeacher(Gaussian(path, mean, deviation), path)
     return kind(
-        teacher, toy_student(Gaussian(path, student_mean, deviation), path), (1.0, 0.5), kind.Options()
+        Copies(teacher, toy_student(Gaussian(path, student_mean, deviation), path)),
+        (1.0, 0.5),
+        kind.Options(),
     )
 
 

@@ -1,0 +1,112 @@
+"""Who starts as what: the networks that a recipe's method is given, in the output kind that they start with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from stepdistill.diffusion.path import Output, TablePath
+from stepdistill.errors import UserError
+from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.networks.roles import Adapters, Copies, Roles
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import Recipe
+from stepdistill.recipes.sections import TrainOptions
+from stepdistill.system.log import bar, say
+from stepdistill.system.shipped import cache_folder
+from stepdistill.training.output_matching import Matched, Matching, match_output, output_of
+
+
+def roles_for(
+    recipe: Recipe,
+    kind: type[Method],
+    options: MethodOptions,
+    teacher: PipelineTeacher,
+    prompts: Sequence[str],
+    times: tuple[float, ...],
+    accelerator: Accelerator,
+) -> Roles:
+    """Teacher and student: copies, or with ``student.lora_rank`` adapters on the teacher's network.
+
+    Args:
+        recipe: its student, and the precision of its run.
+        kind, options: of the method.
+        teacher: as it was loaded. That of the roles is another one where they are adapters.
+        prompts: of the samples on which the network is turned into ``student.output``, where it is.
+        times: where the student is called.
+        accelerator: where it runs.
+
+    Raises:
+        UserError: an output that a student of this teacher cannot have.
+    """
+    own, student = teacher.denoiser.output, recipe.student
+    output = output_of(student, own, times)
+    if kind.own_network and student.output == "auto":
+        output = own
+    exact = held_for_adapters(teacher, recipe.train) if student.lora_rank else None
+    found: Matched | None = None
+    if output != own:
+        found = _matched(recipe, options, teacher, prompts, output, accelerator)
+    if student.lora_rank:
+        start = found.adapter if found else None
+        return Adapters(
+            teacher, student.lora_rank, student.lora_alpha, output=output, start=start, exact=exact
+        )
+    if found:
+        teacher.start = found.denoiser
+    return Copies(teacher)
+
+
+def teacher_type(train: TrainOptions) -> torch.dtype:
+    """What the teacher computes in."""
+    return torch.bfloat16 if (train.teacher_precision or train.precision) == "bf16" else torch.float32
+
+
+def held_for_adapters(teacher: PipelineTeacher, train: TrainOptions) -> dict[str, Tensor] | None:
+    """Readies the teacher's network for those who share it: in bfloat16 where all compute in it, in float32 elsewhere.
+    What is exported was never rounded: where it is, the state before that, in float32 on the CPU."""
+    own, exact = teacher_type(train), None
+    low = own == torch.bfloat16 and train.precision == "bf16"
+    if low:
+        state = teacher.denoiser.net.state_dict().items()
+        exact = {name: (v.float() if v.is_floating_point() else v).cpu() for name, v in state}
+    teacher.compute_in(torch.bfloat16 if low else torch.float32)
+    teacher.denoiser.compute = own
+    return exact
+
+
+def _matched(
+    recipe: Recipe,
+    options: MethodOptions,
+    teacher: PipelineTeacher,
+    prompts: Sequence[str],
+    output: Output,
+    accelerator: Accelerator,
+) -> Matched:
+    """The teacher's network turned into ``output``."""
+    if not isinstance(teacher.path, TablePath):
+        raise UserError(
+            f"student.output is {output}, but a flow teacher's student says its velocity, which has no trouble at "
+            "pure noise: set student.output=teacher"
+        )
+    train, own = recipe.train, teacher.denoiser.output
+    matching = Matching(teacher, output, prompts, options.guidance, recipe.student, train.batch, train.seed)
+    steps, main = recipe.student.output_steps, accelerator.is_main_process
+    with accelerator.main_process_first():  # the others find it in the cache
+        drawn = bar(recipe.student.output_samples, "samples", unit="sample", shown=main, lazy=True)
+        shown = bar(steps, f"{own} to {output}", unit="update", shown=main, lazy=True)
+        found = match_output(
+            matching,
+            cache_folder() / "outputs",
+            autocast=accelerator.autocast,
+            drawn=drawn.update,
+            progress=shown.update,
+        )
+        drawn.close()
+        shown.close()
+    if main:
+        say(f"{own} to {output}, error of v at t up to " + found.summary)
+    return found
