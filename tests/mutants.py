@@ -78,6 +78,8 @@ GUARDS: dict[str, list[str]] = {
         "tests/diffusion/test_shift.py",
     ],
     "stepdistill/networks/derivative.py": ["tests/networks/test_derivative.py"],
+    "stepdistill/networks/lora.py": ["tests/networks/test_roles.py", "tests/training/test_adapters.py"],
+    "stepdistill/networks/roles.py": ["tests/networks/test_roles.py", "tests/training/test_adapters.py"],
     "stepdistill/methods/dmd.py": ["tests/methods/test_dmd.py", *SHARED],
     "stepdistill/methods/phased_dmd.py": ["tests/methods/test_phased_dmd.py", *SHARED],
     "stepdistill/methods/diff_instruct.py": ["tests/methods/test_diff_instruct.py", *SHARED],

@@ -48,6 +48,11 @@ class Roles(ABC):
         """The roles, the student first, then in the order in which they were added."""
         return tuple(self._denoisers)
 
+    def _take(self, name: str, denoiser: Denoiser) -> None:
+        if name in (*self._denoisers, TEACHER):
+            raise ValueError(f"there is a role {name!r} already")
+        self._denoisers[name] = denoiser
+
     @abstractmethod
     def add(
         self,
@@ -130,7 +135,7 @@ class Copies(Roles):
         if restarts:  # the teacher itself may be rounded to the run's precision later
             kept = made.net.state_dict().items()
             self._fresh[name] = {key: value.to("cpu", copy=True) for key, value in kept}
-        self._denoisers[name] = made
+        self._take(name, made)
         return made
 
     def become(self, name: str, source: str) -> None:
@@ -202,7 +207,6 @@ class Adapters(Roles):
         self._ranks[name] = rank
         denoiser.adapter, denoiser.guidance = Adapter(self._shared, name), own.guidance
         denoiser.compute = self._shared.compute
-        self._denoisers[name] = denoiser
 
     def _reset(self, name: str) -> None:
         self._shared.reset(name)
@@ -230,6 +234,7 @@ class Adapters(Roles):
     ) -> Denoiser:
         like = self.student if source == TEACHER else self[source]
         made = Denoiser(like.net, like.path, like.output, like.family, like.shape)
+        self._take(name, made)
         self._put(name, made, rank or self._ranks[STUDENT if source == TEACHER else source], trained)
         self.become(name, source)
         return made

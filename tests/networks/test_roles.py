@@ -362,6 +362,15 @@ def test_all_roles_start_under_an_adapter_that_turned_the_output() -> None:
         roles.add("other", rank=4)
 
 
+@pytest.mark.parametrize("share", SHARES)
+def test_a_name_is_one_roles(share: str) -> None:
+    roles = SHARES[share](teacher_named("unet-ddpm"))
+    roles.add("fake")
+    for name in ("fake", "student", "teacher"):
+        with pytest.raises(ValueError, match=f"there is a role '{name}' already"):
+            roles.add(name)
+
+
 def test_a_rank_without_adapters_is_refused() -> None:
     with pytest.raises(UserError, match=r"set student\.lora_rank"):
         Copies(teacher_named("unet-ddpm")).add("fake", rank=4)
