@@ -40,6 +40,7 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 OF_CONSISTENCY, OF_FLOWS = "tests/methods/test_options_consistency.py", "tests/methods/test_options_flow.py"
 SHARED = ["tests/losses/test_fake_score.py", "tests/methods/test_options_matching.py"]
+OF_FAMILIES = ["tests/networks/test_codec.py", "tests/families/test_families.py"]
 GUARDS: dict[str, list[str]] = {
     "stepdistill/losses/fake_score.py": [
         *SHARED,
@@ -80,6 +81,9 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/networks/derivative.py": ["tests/networks/test_derivative.py"],
     "stepdistill/networks/lora.py": ["tests/networks/test_roles.py", "tests/training/test_adapters.py"],
     "stepdistill/networks/roles.py": ["tests/networks/test_roles.py", "tests/training/test_adapters.py"],
+    "stepdistill/families/_packing.py": OF_FAMILIES,
+    "stepdistill/families/flux.py": OF_FAMILIES,
+    "stepdistill/families/wan.py": OF_FAMILIES,
     "stepdistill/methods/dmd.py": ["tests/methods/test_dmd.py", *SHARED],
     "stepdistill/methods/phased_dmd.py": ["tests/methods/test_phased_dmd.py", *SHARED],
     "stepdistill/methods/diff_instruct.py": ["tests/methods/test_diff_instruct.py", *SHARED],

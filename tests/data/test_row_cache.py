@@ -31,7 +31,8 @@ class Encoder:
         own = torch.tensor(lengths(rows))
         mask = torch.arange(int(own.max())) < own[:, None]
         number = torch.tensor(rows, dtype=torch.float32)
-        return {"pooled": number[:, None], "embeds": (mask * number[:, None])[..., None], "text_mask": mask}
+        embeds = (mask * number[:, None])[..., None]
+        return {"number": number, "pooled": number[:, None], "embeds": embeds, "text_mask": mask}
 
 
 @pytest.fixture
@@ -44,16 +45,25 @@ def test_on_the_disk_rows_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
     kept = RowCache(COUNT, Encoder(), lambda: tmp_path / "unused")
     monkeypatch.setattr(row_cache, "CACHE_BYTES", 0)
     encoder = Encoder()
-    cached = RowCache(COUNT, encoder, lambda: tmp_path / "rows")
+    cached = RowCache(COUNT, encoder, lambda: tmp_path / "new" / "rows")
     assert not (tmp_path / "unused").exists()
     assert len(encoder.asked) == COUNT + 1  # the first tells how large they are
-    for index in (torch.tensor([3]), torch.tensor([COUNT - 1, 0, SHARD, SHARD - 1, 2])):
+    # Of a shard whose rows are short, of one whose rows are long, of both.
+    for index in (torch.tensor([SHARD + 5]), torch.tensor([3]), torch.tensor([COUNT - 1, 0, SHARD, 2])):
         ours, wanted = cached.take(index), kept.take(index)
         assert ours.keys() == wanted.keys()
         assert all(torch.equal(ours[name], wanted[name]) for name in ours)
         assert ours["embeds"].shape[1] == 7  # the longest of all, whatever the batch
         assert ours["text_mask"].sum(1).tolist() == lengths(index.tolist())
     assert len(encoder.asked) == COUNT + 1
+
+
+def test_rows_stay_in_memory_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 4 + 4 + 4 * 1 + 1  # bytes of the first, of which all are counted as large
+    for limit, on_disk in ((10 * row, False), (10 * row - 1, True)):
+        monkeypatch.setattr(row_cache, "CACHE_BYTES", limit)
+        RowCache(10, Encoder(), lambda limit=limit: tmp_path / str(limit))  # type: ignore[misc]
+        assert (tmp_path / str(limit)).exists() == on_disk
 
 
 def test_what_is_on_the_disk_is_not_made_again(small: None, tmp_path: Path) -> None:

@@ -83,14 +83,15 @@ def test_released_parts_come_back_for_as_long_as_they_are_needed() -> None:
     wanted = codec.encode(["a red heart"])["encoder_hidden_states"]
     states = torch.randn(1, *codec.shape, generator=torch.Generator().manual_seed(0))
     frames = codec.to_frames(states)
+    assert not codec.encode(["a red heart"])["encoder_hidden_states"].requires_grad
     places: list[str] = []
-    codec.pipe.text_encoder.to = lambda device: places.append(str(device))
+    for name in ("text_encoder", "vae", "unet"):
+        getattr(codec.pipe, name).to = lambda device, name=name: places.append(f"{name} {device}")
     codec.release("vae")
-    assert places == []
+    assert places == ["vae cpu"]
     codec.release("text")
-    assert places == ["cpu"]
+    assert places == ["vae cpu", "text_encoder cpu"]
     away = replace(codec, device=torch.device("meta"))  # everything counts as moved away from there
-    del codec.pipe.text_encoder.to
     moved: list[tuple[str, str]] = []
     for name in ("text_encoder", "vae", "unet"):
         getattr(codec.pipe, name).to = lambda device, name=name: moved.append((name, str(device)))
