@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from stepdistill.cli.options import command_line
 from stepdistill.errors import UserError
+from stepdistill.system.processes import told
 
 
 def train(
@@ -71,7 +71,7 @@ def verify(student: Annotated[Path, typer.Argument(help="Student folder.")]) -> 
 def _default_run_folder(method: str, teacher: str, resume: bool) -> Path:
     from stepdistill.training import preflight
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if told().count > 1:
         # Each process would number the folder by what it finds, and the first one has made its own by then.
         raise UserError("give --output DIR when several processes train together")
     name = f"{Path(method).stem}_{Path(teacher).name}"

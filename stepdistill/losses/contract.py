@@ -127,6 +127,7 @@ class Method(nn.Module, ABC):
             applied to them where ``shifted_times``.
         starts_below: whether the student may be called first at a time below 1, there too with standard normal noise:
             its samples are matched as a distribution, and nothing ties its noise to a trajectory. See ``Sampler``.
+        same_calls: whether all parts of a batch make the same calls of the networks, as sharded ones need.
         own_network: whether it gives the student a network of its own: turning the teacher's would be in vain.
     """
 
@@ -134,6 +135,7 @@ class Method(nn.Module, ABC):
     default_times: ClassVar[tuple[float, ...]] = (1.0,)
     shifted_times: ClassVar[bool] = True
     starts_below: ClassVar[bool] = False
+    same_calls: ClassVar[bool] = True
     own_network: ClassVar[bool] = False
     options: MethodOptions
 

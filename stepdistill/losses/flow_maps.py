@@ -124,6 +124,7 @@ class FlowMapMethod(Method):
         least: the least straight time at which the teacher is read.
     """
 
+    same_calls = False  # the teacher sees only the samples whose jumps ask for it
     shifted_times = False  # exported as steps of equal length, of which one constant tells
 
     options: MapOptions

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from stepdistill.networks.sharding import held_like
+
 
 @torch.no_grad()
 def follow(target: Sequence[Tensor], source: Sequence[Tensor], decay: float) -> None:
@@ -64,7 +66,7 @@ class Ema:
         """Restores :meth:`state`."""
         self.updates = int(state["updates"])
         for name, value in self.shadow.items():
-            value.copy_(state[name])
+            value.copy_(held_like(state[name], value))
 
 
 def averaged(ema: Ema | None) -> AbstractContextManager[None]:

@@ -16,14 +16,11 @@ from stepdistill.families.base import Family
 from stepdistill.families.condition import GAP, GUIDANCE, Condition
 from stepdistill.networks.experts import by_time
 from stepdistill.networks.lora import Adapter
+from stepdistill.networks.sharding import is_sharded
 
 
 class _Reached(Exception):
     """Ends a network's forward where its features are."""
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.features = features
 
 
 class Denoiser:
@@ -123,17 +120,24 @@ class Denoiser:
         """The network's inner picture of x_t, [B, D, h, w], or [B, N, D] for a transformer; what comes after it in the
         network does not run."""
 
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            raise _Reached(output[self.family.picture_tokens] if isinstance(output, tuple) else output)
+        # A sharded network runs to its end: there its weights are let go, and gathered for the backward pass.
+        whole, seen = is_sharded(self.net), list[Tensor]()
 
-        handle = self.family.features_of(self.net).register_forward_hook(stop)
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(output[self.family.picture_tokens] if isinstance(output, tuple) else output)
+            if not whole:
+                raise _Reached
+
+        handle = self.family.features_of(self.net).register_forward_hook(look)
         try:
-            self.raw(x_t, t, cond)
-        except _Reached as reached:
-            return reached.features.float()
+            said = self.raw(x_t, t, cond)
+        except _Reached:
+            return seen[-1].float()
         finally:
             handle.remove()
-        raise RuntimeError(f"a {type(self.net).__name__} did not call the module its features come from")
+        if not seen:
+            raise RuntimeError(f"a {type(self.net).__name__} did not call the module its features come from")
+        return seen[-1].float() + 0 * said.mean()
 
     def copy(self) -> Denoiser:
         """An independent trainable copy in float32."""

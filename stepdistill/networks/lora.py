@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.diffusion.draws import generator_for
+from stepdistill.networks.sharding import held_like
 
 
 def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float, name: str) -> None:
@@ -152,7 +153,7 @@ class SharedNetwork:
                 continue
             first = torch.empty(value.shape)
             nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator_for("adapter", name, key))
-            value.copy_(first)
+            value.copy_(held_like(first, value))
 
     @property
     def compute(self) -> torch.dtype | None:

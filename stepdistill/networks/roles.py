@@ -21,6 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.networks.averages import follow
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import Adapter, SharedNetwork
+from stepdistill.networks.sharding import held_like, load_whole
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher, Teacher
 
@@ -140,7 +141,7 @@ class Copies(Roles):
 
     def become(self, name: str, source: str) -> None:
         state = self._fresh[name] if source == TEACHER else self[source].net.state_dict()
-        self[name].net.load_state_dict(state)
+        load_whole(self[name].net, state)
 
     def average(self, name: str, of: str, decay: float) -> None:
         follow(self.parameters(name), self.parameters(of), decay)
@@ -162,7 +163,7 @@ class Copies(Roles):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         for name, each in self._denoisers.items():
-            each.net.load_state_dict(_of(name, state))
+            load_whole(each.net, _of(name, state))
 
 
 class Adapters(Roles):
@@ -221,7 +222,7 @@ class Adapters(Roles):
                     f"the {name} network's adapter has rank {self._ranks[name]}, but what it starts as has another: "
                     "give it the student's rank"
                 )
-            value.copy_(weights[key])
+            value.copy_(held_like(weights[key], value))
 
     def add(
         self,

@@ -108,6 +108,8 @@ class TrainOptions(Section):
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that stay on the disk.
         sheet_every: steps between contact sheets; 0 draws none.
+        parallel: how several processes hold the networks: ``replicated``, each all of them; ``sharded``, each a part of
+            every one, the frozen teacher too, which is gathered at each call; ``auto`` is replicated.
         tracker: an experiment tracker that accelerate knows, such as tensorboard or wandb.
     """
 
@@ -131,6 +133,7 @@ class TrainOptions(Section):
     checkpoint_every: _Positive = 200
     keep: _Positive = 2
     sheet_every: _NotNegative = 100
+    parallel: Literal["auto", "replicated", "sharded"] = "auto"
     tracker: str | None = None
 
     @model_validator(mode="after")

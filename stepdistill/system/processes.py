@@ -125,13 +125,18 @@ class Processes:
 ALONE = Processes()
 
 
+def told() -> Processes:
+    """The processes as the launcher says them: nothing is started and no device chosen, and torch is not imported."""
+    return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def launched() -> Processes:
     """The processes of ``accelerate launch`` or torchrun; ALONE where there are none.
 
     Raises:
         UserError: they cannot talk to each other.
     """
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = told().count
     if wanted == 1:
         return ALONE
     import torch

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.networks.sharding import held_like
 from stepdistill.system.files import folder_written_whole, sha256_of
 
 STATE = "state.json"
@@ -28,6 +29,11 @@ STATE = "state.json"
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run's ``checkpoints`` folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def folder_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -45,7 +51,7 @@ def save_checkpoint(
     Raises:
         UserError: when it cannot be written (a full disk, say); earlier checkpoints are untouched.
     """
-    final = folder / f"step-{step:08d}"
+    final = folder / folder_of(step)
     try:
         with folder_written_whole(final) as partial:
             files = {}
@@ -113,9 +119,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts such tensors back into an optimiser over the same parameters."""
+    """Puts such tensors, in full, back into an optimiser over the same parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
-        states.setdefault(int(index), {})[key] = value
+        like = parameters[int(index)]
+        of_weights = value.shape == like.shape and key != "step"
+        states.setdefault(int(index), {})[key] = held_like(value, like) if of_weights else value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

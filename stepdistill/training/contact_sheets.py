@@ -18,7 +18,7 @@ class ContactSheets:
     """Draws the same prompts with the student every so often, writes them down and looks whether they are healthy.
 
     Args:
-        folder: where ``step-00000100.png`` go.
+        folder: where ``step-00000100.png`` go; None keeps nothing.
         student, sampler, teacher: who draws, how, and who decodes.
         prompts: at least 2.
         guidance: of the teacher's pictures they are compared with.
@@ -27,7 +27,7 @@ class ContactSheets:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         student: Student,
         sampler: Sampler,
         teacher: PipelineTeacher,
@@ -45,10 +45,11 @@ class ContactSheets:
         """Draws the sheet of one step; its numbers go to the log, its worries above the progress bar."""
         with averaged(ema):
             drawn = draw_as_pipeline(self.student, self.sampler, self.teacher.codec, self.prompts, self.seeds)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        label = f"student, {self.sampler.steps} step(s), after {step} updates"
-        sheet = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])
-        sheet.save(self.folder / f"step-{step:08d}.png")
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            label = f"student, {self.sampler.steps} step(s), after {step} updates"
+            sheet = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])
+            sheet.save(self.folder / f"step-{step:08d}.png")
         vitals = Vitals.of(drawn)
         return Seen(
             {"diversity": vitals.diversity, "saturation": vitals.saturation}, vitals.worries(self.reference)

@@ -5,14 +5,14 @@ Nothing here imports torch before the cheap checks are made: what is wrong with 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
+from stepdistill.system.processes import launched, told
 from stepdistill.training.identity import resolve, resolved_yaml
 from stepdistill.training.preflight import check_output, check_recipe
 from stepdistill.training.run_report import RunReport
@@ -89,45 +89,51 @@ def run_recipe(
     Raises:
         UserError: for anything the caller can mend.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if told().main:
         check_output(output, resume=resume)
     if pipeline is None:
         check_recipe(recipe, output if resume else None)
     resolved = resolve(recipe)
 
+    if recipe.train.parallel == "sharded" and not resolved.kind.same_calls:
+        raise UserError(
+            f"train.parallel is sharded, but {recipe.method} calls its networks for some samples alone, and "
+            "sharded ones are called by all processes together: set train.parallel=replicated"
+        )
+
     import torch
     from accelerate import Accelerator
 
+    from stepdistill.networks.averages import averaged
     from stepdistill.training.assemble import TEACHER_STEPS, assemble, training_data
     from stepdistill.training.contact_sheets import ContactSheets
     from stepdistill.training.finish import finish
     from stepdistill.training.loop import train
+    from stepdistill.training.parallel import parallel_of
     from stepdistill.training.run import check_resume
 
     if resume:
         check_resume(output / "checkpoints", resolved.recipe)
     _check_tracker(recipe.train.tracker)
+    processes = launched()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
         log_with=recipe.train.tracker,
         project_dir=str(output),
     )
-    if (wanted := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
-        raise UserError(
-            f"{wanted} processes were launched, but accelerate runs {accelerator.num_processes}: without a GPU, launch "
-            "with ACCELERATE_USE_CPU=true"
-        )
+    parallel = parallel_of(recipe.train.parallel, processes, accelerator.device)
     run = assemble(resolved, accelerator, pipeline)
-    if accelerator.is_main_process:
+    if parallel.main:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(resolved_yaml(resolved), encoding="utf-8")
     data = training_data(run, output)
     preview = None
-    if accelerator.is_main_process and recipe.train.sheet_every:
+    if recipe.train.sheet_every and (parallel.main or parallel.calls_together):
         sheets = output / "sheets"
         guidance, shown = run.options.guidance, run.shown(16)
-        preview = ContactSheets(sheets, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
+        kept = sheets if parallel.main else None
+        preview = ContactSheets(kept, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
     if recipe.train.tracker:
         accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
     trained = train(
@@ -136,13 +142,19 @@ def run_recipe(
         run.recipe,
         output,
         accelerator,
+        parallel=parallel,
         resume=resume,
         preview=preview.look if preview else None,
     )
+    if parallel.calls_together:
+        # Every process: what is exported is then whole, and in the main one alone.
+        with averaged(trained.ema):
+            parallel.gather()
+        trained = replace(trained, ema=None)
     accelerator.wait_for_everyone()
     if recipe.train.tracker:
         accelerator.end_training()
-    report = finish(run, output, trained, command) if accelerator.is_main_process else None
+    report = finish(run, output, trained, command) if parallel.main else None
     accelerator.wait_for_everyone()
     return Distilled(output, output / "student", report)
 

@@ -19,7 +19,7 @@ def identity(recipe: Recipe) -> Recipe:
     """The recipe without what cannot move a weight, and so may change between two parts of one run: where its folder
     lies, what is evaluated, how long it may take, what is kept, drawn and tracked."""
     plain = TrainOptions()
-    names = ("budget_seconds", "keep", "sheet_every", "tracker")
+    names = ("budget_seconds", "keep", "parallel", "sheet_every", "tracker")
     train_options = recipe.train.model_copy(update={name: getattr(plain, name) for name in names})
     return recipe.model_copy(update={"output": None, "evaluate": True, "train": train_options})
 

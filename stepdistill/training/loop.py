@@ -2,19 +2,16 @@
 
 A step is one optimiser update of one network. Weights, optimisers, averages and the method's own state are in the
 checkpoint; the batch and every random number follow from (seed, step, sample), so a resumed run continues bit for bit.
-Gradients are averaged over processes by one all-reduce after the backward passes of a step: networks that take turns,
-adapters and stopped gradients need no wrapper, and every process holds the same weights.
+Each paragraph says which processes take part: what is done by all of them is done in the same order, as some of it
+waits for the others (see ``Parallel``).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -26,9 +23,10 @@ from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import RunLog
 from stepdistill.system.memory import keep_freed_memory
+from stepdistill.system.processes import ALONE
 from stepdistill.training.health import Seen, require_finite
 from stepdistill.training.interruption import Interruption
-from stepdistill.training.parallel import average_gradients, average_numbers, take_turn
+from stepdistill.training.parallel import OneProcess, Parallel, take_turn
 from stepdistill.training.run import Finished, Run
 from stepdistill.training.schedule import learning_rate
 
@@ -40,6 +38,7 @@ def train(
     folder: Path,
     accelerator: Accelerator,
     *,
+    parallel: Parallel | None = None,
     resume: bool = False,
     preview: Callable[[int, Ema | None], Seen] | None = None,
 ) -> Finished:
@@ -50,7 +49,8 @@ def train(
         data: where batches come from.
         recipe: its ``train`` says how; kept in every checkpoint.
         folder: the run folder; gets ``stats.jsonl`` and ``checkpoints/``.
-        accelerator: processes, device, precision and trackers.
+        accelerator: device, precision and trackers.
+        parallel: how several processes share it; None is one alone.
         resume: go on from the last checkpoint.
         preview: called every ``sheet_every`` steps with the step and the averaged weights; its numbers are logged, its
             worries said above the progress bar.
@@ -60,49 +60,51 @@ def train(
         UserError: when the run cannot be resumed or a checkpoint cannot be written.
     """
     options = recipe.train
+    parallel = parallel or OneProcess(ALONE, accelerator.device)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    run = Run(objective, recipe, folder, data.identity())
+    inputs = data.identity()  # of the teacher as it is before it is shared out
+    parallel.spread(objective.method.roles.stored().values())
+    run = Run(objective, recipe, folder, inputs, parallel)
     if resume:
         run.restore()
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    share, left = divmod(options.batch, processes * options.accumulate)
+    share, left = divmod(options.batch, parallel.count * options.accumulate)
     if left or not share:
         raise UserError(
-            f"train.batch is {options.batch}, which does not split over {processes} processes times "
-            f"train.accumulate={options.accumulate}: make it a multiple of {processes * options.accumulate}"
+            f"train.batch is {options.batch}, which does not split over {parallel.count} processes times "
+            f"train.accumulate={options.accumulate}: make it a multiple of {parallel.count * options.accumulate}"
         )
     own = share * options.accumulate
-    main = accelerator.is_main_process
     started = time.perf_counter() - run.seconds
     with (
         attention(options.attention, accelerator.device),
-        RunLog(folder, options.steps, first=run.step, main=main) as log,
+        RunLog(folder, options.steps, first=run.step, main=parallel.main) as log,
         Interruption() as interruption,
     ):
         while not run.done:
+            # Whose turn (every process).
             step, turn = run.step, objective.turn(run.step)
             name = turn.network
             parameters, optimizer = run.trained[name], run.optimizers[name]
             take_turn(run.trained, name)
 
-            # Backward, in equal parts whose mean is the batch's loss.
+            # Backward, in equal parts whose mean is the batch's loss (every process, its own samples).
             told: list[dict[str, Tensor]] = []
-            for part in data.batch(step, rank * own, own, options.batch).split(options.accumulate):
+            for part in data.batch(step, parallel.rank * own, own, options.batch).split(options.accumulate):
                 with accelerator.autocast():
                     loss, logs = objective.loss(turn, part)
                 (loss / options.accumulate).backward()
                 told.append({key: value.detach() for key, value in {"loss": loss, **logs}.items()})
             numbers = {key: float(sum(logs[key] for logs in told)) / len(told) for key in told[0]}
-            elapsed = time.perf_counter() - started
-            if processes > 1:
-                average_gradients(parameters)
-                numbers = average_numbers({**numbers, "seconds": elapsed}, accelerator.device)
-                elapsed = numbers.pop("seconds")  # one time for all, so that a budget stops all at one step
+            numbers = parallel.numbers({**numbers, "seconds": time.perf_counter() - started})
+            elapsed = numbers.pop("seconds")  # one time for all, so that a budget stops all at one step
+            parallel.average(parameters)
+            norm = parallel.norm(parameters, options.clip)
 
-            # Update.
-            norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
-            require_finite({"loss": numbers["loss"], "gradient": float(norm)}, name, step, run.last_good)
+            # Is it healthy? (every process, from the same numbers, so that all stop at one step)
+            require_finite({"loss": numbers["loss"], "gradient": norm}, name, step, run.last_good)
+
+            # Update (every process).
             rate = learning_rate(options, step) * objective.lr_ratio(turn)
             if options.lr_of == "x0" and not objective.trained[name].follows:
                 rate /= objective.method.student.x0_gain(objective.method.times)
@@ -117,27 +119,33 @@ def train(
                 run.ema.update()
             run.step, run.seconds = step + 1, elapsed
 
-            # Say how it goes.
+            # Once in a while: pictures (drawn by every process that was given a preview, kept by the main one).
             values: dict[str, float | str] = {
                 "turn": name,
                 **numbers,
-                "grad_norm": float(norm),
+                "grad_norm": norm,
                 "lr": rate,
             }
-            if main and preview and options.sheet_every and run.step % options.sheet_every == 0:
+            if preview and options.sheet_every and run.step % options.sheet_every == 0:
                 seen = preview(run.step, run.ema)
                 values.update(seen.numbers)
                 for worry in seen.worries:
                     log.note(f"step {run.step}: {worry}")
+
+            # How it goes (the main process).
             values["seconds"] = run.seconds
             log.step(step, values, shown=("turn", "loss"))
             if options.tracker:
                 plotted = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, float)}
                 accelerator.log(plotted, step=step)
+
+            # Once in a while, and where one was asked to stop: a checkpoint (gathered by every process, written by the
+            # main one).
             due = run.step % options.checkpoint_every == 0 or run.done
-            if main and (due or interruption.asked):
+            asked = parallel.agree(interruption.asked)
+            if due or asked:
                 run.save()
-            if interruption.asked:
+            if asked:
                 log.note(f"stopped after step {step}; --resume goes on from there")
                 raise KeyboardInterrupt
     return Finished(run.seconds, run.step, run.ema)

@@ -1,10 +1,20 @@
-"""What the processes of a run do together: gradients and numbers averaged, turns taken."""
+"""What the processes of a run do together: who holds what of its networks, how gradients and numbers are averaged."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from stepdistill.networks.sharding import ShardedNetwork, in_full
+from stepdistill.system.processes import Processes
 
 
 def take_turn(trained: dict[str, list[nn.Parameter]], turn: str) -> None:
@@ -14,18 +24,154 @@ def take_turn(trained: dict[str, list[nn.Parameter]], turn: str) -> None:
             parameter.requires_grad_(name == turn)
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replaces the gradients by their mean over processes, in one all-reduce."""
+class Parallel(ABC):
+    """How the processes of a run share it. Every process calls every function, in the same order.
+
+    Args:
+        processes: which one this is, and of how many.
+        device: where it computes.
+
+    Class attributes:
+        calls_together: whether a network can be called by all processes alone, as each holds a part of it.
+    """
+
+    calls_together = False
+
+    def __init__(self, processes: Processes, device: torch.device) -> None:
+        self.processes, self.device = processes, device
+
+    @property
+    def rank(self) -> int:
+        return self.processes.rank
+
+    @property
+    def count(self) -> int:
+        return self.processes.count
+
+    @property
+    def main(self) -> bool:
+        """Whether it is the process that writes and shows."""
+        return self.processes.main
+
+    def spread(self, networks: Iterable[nn.Module]) -> None:
+        """Shares networks out, where they are: once, before optimisers and averages are made of their parameters."""
+        return None
+
+    def gather(self) -> None:
+        """Takes :meth:`spread` back: the main process has whole networks again, at the end of a run."""
+        return None
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in full, for the main process, which gets them; the others get nothing."""
+        return dict(tensors) if self.main else {}
+
+    @abstractmethod
+    def average(self, parameters: list[nn.Parameter]) -> None:
+        """Replaces gradients by their mean over processes, after the backward passes of a step."""
+
+    def norm(self, parameters: list[nn.Parameter], clip: float) -> float:
+        """The norm of all their gradients, which it scales down to ``clip`` where that is less; 0 leaves them."""
+        return float(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+
+    def numbers(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over processes; a NaN of any is a NaN of all, so that all stop together."""
+        if self.count == 1:
+            return values
+        flat = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(flat)
+        return dict(zip(values, (flat / self.count).tolist(), strict=True))
+
+    def agree(self, asked: bool) -> bool:
+        """Whether any process asks, in all of them."""
+        return self.numbers({"asked": float(asked)})["asked"] > 0
+
+
+class OneProcess(Parallel):
+    """There is no other."""
+
+    def average(self, parameters: list[nn.Parameter]) -> None:
+        return None
+
+
+class Replicated(Parallel):
+    """Every process holds the whole run. Gradients are averaged by one all-reduce after the backward passes of a step:
+    networks that take turns, adapters and stopped gradients need no wrapper."""
+
+    def average(self, parameters: list[nn.Parameter]) -> None:
+        _average(parameters, self.count)
+
+
+class Sharded(Parallel):
+    """Every process holds a part of every network that was spread, of its gradients, moments and average, and each call
+    gathers the weights (FSDP2, see stepdistill/networks/sharding.py). Small modules beside them, such as the head of a
+    discriminator, are replicated."""
+
+    calls_together = True
+
+    def __init__(self, processes: Processes, device: torch.device) -> None:
+        super().__init__(processes, device)
+        self._mesh = init_device_mesh(device.type, (processes.count,))
+        self._spread: list[ShardedNetwork] = []
+
+    def spread(self, networks: Iterable[nn.Module]) -> None:
+        self._spread += [ShardedNetwork(net, self._mesh) for net in networks]
+
+    def gather(self) -> None:
+        for network in self._spread:
+            network.undo(keep=self.main)
+        self._spread.clear()
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            whole = in_full(value)  # every process, one tensor after the other
+            if self.main:
+                found[name] = whole.cpu()
+        return found
+
+    def average(self, parameters: list[nn.Parameter]) -> None:
+        # The gradients of what was spread are averaged as they are shared out, in the backward pass.
+        if replicated := [p for p in parameters if not isinstance(p, DTensor)]:
+            _average(replicated, self.count)
+
+    @torch.no_grad()
+    def norm(self, parameters: list[nn.Parameter], clip: float) -> float:
+        found = [p.grad for p in parameters if p.grad is not None]
+        parts = [grad.to_local() for grad in found if isinstance(grad, DTensor)]
+        own = [grad for grad in found if not isinstance(grad, DTensor)]
+        square = torch.zeros((), device=self.device)
+        for part in parts:
+            square += part.square().sum()
+        torch.distributed.all_reduce(square)
+        for grad in own:
+            square += grad.square().sum()
+        norm = square.sqrt()
+        if clip:
+            for grad in (*parts, *own):
+                grad *= (clip / (norm + 1e-6)).clamp_max(1.0)
+        return float(norm)
+
+
+def by_kind(parameters: list[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """Groups of an optimiser, in the order of the parameters: none has both sharded and replicated ones, which no fused
+    update takes together."""
+    return [{"params": list(group)} for _, group in groupby(parameters, lambda p: isinstance(p, DTensor))]
+
+
+def _average(parameters: list[nn.Parameter], count: int) -> None:
+    """Gradients to their means over all processes, in one all-reduce."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
+    flat /= count
     for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
         parameter.grad = part.view_as(parameter)
 
 
-def average_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Means over processes; a NaN of any process is a NaN of all, so that all stop together."""
-    flat = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(flat)
-    return dict(zip(numbers, (flat / torch.distributed.get_world_size()).tolist(), strict=True))
+KINDS: dict[str, type[Parallel]] = {"auto": Replicated, "replicated": Replicated, "sharded": Sharded}
+"""By ``train.parallel``."""
+
+
+def parallel_of(name: str, processes: Processes, device: torch.device) -> Parallel:
+    """What ``train.parallel`` names, for the processes there are."""
+    return OneProcess(processes, device) if processes.count == 1 else KINDS[name](processes, device)

@@ -7,22 +7,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import say
+from stepdistill.system.processes import ALONE
 from stepdistill.training.checkpoint import (
     checkpoints_in,
+    folder_of,
     load_checkpoint,
-    load_optimizer_state,
-    optimizer_state,
     read_state,
     save_checkpoint,
 )
 from stepdistill.training.identity import differences, identity
+from stepdistill.training.parallel import OneProcess, Parallel, by_kind
+from stepdistill.training.parts import ModulePart, OptimizerPart, Part
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,32 @@ class Run:
         folder: the run folder.
         inputs: ``Data.identity``, kept in every checkpoint and compared on resume; None, where nothing is trained,
             compares nothing.
+        parallel: who shares the run; None is nobody.
+
+    Attributes:
+        parts: all that is saved, by name.
     """
 
     def __init__(
-        self, objective: Objective, recipe: Recipe, folder: Path, inputs: dict[str, str] | None = None
+        self,
+        objective: Objective,
+        recipe: Recipe,
+        folder: Path,
+        inputs: dict[str, str] | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
+        self.parallel = parallel or OneProcess(ALONE, torch.device("cpu"))
         self.objective, self.recipe, self.options, self.inputs = objective, recipe, recipe.train, inputs
         self.checkpoints = folder / "checkpoints"
         options = recipe.train
         self.trained = {name: objective.weights(name) for name in objective.trained}
         self.optimizers = {
             name: torch.optim.AdamW(
-                parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+                by_kind(parameters),
+                lr=options.lr,
+                betas=options.betas,
+                weight_decay=options.weight_decay,
+                fused=True,
             )
             for name, parameters in self.trained.items()
         }
@@ -68,7 +83,14 @@ class Run:
         averaged = options.ema or options.ema_power
         weights = self.roles.weights(objective.trained[objective.averaged].role or "")
         self.ema = Ema(weights, options.ema, options.ema_power) if averaged else None
-        self.modules = {"method": objective.method, "terms": objective.terms}
+        # The teacher's own weights are no part of it.
+        self.parts: dict[str, Part] = {"roles": self.roles}
+        for part, module in (("method", objective.method), ("terms", objective.terms)):
+            if module.state_dict():
+                self.parts[part] = ModulePart(module)
+        self.parts |= {f"optimizer-{name}": OptimizerPart(each) for name, each in self.optimizers.items()}
+        if self.ema:
+            self.parts["ema"] = self.ema
         self.step, self.seconds = 0, 0.0
         self.last_good: Path | None = None
 
@@ -78,44 +100,37 @@ class Run:
         budget = self.options.budget_seconds
         return self.step >= self.options.steps or 0 < budget <= self.seconds
 
-    def _states(self) -> dict[str, dict[str, Tensor]]:
-        """What is kept of the run beside optimisers and averages; the teacher's own weights are no part of it."""
-        return {"roles": self.roles.state()} | {part: net.state_dict() for part, net in self.modules.items()}
-
     def save(self) -> None:
-        """Writes a checkpoint."""
-        tensors = {part: own for part, own in self._states().items() if own}
-        for name, optimizer in self.optimizers.items():
-            tensors[f"optimizer-{name}"] = optimizer_state(optimizer)
-        if self.ema:
-            tensors["ema"] = self.ema.state()
-        state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
-        state |= {"inputs": self.inputs, "folder": str(Path.cwd())}
-        self.last_good = save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
+        """Writes a checkpoint: gathered by every process, written by the main one."""
+        tensors = {name: self.parallel.whole(part.state()) for name, part in self.parts.items()}
+        self.last_good = self.checkpoints / folder_of(self.step)
+        if self.parallel.main:
+            state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
+            state |= {"inputs": self.inputs, "folder": str(Path.cwd())}
+            save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
 
-    def restore(self) -> None:
-        """Goes back to the last checkpoint.
+    def restore(self, at: Path | None = None) -> None:
+        """Goes back to a checkpoint, in every process; time that was spent stays spent.
+
+        Args:
+            at: which; None is the last.
 
         Raises:
             UserError: when there is none, it is damaged, or it is of another recipe or of other inputs.
         """
-        last = check_resume(self.checkpoints, self.recipe)
+        at = check_resume(self.checkpoints, self.recipe, at)
         if self.inputs is not None:
-            self._check_inputs(last)
-        tensors, state = load_checkpoint(last)
-        for part, own in self._states().items():
-            if odd := sorted(tensors.get(part, {}).keys() ^ own.keys()):
+            self._check_inputs(at)
+        tensors, state = load_checkpoint(at)
+        for name in self.parts.keys() & {"roles", "method", "terms"}:
+            if odd := sorted(tensors.get(name, {}).keys() ^ self.parts[name].state().keys()):
                 raise UserError(
-                    f"--resume: {last} was made by another version of the {part} ({odd[0]} differs)"
+                    f"--resume: {at} was made by another version of the {name} ({odd[0]} differs)"
                 )
-        self.roles.load(tensors["roles"])
-        for part, module in self.modules.items():
-            module.load_state_dict(tensors.get(part, {}))
-        for name, optimizer in self.optimizers.items():
-            load_optimizer_state(optimizer, tensors[f"optimizer-{name}"])
-        if self.ema:
-            self.ema.load(tensors["ema"])
-        self.step, self.seconds, self.last_good = state["step"], state["seconds"], last
+        for name, part in self.parts.items():
+            part.load(tensors.get(name, {}))
+        self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
+        self.last_good = at
 
     def _check_inputs(self, last: Path) -> None:
         state, inputs = read_state(last), self.inputs or {}
@@ -135,13 +150,13 @@ class Run:
             )
 
 
-def check_resume(checkpoints: Path, recipe: Recipe) -> Path:
-    """The last checkpoint, when it was made with this recipe; reads no weights.
+def check_resume(checkpoints: Path, recipe: Recipe, at: Path | None = None) -> Path:
+    """The checkpoint ``at``, by default the last one, when it was made with this recipe; reads no weights.
 
     Raises:
         UserError: when there is none, or its recipe differs, naming the keys.
     """
-    found = checkpoints_in(checkpoints)
+    found = [at] if at else checkpoints_in(checkpoints)
     if not found:
         raise UserError(
             f"--resume: there is no checkpoint in {checkpoints}; leave --resume out to start anew"

@@ -143,7 +143,10 @@ from accelerate import Accelerator
 from stepdistill.training.identity import resolve
 from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.loop import train
+from stepdistill.training.parallel import parallel_of
+from stepdistill.system.processes import launched
 accelerator = Accelerator(cpu=True)
+parallel = parallel_of("auto", launched(), accelerator.device)
 assert accelerator.num_processes == 2
 for method in METHODS:
     folder = Path(sys.argv[2]) / method
@@ -152,29 +155,27 @@ for method in METHODS:
     accelerator.wait_for_everyone()
     recipe = recipe_of(method, 4)
     job = assemble(resolve(recipe), accelerator, None)
-    train(job.objective, training_data(job, folder), recipe, folder, accelerator)
+    train(job.objective, training_data(job, folder), recipe, folder, accelerator, parallel=parallel)
 accelerator.end_training()
 """
 
 
-def test_two_gloo_processes_equal_one(tmp_path):
-    """The same curve and weights, for every method."""
-    script = tmp_path / "two.py"
-    script.write_text(PROGRAM)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29517",
-        str(script),
-    ]
+def in_two_processes(program, port, folder):
+    """Runs it with the toys' folder and ``folder`` as arguments."""
+    script = folder / "two.py"
+    script.write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(HERE), str(tmp_path / "two")],
+        [*command, str(script), str(HERE), str(folder / "two")],
         capture_output=True, text=True, timeout=300, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_gloo_processes_equal_one(tmp_path):
+    """The same curve and weights, for every method."""
+    in_two_processes(PROGRAM, 29517, tmp_path)
     for method in METHODS:
         start(recipe_of(method, 4), tmp_path / "one" / method)
         assert_same_run(tmp_path / "one" / method, tmp_path / "two" / method)
@@ -456,6 +457,29 @@ def test_a_run_restores_where_it_was(tmp_path):
     state.restore()
     assert state.step == 10
     assert state.seconds == pytest.approx(trained.seconds, abs=5)
+
+
+def test_a_run_goes_back_to_the_checkpoint_that_is_asked_for(tmp_path):
+    """Every part of it, though a later one was loaded before; the time that was spent stays spent."""
+    recipe = recipe_of("dmd", 10)
+    start(recipe, tmp_path)
+    job = assemble(resolve(recipe), Accelerator(cpu=True), None)
+    run = Run(job.objective, recipe, tmp_path)
+    run.restore()
+    spent, (first, last) = run.seconds, checkpoints_in(tmp_path / "checkpoints")
+    assert run.last_good == last and set(run.parts) == {
+        "method",
+        "optimizer-student",
+        "optimizer-fake",
+        "ema",
+    }
+    run.restore(first)
+    assert (run.step, run.seconds, run.last_good) == (5, spent, first)
+    kept, _ = load_checkpoint(first)
+    for name, part in run.parts.items():
+        now = part.state()
+        assert now.keys() == kept[name].keys()
+        assert all(torch.equal(value, kept[name][key]) for key, value in now.items())
 
 
 @pytest.mark.parametrize(
