@@ -1,9 +1,9 @@
 """Fused attention in Triton: the algorithm of ``tiled``, one program for each tile of rows or of columns.
 
 Heads are padded to a power of two, tokens to whole tiles; strides are free but for the last, so that heads cut out of
-[B, N, heads D] are read where they lie. Logits and sums are float32. Products of float32 are taken in full precision;
-probabilities are rounded to the inputs' type before their products. Nothing is added atomically: every run gives the
-same bits. Keys serve their whole group of heads in one program.
+[B, N, heads D] are read where they lie. Logits and sums are float32. Products of float32 are as exact as float32's, on
+tensor cores or off them (``triton_launch.Shape``); probabilities are rounded to the inputs' type before their products.
+Nothing is added atomically: every run gives the same bits. Keys serve their whole group of heads in one program.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,11 @@ from stepdistill.attention import triton_kernels
 
 @dataclass(frozen=True)
 class Shape:
-    """How a kernel is cut: queries and keys of a tile, warps, stages of its pipeline, and how float32 is multiplied."""
+    """How a kernel is cut: queries and keys of a tile, warps, stages of its pipeline, and how float32 is multiplied.
+
+    ``ieee`` takes products of float32 in full, off the tensor cores; ``tf32x3`` adds three products of TF32 on them,
+    with errors as small. Products of half precision are the same in both.
+    """
 
     rows: int
     columns: int
@@ -26,42 +31,50 @@ class Shape:
     precision: str = "ieee"
 
     def smaller(self) -> Shape | None:
-        """One that takes less shared memory."""
+        """One that takes less shared memory. A smaller tile has fewer warps; one of tf32x3 has none smaller: with 64
+        rows for 8 warps, or with 16 columns, Triton's layouts for it reach over the tile."""
         if self.stages > 1:
             return replace(self, stages=1)
+        if self.precision == "tf32x3":
+            return FULL
         if self.rows > 16 or self.columns > 16:
-            return replace(self, rows=max(16, self.rows // 2), columns=max(16, self.columns // 2))
+            rows, columns = max(16, self.rows // 2), max(16, self.columns // 2)
+            return replace(self, rows=rows, columns=columns, warps=max(4, self.warps // 2))
         return None
 
 
+FULL = Shape(32, 32, 8, 1)
+"""For products of float32 in full, where tf32x3 does not run."""
+
 SHAPES: dict[tuple[str, int, int], Shape] = {
-    ("forward", 16, 64): Shape(128, 128, 8, 3),
-    ("forward", 16, 128): Shape(128, 128, 8, 2),
+    ("forward", 16, 64): Shape(64, 64, 4, 3),
+    ("forward", 16, 128): Shape(64, 64, 4, 3),
     ("forward", 16, 256): Shape(64, 64, 4, 2),
-    ("tangent", 16, 64): Shape(128, 64, 8, 2),
+    ("tangent", 16, 64): Shape(64, 64, 4, 3),
     ("tangent", 16, 128): Shape(128, 64, 8, 2),
     ("tangent", 16, 256): Shape(64, 32, 4, 1),
-    ("of_queries", 16, 64): Shape(128, 64, 8, 2),
-    ("of_queries", 16, 128): Shape(128, 64, 8, 2),
+    ("of_queries", 16, 64): Shape(64, 64, 4, 3),
+    ("of_queries", 16, 128): Shape(128, 64, 8, 3),
     ("of_queries", 16, 256): Shape(64, 32, 8, 1),
-    ("of_keys", 16, 64): Shape(64, 128, 8, 2),
-    ("of_keys", 16, 128): Shape(64, 128, 8, 2),
+    ("of_keys", 16, 64): Shape(128, 64, 4, 2),
+    ("of_keys", 16, 128): Shape(64, 64, 4, 2),
     ("of_keys", 16, 256): Shape(32, 64, 8, 1),
-    ("forward", 32, 64): Shape(32, 32, 4, 1),
-    ("forward", 32, 128): Shape(32, 32, 8, 1),
+    ("forward", 32, 64): Shape(128, 64, 8, 2, "tf32x3"),
+    ("forward", 32, 128): Shape(64, 32, 4, 1, "tf32x3"),
     ("forward", 32, 256): Shape(32, 32, 8, 1),
-    ("tangent", 32, 64): Shape(32, 32, 8, 1),
-    ("tangent", 32, 128): Shape(16, 16, 8, 1),
+    ("tangent", 32, 64): Shape(64, 32, 4, 1, "tf32x3"),
+    ("tangent", 32, 128): Shape(64, 32, 4, 1, "tf32x3"),
     ("tangent", 32, 256): Shape(16, 16, 16, 1),
-    ("of_queries", 32, 64): Shape(32, 32, 8, 1),
-    ("of_queries", 32, 128): Shape(32, 32, 8, 1),
+    ("of_queries", 32, 64): Shape(64, 32, 4, 1, "tf32x3"),
+    ("of_queries", 32, 128): Shape(64, 32, 4, 1, "tf32x3"),
     ("of_queries", 32, 256): Shape(16, 16, 8, 1),
-    ("of_keys", 32, 64): Shape(32, 32, 8, 1),
-    ("of_keys", 32, 128): Shape(32, 32, 8, 1),
+    ("of_keys", 32, 64): Shape(32, 64, 4, 1, "tf32x3"),
+    ("of_keys", 32, 128): Shape(32, 64, 4, 1, "tf32x3"),
     ("of_keys", 32, 256): Shape(16, 16, 8, 1),
 }
-"""By kernel, bits of a number and padded head: what holds its sums in registers on compute capability 9.0. A card with
-less shared memory takes a smaller one at its first call."""
+"""By kernel, bits of a number and padded head: those that took least time on an H200 (eval/bench/README.md), but for
+heads of 256 dimensions, where it is what holds its sums in registers. A card with less shared memory takes a smaller
+one at its first call."""
 
 
 def _padded(count: int) -> int:
@@ -84,14 +97,22 @@ class _Launch:
         if self.masked and not self.added:
             self.mask = self.mask.view(torch.uint8)
         self.mask_strides = (0,) * 4 if mask is None else self.mask.stride()
+        self.splits = self.width >= 32 and _has_tf32(query.device)
+
+    def shape(self, name: str) -> Shape:
+        """A kernel's shape. It is not cut to few tokens: nothing runs but SHAPES and what they shrink to."""
+        shape = SHAPES[self._key(name)]
+        return shape if self.splits or shape.precision == "ieee" else FULL
+
+    def _key(self, name: str) -> tuple[str, int, int]:
+        return name, self.query.element_size() * 8, max(64, self.width)
 
     def run(self, name: str, pointers: tuple[Tensor, ...], strides: tuple[int, ...], **flags: bool) -> None:
-        key = (name, self.query.element_size() * 8, max(64, self.width))
         over_keys = name == "of_keys"
         heads, length = (self.kv_heads, self.m) if over_keys else (self.heads, self.n)
         while True:
-            shape = SHAPES[key]
-            rows, columns = min(shape.rows, _padded(self.n)), min(shape.columns, _padded(self.m))
+            shape = self.shape(name)
+            rows, columns = shape.rows, shape.columns
             grid = (triton.cdiv(length, columns if over_keys else rows), self.batch * heads)
             whole = self.n % rows == 0 if over_keys else self.m % columns == 0
             try:
@@ -108,7 +129,7 @@ class _Launch:
                 smaller = shape.smaller()
                 if smaller is None:
                     raise
-                SHAPES[key] = smaller
+                SHAPES[self._key(name)] = smaller
 
 
 _KERNELS: dict[str, Any] = {
@@ -123,6 +144,14 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def _type(dtype: torch.dtype) -> tl.dtype:
     """The type of products: the interpreter has none of bfloat16."""
     return tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else _TYPES[dtype]
+
+
+@functools.cache
+def _has_tf32(device: torch.device) -> bool:
+    """Whether a device has tensor cores for TF32: Nvidia's of compute capability 8.0 on. The interpreter needs none."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _like(x: Tensor) -> Tensor:

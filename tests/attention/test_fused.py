@@ -90,8 +90,11 @@ def test_triton_in_its_interpreter(dtype: torch.dtype, cases: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("name", ["forward", "tangent", "of_queries", "of_keys"])
-def test_triton_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_kernels_compile_for_a_gpu(
+    name: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The interpreter takes what the compiler refuses: every kernel makes machine code for compute capability 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -101,7 +104,8 @@ def test_triton_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch
     from stepdistill.attention.triton_launch import SHAPES
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, shape = getattr(triton_kernels, name), SHAPES[name, 16, 64]
+    kernel, shape = getattr(triton_kernels, name), SHAPES[name, bits, 64]
+    kind, pointer = ("bfloat16", "*bf16") if bits == 16 else ("float32", "*fp32")
     fixed: dict[str, Any] = {
         "D": 40,
         "WIDTH": 64,
@@ -109,12 +113,12 @@ def test_triton_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch
         "COLUMNS": shape.columns,
         "MASKED": True,
     }
-    fixed |= {"ADDED": False, "WHOLE": False, "TYPE": triton.language.bfloat16, "PRECISION": shape.precision}
+    fixed |= {"ADDED": False, "WHOLE": False, "TYPE": getattr(triton.language, kind), "PRECISION": shape.precision}
     fixed |= {f"ALONG_{x}": True for x in "QKV"}
     kinds = {"LOGSUM": "*fp32", "MEAN": "*fp32", "MASK": "*u8", "scale": "fp32", "N": "i32", "M": "i32"}
     names = [parameter.name for parameter in kernel.params]
     signature = {
-        x: "constexpr" if x in fixed else kinds.get(x, "*bf16" if x.isupper() else "i32") for x in names
+        x: "constexpr" if x in fixed else kinds.get(x, pointer if x.isupper() else "i32") for x in names
     }
     constants = {(i,): fixed[x] for i, x in enumerate(names) if x in fixed}
     compiled = triton.compile(
@@ -128,18 +132,37 @@ def test_triton_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch
 
 @needs_triton
 def test_a_kernel_shrinks_until_a_card_can_hold_it() -> None:
+    """By tf32x3 only in tiles in which every warp has 16 rows of its products, and those have 32 columns."""
     from stepdistill.attention.triton_launch import SHAPES, Shape
 
-    for shape in SHAPES.values():
+    for (name, _, _), shape in SHAPES.items():
         seen = [shape]
         while (smaller := seen[-1].smaller()) is not None:
-            assert (
-                smaller.stages * smaller.rows * smaller.columns
-                < seen[-1].stages * seen[-1].rows * seen[-1].columns
+            assert smaller.stages * smaller.rows * smaller.columns <= (
+                seen[-1].stages * seen[-1].rows * seen[-1].columns
             )
+            assert smaller not in seen
             seen.append(smaller)
-        assert seen[-1] == Shape(16, 16, shape.warps, 1, shape.precision)
+        assert seen[-1] == Shape(16, 16, seen[-1].warps, 1)
+        for one in seen:
+            tall, wide = (one.columns, one.rows) if name == "of_keys" else (one.rows, one.columns)
+            assert one.precision == "ieee" or (tall >= 16 * one.warps and wide >= 32)
     assert {key[1:] for key in SHAPES} == {(bits, head) for bits in (16, 32) for head in (64, 128, 256)}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("d", "tf32", "precision"), [(16, True, "ieee"), (17, True, "tf32x3"), (128, False, "ieee")]
+)
+def test_float32_takes_tensor_cores_where_they_are_and_heads_fill_them(
+    d: int, tf32: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepdistill.attention import triton_launch
+
+    monkeypatch.setattr(triton_launch, "_has_tf32", lambda device: tf32)
+    query = torch.zeros(1, 1, 5, d)
+    shape = triton_launch._Launch(query, query, None, 1.0).shape("forward")
+    assert shape.precision == precision
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_moves_nothing() -> None:
