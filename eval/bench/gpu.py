@@ -8,10 +8,11 @@ the traceback, and gpu.txt the tables. The parts that time nothing, or only unde
 first, since they mostly import and compile; the others follow one by one. What the time does not allow is left out.
 
 errors     fused attention's output, gradients and tangents against float64
+edges      two tiles that fused attention avoids: whether they still fail
 tiles      the kernels in other shapes, and float32 products by tensor cores (tf32x3) instead of in full (ieee)
 toolkit    20 steps of five methods at the embedded teacher, exported and proven, in float32 and bf16
 attention  time and memory of math, sdpa and fused with and without a derivative
-unit       a DMD unit over its bare network passes, and what waits for the GPU in a step
+unit       a DMD unit over its bare network passes, and which lines wait for the GPU in a step once a run is under way
 sdxl       a DMD unit at the size of SDXL's UNet, with random weights at 1024 pixels
 compile    that network's forward and backward, its repeated blocks compiled
 """
@@ -32,11 +33,13 @@ from typing import Any
 METHODS = ("dmd", "lcm", "scm", "meanflow", "reflow")
 TILES = ("16-64", "16-128", "32-64", "32-128")
 SIDE_BY_SIDE = (
-    *("errors-float32", "errors-bfloat16"),
+    *(f"errors-{dtype}-{half}" for dtype in ("float32", "bfloat16") for half in (1, 2)),
+    *("edges-4", "edges-8"),
     *(f"tiles-{kind}" for kind in TILES),
     *(f"toolkit-{method}" for method in METHODS),
+    "compile",
 )
-ONE_BY_ONE = ("attention", "unit", "sdxl", "compile")
+ONE_BY_ONE = ("attention", "unit", "sdxl")
 
 
 def run_part(name: str, folder: Path, tiny: bool) -> None:
@@ -108,7 +111,7 @@ def table(name: str, part: dict[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
-    return str(value)[:160]
+    return str(value)[:400]
 
 
 def main() -> None:
@@ -117,7 +120,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", help="beginnings of names; default all")
-    parser.add_argument("--seconds", type=float, default=300, help="after which nothing more is started")
+    parser.add_argument("--seconds", type=float, default=330, help="after which nothing more is started")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -139,7 +142,7 @@ def main() -> None:
                 found |= {name: {"rows": [], "error": "left out: no time"} for name in wave}
                 continue
             # One part may not take the time of all that follow.
-            share = time.perf_counter() + (150 if len(wave) > 1 else 300 if chosen.tiny else 100)
+            share = time.perf_counter() + (150 if len(wave) > 1 else 300 if chosen.tiny else 130)
             new = collect(wave, Path(folder), chosen.tiny, min(began + chosen.seconds, share))
             found |= new
             for name, part in new.items():

@@ -22,6 +22,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.memory import sent
 from stepdistill.system.shipped import cache_folder
 
 
@@ -92,15 +93,15 @@ class Data:
         examples: dict[str, Examples] = {}
         if self.images is not None:
             rows = self.images.take(_shuffled(position, self.images.count, self.seed, "images"))
-            x0 = rows.pop("x0").to(device)
+            x0 = sent(rows.pop("x0"), device)
             examples["images"] = Examples(x0, Condition(rows).to(device))
         if self.pairs is not None:
             index = _shuffled(position, self.pairs.count, self.seed, "pairs")
             examples["pairs"] = Examples(
-                self.pairs.clean(index).to(device),
+                sent(self.pairs.clean(index), device),
                 self.condition(self.pairs.prompt_index[index]),
-                self.pairs.noise(index).to(device),
-                None if (states := self.pairs.states(index)) is None else states.to(device),
+                sent(self.pairs.noise(index), device),
+                None if (states := self.pairs.states(index)) is None else sent(states, device),
             )
         return Batch(
             draws, draws.normal("noise", self.teacher.codec.shape), self.condition(prompt), prompt, **examples

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stepdistill.system.memory import sent
+
 
 def generator_for(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by a hash of the key: equal keys give equal streams, different keys unrelated ones."""
@@ -43,17 +45,17 @@ class Draws:
     def normal(self, stream: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers [B, *shape], float32."""
         rows = [torch.randn(shape, generator=generator) for generator in self._each(stream)]
-        return torch.stack(rows).to(self.device)
+        return sent(torch.stack(rows), self.device)
 
     def uniform(self, stream: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers in [low, high), shape [B], float32."""
         rows = [torch.rand((), generator=generator) for generator in self._each(stream)]
-        return low + (high - low) * torch.stack(rows).to(self.device)
+        return low + (high - low) * sent(torch.stack(rows), self.device)
 
     def integers(self, stream: str, high: int) -> Tensor:
         """Integers in 0 .. high - 1, shape [B], int64."""
         rows = [torch.randint(high, (), generator=generator) for generator in self._each(stream)]
-        return torch.stack(rows).to(self.device)
+        return sent(torch.stack(rows), self.device)
 
     def shared_integer(self, stream: str, high: int) -> int:
         """One integer in 0 .. high - 1 that every sample and every process sees at this step."""

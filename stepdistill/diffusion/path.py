@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.shift import Times, shifted
+from stepdistill.system.memory import sent
 
 Output = Literal["x0", "eps", "v", "velocity"]
 """What a network returns: x0, eps, v = alpha eps - sigma x0 (Salimans and Ho 2022, 2202.00512), or dx_t/dt."""
@@ -249,7 +250,7 @@ class TablePath(Path):
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lower index [B], fraction inside the segment [B] and the table on t's device, in float64."""
-        table = self.angles.to(t.device)
+        table = sent(self.angles, t.device)
         # Times are float32: without the rounding, 0.75 * N would read the table a hair off its own entry.
         position = within(t.double() * self.steps, 0, self.steps)
         nearest = position.round()
@@ -277,7 +278,7 @@ class TablePath(Path):
         return (-torch.sin(angle) * slope).to(t.dtype), (torch.cos(angle) * slope).to(t.dtype)
 
     def time_of(self, angle: Tensor) -> Tensor:
-        table = self.angles.to(angle.device)
+        table = sent(self.angles, angle.device)
         wanted = angle.double().clamp(0, float(self.angles[-1]))
         lower = (torch.searchsorted(table, wanted, right=True) - 1).clamp(0, self.steps - 1)
         fraction = (wanted - table[lower]) / (table[lower + 1] - table[lower])

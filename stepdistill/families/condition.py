@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepdistill.system.memory import sent
+
 GUIDANCE = "guidance"
 """The condition that holds the guidance scale itself [B], for a network that takes it as an input."""
 
@@ -53,7 +55,7 @@ class Condition:
 
     def to(self, device: torch.device) -> Condition:
         """The same condition on another device."""
-        return Condition({name: value.to(device) for name, value in self.tensors.items()})
+        return Condition({name: sent(value, device) for name, value in self.tensors.items()})
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:

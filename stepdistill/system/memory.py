@@ -1,4 +1,4 @@
-"""Memory: freed blocks kept between steps, and the most that was held."""
+"""Memory: freed blocks kept between steps, copies to a device, and the most that was held."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import sys
 
 import torch
+from torch import Tensor
 
 # From malloc.h of glibc (the numbers are part of its interface).
 M_TRIM_THRESHOLD = -1
@@ -25,6 +26,13 @@ def keep_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. What goes from the processor to a GPU is pinned first: nothing then waits for its copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -113,7 +113,12 @@ def test_triton_kernels_compile_for_a_gpu(
         "COLUMNS": shape.columns,
         "MASKED": True,
     }
-    fixed |= {"ADDED": False, "WHOLE": False, "TYPE": getattr(triton.language, kind), "PRECISION": shape.precision}
+    fixed |= {
+        "ADDED": False,
+        "WHOLE": False,
+        "TYPE": getattr(triton.language, kind),
+        "PRECISION": shape.precision,
+    }
     fixed |= {f"ALONG_{x}": True for x in "QKV"}
     kinds = {"LOGSUM": "*fp32", "MEAN": "*fp32", "MASK": "*u8", "scale": "fp32", "N": "i32", "M": "i32"}
     names = [parameter.name for parameter in kernel.params]
