@@ -468,7 +468,7 @@ def test_a_run_goes_back_to_the_checkpoint_that_is_asked_for(tmp_path):
     run.restore()
     spent, (first, last) = run.seconds, checkpoints_in(tmp_path / "checkpoints")
     assert run.last_good == last and set(run.parts) == {
-        "method",
+        "roles",
         "optimizer-student",
         "optimizer-fake",
         "ema",
