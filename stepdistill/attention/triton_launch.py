@@ -62,7 +62,7 @@ SHAPES: dict[tuple[str, int, int], Shape] = {
     ("forward", 32, 64): Shape(128, 64, 8, 2, "tf32x3"),
     ("forward", 32, 128): Shape(64, 32, 4, 1, "tf32x3"),
     ("forward", 32, 256): Shape(32, 32, 8, 1),
-    ("tangent", 32, 64): Shape(64, 32, 4, 1, "tf32x3"),
+    ("tangent", 32, 64): Shape(128, 32, 8, 1, "tf32x3"),
     ("tangent", 32, 128): Shape(64, 32, 4, 1, "tf32x3"),
     ("tangent", 32, 256): Shape(16, 16, 16, 1),
     ("of_queries", 32, 64): Shape(64, 32, 4, 1, "tf32x3"),
