@@ -49,12 +49,6 @@ class Roles(ABC):
         """The roles, the student first, then in the order in which they were added."""
         return tuple(self._denoisers)
 
-    def _take(self, name: str, denoiser: Denoiser) -> None:
-        if name in (*self._denoisers, TEACHER):
-            raise ValueError(f"there is a role {name!r} already")
-        self._denoisers[name] = denoiser
-
-    @abstractmethod
     def add(
         self,
         name: str,
@@ -76,14 +70,22 @@ class Roles(ABC):
         Raises:
             UserError: for a rank where there are no adapters, or one that its start has not.
         """
+        if name in (*self._denoisers, TEACHER):
+            raise ValueError(f"there is a role {name!r} already")
+        self._denoisers[name] = made = self._made(name, source, trained, restarts, rank)
+        return made
+
+    @abstractmethod
+    def _made(self, name: str, source: str, trained: bool, restarts: bool, rank: int | None) -> Denoiser:
+        """What :meth:`add` adds."""
 
     @abstractmethod
     def become(self, name: str, source: str) -> None:
         """Gives a role the weights of another one, or those it started with as the teacher."""
 
-    @abstractmethod
     def average(self, name: str, of: str, decay: float) -> None:
         """name <- decay name + (1 - decay) of."""
+        follow(self.parameters(name), self.parameters(of), decay)
 
     @abstractmethod
     def weights(self, name: str) -> dict[str, nn.Parameter]:
@@ -118,33 +120,22 @@ class Copies(Roles):
         super().__init__(teacher, student or Student.from_teacher(teacher))
         self._fresh: dict[str, dict[str, Tensor]] = {}
 
-    def add(
-        self,
-        name: str,
-        source: str = TEACHER,
-        *,
-        trained: bool = True,
-        restarts: bool = False,
-        rank: int | None = None,
-    ) -> Denoiser:
+    def _made(self, name: str, source: str, trained: bool, restarts: bool, rank: int | None) -> Denoiser:
         if rank is not None:
             raise UserError(
-                f"an adapter of rank {rank} for the {name} network needs a student that is one: set student.lora_rank"
+                f"an adapter of rank {rank} for the {name} network needs a student that is one: set "
+                "student.lora_rank, or leave that rank out"
             )
         made = (self.teacher.start if source == TEACHER else self[source]).copy()
         made.net.to(next(self.student.net.parameters()).device).requires_grad_(trained)
         if restarts:  # the teacher itself may be rounded to the run's precision later
             kept = made.net.state_dict().items()
             self._fresh[name] = {key: value.to("cpu", copy=True) for key, value in kept}
-        self._take(name, made)
         return made
 
     def become(self, name: str, source: str) -> None:
         state = self._fresh[name] if source == TEACHER else self[source].net.state_dict()
         load_whole(self[name].net, state)
-
-    def average(self, name: str, of: str, decay: float) -> None:
-        follow(self.parameters(name), self.parameters(of), decay)
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         return dict(self[name].net.named_parameters())
@@ -224,18 +215,9 @@ class Adapters(Roles):
                 )
             value.copy_(held_like(weights[key], value))
 
-    def add(
-        self,
-        name: str,
-        source: str = TEACHER,
-        *,
-        trained: bool = True,
-        restarts: bool = False,
-        rank: int | None = None,
-    ) -> Denoiser:
+    def _made(self, name: str, source: str, trained: bool, restarts: bool, rank: int | None) -> Denoiser:
         like = self.student if source == TEACHER else self[source]
         made = Denoiser(like.net, like.path, like.output, like.family, like.shape)
-        self._take(name, made)
         self._put(name, made, rank or self._ranks[STUDENT if source == TEACHER else source], trained)
         self.become(name, source)
         return made
@@ -245,9 +227,6 @@ class Adapters(Roles):
             self._reset(name)
         else:
             self._copy(name, self._shared.weights(source))
-
-    def average(self, name: str, of: str, decay: float) -> None:
-        follow(self.parameters(name), self.parameters(of), decay)
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         return self._shared.weights(name)
