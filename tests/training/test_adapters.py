@@ -75,7 +75,7 @@ RUNS = {
     "sd": ("sd", "dmd", *DMD),
     "sd3": ("sd3", "dmd", *DMD),
     "sd in bf16": ("sd", "dmd", *DMD, "train.precision=bf16"),
-    "phases": ("sd", "phased_dmd", "options.fake_steps=1", "options.phase_updates=1"),
+    "phases": ("sd", "phased_dmd", "options.fake_steps=1", "options.phase_updates=1", "train.precision=bf16"),
     "target": ("sd", "lcm", "options.pairs=4", "options.pair_steps=2"),
     "flow": (
         "sd",
@@ -111,7 +111,7 @@ def test_adapters_train_resume_exactly_and_are_exported(run: str, tmp_path: Path
     part = job.teacher.family.network
     files = load_file(tmp_path / name / part / "diffusion_pytorch_model.safetensors")
     base = {key.replace(".base_layer.", "."): v for key, v in net.state_dict().items() if ".lora_" not in key}
-    low = torch.bfloat16 if "bf16" in run else torch.float32
+    low = torch.bfloat16 if "train.precision=bf16" in more else torch.float32
     assert {value.dtype for value in base.values()} <= {torch.float32, low}
     assert all(torch.equal(value.float(), files[key].to(value.dtype).float()) for key, value in base.items())
 
