@@ -113,11 +113,6 @@ GUARDS: dict[str, list[str]] = {
 
 EXCEPTIONS: dict[tuple[str, str, str], str] = {
     (
-        "stepdistill/losses/subinterval.py",
-        "return ratio, (sigma_t.square() - (ratio * sigma_s).square()).clamp_min(0).sqrt()",
-        "return ratio, (sigma_t.square() - (ratio * sigma_s).square()).sqrt()",
-    ): "a guard against rounding, which never took c^2 below 0 on any path at 5,000 neighbours s, t in float32",
-    (
         "stepdistill/networks/derivative.py",
         "return rate.detach()",
         "return (rate)",

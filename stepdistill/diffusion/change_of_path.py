@@ -12,14 +12,14 @@ from stepdistill.diffusion.path import FlowPath, Path, Prediction, per_sample
 
 def on_straight(path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The point of the straight path where a network of ``path`` sees what it sees at x [B, ...] and t [B]."""
-    return (x, t) if path == STRAIGHT else carried(path, x, t, STRAIGHT)
+    return (x, t) if path == STRAIGHT else on_other_path(path, x, t, STRAIGHT)
 
 
 STRAIGHT = FlowPath()
 """The path x_t = (1 - t) x0 + t eps on which flow maps are stated, whatever the networks' own path is."""
 
 
-def carried(path: Path, x_t: Tensor, t: Tensor, own: Path) -> tuple[Tensor, Tensor]:
+def on_other_path(path: Path, x_t: Tensor, t: Tensor, own: Path) -> tuple[Tensor, Tensor]:
     """The point of ``own`` with the signal-to-noise ratio of (x_t [B, ...], t [B]) on ``path``: its state and time.
 
     Past the end of a discrete table (pure noise on a flow path) that is the table's last point, which is how
@@ -44,7 +44,7 @@ def predict_elsewhere(
     """
     if path == own:
         return predict(x_t, t)
-    said = predict(*carried(path, x_t, t, own))
+    said = predict(*on_other_path(path, x_t, t, own))
     alpha, sigma = path.alpha_sigma(t)
     left = (x_t - per_sample(alpha, x_t) * said.x0) / per_sample(sigma, x_t).clamp_min(1e-12)
     return Prediction(path, said.x0, torch.where(per_sample(sigma == 0, x_t), said.eps, left), t)

@@ -69,17 +69,20 @@ class Path(ABC):
         alpha, sigma = self.alpha_sigma(t)
         return torch.log(alpha) - torch.log(sigma)
 
-    def sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t, shaped like x0 [B, ...]."""
         alpha, sigma = self.alpha_sigma(t)
         return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
 
-    def renoise(self, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """From x_s to the noisier x_t (s <= t) through the exact kernel N(alpha_t/alpha_s x_s, sigma_{t|s}^2)."""
-        alpha_s, sigma_s = self.alpha_sigma(s)
-        alpha_t, sigma_t = self.alpha_sigma(t)
+    def kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and c of x_t = a x_s + c eps, each [B], for s <= t [B]: the exact kernel N(a x_s, c^2)."""
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
         ratio = alpha_t / alpha_s
-        spread = (sigma_t.square() - (ratio * sigma_s).square()).clamp_min(0).sqrt()
+        return ratio, (sigma_t.square() - (ratio * sigma_s).square()).clamp_min(0).sqrt()
+
+    def renoise(self, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """From x_s to the noisier x_t (s <= t) through the exact kernel."""
+        ratio, spread = self.kernel(s, t)
         return per_sample(ratio, x_s) * x_s + per_sample(spread, x_s) * eps
 
     def coefficients(self, kind: Output, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +163,7 @@ class Prediction:
 
     def at(self, s: Tensor) -> Tensor:
         """The DDIM step to time s: alpha_s x0 + sigma_s eps (Song et al. 2020, 2010.02502, eq. 12 without noise)."""
-        return self.path.sample(self.x0, self.eps, s)
+        return self.path.noised(self.x0, self.eps, s)
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,10 @@ def last_time(path: Path) -> float:
 
 def noised(path: Path, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t [B, ...] at t [B]; at t = 1 pure noise, as in sampling, also where the path keeps a trace of data."""
-    return torch.where(per_sample(t == 1, eps), eps, path.sample(x0, eps, t))
+    return torch.where(per_sample(t == 1, eps), eps, path.noised(x0, eps, t))
 
 
-def clean(denoiser: Denoiser, z: Tensor, t: Tensor, cond: Condition) -> Tensor:
+def consistency_function(denoiser: Denoiser, z: Tensor, t: Tensor, cond: Condition) -> Tensor:
     """The consistency function f(z, t) [B, C, H, W], the identity at :func:`last_time` whatever the network says.
 
     On a discrete table c_skip z + c_out x0 with the scalings of LCMScheduler (Luo et al. 2023, 2310.04378), in

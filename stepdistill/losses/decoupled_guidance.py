@@ -41,7 +41,7 @@ def augmentation_field(
         return torch.zeros_like(x)
     path, last = teacher.path, teacher.path.unshifted(t_max)
     t = path.shifted(batch.draws.uniform("guidance t", min(low, last), min(high, last)))
-    x_t = path.sample(x, batch.draws.normal("guidance eps", tuple(x.shape[1:])), t)
+    x_t = path.noised(x, batch.draws.normal("guidance eps", tuple(x.shape[1:])), t)
     guidance = in_interval(scale, t, *options.score_interval)
     towards, plain = augmentation(teacher, x_t, t, batch.cond, guidance)
     size = (x - plain).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -112,7 +112,7 @@ def denoising_loss(fake: Denoiser, x: Tensor, batch: Batch, kind: FakeLoss) -> T
     in ``kind``; a scalar."""
     t, eps = batch.draws.uniform("fake t"), batch.draws.normal("fake eps", tuple(x.shape[1:]))
     t = fake.path.shifted(t)
-    x_t = fake.path.sample(x, eps, t)
+    x_t = fake.path.noised(x, eps, t)
     if kind == "x0":
         return (fake.predict(x_t, t, batch.cond).x0 - x).square().mean()
     error = fake.raw(x_t, t, batch.cond) - fake.path.target(x, eps, t, fake.output)
@@ -148,7 +148,7 @@ def views_of(
     with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
         eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
         s = torch.full_like(t, since)
-        x_t = fake.path.renoise(x, s, t, eps) if since else fake.path.sample(x, eps, t)
+        x_t = fake.path.renoise(x, s, t, eps) if since else fake.path.noised(x, eps, t)
         look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
         real = look(x_t, t, batch.cond, guidance=guidance)
         return Views(x, x_t, t, real, fake.predict(x_t, t, batch.cond))
@@ -193,7 +193,7 @@ def rollout(student: Student, sampler: Sampler, batch: Batch, first: int = 0) ->
     return student.predict(start, t, batch.cond).x0
 
 
-def push(x: Tensor, field: Tensor) -> Tensor:
+def loss_with_gradient(x: Tensor, field: Tensor) -> Tensor:
     """A scalar whose gradient in x [B, ...] is field / number of elements: descent moves x against the field."""
     return 0.5 * (x - (x - field).detach()).square().mean()
 

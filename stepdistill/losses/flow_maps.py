@@ -229,7 +229,7 @@ class FlowMapMethod(Method):
         eps = draws.normal("eps", tuple(x0.shape[1:]))
         start, last = self.beginning(eps)
         t, s, first = self.jumps(draws, a, b, last)
-        x_t = torch.where(per_sample(first, x0), start, STRAIGHT.sample(x0, eps, t))
+        x_t = torch.where(per_sample(first, x0), start, STRAIGHT.noised(x0, eps, t))
         return x_t, x0, t, s, cond
 
     def share(self, step: int) -> float:

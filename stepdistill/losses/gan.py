@@ -91,7 +91,7 @@ class FeatureGan(nn.Module):
         their own."""
         draws, path = batch.draws, self.eye.path
         t, eps = path.shifted(draws.uniform(f"{stream} t")), draws.normal(f"{stream} eps", tuple(x.shape[1:]))
-        return self.logits(path.sample(x, eps, t), t, cond)
+        return self.logits(path.noised(x, eps, t), t, cond)
 
     def for_generator(self, x: Tensor, batch: Batch) -> Tensor:
         """The generator's loss for its samples x [B, ...]; gradients flow through the features into x."""

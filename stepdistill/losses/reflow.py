@@ -21,14 +21,14 @@ from stepdistill.losses.distances import DistanceName, distance
 from stepdistill.networks.denoiser import Denoiser
 
 
-def on_line(student: Denoiser, z: Tensor, x: Tensor, cond: Condition, t: Tensor) -> Prediction:
+def read_on_line(student: Denoiser, z: Tensor, x: Tensor, cond: Condition, t: Tensor) -> Prediction:
     """What the student says at t [B] of the lines from z to x, each [B, C, H, W]: its ``velocity`` is to be z - x."""
-    return student.predict_on(STRAIGHT, STRAIGHT.sample(x, z, t), t, cond)
+    return student.predict_on(STRAIGHT, STRAIGHT.noised(x, z, t), t, cond)
 
 
 def reflow_loss(student: Denoiser, z: Tensor, x: Tensor, cond: Condition, t: Tensor) -> Tensor:
     """E |v(x_t, t) - (z - x)|^2 per element (2209.03003, eq. 1); squared, as its minimiser is the mean velocity."""
-    return distance(on_line(student, z, x, cond, t).velocity, z - x, "l2")
+    return distance(read_on_line(student, z, x, cond, t).velocity, z - x, "l2")
 
 
 def distillation_loss(
@@ -53,7 +53,7 @@ def distillation_loss(
     """
     segment = draws.integers("segment", len(times))
     t = torch.tensor(times, device=z.device)[segment]
-    state = student.path.sample(x, z, t)
+    state = student.path.noised(x, z, t)
     # The start of the first segment is pure noise, as in sampling, also where the path keeps a trace of data.
     state = torch.where(per_sample(segment == 0, z), z, state)
     return distance(student.predict(state, t, cond).x0, x, name)

@@ -20,13 +20,6 @@ from stepdistill.losses.fake_score import FakeLoss
 from stepdistill.networks.denoiser import Denoiser
 
 
-def kernel(path: Path, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """a and c of x_t = a x_s + c eps, each [B], for s <= t [B]."""
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = path.alpha_sigma(s), path.alpha_sigma(t)
-    ratio = alpha_t / alpha_s
-    return ratio, (sigma_t.square() - (ratio * sigma_s).square()).clamp_min(0).sqrt()
-
-
 def scaled_target(path: Path, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor, kind: Output) -> Tensor:
     """c times what a network of the given kind should return at x_t, [B, ...]: finite also where t meets s.
 
@@ -37,7 +30,7 @@ def scaled_target(path: Path, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor, ki
         kind: of the network's output.
     """
     (alpha_s, sigma_s), (alpha_t, sigma_t) = path.alpha_sigma(s), path.alpha_sigma(t)
-    _, spread = kernel(path, s, t)
+    _, spread = path.kernel(s, t)
     x0 = (
         per_sample(spread / alpha_s, x_s) * x_s
         - per_sample(alpha_t * (sigma_s / alpha_s).square(), eps) * eps
@@ -62,7 +55,7 @@ def subinterval_loss(
     low = fake.path.unshifted(since)
     t = fake.path.shifted(low + (1 - low) * batch.draws.uniform("fake t"))
     s, eps = torch.full_like(t, since), batch.draws.normal("fake eps", tuple(x_s.shape[1:]))
-    ratio, spread = kernel(fake.path, s, t)
+    ratio, spread = fake.path.kernel(s, t)
     x_t = per_sample(ratio, x_s) * x_s + per_sample(spread, x_s) * eps
     if kind == "x0":
         said, target = fake.predict(x_t, t, batch.cond).x0, scaled_target(fake.path, x_s, s, t, eps, "x0")

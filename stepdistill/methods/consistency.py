@@ -34,7 +34,7 @@ from stepdistill.losses.consistency import (
     SAMPLER_GRID,
     SourceOptions,
     Target,
-    clean,
+    consistency_function,
     ect_lower,
     examples,
     karras,
@@ -136,9 +136,9 @@ class Consistency(Method):
         x_t = noised(path, source.x0, eps, t)
         with torch.no_grad():
             shared = options.solver == "none"
-            x_r = path.sample(source.x0, eps, r) if shared else self.neighbour(x_t, t, r, source.cond)
-            target = clean(self.target.denoiser, x_r, r, source.cond)
-        residual = clean(self.student, x_t, t, source.cond) - target
+            x_r = path.noised(source.x0, eps, r) if shared else self.neighbour(x_t, t, r, source.cond)
+            target = consistency_function(self.target.denoiser, x_r, r, source.cond)
+        residual = consistency_function(self.student, x_t, t, source.cond) - target
         c = options.huber
         losses = residual.square().flatten(1).mean(1) if c is None else pseudo_huber(residual, c)
         weight = 1 / (upper - lower) if options.weight else 1.0

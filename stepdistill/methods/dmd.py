@@ -31,7 +31,14 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.decoupled_guidance import augmentation_field
-from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, exit_of, push, rollout, views_of
+from stepdistill.losses.fake_score import (
+    ScoreMethod,
+    ScoreOptions,
+    exit_of,
+    loss_with_gradient,
+    rollout,
+    views_of,
+)
 from stepdistill.losses.first_step import first_step_loss
 from stepdistill.networks.sampler import Sampler
 
@@ -93,7 +100,7 @@ class DMD(ScoreMethod):
         options = self.options
         with torch.no_grad():
             field = self.field(x, batch)
-        loss, logs = push(x, field), {"field": field.abs().mean()}
+        loss, logs = loss_with_gradient(x, field), {"field": field.abs().mean()}
         if options.first_step_weight:
             logs["first_step"] = first_step_loss(
                 self.student,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.path import per_sample
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Turn
-from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, push
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, loss_with_gradient
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.losses.running_means import StepSums
 
@@ -113,4 +113,7 @@ class FDistill(ScoreMethod):
             views = self.views(x, batch)
             weight = self.weight(gan.logits(views.x_t, views.t, batch.cond), views.t)
             field = per_sample(weight, x) * views.error / (views.distance + 1e-6)
-        return push(x, field), {"field": field.abs().mean(), "weight_std": weight.std(correction=0)}
+        return loss_with_gradient(x, field), {
+            "field": field.abs().mean(),
+            "weight_std": weight.std(correction=0),
+        }

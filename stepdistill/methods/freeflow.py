@@ -33,7 +33,7 @@ from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
-from stepdistill.losses.fake_score import FakeTurnOptions, denoising_loss, push, turn_at
+from stepdistill.losses.fake_score import FakeTurnOptions, denoising_loss, loss_with_gradient, turn_at
 from stepdistill.losses.flow_maps import (
     FlowMapMethod,
     MapOptions,
@@ -98,7 +98,7 @@ class FreeFlow(FlowMapMethod):
     def field(self, x0: Tensor, r: Tensor, n: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """v_fake - v_T at the student's samples x0 [B, ...] re-noised by n [B, ...] to r [B], and mean|v - v_T|, [B],
         for the velocity v = n - x0 that the teacher is to guess."""
-        options, x_r = self.options, STRAIGHT.sample(x0, n, r)
+        options, x_r = self.options, STRAIGHT.noised(x0, n, r)
         scale = options.guidance if options.correction_guidance is None else options.correction_guidance
         guidance = in_interval(scale, r, *options.correction_interval) if scale != 1.0 else 1.0
         v = teacher_velocity(self.teacher, x_r, r, cond, guidance)
@@ -136,7 +136,7 @@ class FreeFlow(FlowMapMethod):
             x0 = x[rows] - per_sample(t[rows], x) * mean
             field, uncertain = self.field(x0, r[rows], n[rows], cond)
             field = field / per_sample(uncertain + 1e-6, x)
-            loss = loss + lam * len(rows) / len(x) * push(mean, field)
+            loss = loss + lam * len(rows) / len(x) * loss_with_gradient(mean, field)
             told[1], logs["field"] = sizes(field), sizes(field).mean()
         self.balance.see(*told)
         return Loss(loss, logs)

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from stepdistill.families.condition import GUIDANCE
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import SourceOptions, Target, clean, examples, last_time, noised
+from stepdistill.losses.consistency import (
+    SourceOptions,
+    Target,
+    consistency_function,
+    examples,
+    last_time,
+    noised,
+)
 from stepdistill.losses.contract import Loss, Method, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
 from stepdistill.networks.sampler import Sampler
@@ -79,8 +86,8 @@ class LCM(Method):
 
         with torch.no_grad():
             z_s = self.teacher.predict(z, t, cond, guidance=guidance).at(s)
-            target = clean(self.target.denoiser, z_s, s, student_cond)
-        residual = clean(self.student, z, t, student_cond) - target
+            target = consistency_function(self.target.denoiser, z_s, s, student_cond)
+        residual = consistency_function(self.student, z, t, student_cond) - target
         return Loss(elementwise_huber(residual, options.huber), {"residual": rms(residual)})
 
     def after_step(self, turn: Turn) -> None:

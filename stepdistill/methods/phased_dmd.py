@@ -38,13 +38,13 @@ from stepdistill.losses.fake_score import (
     FakeLoss,
     FakeScoreOptions,
     exit_of,
-    push,
+    loss_with_gradient,
     sampler_of,
     turn_at,
     views_of,
 )
 from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
-from stepdistill.losses.subinterval import kernel, subinterval_loss
+from stepdistill.losses.subinterval import subinterval_loss
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 
@@ -130,7 +130,7 @@ class PhasedDMD(Method):
         views = views_of(
             self.fake, self.teacher, x_s, batch, self.options, self.options.score_scale, since=since
         )
-        ratio, _ = kernel(self.fake.path, torch.full_like(views.t, since), views.t)
+        ratio, _ = self.fake.path.kernel(torch.full_like(views.t, since), views.t)
         return per_sample(ratio, x_s) * (views.fake.score - views.real.score)
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
@@ -147,4 +147,4 @@ class PhasedDMD(Method):
         with torch.no_grad():
             field = self.field(x_s, batch, since)
         logs = {"field": field.abs().mean(), "x_std": x_s.detach().std()}
-        return Loss(push(x_s, field), logs, None if since else x_s)
+        return Loss(loss_with_gradient(x_s, field), logs, None if since else x_s)

@@ -28,7 +28,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import distance
-from stepdistill.losses.reflow import on_line
+from stepdistill.losses.reflow import read_on_line
 from stepdistill.networks.sampler import Sampler
 
 
@@ -80,7 +80,7 @@ class RFPP(Method):
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         pairs, t = cast(Examples, batch.pairs), self.times_of(batch)
         z, x = cast(Tensor, pairs.noise), pairs.x0
-        said = on_line(self.student, z, x, pairs.cond, t)
+        said = read_on_line(self.student, z, x, pairs.cond, t)
         velocity = distance(said.velocity, z - x, "huber", 1 - t)
         with torch.no_grad():
             wanted = self.seen(x, pairs.cond)

@@ -85,7 +85,7 @@ class SlimFlow(Method):
         x = self.student.predict(xi, one, cond).x0
         with torch.no_grad():
             m = batch.draws.uniform("guide time", *self.options.guide_times)
-            y = self.flow.predict_on(STRAIGHT, STRAIGHT.sample(x, xi, m), m, cond).x0
+            y = self.flow.predict_on(STRAIGHT, STRAIGHT.noised(x, xi, m), m, cond).x0
         return distance(x, y, self.options.distance)
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:

@@ -29,7 +29,7 @@ from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.shift import shifted
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import SAMPLER_GRID, Target, clean, last_time
+from stepdistill.losses.consistency import SAMPLER_GRID, Target, consistency_function, last_time
 from stepdistill.losses.contract import Loss, Method, MethodOptions, Turn
 from stepdistill.losses.distances import pseudo_huber, rms
 from stepdistill.networks.sampler import Sampler
@@ -89,8 +89,8 @@ class TBCM(Method):
         row = torch.arange(count, device=i.device).repeat_interleave(order.shape[1])
         cond = batch.cond.rows(row)
         with torch.no_grad():
-            target = clean(self.target.denoiser, states[row, i + 1], times[row, i + 1], cond)
-        residual = clean(self.student, states[row, i], times[row, i], cond) - target
+            target = consistency_function(self.target.denoiser, states[row, i + 1], times[row, i + 1], cond)
+        residual = consistency_function(self.student, states[row, i], times[row, i], cond) - target
         return Loss(pseudo_huber(residual, self.options.huber).mean(), {"residual": rms(residual)})
 
     def after_step(self, turn: Turn) -> None:

@@ -27,7 +27,14 @@ from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import SourceOptions, Target, examples, jump, last_time, noised
 from stepdistill.losses.contract import Loss, Method, Trained, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
-from stepdistill.losses.fake_score import FakeScoreOptions, denoising_loss, push, rollout, turn_at, views_of
+from stepdistill.losses.fake_score import (
+    FakeScoreOptions,
+    denoising_loss,
+    loss_with_gradient,
+    rollout,
+    turn_at,
+    views_of,
+)
 from stepdistill.losses.gan import FeatureGan, discriminator_loss, generator_loss
 from stepdistill.networks.sampler import Sampler
 
@@ -123,7 +130,7 @@ class TSCD(Method):
             views = views_of(self.fake, self.teacher, x, batch, options, options.score_scale)
             field = views.error / (views.distance.detach() + 1e-6)
             logs["field"] = field.abs().mean()
-            loss = loss + options.score_weight * push(x, field)
+            loss = loss + options.score_weight * loss_with_gradient(x, field)
         return Loss(loss, logs)
 
     def critics_loss(self, batch: Batch, step: int) -> Loss:

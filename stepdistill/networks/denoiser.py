@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.change_of_path import carried, predict_elsewhere
+from stepdistill.diffusion.change_of_path import on_other_path, predict_elsewhere
 from stepdistill.diffusion.path import Output, Path, Prediction
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GAP, GUIDANCE, Condition
@@ -111,7 +111,7 @@ class Denoiser:
         """What the network says about a point of another path, see :func:`predict_elsewhere`; s is on that path too."""
 
         def predict(x: Tensor, own_t: Tensor) -> Prediction:
-            own_s = s if s is None or path == self.path else carried(path, x_t, s, self.path)[1]
+            own_s = s if s is None or path == self.path else on_other_path(path, x_t, s, self.path)[1]
             return self.predict(x, own_t, cond, own_s)
 
         return predict_elsewhere(predict, self.path, path, x_t, t)

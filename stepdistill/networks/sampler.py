@@ -90,7 +90,7 @@ class Sampler:
                 past = _past(denoiser.path, s, self.gamma)
                 x = denoiser.path.renoise(prediction.at(past), past, s, fresh(i))
             else:
-                x = denoiser.path.sample(prediction.x0, fresh(i), s) if self.renoise else prediction.at(s)
+                x = denoiser.path.noised(prediction.x0, fresh(i), s) if self.renoise else prediction.at(s)
         return x
 
     def draw(

@@ -233,7 +233,7 @@ def velocity_loss(
         rows = captions.rows(index, dropped).to(device)
         with autocast(device):
             out = transformer(
-                path.sample(x0, noise, t),
+                path.noised(x0, noise, t),
                 encoder_hidden_states=captions.states[rows],
                 pooled_projections=pooled[rows],
                 timestep=1000 * t,

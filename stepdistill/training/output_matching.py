@@ -114,7 +114,7 @@ class NoisedSamples:
         part = (torch.arange(1, count + 1, device=teacher.device) - draws.uniform(f"{stream} time")) / count
         t = low + (high - low) * part
         x0 = self.samples.clean(picked).to(teacher.device)
-        x = teacher.path.sample(x0, draws.normal(f"{stream} noise", teacher.codec.shape), t)
+        x = teacher.path.noised(x0, draws.normal(f"{stream} noise", teacher.codec.shape), t)
         return x, t, self.data.condition(self.samples.prompt_index[picked])
 
     @torch.no_grad()

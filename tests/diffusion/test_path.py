@@ -67,7 +67,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_reading_inverts_the_target(path: Path, kind: Output) -> None:
     t = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
     x0, eps = normal(49, 2, 3, seed=1), normal(49, 2, 3, seed=2)
-    x_t = path.sample(x0, eps, t)
+    x_t = path.noised(x0, eps, t)
     said = path.read(path.target(x0, eps, t, kind), kind, x_t, t)
     # Rounding grows with the state over the output: sigma up to 80 on the EDM path, 1 / alpha up to 15 elsewhere.
     assert (said.x0 - x0).abs().max() < 1e-10
@@ -191,13 +191,13 @@ def test_a_change_of_path_keeps_x0_and_noise(names: tuple[str, str]) -> None:
     angle = torch.linspace(0.05, 1.45, 29, dtype=torch.float64)
     t, own_t = other.time_of(angle), own.time_of(angle)
     x0, eps = normal(29, 2, 1, 1, seed=3), normal(29, 2, 1, 1, seed=4)
-    there = denoiser.predict_on(other, other.sample(x0, eps, t), t, Condition())
-    here = denoiser.predict(own.sample(x0, eps, own_t), own_t, Condition())
+    there = denoiser.predict_on(other, other.noised(x0, eps, t), t, Condition())
+    here = denoiser.predict(own.noised(x0, eps, own_t), own_t, Condition())
     assert (there.x0 - here.x0).abs().max() < 1e-10
     assert (there.eps - here.eps).abs().max() < 1e-9
     # and it is what the closed form of the other path says
     exact = Denoiser(Gaussian(other, 0.4, 0.6).double(), other, "x0", ToyFamily())
-    assert torch.allclose(there.x0, exact.predict(other.sample(x0, eps, t), t, Condition()).x0, atol=1e-10)
+    assert torch.allclose(there.x0, exact.predict(other.noised(x0, eps, t), t, Condition()).x0, atol=1e-10)
 
 
 @pytest.mark.parametrize("names", list(itertools.permutations(PATHS, 2)), ids="-".join)
@@ -207,8 +207,8 @@ def test_a_ddim_step_commutes_with_a_change_of_path(names: tuple[str, str]) -> N
     start, end = torch.full((4,), 1.2).double(), torch.full((4,), 0.7).double()
     x0, eps = normal(4, 2, 1, 1, seed=5), normal(4, 2, 1, 1, seed=6)
     own_t, own_s, t, s = own.time_of(start), own.time_of(end), other.time_of(start), other.time_of(end)
-    here = denoiser.predict(own.sample(x0, eps, own_t), own_t, Condition()).at(own_s)
-    there = denoiser.predict_on(other, other.sample(x0, eps, t), t, Condition()).at(s)
+    here = denoiser.predict(own.noised(x0, eps, own_t), own_t, Condition()).at(own_s)
+    there = denoiser.predict_on(other, other.noised(x0, eps, t), t, Condition()).at(s)
     (a, b), (c, d) = own.alpha_sigma(own_s), other.alpha_sigma(s)
     assert torch.allclose(here * per_sample(torch.hypot(c, d) / torch.hypot(a, b), here), there, atol=1e-9)
 

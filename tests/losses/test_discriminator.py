@@ -75,7 +75,7 @@ def test_a_heads_start_follows_from_its_shape_alone():
 
 def logits(own, x, batch, stream="gan"):
     t, eps = batch.draws.uniform(f"{stream} t"), batch.draws.normal(f"{stream} eps", SHAPE)
-    return own.logits(FlowPath().sample(x, eps, t), t, batch.cond)
+    return own.logits(FlowPath().noised(x, eps, t), t, batch.cond)
 
 
 def test_the_generators_loss_falls_where_the_logit_rises():

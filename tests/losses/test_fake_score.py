@@ -38,7 +38,7 @@ def errors(denoiser, x):
         t = low + (high - low) * torch.rand(len(x), generator=generator)
         eps = torch.randn(x.shape, generator=generator)
         with torch.no_grad():
-            said = denoiser.predict(TABLE.sample(x, eps, t), t, toy_batch(1).cond).x0
+            said = denoiser.predict(TABLE.noised(x, eps, t), t, toy_batch(1).cond).x0
         found.append(float((said - x).square().mean()))
     return found
 
@@ -137,7 +137,7 @@ def test_with_eps_heads_on_a_table_the_gradient_of_a_mean_shift_is_the_closed_fo
     alpha, sigma = TABLE.alpha_sigma(t)
     part = sigma**2 / (alpha**2 * S**2 + sigma**2)
     x = MU + shift + S * batch.noise
-    x_t = TABLE.sample(x, batch.draws.normal("score eps", SHAPE), t)
+    x_t = TABLE.noised(x, batch.draws.normal("score eps", SHAPE), t)
     real = method.teacher.predict(x_t, t, batch.cond).x0
     e, size = shift * part, (x - real).abs().flatten(1).mean(1)
     c = 0.00054 * 2**0.5

@@ -205,7 +205,7 @@ def test_the_gradient_of_dmd_is_the_closed_form(schedule: str, kind: Any) -> Non
     t = path.shifted(batch.draws.uniform("score t", 0.02, 0.98))
     alpha, sigma = path.alpha_sigma(t)
     x = MEAN + shift + DEVIATION * batch.noise
-    x_t = path.sample(x, batch.draws.normal("score eps", SHAPE), t)
+    x_t = path.noised(x, batch.draws.normal("score eps", SHAPE), t)
     real = Gaussian(path, MEAN, DEVIATION)(x_t, t, batch.cond)
     expected = shift * sigma**2 / (alpha**2 * DEVIATION**2 + sigma**2) / (x - real).abs().flatten(1).mean(1)
     assert float(generator.shift.grad) == pytest.approx(float(expected.mean()), rel=2e-3)

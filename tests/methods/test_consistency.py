@@ -13,7 +13,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import Target, clean, last_time, lognormal_law
+from stepdistill.losses.consistency import Target, consistency_function, last_time, lognormal_law
 from stepdistill.losses.distances import pseudo_huber
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import Copies
@@ -192,7 +192,7 @@ def test_ect_with_the_whole_gap_is_the_denoising_loss():
     upper, lower = method.levels(batch, 0)
     assert not bool(lower.any())
     t, x0 = method.time_of(upper), batch.pairs.x0
-    x_t = path.sample(x0, batch.draws.normal("eps", SHAPE), t)
+    x_t = path.noised(x0, batch.draws.normal("eps", SHAPE), t)
     denoising = (method.student.predict(x_t, t, batch.cond).x0 - x0).square().flatten(1).mean(1)
     torch.testing.assert_close(
         loss_of(method, "student", batch)[0], (denoising / upper).mean(), rtol=1e-4, atol=1e-4
@@ -215,7 +215,7 @@ def test_boundary_is_the_identity_and_has_no_gradient(path):
     """Card, test G1."""
     student = toy_student(Perceptron(), path, "velocity")
     z = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
-    out = clean(student, z, torch.full((8,), last_time(path)), toy_batch(8).cond)
+    out = consistency_function(student, z, torch.full((8,), last_time(path)), toy_batch(8).cond)
     torch.testing.assert_close(out, z, atol=0, rtol=0)
     out.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in student.net.parameters())

@@ -49,7 +49,7 @@ def test_field_is_the_closed_form_of_a_mean_shift(path):
     t = batch.draws.uniform("score t", 0.02, 0.98)
     alpha, sigma = path.alpha_sigma(t)
     variance = alpha**2 * S**2 + sigma**2
-    x_t = path.sample(x, batch.draws.normal("score eps", SHAPE), t)
+    x_t = path.noised(x, batch.draws.normal("score eps", SHAPE), t)
     real = method.teacher.predict(x_t, t, batch.cond).x0
     scale = (x - real).abs().flatten(1).mean(1)
     expected = (0.3 * sigma**2 / variance / scale)[:, None].expand(-1, 2)
@@ -310,7 +310,7 @@ def test_guidance_acts_below_the_time_of_the_students_call(step, start):
     towards = views.error / (views.distance + 1e-6) - method.field(x, batch)
     last = (1.0, 0.5)[batch.draws.shared_integer("exit", 2)]
     t = batch.draws.uniform("guidance t", 0.02, min(0.98, last))
-    x_t = path.sample(x, batch.draws.normal("guidance eps", SHAPE), t)
+    x_t = path.noised(x, batch.draws.normal("guidance eps", SHAPE), t)
     size = (x - method.teacher.predict(x_t, t, batch.cond).x0).abs().flatten(1).mean(1).clamp_min(0.1)
     expected = (SCALE - 1) * (MU - NULL) * t**2 / ((1 - t) ** 2 * S**2 + t**2) / size
     torch.testing.assert_close(towards.flatten(1), expected[:, None].expand(-1, 2), rtol=1e-3, atol=1e-4)
@@ -324,7 +324,7 @@ def test_the_clean_prediction_of_a_jump_is_the_inverse_of_the_ddim_step(path):
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(8, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
     t, s = torch.full((8,), 0.95, dtype=torch.float64), torch.full((8,), 0.3, dtype=torch.float64)
-    said = x0_of_jump(path, path.sample(x0, eps, t), t, path.sample(x0, eps, s), s)
+    said = x0_of_jump(path, path.noised(x0, eps, t), t, path.noised(x0, eps, s), s)
     torch.testing.assert_close(said, x0)
 
 

@@ -14,7 +14,7 @@ from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
 from stepdistill.errors import UserError
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.consistency import clean
+from stepdistill.losses.consistency import consistency_function
 from stepdistill.methods.lcm import LCM
 from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.student import Student
@@ -103,7 +103,7 @@ def test_boundary_is_the_identity_and_has_no_gradient():
     student = toy_student(Perceptron(), path, "eps")
     method = LCM(Copies(ToyTeacher(Gaussian(path, MU, S), path), student), (1.0,), LCM.Options(guidance=1.0))
     z = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
-    out = clean(method.student, z, torch.full((8,), 1 / 1000), toy_batch(8).cond)
+    out = consistency_function(method.student, z, torch.full((8,), 1 / 1000), toy_batch(8).cond)
     torch.testing.assert_close(out, z, atol=0, rtol=0)
     out.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in method.student.net.parameters())
@@ -124,7 +124,7 @@ def test_scalings_are_those_of_lcm_scheduler():
         t = torch.tensor([(n + 1) / 1000])
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(n)
         expected = skip * z + out * method.student.predict(z, t, toy_batch(1).cond).x0
-        torch.testing.assert_close(clean(method.student, z, t, toy_batch(1).cond), expected)
+        torch.testing.assert_close(consistency_function(method.student, z, t, toy_batch(1).cond), expected)
 
 
 def test_times_are_those_of_lcm_scheduler():

@@ -264,7 +264,7 @@ def diagonal() -> None:
     batch = batch_of(8)
     assert batch.pairs is not None
     x0, eps, t = batch.pairs.x0, batch.noise, torch.full((8,), 0.3)
-    x = PATH.sample(x0, eps, t)
+    x = PATH.noised(x0, eps, t)
     data = build(FlowMap, diagonal="data").diagonal(x, x0, t, Condition())
     torch.testing.assert_close(data, eps - x0, atol=1e-5, rtol=1e-4)
     method = build(FlowMap)

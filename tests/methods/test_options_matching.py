@@ -274,7 +274,7 @@ def test_the_generators_term_raises_the_logits_of_the_students_samples() -> None
     t, eps = batch.draws.uniform("gan t"), batch.draws.normal("gan eps", SHAPE)
 
     def logit() -> float:
-        x_t = FlowPath().sample(method.sample(batch), eps, t)
+        x_t = FlowPath().noised(method.sample(batch), eps, t)
         return float(objective.terms["gan"].gan.logits(x_t, t, batch.cond).mean().detach())
 
     before = logit()

@@ -12,7 +12,7 @@ from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, to
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.families.condition import Condition
-from stepdistill.losses.consistency import clean
+from stepdistill.losses.consistency import consistency_function
 from stepdistill.methods.pcm import PCM
 from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
@@ -88,7 +88,7 @@ def test_with_as_many_phases_as_grid_times_the_teacher_is_the_solution(path):
     z = torch.where(
         per_sample(t == 1, jumped),
         batch.draws.normal("eps", SHAPE),
-        path.sample(batch.pairs.x0, batch.draws.normal("eps", SHAPE), t),
+        path.noised(batch.pairs.x0, batch.draws.normal("eps", SHAPE), t),
     )
     torch.testing.assert_close(target, other.teacher.predict(z, t, cond).at(e))
 
@@ -100,11 +100,11 @@ def test_with_one_phase_it_is_consistency_to_clean_data():
     batch = data_batch()
     start, t, s, e = method.phase_times(batch)
     assert bool((start == 1).all()) and not bool(e.any())
-    x_t = path.sample(batch.pairs.x0, batch.draws.normal("eps", SHAPE), t)
+    x_t = path.noised(batch.pairs.x0, batch.draws.normal("eps", SHAPE), t)
     x_s = method.teacher.predict(x_t, t, batch.cond).at(s)
     jumped, target, *_ = method.two_jumps(batch)
-    torch.testing.assert_close(jumped, clean(method.student, x_t, t, batch.cond))
-    torch.testing.assert_close(target, clean(method.student, x_s, s, batch.cond))
+    torch.testing.assert_close(jumped, consistency_function(method.student, x_t, t, batch.cond))
+    torch.testing.assert_close(target, consistency_function(method.student, x_s, s, batch.cond))
 
 
 def test_an_edge_belongs_to_the_phase_below_and_ends_the_one_above():

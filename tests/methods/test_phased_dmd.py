@@ -22,7 +22,7 @@ from stepdistill.export.student_folder import VERIFICATION, export
 from stepdistill.export.verify import verify
 from stepdistill.losses.contract import Turn
 from stepdistill.losses.fake_score import denoising_loss
-from stepdistill.losses.subinterval import kernel, scaled_target
+from stepdistill.losses.subinterval import scaled_target
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.networks.roles import Adapters, Copies
@@ -52,7 +52,7 @@ def phased(path=FlowPath(), times=(1.0, 0.5), net=None, output="x0", **options):
 def test_kernel_joins_the_marginals_and_the_targets_explain_x_t(path):
     """a alpha_s = alpha_t, a^2 sigma_s^2 + c^2 = sigma_t^2, and alpha_t x0* + sigma_t eps* = x_t at every s < t."""
     s, t = column(0.1, 0.3, 0.5, 0.62), column(0.4, 0.9, 0.8, 0.63)
-    ratio, spread = kernel(path, s, t)
+    ratio, spread = path.kernel(s, t)
     (alpha_s, sigma_s), (alpha_t, sigma_t) = path.alpha_sigma(s), path.alpha_sigma(t)
     torch.testing.assert_close(ratio * alpha_s, alpha_t)
     torch.testing.assert_close((ratio * sigma_s) ** 2 + spread**2, sigma_t**2)
@@ -66,7 +66,7 @@ def test_kernel_joins_the_marginals_and_the_targets_explain_x_t(path):
 def test_on_the_whole_interval_it_is_the_ordinary_target(path, kind):
     t, x0, eps = column(0.2, 0.5, 0.9), column(1.0, -0.5, 2.0), column(0.3, -1.0, 0.2)
     s = torch.zeros_like(t)
-    _, spread = kernel(path, s, t)
+    _, spread = path.kernel(s, t)
     torch.testing.assert_close(
         scaled_target(path, x0, s, t, eps, kind) / spread, path.target(x0, eps, t, kind)
     )
@@ -77,7 +77,7 @@ def test_two_forms_of_the_flow_target_agree():
     (eq. 12 and its second form)."""
     path, s, t = FlowPath(), column(0.5, 0.2), column(0.8, 0.9)
     x_s, eps = column(0.4, -1.0), column(1.3, 0.2)
-    ratio, c = kernel(path, s, t)
+    ratio, c = path.kernel(s, t)
     first = ((1 - s) ** 2 * t + (1 - t) * s**2) / ((1 - s) ** 2 * c) * eps - x_s / (1 - s)
     second = (t * eps / c - (ratio * x_s + c * eps)) / (1 - t)
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
@@ -90,7 +90,7 @@ def test_its_mean_given_x_t_is_the_marginal_velocity_and_that_of_the_plain_one_i
     """x0 in {-1, 0, 1, 2}, s = 0.5, t = 0.8, by quadrature over x_s given x_t; that of (x_s, eps) is off by 0.1."""
     s, t, atoms = column(0.5), column(0.8), column(-1, 0, 1, 2)
     (alpha_s, sigma_s), (alpha_t, sigma_t) = path.alpha_sigma(s), path.alpha_sigma(t)
-    ratio, c = kernel(path, s, t)
+    ratio, c = path.kernel(s, t)
     grid = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
     density = torch.exp(-((grid[:, None] - alpha_s * atoms) ** 2) / (2 * sigma_s**2)).sum(1)
     wrong = 0.0
@@ -121,7 +121,7 @@ def test_field_is_the_gradient_of_the_kl_in_closed_form(path, shift):
     field = method.field(torch.randn(16, *SHAPE), batch, since=0.5)
     t, s = 0.5 + 0.5 * batch.draws.uniform("score t", 0.02, 0.98), torch.full((16,), 0.5)
     (alpha, sigma), (alpha_s, _) = path.alpha_sigma(t), path.alpha_sigma(s)
-    ratio, m_s = kernel(path, s, t)[0], alpha_s * (MU + shift)
+    ratio, m_s = path.kernel(s, t)[0], alpha_s * (MU + shift)
     expected = ratio * (ratio * m_s - alpha * MU) / (alpha**2 * S**2 + sigma**2)
     torch.testing.assert_close(field.flatten(1), expected[:, None].expand(-1, 2), rtol=1e-3, atol=1e-5)
 
@@ -133,7 +133,7 @@ def test_the_field_is_read_at_states_that_are_noised_from_the_phases_end():
     method.fake.net = Gaussian(path, MU, other)
     x_s = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
     t, s = 0.5 + 0.5 * batch.draws.uniform("score t", 0.02, 0.98), torch.full((16,), 0.5)
-    ratio, spread = (per_sample(value, x_s) for value in kernel(path, s, t))
+    ratio, spread = (per_sample(value, x_s) for value in path.kernel(s, t))
     alpha, sigma = (per_sample(value, x_s) for value in path.alpha_sigma(t))
     x_t = ratio * x_s + spread * batch.draws.normal("score eps", SHAPE)
     one, two = ((alpha * deviation) ** 2 + sigma**2 for deviation in (S, other))

@@ -61,7 +61,7 @@ def test_reflow_loss_is_zero_on_a_discrete_table_up_to_its_end():
     batch = pair_batch()
     t = torch.linspace(0.05, 0.9, 256)  # the table ends at t = 0.936
     z, x = batch.pairs.noise, batch.pairs.x0
-    velocity = method.student.predict_on(STRAIGHT, STRAIGHT.sample(x, z, t), t, Condition()).velocity
+    velocity = method.student.predict_on(STRAIGHT, STRAIGHT.noised(x, z, t), t, Condition()).velocity
     torch.testing.assert_close(velocity, z - x, atol=2e-4, rtol=1e-4)
 
 

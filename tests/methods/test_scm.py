@@ -59,7 +59,7 @@ def test_x0_and_noise_are_a_rotation_of_state_and_velocity(path):
     x0, eps = torch.randn(2, 16, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.05, 0.95, 16, dtype=torch.float64)
     alpha, sigma = path.alpha_sigma(t)
-    y = path.sample(x0, eps, t) / per_sample(torch.hypot(alpha, sigma), x0)
+    y = path.noised(x0, eps, t) / per_sample(torch.hypot(alpha, sigma), x0)
     a, F = per_sample(path.angle(t), x0), trig_velocity(Prediction(path, x0, eps, t))
     torch.testing.assert_close(torch.cos(a) * y - torch.sin(a) * F, x0)
     torch.testing.assert_close(torch.sin(a) * y + torch.cos(a) * F, eps)

@@ -51,7 +51,7 @@ def many_views(method, time, count=400_000):
     z, eps = (torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
     t = torch.full((count,), time, dtype=torch.float64)
     x = student.net.shift + student.net.scale * z
-    x_t = path.sample(x, eps, t)
+    x_t = path.noised(x, eps, t)
     real = method.teacher.predict_with_input_gradient(x_t, t, Condition())
     return Views(x, x_t, t, real, method.fake.predict(x_t, t, Condition()))
 

@@ -11,7 +11,7 @@ from tiny import shaken, tiny_prompts
 from torch import Tensor
 from toy import SHAPE, GaussianFlowMap, Perceptron, toy_student
 
-from stepdistill.diffusion.change_of_path import STRAIGHT, carried
+from stepdistill.diffusion.change_of_path import STRAIGHT, on_other_path
 from stepdistill.diffusion.path import FlowPath, TablePath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
@@ -203,7 +203,7 @@ def test_a_point_carried_to_another_path_and_back_is_itself(teacher_of: Teachers
     path = teacher_of("unet-ddpm").path
     x = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.1, 0.5, 0.9])
-    there, own_t = carried(STRAIGHT, x, t, path)
-    back, same = carried(path, there, own_t, STRAIGHT)
+    there, own_t = on_other_path(STRAIGHT, x, t, path)
+    back, same = on_other_path(path, there, own_t, STRAIGHT)
     torch.testing.assert_close(back, x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(same, t, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, loss_of, modules_of, toy_student
 
-from stepdistill.diffusion.change_of_path import STRAIGHT, carried
+from stepdistill.diffusion.change_of_path import STRAIGHT, on_other_path
 from stepdistill.diffusion.draws import Draws, generator_for
 from stepdistill.diffusion.path import FlowPath, Path, per_sample
 from stepdistill.families.condition import Condition
@@ -27,8 +27,8 @@ class OnPath(GaussianFlowMap):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         s = t - cond.tensors.get("gap", torch.zeros_like(t))
-        there, time = carried(self.path, x, t, STRAIGHT)
-        end = carried(self.path, x, s, STRAIGHT)[1]
+        there, time = on_other_path(self.path, x, t, STRAIGHT)
+        end = on_other_path(self.path, x, s, STRAIGHT)[1]
         u = super().forward(there, time, Condition({"gap": time - end}))
         return there - per_sample(time, x) * u
 

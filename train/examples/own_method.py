@@ -32,7 +32,7 @@ class Halving(sd.Method):
         index = batch.draws.integers("step", len(self.times))
         t, s = edges[index], edges[index + 1]
         middle = (t + s) / 2
-        x_t = path.sample(pairs.x0, batch.draws.normal("eps", tuple(batch.noise.shape[1:])), t)
+        x_t = path.noised(pairs.x0, batch.draws.normal("eps", tuple(batch.noise.shape[1:])), t)
 
         # Two DDIM steps of the teacher, and the x0 with which one step arrives at the same point.
         first = self.teacher.predict(x_t, t, pairs.cond, guidance=guidance)
