@@ -154,6 +154,7 @@ def test_one_network_is_stored_and_the_pipeline_stays_as_it_was() -> None:
     roles = Adapters(teacher, 2)
     roles.add("fake")
     roles.add("target", trained=False)
+    assert teacher.denoiser.net is pipe.unet and teacher.denoiser.adapter is None
     (net,) = roles.stored().values()
     adapters = {id(value) for name in roles.names for value in roles.parameters(name)}
     assert {id(value) for value in net.parameters()} == own | adapters
