@@ -33,6 +33,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TextIO
@@ -56,6 +57,8 @@ GUARDS: dict[str, list[str]] = {
         "tests/diffusion/test_shift.py",
     ],
     "stepdistill/losses/terms.py": ["tests/methods/test_options_matching.py", "tests/losses/test_terms.py"],
+    "stepdistill/losses/objective.py": ["tests/losses/test_terms.py"],
+    "stepdistill/losses/rewards.py": ["tests/losses/test_terms.py"],
     "stepdistill/losses/regression.py": [
         *SHARED,
         "tests/methods/test_diff_instruct.py",
@@ -454,6 +457,8 @@ def _replace(owner: Any, name: str, old: Any, new: Any, home: str) -> None:
                     setattr(old, key, value)
                 elif key in vars(old) and (callable(value) or not key.startswith("__")):
                     _replace(old, key, vars(old)[key], value, home)
+    elif isinstance(old, cached_property):
+        _regrow(old.func, new.func, home)
     elif isinstance(old, property):
         for one, other in ((old.fget, new.fget), (old.fset, new.fset)):
             _regrow(one, other, home)

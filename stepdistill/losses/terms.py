@@ -134,7 +134,7 @@ class GanTerm(Term):
     name = "gan"
     of_samples = True
 
-    def __init__(self, weight: float, eye: Denoiser, lr_ratio: float = 1.0) -> None:
+    def __init__(self, weight: float, eye: Denoiser, lr_ratio: float) -> None:
         super().__init__(weight)
         self.gan, self.lr_ratio = FeatureGan(eye), lr_ratio
 

@@ -323,7 +323,10 @@ def test_any_method_takes_them(name):
     times = (1.0, 0.5) if len(kind.default_times) > 1 else (1.0,)
     gan = name != "phased_dmd"  # whose experts draw no clean sample, but for the last
     method = plain(name, times)
-    terms: list[Any] = [RegressionTerm(1.0, "l2"), *([GanTerm(1.0, method.teacher.denoiser)] if gan else [])]
+    terms: list[Any] = [
+        RegressionTerm(1.0, "l2"),
+        *([GanTerm(1.0, method.teacher.denoiser, 1.0)] if gan else []),
+    ]
     objective, sample = Objective(method, terms), batch_with_states(batch(1), times)
     turn = next(
         turn
