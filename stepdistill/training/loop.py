@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -95,7 +97,7 @@ def train(
                     loss, logs = objective.loss(turn, part)
                 (loss / options.accumulate).backward()
                 told.append({key: value.detach() for key, value in {"loss": loss, **logs}.items()})
-            numbers = {key: float(sum(logs[key] for logs in told)) / len(told) for key in told[0]}
+            numbers = _means(told)
             numbers = parallel.numbers({**numbers, "seconds": time.perf_counter() - started})
             elapsed = numbers.pop("seconds")  # one time for all, so that a budget stops all at one step
             parallel.average(parameters)
@@ -149,3 +151,10 @@ def train(
                 log.note(f"stopped after step {step}; --resume goes on from there")
                 raise KeyboardInterrupt
     return Finished(run.seconds, run.step, run.ema)
+
+
+def _means(told: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Each number's mean over the parts of a batch, read from the device at once."""
+    sums = [reduce(torch.add, [logs[key] for logs in told]) for key in told[0]]
+    together = torch.stack([value.to(sums[0].device) for value in sums])
+    return {key: value / len(told) for key, value in zip(told[0], together.tolist(), strict=True)}
