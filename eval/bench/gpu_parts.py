@@ -208,7 +208,6 @@ def toolkit(method: str, tiny: bool) -> Iterator[Row]:
     loop.train = timed
     steps, batch = (4, 2) if tiny else (20, 64)
     for precision in ("float32", "bf16"):
-        other_precision()
         row: Row = {"method": method, "precision": precision}
         with tempfile.TemporaryDirectory() as folder:
             sets = [*SHORT.split(), *ASKED[method].split(), f"train.steps={steps}", f"train.batch={batch}"]
@@ -231,13 +230,6 @@ def toolkit(method: str, tiny: bool) -> Iterator[Row]:
                 row["failed"] = f"{type(error).__name__}: {error}"[:400]
             row["whole s"] = time.perf_counter() - began
         yield row
-
-
-def other_precision() -> None:
-    """Lets a process that has used accelerate use it with another precision."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
 
 
 def attention(_: str, tiny: bool) -> Iterator[Row]:
@@ -290,7 +282,6 @@ def _emoji(batch: int, precision: str) -> Any:
 
 
 def _assembled(teacher: str, pipeline: Any, batch: int, sets: list[str]) -> Any:
-    other_precision()
     from accelerate import Accelerator
     from step import TIMED, WARM
 
@@ -302,8 +293,7 @@ def _assembled(teacher: str, pipeline: Any, batch: int, sets: list[str]) -> Any:
     recipe = load_recipe(
         method="dmd", teacher=teacher, sets=[*own, f"train.steps={2 * (WARM + TIMED)}", *sets]
     )
-    low = "bf16" if recipe.train.precision == "bf16" else "no"
-    return assemble(resolve(recipe), Accelerator(cpu=not CUDA, mixed_precision=low), pipeline)
+    return assemble(resolve(recipe), Accelerator(cpu=not CUDA), pipeline)
 
 
 def _unit(job: Any, batch: int, row: Row) -> Row:
@@ -400,6 +390,7 @@ def _flops(job: Any) -> float:
     from step import trained_parameters
     from torch.utils.flop_counter import FlopCounterMode
 
+    from stepdistill.training.arithmetic import autocast
     from stepdistill.training.assemble import training_data
     from stepdistill.training.parallel import take_turn
 
@@ -409,7 +400,7 @@ def _flops(job: Any) -> float:
         for step in range(2):
             turn = job.objective.turn(step)
             take_turn(trained, turn.network)
-            with job.accelerator.autocast():
+            with autocast(job.recipe.train.precision, job.accelerator.device):
                 loss = job.objective.loss(turn, data.batch(step, 0, 1, 1))[0]
             loss.backward()
             job.objective.zero_grad(set_to_none=True)

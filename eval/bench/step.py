@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from stepdistill.methods.dmd import DMD
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.provenance import provenance
+from stepdistill.training.arithmetic import autocast
 from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
@@ -57,18 +58,18 @@ def bare_seconds(
 
     def learn(name: str, call: Callable[[], torch.Tensor]) -> None:
         take_turn(trained, name)
-        with job.accelerator.autocast():
+        with autocast(job.recipe.train.precision, job.accelerator.device):
             value = call().square().mean()
         torch.autograd.grad(value, trained[name])
 
     synchronize(device)
     began = time.perf_counter()
     learn("student", lambda: method.student.raw(x, t, cond))
-    with torch.no_grad(), job.accelerator.autocast():
+    with torch.no_grad(), autocast(job.recipe.train.precision, job.accelerator.device):
         teacher.denoiser.raw(both, both_t, both_cond)
         method.fake.raw(x, t, cond)
     for _ in range(fake_steps):
-        with torch.no_grad(), job.accelerator.autocast():
+        with torch.no_grad(), autocast(job.recipe.train.precision, job.accelerator.device):
             method.student.raw(x, t, cond)
         learn("fake", lambda: method.fake.raw(x, t, cond))
     synchronize(device)

@@ -118,7 +118,6 @@ def run_recipe(
     processes = launched()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
         log_with=recipe.train.tracker,
         project_dir=str(output),
     )

@@ -26,6 +26,7 @@ from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import RunLog
 from stepdistill.system.memory import keep_freed_memory
 from stepdistill.system.processes import ALONE
+from stepdistill.training.arithmetic import autocast
 from stepdistill.training.health import Seen, require_finite
 from stepdistill.training.interruption import Interruption
 from stepdistill.training.parallel import OneProcess, Parallel, take_turn
@@ -93,7 +94,7 @@ def train(
             # Backward, in equal parts whose mean is the batch's loss (every process, its own samples).
             told: list[dict[str, Tensor]] = []
             for part in data.batch(step, parallel.rank * own, own, options.batch).split(options.accumulate):
-                with accelerator.autocast():
+                with autocast(options.precision, accelerator.device):
                     loss, logs = objective.loss(turn, part)
                 (loss / options.accumulate).backward()
                 told.append({key: value.detach() for key, value in {"loss": loss, **logs}.items()})

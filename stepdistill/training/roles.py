@@ -17,6 +17,7 @@ from stepdistill.recipes.recipe import Recipe
 from stepdistill.recipes.sections import TrainOptions
 from stepdistill.system.log import bar, say
 from stepdistill.system.shipped import cache_folder
+from stepdistill.training.arithmetic import autocast
 from stepdistill.training.output_matching import Matched, Matching, match_output, output_of
 
 
@@ -101,7 +102,7 @@ def _matched(
         found = match_output(
             matching,
             cache_folder() / "outputs",
-            autocast=accelerator.autocast,
+            autocast=lambda: autocast(train.precision, accelerator.device),
             drawn=drawn.update,
             progress=shown.update,
         )

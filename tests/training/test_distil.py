@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,22 @@ def prompts(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("red apple\ndog\ncat face\nsun\nwaving hand\n")
     return f"data.prompts={file}"
+
+
+def test_runs_of_two_precisions_follow_each_other_in_one_process(tmp_path):
+    losses = {}
+    for precision in ("float32", "bf16", "float32"):
+        sets = [
+            *SHORT,
+            "train.steps=1",
+            "train.sheet_every=0",
+            "options.guidance=1",
+            f"train.precision={precision}",
+        ]
+        run = stepdistill.distill(tiny_pipeline("unet-classes"), "dmd", tmp_path / precision, sets=sets)
+        losses.setdefault(precision, []).append(json.loads((run.folder / "stats.jsonl").read_text())["loss"])
+        shutil.rmtree(run.folder)
+    assert losses["float32"][0] == losses["float32"][1] != losses["bf16"][0]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
