@@ -302,6 +302,7 @@ def test_what_is_saved_restores_every_role_and_adapters_save_no_base(share: str)
     at = inputs(roles.teacher, "sd")  # type: ignore[arg-type]
     stir(roles, *roles.names)
     kept = {key: value.clone() for key, value in roles.state().items()}
+    assert not any(value.requires_grad for value in kept.values())
     assert {key.split(".")[0] for key in kept} == set(roles.names)
     if share == "adapters":
         assert all(".lora_A." in key or ".lora_B." in key for key in kept)
