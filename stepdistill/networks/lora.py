@@ -39,6 +39,7 @@ def lora_layers(net: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in net.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+@torch.no_grad()
 def merged_state(
     net: nn.Module, name: str | None, exact: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -52,10 +53,10 @@ def merged_state(
     """
     layers = lora_layers(net) if name else {}
     own = {key.replace(".base_layer.", "."): v for key, v in net.state_dict().items() if ".lora_" not in key}
-    state = {key: value.detach().clone() for key, value in (exact or own).items()}
+    state = {key: value.clone() for key, value in (exact or own).items()}
     for key, layer in layers.items():
         weight = state[f"{key}.weight"]
-        weight += layer.get_delta_weight(name).detach().to(weight)
+        weight += layer.get_delta_weight(name).to(weight)
     return state
 
 
