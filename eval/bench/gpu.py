@@ -8,7 +8,7 @@ the traceback, and gpu.txt the tables. The parts that time nothing, or only unde
 first, since they mostly import and compile; the others follow one by one. What the time does not allow is left out.
 
 errors     fused attention's output, gradients and tangents against float64
-edges      two tiles that fused attention avoids: whether they still fail
+edges      two tiles that fused attention avoids: with 4 warps it is right, with 8 an illegal access
 tiles      the kernels in other shapes, and float32 products by tensor cores (tf32x3) instead of in full (ieee)
 toolkit    20 steps of five methods at the embedded teacher, exported and proven, in float32 and bf16
 attention  time and memory of math, sdpa and fused with and without a derivative

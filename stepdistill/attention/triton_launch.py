@@ -31,8 +31,9 @@ class Shape:
     precision: str = "ieee"
 
     def smaller(self) -> Shape | None:
-        """One that takes less shared memory. A smaller tile has fewer warps; one of tf32x3 has none smaller: with 64
-        rows for 8 warps, or with 16 columns, Triton's layouts for it reach over the tile."""
+        """One that takes less shared memory. A smaller tile has fewer warps; one of tf32x3 has none smaller: its tiles
+        keep 16 rows a warp and 32 columns. With 64 rows and 16 columns for 8 warps Triton's layout of the products has
+        128 rows, and the tangent takes addresses out of range on an H200; for 4 warps that tile is right."""
         if self.stages > 1:
             return replace(self, stages=1)
         if self.precision == "tf32x3":
@@ -72,9 +73,9 @@ SHAPES: dict[tuple[str, int, int], Shape] = {
     ("of_keys", 32, 128): Shape(32, 64, 4, 1, "tf32x3"),
     ("of_keys", 32, 256): Shape(16, 16, 8, 1),
 }
-"""By kernel, bits of a number and padded head: those that took least time on an H200 (eval/bench/README.md), but for
-heads of 256 dimensions, where it is what holds its sums in registers. A card with less shared memory takes a smaller
-one at its first call."""
+"""By kernel, bits of a number and padded head: of the tiles that ``smaller`` allows, those that took least time on an
+H200, to some 6 % (eval/bench/README.md), but for heads of 256 dimensions, where it is what keeps its sums in registers.
+A card with less shared memory takes a smaller one at its first call."""
 
 
 def _padded(count: int) -> int:
