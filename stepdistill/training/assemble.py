@@ -127,6 +127,11 @@ def assemble(
         size=Size(*recipe.data.size) if recipe.data.size else None,
     )
     changes = taken_as(source)
+    if recipe.terms.reward_weight and isinstance(teacher.family, LabelFamily):
+        raise UserError(
+            f"terms.reward_weight is {recipe.terms.reward_weight:g}, but {recipe.teacher} draws classes, and a reward "
+            "reads prompts: set it to 0"
+        )
     if teacher.null is None and teacher.denoiser.guidance is None:
         options = _without_guidance(options, recipe)
     prompts = _prompts(recipe, teacher, embedded)
@@ -220,11 +225,6 @@ def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: list[str]) -> list
     if options.gan_weight:
         terms.append(GanTerm(options.gan_weight, teacher.denoiser, options.gan_lr_ratio))
     if options.reward_weight:
-        if isinstance(teacher.family, LabelFamily):
-            raise UserError(
-                f"terms.reward_weight is {options.reward_weight:g}, but {recipe.teacher} draws classes, and a reward "
-                "reads prompts: set it to 0"
-            )
         reward = REWARDS[options.reward.partition(":")[0]](options.reward, device, decode, prompts)
         terms.append(RewardTerm(options.reward_weight, reward))
     return terms

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from run_toy import COMMON, HERE, METHODS
 from safetensors.torch import load_file
 
@@ -39,18 +40,21 @@ from test_sharded import RUNS, loop, recipe_of
 from stepdistill.system.processes import launched
 from stepdistill.training.distil import run_recipe
 from stepdistill.training.parallel import parallel_of
-folder, processes = Path(sys.argv[3]), launched()
+root, processes = Path(sys.argv[3]), launched()
+folder = root / "two"
 assert processes.count == 2
 for name in RUNS:
-    loop(recipe_of(name), folder / name, parallel_of("sharded", processes, Accelerator(cpu=True).device))
-run_recipe(recipe_of("dmd", "train.parallel=sharded", "train.sheet_every=2"), output=folder / "resumed", resume=True)
+    loop(recipe_of(name, root), folder / name, parallel_of("sharded", processes, Accelerator(cpu=True).device))
+sets = ("train.parallel=sharded", "train.sheet_every=2")
+run_recipe(recipe_of("dmd", root, *sets), output=folder / "resumed", resume=True)
 processes.part()
 """
 
 
-def recipe_of(name, *more):
-    """The run of RUNS whose first word is its method."""
+def recipe_of(name, root, *more):
+    """The run of RUNS whose first word is its method, on the real images of ``root``."""
     every = 2 if name == "dmd" else 4
+    more = (f"data.images={root / 'images'}", *more)
     sets = [*COMMON, "train.steps=4", f"train.checkpoint_every={every}", "student.output=teacher"]
     return load_recipe(HERE / "empty.yaml", method=name.split()[0], sets=[*sets, *RUNS[name], *more])
 
@@ -98,21 +102,27 @@ def assert_equal(one, two):
 def test_two_processes_that_share_their_networks_are_one(tmp_path):
     """Curves and checkpoints of every kind of network; a checkpoint of one process is gone on with by two, down to
     sheets and an exported and verified student, and one of two processes by one."""
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        image = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(image.numpy()).save(tmp_path / "images" / f"picture {i}.png")
     for name in RUNS:
-        loop(recipe_of(name), tmp_path / "one" / name)
+        loop(recipe_of(name, tmp_path), tmp_path / "one" / name)
     cut(tmp_path / "one" / "dmd", tmp_path / "two" / "resumed")
-    (tmp_path / "two" / "resumed" / "recipe.yaml").write_text(resolved_yaml(resolve(recipe_of("dmd"))))
+    (tmp_path / "two" / "resumed" / "recipe.yaml").write_text(
+        resolved_yaml(resolve(recipe_of("dmd", tmp_path)))
+    )
     script = tmp_path / "two.py"
     script.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29523"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(script), str(HERE), str(HERE.parent / "training"), str(tmp_path / "two")],
+        [*command, str(script), str(HERE), str(HERE.parent / "training"), str(tmp_path)],
         capture_output=True, text=True, timeout=400, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[:3000] + done.stderr[-2000:]
     cut(tmp_path / "two" / "dmd", tmp_path / "one" / "resumed")
-    loop(recipe_of("dmd"), tmp_path / "one" / "resumed", resume=True)
+    loop(recipe_of("dmd", tmp_path), tmp_path / "one" / "resumed", resume=True)
     for run in (
         *(tmp_path / "two" / name for name in RUNS),
         *(tmp_path / n / "resumed" for n in ("one", "two")),
