@@ -1,6 +1,5 @@
 """What `stepdistill eval` does not do: remake the files of eval/reference.
 
-python eval/evaluate.py score PIPELINE --suite emoji --steps 1 4       scores of a pipeline folder, as a table
 python eval/evaluate.py reference emoji                                eval/reference/emoji.safetensors
 python eval/evaluate.py teachers                                       eval/reference/teachers.json (minutes)
 python eval/evaluate.py teachers --fill                                what its entries lack, cached or drawn
@@ -16,7 +15,6 @@ from pathlib import Path
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation import teacher_scores as teacher_cache
-from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.statistics import make_reference
 from stepdistill.evaluation.suite import load_suite
 from stepdistill.evaluation.teacher_scores import teacher_scores
@@ -70,14 +68,6 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    score = verbs.add_parser("score")
-    score.add_argument("pipeline")
-    score.add_argument("--suite", default="emoji")
-    score.add_argument("--steps", type=int, nargs="+", default=[1])
-    score.add_argument("--guidance", type=float)
-    score.add_argument("--batch", type=int, default=100)
-    score.add_argument("--trailing", action="store_true")
-    score.add_argument("--json", type=Path)
     reference = verbs.add_parser("reference")
     reference.add_argument("suite")
     reference.add_argument("--output", type=Path)
@@ -87,19 +77,7 @@ def main() -> int:
     table.add_argument("--fill", action="store_true")
     given = parser.parse_args()
     try:
-        if given.verb == "score":
-            report = evaluate(
-                given.pipeline,
-                given.suite,
-                steps=given.steps,
-                guidance=given.guidance,
-                batch=given.batch,
-                trailing=given.trailing,
-            )
-            if given.json:
-                report.save(given.json)
-            print(report.markdown())
-        elif given.verb == "reference":
+        if given.verb == "reference":
             suite = load_suite(given.suite)
             output = given.output or content_folder("eval") / "reference" / suite.reference
             make_reference(suite, output)
