@@ -18,7 +18,6 @@ from stepdistill.data.pairs import PairCache
 from stepdistill.data.row_cache import RowCache
 from stepdistill.data.training_images import Images, rows_sha256
 from stepdistill.diffusion.draws import Draws, generator_for
-from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
@@ -56,10 +55,6 @@ class Data:
         )
         self.images: RowCache | None = None
         if images is not None:
-            if codec.size.frames != 1:
-                raise UserError(
-                    "this method with these options learns from images, and the teacher draws videos"
-                )
 
             def encode(rows: list[int]) -> Mapping[str, Tensor]:
                 pixels = images.load(rows, codec.size.height, codec.size.width).to(teacher.device)

@@ -14,6 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition, joined
 from stepdistill.system.files import written_whole
 from stepdistill.system.log import bar
+from stepdistill.system.processes import launched
 
 CACHE_BYTES = 2**31
 """Rows stay in memory while they are smaller than this in all."""
@@ -62,7 +63,8 @@ class RowCache:
         self._names: tuple[str, ...] = ()
         self._lengths: dict[str, int] = {}
         shards = range(-(-count // SHARD))
-        shown = bar(len(shards), f"{what}, {size / 2**30:.1f} GiB to {self._folder}", unit="file", lazy=True)
+        label, main = f"{what}, {size / 2**30:.1f} GiB to {self._folder}", launched().main
+        shown = bar(len(shards), label, unit="file", shown=main, lazy=True)
         for number in shards:
             self._make(number)
             shown.update(1)

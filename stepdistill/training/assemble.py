@@ -132,6 +132,11 @@ def assemble(
             f"terms.reward_weight is {recipe.terms.reward_weight:g}, but {recipe.teacher} draws classes, and a reward "
             "reads prompts: set it to 0"
         )
+    if "images" in needs and teacher.size.frames != 1:
+        raise UserError(
+            f"{recipe.method} with these options learns from images, but {recipe.teacher} draws videos: leave out what "
+            "needs images (GAN weights, options.source), or set data.size to one frame"
+        )
     if teacher.null is None and teacher.denoiser.guidance is None:
         options = _without_guidance(options, recipe)
     prompts = _prompts(recipe, teacher, embedded)

@@ -122,13 +122,15 @@ class Run:
         if self.inputs is not None:
             self._check_inputs(at)
         tensors, state = load_checkpoint(at)
+        if odd := sorted(tensors.keys() ^ self.parts.keys()):
+            raise UserError(f"--resume: {at} was made by another version of the run ({odd[0]} differs)")
         for name in self.parts.keys() & {"roles", "method", "terms"}:
-            if odd := sorted(tensors.get(name, {}).keys() ^ self.parts[name].state().keys()):
+            if odd := sorted(tensors[name].keys() ^ self.parts[name].state().keys()):
                 raise UserError(
                     f"--resume: {at} was made by another version of the {name} ({odd[0]} differs)"
                 )
         for name, part in self.parts.items():
-            part.load(tensors.get(name, {}))
+            part.load(tensors[name])
         self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
         self.last_good = at
 

@@ -230,6 +230,19 @@ def test_a_gan_needs_images(tmp_path, prompts):
     refused(tmp_path, "learns from images: give a folder in data.images", prompts, "options.gan_weight=0.1")
 
 
+def test_images_for_a_teacher_of_videos_are_refused(tmp_path, prompts):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "picture.png")
+    more = ["options.gan_weight=0.1", f"data.images={tmp_path / 'images'}", "data.size=[16, 16, 5]"]
+    refused(
+        tmp_path,
+        "dmd with these options learns from images, but .* draws videos",
+        prompts,
+        *more,
+        teacher="wan",
+    )
+
+
 def test_guidance_needs_an_unconditional_mode(tmp_path):
     refused(tmp_path, "has no unconditional mode: set 1", "options.guidance=3", teacher="unet-ddpm")
 

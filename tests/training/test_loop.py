@@ -422,6 +422,17 @@ def test_resume_refuses_a_damaged_checkpoint(damage, tmp_path):
         start(recipe_of("lcm", 5), tmp_path, resume=True)
 
 
+def test_resume_refuses_a_checkpoint_without_a_part_of_the_run(tmp_path):
+    """Also one whose state.json does not miss it: an optimiser would start anew without a word."""
+    start(recipe_of("dmd", 2, "train.checkpoint_every=2"), tmp_path / "run")
+    last = checkpoints_in(tmp_path / "run" / "checkpoints")[-1]
+    state = json.loads((last / "state.json").read_text())
+    del state["files"]["optimizer-fake.safetensors"]
+    (last / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"another version of the run \(optimizer-fake differs\)"):
+        start(recipe_of("dmd", 2, "train.checkpoint_every=2"), tmp_path / "run", resume=True)
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     tensors = {"method": {"w": torch.arange(4.0)}}
     for step in (10, 20, 30):
