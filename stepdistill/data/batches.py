@@ -7,7 +7,8 @@ stopped and several processes read disjoint parts of the same batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.memory import sent
+from stepdistill.system.prefetch import ahead
 from stepdistill.system.shipped import cache_folder
 
 
@@ -101,6 +103,21 @@ class Data:
         return Batch(
             draws, draws.normal("noise", self.teacher.codec.shape), self.condition(prompt), prompt, **examples
         )
+
+    def batches(self, steps: range, first: int, count: int, size: int) -> Generator[Batch]:
+        """:meth:`batch` of the steps, one after the other; each is made while the one before it is used, where that
+        saves time: where rows come from the disk, or go to a GPU. Closing it ends the thread that makes them."""
+        device = self.teacher.device
+        rows = [rows for rows in (self.conditions, self.images) if rows is not None]
+        apart = device.type == "cuda" or any(cache.on_disk for cache in rows)
+
+        def made() -> Iterator[Batch]:
+            # What belongs to a thread is set in the one that makes them.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                for step in steps:
+                    yield self.batch(step, first, count, size)
+
+        return ahead(made(), depth=int(apart))
 
 
 @lru_cache(maxsize=16)

@@ -70,6 +70,11 @@ class RowCache:
             shown.update(1)
         shown.close()
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether rows are read from the disk when they are taken."""
+        return self._kept is None
+
     def take(self, index: Tensor) -> dict[str, Tensor]:
         """The rows [B, ...] of ``index`` [B], sequences as long as the longest of all rows."""
         if self._kept is not None:

@@ -102,7 +102,7 @@ class Denoiser:
 
     def x0_gain(self, times: Sequence[float]) -> float:
         """How far the clean sample moves with the network's output, as root mean square over the times."""
-        gain = self.path.x0_gain(self.output, torch.tensor(times, device=next(self.net.parameters()).device))
+        gain = self.path.x0_gain(self.output, torch.tensor(times))
         return float(gain.square().mean().sqrt())
 
     def predict_on(

@@ -108,6 +108,9 @@ class TrainOptions(Section):
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that stay on the disk.
         sheet_every: steps between contact sheets; 0 draws none.
+        log_every: steps whose numbers are read from the device together, written to stats.jsonl and checked; they are
+            read before every contact sheet and checkpoint, too. Each read waits for a GPU; null is 10 there, and 1 on a
+            CPU.
         parallel: how several processes hold the networks: ``replicated``, each all of them; ``sharded``, each a part of
             every one, the frozen teacher too, which is gathered at each call; ``auto`` is replicated.
         tracker: an experiment tracker that accelerate knows, such as tensorboard or wandb.
@@ -133,6 +136,7 @@ class TrainOptions(Section):
     checkpoint_every: _Positive = 200
     keep: _Positive = 2
     sheet_every: _NotNegative = 100
+    log_every: _Positive | None = None
     parallel: Literal["auto", "replicated", "sharded"] = "auto"
     tracker: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,13 @@ class TrainingDiverged(UserError):
     """A loss or a gradient is not a finite number."""
 
 
-def require_finite(values: dict[str, float], network: str, step: int, last_good: Path | None) -> None:
-    """Stops the run when a value is NaN or infinite.
+def require_finite(numbers: Mapping[str, float], network: str, step: int, last_good: Path | None) -> None:
+    """Stops the run when the ``loss`` or the ``grad_norm`` of a step is NaN or infinite.
 
     Raises:
         TrainingDiverged: naming the value, the network, the step and the last good checkpoint.
     """
-    for name, value in values.items():
+    for name, value in {"loss": numbers["loss"], "gradient": numbers["grad_norm"]}.items():
         if not math.isfinite(value):
             resume = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
             raise TrainingDiverged(

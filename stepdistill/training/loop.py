@@ -2,18 +2,18 @@
 
 A step is one optimiser update of one network. Weights, optimisers, averages and the method's own state are in the
 checkpoint; the batch and every random number follow from (seed, step, sample), so a resumed run continues bit for bit.
-Each paragraph says which processes take part: what is done by all of them is done in the same order, as some of it
-waits for the others (see ``Parallel``).
+Nothing waits for the device but the read of what the steps told, every ``train.log_every`` of them. Each paragraph says
+which processes take part: what is done by all of them is done in the same order, as some of it waits for the others
+(see ``Parallel``).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import reduce
+from contextlib import closing
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from stepdistill.training.interruption import Interruption
 from stepdistill.training.parallel import OneProcess, Parallel, take_turn
 from stepdistill.training.run import Finished, Run
 from stepdistill.training.schedule import learning_rate
+from stepdistill.training.unread import Unread
 
 
 def train(
@@ -59,7 +60,8 @@ def train(
             worries said above the progress bar.
 
     Raises:
-        TrainingDiverged: at the first loss or gradient that is not finite.
+        TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` steps
+            after it and before any checkpoint.
         UserError: when the run cannot be resumed or a checkpoint cannot be written.
     """
     options = recipe.train
@@ -79,7 +81,10 @@ def train(
         )
     own = share * options.accumulate
     started = time.perf_counter() - run.seconds
+    unread = Unread(parallel, lambda: time.perf_counter() - started, options.log_every)
+    batches = data.batches(range(run.step, options.steps), parallel.rank * own, own, options.batch)
     with (
+        closing(batches),
         attention(options.attention, accelerator.device),
         RunLog(folder, options.steps, first=run.step, main=parallel.main) as log,
         Interruption() as interruption,
@@ -93,19 +98,13 @@ def train(
 
             # Backward, in equal parts whose mean is the batch's loss (every process, its own samples).
             told: list[dict[str, Tensor]] = []
-            for part in data.batch(step, parallel.rank * own, own, options.batch).split(options.accumulate):
+            for part in next(batches).split(options.accumulate):
                 with autocast(options.precision, accelerator.device):
                     loss, logs = objective.loss(turn, part)
-                (loss / options.accumulate).backward()
+                (loss / options.accumulate if options.accumulate > 1 else loss).backward()
                 told.append({key: value.detach() for key, value in {"loss": loss, **logs}.items()})
-            numbers = _means(told)
-            numbers = parallel.numbers({**numbers, "seconds": time.perf_counter() - started})
-            elapsed = numbers.pop("seconds")  # one time for all, so that a budget stops all at one step
             parallel.average(parameters)
             norm = parallel.norm(parameters, options.clip)
-
-            # Is it healthy? (every process, from the same numbers, so that all stop at one step)
-            require_finite({"loss": numbers["loss"], "gradient": norm}, name, step, run.last_good)
 
             # Update (every process).
             rate = learning_rate(options, step) * objective.lr_ratio(turn)
@@ -120,42 +119,45 @@ def train(
                 run.optimizers[other].state.clear()
             if run.ema and name == objective.averaged:
                 run.ema.update()
-            run.step, run.seconds = step + 1, elapsed
+            run.step = step + 1
+            seconds = unread.add(step, name, told, norm, rate)
+            if (
+                parallel.count == 1
+            ):  # several agree on a time where they read, so that a budget stops all at one step
+                run.seconds = seconds
 
-            # Once in a while: pictures (drawn by every process that was given a preview, kept by the main one).
-            values: dict[str, float | str] = {
-                "turn": name,
-                **numbers,
-                "grad_norm": norm,
-                "lr": rate,
-            }
-            if preview and options.sheet_every and run.step % options.sheet_every == 0:
-                seen = preview(run.step, run.ema)
-                values.update(seen.numbers)
-                for worry in seen.worries:
-                    log.note(f"step {run.step}: {worry}")
+            # Once in a while, and before whatever must not be made of a step that went wrong: what the steps told
+            # (every process, at one step, so that all stop together).
+            sheet = bool(options.sheet_every) and run.step % options.sheet_every == 0
+            due = run.step % options.checkpoint_every == 0
+            asked = interruption.asked and parallel.count == 1
+            if not (sheet or due or asked or run.done or run.step % unread.every == 0):
+                continue
+            rows, asked = unread.read(interruption.asked)
+            run.seconds = rows[-1].seconds
+            for row in rows:
+                require_finite(row.numbers, row.network, row.step, run.last_good)
+                values: dict[str, float | str] = {"turn": row.network, **row.numbers, "lr": row.rate}
 
-            # How it goes (the main process).
-            values["seconds"] = run.seconds
-            log.step(step, values, shown=("turn", "loss"))
-            if options.tracker:
-                plotted = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, float)}
-                accelerator.log(plotted, step=step)
+                # Pictures (drawn by every process that was given a preview, kept by the main one).
+                if preview and sheet and row is rows[-1]:
+                    seen = preview(run.step, run.ema)
+                    values.update(seen.numbers)
+                    for worry in seen.worries:
+                        log.note(f"step {run.step}: {worry}")
 
-            # Once in a while, and where one was asked to stop: a checkpoint (gathered by every process, written by the
-            # main one).
-            due = run.step % options.checkpoint_every == 0 or run.done
-            asked = parallel.agree(interruption.asked)
-            if due or asked:
+                # How it goes (the main process).
+                values["seconds"] = row.seconds
+                log.step(row.step, values, shown=("turn", "loss"))
+                if options.tracker:
+                    plotted = {f"{row.network}/{k}": v for k, v in values.items() if isinstance(v, float)}
+                    accelerator.log(plotted, step=row.step)
+
+            # A checkpoint, now and then and where one was asked to stop (gathered by every process, written by the main
+            # one).
+            if due or asked or run.done:
                 run.save()
             if asked:
                 log.note(f"stopped after step {step}; --resume goes on from there")
                 raise KeyboardInterrupt
     return Finished(run.seconds, run.step, run.ema)
-
-
-def _means(told: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Each number's mean over the parts of a batch, read from the device at once."""
-    sums = [reduce(torch.add, [logs[key] for logs in told]) for key in told[0]]
-    together = torch.stack([value.to(sums[0].device) for value in sums])
-    return {key: value / len(told) for key, value in zip(told[0], together.tolist(), strict=True)}

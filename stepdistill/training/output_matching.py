@@ -258,7 +258,7 @@ def match_output(
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
             require_finite(
-                {"loss": float(loss.detach()), "gradient": float(norm)}, "output matching", step, None
+                {"loss": float(loss.detach()), "grad_norm": float(norm)}, "output matching", step, None
             )
             for group in optimizer.param_groups:
                 group["lr"] = (

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -69,21 +68,21 @@ class Parallel(ABC):
     def average(self, parameters: list[nn.Parameter]) -> None:
         """Replaces gradients by their mean over processes, after the backward passes of a step."""
 
-    def norm(self, parameters: list[nn.Parameter], clip: float) -> float:
-        """The norm of all their gradients, which it scales down to ``clip`` where that is less; 0 leaves them."""
-        return float(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+    def norm(self, parameters: list[nn.Parameter], clip: float) -> Tensor:
+        """The norm of all their gradients, a scalar, to which they are scaled down where ``clip`` is less; 0 leaves
+        them."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return norm
 
-    def numbers(self, values: dict[str, float]) -> dict[str, float]:
+    def means(self, values: list[float]) -> list[float]:
         """Means over processes; a NaN of any is a NaN of all, so that all stop together."""
         if self.count == 1:
             return values
-        flat = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(flat)
-        return dict(zip(values, (flat / self.count).tolist(), strict=True))
-
-    def agree(self, asked: bool) -> bool:
-        """Whether any process asks, in all of them."""
-        return self.numbers({"asked": float(asked)})["asked"] > 0
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sums)
+        return [value / self.count for value in sums.tolist()]
 
 
 class OneProcess(Parallel):
@@ -94,8 +93,8 @@ class OneProcess(Parallel):
 
 
 class Replicated(Parallel):
-    """Every process holds the whole run. Gradients are averaged by one all-reduce after the backward passes of a step:
-    networks that take turns, adapters and stopped gradients need no wrapper."""
+    """Every process holds the whole run. Gradients are averaged after the backward passes of a step: networks that take
+    turns, adapters and stopped gradients need no wrapper."""
 
     def average(self, parameters: list[nn.Parameter]) -> None:
         _average(parameters, self.count)
@@ -135,21 +134,16 @@ class Sharded(Parallel):
             _average(replicated, self.count)
 
     @torch.no_grad()
-    def norm(self, parameters: list[nn.Parameter], clip: float) -> float:
+    def norm(self, parameters: list[nn.Parameter], clip: float) -> Tensor:
         found = [p.grad for p in parameters if p.grad is not None]
         parts = [grad.to_local() for grad in found if isinstance(grad, DTensor)]
         own = [grad for grad in found if not isinstance(grad, DTensor)]
-        square = torch.zeros((), device=self.device)
-        for part in parts:
-            square += part.square().sum()
+        square = torch.nn.utils.get_total_norm(parts).to(self.device).square()
         torch.distributed.all_reduce(square)
-        for grad in own:
-            square += grad.square().sum()
-        norm = square.sqrt()
+        norm = (square + torch.nn.utils.get_total_norm(own).to(self.device).square()).sqrt()
         if clip:
-            for grad in (*parts, *own):
-                grad *= (clip / (norm + 1e-6)).clamp_max(1.0)
-        return float(norm)
+            torch._foreach_mul_([*parts, *own], (clip / (norm + 1e-6)).clamp_max(1.0))
+        return norm
 
 
 def by_kind(parameters: list[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
@@ -158,14 +152,43 @@ def by_kind(parameters: list[nn.Parameter]) -> list[dict[str, list[nn.Parameter]
     return [{"params": list(group)} for _, group in groupby(parameters, lambda p: isinstance(p, DTensor))]
 
 
+BUCKET_BYTES = 25 * 2**20
+"""Gradients that are averaged together, a small part of all: none of them is held twice meanwhile."""
+
+
+@torch.no_grad()
 def _average(parameters: list[nn.Parameter], count: int) -> None:
-    """Gradients to their means over all processes, in one all-reduce."""
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= count
-    for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    """Gradients to their means over all processes, in all-reduces that do not wait for each other. What is summed takes
+    the place of the gradients it was made of."""
+    sums, under_way = [], []
+    for bucket in _buckets(parameters):
+        # As they lie in memory: a gradient lies like its parameter.
+        flat = torch.cat([_in_memory(p.grad if p.grad is not None else torch.zeros_like(p)) for p in bucket])
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+        sums.append(flat)
+        under_way.append(torch.distributed.all_reduce(flat, async_op=True))
+    for work in under_way:
+        work.wait()
+    torch._foreach_div_(sums, count)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in order, in parts of about ``BUCKET_BYTES`` and of one type each."""
+    found: list[list[nn.Parameter]] = []
+    room, dtype = 0, None
+    for parameter in parameters:
+        if room <= 0 or parameter.dtype != dtype:
+            found.append([])
+            room, dtype = BUCKET_BYTES, parameter.dtype
+        found[-1].append(parameter)
+        room -= parameter.numel() * parameter.element_size()
+    return found
+
+
+def _in_memory(gradient: Tensor) -> Tensor:
+    """A dense tensor's elements in the order in which they lie, [elements], without a copy."""
+    return gradient.as_strided((gradient.numel(),), (1,))
 
 
 KINDS: dict[str, type[Parallel]] = {"auto": Replicated, "replicated": Replicated, "sharded": Sharded}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -67,6 +68,38 @@ def test_a_batch_is_the_same_whole_or_in_parts_and_an_epoch_sees_every_prompt(te
     assert torch.equal(whole.cond.tensors[key], torch.cat([part.cond.tensors[key] for part in parts]))
     epoch = torch.cat([data.batch(step, 0, 1, 1).cond.tensors[key] for step in range(5)])
     assert len({tuple(row.flatten()[-96:].tolist()) for row in epoch}) == 5
+
+
+def test_batches_of_rows_on_the_disk_are_made_ahead_and_are_the_same(teacher, tmp_path, monkeypatch):
+    """By a thread that ends with them, and whose error comes at its own step; rows in memory need none."""
+    plain = Data(teacher, PROMPTS, seed=1)
+    monkeypatch.setattr("stepdistill.data.row_cache.CACHE_BYTES", 0)
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
+    data, key = Data(teacher, PROMPTS, seed=1), "encoder_hidden_states"
+    made = []
+
+    def batch(step, *of, plain=data.batch):
+        made.append(threading.current_thread())
+        if step == 5:
+            raise OSError("the disk is gone")
+        return plain(step, *of)
+
+    monkeypatch.setattr(data, "batch", batch)
+    batches = data.batches(range(2, 9), 1, 2, 4)
+    for step in (2, 3, 4):
+        ours, wanted = next(batches), plain.batch(step, 1, 2, 4)
+        assert torch.equal(ours.noise, wanted.noise) and torch.equal(ours.prompt, wanted.prompt)
+        torch.testing.assert_close(ours.cond[key], wanted.cond[key])
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert threading.main_thread() not in made and len(made) == 4
+    early = data.batches(range(6, 9), 0, 2, 4)
+    next(early)
+    early.close()
+    assert not any(thread.is_alive() for thread in made)
+    seen = threading.active_count()
+    assert torch.equal(next(plain.batches(range(2, 9), 1, 2, 4)).noise, plain.batch(2, 1, 2, 4).noise)
+    assert threading.active_count() == seen
 
 
 def test_encoded_prompts_are_those_of_the_pipeline(teacher):

@@ -23,6 +23,7 @@ from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TrainOptions
+from stepdistill.training import parallel
 from stepdistill.training import preflight as checks
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
@@ -153,7 +154,7 @@ for method in METHODS:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    recipe = recipe_of(method, 4)
+    recipe = recipe_of(method, 4, "train.log_every=3")
     job = assemble(resolve(recipe), accelerator, None)
     train(job.objective, training_data(job, folder), recipe, folder, accelerator, parallel=parallel)
 accelerator.end_training()
@@ -181,19 +182,42 @@ def test_two_gloo_processes_equal_one(tmp_path):
         assert_same_run(tmp_path / "one" / method, tmp_path / "two" / method)
 
 
+def test_gradients_are_averaged_in_buckets_as_they_lie_in_memory(monkeypatch):
+    """Half of the one process's own, where a sum over it is divided by two: in three buckets, one of them of another
+    type, with a gradient that is missing and one that lies as a channels-last weight does."""
+    shapes, kinds = [(2, 3, 2, 2), (5,), (4, 2), (3,)], [torch.float32] * 3 + [torch.bfloat16]
+    own = [torch.nn.Parameter(torch.zeros(s, dtype=k)) for s, k in zip(shapes, kinds, strict=True)]
+    own[0].data = own[0].data.contiguous(memory_format=torch.channels_last)
+    wanted = [torch.arange(float(p.numel())).view(p.shape).to(p.dtype) for p in own]
+    for parameter, value in zip(own, wanted, strict=True):
+        parameter.grad = torch.empty_like(parameter).copy_(value)
+    own[1].grad, wanted[1] = None, torch.zeros(5)
+    monkeypatch.setattr(parallel, "BUCKET_BYTES", 4 * 24 + 1)
+    assert [len(bucket) for bucket in parallel._buckets(own)] == [2, 1, 1]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel._average(own, 2)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(p.grad, value / 2) for p, value in zip(own, wanted, strict=True))
+    assert own[0].grad.stride() == own[0].stride() != wanted[0].stride()
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_the_teacher_is_untouched_and_the_same_seed_gives_the_same_loss(method, tmp_path):
+    """Whenever the steps' numbers are read."""
     first, _ = start(recipe_of(method, 4), tmp_path / "a")
     before = first.teacher.fingerprint()
-    second, _ = start(recipe_of(method, 4), tmp_path / "b")
+    second, _ = start(recipe_of(method, 4, "train.log_every=3"), tmp_path / "b")
     assert second.teacher.fingerprint() == before
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
     assert all(p.grad is None for p in first.teacher.denoiser.net.parameters())
 
 
 def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
-    """SIGINT in the middle of step 7 leaves a checkpoint of 7 whole steps (one more than the last due one)."""
-    recipe = recipe_of("lcm", 8)
+    """SIGINT in the middle of step 7 leaves a checkpoint of 7 whole steps (one more than the last due one), and their
+    numbers."""
+    recipe = recipe_of("lcm", 8, "train.log_every=10")
     start(recipe, tmp_path / "whole")
     accelerator = Accelerator(cpu=True)
     job = assemble(resolve(recipe), accelerator, None)
@@ -209,6 +233,7 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(job.objective, training_data(job, tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
     assert checkpoints_in(tmp_path / "parts" / "checkpoints")[-1].name == "step-00000007"
+    assert len(curve(tmp_path / "parts")) == 7
     start(recipe, tmp_path / "parts", resume=True)
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -326,8 +351,11 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
     assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
-    recipe = recipe_of("dmd", 20, "train.sheet_every=1")
+@pytest.mark.parametrize(("sheets", "reads"), [(1, 1), (7, 100)])
+def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(sheets, reads, tmp_path):
+    """Where steps are read late it is the first bad one that is named, and no checkpoint is made of it: the next read
+    after step 7 is the one before the checkpoint of 10 steps."""
+    recipe = recipe_of("dmd", 20, f"train.sheet_every={sheets}", f"train.log_every={reads}")
     accelerator = Accelerator(cpu=True)
     job = assemble(resolve(recipe), accelerator, None)
 
@@ -343,6 +371,8 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(tmp_path):
         TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"
     ):
         train(job.objective, training_data(job, tmp_path), recipe, tmp_path, accelerator, preview=poison)
+    assert checkpoints_in(tmp_path / "checkpoints")[-1].name == "step-00000005"
+    assert [row["step"] for row in curve(tmp_path)] == list(range(7))
 
 
 def test_resume_needs_a_checkpoint(tmp_path):
