@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from stepdistill.networks.find import find_pipeline
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.suite import Suite
+
+
+Precision = Literal["float32", "bf16"]
+WORKERS = "Processes that decode images; 0 leaves it to threads. Default: by their number and the cores."
 
 
 def evaluate_pipeline(
@@ -48,6 +52,11 @@ def evaluate_pipeline(
             "Or a .json file for the report alone."
         ),
     ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the feature networks in place of the suite's; bf16 is a protocol of its own."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help=WORKERS)] = None,
 ) -> None:
     """Measure a pipeline, or images: Frechet distance, KID, CLIP score, precision and recall, density and coverage."""
     from stepdistill.system.processes import launched
@@ -61,11 +70,13 @@ def evaluate_pipeline(
             raise UserError(
                 f"{pipeline} holds images: --steps, --guidance, --trailing and --diversity are of pipelines"
             )
+        if folder is not None and workers is not None:
+            raise UserError(f"{pipeline} is a pipeline, which draws: --workers decode images that are there")
         if output is not None:
             _check_output(output)
         from stepdistill.evaluation.suite import load_suite
 
-        protocol = load_suite(suite).derive(n=n, prompts=prompts)
+        protocol = load_suite(suite).derive(n=n, prompts=prompts, precision=precision)
         if diversity:
             protocol = protocol.with_diversity(diversity)
         if reference is not None:
@@ -81,7 +92,7 @@ def evaluate_pipeline(
             return
         from stepdistill.evaluation.given_images import evaluate_images
 
-        report = evaluate_images(pipeline, protocol, batch=batch, output=place)
+        report = evaluate_images(pipeline, protocol, batch=batch, output=place, workers=workers)
     else:
         from stepdistill.evaluation.evaluate import evaluate
 
@@ -124,6 +135,10 @@ def stats(
         bool, typer.Option("--spatial", help="Also what sFID needs; inception from a state dict has it.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 256,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the network; bf16 serves suites of bf16 alone.")
+    ] = "float32",
+    workers: Annotated[int | None, typer.Option(min=0, help=WORKERS)] = None,
 ) -> None:
     """Make reference statistics of real images, with their protocol inside."""
     from stepdistill.system.files import check_file
@@ -131,11 +146,11 @@ def stats(
     check_file(output)
     from stepdistill.data.image_archives import open_images
 
-    source = open_images(images, resolution=resolution)
+    source = open_images(images, resolution=resolution, workers=workers)
     from stepdistill.evaluation.statistics import make_statistics
     from stepdistill.features.load import network_of
 
-    network = network_of(features, resize)
+    network = network_of(features, resize, precision=precision)
     made = make_statistics(
         source,
         network,

@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stepdistill.data.image_decoding import Decoded, Refused, fit, to_pixels
+from stepdistill.data.image_decoding import Decoded, Entry, Refused, fit, to_pixels
 from stepdistill.data.image_names import ENDINGS, is_image, natural, sample_of
-from stepdistill.data.image_sources import Entry, ImageSource, Skipped, decode_all
+from stepdistill.data.image_sources import ImageSource, Reading, Skipped, decode_all
 from stepdistill.errors import UserError
+from stepdistill.system.files import PerProcess
 
 ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 LARGEST_FILE = 1 << 28
@@ -30,12 +31,16 @@ def is_source(path: str | Path) -> bool:
     return place.is_dir() or (place.is_file() and place.name.lower().endswith(ARCHIVES))
 
 
-def open_images(images: str | Path | Iterable[Any], *, resolution: int = 0) -> ImageSource:
+def open_images(
+    images: str | Path | Iterable[Any], *, resolution: int = 0, workers: int | None = None
+) -> ImageSource:
     """The images of a folder (nested), a zip, an npz (``arr_0`` uint8 [N, H, W, 3]), a webdataset tar, or an iterable.
 
     Args:
         images: a path, or an iterable of PIL images and arrays uint8 [H, W, 3].
         resolution: give every image at resolution x resolution pixels; 0 gives each at its own size.
+        workers: processes that decode the files of a folder, a zip or a tar; 0 is four threads, None what fits their
+            number and the machine. A compressed tar is always left to threads; an npz and an iterable hold pixels.
 
     Raises:
         UserError: the path is none of these, is damaged as a whole, or holds no image. While iterating: an archive
@@ -45,7 +50,7 @@ def open_images(images: str | Path | Iterable[Any], *, resolution: int = 0) -> I
         return ImageSource("iterator", "iterator", None, [], partial(_items, images, resolution))
     place, label = Path(images).expanduser(), str(images)
     if place.is_dir():
-        return _from_folder(place, label, resolution)
+        return _from_folder(place, label, resolution, workers)
     name = place.name.lower()
     if not place.is_file():
         raise UserError(f"images {label} do not exist: give a folder, or a {', '.join(ARCHIVES)} file")
@@ -54,7 +59,7 @@ def open_images(images: str | Path | Iterable[Any], *, resolution: int = 0) -> I
     try:
         if name.endswith(".npz"):
             return _from_npz(place, label, resolution)
-        return (_from_zip if name.endswith(".zip") else _from_tar)(place, label, resolution)
+        return (_from_zip if name.endswith(".zip") else _from_tar)(place, label, resolution, workers)
     except _DAMAGE as error:
         raise _damaged(label, error) from None
 
@@ -71,40 +76,33 @@ def _damaged(label: str, error: Exception) -> UserError:
     )
 
 
-def _from_folder(folder: Path, label: str, resolution: int) -> ImageSource:
-    def reader(path: Path) -> Callable[[], bytes]:
-        return lambda: path.read_bytes()
-
+def _from_folder(folder: Path, label: str, resolution: int, workers: int | None) -> ImageSource:
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    entries = [Entry(name, reader(path)) for name, path in files.items()]
+    entries = [Entry(name, path.read_bytes) for name, path in files.items()]
     chosen, foreign = _sorted_images(entries, label)
-    return ImageSource(label, "folder", len(chosen), foreign, partial(decode_all, chosen, resolution, False))
+    decoded = partial(decode_all, chosen, resolution, "anywhere", workers=workers)
+    return ImageSource(label, "folder", len(chosen), foreign, decoded)
 
 
-def _from_zip(file: Path, label: str, resolution: int) -> ImageSource:
-    archive = zipfile.ZipFile(file)
-
-    def reader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
-        return lambda: archive.read(_not_too_large(member, member.file_size))
-
-    entries = [Entry(info.filename, reader(info)) for info in archive.infolist() if not info.is_dir()]
+def _from_zip(file: Path, label: str, resolution: int, workers: int | None) -> ImageSource:
+    archive = PerProcess(partial(zipfile.ZipFile, file))
+    members = [info for info in archive().infolist() if not info.is_dir()]
+    entries = [Entry(info.filename, partial(_zipped, archive, info)) for info in members]
     chosen, foreign = _sorted_images(entries, label)
-    return ImageSource(label, "zip", len(chosen), foreign, partial(decode_all, chosen, resolution, True))
+    decoded = partial(decode_all, chosen, resolution, "by process", workers=workers)
+    return ImageSource(label, "zip", len(chosen), foreign, decoded)
 
 
-def _from_tar(file: Path, label: str, resolution: int) -> ImageSource:
+def _zipped(archive: PerProcess[zipfile.ZipFile], member: zipfile.ZipInfo) -> bytes:
+    return archive().read(_not_too_large(member, member.file_size))
+
+
+def _from_tar(file: Path, label: str, resolution: int, workers: int | None) -> ImageSource:
     """Fields of a webdataset sample share the name up to its first dot; those that are no images are its companions."""
     compressed = not file.name.lower().endswith(".tar")
-    archive = tarfile.open(file, "r:*")  # noqa: SIM115 (read while the source lives)
-
-    def reader(member: tarfile.TarInfo) -> Callable[[], bytes]:
-        def read() -> bytes:
-            stream = archive.extractfile(_not_too_large(member, member.size))
-            return stream.read() if stream is not None else b""
-
-        return read
-
-    entries = [Entry(member.name, reader(member)) for member in archive.getmembers() if member.isfile()]
+    archive = PerProcess(partial(tarfile.open, file, "r:*"))
+    members = [member for member in archive().getmembers() if member.isfile()]
+    entries = [Entry(member.name, partial(_tarred, archive, member)) for member in members]
     chosen, foreign = _sorted_images(entries, label)
     whole = {key for key, ending in (sample_of(entry.name) for entry in chosen) if "." not in ending}
     samples = {sample_of(entry.name)[0] for entry in chosen}
@@ -125,8 +123,14 @@ def _from_tar(file: Path, label: str, resolution: int) -> ImageSource:
     order = [entry.name for entry in entries if entry.name in names]
     if compressed and order != [entry.name for entry in images]:
         raise UserError(f"{label} is compressed and its files are not in the order of their names: unpack it")
-    decoded = partial(decode_all, images, resolution, True)
+    reading: Reading = "in order" if compressed else "by process"
+    decoded = partial(decode_all, images, resolution, reading, workers=workers)
     return ImageSource(label, "tar", len(images), skipped, decoded, companions)
+
+
+def _tarred(archive: PerProcess[tarfile.TarFile], member: tarfile.TarInfo) -> bytes:
+    stream = archive().extractfile(_not_too_large(member, member.size))
+    return stream.read() if stream is not None else b""
 
 
 def _from_npz(file: Path, label: str, resolution: int) -> ImageSource:

@@ -23,6 +23,18 @@ class Refused(Exception):
     """Why an image is not used."""
 
 
+class Entry(NamedTuple):
+    """An image file.
+
+    Attributes:
+        name: as results call it.
+        read: gives its bytes; picklable, for processes that are spawned.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+
 class Decoded(NamedTuple):
     """An image, or why there is none.
 

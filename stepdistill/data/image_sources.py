@@ -23,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from stepdistill.data.image_decoding import Decoded, decode
+from stepdistill.data.image_decoding import Decoded, Entry, decode
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class Entry(NamedTuple):
-    name: str
-    read: Callable[[], bytes]
+Reading = Literal["anywhere", "by process", "in order"]
+"""Who may read entries: any thread; one thread of any process, for archives that each process opens for itself; or the
+thread that began, for compressed tars."""
 
 
 @dataclass
@@ -89,32 +89,40 @@ class ImageSource:
             self._digest.update(np.ascontiguousarray(pixels).data)
             yield name, pixels
 
+    @property
+    def ahead(self) -> int:
+        """How many batches another thread may make ahead: none of an iterator, which is left where it was made."""
+        return 0 if self.kind == "iterator" else 2
+
     def batches(self, batch: int, *, ordered: bool = True) -> Iterator[Tensor]:
         """The images of :meth:`numbered` alone."""
         return (pixels for _, pixels in self.numbered(batch, ordered=ordered))
 
-    def numbered(self, batch: int, *, ordered: bool = True) -> Iterator[tuple[list[int], Tensor]]:
+    def numbered(
+        self, batch: int, *, ordered: bool = True, pinned: bool = False
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """The images uint8 [B, 3, H, W], at most ``batch`` at a time and only equal sizes together, and their places in
         the order of the names, from 0.
 
         Args:
             batch: images at a time.
             ordered: in the order of the names; else sizes that alternate are collected, up to 4 batches in all.
+            pinned: in memory that a GPU copies from while nothing waits.
         """
         held: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = {}
         for place, (_, pixels) in enumerate(self):
             if ordered and held and pixels.shape not in held:
-                yield _stack(held.popitem()[1])
+                yield _stack(held.popitem()[1], pinned)
             held.setdefault(pixels.shape, []).append((place, pixels))
             if len(held[pixels.shape]) == batch:
-                yield _stack(held.pop(pixels.shape))
+                yield _stack(held.pop(pixels.shape), pinned)
             elif sum(map(len, held.values())) >= 4 * batch:
-                yield _stack(held.pop(max(held, key=lambda shape: len(held[shape]))))
+                yield _stack(held.pop(max(held, key=lambda shape: len(held[shape]))), pinned)
             late = next((shape for shape, rows in held.items() if place - rows[0][0] >= 4 * batch), None)
             if late is not None:
-                yield _stack(held.pop(late))
+                yield _stack(held.pop(late), pinned)
         for rows in held.values():
-            yield _stack(rows)
+            yield _stack(rows, pinned)
 
     def pixels_sha256(self) -> str:
         """Of sizes and pixels of the images given out so far: equal for a folder, a zip and an npz of one set."""
@@ -143,28 +151,45 @@ class ImageSource:
         return lines
 
 
-def _stack(rows: list[tuple[int, NDArray[np.uint8]]]) -> tuple[list[int], Tensor]:
+def _stack(rows: list[tuple[int, NDArray[np.uint8]]], pinned: bool) -> tuple[list[int], Tensor]:
     import torch
 
-    pixels = np.stack([pixels for _, pixels in rows])
-    return [place for place, _ in rows], torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    pixels = torch.empty((len(rows), *rows[0][1].shape), dtype=torch.uint8, pin_memory=pinned)
+    np.stack([each for _, each in rows], out=pixels.numpy())
+    return [place for place, _ in rows], pixels.permute(0, 3, 1, 2)
 
 
 def decode_files(folder: Path, files: Iterable[Path], *, upright: bool = False) -> Iterator[Decoded]:
     """Image files below a folder at their own sizes, named relative to it, in the order given."""
     entries = [Entry(file.relative_to(folder).as_posix(), file.read_bytes) for file in files]
-    return decode_all(entries, 0, False, upright)
+    return decode_all(entries, 0, "anywhere", upright=upright)
 
 
 def decode_all(
-    entries: list[Entry], resolution: int, archived: bool, upright: bool = False
+    entries: list[Entry], resolution: int, reading: Reading, *, upright: bool = False, workers: int | None = 0
 ) -> Iterator[Decoded]:
-    """Decodes in threads, a bounded number ahead, in order. Archives are read in this thread: their position is one."""
+    """The images of entries in order, a bounded number ahead.
+
+    Args:
+        entries: what to decode.
+        resolution: see :func:`stepdistill.data.image_decoding.fit`.
+        reading: who may read them.
+        upright: turn them as their EXIF says.
+        workers: processes that decode; 0 is threads, None what fits their number and the machine. What is read in order
+            is decoded by threads.
+    """
+    if workers is None or workers:
+        from stepdistill.data.image_workers import decode_in_processes, usual_workers
+
+        workers = usual_workers(len(entries)) if workers is None else workers
+        if workers and reading != "in order":
+            yield from decode_in_processes(entries, resolution, workers, upright=upright)
+            return
     with ThreadPoolExecutor(_DECODERS) as pool:
         ahead: deque[Any] = deque()
         for entry in entries:
             try:
-                read = partial(bytes, entry.read()) if archived else entry.read
+                read = entry.read if reading == "anywhere" else partial(bytes, entry.read())
             except Exception as error:  # a damaged member of an archive that can be read otherwise
                 read = _raiser(error)
             ahead.append(pool.submit(decode, entry.name, read, resolution, upright=upright))

@@ -59,7 +59,7 @@ def draw_shards(
             warm = True
             for pixels, _ in chain(alone, drawn):
                 texts = None if prompts is None else prompts[done : done + len(pixels)]
-                rows.append({name: value.cpu() for name, value in rows_of(pixels, texts).items()})
+                rows.append(rows_of(pixels, texts))
                 if side:
                     kept.add(range(done, done + len(pixels)), pixels, rows[-1].get("clip_score"))
                 done += len(pixels)

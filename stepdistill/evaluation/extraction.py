@@ -52,8 +52,8 @@ class Extraction:
         missing: list[MissingWeights] = []
         for spec in dict.fromkeys(asked.values()):
             try:
-                own = spec == suite.features
-                self._networks[spec] = suite.network(device) if own else network_of(spec, "clean", device)
+                resize = suite.resize if spec == suite.features else "clean"
+                self._networks[spec] = network_of(spec, resize, device, suite.precision)
             except MissingWeights as error:
                 missing.append(error)
                 self._leave_out([name for name, needed in asked.items() if needed == spec], error)

@@ -40,6 +40,7 @@ def evaluate_images(
     device: torch.device | str | None = None,
     progress: bool = True,
     output: str | Path | None = None,
+    workers: int | None = None,
 ) -> Report:
     """Score the images of a folder, a zip, an npz, a webdataset tar or an iterable; see ``image_sources``.
 
@@ -54,6 +55,7 @@ def evaluate_images(
         device: where the features are computed; None is CUDA if there is one.
         progress: show a bar.
         output: folder for report.json, report.md, report.html and the gallery.
+        workers: processes that decode; see :func:`stepdistill.data.image_archives.open_images`.
 
     Raises:
         UserError: the images or the reference cannot be read, there are fewer or more images than the suite asks, or an
@@ -65,7 +67,7 @@ def evaluate_images(
         if any(folder.glob(f"steps_*/{MANIFEST}")):
             raise UserError(f"{folder} holds the evaluation of a pipeline: give another --output")
         check_writable(folder)
-    source = open_images(images, resolution=suite.resolution)
+    source = open_images(images, resolution=suite.resolution, workers=workers)
     if suite.n and source.found not in (None, suite.n):
         raise UserError(
             f"{source.label} holds {source.found} images, suite {suite.label} asks {suite.n}: "
@@ -77,10 +79,10 @@ def evaluate_images(
     extraction = Extraction(suite, device)
     reference = load_reference(suite, extraction.network)
     kept = Pictures(side_of(suite.resolution))
-    # An iterator of the user's own is left in the thread that it was made in.
+    pinned = torch.device(device).type == "cuda"
     drawn = ahead(
-        _all(suite.n, source, source.numbered(batch, ordered=prompts is not None)),
-        depth=2 if isinstance(images, (str, Path)) else 0,
+        _all(suite.n, source, source.numbered(batch, ordered=prompts is not None, pinned=pinned)),
+        depth=source.ahead,
     )
     with tempfile.TemporaryDirectory(prefix="stepdistill-") as place:
         rows = ShardWriter(Path(place))
@@ -99,7 +101,7 @@ def evaluate_images(
             for line in source.remarks():
                 say(line)
         table = rows.table()
-        scores = measure(table, suite, extraction.network, reference)
+        scores = measure(table, suite, extraction.network, reference, device)
         if folder is not None:
             file = steps_folder(folder, 0) / GALLERY
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -169,4 +171,4 @@ def score_images(
         for pixels in images:
             texts = None if prompts is None else prompts[rows.count : rows.count + len(pixels)]
             rows.add(extraction(pixels, texts))
-        return measure(rows.table(), suite, extraction.network, reference)
+        return measure(rows.table(), suite, extraction.network, reference, device)

@@ -19,6 +19,7 @@ from stepdistill.evaluation.suite import Suite
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.cmmd import cmmd
 from stepdistill.metrics.fid_infinity import fid_infinity
+from stepdistill.metrics.float64 import float64_device
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
 from stepdistill.metrics.frechet_interval import GROUPS, frechet_interval
 from stepdistill.metrics.inception_score import inception_score
@@ -42,7 +43,13 @@ ERRORS = (
 Found = dict[str, float | None]
 
 
-def measure(rows: RowTable, suite: Suite, network: FeatureNetwork | None, reference: Reference) -> Scores:
+def measure(
+    rows: RowTable,
+    suite: Suite,
+    network: FeatureNetwork | None,
+    reference: Reference,
+    device: torch.device | str = "cpu",
+) -> Scores:
     """The scores of images: those that the suite asks and whose rows are there.
 
     Args:
@@ -50,6 +57,7 @@ def measure(rows: RowTable, suite: Suite, network: FeatureNetwork | None, refere
         suite: which scores.
         network: that made ``features``; None where its weights are missing.
         reference: its statistics of the real images.
+        device: where distances are computed, in float64; a device without it leaves them on the CPU.
 
     Raises:
         UserError: fewer than 3 images.
@@ -58,6 +66,8 @@ def measure(rows: RowTable, suite: Suite, network: FeatureNetwork | None, refere
     if count < 3:
         raise UserError(f"a distance needs at least 3 images, there are {count}")
     found: Found = {}
+    device = float64_device(device)
+    rows, reference = rows.on(device), reference.on(device)
     if network is not None and "features" in rows:
         found |= _in_features(rows, suite, network, reference)
     if "spatial" in rows and reference.spatial is not None:
@@ -148,7 +158,7 @@ def _distance(rows: RowTable, name: str, reference: Moments, with_error: bool) -
         member = torch.arange(len(features)) % count
         without = [frechet_distance_of_features(features[member != i], reference) for i in range(count)]
         return value, from_leaving_out(value, torch.tensor(without)).standard_error
-    groups = [Moments.empty(dimension) for _ in range(GROUPS if with_error else 1)]
+    groups = [Moments.empty(dimension, reference.total.device) for _ in range(GROUPS if with_error else 1)]
     for block in _blocks(rows, name):
         mixed = in_random_order(block) if with_error else block
         for place, group in enumerate(groups):

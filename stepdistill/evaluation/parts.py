@@ -195,7 +195,7 @@ class Work:
         cost, count = part.images.cost(), part.images.count
         spread = self._spread(part)
         scores = StepScores(
-            **asdict(measure(part.images, self.suite, self.extraction.network, reference)),
+            **asdict(measure(part.images, self.suite, self.extraction.network, reference, self.pipe.device)),
             seconds_per_image=cost.seconds / cost.timed,
             network_evaluations=cost.passes / count,
             diversity=spread.value if spread else None,

@@ -11,6 +11,7 @@ them; for the others the suite must say it (``reference_protocol``). What differ
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from stepdistill.data.image_sources import ImageSource
 from stepdistill.errors import MissingWeights, UserError
 from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.features.load import features_sha256
-from stepdistill.features.network import FeatureNetwork
+from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.system.log import bar
+from stepdistill.system.prefetch import ahead
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.suite import Suite
@@ -70,7 +72,7 @@ def _embeddings(suite: Suite, network: FeatureNetwork | None, reference: Referen
         except MissingWeights:
             return None
         mine = {"features_sha256": sha256, "resolution": suite.resolution}
-        _check_protocol(file, found.protocol, mine)
+        _check_protocol(file, found.protocol, mine, suite.precision)
     if found.features is None:
         raise UserError(
             f"{file or suite.reference_file()} holds no features, which cmmd needs: remake it with stepdistill stats"
@@ -94,7 +96,7 @@ def _checked(
             "resize": network.resize,
             "resolution": suite.resolution,
         }
-        _check_protocol(file, reference.protocol, mine)
+        _check_protocol(file, reference.protocol, mine, suite.precision)
     else:
         _check_statement(file, suite, network)
     if reference.has_images and (suite.kid or suite.neighbours):
@@ -121,9 +123,12 @@ def _check_count(file: Path, count: int, least: int) -> None:
         )
 
 
-def _check_protocol(file: Path, protocol: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """What the file says of itself is what the suite does."""
-    for key, value in mine.items():
+def _check_protocol(
+    file: Path, protocol: Mapping[str, Any], mine: Mapping[str, Any], precision: Precision
+) -> None:
+    """What the file says of itself is what the suite does; one of float32, which says no precision, serves any."""
+    protocol = {"precision": precision, **protocol}
+    for key, value in {**mine, "precision": precision}.items():
         if key not in protocol:
             raise UserError(f"{file} does not say its {key}: remake it with stepdistill stats")
         if protocol[key] != value:
@@ -154,9 +159,9 @@ def _check_statement(file: Path, suite: Suite, network: FeatureNetwork) -> None:
 
 
 def for_reference(suite: Suite, file: Path) -> Suite:
-    """The suite with another reference. A suite that leaves n open (``folder``) takes features, resize and resolution
-    from what the file says of itself. What a suite states of its file (``reference_protocol``) is kept where the other
-    one has the same name.
+    """The suite with another reference. A suite that leaves n open (``folder``) takes features, resize, resolution and
+    precision from what the file says of itself. What a suite states of its file (``reference_protocol``) is kept where
+    the other one has the same name.
 
     Raises:
         UserError: the file is missing, damaged, or does not say what made it.
@@ -174,6 +179,7 @@ def for_reference(suite: Suite, file: Path) -> Suite:
                 "reference_protocol, as eval/README.md shows"
             )
         changed |= {key: reference.protocol[key] for key in ("features", "resolution")}
+        changed["precision"] = reference.protocol.get("precision", suite.precision)
         changed |= {
             "resize": str(reference.protocol["resize"]).split()[0],
             "kid": reference.features is not None,
@@ -183,8 +189,12 @@ def for_reference(suite: Suite, file: Path) -> Suite:
 
 def _features_of(source: ImageSource, network: FeatureNetwork, progress: bool) -> Tensor:
     kept = []
-    with bar(source.found, f"features of {source.label}", unit="image", shown=progress) as shown:
-        for pixels in source.batches(128):
-            kept.append(network.images(pixels))
+    numbered = source.numbered(128, pinned=network.device.type == "cuda")
+    with (
+        closing(ahead(numbered, source.ahead)) as read,
+        bar(source.found, f"features of {source.label}", unit="image", shown=progress) as shown,
+    ):
+        for _, pixels in read:
+            kept.append(network.images(pixels).cpu())
             shown.update(len(pixels))
     return torch.cat(kept)

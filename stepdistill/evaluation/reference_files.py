@@ -6,7 +6,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,13 @@ class Reference:
     spatial: Moments | None = None
     has_images: bool = False
     embeddings: Tensor | None = None
+
+    def on(self, device: torch.device | str) -> Reference:
+        """The same with all statistics on a device; moments on the CPU where that has no float64."""
+        features, embeddings = (None if x is None else x.to(device) for x in (self.features, self.embeddings))
+        spatial = None if self.spatial is None else self.spatial.on(device)
+        moments = self.moments.on(device)
+        return replace(self, moments=moments, features=features, spatial=spatial, embeddings=embeddings)
 
 
 def read_reference(file: Path, network: str = "inception") -> Reference:
@@ -155,8 +162,12 @@ def _moments(file: Path, mean: Any, covariance: Any, count: int) -> Moments:
         raise UserError(f"{file}: mean or covariance has NaN or Inf; get it again")
     if (covariance - covariance.T).abs().max() > 1e-4 * covariance.abs().max():
         raise UserError(f"{file}: the covariance is not symmetric, so it is none; get it again")
+    # What has a Cholesky factor once this is added needs no eigenvalues, which take twenty times as long.
+    allowed = INDEFINITE * float(covariance.diagonal().max()) if len(mean) else 0.0
+    if not torch.linalg.cholesky_ex(covariance + allowed * torch.eye(len(mean), dtype=torch.float64))[1]:
+        return Moments.from_statistics(mean, covariance, count)
     values = torch.linalg.eigvalsh(covariance)  # [D], ascending
-    if len(values) and values[0] < -INDEFINITE * values[-1].abs():
+    if values[0] < -INDEFINITE * values[-1].abs():
         raise UserError(
             f"{file}: the covariance has an eigenvalue of {float(values[0]):.3g} (the largest is "
             f"{float(values[-1]):.3g}): it is not positive semidefinite, so it is none; get it again"

@@ -32,3 +32,18 @@ class RowTable(ABC):
     def whole(self, name: str) -> Tensor:
         """All rows [N, ...] of one name."""
         return torch.cat(list(self.blocks(name)))
+
+    def on(self, device: torch.device | str) -> RowTable:
+        """The same rows, which come to a device as they are read."""
+        return _Moved(self, torch.device(device))
+
+
+class _Moved(RowTable):
+    def __init__(self, table: RowTable, device: torch.device) -> None:
+        self.count, self._table, self._device = table.count, table, device
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        return (block.to(self._device) for block in self._table.blocks(name))

@@ -194,7 +194,7 @@ class ShardWriter:
         places = torch.cat([places for places, _ in self._waiting])
         order = places.argsort()
         rows = {
-            name: torch.cat([some[name].cpu() for _, some in self._waiting])[order]
+            name: torch.cat([some[name] for _, some in self._waiting]).cpu()[order]
             for name in self._waiting[0][1]
         }
         places = places[order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from stepdistill.metrics.frechet import Moments
 from stepdistill.metrics.sfid import DIMENSION
 from stepdistill.system.emoji import emoji_images
 from stepdistill.system.log import bar, say
+from stepdistill.system.prefetch import ahead
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.suite import Suite
@@ -110,10 +112,14 @@ def _statistics(
     batch: int,
     progress: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    moments, kept = Moments.empty(network.dimension), []
-    places = Moments.empty(DIMENSION if spatial else 0)
-    with bar(source.found, f"statistics of {source.label}", unit="image", shown=progress) as shown:
-        for pixels in source.batches(batch, ordered=False):
+    moments, kept = Moments.empty(network.dimension, network.device), []
+    places = Moments.empty(DIMENSION if spatial else 0, network.device)
+    numbered = source.numbered(batch, ordered=False, pinned=network.device.type == "cuda")
+    with (
+        closing(ahead(numbered, source.ahead)) as read,
+        bar(source.found, f"statistics of {source.label}", unit="image", shown=progress) as shown,
+    ):
+        for _, pixels in read:
             if spatial:
                 features, of_places = _inner_features(network, pixels)
                 places.add(of_places)
@@ -123,15 +129,15 @@ def _statistics(
                 raise UserError(f"{network.name} gives NaN or Inf for images of {source.label}")
             moments.add(features)
             if keep_features:
-                kept.append(features.half())
+                kept.append(features.half().cpu())
             shown.update(len(pixels))
     if moments.count < 2:
         raise UserError(f"{source.label}: statistics need at least 2 images, there are {moments.count}")
-    tensors = {"mean": moments.mean, "covariance": moments.covariance}
+    tensors = {"mean": moments.mean.cpu(), "covariance": moments.covariance.cpu()}
     if keep_features:
         tensors["features"] = torch.cat(kept)
     if spatial:
-        tensors |= {"spatial_mean": places.mean, "spatial_covariance": places.covariance}
+        tensors |= {"spatial_mean": places.mean.cpu(), "spatial_covariance": places.covariance.cpu()}
     protocol = {
         "images": source.label,
         "n": moments.count,
@@ -140,6 +146,8 @@ def _statistics(
         "features_sha256": network.sha256,
         "resize": network.resize,
     }
+    if network.precision != "float32":
+        protocol["precision"] = network.precision
     return tensors, protocol
 
 

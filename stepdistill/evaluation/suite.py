@@ -16,7 +16,7 @@ from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.evaluation.suite_metrics import MetricKeys
 from stepdistill.features.load import network_of
-from stepdistill.features.network import FeatureNetwork
+from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.system.shipped import cache_folder, content_folder, suite_files
 
@@ -61,6 +61,8 @@ class Suite(MetricKeys):
             ``resolution``, and another size is an error.
         features: ``emoji``, ``clip:FOLDER`` or ``inception:FILE``.
         resize: ``clean``, or for Inception also ``tf1`` or ``pytorch``.
+        precision: of the networks that look at images: ``float32``, or ``bf16``, faster on a GPU and a protocol of its
+            own. The reference is of the same, or of float32.
         reference: statistics of the real images (safetensors made by ``stepdistill stats``, npz of clean-fid, EDM or
             ADM, or EDM2's pkl): a path, or a name that is looked for beside the suite's file, in eval/reference and
             in reference/ of the user's cache.
@@ -83,6 +85,7 @@ class Suite(MetricKeys):
     draw_resolution: Annotated[int, Field(ge=0)] | Literal["own"] = 0
     features: str = "emoji"
     resize: Literal["clean", "tf1", "pytorch"] = "clean"
+    precision: Precision = "float32"
     reference: str
     reference_protocol: ReferenceProtocol | None = None
     images: str = "emoji"
@@ -133,9 +136,11 @@ class Suite(MetricKeys):
         except ValidationError as error:
             raise UserError(f"suite {self.label}: {_first_problem(error)}") from None
 
-    def derive(self, *, n: int | None = None, prompts: Path | None = None) -> Suite:
-        """The protocol with another number of images or other prompts, as a suite of its own: its label says so, and
-        its scores do not compare with those of the whole one.
+    def derive(
+        self, *, n: int | None = None, prompts: Path | None = None, precision: Precision | None = None
+    ) -> Suite:
+        """The protocol with another number of images, other prompts or features of another precision, as a suite of its
+        own: its label says so, and its scores do not compare with those of the whole one.
 
         Raises:
             UserError: the prompt file does not exist, or a suite with CLIP score is left without n.
@@ -150,6 +155,9 @@ class Suite(MetricKeys):
         if n is not None and n != self.n:
             changes["n"] = n
             derived.append(f"n={n}")
+        if precision is not None and precision != self.precision:
+            changes["precision"] = precision
+            derived.append(precision)
         return self.changed({**changes, "derived": tuple(derived)})
 
     def seed(self, index: int) -> int:
@@ -182,7 +190,7 @@ class Suite(MetricKeys):
         Raises:
             UserError: its file is missing, or it has no such resize.
         """
-        return network_of(self.features, self.resize, device)
+        return network_of(self.features, self.resize, device, self.precision)
 
     def aesthetic_file(self) -> Path:
         """Where the aesthetic head lies, or would lie: absolute, or beside the suite's file."""

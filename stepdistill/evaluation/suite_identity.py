@@ -48,6 +48,7 @@ def protocol_of(suite: Suite, network: FeatureNetwork | None) -> dict[str, str]:
     return {
         "resize": network.resize if network else suite.resize,
         "features": without_folder(network.name if network else suite.features),
+        "precision": suite.precision,
         "features_sha256": network.sha256 if network else MISSING,
         "reference_sha256": sha256_of(suite.reference_file()),
         "suite_sha256": suite_sha256(suite),

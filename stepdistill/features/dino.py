@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.features.network import DTYPES, Precision, titled
 from stepdistill.features.resize import resize
 from stepdistill.system.float32 import full_float32
+from stepdistill.system.memory import sent
 
 SIZE = 224
 
@@ -26,6 +28,7 @@ class DinoFeatures:
         name: its specification.
         sha256: of its weights.
         mean, std: of the pixels in [0, 1], per channel.
+        precision: of the network.
         device: where it runs.
     """
 
@@ -40,6 +43,7 @@ class DinoFeatures:
         sha256: str,
         mean: Sequence[float],
         std: Sequence[float],
+        precision: Precision,
         device: torch.device,
     ) -> None:
         from transformers import Dinov2Model
@@ -47,22 +51,23 @@ class DinoFeatures:
         model: Any = Dinov2Model.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = model.eval().requires_grad_(False).to(device, DTYPES[precision])
+        self.precision, self._dtype = precision, DTYPES[precision]
         self._mean = 255 * torch.tensor(mean).view(1, 3, 1, 1).to(device)
         self._std = 255 * torch.tensor(std).view(1, 3, 1, 1).to(device)
-        self._device = device
+        self.device = device
         self.name, self.sha256 = name, sha256
         self.dimension = int(model.config.hidden_size)
         self.kernel_scale = 1 / self.dimension
-        self.fd_name = f"FD-DINOv2 ({folder.name})"
+        self.fd_name = titled(f"FD-DINOv2 ({folder.name})", precision)
         self.resize = f"clean (bicubic, antialiased, float) to {SIZE}"
 
     @torch.no_grad()
     @full_float32()
     def images(self, pixels: Tensor) -> Tensor:
-        wide = (resize(pixels.to(self._device), SIZE, "clean") - self._mean) / self._std
-        token: Tensor = self._model(pixel_values=wide).last_hidden_state[:, 0]
-        return token.float().cpu()
+        wide = (resize(sent(pixels, self.device), SIZE, "clean") - self._mean) / self._std
+        token: Tensor = self._model(pixel_values=wide.to(self._dtype)).last_hidden_state[:, 0]
+        return token.float()
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         raise UserError("DINOv2 has no text features: set clip_score to false in the suite")

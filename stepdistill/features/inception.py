@@ -19,8 +19,10 @@ from torch import Tensor
 
 from stepdistill.errors import MissingWeights, UserError, did_you_mean
 from stepdistill.features.inception_network import Activations, Inception, Layer
+from stepdistill.features.network import DTYPES, Precision, titled
 from stepdistill.features.resize import RESIZES, Resize, resize
 from stepdistill.system.float32 import full_float32
+from stepdistill.system.memory import sent
 from stepdistill.system.shipped import cache_folder
 from stepdistill.system.tensor_files import read_tensors
 
@@ -88,10 +90,11 @@ class InceptionFeatures:
         sha256: of the file.
         mode: ``clean``, ``tf1`` or ``pytorch``: see :mod:`stepdistill.features.resize`. ``pytorch`` also scales pixels
             to x / 127.5 - 1, the other two to (x - 128) / 128.
+        precision: of the network; bf16 is only of a state dict's.
         device: where it runs.
 
     Raises:
-        UserError: the mode is none, or the file is broken or holds another network.
+        UserError: the mode is none, the file is broken or holds another network, or the TorchScript is asked in bf16.
     """
 
     fd_scale = 1.0
@@ -99,7 +102,9 @@ class InceptionFeatures:
     clip_name = None
     kernel_scale = 1 / 2048
 
-    def __init__(self, file: Path, *, sha256: str, mode: str, device: torch.device) -> None:
+    def __init__(
+        self, file: Path, *, sha256: str, mode: str, precision: Precision, device: torch.device
+    ) -> None:
         if mode not in RESIZES:
             raise UserError(
                 f"resize {mode!r} is not a mode of Inception features {did_you_mean(mode, RESIZES)}"
@@ -109,16 +114,19 @@ class InceptionFeatures:
         self._script: Any = None
         self._own: Inception | None = None
         if _is_torchscript(file):
+            if precision != "float32":
+                raise UserError(
+                    f"features {file} are a TorchScript, which is float32: take {next(iter(PUBLIC))} for {precision}"
+                )
             load: Any = torch.jit.load  # an archive of its own: nothing of Python's is run
             self._script = load(str(file), map_location=device).eval()
         else:
-            self._own = _own_network(file).to(device)
-        self._device = device
+            self._own = _own_network(file, DTYPES[precision]).to(device)
+        self.device, self.precision = device, precision
         self.name = "inception" if public else f"inception:{file}"
         self.sha256 = sha256
-        self.fd_name = (
-            f"FID ({mode})" if public else f"FD-Inception ({mode}; weights {sha256[:8]}, not FID's)"
-        )
+        title = f"FID ({mode})" if public else f"FD-Inception ({mode}; weights {sha256[:8]}, not FID's)"
+        self.fd_name = titled(title, precision)
         words = {
             "clean": "bicubic, antialiased, float",
             "tf1": "bilinear",
@@ -131,12 +139,12 @@ class InceptionFeatures:
     def images(self, pixels: Tensor) -> Tensor:
         if self._own is not None:
             found: Activations = self._own(self._prepared(pixels))
-            return found.features.cpu()
+            return found.features
         if self._mode == "tf1":
-            raw: Tensor = self._script(pixels.to(self._device), return_features=True)
-            return raw.flatten(1).float().cpu()
+            raw: Tensor = self._script(sent(pixels, self.device), return_features=True)
+            return raw.flatten(1).float()
         pooled: Tensor = self._script.layers(self._prepared(pixels))
-        return pooled.flatten(1).float().cpu()
+        return pooled.flatten(1).float()
 
     @property
     def layers_missing(self) -> str | None:
@@ -150,7 +158,7 @@ class InceptionFeatures:
 
     @full_float32()
     def activations(self, pixels: Tensor, layer: Layer = "2048") -> Activations:
-        """Features, logits (for the Inception score) and spatial features (for sFID) of uint8 [B, 3, H, W], on the CPU.
+        """Features, logits (for the Inception score) and spatial features (for sFID) of uint8 [B, 3, H, W].
 
         Raises:
             UserError: the weights are the TorchScript file, whose inner layers cannot be read.
@@ -158,14 +166,13 @@ class InceptionFeatures:
         if self._own is None:
             raise UserError(str(self.layers_missing))
         found: Activations = self._own(self._prepared(pixels), layer)
-        logits, spatial = (None if x is None else x.cpu() for x in (found.logits, found.spatial))
-        return Activations(found.features.cpu(), logits, spatial)
+        return found
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         raise UserError("Inception has no text features: set clip_score to false in the suite")
 
     def _prepared(self, pixels: Tensor) -> Tensor:
-        wide = resize(pixels.to(self._device), SIZE, self._mode)
+        wide = resize(sent(pixels, self.device), SIZE, self._mode)
         return wide / 127.5 - 1 if self._mode == "pytorch" else (wide - 128) / 128
 
 
@@ -177,11 +184,11 @@ def _is_torchscript(file: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def _own_network(file: Path) -> Inception:
+def _own_network(file: Path, dtype: torch.dtype) -> Inception:
     """From a state dict."""
     like = f"a state dict named as {next(iter(PUBLIC))} is"
     try:
-        return Inception(read_tensors(file, like))
+        return Inception(read_tensors(file, like), dtype)
     except UserError:
         raise
     except ValueError as error:

@@ -78,13 +78,21 @@ class Inception(nn.Module):
 
     Args:
         state: tensors named as in ``pt_inception-2015-12-05-6726825d.pth``.
+        dtype: of the convolutions; means over positions, logits and all that is given are float32.
+        layout: of weights and activations in memory.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
         super().__init__()
+        self._dtype, self._layout = dtype, layout
         for name, shape in shapes().items():
             if name not in state or tuple(state[name].shape) != shape:
                 found = f"shape {list(state[name].shape)}" if name in state else "no such tensor"
@@ -105,8 +113,8 @@ class Inception(nn.Module):
 
     def _keep(self, name: str, weight: Tensor, bias: Tensor) -> None:
         key = name.replace(".", "_")
-        self.register_buffer(f"{key}_weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer(f"{key}_bias", bias)
+        self.register_buffer(f"{key}_weight", weight.to(self._dtype).contiguous(memory_format=self._layout))
+        self.register_buffer(f"{key}_bias", bias.to(self._dtype))
 
     def _convolve(self, name: str, x: Tensor, unit: Unit | None = None) -> Tensor:
         key = name.replace(".", "_")
@@ -121,22 +129,22 @@ class Inception(nn.Module):
             x: images [B, 3, 299, 299]; other sizes of at least 75 work, and are not FID.
             layer: see :data:`Layer`.
         """
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(self._dtype).contiguous(memory_format=self._layout)
         for part, end in zip(STEM, ("64", "192"), strict=True):
             for unit in part:
                 x = self._convolve(unit.name, x, unit).relu_()
             x = F.max_pool2d(x, 3, 2)
             if layer == end:
-                return Activations(x.mean((2, 3)), None, None)
+                return Activations(x.mean((2, 3), dtype=torch.float32), None, None)
         spatial = None
         for blocks, end in zip(BLOCKS, ("768", "2048"), strict=True):
             for block in blocks:
                 x, first = self._block(block, x)
                 if block.name == SPATIAL_BLOCK:
-                    spatial = first[:, :SPATIAL].permute(0, 2, 3, 1).flatten(1)
+                    spatial = first[:, :SPATIAL].permute(0, 2, 3, 1).flatten(1).float()
             if layer == end:
                 break
-        features = x.mean((2, 3))
+        features = x.mean((2, 3), dtype=torch.float32)
         if layer == "768":
             return Activations(features, None, spatial)
         logits = F.linear(features, self.get_buffer("fc_weight"), self.get_buffer("fc_bias"))

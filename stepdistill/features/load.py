@@ -25,25 +25,32 @@ from stepdistill.errors import MissingWeights, UserError, did_you_mean
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.dino import DinoFeatures
 from stepdistill.features.inception import InceptionFeatures, check_public, find_weights
-from stepdistill.features.network import FeatureNetwork
+from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.features.own_module import user_network
 from stepdistill.system import emoji as embedded
 from stepdistill.system.files import sha256_of
 from stepdistill.system.log import quiet_loading
 
 
-def load_features(spec: str, *, resize: str = "clean", device: torch.device | str = "cpu") -> FeatureNetwork:
+def load_features(
+    spec: str,
+    *,
+    resize: str = "clean",
+    precision: Precision = "float32",
+    device: torch.device | str = "cpu",
+) -> FeatureNetwork:
     """The network a specification names; loaded once per process.
 
     Args:
         spec: see the head of this module.
         resize: ``clean``, for Inception also ``tf1`` and ``pytorch``.
+        precision: of the network that looks at images.
         device: where it runs.
 
     Raises:
-        UserError: the specification is unknown, or its file is missing.
+        UserError: the specification is unknown, its file is missing, or it has no such precision.
     """
-    return _load(spec, resize, torch.device(device))
+    return _load(spec, resize, precision, torch.device(device))
 
 
 def features_sha256(spec: str) -> str:
@@ -143,12 +150,18 @@ def _hub_folder(identifier: str) -> Path | str:
 
 
 @cache
-def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
+def _load(spec: str, resize: str, precision: Precision, device: torch.device) -> FeatureNetwork:
     if spec.startswith("module:"):
+        if precision != "float32":
+            raise UserError(
+                f"features {spec!r} are your own: {precision} is what their function makes of them"
+            )
         return user_network(spec, resize, device)
     kind, path = _locate(spec)
     if kind == "inception":
-        return InceptionFeatures(path, sha256=sha256_of(path), mode=resize, device=device)
+        return InceptionFeatures(
+            path, sha256=sha256_of(path), mode=resize, precision=precision, device=device
+        )
     mean, std = _pixel_statistics(path, kind)
     sha256 = _folder_sha256(path, kind)
     if kind == "emoji":
@@ -162,10 +175,13 @@ def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
             clip_name="CLIP-emoji",
             mean=mean,
             std=std,
+            precision=precision,
             device=device,
         )
     if kind == "dinov2":
-        return DinoFeatures(path, name=spec, sha256=sha256, mean=mean, std=std, device=device)
+        return DinoFeatures(
+            path, name=spec, sha256=sha256, mean=mean, std=std, precision=precision, device=device
+        )
     return ClipFeatures(
         path,
         path,
@@ -176,24 +192,31 @@ def _load(spec: str, resize: str, device: torch.device) -> FeatureNetwork:
         clip_name=f"CLIP score ({path.name})",
         mean=mean,
         std=std,
+        precision=precision,
         device=device,
     )
 
 
-def network_of(features: str, resize: str, device: torch.device | str | None = None) -> FeatureNetwork:
+def network_of(
+    features: str,
+    resize: str,
+    device: torch.device | str | None = None,
+    precision: Precision = "float32",
+) -> FeatureNetwork:
     """The network, which must have the resize mode: one that has only another would make other statistics than asked.
 
     Args:
         features: its specification, as a suite writes it.
         resize: ``clean`` or another mode of the network.
         device: None is CUDA if there is one.
+        precision: of the network that looks at images.
 
     Raises:
-        UserError: the network is unknown, its file is missing, or it has no such mode.
+        UserError: the network is unknown, its file is missing, or it has no such mode or precision.
     """
     quiet_loading()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_features(features, resize=resize, device=device)
+    network = load_features(features, resize=resize, precision=precision, device=device)
     if mode_of(network.resize) != resize:
         raise UserError(f"features {features} have no resize {resize!r}; they have {network.resize!r}")
     return network

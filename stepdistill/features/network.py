@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+
+Precision = Literal["float32", "bf16"]
+"""Of weights and activations of the network that looks at images; what it gives is float32 in any case, and so are
+texts. bf16 moves features by parts in a hundred and is a protocol of its own (eval/README.md has its error)."""
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def titled(name: str, precision: Precision) -> str:
+    """The name of a score in features of a precision."""
+    return name if precision == "float32" else f"{name}, {precision}"
 
 
 class FeatureNetwork(Protocol):
@@ -14,6 +25,8 @@ class FeatureNetwork(Protocol):
     Attributes:
         name: its specification, as a suite writes it.
         sha256: of its weights.
+        device: where it runs, and where its features lie.
+        precision: see :data:`Precision`.
         dimension: D.
         resize: how images reach the network's resolution, in words.
         fd_name: the name of the Frechet distance in these features.
@@ -26,6 +39,10 @@ class FeatureNetwork(Protocol):
     def name(self) -> str: ...
     @property
     def sha256(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def precision(self) -> Precision: ...
     @property
     def dimension(self) -> int: ...
     @property
@@ -40,9 +57,9 @@ class FeatureNetwork(Protocol):
     def kernel_scale(self) -> float: ...
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Features [B, D] float32 on the CPU of images uint8 [B, 3, H, W]."""
+        """Features [B, D] float32 of images uint8 [B, 3, H, W]; from pinned memory nothing waits for their copy."""
         ...
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Features [B, D] float32 on the CPU of prompts; only where ``clip_name`` is not None."""
+        """Features [B, D] float32 of prompts; only where ``clip_name`` is not None."""
         ...

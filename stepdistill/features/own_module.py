@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.features.network import Precision
 from stepdistill.features.resize import Resize, resize
 from stepdistill.system.float32 import full_float32
+from stepdistill.system.memory import sent
 
 
 class ModuleFeatures:
@@ -28,6 +30,7 @@ class ModuleFeatures:
 
     fd_scale = 1.0
     clip_name = None
+    precision: Precision = "float32"
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class ModuleFeatures:
         device: torch.device | str = "cpu",
     ) -> None:
         self._module = module.eval().requires_grad_(False).to(device)
-        self._size, self._mode, self._device = size, mode, torch.device(device)
+        self._size, self._mode, self.device = size, mode, torch.device(device)
         self.name, self.dimension, self.kernel_scale = name, dimension, 1 / dimension
         self.fd_name = f"FD ({name})"
         self.resize = f"{mode} to {size}"
@@ -49,13 +52,13 @@ class ModuleFeatures:
     @torch.no_grad()
     @full_float32()
     def images(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self._module(resize(pixels.to(self._device), self._size, self._mode))
+        features: Tensor = self._module(resize(sent(pixels, self.device), self._size, self._mode))
         if features.shape != (len(pixels), self.dimension):
             raise UserError(
                 f"features {self.name} have shape {list(features.shape)} for {len(pixels)} images; they must have "
                 f"[{len(pixels)}, {self.dimension}]"
             )
-        return features.float().cpu()
+        return features.float()
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         raise UserError(f"features {self.name} have no texts: set clip_score to false in the suite")

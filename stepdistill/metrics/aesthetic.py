@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepdistill.errors import MissingWeights, UserError
+from stepdistill.metrics.float64 import wide
 from stepdistill.system.files import sha256_of
 from stepdistill.system.tensor_files import read_tensors
 
@@ -45,7 +46,8 @@ class AestheticHead:
                 f"the aesthetic head reads {len(self.weight)} features, the images have {images.shape[1]}: take CLIP "
                 "ViT-L/14 (768), as clip:openai/clip-vit-large-patch14"
             )
-        return F.normalize(images.detach().double().cpu(), dim=1) @ self.weight + self.bias
+        embeddings = F.normalize(wide(images), dim=1)
+        return embeddings @ self.weight.to(embeddings.device) + self.bias
 
 
 def load_aesthetic_head(file: Path) -> AestheticHead:

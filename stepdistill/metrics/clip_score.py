@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepdistill.metrics.float64 import wide
+
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
     """Row-wise cosine of image features [B, D] and text features [B, D], shape [B], in [-1, 1]."""
-    return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
+    return torch.nn.functional.cosine_similarity(wide(images), wide(texts), dim=1)

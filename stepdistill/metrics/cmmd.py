@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepdistill.metrics.float64 import wide
 from stepdistill.metrics.mmd import KernelDistance, mean_discrepancy
 
 SIGMA = 10.0
@@ -34,6 +35,6 @@ def cmmd(x: Tensor, y: Tensor, *, unbiased: bool = False, block: int = 1024) -> 
         squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
         return (-squares.clamp_min(0) / (2 * SIGMA**2)).exp()
 
-    x, y = (F.normalize(side.detach().double(), dim=1) for side in (x, y))
+    x, y = (F.normalize(wide(side), dim=1) for side in (x, y))
     found = mean_discrepancy(x, y, kernel, with_itself=not unbiased, block=block)
     return KernelDistance(SCALE * found.value, SCALE * found.standard_error)

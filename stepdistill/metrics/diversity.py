@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepdistill.metrics.float64 import wide
+
 
 @dataclass(frozen=True)
 class Diversity:
@@ -30,7 +32,7 @@ def pairwise_diversity(features: Tensor) -> Diversity:
     prompts, samples, _ = features.shape
     if samples < 2 or prompts < 1:
         raise ValueError(f"diversity needs 2 samples of a prompt, there are {samples} of {prompts} prompts")
-    unit = F.normalize(features.detach().double().cpu(), dim=2)
+    unit = F.normalize(wide(features), dim=2)
     similarity = (unit.sum(1).square().sum(1) - samples) / (samples * (samples - 1))  # [P]
     each = 1 - similarity
     error = float(each.std()) / math.sqrt(prompts) if prompts > 1 else 0.0

@@ -2,8 +2,9 @@
 
     FD = |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2)
 
-Sums are float64 throughout. tr (A B)^1/2 is the sum of the roots of the eigenvalues of A B, and no root of a matrix is
-needed for it. Those eigenvalues are real and at least 0, since they are also the eigenvalues of
+Sums are float64 throughout, on the device of the features or moments. tr (A B)^1/2 is the sum of the roots of the
+eigenvalues of A B, and no root of a matrix is needed for it. Those eigenvalues are real and at least 0, since they are
+also the eigenvalues of
 
     L^T B L, with A = L L^T (Cholesky)        where one side has more features than dimensions,
     X B X^T / (N - 1)                         where the centred features X [N, D] are few, an N x N problem,
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from stepdistill.metrics.float64 import float64_device, wide
 
 BLOCK = 512
 """Columns of a symmetric product made at a time: the half above the diagonal blocks is never computed."""
@@ -39,26 +42,26 @@ class Moments:
     outer: Tensor
 
     @staticmethod
-    def empty(dimension: int) -> Moments:
-        """Of no features."""
-        zeros = torch.zeros(dimension, dtype=torch.float64)
-        return Moments(0, zeros, torch.zeros(dimension, dimension, dtype=torch.float64))
+    def empty(dimension: int, device: torch.device | str = "cpu") -> Moments:
+        """Of no features; a device without float64 leaves them on the CPU."""
+        total = torch.zeros(dimension, dtype=torch.float64, device=float64_device(device))
+        return Moments(0, total, total.new_zeros(dimension, dimension))
 
     @staticmethod
     def of(features: Tensor) -> Moments:
         """Of features [N, D]."""
-        wide = features.detach().double().cpu()
-        return Moments(len(wide), wide.sum(0), _gram(wide))
+        x = wide(features)
+        return Moments(len(x), x.sum(0), _gram(x))
 
     @staticmethod
     def from_statistics(mean: Tensor, covariance: Tensor, count: int) -> Moments:
         """From a mean [D] and an unbiased covariance [D, D], as reference files store them."""
-        mean, covariance = mean.double().cpu(), covariance.double().cpu()
+        mean, covariance = wide(mean), wide(covariance)
         return Moments(count, mean * count, covariance * (count - 1) + count * torch.outer(mean, mean))
 
     def add(self, features: Tensor) -> None:
-        """Take in features [B, D]."""
-        more = Moments.of(features)
+        """Take in features [B, D], on the device of the moments."""
+        more = Moments.of(features.to(self.total.device))
         self.count += more.count
         self.total += more.total
         self.outer += more.outer
@@ -66,6 +69,11 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets."""
         return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    def on(self, device: torch.device | str) -> Moments:
+        """The same on another device, or on the CPU where that has no float64."""
+        device = float64_device(device)
+        return Moments(self.count, self.total.to(device), self.outer.to(device))
 
     @property
     def mean(self) -> Tensor:
@@ -89,7 +97,7 @@ def symmetric_root(matrix: Tensor) -> Tensor:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The distance between two sets of which only the moments are kept.
+    """The distance between two sets of which only the moments are kept, both on one device.
 
     Symmetric. Near-equal sets can come out a rounding below zero, and are left as they are.
 
@@ -154,9 +162,9 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [D] and centred features [N, D] over (N - 1)^1/2, so that X^T X is the covariance; float64."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 features, there are {len(features)}")
-    wide = features.detach().double().cpu()
-    mean = wide.mean(0)
-    return mean, (wide - mean) / (len(wide) - 1) ** 0.5
+    x = wide(features)
+    mean = x.mean(0)
+    return mean, (x - mean) / (len(x) - 1) ** 0.5
 
 
 def _root_sum(squares: Tensor, rank: int) -> Tensor:

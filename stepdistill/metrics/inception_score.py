@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepdistill.metrics.float64 import wide
+
 
 @dataclass(frozen=True)
 class InceptionScore:
@@ -40,7 +42,7 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> InceptionScore:
     scores = []
     for part in range(splits):
         rows = logits[part * count // splits : (part + 1) * count // splits]
-        log = rows.detach().double().cpu().log_softmax(1)  # [N / splits, C]
+        log = wide(rows).log_softmax(1)  # [N / splits, C]
         share = log.exp()
         # Mean KL = H(mean p) - mean H(p); xlogy is 0 at probability 0.
         mean = share.mean(0)

@@ -14,6 +14,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from stepdistill.metrics.float64 import wide
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -52,8 +54,8 @@ def of_mean(values: Tensor, *, level: float = 0.95) -> Interval:
         ValueError: fewer than two numbers.
     """
     _check(len(values))
-    wide = values.detach().double().cpu()
-    return Interval(float(wide.mean()), float(wide.std()) / math.sqrt(len(wide)), level)
+    numbers = wide(values)
+    return Interval(float(numbers.mean()), float(numbers.std()) / math.sqrt(len(numbers)), level)
 
 
 def jackknife(
@@ -84,7 +86,7 @@ def from_leaving_out(value: float, without: Tensor, *, level: float = 0.95) -> I
         ValueError: fewer than two groups.
     """
     _check(len(without))
-    variance = float(without.detach().double().cpu().var(correction=0))
+    variance = float(wide(without).var(correction=0))
     return Interval(value, math.sqrt((len(without) - 1) * variance), level)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.metrics.blocks import rows_at_once
+from stepdistill.metrics.float64 import wide
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """k of rows [N, D] and [M, D], shape [N, M]."""
@@ -32,7 +33,7 @@ class KernelDistance:
 def mean_discrepancy(
     x: Tensor, y: Tensor, kernel: Kernel, *, with_itself: bool = False, block: int = 1024
 ) -> KernelDistance:
-    """MMD^2 between x [N, D] and y [M, D], in float64.
+    """MMD^2 between x [N, D] and y [M, D] of one device, there and in float64.
 
     Args:
         x: features [N, D], N >= 3.
@@ -50,7 +51,7 @@ def mean_discrepancy(
         raise ValueError(
             f"the kernel distance needs at least 3 features on both sides, there are {n} and {m}"
         )
-    x, y = x.detach().double().cpu(), y.detach().double().cpu()
+    x, y = wide(x), wide(y)
     own_x, own_y = _own(x, kernel, block), _own(y, kernel, block)
     xx = _row_sums(x, x, kernel, block) - own_x  # [N], the diagonal left out
     yy = _row_sums(y, y, kernel, block) - own_y  # [M]

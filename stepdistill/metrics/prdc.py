@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.metrics.blocks import rows_at_once
+from stepdistill.metrics.float64 import wide
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Balls:
 
     @staticmethod
     def between(real: Tensor, drawn: Tensor, nearest: int, *, groups: int = 0, block: int = 1024) -> Balls:
-        """The balls of real features [M, D] and drawn features [N, D].
+        """The balls of real features [M, D] and drawn features [N, D] of one device, computed there.
 
         Args:
             real: features [M, D], M > nearest.
@@ -52,15 +53,15 @@ class Balls:
                 f"balls to the nearest {nearest} need more features than that on both sides, and at least one "
                 f"neighbour; there are {len(real)} and {len(drawn)} features"
             )
-        real, drawn = real.detach().double().cpu(), drawn.detach().double().cpu()
+        real, drawn = wide(real), wide(drawn)
         rounding = 1e-12 * float(max(x.square().sum(1).max() for x in (real, drawn)))
         real_radius, drawn_radius = (
             _radius(x, nearest, block) + rounding for x in (real, drawn)
         )  # [M], [N], squared
         without = _radii_without(drawn, nearest, groups, block) + rounding  # [N, G], squared
-        holding = torch.zeros(len(drawn), dtype=torch.int64)
-        covered, reached = torch.zeros(2, len(real), dtype=torch.bool)
-        covered_without, reached_by = torch.zeros(2, groups, len(real), dtype=torch.bool)
+        holding = drawn.new_zeros(len(drawn), dtype=torch.int64)
+        covered, reached = drawn.new_zeros(2, len(real), dtype=torch.bool)
+        covered_without, reached_by = drawn.new_zeros(2, groups, len(real), dtype=torch.bool)
         block = rows_at_once(len(real), block)
         for start in range(0, len(drawn), block):
             part = slice(start, start + block)
@@ -87,7 +88,7 @@ def _radius(x: Tensor, nearest: int, block: int) -> Tensor:
     # Into one tensor: small ones in between would split the freed memory.
     for start in range(0, len(x), block):
         distance = _squared_distances(x[start : start + block], x)
-        own = torch.arange(len(distance))
+        own = torch.arange(len(distance), device=x.device)
         distance[own, start + own] = torch.inf
         found[start : start + block] = distance.kthvalue(nearest, 1).values
     return found
@@ -98,7 +99,7 @@ def _radii_without(x: Tensor, nearest: int, groups: int, block: int) -> Tensor:
     found, block = x.new_empty(len(x), groups), rows_at_once(len(x), block)
     for start in range(0, len(x) if groups else 0, block):
         distance = _squared_distances(x[start : start + block], x)
-        own = torch.arange(start, start + len(distance))
+        own = torch.arange(start, start + len(distance), device=x.device)
         distance[own - start, own] = torch.inf
         # A few more than k neighbours are enough, as it is rare that many of them are of one group.
         near = distance.topk(min(4 * nearest, len(x) - 1), largest=False)
@@ -108,7 +109,7 @@ def _radii_without(x: Tensor, nearest: int, groups: int, block: int) -> Tensor:
             place = (rank < nearest).sum(1).clamp_max(rank.shape[1] - 1)
             radius = near.values.gather(1, place[:, None])[:, 0]
             if not enough.all():
-                left = distance[~enough][:, torch.arange(len(x)) % groups != group]
+                left = distance[~enough][:, torch.arange(len(x), device=x.device) % groups != group]
                 radius[~enough] = left.kthvalue(nearest, 1).values
             radius[own % groups == group] = -torch.inf
             found[start : start + block, group] = radius

@@ -1,4 +1,5 @@
-"""Files: written whole or not at all, their SHA-256, and whether one can be written, said before anything slow."""
+"""Files: written whole or not at all, their SHA-256, whether one can be written, said before anything slow, and one
+that every process opens for itself."""
 
 from __future__ import annotations
 
@@ -6,10 +7,33 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from stepdistill.errors import UserError
+
+T = TypeVar("T")
+
+
+class PerProcess(Generic[T]):
+    """A file that every process opens for itself, as a position in it is one process's.
+
+    Args:
+        opened: opens it; picklable.
+    """
+
+    def __init__(self, opened: Callable[[], T]) -> None:
+        self._opened = opened
+        self._held: tuple[int, T] | None = None
+
+    def __call__(self) -> T:
+        if self._held is None or self._held[0] != os.getpid():
+            self._held = os.getpid(), self._opened()
+        return self._held[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_opened": self._opened, "_held": None}
 
 
 def sha256_of(file: Path) -> str:

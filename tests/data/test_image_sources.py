@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import pickle
+import shutil
+import signal
 import struct
+import sys
 import tarfile
 import tracemalloc
 import warnings
@@ -14,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from stepdistill.data import image_workers
 from stepdistill.data.image_archives import is_source, open_images
 from stepdistill.data.image_names import natural
 from stepdistill.errors import UserError
@@ -132,6 +139,49 @@ def test_unusual_files_are_converted_or_refused_by_name(tmp_path: Path) -> None:
     assert len(source.skipped) == len(source.account()["skipped"]) == 12
     assert any("transparent.png: has transparent" in line for line in source.remarks(20))
     assert source.remarks(3)[-1] == "  and 9 more"
+
+
+def test_processes_give_what_threads_give(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what is refused, in place; a zip and a tar are opened by each process, and by a spawned one, too."""
+    (folder / "s5.png").write_bytes((folder / "s4.png").read_bytes()[:90])
+    Image.new("L", (12, 16), 7).save(folder / "s7.png")
+    with (
+        zipfile.ZipFile(tmp_path / "x.zip", "w") as archive,
+        tarfile.open(tmp_path / "x.tar", "w") as shard,
+    ):
+        for file in folder.rglob("*.png"):
+            archive.write(file, file.relative_to(folder))
+            shard.add(file, file.relative_to(folder))
+    monkeypatch.setattr(image_workers, "CHUNK", 8)  # two files a chunk
+    drawn = torch.random.get_rng_state()
+    for place in (folder, tmp_path / "x.zip", tmp_path / "x.tar"):
+        plain, source = (open_images(place, workers=workers) for workers in (0, 2))
+        again = [pickle.loads(pickle.dumps(entry)) for entry in source._open.args[0]]  # type: ignore[attr-defined]
+        assert [entry.read() for entry in again] == [entry.read() for entry in plain._open.args[0]]  # type: ignore[attr-defined]
+        for ours, theirs in zip(source.numbered(5), plain.numbered(5), strict=True):
+            assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
+        assert source.account() == plain.account() and source.used == 11
+        assert [skipped.name for skipped in source.skipped] == ["s5.png"]
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_a_decoder_that_was_ended_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_workers, "decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"^a process that decodes images ended .*: give --workers 0"):
+        list(open_images(folder, workers=1))
+
+
+def test_processes_decode_where_there_are_many_images_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 40}))
+    assert image_workers.usual_workers(1000) == 14 and image_workers.usual_workers(999) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 64 << 20}))
+    assert image_workers.usual_workers(1000) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    assert image_workers.usual_workers(10**6) == 0
 
 
 def test_other_sizes_are_given_at_the_resolution_or_each_at_its_own(tmp_path: Path) -> None:

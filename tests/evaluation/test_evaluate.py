@@ -19,7 +19,7 @@ from stepdistill.evaluation.reference import load_reference
 from stepdistill.evaluation.scores import Scores
 from stepdistill.evaluation.statistics import make_reference
 from stepdistill.evaluation.suite import Suite, load_suite
-from stepdistill.evaluation.suite_identity import suite_sha256
+from stepdistill.evaluation.suite_identity import protocol_of, suite_sha256
 from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
 from stepdistill.features.load import features_sha256, load_features
 from stepdistill.networks.find import find_pipeline
@@ -67,6 +67,19 @@ def test_suite_hash_moves_with_the_protocol_and_not_with_the_place(tmp_path: Pat
     assert suite_sha256(load_suite(copy)) == suite_sha256(suite)
     for change in ({"first_seed": 1}, {"n": 1999}, {"version": 2}, {"prompts": str(copy)}, {"kid": False}):
         assert suite_sha256(suite.model_copy(update=change)) != suite_sha256(suite)
+
+
+def test_features_of_bf16_are_near_and_a_protocol_of_their_own() -> None:
+    suite = load_suite("emoji")
+    rounded = suite.derive(precision="bf16")
+    assert rounded.label == "emoji@1+bf16" and suite_sha256(rounded) != suite_sha256(suite)
+    pixels = torch.from_numpy(emoji_images()[:50]).permute(0, 3, 1, 2)
+    whole, network = suite.network(), rounded.network()
+    apart = (network.images(pixels) - whole.images(pixels)).norm(dim=1)  # of unit vectors
+    assert 1e-3 < apart.mean() < 3e-2 and torch.equal(network.texts(PINNED), whole.texts(PINNED))
+    assert (network.fd_name, network.clip_name) == ("FD-emoji, bf16", "CLIP-emoji, bf16")
+    stated = protocol_of(rounded, network), protocol_of(suite, whole)
+    assert [one["precision"] for one in stated] == ["bf16", "float32"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stepdistill.data.image_archives import open_images
 from stepdistill.errors import UserError
@@ -303,6 +304,28 @@ def test_the_inception_score_does_not_depend_on_folders_of_one_class_each() -> N
     found = measure(table, suite, None, Reference(Moments.empty(1), None, {}, ""))
     assert inception_score(logits).value == pytest.approx(1, abs=1e-4)
     assert found.inception_score == pytest.approx(10, rel=0.1)
+
+
+def test_every_number_is_computed_where_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of torch's fake tensors, which know shapes and devices and no numbers: no operation is between two
+    devices, and what is read comes from there, but for lines and spreads of numbers that were read before."""
+    seen: list[str] = []
+
+    def read(self: Tensor, value: Any) -> Any:
+        seen.append(self.device.type)
+        return value
+
+    monkeypatch.setattr(FakeTensor, "__float__", lambda self: read(self, 1.0))
+    monkeypatch.setattr(FakeTensor, "__bool__", lambda self: read(self, True))
+    monkeypatch.setattr("stepdistill.evaluation.measure.GROUPS", 2)  # operations on fake tensors are slow
+    monkeypatch.setattr("stepdistill.evaluation.measure.INFINITY_GROUPS", 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(64, 12)
+        reference = Reference(Moments.of(x), x, {}, "", Moments.of(x), embeddings=x)
+        table = InMemory({"features": x, "spatial": x, "logits": x, "clip_embedding": x}, 32)
+        suite = gaussian_suite(neighbours=3, kid=True, fid_infinity=True).model_copy(update={"cmmd": "emoji"})
+        measure(table, suite, PIXELS, reference, "cuda")
+    assert (seen.count("cuda"), seen.count("cpu")) == (148, 14)
 
 
 def test_many_rows_are_read_in_blocks_with_the_moments_of_all() -> None:

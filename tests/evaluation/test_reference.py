@@ -30,7 +30,7 @@ from stepdistill.evaluation.statistics import make_statistics
 from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.features.load import network_of
-from stepdistill.features.network import FeatureNetwork
+from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.system.emoji import emoji_images
 
 RANDOM = np.random.default_rng(0)
@@ -50,6 +50,8 @@ class Means:
     fd_scale = 1.0
     clip_name = None
     kernel_scale = 1.0
+    device = torch.device("cpu")
+    precision: Precision = "float32"
 
     def images(self, pixels: Tensor) -> Tensor:
         flat = pixels.float().flatten(2) / 255
@@ -273,6 +275,13 @@ def test_statistics_hold_their_protocol_and_another_protocol_is_refused(tmp_path
     changed.sha256 = "1" * 64
     with pytest.raises(UserError, match="was made with features_sha256 0000"):
         load_reference(suite_of(file), changed)
+    changed = Means()
+    changed.precision = "bf16"
+    make_statistics(open_images(pixels), changed, other, resolution=8, progress=False)
+    with pytest.raises(UserError, match="was made with precision bf16, the suite has float32"):
+        load_reference(suite_of(other), NETWORK)
+    assert load_reference(suite_of(other, precision="bf16"), changed).protocol["precision"] == "bf16"
+    load_reference(suite_of(file, precision="bf16"), changed)  # one of float32 serves it as well
     with pytest.raises(UserError, match="at least 2 images, there are 1"):
         make_statistics(open_images(pixels[:1]), NETWORK, other, resolution=8, progress=False)
     changed.images = lambda batch: torch.full((len(batch), 6), float("nan"))

@@ -362,6 +362,10 @@ def test_features_of_a_file_name_their_weights_and_give_what_the_metrics_read(we
     found = network.activations(pixels)  # type: ignore[attr-defined]
     assert found.logits.shape == (2, 1008) and found.spatial.shape == (2, 2023)
     torch.testing.assert_close(network.images(pixels), found.features)
+    rounded = load_features(f"inception:{weights}", resize="tf1", precision="bf16")
+    assert rounded.fd_name == f"{network.fd_name}, bf16"
+    apart = rounded.images(pixels) - found.features
+    assert rounded.images(pixels).dtype == torch.float32 and 0 < apart.norm() < 0.02 * found.features.norm()
     moments = Moments.of(found.spatial)
     assert sfid(found.spatial, moments) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="sFID compares"):
@@ -392,6 +396,8 @@ def test_a_torchscript_file_gives_features_and_names_what_it_cannot_give(tmp_pat
     for mode, prepared in scaled.items():
         found = load_features(f"inception:{tmp_path / 'script.pt'}", resize=mode)
         torch.testing.assert_close(found.images(pixels), module.layers(prepared).detach())
+    with pytest.raises(UserError, match="are a TorchScript, which is float32: take pt_inception"):
+        load_features(f"inception:{tmp_path / 'script.pt'}", precision="bf16")
     with pytest.raises(UserError, match="the TorchScript file does not give"):
         found.activations(pixels)  # type: ignore[attr-defined]
     suite = load_suite("folder").changed(
