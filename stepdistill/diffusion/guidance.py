@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,28 @@ def rescaled(guided: Prediction, plain: Prediction, share: float, kind: Output, 
     out, wanted = (said.path.target(said.x0, said.eps, said.t, kind) for said in (guided, plain))
     ratio = wanted.flatten(1).std(1) / out.flatten(1).std(1)  # [B]
     return guided.path.read(per_sample(1 + share * (ratio - 1), out) * out, kind, x_t, guided.t)
+
+
+def with_length_of(
+    guided: Prediction,
+    plain: Prediction,
+    kind: Output,
+    x_t: Tensor,
+    pack: Callable[[Tensor], Tensor],
+    unpack: Callable[[Tensor], Tensor],
+) -> Prediction:
+    """``guided`` with its output's length, along the last axis of what ``pack`` makes of it, that of ``plain``: as
+    diffusers' Qwen-Image and Lumina 2 guide.
+
+    Args:
+        guided, plain: predictions at the same x_t and t, tensors [B, ...].
+        kind: of the network's output, whose length it is.
+        x_t: where they were made.
+        pack, unpack: outputs [B, ...] to what has lengths, and back.
+    """
+    out, wanted = (pack(said.path.target(said.x0, said.eps, said.t, kind)) for said in (guided, plain))
+    ratio = wanted.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True)
+    return guided.path.read(unpack(out * ratio), kind, x_t, guided.t)
 
 
 def in_interval(scale: float | Tensor, t: Tensor, low: float, high: float) -> Tensor:

@@ -31,19 +31,20 @@ def shifted(u: Times, s: float) -> Times:
     return u if s == 1 else 1 - (1 - u) / (1 + (s - 1) * u)
 
 
-def shift_of(scheduler: Any, tokens: int) -> float:
+def shift_of(scheduler: Any, tokens: int, stretched: bool = False) -> float:
     """The s with which a diffusers flow scheduler spaces its times: the ``shift`` of its config, or the dynamic one,
     exp(mu) or for ``linear`` mu, with mu linear in the image tokens, as the pipelines compute it.
 
     Args:
         scheduler: of a flow teacher.
         tokens: image tokens at the size that is drawn.
+        stretched: whether times may be stretched after the shift, to end at ``shift_terminal``, as a sampler's matter.
 
     Raises:
         UserError: where its times are no time shift of even ones.
     """
     config = scheduler.config
-    found = [key for key in OTHER_SPACINGS if config.get(key)]
+    found = [key for key in OTHER_SPACINGS if config.get(key) and not (stretched and key == "shift_terminal")]
     if found:
         raise UserError(
             f"the teacher's {type(scheduler).__name__} has {found[0]}={config[found[0]]}, a spacing of times that is "

@@ -5,6 +5,7 @@ Everything else comes from the pipeline itself: ``encode_prompt``, ``vae``, ``sc
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.path import Path, TablePath, within
+from stepdistill.diffusion.shift import shift_of
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.families.network_changes import NetworkChanges
@@ -34,7 +36,10 @@ class Family(ABC):
         guidance_off: the scale of a call that is not guided, where the network has no guidance as an input.
         has_prompts: whether conditions come from text prompts.
         any_size: whether its call takes a height and a width.
+        told_size: whether the call is told them even where they are the network's own, as its default is another.
         video: whether a state has frames, and its VAE takes [B, 3, F, H, W].
+        keeps_length: whether a guided output is given the length, along the last axis of what :meth:`pack` makes of
+            it, of the output for the prompt alone.
         lora_targets: suffixes of the layers that carry LoRA.
         picture_tokens: which of the outputs of a block of several kinds of tokens are the picture's.
         changes: what methods may change in its network.
@@ -49,7 +54,9 @@ class Family(ABC):
     guidance_off: ClassVar[float] = 0.0
     has_prompts: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
+    told_size: ClassVar[bool] = False
     video: ClassVar[bool] = False
+    keeps_length: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]]
     picture_tokens: ClassVar[int] = -1
     changes: ClassVar[NetworkChanges] = NetworkChanges()
@@ -83,6 +90,11 @@ class Family(ABC):
     def feature_shape(self, net: nn.Module, state: tuple[int, ...]) -> tuple[int, int, int]:
         """(D, h, w) of those features for states of this shape: their channels, and the map they form, also as the
         tokens of a transformer; the frames of a video lie below one another."""
+
+    def picture(self, net: nn.Module, output: Any, state: tuple[int, ...]) -> Tensor:
+        """What belongs to the picture in the output of that module, for states of this shape."""
+        picture: Tensor = output[self.picture_tokens] if isinstance(output, tuple) else output
+        return picture
 
     # What most families keep.
 
@@ -126,6 +138,10 @@ class Family(ABC):
         """Tokens of a picture, by which a dynamic time shift goes."""
         return state[-1] * state[-2]
 
+    def shift(self, pipe: Any, tokens: int) -> float:
+        """The shift of a flow teacher's times for pictures of so many tokens, see :func:`shift_of`."""
+        return shift_of(pipe.scheduler, tokens)
+
     def time(self, path: Path, t: Tensor) -> Tensor:
         """The network's own time for t [B]: the (fractional) index of a discrete table, or ``clock`` on a flow path."""
         if isinstance(path, TablePath):
@@ -146,20 +162,37 @@ class Family(ABC):
         """The inverse, to states of this shape, without B."""
         return packed
 
+    def encoded(self, vae: Any, images: Tensor) -> Tensor:
+        """The latents of images [B, 3, H, W], or videos [B, 3, F, H, W], in [-1, 1]: the mode of the posterior."""
+        latents: Tensor = vae.encode(images).latent_dist.mode()
+        return latents
+
+    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        """The inverse."""
+        images: Tensor = vae.decode(latents, return_dict=False)[0]
+        return images
+
+    def normalised(self, vae: Any, latents: Tensor) -> Tensor:
+        """The VAE's latents [B, C, ...] as states: shifted, scaled."""
+        shift, scale = affine(vae.config, latents)
+        return (latents - shift) * scale
+
+    def denormalised(self, vae: Any, states: Tensor) -> Tensor:
+        """The inverse."""
+        shift, scale = affine(vae.config, states)
+        return states / scale + shift
+
     def to_states(self, pipe: Any, frames: Tensor) -> Tensor:
-        """Frames [B, F, 3, H, W] in [-1, 1] to states: the mode of the VAE's posterior, shifted, scaled."""
+        """Frames [B, F, 3, H, W] in [-1, 1] to states."""
         images = frames.transpose(1, 2) if self.video else frames[:, 0]
         with torch.autocast(images.device.type, enabled=False):
-            latents: Tensor = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mode().float()
-        shift, scale = affine(pipe.vae.config, latents)
-        return (latents - shift) * scale
+            latents = self.encoded(pipe.vae, images.to(pipe.vae.dtype)).float()
+        return self.normalised(pipe.vae, latents)
 
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
         """The inverse: clean states to frames [B, F, 3, H, W] in [0, 1]; F is 1 for pictures."""
-        shift, scale = affine(pipe.vae.config, x0)
         with torch.autocast(x0.device.type, enabled=False):
-            own = (x0 / scale + shift).to(pipe.vae.dtype)
-            images: Tensor = pipe.vae.decode(own, return_dict=False)[0]
+            images = self.decoded(pipe.vae, self.denormalised(pipe.vae, x0).to(pipe.vae.dtype))
         frames = images.transpose(1, 2) if self.video else images[:, None]
         return (frames.float() / 2 + 0.5).clamp(0, 1)
 
@@ -186,6 +219,11 @@ class Family(ABC):
         sides = {"height": size.height, "width": size.width} if size else {}
         frames = {"num_frames": size.frames} if size and self.video else {}
         return {"prompt": prompts, self.guidance_argument: scale, **sides, **frames}
+
+
+def call_default(pipe: Any, name: str) -> Any:
+    """What an argument of the pipeline's call is where it is left out."""
+    return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 def affine(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families.base import call_default
 from stepdistill.families.condition import Condition
 from stepdistill.families.kinds import TransformerFamily
 from stepdistill.families.size import Size
@@ -27,8 +27,7 @@ class Wan(TransformerFamily):
             )
 
     def default_size(self, pipe: Any) -> Size:
-        defaults = inspect.signature(type(pipe).__call__).parameters
-        return Size(*(defaults[name].default for name in ("height", "width", "num_frames")))
+        return Size(*(call_default(pipe, name) for name in ("height", "width", "num_frames")))
 
     def pixels(self, pipe: Any) -> int:
         return int(pipe.vae_scale_factor_spatial)
@@ -49,7 +48,8 @@ class Wan(TransformerFamily):
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         # Zeros up to the length of the call's default, without a mask, as the network was trained.
-        embeds, _ = pipe.encode_prompt(prompts, None, False, max_sequence_length=512, device=pipe.device)
+        length = call_default(pipe, "max_sequence_length")
+        embeds, _ = pipe.encode_prompt(prompts, None, False, max_sequence_length=length, device=pipe.device)
         return Condition({"encoder_hidden_states": embeds})
 
     def null(self, pipe: Any, size: Size) -> Condition | None:

@@ -42,7 +42,8 @@ class Codec:
     @property
     def told_size(self) -> Size | None:
         """The size that the pipeline's call must be told; None where it draws it by itself."""
-        return None if self.size == self.family.default_size(self.pipe) else self.size
+        own = self.size == self.family.default_size(self.pipe) and not self.family.told_size
+        return None if own else self.size
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:

@@ -124,7 +124,7 @@ class Denoiser:
         whole, seen = is_sharded(self.net), list[Tensor]()
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(output[self.family.picture_tokens] if isinstance(output, tuple) else output)
+            seen.append(self.family.picture(self.net, output, tuple(x_t.shape[1:])))
             if not whole:
                 raise _Reached
 

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled
+from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled, with_length_of
 from stepdistill.diffusion.path import FlowPath, Path, Prediction
-from stepdistill.diffusion.shift import shift_of
 from stepdistill.errors import UserError
 from stepdistill.families import family_of
 from stepdistill.families.base import Family
@@ -70,7 +69,7 @@ class PipelineTeacher:
         net, shape = getattr(self.pipe, self.family.network), self.codec.shape
         path, output = path_of(self.pipe.scheduler)
         if isinstance(path, FlowPath):
-            path = FlowPath(shift or shift_of(self.pipe.scheduler, self.family.tokens(net, shape)))
+            path = FlowPath(shift or self.family.shift(self.pipe, self.family.tokens(net, shape)))
         elif shift is not None:
             raise UserError(
                 f"options.shift is {shift:g}, but the times of a {type(self.pipe.scheduler).__name__} have no shift, "
@@ -156,6 +155,9 @@ class PipelineTeacher:
         if self.guidance_interval != (0.0, 1.0):
             guidance = in_interval(guidance, t, *self.guidance_interval)
         guided = extrapolate(weak, strong, guidance)
+        if self.family.keeps_length:
+            pack, unpack = self.family.pack, lambda out: self.family.unpack(out, tuple(x_t.shape[1:]))
+            guided = with_length_of(guided, strong, self.denoiser.output, x_t, pack, unpack)
         if not self.guidance_rescale:
             return guided
         return rescaled(guided, strong, self.guidance_rescale, self.denoiser.output, x_t)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import PIPELINES, SIZES, call_of, shaken, tiny_prompts
+from tiny import MORE, MORE_FLOW, PIPELINES, SIZES, call_of, shaken, tiny_prompts
 from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath
@@ -49,6 +49,13 @@ SAMPLERS = {
     "flux": Sampler((1.0, 0.75), False),
     "schnell": Sampler(uniform_times(3), False),
     "wan": Sampler((1.0, 0.9), False),
+    "pixart-alpha": Sampler(uniform_times(2), True),
+    "pixart-sigma": Sampler(uniform_times(1), True),
+    "aura-flow": Sampler((1.0, 0.75), False),
+    "qwen-image": Sampler((1.0, 0.75), False),
+    "z-image": Sampler(uniform_times(3), False),
+    "sana": Sampler((1.0, 0.8, 0.5), False),
+    "klein": Sampler((1.0, 0.75), False),
 }
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
@@ -62,6 +69,13 @@ CLASSES = {
     "flux": "FluxPipeline",
     "schnell": "FluxPipeline",
     "wan": "WanPipeline",
+    "pixart-alpha": "PixArtAlphaPipeline",
+    "pixart-sigma": "PixArtSigmaPipeline",
+    "aura-flow": "AuraFlowPipeline",
+    "qwen-image": "QwenImagePipeline",
+    "z-image": "ZImagePipeline",
+    "sana": "SanaPipeline",
+    "klein": "Flux2KleinPipeline",
 }
 IN_A_FRESH_PROCESS = (
     pytest.param("unet-classes", marks=pytest.mark.own_process),
@@ -70,6 +84,7 @@ IN_A_FRESH_PROCESS = (
     "sd3",
     "flux",
     "wan",
+    *MORE,
 )
 
 
@@ -384,7 +399,7 @@ def test_a_folder_that_does_not_load_is_told_why(copied: Path) -> None:
 # --- LoRA and embedded guidance ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "schnell", "wan"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "schnell", "wan", *MORE_FLOW])
 def test_the_adapter_alone_makes_the_teacher_the_student(
     name: str, teacher_of: Teachers, tmp_path: Path
 ) -> None:
@@ -415,7 +430,7 @@ def test_the_adapter_alone_makes_the_teacher_the_student(
     assert_same(drawn(pipe, run.folder), kept(run.folder))
 
 
-@pytest.mark.parametrize("name", ["unet-classes", "dit"])
+@pytest.mark.parametrize("name", ["unet-classes", "dit", "pixart-sigma"])
 def test_a_lora_student_of_a_pipeline_without_adapters_is_merged(
     name: str, teacher_of: Teachers, tmp_path: Path
 ) -> None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tiny_more
 import torch
+from tiny_parts import (
+    BETAS,
+    clip_text_encoder,
+    clip_tokenizer,
+    tiny_t5,
+    tiny_t5_tokenizer,
+    tiny_vae,
+    unet2d_condition,
+)
 from torch import nn
 
 from stepdistill.families.size import Size
 from stepdistill.networks.teacher import PipelineTeacher
-from stepdistill.system.emoji import tokenizer_folder
 
 PIPELINES = (
     "unet-ddpm",
@@ -24,26 +33,39 @@ PIPELINES = (
     "flux",
     "schnell",
     "wan",
+    "pixart-alpha",
+    "pixart-sigma",
+    "aura-flow",
+    "qwen-image",
+    "z-image",
+    "sana",
+    "klein",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
-WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan")
+MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein")
+MORE = ("pixart-alpha", "pixart-sigma", *MORE_FLOW)
+"""Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
+
+WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", *MORE)
 WITH_VAE = ("dit", *WITH_TEXT)
-FLOW = ("sd3", "flux", "schnell", "wan")
-GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan")
+FLOW = ("sd3", "flux", "schnell", "wan", *MORE_FLOW)
+GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan", *MORE)
 """With an unconditional mode: guidance is extrapolation."""
 
-SIZES = {"flux": Size(16, 24), "schnell": Size(16, 24), "wan": Size(32, 16, 9)}
+SIZES = {
+    "wan": Size(32, 16, 9),
+    **dict.fromkeys(("flux", "schnell", "pixart-alpha", "aura-flow", "qwen-image", "klein"), Size(16, 24)),
+    "z-image": Size(32, 16),
+}
 """What tiny pipelines draw whose own default is that of the real ones."""
-
-BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def tiny_pipeline(name: str) -> Any:
     """A pipeline of PIPELINES with random weights, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(PIPELINES.index(name))
-        pipe = BUILDERS[name]()
+        pipe = (BUILDERS | tiny_more.BUILDERS)[name]()
         # Random text encoders hardly tell two prompts apart: louder conditioning, so that a wrong one is seen.
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -71,10 +93,18 @@ def call_of(name: str, prompts: list[str], guidance: float) -> dict[str, Any]:
         return {"batch_size": len(prompts), "class_labels": [int(prompt) for prompt in prompts]}
     if name == "dit":
         return {"class_labels": [int(prompt) for prompt in prompts], "guidance_scale": guidance}
-    size = SIZES.get(name)
+    prompted: dict[str, Any] = {"prompt": list(prompts)}  # one of them writes into it
+    if name == "qwen-image":
+        prompted |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts)}
+    else:
+        # Z-Image adds the scale to the prompt's own output.
+        prompted["guidance_scale"] = guidance - 1 if name == "z-image" and guidance else guidance
+    if name.startswith(("pixart", "sana")):
+        prompted["use_resolution_binning"] = False
+    size = Size(32, 32) if name == "sana" else SIZES.get(name)  # its own default is 1024
     sides = {"height": size.height, "width": size.width} if size else {}
     frames = {"num_frames": size.frames} if name == "wan" and size else {}
-    return {"prompt": prompts, "guidance_scale": guidance, **sides, **frames}
+    return {**prompted, **sides, **frames}
 
 
 def shaken(net: nn.Module, amount: float = 0.2, seed: int = 1) -> None:
@@ -189,9 +219,9 @@ def _sd(prediction_type: str = "epsilon") -> Any:
 
     return StableDiffusionPipeline(
         vae=tiny_vae(),
-        text_encoder=_text_encoder(16, projected=False),
-        tokenizer=_tokenizer(),
-        unet=_unet2d_condition(cross_attention_dim=16),
+        text_encoder=clip_text_encoder(16, projected=False),
+        tokenizer=clip_tokenizer(),
+        unet=unet2d_condition(cross_attention_dim=16),
         scheduler=DDIMScheduler(
             **BETAS,
             prediction_type=prediction_type,
@@ -214,11 +244,11 @@ def _sdxl() -> Any:
 
     return StableDiffusionXLPipeline(
         vae=tiny_vae(),
-        text_encoder=_text_encoder(16, projected=False),
-        text_encoder_2=_text_encoder(16, projected=True),
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(),
-        unet=_unet2d_condition(
+        text_encoder=clip_text_encoder(16, projected=False),
+        text_encoder_2=clip_text_encoder(16, projected=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet2d_condition(
             cross_attention_dim=32,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
@@ -248,10 +278,10 @@ def _sd3() -> Any:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(shift=0.1, quant=False),
-        text_encoder=_text_encoder(16, projected=True),
-        tokenizer=_tokenizer(),
-        text_encoder_2=_text_encoder(16, projected=True),
-        tokenizer_2=_tokenizer(),
+        text_encoder=clip_text_encoder(16, projected=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text_encoder(16, projected=True),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=None,  # type: ignore[arg-type]
         tokenizer_3=None,  # type: ignore[arg-type]
     )
@@ -275,8 +305,8 @@ def _flux(guidance_embeds: bool = True) -> Any:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
         vae=tiny_vae(shift=0.1, quant=False),
-        text_encoder=_text_encoder(16, projected=False),
-        tokenizer=_tokenizer(),
+        text_encoder=clip_text_encoder(16, projected=False),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=tiny_t5(16),
         tokenizer_2=tiny_t5_tokenizer(),
     )
@@ -337,81 +367,3 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "schnell": _schnell,
     "wan": _wan,
 }
-
-
-def _unet2d_condition(cross_attention_dim: int, **more: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=cross_attention_dim,
-        **more,
-    )
-
-
-def tiny_vae(shift: float | None = None, quant: bool = True) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-        shift_factor=shift,
-        use_quant_conv=quant,
-        use_post_quant_conv=quant,
-        mid_block_add_attention=False,
-    )
-
-
-def tiny_t5_tokenizer() -> Any:
-    """A T5 tokenizer of single letters."""
-    from transformers import T5Tokenizer
-
-    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("\u2581", -2.0), *letters]
-    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
-
-
-def tiny_t5(width: int) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    size: dict[str, Any] = {"d_model": width, "d_kv": 8, "num_heads": 2, "d_ff": 2 * width, "num_layers": 2}
-    return T5EncoderModel(T5Config(vocab_size=30, feed_forward_proj="gated-gelu", **size)).eval()
-
-
-def _tokenizer() -> Any:
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(tokenizer_folder())
-
-
-def _text_encoder(width: int, projected: bool) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=2048,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        projection_dim=width,
-        bos_token_id=2046,
-        eos_token_id=2047,
-        pad_token_id=2047,
-        initializer_factor=2.0,
-    )
-    return CLIPTextModelWithProjection(config).eval() if projected else CLIPTextModel(config).eval()

@@ -1,0 +1,90 @@
+"""Flux.2 [klein]: Flux2Transformer2DModel on latents that are patches already, one token each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.families.base import call_default
+from stepdistill.families.condition import Condition
+from stepdistill.families.kinds import TransformerFamily
+from stepdistill.families.size import Size
+
+
+class Flux2Klein(TransformerFamily):
+    name = "Flux.2 [klein]"
+    pipelines = ("Flux2KleinPipeline",)
+    clock = "t"
+    passes = frozenset({"sigmas", "mu"})
+    lora_targets = (
+        *(*TransformerFamily.lora_targets, "attn.to_qkv_mlp_proj"),
+        *(f"{part}.linear_{end}" for part in ("ff", "ff_context") for end in ("in", "out")),
+        # By number, as to_out of the blocks before is no layer but a list of them.
+        *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(64)),
+    )
+
+    def default_size(self, pipe: Any) -> Size:
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        return Size(side, side)
+
+    def pixels(self, pipe: Any) -> int:
+        return 2 * int(pipe.vae_scale_factor)
+
+    def shift(self, pipe: Any, tokens: int) -> float:
+        if not pipe.scheduler.config.get("use_dynamic_shifting"):
+            return super().shift(pipe, tokens)
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        # A fit that goes by the number of steps as well: that of its call.
+        return math.exp(compute_empirical_mu(tokens, call_default(pipe, "num_inference_steps")))
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
+        own = {name: call_default(pipe, name) for name in ("max_sequence_length", "text_encoder_out_layers")}
+        embeds, _ = pipe.encode_prompt(prompts, pipe.device, **own)  # of full length
+        return Condition({"encoder_hidden_states": embeds})
+
+    def null(self, pipe: Any, size: Size) -> Condition | None:
+        return None if pipe.config.is_distilled else self.encode(pipe, [""], size)
+
+    def pack(self, x_t: Tensor) -> Tensor:
+        return x_t.flatten(2).transpose(1, 2)
+
+    def unpack(self, packed: Tensor, state: tuple[int, ...]) -> Tensor:
+        states: Tensor = packed.transpose(1, 2).unflatten(2, state[1:])
+        return states
+
+    def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        embeds, (height, width) = cond["encoder_hidden_states"], x_t.shape[2:]
+        output: Tensor = net(
+            hidden_states=self.pack(x_t),
+            timestep=time,
+            encoder_hidden_states=embeds,
+            txt_ids=_ids(1, 1, embeds.shape[1], x_t.device),
+            img_ids=_ids(height, width, 1, x_t.device),
+            return_dict=False,
+        )[0]
+        return self.unpack(output, tuple(x_t.shape[1:]))
+
+    # States are patches of 2x2 latents, by the statistics of a batch normalisation.
+
+    def normalised(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, deviation = _moments(vae)
+        return (nn.functional.pixel_unshuffle(latents, 2) - mean) / deviation
+
+    def denormalised(self, vae: Any, states: Tensor) -> Tensor:
+        mean, deviation = _moments(vae)
+        return nn.functional.pixel_shuffle(states * deviation + mean, 2)
+
+
+def _ids(height: int, width: int, length: int, device: torch.device) -> Tensor:
+    """[height width length, 4]: 0, row and column of a token of the picture, number of one of the prompt."""
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in (1, height, width, length)))
+
+
+def _moments(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of patches, each [1, C, 1, 1]."""
+    mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)

@@ -1,0 +1,313 @@
+"""Tiny pipelines of further transformer families, see tiny.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny_parts import BETAS, tiny_t5, tiny_t5_tokenizer, tiny_vae
+
+
+def _pixart(alpha: bool = True) -> Any:
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=128 if alpha else 8,  # of alpha's sizes, the one whose network is told what is drawn
+        patch_size=2,
+        cross_attention_dim=24,
+        caption_channels=16,
+        norm_num_groups=4,
+        use_additional_conditions=None if alpha else False,
+    )
+    _drawn(transformer)
+    return (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(
+        transformer=transformer,
+        vae=tiny_vae(),
+        scheduler=DPMSolverMultistepScheduler(**BETAS),
+        text_encoder=tiny_t5(16),
+        tokenizer=tiny_t5_tokenizer(),
+    )
+
+
+def _pixart_sigma() -> Any:
+    return _pixart(alpha=False)
+
+
+def _aura_flow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    _drawn(transformer)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    size: dict[str, Any] = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2}
+    return AuraFlowPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=tiny_vae(),
+        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=30, **size)).eval(),
+        tokenizer=tiny_t5_tokenizer(),
+    )
+
+
+def _qwen_image() -> Any:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.7, 0.1, 0.4, 0.9],
+        latents_std=[2.8, 1.4, 0.9, 1.7],
+    )
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **_qwen(layers=1),
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+        },
+    )
+    return QwenImagePipeline(
+        transformer=transformer,
+        # As it is published, but for the length of its longest picture.
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=_qwen_tokenizer(),
+    )
+
+
+def _z_image() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        rope_theta=256.0,
+        axes_dims=[4, 2, 2],
+        axes_lens=[256, 32, 32],
+    )
+    _drawn(transformer)
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(shift=0.1, quant=False),
+        text_encoder=Qwen3Model(Qwen3Config(**_qwen(layers=2), head_dim=8)).eval(),
+        tokenizer=_qwen_tokenizer(),
+    )
+
+
+def _sana() -> Any:
+    from diffusers import (
+        AutoencoderDC,
+        FlowMatchEulerDiscreteScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+    from transformers import Gemma2Config, Gemma2Model
+
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        timestep_scale=0.7,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+        decoder_act_fns="silu",
+        scaling_factor=0.5,
+    )
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return SanaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=Gemma2Model(config).eval(),
+        tokenizer=_gemma_tokenizer(),
+    )
+
+
+def _klein() -> Any:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    _drawn(transformer)
+    vae = AutoencoderKLFlux2(
+        sample_size=32,
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.normal_(0.0, 0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        # Its prompts are what the layers 9, 18 and 27 say.
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**_qwen(layers=27, width=8), head_dim=4)).eval(),
+        tokenizer=_qwen_tokenizer(),
+    )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "pixart-alpha": _pixart,
+    "pixart-sigma": _pixart_sigma,
+    "aura-flow": _aura_flow,
+    "qwen-image": _qwen_image,
+    "z-image": _z_image,
+    "sana": _sana,
+    "klein": _klein,
+}
+
+
+def _drawn(network: torch.nn.Module) -> None:
+    """Draws all weights at random: of some networks there are that start at zero, or that hardly hear the prompt."""
+    for value in network.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+
+
+def _qwen(layers: int, width: int = 16) -> dict[str, Any]:
+    """Sizes of a Qwen text model."""
+    return {
+        "vocab_size": 264,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen_tokenizer() -> Any:
+    """A Qwen tokenizer of single bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], extra_special_tokens=special[1:], model_max_length=2048
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _gemma_tokenizer() -> Any:
+    """A Gemma tokenizer of single letters."""
+    from transformers import GemmaTokenizer
+
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return GemmaTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=2048
+    )

@@ -1,0 +1,87 @@
+"""Parts of the tiny pipelines: autoencoders, tokenizers, text encoders, a UNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stepdistill.system.emoji import tokenizer_folder
+
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def unet2d_condition(cross_attention_dim: int, **more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=cross_attention_dim,
+        **more,
+    )
+
+
+def tiny_vae(shift: float | None = None, quant: bool = True) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=shift,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+        mid_block_add_attention=False,
+    )
+
+
+def tiny_t5_tokenizer() -> Any:
+    """A T5 tokenizer of single letters."""
+    from transformers import T5Tokenizer
+
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("\u2581", -2.0), *letters]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
+
+
+def tiny_t5(width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    size: dict[str, Any] = {"d_model": width, "d_kv": 8, "num_heads": 2, "d_ff": 2 * width, "num_layers": 2}
+    return T5EncoderModel(T5Config(vocab_size=30, feed_forward_proj="gated-gelu", **size)).eval()
+
+
+def clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(tokenizer_folder())
+
+
+def clip_text_encoder(width: int, projected: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=2048,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        projection_dim=width,
+        bos_token_id=2046,
+        eos_token_id=2047,
+        pad_token_id=2047,
+        initializer_factor=2.0,
+    )
+    return CLIPTextModelWithProjection(config).eval() if projected else CLIPTextModel(config).eval()
