@@ -33,7 +33,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Looks at Python, torch, devices, torchvision, versions, attention kernels, the cache and the disk."""
+    """Looks at Python, versions, torch, devices, attention kernels, compiler, torchvision, cache and disk."""
     findings = [Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")]
     findings += _versions()
     findings += _torch()
@@ -107,7 +107,18 @@ def _torch() -> list[Finding]:
             Finding("note", "cuda", f"no GPU ({built}); training runs on {os.cpu_count()} CPU cores")
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [*findings, *_attention(device)]
+    return [*findings, *_attention(device), _compile(device)]
+
+
+def _compile(device: torch.device) -> Finding:
+    """Which values of ``train.compile`` run here."""
+    from stepdistill.networks.compiled import KINDS, why_not_compiled
+
+    reasons = {kind: why_not_compiled(kind, device) for kind in KINDS if kind != "none"}
+    able = ", ".join(kind for kind, reason in reasons.items() if reason is None)
+    if able:
+        return Finding("ok", "compile", f"{able} on {device.type}")
+    return Finding("note", "compile", f"cannot be chosen: {next(iter(reasons.values()))}")
 
 
 def _attention(device: torch.device) -> list[Finding]:
@@ -192,7 +203,7 @@ def _line(error: BaseException) -> str:
 
 
 def doctor() -> None:
-    """Check the installation: versions, devices, attention kernels, cache and disk."""
+    """Check the installation: versions, devices, attention kernels, compiler, cache and disk."""
     findings = examine()
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:

@@ -14,6 +14,7 @@ from stepdistill.diffusion.change_of_path import on_other_path, predict_elsewher
 from stepdistill.diffusion.path import Output, Path, Prediction
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GAP, GUIDANCE, Condition
+from stepdistill.networks.compiled import called_plainly
 from stepdistill.networks.experts import by_time
 from stepdistill.networks.lora import Adapter
 from stepdistill.networks.sharding import is_sharded
@@ -128,9 +129,11 @@ class Denoiser:
             if not whole:
                 raise _Reached
 
-        handle = self.family.features_of(self.net).register_forward_hook(look)
+        place = self.family.features_of(self.net)
+        handle = place.register_forward_hook(look)
         try:
-            said = self.raw(x_t, t, cond)
+            with called_plainly(self.net, place):
+                said = self.raw(x_t, t, cond)
         except _Reached:
             return seen[-1].float()
         finally:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stepdistill.attention.forward_mode import ForwardMode
 from stepdistill.diffusion.path import per_sample
+from stepdistill.networks.compiled import uncompiled
 from stepdistill.system.log import say
 
 Way = Literal["auto", "exact", "difference"]
@@ -56,7 +57,7 @@ def directional_derivative(
     with torch.no_grad(), torch.autocast(device, enabled=False):
         if way == "difference":
             return _difference(fn, primals, tangents, step, last)
-        with ForwardMode():
+        with ForwardMode(), uncompiled():
             rate: Tensor = torch.func.jvp(fn, tuple(primals), tuple(tangents))[1]
             return rate.detach()
 

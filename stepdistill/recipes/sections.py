@@ -105,6 +105,9 @@ class TrainOptions(Section):
         teacher_precision: of the teacher's arithmetic where it should differ; float32 then holds it in float32.
         attention: sdpa (torch's fused kernels), triton (our own; cuda alone), xformers or math. Exact derivatives of
             continuous-time methods take our own, in tiles on a CPU, wherever they pay.
+        compile: the networks by torch.compile while they are trained: ``regional``, the blocks that repeat in them;
+            ``full``, each as a whole; ``graphs``, as a whole and replayed as CUDA graphs, for small networks on cuda.
+            Needs a C++ compiler; the first updates take long. See stepdistill/networks/compiled.py.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that stay on the disk.
         sheet_every: steps between contact sheets; 0 draws none.
@@ -133,6 +136,7 @@ class TrainOptions(Section):
     precision: Literal["float32", "bf16"] = "float32"
     teacher_precision: Literal["float32", "bf16"] | None = None
     attention: Literal["sdpa", "triton", "xformers", "math"] = "sdpa"
+    compile: Literal["none", "regional", "full", "graphs"] = "none"
     checkpoint_every: _Positive = 200
     keep: _Positive = 2
     sheet_every: _NotNegative = 100

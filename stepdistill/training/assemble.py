@@ -28,6 +28,7 @@ from stepdistill.losses.contract import Method, MethodOptions, PairOptions
 from stepdistill.losses.objective import Objective
 from stepdistill.losses.rewards import RewardTerm
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Term
+from stepdistill.networks.compiled import check_compile, compiled_parts
 from stepdistill.networks.find import find_teacher
 from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
@@ -109,6 +110,8 @@ def assemble(
     recipe, kind, options = resolved.recipe, resolved.kind, resolved.options
     needs = options.needs | recipe.terms.needs
     check_attention(recipe.train.attention, device)
+    train = recipe.train
+    check_compile(train.compile, device, train.attention, train.parallel)
     embedded = pipeline is None and recipe.teacher in embedded_teachers()
     if "images" in needs and recipe.data.images is None and not embedded:
         raise UserError(
@@ -158,6 +161,8 @@ def assemble(
     objective = Objective(method, _terms(recipe, teacher, prompts)).to(device)
     if not recipe.student.lora_rank:  # only now: copies are float32, and exported is what was loaded
         teacher.compute_in(teacher_type(recipe.train))
+    for net in roles.stored().values():
+        compiled_parts(net, recipe.train.compile)  # refuses what has no blocks before anything slow
     if main:
         check_export(student, sampler, teacher, prompts[0])
     return Assembled(

@@ -22,6 +22,7 @@ from stepdistill.data.batches import Data
 from stepdistill.errors import UserError
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
+from stepdistill.networks.compiled import compiled, uncompiled
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import RunLog
 from stepdistill.system.memory import keep_freed_memory
@@ -83,9 +84,11 @@ def train(
     started = time.perf_counter() - run.seconds
     unread = Unread(parallel, lambda: time.perf_counter() - started, options.log_every)
     batches = data.batches(range(run.step, options.steps), parallel.rank * own, own, options.batch)
+    method = objective.method
     with (
         closing(batches),
         attention(options.attention, accelerator.device),
+        compiled(method.roles.stored().values(), options.compile, same_sizes=method.same_calls) as begin,
         RunLog(folder, options.steps, first=run.step, main=parallel.main) as log,
         Interruption() as interruption,
     ):
@@ -95,6 +98,7 @@ def train(
             name = turn.network
             parameters, optimizer = run.trained[name], run.optimizers[name]
             take_turn(run.trained, name)
+            begin()
 
             # Backward, in equal parts whose mean is the batch's loss (every process, its own samples).
             told: list[dict[str, Tensor]] = []
@@ -141,7 +145,8 @@ def train(
 
                 # Pictures (drawn by every process that was given a preview, kept by the main one).
                 if preview and sheet and row is rows[-1]:
-                    seen = preview(run.step, run.ema)
+                    with uncompiled():
+                        seen = preview(run.step, run.ema)
                     values.update(seen.numbers)
                     for worry in seen.worries:
                         log.note(f"step {run.step}: {worry}")
