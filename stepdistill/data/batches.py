@@ -97,7 +97,7 @@ class Data:
             examples["pairs"] = Examples(
                 sent(self.pairs.clean(index), device),
                 self.condition(self.pairs.prompt_index[index]),
-                sent(self.pairs.noise(index), device),
+                self.pairs.noise(index),
                 None if (states := self.pairs.states(index)) is None else sent(states, device),
             )
         return Batch(
@@ -126,5 +126,8 @@ def _permutation(count: int, seed: int, stream: str, epoch: int) -> Tensor:
 
 
 def _shuffled(position: Tensor, count: int, seed: int, stream: str) -> Tensor:
-    """The sample at each position [B] of an endless sequence of reshuffled passes over ``count`` samples."""
-    return torch.stack([_permutation(count, seed, stream, int(p) // count)[int(p) % count] for p in position])
+    """The sample at each of the positions [B], one after the other, of an endless sequence of reshuffled passes over
+    ``count`` samples."""
+    first, last = (int(position[i]) // count for i in (0, -1))
+    passes = [_permutation(count, seed, stream, epoch) for epoch in range(first, last + 1)]
+    return (passes[0] if first == last else torch.cat(passes))[position - first * count]

@@ -1,8 +1,9 @@
 """(noise, teacher sample) pairs, made once in a sharded cache that knows what it was made with.
 
 A pair is stored as its clean end, and where asked for with some states of its trajectory; its noise and its prompt
-follow from the seed and its number. The cache is keyed by the teacher, solver, steps, guidance, prompts and seed, and
-refused when any of them differs; shards that are there already are kept, so an interrupted run goes on.
+follow from the seed and its number. The cache is keyed by the teacher, solver, steps, guidance, prompts, seed and
+random generator, and refused when any of them differs; shards that are there already are kept, so an interrupted run
+goes on.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.diffusion.draws import Draws, generator_for
+from stepdistill.diffusion.draws import generator_for, normal_of
 from stepdistill.diffusion.path import FlowPath, Prediction
+from stepdistill.diffusion.philox import NAME
 from stepdistill.diffusion.solvers import trajectory
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
@@ -72,6 +74,7 @@ class PairCache:
                 "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
                 "seed": seed,
                 "shape": list(teacher.codec.shape),
+                "generator": NAME,
             },
             wanted,
         )
@@ -88,7 +91,8 @@ class PairCache:
         may take the first pairs of a larger cache, and some of the states it keeps."""
         manifest = self.folder / "manifest.json"
         if manifest.is_file():
-            found = {"interval": [0.0, 1.0], "rescale": 0.0, "shift": 1.0, **json.loads(manifest.read_text())}
+            old = {"interval": [0.0, 1.0], "rescale": 0.0, "shift": 1.0, "generator": "mt19937"}
+            found = {**old, **json.loads(manifest.read_text())}
             for name, value in key.items():
                 if found.get(name) != value:
                     self._refuse(name, found.get(name), value)
@@ -114,9 +118,8 @@ class PairCache:
         return self.folder / f"pairs-{number:05d}.safetensors"
 
     def noise(self, index: Tensor) -> Tensor:
-        """The noises [B, ...] that the pairs ``index`` [B] start from."""
-        rows = [Draws(self.seed, 0, int(i), 1).normal("pair noise", self.teacher.codec.shape) for i in index]
-        return torch.cat(rows)
+        """The noises [B, ...] that the pairs ``index`` [B] start from, on the teacher's device."""
+        return normal_of(self.seed, "pair noise", index, self.teacher.codec.shape, self.teacher.device)
 
     def make(
         self,
@@ -148,7 +151,7 @@ class PairCache:
             def predict(x: Tensor, t: Tensor, own: Condition = own) -> Prediction:
                 return self.teacher.predict(x, t, own, guidance=self.options.guidance)
 
-            noise = self.noise(rows[chunk]).to(device)
+            noise = self.noise(rows[chunk])
             parts.append(list(trajectory(predict, noise, self.grid, self.options.pair_solver)))
         drawn = {"x0": torch.cat([states[-1] for states in parts])}
         if self.kept:

@@ -30,6 +30,7 @@ from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Output
+from stepdistill.diffusion.philox import NAME
 from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.regression import annealed
@@ -172,6 +173,7 @@ class Matching:
             "lora": (options.lora_rank, options.lora_alpha, *([START] if options.lora_rank else [])),
             "batch": self.batch,
             "seed": self.seed,
+            "draws": NAME,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

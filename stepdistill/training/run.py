@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from stepdistill.diffusion.philox import NAME
 from stepdistill.errors import UserError
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.system.log import say
 from stepdistill.system.processes import ALONE
 from stepdistill.training.checkpoint import (
     checkpoints_in,
@@ -106,7 +106,7 @@ class Run:
         self.last_good = self.checkpoints / folder_of(self.step)
         if self.parallel.main:
             state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
-            state |= {"inputs": self.inputs, "folder": str(Path.cwd())}
+            state |= {"inputs": self.inputs, "folder": str(Path.cwd()), "draws": NAME}
             save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
 
     def restore(self, at: Path | None = None) -> None:
@@ -116,9 +116,10 @@ class Run:
             at: which; None is the last.
 
         Raises:
-            UserError: when there is none, it is damaged, or it is of another recipe or of other inputs.
+            UserError: when there is none, it is damaged, or it is of another recipe, of other inputs or of other random
+                numbers.
         """
-        at = check_resume(self.checkpoints, self.recipe, at)
+        at = check_resume(self.checkpoints, self.recipe, at, trained_on=self.inputs is not None)
         if self.inputs is not None:
             self._check_inputs(at)
         tensors, state = load_checkpoint(at)
@@ -136,12 +137,7 @@ class Run:
 
     def _check_inputs(self, last: Path) -> None:
         state, inputs = read_state(last), self.inputs or {}
-        kept = state.get("inputs")
-        if kept is None:
-            say(
-                f"--resume: {last} is from before checkpoints knew prompts, images and teacher: none was compared"
-            )
-            return
+        kept = state["inputs"]
         named = {"teacher": self.recipe.teacher, "data.prompts": self.recipe.data.prompts}
         named["data.images"] = self.recipe.data.images
         if changed := [name for name in inputs if kept.get(name) != inputs[name]]:
@@ -152,18 +148,33 @@ class Run:
             )
 
 
-def check_resume(checkpoints: Path, recipe: Recipe, at: Path | None = None) -> Path:
+def check_resume(
+    checkpoints: Path, recipe: Recipe, at: Path | None = None, *, trained_on: bool = True
+) -> Path:
     """The checkpoint ``at``, by default the last one, when it was made with this recipe; reads no weights.
 
+    Args:
+        checkpoints: the run's folder of them.
+        recipe: of the run.
+        at: which; None is the last.
+        trained_on: whether the run goes on from it, and so needs the random numbers that it was made with.
+
     Raises:
-        UserError: when there is none, or its recipe differs, naming the keys.
+        UserError: when there is none, its random numbers are others, or its recipe differs, naming the keys.
     """
     found = [at] if at else checkpoints_in(checkpoints)
     if not found:
         raise UserError(
             f"--resume: there is no checkpoint in {checkpoints}; leave --resume out to start anew"
         )
-    made_with = Recipe.model_validate(read_state(found[-1])["recipe"])
+    state = read_state(found[-1])
+    if trained_on and state.get("draws") != NAME:
+        raise UserError(
+            f"--resume: {found[-1]} was made with other random numbers ({state.get('draws', 'of an older version')}) "
+            f"than {NAME}, so it would not go on bit for bit: finish it with the version that began it, or train into "
+            "another --output"
+        )
+    made_with = Recipe.model_validate(state["recipe"])
     changed = differences(identity(made_with), identity(recipe))
     if changed:
         raise UserError(

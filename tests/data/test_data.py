@@ -17,7 +17,7 @@ from stepdistill.data.image_archives import open_images
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.training_images import EmbeddedImages, ImageFolder
-from stepdistill.diffusion.draws import Draws, generator_for
+from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.loading import load_teacher
@@ -37,28 +37,6 @@ def options(**more):
     return PairOptions(**{"pairs": 12, "pair_steps": 2, "guidance": 2.0, **more})
 
 
-def test_draws_belong_to_the_sample_and_not_to_the_batch():
-    whole = Draws(3, 7, 0, 8)
-    parts = [whole.part(0, 3), whole.part(3, 5)]
-    for name in ("a", "b"):
-        joined = torch.cat([part.normal(name, (2, 2)) for part in parts])
-        assert torch.equal(whole.normal(name, (2, 2)), joined)
-        assert torch.equal(whole.uniform(name), torch.cat([part.uniform(name) for part in parts]))
-    assert not torch.equal(whole.normal("a", (2,)), whole.normal("b", (2,)))
-    assert not torch.equal(whole.normal("a", (2,)), Draws(3, 8, 0, 8).normal("a", (2,)))
-    assert len({part.shared_integer("exit", 1000) for part in (whole, *parts)}) == 1
-
-
-def test_draws_have_the_law_they_are_named_after():
-    draws = Draws(0, 0, 0, 20_000)
-    normal, uniform, integers = draws.normal("n", ()), draws.uniform("u", 2.0, 4.0), draws.integers("i", 5)
-    assert float(normal.mean()) == pytest.approx(0, abs=0.03)
-    assert float(normal.std()) == pytest.approx(1, abs=0.03)
-    assert float(uniform.mean()) == pytest.approx(3, abs=0.02)
-    assert float(uniform.std()) == pytest.approx(2 / 12**0.5, abs=0.02)
-    assert torch.bincount(integers).tolist() == pytest.approx([4000] * 5, abs=300)
-
-
 def test_a_batch_is_the_same_whole_or_in_parts_and_an_epoch_sees_every_prompt(teacher):
     data = Data(teacher, PROMPTS, seed=1)
     whole = data.batch(4, 0, 4, 4)
@@ -68,6 +46,11 @@ def test_a_batch_is_the_same_whole_or_in_parts_and_an_epoch_sees_every_prompt(te
     assert torch.equal(whole.cond.tensors[key], torch.cat([part.cond.tensors[key] for part in parts]))
     epoch = torch.cat([data.batch(step, 0, 1, 1).cond.tensors[key] for step in range(5)])
     assert len({tuple(row.flatten()[-96:].tolist()) for row in epoch}) == 5
+    orders = [torch.randperm(5, generator=generator_for(1, "order", "prompts", i)) for i in range(5)]
+    for step in (0, 1):  # from the end of one pass over two whole ones into a fourth; within one
+        for size in (12, 2):
+            expected = torch.cat(orders)[step * size : (step + 1) * size]
+            assert torch.equal(data.batch(step, 0, size, size).prompt, expected)
 
 
 def test_batches_of_rows_on_the_disk_are_made_ahead_and_are_the_same(teacher, tmp_path, monkeypatch):
@@ -142,7 +125,8 @@ def test_pairs_go_on_where_they_stopped_and_ranks_share_the_work(teacher, tmp_pa
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"guidance": 3.0}, "guidance"), ({"pair_steps": 3}, "steps"), ({"pair_solver": "heun"}, "solver"),
-     ({"pairs": 13}, "pairs"), ("prompts", "prompts"), ("seed", "seed"), ("teacher", "teacher")],
+     ({"pairs": 13}, "pairs"), ("prompts", "prompts"), ("seed", "seed"), ("teacher", "teacher"),
+     ("older", "generator")],
 )  # fmt: skip
 def test_pairs_of_anything_else_are_refused_by_name(teacher, tmp_path, change, named):
     PairCache(tmp_path, teacher, PROMPTS, options(), seed=5)
@@ -152,6 +136,10 @@ def test_pairs_of_anything_else_are_refused_by_name(teacher, tmp_path, change, n
         other = PipelineTeacher(load_teacher("emoji"))
         with torch.no_grad():
             other.denoiser.net.conv_out.bias[0] += 1e-3
+    if change == "older":  # whose manifest does not name it
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        assert manifest.pop("generator") == "philox4x32-10"
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     wanted = options(**change) if isinstance(change, dict) else options()
     with pytest.raises(UserError, match=rf"were made with another {named} \("):
         PairCache(tmp_path, other, prompts, wanted, seed=6 if change == "seed" else 5)
