@@ -18,6 +18,7 @@ Each draw is one operator of torch, ``stepdistill::normal``, ``uniform`` or ``in
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -98,7 +99,7 @@ def normal(
         from stepdistill.diffusion import philox_triton
 
         return philox_triton.normal(key, step, first, samples, shape, device)
-    rows, size = shape[0], int(np.prod(shape[1:], dtype=np.int64))
+    rows, size = shape[0], math.prod(shape[1:])
     blocks = -(-size // 4)
     numbers = np.empty((rows * blocks, 2, 2), np.float32)  # [blocks, radii, cosine and sine]
     room = np.empty((3, 2, min(CHUNK, len(numbers))))

@@ -7,10 +7,10 @@ The compiler is told to keep products and sums apart (``enable_fp_fusion``): a f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -136,7 +136,7 @@ def normal(
 ) -> Tensor:
     """As ``philox.normal``."""
     out = torch.empty(shape, device=device)
-    size = int(np.prod(shape[1:], dtype=np.int64))
+    size = math.prod(shape[1:])
     blocks = -(-size // 4)
     total, listed = shape[0] * blocks, samples is not None
     rows = out if samples is None else sent(samples, device)

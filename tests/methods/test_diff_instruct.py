@@ -77,18 +77,18 @@ def test_field_is_bitwise_zero_at_the_start():
 
 
 def test_training_brings_a_gaussian_student_home():
-    """Alternating updates, the fake network learning too: mean and deviation come within 0.12 and 0.1."""
+    """Alternating updates, the fake network learning too, at a falling rate: mean and deviation come within 0.12 and
+    0.1. Of five seeds the worst are 0.05 and 0.07 away."""
     method = method_of(DiffInstruct, FlowPath(), -0.5, 0.3)
     networks = modules_of(method)
     networks["fake"].requires_grad_(True)
-    optimizers = {
-        k: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9)) for k, net in networks.items()
-    }
+    optimizers = {k: torch.optim.Adam(net.parameters(), betas=(0.5, 0.9)) for k, net in networks.items()}
     for step in range(600):
         turn = method.turn(step).network
         assert turn == ("fake", "student")[step % 2]
+        optimizers[turn].param_groups[0]["lr"] = 0.03 * (1 - step / 600)
         optimizers[turn].zero_grad()
-        loss_of(method, turn, toy_batch(32, step))[0].backward()
+        loss_of(method, turn, toy_batch(128, step))[0].backward()
         optimizers[turn].step()
     assert method.student.net.shift.item() == pytest.approx(MU, abs=0.12)
     assert abs(method.student.net.scale.item()) == pytest.approx(S, abs=0.1)
