@@ -2,8 +2,8 @@
 
 Nothing in training uses the global generator. A number drawn for sample i of the global batch is the same whether the
 batch is drawn whole, in two halves, by two processes, on another device, or again after a resume: that is what makes
-those equal. The numbers of a batch are drawn at once, by a generator that counts (see ``philox``): its key is a hash
-of (seed, stream), its counter says (step, sample, element).
+those equal. The numbers of a batch are drawn at once, by a generator that counts (see ``philox_numpy``): its key is a
+hash of (seed, stream), its counter says (step, sample, element).
 """
 
 from __future__ import annotations

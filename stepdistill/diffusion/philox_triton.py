@@ -1,4 +1,4 @@
-"""The numbers of ``philox`` in Triton, one launch a draw: the same operations in the same order, so the same bits.
+"""The numbers of ``philox_numpy`` in Triton, one launch a draw: the same operations in the same order, the same bits.
 
 The compiler is told to keep products and sums apart (``enable_fp_fusion``): a fused one is rounded once, not twice.
 """
@@ -16,19 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepdistill.diffusion import philox
+from stepdistill.diffusion import philox_numpy
 from stepdistill.system.memory import sent
 
 BLOCK = 256
 """Counters of one program."""
 
-FACTOR_0, FACTOR_1 = (tl.constexpr(x) for x in philox.MULTIPLIERS)
-STEP_0, STEP_1 = (tl.constexpr(x) for x in philox.INCREMENTS)
-ROUNDS = tl.constexpr(philox.ROUNDS)
-LOG_OF_2 = tl.constexpr(philox.LOG_OF_2)
-LEAST_MANTISSA = tl.constexpr(philox.LEAST_MANTISSA)
-EXPONENT = tl.constexpr(philox.EXPONENT)
-NORMAL, UNIFORM, INTEGERS = (tl.constexpr(x) for x in (philox.NORMAL, philox.UNIFORM, philox.INTEGERS))
+FACTOR_0, FACTOR_1 = (tl.constexpr(x) for x in philox_numpy.MULTIPLIERS)
+STEP_0, STEP_1 = (tl.constexpr(x) for x in philox_numpy.INCREMENTS)
+ROUNDS = tl.constexpr(philox_numpy.ROUNDS)
+LOG_OF_2 = tl.constexpr(philox_numpy.LOG_OF_2)
+LEAST_MANTISSA = tl.constexpr(philox_numpy.LEAST_MANTISSA)
+EXPONENT = tl.constexpr(philox_numpy.EXPONENT)
+NORMAL = tl.constexpr(philox_numpy.NORMAL)
+UNIFORM = tl.constexpr(philox_numpy.UNIFORM)
+INTEGERS = tl.constexpr(philox_numpy.INTEGERS)
 
 
 @triton.jit
@@ -64,7 +66,7 @@ def _polynomial(z, C: tl.constexpr):
 
 @triton.jit
 def _box_muller(x, y, LOG: tl.constexpr, SIN: tl.constexpr, COS: tl.constexpr):
-    """As in ``philox``: cosine and sine."""
+    """As in ``philox_numpy``: cosine and sine."""
     bits = (x.to(tl.float64) + 0.5).to(tl.int64, bitcast=True)
     e = (bits - LEAST_MANTISSA) & EXPONENT
     m = (bits - e).to(tl.float64, bitcast=True)
@@ -140,14 +142,14 @@ def normal(
     blocks = -(-size // 4)
     total, listed = shape[0] * blocks, samples is not None
     rows = out if samples is None else sent(samples, device)
-    fixed = {"LISTED": listed, "LOG": philox.LOG, "SIN": philox.SIN, "COS": philox.COS}
+    fixed = {"LISTED": listed, "LOG": philox_numpy.LOG, "SIN": philox_numpy.SIN, "COS": philox_numpy.COS}
     return _launch(normals, out, total, rows, key, step, first, size, blocks, total, **fixed)
 
 
 def uniform(
     key: int, step: int, first: int, count: int, low: float, high: float, last: float, device: torch.device
 ) -> Tensor:
-    """As ``philox.uniform``, with the last number below ``high``."""
+    """As ``philox_numpy.uniform``."""
     out = torch.empty(count, device=device)
     return _launch(uniforms, out, count, key, step, first, count, low, high, last)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion import philox
+from stepdistill.diffusion import philox, philox_numpy
 from stepdistill.diffusion.draws import Draws, normal_of
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def test_the_words_are_the_published_ones(known: tuple[str, ...]) -> None:
     (c0, c1, c2, c3), (k0, k1), words = ([int(word, 16) for word in text.split()] for text in known)
     x, y = (np.array(pair, np.uint64)[:, None] for pair in ((c0, c2), (c1, c3)))
     signed = (k1 << 32 | k0) - (k1 >> 31 << 64)
-    x, y = philox.philox(x, y, np.empty_like(x), signed)
+    x, y = philox_numpy.philox(x, y, np.empty_like(x), signed)
     assert [x[0, 0], y[0, 0], x[1, 0], y[1, 0]] == words
 
 
@@ -43,17 +43,17 @@ def test_words_become_the_numbers_that_the_formulas_give(monkeypatch: pytest.Mon
     draws, key = Draws(7, 3, 5, 400), 99
     monkeypatch.setattr("stepdistill.diffusion.draws._key", lambda seed, stream: key)
     words = {law: words_of(key, law, step=3, samples=range(5, 405)) for law in range(4)}
-    for w, pair in zip(words[philox.NORMAL], draws.normal("", (2,)), strict=True):
+    for w, pair in zip(words[philox_numpy.NORMAL], draws.normal("", (2,)), strict=True):
         radius = math.sqrt(-2 * math.log((w[0] + 0.5) / 2**32))
         angle = math.pi / 2 * (((w[1] & 0x7FFFFFFF) + 0.5) / 2**30 - 1)
         found = (radius * math.cos(angle) * (1 - 2 * (w[1] >> 31)), radius * math.sin(angle))
         assert pair.tolist() == pytest.approx(found, rel=2**-23)
-    uniform = torch.tensor([2 + w[0] / 2**32 for w in words[philox.UNIFORM]])
+    uniform = torch.tensor([2 + w[0] / 2**32 for w in words[philox_numpy.UNIFORM]])
     torch.testing.assert_close(draws.uniform("", 2.0, 3.0), uniform, rtol=2**-23, atol=0)
     for high in (1, 5, 2**31, 2**32 - 1):
-        exact = [(w[0] + (w[1] << 32)) * high >> 64 for w in words[philox.INTEGERS]]
+        exact = [(w[0] + (w[1] << 32)) * high >> 64 for w in words[philox_numpy.INTEGERS]]
         assert draws.integers("", high).tolist() == exact
-        shared = words_of(key, philox.SHARED, step=3, samples=[0])[0]
+        shared = words_of(key, philox_numpy.SHARED, step=3, samples=[0])[0]
         assert draws.shared_integer("", high) == (shared[0] + (shared[1] << 32)) * high >> 64
     for high in (0, 2**32):
         with pytest.raises(ValueError, match="below a bound of 1 to"):
@@ -64,11 +64,18 @@ def words_of(key: int, law: int, step: int, samples: Any) -> list[list[int]]:
     """The words of the first block, by the definition on whole numbers."""
     found = []
     for sample in samples:
-        c, k = [0, sample, step, law], [key & philox.MASK, key >> 32]
-        for _ in range(philox.ROUNDS):
-            a, b = c[0] * philox.MULTIPLIERS[0], c[2] * philox.MULTIPLIERS[1]
-            c = [(b >> 32) ^ c[1] ^ k[0], b & philox.MASK, (a >> 32) ^ c[3] ^ k[1], a & philox.MASK]
-            k = [(half + add) & philox.MASK for half, add in zip(k, philox.INCREMENTS, strict=True)]
+        c, k = [0, sample, step, law], [key & philox_numpy.MASK, key >> 32]
+        for _ in range(philox_numpy.ROUNDS):
+            a, b = c[0] * philox_numpy.MULTIPLIERS[0], c[2] * philox_numpy.MULTIPLIERS[1]
+            c = [
+                (b >> 32) ^ c[1] ^ k[0],
+                b & philox_numpy.MASK,
+                (a >> 32) ^ c[3] ^ k[1],
+                a & philox_numpy.MASK,
+            ]
+            k = [
+                (half + add) & philox_numpy.MASK for half, add in zip(k, philox_numpy.INCREMENTS, strict=True)
+            ]
         found.append(c)
     return found
 
@@ -76,7 +83,7 @@ def words_of(key: int, law: int, step: int, samples: Any) -> list[list[int]]:
 def box_muller(x: list[int], y: list[int]) -> np.ndarray[Any, Any]:
     """Cosines and sines, [2, m]."""
     out, room = np.empty((2, 2, len(x)), np.float32), np.empty((3, 2, len(x)))
-    philox._box_muller(np.array([x, x], np.uint64), np.array([y, y], np.uint64), room, out)
+    philox_numpy._box_muller(np.array([x, x], np.uint64), np.array([y, y], np.uint64), room, out)
     return out[:, 0]
 
 
@@ -111,7 +118,7 @@ def test_numbers_belong_to_the_sample_and_not_to_the_batch(monkeypatch: pytest.M
             assert torch.equal(kept, torch.cat([draw(part) for part in parts]))
         for chunk in (1, 5, 7):
             with monkeypatch.context() as patch:
-                patch.setattr(philox, "CHUNK", chunk)
+                patch.setattr(philox_numpy, "CHUNK", chunk)
                 assert torch.equal(kept, draw(whole))
     assert len({d.shared_integer("exit", 1000) for d in (whole, *splits[0], *splits[1])}) == 1
     order = torch.tensor([6, 0, 6, 3])
@@ -138,9 +145,9 @@ def test_no_counter_is_that_of_another_number() -> None:
     ]
     numbers = torch.cat([block.flatten() for block in blocks])
     assert len(numbers.unique()) > len(numbers) - 3  # of 32 bits, by chance
-    ((_, x, y),) = philox._words(5, 0, 1, np.array([2]), 1)
+    ((_, x, y),) = philox_numpy._words(5, 0, 1, np.array([2]), 1)
     other = [
-        next(iter(philox._words(5, law, step, np.array([sample]), 2)))[1][0, block]
+        next(iter(philox_numpy._words(5, law, step, np.array([sample]), 2)))[1][0, block]
         for law, step, sample, block in ((1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1), (0, 2, 1, 0))
     ]
     assert len({int(x[0, 0]), int(y[0, 0]), *map(int, other)}) == 7
@@ -186,10 +193,10 @@ def test_uniform_numbers_stay_below_the_upper_bound(monkeypatch: pytest.MonkeyPa
     """Of the greatest word, between bounds whose formula rounds up to the upper one; equal bounds are the number."""
 
     def greatest(key: int, law: int, step: int, samples: Any, blocks: int) -> Any:
-        words = np.full((2, len(samples)), philox.MASK, np.uint64)
+        words = np.full((2, len(samples)), philox_numpy.MASK, np.uint64)
         yield slice(0, len(samples)), words, words
 
-    monkeypatch.setattr(philox, "_words", greatest)
+    monkeypatch.setattr(philox_numpy, "_words", greatest)
     draws = Draws(0, 0, 0, 3)
     for low, high in ((0.0, 1.0), (0.02, 0.98), (0.3, 0.3 + 2**-24), (-3.0, -2.9)):
         end = torch.tensor(high, dtype=torch.float32)
@@ -242,7 +249,7 @@ def test_a_draw_is_one_operator() -> None:
 def kernels(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> Any:
     """A second copy of the module of Triton's kernels, for its interpreter or for its compiler."""
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpret)))
-    file = Path(philox.__file__).with_name("philox_triton.py")
+    file = Path(philox_numpy.__file__).with_name("philox_triton.py")
     spec = importlib.util.spec_from_file_location("philox_kernels", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -280,7 +287,13 @@ def test_triton_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(kernels(monkeypatch, False), name)
-    fixed = {"BLOCK": 256, "LISTED": True, "LOG": philox.LOG, "SIN": philox.SIN, "COS": philox.COS}
+    fixed = {
+        "BLOCK": 256,
+        "LISTED": True,
+        "LOG": philox_numpy.LOG,
+        "SIN": philox_numpy.SIN,
+        "COS": philox_numpy.COS,
+    }
     kinds = {"key": "i64", "OUT": "*i64" if name == "integers_below" else "*fp32", "SAMPLES": "*i64"}
     kinds |= {"low": "fp32", "high": "i64" if name == "integers_below" else "fp32", "last": "fp32"}
     names = [parameter.name for parameter in kernel.params]
