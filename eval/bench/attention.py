@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepdistill.attention import tiled
 from stepdistill.attention.fused import fused_attention
 from stepdistill.system.provenance import provenance
 
@@ -124,6 +125,14 @@ def errors(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, fl
     return result
 
 
+INSIDE = {
+    "attention": tiled.forward,
+    "attention_backward": tiled.backward,
+    "attention_tangent": tiled.tangent,
+}
+"""What our own operators do on a CPU: its tensors count, too."""
+
+
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that operations within it make; ``peak`` is the most that lived at once."""
 
@@ -133,6 +142,9 @@ class PeakMemory(TorchDispatchMode):
         self.held = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "stepdistill":
+            with self:
+                return INSIDE[func.overloadpacket.__name__](*args)
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, Tensor):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stepdistill.attention.fused import why_no_triton
+from stepdistill.attention import dispatcher
+from stepdistill.attention.operators import triton_runs
 from stepdistill.attention.rerouted import fused_call
 
 TILES_PAY = 512 * 512
@@ -39,7 +42,14 @@ class ForwardMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """:class:`ForwardMode`, with diffusers' dispatcher calling what that re-routes, whatever kernel was chosen."""
+    with dispatcher.within("native"), ForwardMode():
+        yield
+
+
 def _pays(query: Tensor, key: Tensor) -> bool:
-    if query.device.type == "cuda" and why_no_triton(query.device) is None:
+    if query.device.type == "cuda" and triton_runs(query.device):
         return True
     return query.shape[-2] * key.shape[-2] >= TILES_PAY

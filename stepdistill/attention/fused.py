@@ -1,8 +1,7 @@
 """Attention in one fused pass each for output, gradients and tangents, with memory linear in the tokens.
 
 Torch's fused kernels have no forward-mode rule, so that a derivative through them falls back to the plain product of
-[tokens, tokens]; this one has all three. Two implementations of one algorithm (see ``tiled``) stand behind it: Triton's
-kernels where they run, and tiles in torch elsewhere.
+[tokens, tokens]; this one has all three. The work is done by ``operators``, here they get their rules.
 
 The derivative of a gradient is refused; a gradient through a tangent, which no method takes, goes by the plain product.
 """
@@ -10,31 +9,18 @@ The derivative of a gradient is refused; a gradient through a tangent, which no 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from stepdistill.attention import tiled
+from stepdistill.attention import operators
+from stepdistill.attention.operators import NO_SECOND, packed
 from stepdistill.errors import UserError
 
 LARGEST_HEAD = 256
 """Most dimensions of a head."""
-
-NO_SECOND = "fused attention has no derivative of its gradients: take the math kernel (train.attention=math)"
-
-
-def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a device; None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton has no kernel for {device.type}, only for cuda"
-    return None
 
 
 def fused_attention(
@@ -66,26 +52,27 @@ def fused_attention(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _Attention.apply(*(_packed(x) for x in (query, key, value)), mask, scale)[0]
+    query, key, value = packed(query), packed(key), packed(value)
+    if torch.compiler.is_compiling():
+        return _traced(query, key, value, mask, scale)
+    out: Tensor = _Attention.apply(query, key, value, mask, scale)[0]
     return out
 
 
-def _packed(x: Tensor) -> Tensor:
-    """With the numbers of a head next to each other, as the kernels read them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise UserError(f"attention takes tensors of 4 dimensions [B, heads, tokens, D], not {shapes}")
+        raise UserError(
+            f"attention takes tensors of 4 dimensions [B, heads, tokens, D], not {_shapes(query, key, value)}"
+        )
     if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise UserError(
-            f"attention needs one batch size and head size, and as many values as keys, not {shapes}"
+            "attention needs one batch size and head size, and as many values as keys, not "
+            f"{_shapes(query, key, value)}"
         )
     if min(*query.shape, *key.shape) == 0 or query.shape[1] % key.shape[1]:
         raise UserError(
-            f"attention needs heads that are a multiple of the key's, and none empty, not {shapes}"
+            "attention needs heads that are a multiple of the key's, and none empty, not "
+            f"{_shapes(query, key, value)}"
         )
     if query.shape[3] > LARGEST_HEAD:
         raise UserError(
@@ -102,6 +89,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         )
 
 
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+
+
 def spreads(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     """Whether a mask broadcasts to [B, heads, N, M], with a column for each key, and has a kind the kernels take."""
     full = (*query.shape[:3], key.shape[2])
@@ -110,51 +101,27 @@ def spreads(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     return fits and (mask.dtype == torch.bool or (mask.is_floating_point() and not mask.requires_grad))
 
 
-class _Kernels(Protocol):
-    """What an implementation has; see ``tiled``."""
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def tangent(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        out: Tensor,
-        logsum: Tensor,
-        *tangents: Tensor | None,
-    ) -> Tensor: ...
-
-    def backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        out: Tensor,
-        logsum: Tensor,
-        grad: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+def _traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """For torch.compile, which does not trace a Function with a forward-mode rule: the operators, and tangents by
+    hand."""
+    if not _in_forward_mode():
+        out: Tensor = operators.attention(query, key, value, mask, scale)[0]
+        return out
+    (query, *along_query), (key, *along_key), (value, *along_value) = map(
+        forward_ad.unpack_dual, (query, key, value)
+    )
+    out, logsum = operators.attention(query, key, value, mask, scale)
+    tangents = (*along_query, *along_key, *along_value)
+    if all(x is None for x in tangents):
+        return out
+    rate = operators.attention_tangent(query, key, value, mask, scale, out, logsum, *tangents)
+    dual: Tensor = forward_ad.make_dual(out, rate)
+    return dual
 
 
-@contextmanager
-def _kernels(query: Tensor) -> Iterator[_Kernels]:
-    """The implementation for a tensor; within it autocast leaves the types of its products alone."""
-    kernels: Any = tiled
-    if query.dtype != torch.float64 and _triton_runs(query.device):
-        from stepdistill.attention import triton_launch as kernels
-    with torch.autocast(query.device.type, enabled=False):
-        yield kernels
-
-
-@functools.cache
-def _triton_runs(device: torch.device) -> bool:
-    return why_no_triton(device) is None
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
 
 
 class _Attention(torch.autograd.Function):
@@ -164,8 +131,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        with _kernels(query) as kernels:
-            return kernels.forward(query, key, value, mask, scale)
+        found: tuple[Tensor, Tensor] = operators.attention(query, key, value, mask, scale)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -209,9 +176,8 @@ class _Tangent(torch.autograd.Function):
         logsum: Tensor,
         *tangents: Tensor | None,
     ) -> Tensor:
-        packed = tuple(None if x is None else _packed(x) for x in tangents)
-        with _kernels(query) as kernels:
-            return kernels.tangent(query, key, value, mask, scale, out, logsum, *packed)
+        rate: Tensor = operators.attention_tangent(query, key, value, mask, scale, out, logsum, *tangents)
+        return rate
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -246,8 +212,9 @@ class _Gradients(torch.autograd.Function):
         logsum: Tensor,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with _kernels(query) as kernels:
-            return kernels.backward(query, key, value, mask, scale, out, logsum, _packed(grad))
+        inputs = (query, key, value, mask, scale, out, logsum, grad)
+        found: tuple[Tensor, Tensor, Tensor] = operators.attention_backward(*inputs)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

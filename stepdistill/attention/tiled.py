@@ -23,6 +23,12 @@ TILE = 2**20
 """Logits held at once, over batch and heads: a few MB of float32, which a processor's cache holds."""
 
 
+def room_like(x: Tensor) -> Tensor:
+    """Room for a result, laid out like x where its heads lie in one piece."""
+    room = torch.empty_like(x)
+    return room if room.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 class _Tiles:
     """Rows of queries [B, kv heads, group rows, D] and columns of keys [B, kv heads, columns, D], in float32 or wider.
 
@@ -82,7 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, heads, N, D], and the logarithm of each row's denominator [B, heads, N], in float32 or wider."""
     tiles = _Tiles(query, key, mask, scale)
-    out, logsum = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=tiles.wide)
+    out, logsum = room_like(query), query.new_empty(query.shape[:3], dtype=tiles.wide)
     for rows in tiles.over(tiles.n):
         q = tiles.rows(query, rows)
         most = q.new_full(q.shape[:3], -math.inf)
@@ -115,7 +121,7 @@ def tangent(
     """The output's tangent along those of query, key and value; None is a tangent of zeros."""
     along_query, along_key, along_value = tangents
     tiles = _Tiles(query, key, mask, scale)
-    rate = torch.empty_like(out)
+    rate = room_like(out)
     for rows in tiles.over(tiles.n):
         q, last = tiles.rows(query, rows), tiles.rows(logsum, rows)[..., None]
         sums, weight = torch.zeros_like(q), torch.zeros_like(last)
@@ -149,7 +155,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, from that of the output."""
     tiles = _Tiles(query, key, mask, scale)
-    of_query = torch.empty_like(query)
+    of_query = room_like(query)
     of_key, of_value = (torch.zeros_like(x, dtype=tiles.wide) for x in (key, value))
     for rows in tiles.over(tiles.n):
         q, last = tiles.rows(query, rows), tiles.rows(logsum, rows)[..., None]

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from stepdistill.attention import triton_kernels
+from stepdistill.attention.tiled import room_like
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,6 @@ def _has_tf32(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _like(x: Tensor) -> Tensor:
-    """Room for a result, laid out like x where its heads lie in one piece."""
-    room = torch.empty_like(x)
-    return room if room.stride(-1) == 1 else x.new_empty(x.shape)
-
-
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
@@ -170,7 +165,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As ``tiled.forward``."""
     launch = _Launch(query, key, mask, scale)
-    out, logsum = _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, logsum = room_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     strides = (*_strides(query, key, value, out), *launch.mask_strides)
     launch.run("forward", (query, key, value, launch.mask, out, logsum), strides)
     return out, logsum
@@ -188,7 +183,7 @@ def tangent(
 ) -> Tensor:
     """As ``tiled.tangent``."""
     launch = _Launch(query, key, mask, scale)
-    rate = torch.empty_like(out)
+    rate = room_like(out)
     tq, tk, tv = (query if x is None else x for x in tangents)
     strides = (*_strides(query, key, value, out), *launch.mask_strides, *_strides(tq, tk, tv))
     pointers = (query, key, value, launch.mask, out, logsum, tq, tk, tv, rate)
@@ -209,7 +204,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``tiled.backward``."""
     launch = _Launch(query, key, mask, scale)
-    of_query, of_key, of_value = (_like(x) for x in (query, key, value))
+    of_query, of_key, of_value = (room_like(x) for x in (query, key, value))
     mean = torch.empty_like(logsum)
     strides = (*_strides(query, key, value, out), *launch.mask_strides, *_strides(grad, of_query))
     pointers = (query, key, value, launch.mask, out, logsum, grad, mean, of_query)

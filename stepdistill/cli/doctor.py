@@ -122,10 +122,11 @@ def _compile(device: torch.device) -> Finding:
 
 
 def _attention(device: torch.device) -> list[Finding]:
-    """Which of torch's fused kernels run here, found by running each; and xformers."""
+    """Which of torch's fused kernels run here, found by running each; our own, xformers, and the dispatcher's."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from stepdistill.attention import dispatcher
     from stepdistill.attention.kernels import NAMES, why_not
 
     kernels = {
@@ -150,6 +151,16 @@ def _attention(device: torch.device) -> list[Finding]:
             findings.append(Finding("note", f"attention {name}", f"cannot be chosen: {reason}"))
         elif name in ("triton", "xformers"):
             findings.append(Finding("ok", f"attention {name}", f"{_installed(name)} on {device.type}"))
+    precision = "bf16" if device.type == "cuda" else "float32"
+    groups: dict[str | None, list[str]] = {None: []}  # by the reason why not
+    for name in dispatcher.names():
+        if name not in NAMES:
+            groups.setdefault(why_not(name, device, precision), []).append(name)
+    subject = "attention diffusers"
+    findings.append(Finding("ok", subject, f"{', '.join(groups.pop(None))}: of networks that dispatch"))
+    for why, names in groups.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        findings.append(Finding("note", subject, f"{', '.join(names[:3])}{more}: {why}"))
     return findings
 
 

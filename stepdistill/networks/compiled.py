@@ -62,7 +62,7 @@ def check_compile(kind: str, device: torch.device, attention: str, parallel: str
         able = [other for other in KINDS if why_not_compiled(other, device) is None]
         raise UserError(f"train.compile is {kind}, but {reason}: choose one of {', '.join(able)}")
     for name, value, allowed in (
-        ("attention", attention, ("sdpa", "math")),
+        ("attention", attention, ("auto", "sdpa", "math")),
         ("parallel", parallel, ("auto", "replicated")),
     ):
         if kind != "none" and value not in allowed:

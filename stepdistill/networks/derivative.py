@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.attention.forward_mode import ForwardMode
+from stepdistill.attention.forward_mode import forward_mode
 from stepdistill.diffusion.path import per_sample
 from stepdistill.networks.compiled import uncompiled
 from stepdistill.system.log import say
@@ -57,7 +57,7 @@ def directional_derivative(
     with torch.no_grad(), torch.autocast(device, enabled=False):
         if way == "difference":
             return _difference(fn, primals, tangents, step, last)
-        with ForwardMode(), uncompiled():
+        with forward_mode(), uncompiled():
             rate: Tensor = torch.func.jvp(fn, tuple(primals), tuple(tangents))[1]
             return rate.detach()
 
@@ -140,3 +140,8 @@ class Derivative:
     def logs(self) -> dict[str, Tensor]:
         """What a method adds to its logs: the gap, where the two were compared."""
         return {} if self.gap is None else {"derivative_gap": torch.tensor(self.gap)}
+
+
+def takes_exact(holder: object) -> bool:
+    """Whether an object has a derivative among its attributes that is exact, or will be where it can."""
+    return any(isinstance(x, Derivative) and x.way != "difference" for x in vars(holder).values())

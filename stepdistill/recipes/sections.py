@@ -103,8 +103,11 @@ class TrainOptions(Section):
             with short steps may want ``teacher_precision: float32``: near pure noise bf16 moves an eps network's x0 by
             as much as such a step does.
         teacher_precision: of the teacher's arithmetic where it should differ; float32 then holds it in float32.
-        attention: sdpa (torch's fused kernels), triton (our own; cuda alone), xformers or math. Exact derivatives of
-            continuous-time methods take our own, in tiles on a CPU, wherever they pay.
+        attention: sdpa (torch's fused kernels), triton (our own; cuda alone), xformers, math (the plain product), or a
+            backend of diffusers' dispatcher, such as _native_flash or flash, for networks that ask it (Flux, Wan, but
+            no UNet, DiT or Stable Diffusion 3). ``auto`` is sdpa. Whatever it is, exact derivatives of continuous-time
+            methods take our own where it pays: Triton's on cuda, on a CPU tiles where logits are many. What runs here
+            says ``stepdistill doctor``.
         compile: the networks by torch.compile while they are trained: ``regional``, the blocks that repeat in them;
             ``full``, each as a whole; ``graphs``, as a whole and replayed as CUDA graphs, for small networks on cuda.
             Needs a C++ compiler; the first updates take long. See stepdistill/networks/compiled.py.
@@ -135,7 +138,7 @@ class TrainOptions(Section):
     seed: _NotNegative = 0
     precision: Literal["float32", "bf16"] = "float32"
     teacher_precision: Literal["float32", "bf16"] | None = None
-    attention: Literal["sdpa", "triton", "xformers", "math"] = "sdpa"
+    attention: str = "auto"
     compile: Literal["none", "regional", "full", "graphs"] = "none"
     checkpoint_every: _Positive = 200
     keep: _Positive = 2

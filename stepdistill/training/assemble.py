@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from accelerate import Accelerator
 from torch import Tensor
 
-from stepdistill.attention.kernels import check_attention, use_xformers
+from stepdistill.attention.kernels import check_attention, fit_attention, told
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts
@@ -29,6 +29,7 @@ from stepdistill.losses.objective import Objective
 from stepdistill.losses.rewards import RewardTerm
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Term
 from stepdistill.networks.compiled import check_compile, compiled_parts
+from stepdistill.networks.derivative import takes_exact
 from stepdistill.networks.find import find_teacher
 from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
@@ -109,9 +110,9 @@ def assemble(
     origin, began = provenance(device), time.perf_counter()
     recipe, kind, options = resolved.recipe, resolved.kind, resolved.options
     needs = options.needs | recipe.terms.needs
-    check_attention(recipe.train.attention, device)
-    train = recipe.train
-    check_compile(train.compile, device, train.attention, train.parallel)
+    train, kernel = recipe.train, recipe.train.attention
+    check_attention(kernel, device, train.precision)
+    check_compile(train.compile, device, kernel, train.parallel)
     embedded = pipeline is None and recipe.teacher in embedded_teachers()
     if "images" in needs and recipe.data.images is None and not embedded:
         raise UserError(
@@ -129,6 +130,7 @@ def assemble(
         guidance_rescale=options.guidance_rescale,
         size=Size(*recipe.data.size) if recipe.data.size else None,
     )
+    fit_attention(kernel, teacher.denoiser.net, device)
     changes = taken_as(source)
     if recipe.terms.reward_weight and isinstance(teacher.family, LabelFamily):
         raise UserError(
@@ -148,10 +150,11 @@ def assemble(
     times = _times(recipe, kind, teacher)
     roles = roles_for(recipe, kind, options, teacher, prompts, times, accelerator)
     teacher = cast(PipelineTeacher, roles.teacher)
-    if recipe.train.attention == "xformers":
-        for net in (*roles.stored().values(), teacher.start.net):
-            use_xformers(net)
+    for net in (*roles.stored().values(), teacher.start.net):
+        fit_attention(kernel, net, device)
     method: Method = kind(roles, times, options).to(device)
+    if main and kernel == "auto":
+        say(told(kernel, device, takes_exact(method)))
     student, sampler = method.student, method.sampler()
     if student.output != teacher.denoiser.output:
         sampler = replace(sampler, prediction_type=PREDICTION_TYPES[student.output])

@@ -87,7 +87,7 @@ def train(
     method = objective.method
     with (
         closing(batches),
-        attention(options.attention, accelerator.device),
+        attention(options.attention, accelerator.device, options.precision),
         compiled(method.roles.stored().values(), options.compile, same_sizes=method.same_calls) as begin,
         RunLog(folder, options.steps, first=run.step, main=parallel.main) as log,
         Interruption() as interruption,

@@ -9,7 +9,9 @@ import pytest
 import torch
 from tiny import tiny_prompts
 
-from stepdistill.attention.kernels import NAMES, attention, check_attention, use_xformers, why_not
+from stepdistill.attention import dispatcher
+from stepdistill.attention.forward_mode import forward_mode
+from stepdistill.attention.kernels import NAMES, attention, check_attention, fit_attention, told, why_not
 from stepdistill.errors import UserError
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -39,8 +41,8 @@ def test_kernels_agree(name: str, teacher_of: Callable[[str], PipelineTeacher]) 
 
 
 def test_what_runs_on_a_cpu() -> None:
-    assert [name for name in NAMES if why_not(name, CPU) is None] == ["sdpa", "math"]
-    for name in ("sdpa", "math"):
+    assert [name for name in NAMES if why_not(name, CPU) is None] == ["auto", "sdpa", "math"]
+    for name in ("auto", "sdpa", "math", "native", "_native_flash", "_native_math"):
         check_attention(name, CPU)
 
 
@@ -48,16 +50,91 @@ def test_xformers_is_refused_on_a_cpu_with_the_reason() -> None:
     installed = importlib.util.find_spec("xformers") is not None
     reason = "no kernel for cpu" if installed else "not installed"
     with pytest.raises(
-        UserError, match=f"train.attention is xformers, but .*{reason}.*choose one of sdpa, math"
+        UserError, match=f"train.attention is xformers, but .*{reason}.*choose one of auto, sdpa, math"
     ):
         check_attention("xformers", CPU)
-    with pytest.raises(UserError, match="choose one of sdpa, math"), attention("xformers", CPU):
+    with pytest.raises(UserError, match="choose one of auto, sdpa, math"), attention("xformers", CPU):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("flash_hub", "downloads code and runs it, which takes DIFFUSERS_TRUST_REMOTE_KERNELS=true"),
+        ("_native_npu", "install `torch_npu`"),
+        ("_native_efficient", "does not train on cpu in float32: No "),
+        ("flex", "does not train on cpu in float32: .*backward"),
+        ("flash_5", "no kernel is called so; stepdistill doctor lists"),
+    ],
+)
+def test_backends_of_the_dispatcher_are_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"train.attention is {name}, but .*{reason}.*auto, sdpa, math"):
+        check_attention(name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "asks"), [("flux", True), ("wan", True), ("sd", False), ("dit", False), ("sd3", False)]
+)
+def test_networks_that_do_not_ask_the_dispatcher_are_refused(
+    name: str, asks: bool, teacher_of: Callable[[str], PipelineTeacher]
+) -> None:
+    net = teacher_of(name).denoiser.net
+    fit_attention("math", net, CPU)
+    if asks:
+        fit_attention("_native_math", net, CPU)
+        return
+    with pytest.raises(UserError, match=f"{type(net).__name__} does not ask.*one of auto, sdpa, math"):
+        fit_attention("_native_math", net, CPU)
+
+
+def test_a_backend_of_the_dispatcher_is_used_and_left_behind(
+    teacher_of: Callable[[str], PipelineTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within an exact derivative the dispatcher's kernel gives way to what has a forward-mode rule."""
+    from diffusers.models import attention_dispatch
+
+    kinds = attention_dispatch.AttentionBackendName
+    registry = attention_dispatch._AttentionBackendRegistry
+    plain, calls = registry._backends[kinds._NATIVE_MATH], []
+    monkeypatch.setitem(
+        registry._backends,
+        kinds._NATIVE_MATH,
+        lambda *args, **more: (calls.append(1), plain(*args, **more))[1],
+    )
+    teacher = teacher_of("flux")
+    x = torch.randn(1, *teacher.codec.shape, generator=torch.Generator().manual_seed(0))
+    t, cond = torch.tensor([0.5]), teacher.codec.encode(tiny_prompts("flux", 1))
+    with torch.no_grad():
+        wanted = teacher.denoiser.raw(x, t, cond)
+        assert not calls
+        with attention("_native_math", CPU):
+            found = teacher.denoiser.raw(x, t, cond)
+            assert calls and torch.allclose(found, wanted, rtol=0, atol=1e-5)
+            calls.clear()
+            with forward_mode():
+                teacher.denoiser.raw(x, t, cond)
+    assert not calls and registry.get_active_backend()[0] == kinds.NATIVE
+
+
+def test_a_backend_without_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models import attention_dispatch
+
+    kinds, backends = (
+        attention_dispatch.AttentionBackendName,
+        attention_dispatch._AttentionBackendRegistry._backends,
+    )
+    monkeypatch.setitem(backends, kinds._NATIVE_MATH, lambda query, key, value, **more: query.detach())
+    assert dispatcher.why_not.__wrapped__("_native_math", CPU, "float32") == "it has no gradients"
+
+
+def test_auto_says_what_it_is() -> None:
+    assert told("auto", CPU, False) == "attention: sdpa on cpu"
+    assert "derivatives by our own in tiles" in told("auto", CPU, True)
 
 
 def test_xformers_needs_a_diffusers_network() -> None:
     with pytest.raises(UserError, match="needs a diffusers network, not Linear"):
-        use_xformers(torch.nn.Linear(1, 1))
+        fit_attention("xformers", torch.nn.Linear(1, 1), CPU)
 
 
 @pytest.mark.skipif(
@@ -74,7 +151,7 @@ def test_xformers_agrees_on_a_gpu(teacher_of: Callable[[str], PipelineTeacher]) 
     )
     with torch.no_grad(), attention("math", torch.device("cuda")):
         plain = student.raw(x_t, t, cond)
-    use_xformers(student.net)
+    fit_attention("xformers", student.net, torch.device("cuda"))
     with torch.no_grad(), attention("xformers", torch.device("cuda")):
         fused = student.raw(x_t, t, cond)
     assert (plain - fused).abs().max() < 1e-4

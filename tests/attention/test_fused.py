@@ -355,7 +355,7 @@ def test_triton_is_refused_on_a_cpu_with_the_reason(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reason = "no kernel for cpu, only for cuda" if HAS_TRITON else "Triton is not installed"
     with pytest.raises(
-        UserError, match=f"train.attention is triton, but .*{reason}.*choose one of sdpa, math"
+        UserError, match=f"train.attention is triton, but .*{reason}.*one of auto, sdpa, math"
     ):
         check_attention("triton", CPU)
     if HAS_TRITON:

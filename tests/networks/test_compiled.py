@@ -208,7 +208,7 @@ def test_what_cannot_be_compiled_is_refused_with_what_can() -> None:
     ):
         check_compile("graphs", CPU, "sdpa", "auto")
     with pytest.raises(
-        UserError, match=r"not compiled with train\.attention=triton: set that to sdpa or math"
+        UserError, match=r"not compiled with train\.attention=triton: set that to auto or sdpa or math"
     ):
         check_compile("regional", CPU, "triton", "auto")
     with pytest.raises(UserError, match=r"not compiled with train\.parallel=sharded"):
