@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and SDXL: UNet2DConditionModel on latents."""
+"""Stable Diffusion 1.x and 2.x, SDXL and Kolors: UNet2DConditionModel on latents."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class StableDiffusion(UNetFamily):
 
 
 class StableDiffusionXL(StableDiffusion):
-    name = "SDXL"
-    pipelines = ("StableDiffusionXLPipeline",)
+    name = "SDXL, Kolors"
+    pipelines = ("StableDiffusionXLPipeline", "KolorsPipeline")
 
     def added_conditions(self, cond: Condition) -> dict[str, Tensor] | None:
         return {name: cond[name] for name in ("text_embeds", "time_ids")}
