@@ -1,4 +1,4 @@
-"""Three kinds of families: around a UNet, around a transformer, conditioned on class numbers."""
+"""Four kinds of families: around a UNet, around a transformer, of videos, conditioned on class numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, call_default
 from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
 
@@ -72,6 +72,33 @@ class TransformerFamily(Family):
         frames = state[-3] if self.video else 1
         height, width = (side // self.patch(net) for side in state[-2:])
         return int(net.config.num_attention_heads * net.config.attention_head_dim), frames * height, width
+
+
+class VideoFamily(TransformerFamily):
+    """Families of videos: a state is [C, F, H, W]."""
+
+    video = True
+
+    @abstractmethod
+    def stride(self, pipe: Any) -> int:
+        """Frames that one frame of a state stands for; the first stands for one."""
+
+    def default_size(self, pipe: Any) -> Size:
+        return Size(*(call_default(pipe, name) for name in ("height", "width", "num_frames")))
+
+    def check_size(self, pipe: Any, size: Size) -> None:
+        super().check_size(pipe, size)
+        if (size.frames - 1) % (unit := self.stride(pipe)):
+            raise UserError(
+                f"data.size asks for {size.frames} frames, but this pipeline draws {unit} n + 1 of them"
+            )
+
+    def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        channels, height, width = super().state_shape(pipe, size)
+        return channels, (size.frames - 1) // self.stride(pipe) + 1, height, width
+
+    def tokens(self, net: Any, state: tuple[int, ...]) -> int:
+        return state[-3] * super().tokens(net, state)
 
 
 class LabelFamily(Family):

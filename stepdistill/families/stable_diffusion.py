@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ CHANGES = UNetConditionChanges()
 
 class StableDiffusion(UNetFamily):
     name = "Stable Diffusion 1.x / 2.x"
-    pipelines = ("StableDiffusionPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     changes = CHANGES
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from stepdistill.errors import UserError
 from stepdistill.families.base import call_default
 from stepdistill.families.condition import Condition
-from stepdistill.families.kinds import TransformerFamily
+from stepdistill.families.kinds import VideoFamily
 from stepdistill.families.size import Size
 
 
-class Wan(TransformerFamily):
+class Wan(VideoFamily):
     name = "Wan 2.1"
     pipelines = ("WanPipeline",)
     blocks = "blocks"
-    video = True
-    lora_targets = (*TransformerFamily.lora_targets, "ffn.net.0.proj", "ffn.net.2")
+    lora_targets = (*VideoFamily.lora_targets, "ffn.net.0.proj", "ffn.net.2")
 
     def adopt(self, pipe: Any) -> None:
         if pipe.transformer is None or pipe.transformer_2 is not None or pipe.config.expand_timesteps:
@@ -26,25 +25,14 @@ class Wan(TransformerFamily):
                 "this WanPipeline is a Wan 2.2, with two networks or a time for every token: only Wan 2.1 can teach"
             )
 
-    def default_size(self, pipe: Any) -> Size:
-        return Size(*(call_default(pipe, name) for name in ("height", "width", "num_frames")))
-
     def pixels(self, pipe: Any) -> int:
         return int(pipe.vae_scale_factor_spatial)
 
     def patch(self, net: Any) -> int:
         return int(net.config.patch_size[1])
 
-    def check_size(self, pipe: Any, size: Size) -> None:
-        super().check_size(pipe, size)
-        if (size.frames - 1) % (unit := pipe.vae_scale_factor_temporal):
-            raise UserError(
-                f"data.size asks for {size.frames} frames, but this pipeline draws {unit} n + 1 of them"
-            )
-
-    def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
-        channels, height, width = super().state_shape(pipe, size)
-        return channels, (size.frames - 1) // pipe.vae_scale_factor_temporal + 1, height, width
+    def stride(self, pipe: Any) -> int:
+        return int(pipe.vae_scale_factor_temporal)
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         # Zeros up to the length of the call's default, without a mask, as the network was trained.

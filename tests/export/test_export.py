@@ -56,6 +56,7 @@ SAMPLERS = {
     "z-image": Sampler(uniform_times(3), False),
     "sana": Sampler((1.0, 0.8, 0.5), False),
     "klein": Sampler((1.0, 0.75), False),
+    "ltx": Sampler((1.0, 0.9), False),
 }
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
@@ -76,6 +77,7 @@ CLASSES = {
     "z-image": "ZImagePipeline",
     "sana": "SanaPipeline",
     "klein": "Flux2KleinPipeline",
+    "ltx": "LTXPipeline",
 }
 IN_A_FRESH_PROCESS = (
     pytest.param("unet-classes", marks=pytest.mark.own_process),

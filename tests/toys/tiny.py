@@ -40,14 +40,16 @@ PIPELINES = (
     "z-image",
     "sana",
     "klein",
+    "ltx",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
-MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein")
+MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx")
 MORE = ("pixart-alpha", "pixart-sigma", *MORE_FLOW)
 """Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
 
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", *MORE)
+VIDEO = ("wan", "ltx")
 WITH_VAE = ("dit", *WITH_TEXT)
 FLOW = ("sd3", "flux", "schnell", "wan", *MORE_FLOW)
 GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan", *MORE)
@@ -57,6 +59,7 @@ SIZES = {
     "wan": Size(32, 16, 9),
     **dict.fromkeys(("flux", "schnell", "pixart-alpha", "aura-flow", "qwen-image", "klein"), Size(16, 24)),
     "z-image": Size(32, 16),
+    "ltx": Size(32, 64, 9),
 }
 """What tiny pipelines draw whose own default is that of the real ones."""
 
@@ -103,7 +106,7 @@ def call_of(name: str, prompts: list[str], guidance: float) -> dict[str, Any]:
         prompted["use_resolution_binning"] = False
     size = Size(32, 32) if name == "sana" else SIZES.get(name)  # its own default is 1024
     sides = {"height": size.height, "width": size.width} if size else {}
-    frames = {"num_frames": size.frames} if name == "wan" and size else {}
+    frames = {"num_frames": size.frames} if size and size.frames > 1 else {}
     return {**prompted, **sides, **frames}
 
 

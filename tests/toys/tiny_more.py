@@ -251,6 +251,51 @@ def _klein() -> Any:
     )
 
 
+def _ltx() -> Any:
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=16,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4, 4),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=True,
+        patch_size=2,
+        patch_size_t=1,
+    )
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2.0)
+    return LTXPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1
+        ),
+        text_encoder=tiny_t5(16),
+        tokenizer=tiny_t5_tokenizer(),
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart-alpha": _pixart,
     "pixart-sigma": _pixart_sigma,
@@ -259,6 +304,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "z-image": _z_image,
     "sana": _sana,
     "klein": _klein,
+    "ltx": _ltx,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from run_toy import HERE
-from tiny import MORE, SIZES, tiny_pipeline
+from tiny import MORE, SIZES, VIDEO, tiny_pipeline
 
 from stepdistill.export.student_folder import check_export
 from stepdistill.recipes.recipe import load_recipe
@@ -32,7 +32,11 @@ def test_all_weights_or_adapters_are_trained_and_can_be_exported(
         *("options.guidance=2", "options.fake_steps=1", "options.fake_warm_start=0", "evaluate=false"),
         *(
             f"data.prompts={tmp_path / 'prompts.txt'}",
-            *([f"data.size={[size.height, size.width]}"] if size else []),
+            *(
+                [f"data.size={[size.height, size.width, size.frames][: 3 if name in VIDEO else 2]}"]
+                if size
+                else []
+            ),
         ),
     ]
     recipe = load_recipe(HERE / "empty.yaml", method="dmd", teacher=name, sets=sets)
