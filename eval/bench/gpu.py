@@ -15,6 +15,7 @@ attention  time and memory of math, sdpa and fused with and without a derivative
 unit       a DMD unit over its bare network passes, and which lines wait for the GPU in a step once a run is under way
 sdxl       a DMD unit at the size of SDXL's UNet, with random weights at 1024 pixels
 compile    that network's forward and backward, its repeated blocks compiled
+harness    features in float32 and bf16, the Frechet distance, decoding, and folders to a number beside clean-fid
 """
 
 from __future__ import annotations
@@ -39,19 +40,22 @@ SIDE_BY_SIDE = (
     *(f"toolkit-{method}" for method in METHODS),
     "compile",
 )
-ONE_BY_ONE = ("attention", "unit", "sdxl")
+ONE_BY_ONE = ("attention", "unit", "sdxl", "harness")
 
 
 def run_part(name: str, folder: Path, tiny: bool) -> None:
     """In a process of its own: writes the part's rows, or its traceback."""
-    import gpu_parts
+    import gpu_attention
+    import gpu_harness
+    import gpu_training
 
+    parts = {**gpu_attention.PARTS, **gpu_training.PARTS, **gpu_harness.PARTS}
     began = time.perf_counter()
     kind, _, argument = name.partition("-")
     found: dict[str, Any] = {"rows": []}
     try:
         rows = found["rows"]
-        for row in gpu_parts.PARTS[kind](argument, tiny):
+        for row in parts[kind](argument, tiny):
             rows.append(row)
             found["seconds"] = round(time.perf_counter() - began, 1)
             (folder / f"{name}.json").write_text(json.dumps(found))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 SETTINGS = "export.json"
 GENEVAL_2 = "vqa_list"
 """What a line of GenEval 2's prompts has and one of GenEval's has not."""
+SAVERS = 4
+"""Threads that write pictures."""
 
 
 def read_metadata(file: Path) -> list[tuple[str, str]]:
@@ -148,12 +151,16 @@ def export_geneval(
     ]
     missing = [k for k, picture in enumerate(pictures) if not picture.is_file()]
     with bar(len(missing), f"GenEval, {len(rows)} prompts", unit="image", shown=progress) as shown:
-        done = 0
-        for pixels in drawing.batches(steps, batch, missing):
-            for k, image in zip(missing[done:], pixels.permute(0, 2, 3, 1).numpy(), strict=False):
-                _save(pictures[k], image, rows[k // samples][0])
-            done += len(pixels)
-            shown.update(len(pixels))
+        done, saving = 0, list[Future[None]]()
+        with ThreadPoolExecutor(SAVERS) as pool:  # a batch is written while the next is drawn
+            for pixels in drawing.batches(steps, batch, missing):
+                _finish(saving)
+                for k, image in zip(missing[done:], pixels.permute(0, 2, 3, 1).numpy(), strict=False):
+                    _make_place(pictures[k], rows[k // samples][0])
+                    saving.append(pool.submit(_save, pictures[k], image))
+                done += len(pixels)
+                shown.update(len(pixels))
+            _finish(saving)
     if GENEVAL_2 in json.loads(rows[0][0]):
         paths = {prompt: str(pictures[samples * i]) for i, (_, prompt) in enumerate(rows)}
         _write(output / "image_paths.json", json.dumps(paths, indent=1))
@@ -167,16 +174,27 @@ def _check_same(output: Path, begun: Mapping[str, Any] | None, settings: Mapping
         raise UserError(f"{output} holds an export with {told}: give another --output")
 
 
-def _save(picture: Path, image: NDArray[Any], metadata: str) -> None:
-    """A picture that is there is whole, and a prompt that has pictures has its line: GenEval reads both."""
-    from PIL import Image
-
+def _make_place(picture: Path, metadata: str) -> None:
+    """A prompt that has pictures has its line: GenEval reads both."""
     picture.parent.mkdir(parents=True, exist_ok=True)
     line = picture.parent.parent / "metadata.jsonl"
     if not line.is_file():
         _write(line, metadata + "\n")
+
+
+def _save(picture: Path, image: NDArray[Any]) -> None:
+    """A picture that is there is whole. The fastest compression loses nothing either."""
+    from PIL import Image
+
     with written_whole(picture) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG")
+        Image.fromarray(image).save(temporary, format="PNG", compress_level=1)
+
+
+def _finish(saving: list[Future[None]]) -> None:
+    """Waits for pictures to be written; what failed is raised."""
+    for picture in saving:
+        picture.result()
+    saving.clear()
 
 
 def _write(file: Path, text: str) -> None:
