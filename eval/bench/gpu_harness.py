@@ -81,7 +81,7 @@ def embedded_features(tiny: bool) -> Iterator[Row]:
 
 def inception_features(tiny: bool) -> Iterator[Row]:
     """Images a second, largest error of a feature, FD of the same images' features, and FD to other images."""
-    count, batch = (8, 4) if tiny else (2000, 250) if CUDA else (256, 32)
+    count, batch = (8, 4) if tiny else (2000, 250) if CUDA else (64, 16)
     file = fid.public_state()
     state = random_state() if file is None else torch.load(file, map_location="cpu", weights_only=True)
     sides = [pictures(count, noise) for noise in (0, 20)]
