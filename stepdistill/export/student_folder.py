@@ -24,9 +24,10 @@ from stepdistill.errors import UserError
 from stepdistill.export.card import with_code_note
 from stepdistill.export.experts import one_network
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
+from stepdistill.families.watching import frames_of
 from stepdistill.networks.codec import Codec
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip, to_uint8
+from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher

@@ -16,7 +16,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.system.python_files import module_of
 
-__all__ = ["Family", "families", "family_in", "family_named", "family_of"]
+__all__ = ["Family", "families", "family_in", "family_named", "family_of", "known_family"]
 
 
 @cache
@@ -47,15 +47,19 @@ def family_of(pipe: Any) -> Family:
     return family_named(type(pipe).__name__)
 
 
+def known_family(found: str) -> Family | None:
+    """The family that serves a pipeline class; None for one that no family knows, which may be recorded."""
+    return next((family for family in families() if found in family.pipelines), None)
+
+
 def family_named(found: str) -> Family:
     """The family that serves a pipeline class.
 
     Raises:
         UserError: for a pipeline of no known family, naming the families and how to write one.
     """
-    for family in families():
-        if found in family.pipelines:
-            return family
+    if (family := known_family(found)) is not None:
+        return family
     known = "; ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in families())
     raise UserError(
         f"no family for {found}. There are: {known}. A family of your own is one file, see train/own_family.md: name "

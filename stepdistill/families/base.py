@@ -43,6 +43,8 @@ class Family(ABC):
         lora_targets: suffixes of the layers that carry LoRA.
         picture_tokens: which of the outputs of a block of several kinds of tokens are the picture's.
         changes: what methods may change in its network.
+        differentiable: whether :meth:`to_frames` has a graph to the states.
+        remark: what the user is told of it at the start of a run.
     """
 
     name: ClassVar[str]
@@ -60,6 +62,8 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     picture_tokens: ClassVar[int] = -1
     changes: ClassVar[NetworkChanges] = NetworkChanges()
+    differentiable: ClassVar[bool] = True
+    remark: ClassVar[str] = ""
 
     # The four questions.
 

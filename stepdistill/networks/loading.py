@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.families import Family, family_named
+from stepdistill.families import Family, family_named, known_family
 from stepdistill.networks.find import find_pipeline, find_teacher
 from stepdistill.networks.pipeline_files import (
     INDEX,
@@ -222,9 +222,10 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family
         family: one of the user's own that serves it; None looks for one of ours.
 
     Raises:
-        UserError: when there is nothing to load, it is of no known family or scheduler (said before any weight is
-            read), or files are damaged or lack weights.
+        UserError: when there is nothing to load, it is no pipeline of diffusers' or its scheduler is not known (said
+            before any weight is read), or files are damaged or lack weights.
     """
+    import diffusers
     from diffusers import DiffusionPipeline
 
     quiet_loading()
@@ -234,7 +235,8 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family
         index = read_index(FilePath(place), what) if local else DiffusionPipeline.load_config(place)
         name = str(index.get("_class_name", "of no stated class"))
         if family is None:
-            family_named(name)
+            if known_family(name) is None and not isinstance(getattr(diffusers, name, None), type):
+                family_named(name)  # raises: only pipelines of diffusers' own are recorded
         elif name not in family.pipelines:
             raise UserError(
                 f"{what} is a {name}, but the recipe's family is for {', '.join(family.pipelines)}: leave it out, or "

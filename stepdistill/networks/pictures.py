@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +55,6 @@ def strip(frames: Tensor) -> Tensor:
     count = frames.shape[1]
     shown = dict.fromkeys((0, count // 2, count - 1))
     return torch.cat([frames[:, i] for i in shown], dim=3)
-
-
-def frames_of(drawn: Any) -> Tensor:
-    """What a pipeline drew with ``output_type="np"``, pictures [B, H, W, 3] or videos [B, F, H, W, 3], as frames
-    [B, F, 3, H, W]."""
-    pixels = torch.as_tensor(drawn)
-    return (pixels if pixels.ndim == 5 else pixels[:, None]).movedim(-1, 2)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""PipelineTeacher: any diffusers pipeline of a known family as a frozen model on a path."""
+"""PipelineTeacher: a diffusers pipeline of a known family, or one that was recorded, as a frozen model on a path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled, with_length_of
 from stepdistill.diffusion.path import FlowPath, Path, Prediction
 from stepdistill.errors import UserError
-from stepdistill.families import family_of
+from stepdistill.families import known_family
+from stepdistill.families._recording import record
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.size import Size
@@ -28,7 +29,7 @@ class PipelineTeacher:
     Args:
         pipe: the pipeline; a VAE in half precision is replaced by a float32 copy.
         device: where its networks go.
-        family: how the pipeline is called; found by its class when not given.
+        family: how the pipeline is called; found by its class when not given, or recorded.
         guidance_interval: times at which guidance is on.
         guidance_rescale: how far guided outputs are drawn to the deviation of those that are not guided.
         shift: of the times, for a flow model; None takes its scheduler's own.
@@ -53,11 +54,10 @@ class PipelineTeacher:
     ) -> None:
         self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
-        self.family = family or family_of(pipe)
-        self.size = size or self.family.default_size(self.pipe)
-        self.family.check_size(self.pipe, self.size)
         self.pipe.set_progress_bar_config(disable=True)
-        self.family.adopt(self.pipe)
+        family = family or known_family(type(pipe).__name__)
+        if family is not None:
+            self._take(family, size)
         self.pipe.to(device)
         vae = self.pipe.components.get("vae")
         if isinstance(vae, nn.Module) and vae.dtype != torch.float32:
@@ -66,8 +66,10 @@ class PipelineTeacher:
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.device = torch.device(device)
-        net, shape = getattr(self.pipe, self.family.network), self.codec.shape
         path, output = path_of(self.pipe.scheduler)
+        if family is None:
+            self._take(record(self.pipe, path, output, size, guidance), size)
+        net, shape = getattr(self.pipe, self.family.network), self.codec.shape
         if isinstance(path, FlowPath):
             path = FlowPath(shift or self.family.shift(self.pipe, self.family.tokens(net, shape)))
         elif shift is not None:
@@ -85,6 +87,13 @@ class PipelineTeacher:
             self.denoiser.guidance = guidance
         self.start = self.denoiser
         self.null = self.codec.null()
+
+    def _take(self, family: Family, size: Size | None) -> None:
+        """Makes a family that of the teacher."""
+        self.family = family
+        self.size = size or family.default_size(self.pipe)
+        family.check_size(self.pipe, self.size)
+        family.adopt(self.pipe)
 
     @property
     def codec(self) -> Codec:

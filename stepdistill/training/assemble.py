@@ -132,6 +132,8 @@ def assemble(
     )
     fit_attention(kernel, teacher.denoiser.net, device)
     changes = taken_as(source)
+    if main and teacher.family.remark:
+        say(teacher.family.remark)
     if recipe.terms.reward_weight and isinstance(teacher.family, LabelFamily):
         raise UserError(
             f"terms.reward_weight is {recipe.terms.reward_weight:g}, but {recipe.teacher} draws classes, and a reward "
@@ -230,6 +232,11 @@ def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: list[str]) -> list
         frames = codec.to_frames(states)
         return frames[:, frames.shape[1] // 2]
 
+    if (options.perceptual_weight or options.reward_weight) and not teacher.family.differentiable:
+        raise UserError(
+            f"terms.perceptual_weight and terms.reward_weight need gradients through the decoder, and {recipe.teacher} "
+            "was recorded, which decodes by a draw of its pipeline: set both to 0"
+        )
     if options.regression_weight:
         terms.append(RegressionTerm(options.regression_weight, options.regression))
     if options.perceptual_weight:

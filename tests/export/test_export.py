@@ -24,9 +24,10 @@ from stepdistill.export.card import STOCK
 from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
 from stepdistill.export.student_folder import TOLERANCE, VERIFICATION, export, student_pipeline
 from stepdistill.export.verify import verify
+from stepdistill.families.watching import frames_of
 from stepdistill.networks.loading import load_pipeline, load_teacher
 from stepdistill.networks.lora import merged_state
-from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip
+from stepdistill.networks.pictures import draw_as_pipeline, strip
 from stepdistill.networks.pipeline_files import absent_components
 from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.sampler import Sampler

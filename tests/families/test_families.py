@@ -19,8 +19,8 @@ from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.families import families, family_named, family_of
 from stepdistill.families._unet_condition_changes import embed_guidance
 from stepdistill.families.condition import GUIDANCE, Condition
+from stepdistill.families.watching import frames_of
 from stepdistill.networks.lora import lora_layers
-from stepdistill.networks.pictures import frames_of
 from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.scheduler_path import path_of

@@ -13,7 +13,8 @@ from tiny import tiny_pipeline, tiny_prompts
 from stepdistill.errors import UserError
 from stepdistill.export.student_folder import check_export
 from stepdistill.families.size import Size
-from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip
+from stepdistill.families.watching import frames_of
+from stepdistill.networks.pictures import draw_as_pipeline, strip
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher

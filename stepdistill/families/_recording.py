@@ -1,0 +1,316 @@
+"""Records a family: draws with a pipeline, watches, and finds what is done around its network.
+
+Nothing goes by names but the call's own ``prompt``, ``guidance_scale`` and ``negative_prompt``: the network is what is
+called between two steps of the scheduler, its arguments are what they equal or how they change (_arguments.py), the
+layout of its tokens is where each value of the noise went. What was found is then used to repeat the calls and the
+picture, which must be equal.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepdistill.diffusion.path import Output, Path, TablePath
+from stepdistill.diffusion.shift import shifted
+from stepdistill.errors import UserError
+from stepdistill.families._arguments import Calls, Unlike, state_rows
+from stepdistill.families._findings import (
+    clock_of,
+    layout_of,
+    linear_layers,
+    near,
+    reading_of,
+    rows_of_call,
+    same_start,
+    shift_in,
+)
+from stepdistill.families.condition import Condition, joined
+from stepdistill.families.network_changes import NetworkChanges
+from stepdistill.families.recorded import (
+    TOLD,
+    Clock,
+    FixedGuidance,
+    Recorded,
+    Recording,
+    prompt_arguments,
+)
+from stepdistill.families.size import Size
+from stepdistill.families.watching import Call, Draw, Step, frames_of, watch
+
+STEPS = 3
+SCALES = ("guidance_scale", "true_cfg_scale")
+"""What pipelines call their scale of guidance; the second is that of those whose network takes one as well."""
+
+
+def record(
+    pipe: Any, path: Path, output: Output, size: Size | None = None, guidance: float = 1.0
+) -> Recorded:
+    """The family of one pipeline at one size, from draws of its own.
+
+    Args:
+        pipe: the pipeline, on its device.
+        path: the path of its scheduler.
+        output: what its network returns.
+        size: what is drawn; None is what its call draws by itself.
+        guidance: the scale, where the network takes it as an input.
+
+    Raises:
+        UserError: the pipeline does something that was not foreseen, saying what.
+    """
+    kind = type(pipe).__name__
+    try:
+        return _Recorder(pipe, path, output, size, guidance).family()
+    except Unlike as found:
+        reason = str(found)
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"a draw of its own fails ({type(error).__name__}: {lines[0][:200]})"
+    raise UserError(
+        f"no family for {kind}, and it cannot be recorded: {reason}. A family of your own is one file, see "
+        "train/own_family.md: name it in the recipe's family"
+    )
+
+
+class _Recorder:
+    def __init__(self, pipe: Any, path: Path, output: Output, size: Size | None, guidance: float) -> None:
+        self.pipe, self.path, self.output, self.size, self.scale = pipe, path, output, size, guidance
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        self.takes = frozenset(parameters)
+        told = {"self", "prompt", "batch_size", "class_labels"}
+        if needed := [
+            name
+            for name, each in parameters.items()
+            if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and name not in told
+        ]:
+            raise Unlike(f"its call needs {', '.join(needed)}")
+        if not self.takes & told - {"self"}:
+            raise Unlike("its call takes neither prompts nor class labels nor a batch size")
+        self.prompts = list(TOLD) if "prompt" in self.takes else ["0", "1"]
+
+        self.more: dict[str, Any] = {}
+        networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        for network in networks:  # CogVideoX takes one length, which its call does not ask its config for
+            length = getattr(network.config, "max_text_seq_length", None)
+            if length is not None and "max_sequence_length" in self.takes:
+                self.more["max_sequence_length"] = length
+
+    def draw(self, prompts: list[str], seeds: list[int], more: dict[str, Any], **watched: Any) -> Draw:
+        call = {
+            **prompt_arguments(self.takes, prompts, self.size),
+            **({"num_inference_steps": STEPS} if "num_inference_steps" in self.takes else {}),
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            "output_type": "np",
+            **self.more,
+            **more,
+        }
+        return watch(self.pipe, call, **watched)
+
+    def family(self) -> Recorded:
+        one, off = self._unguided()
+        network = one.steps[0].calls[-1].network
+        first, second = self.prompts
+        other = self.draw([second], [1], off, end_after=1)
+        two = self.draw([first, second], [0, 1], off, end_after=1)
+        scaled = self._at_scales(network)
+        steps = one.steps[:STEPS]
+        calls = Calls(
+            one=_nest(steps[0].calls[-1]),
+            later=[_nest(step.calls[-1]) for step in steps[1:]],
+            other=_nest(other.steps[0].calls[-1]),
+            two=_nest(two.steps[0].calls[-1]),
+            scaled=scaled,
+            samples=[step.sample for step in steps],
+            scales=[self._input_scale(step) for step in steps],
+        )
+        template = calls.template()
+        state, order = layout_of(one, other, self._input_scale(one.steps[0]))
+        frames = frames_of(one.drawn)
+        drawn = Size(frames.shape[3], frames.shape[4], frames.shape[1])
+        size = self.size or drawn
+        off = {**off, SCALES[0]: self.scale} if calls.embedded else off
+        found = Recording(
+            template=template,
+            reading=reading_of(steps),
+            state=state,
+            packed=tuple(steps[0].sample.shape[1:]),
+            order=order,
+            clock=clock_of(self.path, steps, next(iter(calls.times.values()))),
+            scheduler=self.pipe.scheduler,
+            silent=steps[0].calls[-1].output,
+            call={**self.more, **off},
+            scale=1.0 if calls.embedded else self.scale,
+            size=size,
+            shift=shift_in(self.path, one, self.pipe.scheduler.config),
+            takes=self.takes,
+        )
+        passes = {"sigmas", "timesteps", "mu"} & one.grid.keys() | ({"generator"} if one.generator else set())
+        facts = {
+            "name": type(self.pipe).__name__,
+            "pipelines": (type(self.pipe).__name__,),
+            "network": network,
+            "passes": frozenset(passes),
+            "has_prompts": "prompt" in self.takes,
+            "video": frames.shape[1] > 1 or "num_frames" in self.takes,
+            "lora_targets": linear_layers(getattr(self.pipe, network)),
+            "changes": FixedGuidance() if calls.embedded else NetworkChanges(),
+        }
+        kind: type[Recorded] = type(f"Recorded{type(self.pipe).__name__}", (Recorded,), facts)
+        other_size = "" if drawn == size else f", asked for {size} it draws {drawn}"
+        found = self._checked(kind, found, one, other)
+        found, guided = (
+            (found, "an input of the network") if calls.embedded else self._guided(kind, found, off)
+        )
+        kind.remark = (
+            f"no family for {type(self.pipe).__name__}: recorded from a draw of its own: replay equal, time "
+            f"{found.clock if not isinstance(self.path, TablePath) else 'its table index'}, output "
+            f"{'-' if found.reading.sign < 0 else ''}{self.output}, guidance {guided}{other_size}"
+        )
+        kind.differentiable = found.plain_vae
+        made: Recorded = kind(replace(found, scale=self.scale))
+        return made
+
+    def _unguided(self) -> tuple[Draw, dict[str, float]]:
+        """A whole draw of the first prompt that calls one network once a step, and what switches guidance off."""
+        named = [name for name in SCALES if name in self.takes]
+        seen = ""
+        for scale in (1.0, 0.0, -1.0) if named else (1.0,):
+            off = dict.fromkeys(named, scale)
+            draw = self.draw(self.prompts[:1], [0], off)
+            if len(draw.steps) < 2:
+                raise Unlike(f"its scheduler takes {len(draw.steps)} steps in a draw of {STEPS}")
+            calls = [[call.network for call in step.calls] for step in draw.steps[1:]]
+            first = [call.network for call in draw.steps[0].calls[-1:]]  # encoders may be called before it
+            networks = sorted({name for names in (first, *calls) for name in names})
+            if len(networks) > 1:
+                raise Unlike(f"several networks are called between its steps: {', '.join(networks)}")
+            last = draw.steps[1].calls[-1:]
+            if all(len(names) == 1 for names in calls) and rows_of_call(last[0], draw.steps[1].sample) == 1:
+                return draw, off
+            seen = f"{max(map(len, calls))} calls of {networks[0] if networks else 'no network'} a step"
+        raise Unlike(f"its guidance cannot be switched off: {seen} at a scale of 1, 0 and -1")
+
+    def _at_scales(self, network: str) -> list[tuple[float, Any]]:
+        """The network's first call of the first prompt at other scales of guidance."""
+        if "guidance_scale" not in self.takes:
+            return []
+        drawn = [
+            (scale, self.draw(self.prompts[:1], [0], {"guidance_scale": scale}, end_at=network))
+            for scale in (3.0, 7.0)
+        ]
+        return [(scale, _nest(seen.calls[-1])) for scale, seen in drawn]
+
+    def _input_scale(self, step: Step) -> float:
+        """What the scheduler's sample is times to lie on the path: those of Euler keep it as x0 + sigma eps."""
+        spread = float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
+        if not isinstance(self.path, TablePath) or spread == 1.0 or step.sigma is None:
+            return 1.0
+        return float((1 + step.sigma**2) ** -0.5)
+
+    def _checked(self, kind: type[Recorded], found: Recording, one: Draw, other: Draw) -> Recording:
+        """The recording, after it has repeated the calls and the picture."""
+        family = kind(found)
+        conditions = [family.conditions(_nest(draw.steps[0].calls[-1]), 1) for draw in (one, other)]
+        shapes = [{name: value.shape for name, value in each.tensors.items()} for each in conditions]
+        try:
+            wrong = self._repeated(family, one, other, conditions)
+        except (ValueError, RuntimeError, IndexError):
+            wrong = ["differ"]
+        if wrong and (lengths := tuple(name for name in shapes[0] if shapes[0][name] != shapes[1][name])):
+            found = replace(found, lengths=lengths)
+            family = kind(found)
+            conditions = [family.conditions(_nest(draw.steps[0].calls[-1]), 1) for draw in (one, other)]
+            wrong = self._repeated(family, one, other, conditions)
+        if wrong:
+            raise Unlike(f"its network, called as was recorded, answers otherwise ({', '.join(wrong)})")
+        last, frames = one.steps[-1].result, frames_of(one.drawn)
+        states = family.unpack(last, found.state).float()
+        try:
+            plain = super(Recorded, family).to_frames(self.pipe, states)
+        except Exception:  # whatever a VAE says to states of another layout
+            plain = None
+        if plain is not None and plain.shape == frames.shape and near(plain.cpu(), frames):
+            return replace(found, plain_vae=True)
+        if not near(family.drawn_frames(self.pipe, states).cpu(), frames):
+            raise Unlike("the last state, decoded again, is another picture")
+        return found
+
+    def _repeated(self, family: Recorded, one: Draw, other: Draw, conditions: list[Condition]) -> list[str]:
+        """What differs when the calls are repeated: those of one prompt, and of both at once."""
+        net, wrong = getattr(self.pipe, family.network), []
+        steps = [*one.steps[:STEPS], other.steps[0]]
+        told = [*[conditions[0]] * (len(steps) - 1), conditions[1]]
+        lots = [([step], [cond]) for step, cond in zip(steps, told, strict=True)]
+        for some, conds in [*lots, ([steps[0], steps[-1]], conditions)]:
+            x = torch.cat([self._input_scale(step) * step.sample for step in some])
+            x = x.to(next(net.parameters()).dtype)
+            t = torch.tensor([self._time(step, family.found.clock) for step in some], device=x.device)
+            with torch.no_grad():
+                said = family.call(
+                    net,
+                    family.unpack(x, family.found.state),
+                    family.time(self.path, t),
+                    joined(conds),
+                )
+            wanted = family.unpack(torch.cat([step.output for step in some]), family.found.state)
+            if not near(said, wanted):
+                wrong.append(f"by {float((said - wanted).abs().max()):.2g}")
+        return wrong
+
+    def _time(self, step: Step, clock: Clock) -> float:
+        if isinstance(self.path, TablePath):
+            return (step.timestep + 1) / self.path.steps
+        return shifted(step.timestep / 1000, clock.shift)
+
+    def _guided(self, kind: type[Recorded], found: Recording, off: dict[str, float]) -> tuple[Recording, str]:
+        """The recording with what guidance starts from, and in words how the pipeline guides."""
+        calls, scale, words = list[Call](), 5.0, "none"
+        own = inspect.signature(type(self.pipe).__call__).parameters.get("negative_prompt")
+        # Its own default first, where that is none: SDXL takes zeros for it, and not an empty prompt.
+        tries = [{}] if own is None or own.default is None else list[dict[str, Any]]()
+        tries += [{"negative_prompt": [""]}] if own is not None else []
+        for negative in tries if off else ():
+            try:
+                draw = self.draw(
+                    self.prompts[:1], [0], {**dict.fromkeys(off, scale), **negative}, end_after=1
+                )
+            except Exception as error:  # an empty prompt is not everywhere one
+                words = f"none (guided, its call fails: {type(error).__name__})"
+                continue
+            calls = [call for call in draw.steps[0].calls if call.network == kind.network]
+            rows = [state_rows(found.template, _nest(call)) or 1 for call in calls]
+            if sum(rows) == 2:
+                break
+        else:
+            return found, words
+        outs = torch.cat([found.reading.of(call.output, found.packed) for call in calls])
+        family = kind(found)
+        both = [family.conditions(_nest(call), count) for call, count in zip(calls, rows, strict=True)]
+        lone = [both[0].rows(slice(i, i + 1)) for i in (0, 1)] if len(both) == 1 else both
+        prompts = family.encode(self.pipe, self.prompts[:1], found.size)
+        alike = [all(same_start(prompts[name], value) for name, value in row.tensors.items()) for row in lone]
+        if sum(alike) != 1:
+            return found, "none (which of two calls is the prompt's cannot be told)"
+        c, u = outs[alike.index(True)], outs[alike.index(False)]
+        found = replace(found, null=lone[alike.index(False)])
+        said = draw.steps[0].output[:1] if len(draw.steps[0].output) > 1 else draw.steps[0].output
+        words = "by negative prompt" if own else "by a null of its own"
+        if near(said[0], u + scale * (c - u)):
+            return found, words
+        if near(said[0], c + scale * (c - u)):
+            return found, f"{words} (its scale is one less)"
+        guided = u + scale * (c - u)
+        if near(said[0], guided * (c.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))):
+            kind.keeps_length = True
+            return found, f"{words}, at the length of what is not guided"
+        return found, f"{words} (which it also changes otherwise, and that is left out)"
+
+
+def _nest(call: Call) -> dict[str, Any]:
+    return {"args": call.args, "kwargs": call.kwargs}
