@@ -119,6 +119,10 @@ class _Recorder:
         other = self.draw([second], [1], off, end_after=1)
         two = self.draw([first, second], [0, 1], off, end_after=1)
         scaled = self._at_scales(network)
+        # Some of the shifts that pipelines compute go by the number of steps: it is that of their own.
+        default = inspect.signature(type(self.pipe).__call__).parameters.get("num_inference_steps")
+        own = {**off, "num_inference_steps": default.default} if default else off
+        usual = self.draw([first], [0], own, end_at=network)
         steps = one.steps[:STEPS]
         calls = Calls(
             one=_nest(steps[0].calls[-1]),
@@ -130,6 +134,7 @@ class _Recorder:
             scales=[self._input_scale(step) for step in steps],
         )
         template = calls.template()
+        told = next(iter(calls.times.values()))
         state, order = layout_of(one, other, self._input_scale(one.steps[0]))
         frames = frames_of(one.drawn)
         drawn = Size(frames.shape[3], frames.shape[4], frames.shape[1])
@@ -141,13 +146,13 @@ class _Recorder:
             state=state,
             packed=tuple(steps[0].sample.shape[1:]),
             order=order,
-            clock=clock_of(self.path, steps, next(iter(calls.times.values()))),
+            clock=clock_of(self.path, steps, told),
             scheduler=self.pipe.scheduler,
             silent=steps[0].calls[-1].output,
             call={**self.more, **off},
             scale=1.0 if calls.embedded else self.scale,
             size=size,
-            shift=shift_in(self.path, one, self.pipe.scheduler.config),
+            shift=shift_in(self.path, usual, self.pipe.scheduler.config),
             takes=self.takes,
         )
         passes = {"sigmas", "timesteps", "mu"} & one.grid.keys() | ({"generator"} if one.generator else set())
@@ -163,7 +168,7 @@ class _Recorder:
         }
         kind: type[Recorded] = type(f"Recorded{type(self.pipe).__name__}", (Recorded,), facts)
         other_size = "" if drawn == size else f", asked for {size} it draws {drawn}"
-        found = self._checked(kind, found, one, other)
+        found = self._checked(kind, found, one, other, told)
         found, guided = (
             (found, "an input of the network") if calls.embedded else self._guided(kind, found, off)
         )
@@ -213,20 +218,22 @@ class _Recorder:
             return 1.0
         return float((1 + step.sigma**2) ** -0.5)
 
-    def _checked(self, kind: type[Recorded], found: Recording, one: Draw, other: Draw) -> Recording:
+    def _checked(
+        self, kind: type[Recorded], found: Recording, one: Draw, other: Draw, told: list[float]
+    ) -> Recording:
         """The recording, after it has repeated the calls and the picture."""
         family = kind(found)
         conditions = [family.conditions(_nest(draw.steps[0].calls[-1]), 1) for draw in (one, other)]
         shapes = [{name: value.shape for name, value in each.tensors.items()} for each in conditions]
         try:
-            wrong = self._repeated(family, one, other, conditions)
+            wrong = self._repeated(family, one, other, conditions, told)
         except (ValueError, RuntimeError, IndexError):
             wrong = ["differ"]
         if wrong and (lengths := tuple(name for name in shapes[0] if shapes[0][name] != shapes[1][name])):
             found = replace(found, lengths=lengths)
             family = kind(found)
             conditions = [family.conditions(_nest(draw.steps[0].calls[-1]), 1) for draw in (one, other)]
-            wrong = self._repeated(family, one, other, conditions)
+            wrong = self._repeated(family, one, other, conditions, told)
         if wrong:
             raise Unlike(f"its network, called as was recorded, answers otherwise ({', '.join(wrong)})")
         last, frames = one.steps[-1].result, frames_of(one.drawn)
@@ -241,24 +248,26 @@ class _Recorder:
             raise Unlike("the last state, decoded again, is another picture")
         return found
 
-    def _repeated(self, family: Recorded, one: Draw, other: Draw, conditions: list[Condition]) -> list[str]:
+    def _repeated(
+        self, family: Recorded, one: Draw, other: Draw, conditions: list[Condition], told: list[float]
+    ) -> list[str]:
         """What differs when the calls are repeated: those of one prompt, and of both at once."""
-        net, wrong = getattr(self.pipe, family.network), []
-        steps = [*one.steps[:STEPS], other.steps[0]]
-        told = [*[conditions[0]] * (len(steps) - 1), conditions[1]]
-        lots = [([step], [cond]) for step, cond in zip(steps, told, strict=True)]
-        for some, conds in [*lots, ([steps[0], steps[-1]], conditions)]:
-            x = torch.cat([self._input_scale(step) * step.sample for step in some])
-            x = x.to(next(net.parameters()).dtype)
-            t = torch.tensor([self._time(step, family.found.clock) for step in some], device=x.device)
+        net, wrong, state = getattr(self.pipe, family.network), list[str](), family.found.state
+        steps, times = [*one.steps[:STEPS], other.steps[0]], [*told, told[0]]
+        conds = [*[conditions[0]] * (len(steps) - 1), conditions[1]]
+        for some in [*([i] for i in range(len(steps))), [0, len(steps) - 1]]:
+            x = torch.cat([self._input_scale(steps[i]) * steps[i].sample for i in some])
+            t = torch.tensor([self._time(steps[i], family.found.clock) for i in some], device=x.device)
+            time = torch.tensor([times[i] for i in some], device=x.device)
+            if not torch.allclose(family.time(self.path, t), time, rtol=1e-4, atol=1e-4 * max(times)):
+                wrong.append(f"at time {float(family.time(self.path, t)[0]):.6g} for {float(time[0]):.6g}")
+            x, cond = (
+                family.unpack(x.to(next(net.parameters()).dtype), state),
+                joined([conds[i] for i in some]),
+            )
             with torch.no_grad():
-                said = family.call(
-                    net,
-                    family.unpack(x, family.found.state),
-                    family.time(self.path, t),
-                    joined(conds),
-                )
-            wanted = family.unpack(torch.cat([step.output for step in some]), family.found.state)
+                said = family.call(net, x, time, cond)
+            wanted = family.unpack(torch.cat([steps[i].output for i in some]), state)
             if not near(said, wanted):
                 wrong.append(f"by {float((said - wanted).abs().max()):.2g}")
         return wrong

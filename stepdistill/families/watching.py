@@ -158,6 +158,7 @@ def watch(
                 takes = inspect.signature(network.forward)
                 stack.enter_context(_instead(network, "forward", silent[name], takes))
         stack.enter_context(_Noise(seen.noises))
+        stack.enter_context(_silence())  # a pipeline that is tried out warns of what it is not meant for
         with suppress(_Enough):
             seen.drawn = pipe(**call, return_dict=False)[0]
     return seen
@@ -223,6 +224,18 @@ def _instead(owner: Any, name: str, function: Any, signature: inspect.Signature)
             del vars(owner)[name]
         else:
             vars(owner)[name] = before
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _plain_copy(scheduler: Any) -> Any:
