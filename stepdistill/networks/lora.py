@@ -118,10 +118,13 @@ class SharedNetwork:
 
     def add(self, name: str, rank: int, alpha: float, trained: bool = True) -> None:
         """A further adapter, in float32, that changes nothing as yet; ``trained`` says whether gradients reach it."""
+        from stepdistill.networks.lora_layers import make_lean
+
         reached = {id(value): value.requires_grad for value in self.net.parameters()}
         add_lora(self.net, self.targets, rank, alpha, name)
         self.layers = lora_layers(self.net)
         for layer in self.layers.values():
+            make_lean(layer)
             _set(layer, [None], True)
             layer.lora_A[name].float()
             layer.lora_B[name].float()

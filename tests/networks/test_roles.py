@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny import MORE, PIPELINES, shaken, tiny_pipeline, tiny_prompts, tiny_teacher
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
@@ -417,3 +419,41 @@ def test_the_plain_network_of_a_role_says_what_the_role_does() -> None:
         assert not lora_layers(whole.net) and all(value.requires_grad for value in whole.net.parameters())
         with torch.no_grad():
             torch.testing.assert_close(whole.raw(*at), said(roles, at)[name], atol=1e-5, rtol=1e-5)
+
+
+# --- as few operators as there can be ----------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Counts what would be launches on a GPU: operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_an_adapter_costs_two_products_and_a_sum_a_layer_and_none_costs_nothing(low: bool) -> None:
+    """Under autocast the adapter's two weights are cast, too, and no activation that the layer alone would not cast."""
+    teacher = teacher_named("sd")
+    if low:
+        teacher.compute_in(torch.bfloat16)
+    at, seen = inputs(teacher, "sd"), []
+    with torch.no_grad():
+        for denoiser in (
+            teacher.denoiser,
+            (roles := Adapters(teacher, 2, 3.0)).teacher.denoiser,
+            roles.student,
+        ):
+            with Operators() as operators:
+                denoiser.raw(*at)
+            seen.append(operators.seen)
+    count = len(lora_layers(roles.student.net))
+    assert seen[0]["_to_copy"] == seen[1]["_to_copy"] and seen[0]["mm"] == seen[1]["mm"]
+    more = seen[2] - seen[1]
+    assert more["mm"] + more["convolution"] == 2 * count and more["add"] == count
+    assert more["mul"] == 0 and more["_to_copy"] == 2 * count * low
