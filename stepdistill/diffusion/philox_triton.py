@@ -41,7 +41,7 @@ def _words(key, law, step, sample, block):
     c2 = (block * 0 + step).to(tl.uint32)
     c3 = (block * 0 + law).to(tl.uint32)
     k0 = key.to(tl.uint32)
-    k1 = (key >> 32).to(tl.uint32)
+    k1 = (key.to(tl.int64) >> 32).to(tl.uint32)
     for _ in tl.static_range(ROUNDS):
         high0 = tl.umulhi(c0, tl.full(c0.shape, FACTOR_0, tl.uint32))
         high1 = tl.umulhi(c2, tl.full(c2.shape, FACTOR_1, tl.uint32))
