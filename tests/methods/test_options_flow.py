@@ -173,7 +173,7 @@ def weight() -> None:
         return value(build(FlowMap, Perceptron(), **chosen, **options), batch_of(1))
 
     size = loss(power=0.0)
-    assert size > 0.01
+    assert size > 1e-3
     assert loss(power=1.0, offset=0.3) == pytest.approx(size / (size + 0.3), rel=1e-4)
     assert loss(power=0.5, offset=2.0) == pytest.approx(size / (size + 2.0) ** 0.5, rel=1e-4)
 

@@ -275,17 +275,18 @@ def test_is_data_free_and_leaves_the_frozen_networks_alone(kind):
     [(SiD, {}), (SIM, {}), (SIM, {"distance": "l2"}), (SIM, {"stop_denominator": True})],
 )
 def test_training_brings_a_gaussian_student_home(kind, options):
-    """Alternating updates, the fake network learning too: the mean closes nine tenths of its gap, the deviation four
-    fifths."""
+    """Alternating updates at a falling rate, the fake network learning too: the mean closes nine tenths of its gap, the
+    deviation four fifths. Of three seeds the worst leaves 0.05 and 0.08."""
     method = method_of(kind, FlowPath(), -0.5, 0.3, **options)
     networks = modules_of(method)
     trained = {name: list(net.parameters()) for name, net in networks.items()}
-    optimizers = {k: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9)) for k, p in trained.items()}
+    optimizers = {k: torch.optim.Adam(p, betas=(0.5, 0.9)) for k, p in trained.items()}
     for step in range(600):
         turn = method.turn(step).network
         take_turn(trained, turn)
+        optimizers[turn].param_groups[0]["lr"] = 0.03 * (1 - step / 600)
         optimizers[turn].zero_grad()
-        loss_of(method, turn, toy_batch(32, step))[0].backward()
+        loss_of(method, turn, toy_batch(128, step))[0].backward()
         optimizers[turn].step()
     assert method.student.net.shift.item() == pytest.approx(MU, abs=0.12)
     assert abs(method.student.net.scale.item()) == pytest.approx(S, abs=0.1)
