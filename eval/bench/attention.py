@@ -1,7 +1,8 @@
 """Time and peak memory of attention's kernels, with and without a derivative, and how exact the fused one is.
 
-python eval/bench/attention.py                     # 1k to 8k tokens, on cuda where there is one
+python eval/bench/attention.py                     # 512 to 8k tokens, on cuda where there is one
 python eval/bench/attention.py --tokens 1024 --dim 128 --dtype bfloat16
+python eval/bench/attention.py --threads 2 --heads 4 --kernels math fused --work derivative
 python eval/bench/attention.py --errors            # the fused kernel against float64, as JSON
 
 math is torch's plain product, sdpa the fused kernel torch picks, fused our own: Triton's on cuda, tiles in torch
@@ -80,7 +81,7 @@ CASES = (
     Case(65, 129, 64, mask="keys"),
     Case(131, 77, 40, mask="rows"),
     Case(77, 131, 72, heads=4, kv_heads=2, mask="heads"),
-    Case(130, 130, 80, heads=6, kv_heads=1, batch=1),
+    Case(130, 130, 80, heads=2, kv_heads=1, batch=1),
     Case(257, 255, 128, mask="rows"),
     Case(64, 256, 112, heads=4, kv_heads=1, mask="rows"),
     Case(100, 90, 160, mask="heads"),
@@ -247,30 +248,37 @@ def main() -> None:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     low = "bfloat16" if device.type == "cuda" else "float32"
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=low)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=[low])
+    parser.add_argument("--kernels", choices=tuple(KERNELS), nargs="+", default=list(KERNELS))
+    parser.add_argument("--work", choices=WORK, nargs="+", default=list(WORK))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a processor")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--errors", action="store_true", help="the fused kernel against float64, and nothing else"
     )
     parser.add_argument("--cases", type=int, nargs="+", help="of --errors: which of CASES")
     chosen = parser.parse_args()
-    dtype = getattr(torch, chosen.dtype)
-    if chosen.errors:
-        cases = [CASES[i] for i in chosen.cases] if chosen.cases else CASES
-        print(json.dumps([{"case": str(case), **errors(case, dtype, device)} for case in cases]))
-        return
-    print(
-        f"batch {chosen.batch}, {chosen.heads} heads of {chosen.dim}, {chosen.dtype}; {provenance()['hardware']}"
-    )
-    print(f"{'tokens':>7}  {'work':<10}" + "".join(f"  {name:>9} ms  {'MiB':>7}" for name in KERNELS))
+    torch.set_num_threads(chosen.threads)
+    for dtype in (getattr(torch, name) for name in chosen.dtype):
+        if chosen.errors:
+            cases = [CASES[i] for i in chosen.cases] if chosen.cases else CASES
+            print(json.dumps([{"case": str(case), **errors(case, dtype, device)} for case in cases]))
+        else:
+            _table(chosen, dtype, device)
+
+
+def _table(chosen: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> None:
+    heads = f"batch {chosen.batch}, {chosen.heads} heads of {chosen.dim}, {str(dtype)[6:]}"
+    print(f"{heads}; {provenance(device)['hardware']}")
+    print(f"{'tokens':>7}  {'work':<10}" + "".join(f"  {x:>9} ms  {'MiB':>7}" for x in chosen.kernels))
     for tokens in chosen.tokens:
         shape = (chosen.batch, chosen.heads, tokens, chosen.dim)
-        for work in WORK:
-            row = [measure(name, work, shape, dtype, device, chosen.repeats) for name in KERNELS]
+        for work in chosen.work:
+            row = [measure(name, work, shape, dtype, device, chosen.repeats) for name in chosen.kernels]
             cells = "".join(
                 f"  {x['ms']:>12.2f}  {x['mib']:>7.0f}" if "ms" in x else f"  {'-':>12}  {'-':>7}"
                 for x in row

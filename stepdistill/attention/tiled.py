@@ -10,6 +10,9 @@ the same tiles. With S = scale Q K^T, P = softmax(S) and O = P V:
   scale dS^T Q and dV is P^T dO.
 
 A row in which every key is hidden has L = infinity, so that its P, output, tangent and gradients are 0.
+
+What is subtracted from each logit, and each sum of two products, is a longer inner dimension of one product: S - L is
+[scale Q, -L] [K, 1]^T. A tile is then gone through a few times only.
 """
 
 from __future__ import annotations
@@ -35,11 +38,10 @@ class _Tiles:
     Heads that share a key head are rows of one product.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         batch, heads, self.n, _ = query.shape
         self.groups = (key.shape[1], heads // key.shape[1])
         self.m = key.shape[2]
-        self.scale = scale
         self.wide = torch.promote_types(query.dtype, torch.float32)
         edge = math.isqrt(TILE // (batch * heads))
         self.edge = 2 ** max(5, edge.bit_length() - 1) if edge else 32
@@ -67,13 +69,13 @@ class _Tiles:
         part = x.unflatten(1, self.groups)[:, :, :, rows]
         part.copy_(tile.view(part.shape))
 
-    def columns(self, x: Tensor, columns: slice) -> Tensor:
-        """Of [B, kv heads, M, D]."""
-        return x[:, :, columns].to(self.wide)
+    def columns(self, *parts: Tensor) -> list[Tensor]:
+        """Of [B, kv heads, M, ...], or several side by side: each tile of columns, made once for all rows."""
+        tiles = ([x[:, :, columns].to(self.wide) for x in parts] for columns in self.over(self.m))
+        return [torch.cat(tile, -1) if len(tile) > 1 else tile[0] for tile in tiles]
 
-    def logits(self, query: Tensor, key: Tensor, rows: slice, columns: slice) -> Tensor:
-        """[B, kv heads, group rows, columns]; minus infinity where hidden."""
-        logits = (query @ key.mT).mul_(self.scale)
+    def hide(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Adds the mask to logits [B, kv heads, group rows, columns], in place: minus infinity where hidden."""
         if self.hidden is not None:
             hidden = self.hidden[:, :, :, rows, columns]
             logits.view(hidden.shape).masked_fill_(hidden, -math.inf)
@@ -87,20 +89,21 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output [B, heads, N, D], and the logarithm of each row's denominator [B, heads, N], in float32 or wider."""
-    tiles = _Tiles(query, key, mask, scale)
+    tiles = _Tiles(query, key, mask)
     out, logsum = room_like(query), query.new_empty(query.shape[:3], dtype=tiles.wide)
+    keys, values = tiles.columns(key), tiles.columns(value)
     for rows in tiles.over(tiles.n):
-        q = tiles.rows(query, rows)
+        q = tiles.rows(query, rows) * scale
         most = q.new_full(q.shape[:3], -math.inf)
         total, sums = torch.zeros_like(most), torch.zeros_like(q)
-        for columns in tiles.over(tiles.m):
-            p = tiles.logits(q, tiles.columns(key, columns), rows, columns)
+        for columns, k, v in zip(tiles.over(tiles.m), keys, values, strict=True):
+            p = tiles.hide(q @ k.mT, rows, columns)
             above = torch.maximum(most, p.amax(-1))
             shift = above.masked_fill(above == -math.inf, 0)
             p = p.sub_(shift[..., None]).exp_()
             shrink = (most - shift).exp_()
             total = total.mul_(shrink).add_(p.sum(-1))
-            sums = sums.mul_(shrink[..., None]).add_(p @ tiles.columns(value, columns))
+            sums = sums.mul_(shrink[..., None]).add_(p @ v)
             most = above
         seen = total > 0
         tiles.put(out, rows, sums / total.where(seen, 1.0)[..., None])
@@ -120,25 +123,25 @@ def tangent(
 ) -> Tensor:
     """The output's tangent along those of query, key and value; None is a tangent of zeros."""
     along_query, along_key, along_value = tangents
-    tiles = _Tiles(query, key, mask, scale)
+    tiles = _Tiles(query, key, mask)
     rate = room_like(out)
+    keys, values = tiles.columns(key, torch.ones_like(key[..., :1])), tiles.columns(value)
+    given = ((along_query, key), (query, along_key))
+    pairs = [(x, y) for x, y in given if x is not None and y is not None]  # whose products make S'
+    others = tiles.columns(*(y for _, y in pairs)) if pairs else keys
+    along = values if along_value is None else tiles.columns(along_value)
     for rows in tiles.over(tiles.n):
-        q, last = tiles.rows(query, rows), tiles.rows(logsum, rows)[..., None]
-        sums, weight = torch.zeros_like(q), torch.zeros_like(last)
-        for columns in tiles.over(tiles.m):
-            k, v = tiles.columns(key, columns), tiles.columns(value, columns)
-            p = tiles.logits(q, k, rows, columns).sub_(last).exp_()
-            if along_query is not None or along_key is not None:
-                h = torch.zeros_like(p)
-                if along_query is not None:
-                    h.add_(tiles.rows(along_query, rows) @ k.mT)
-                if along_key is not None:
-                    h.add_(q @ tiles.columns(along_key, columns).mT)
-                h.mul_(p).mul_(scale)
+        q, last = tiles.rows(query, rows) * scale, tiles.rows(logsum, rows)[..., None]
+        sums, weight, less = torch.zeros_like(q), torch.zeros_like(last), torch.cat([q, -last], -1)
+        moved = torch.cat([tiles.rows(x, rows) for x, _ in pairs], -1) * scale if pairs else q
+        for i, columns in enumerate(tiles.over(tiles.m)):
+            p = tiles.hide(less @ keys[i].mT, rows, columns).exp_()
+            if pairs:
+                h = (moved @ others[i].mT).mul_(p)
                 weight.add_(h.sum(-1, keepdim=True))
-                sums.add_(h @ v)
+                sums.add_(h @ values[i])
             if along_value is not None:
-                sums.add_(p @ tiles.columns(along_value, columns))
+                sums.add_(p @ along[i])
         tiles.put(rate, rows, sums.sub_(weight * tiles.rows(out, rows)))
     return rate
 
@@ -154,20 +157,21 @@ def backward(
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, from that of the output."""
-    tiles = _Tiles(query, key, mask, scale)
+    tiles = _Tiles(query, key, mask)
+    one = torch.ones_like(key[..., :1])
+    keys, values = tiles.columns(key, one), tiles.columns(value, one)
     of_query = room_like(query)
     of_key, of_value = (torch.zeros_like(x, dtype=tiles.wide) for x in (key, value))
     for rows in tiles.over(tiles.n):
-        q, last = tiles.rows(query, rows), tiles.rows(logsum, rows)[..., None]
+        q, last = tiles.rows(query, rows) * scale, tiles.rows(logsum, rows)[..., None]
         g = tiles.rows(grad, rows)
         mean = (g * tiles.rows(out, rows)).sum(-1, keepdim=True)
-        sums = torch.zeros_like(q)
-        for columns in tiles.over(tiles.m):
-            k, v = tiles.columns(key, columns), tiles.columns(value, columns)
-            p = tiles.logits(q, k, rows, columns).sub_(last).exp_()
+        sums, less, above = torch.zeros_like(q), torch.cat([q, -last], -1), torch.cat([g, -mean], -1)
+        for columns, k, v in zip(tiles.over(tiles.m), keys, values, strict=True):
+            p = tiles.hide(less @ k.mT, rows, columns).exp_()
             of_value[:, :, columns].add_(p.mT @ g)
-            ds = (g @ v.mT).sub_(mean).mul_(p).mul_(scale)
-            sums.add_(ds @ k)
+            ds = (above @ v.mT).mul_(p)
+            sums.add_(ds @ k[..., :-1])
             of_key[:, :, columns].add_(ds.mT @ q)
-        tiles.put(of_query, rows, sums)
+        tiles.put(of_query, rows, sums.mul_(scale))
     return of_query, of_key.to(key.dtype), of_value.to(value.dtype)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ from tiny import tiny_prompts
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from toy import loss_of, toy_batch
 
-from stepdistill.attention import forward_mode, rerouted
+from stepdistill.attention import forward_mode, operators, rerouted
 from stepdistill.attention.forward_mode import ForwardMode
 from stepdistill.attention.fused import fused_attention
 from stepdistill.attention.kernels import check_attention, why_not
 from stepdistill.attention.rerouted import FusedMode
 from stepdistill.errors import UserError
+from stepdistill.losses.batch import Examples
+from stepdistill.methods.scm import SCM
 from stepdistill.networks.derivative import directional_derivative
+from stepdistill.networks.roles import Copies
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 
@@ -73,20 +78,21 @@ def test_triton_on_a_gpu(case: Any, dtype: torch.dtype) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("dtype", "cases"), [(torch.float32, "0 1 4 6 11"), (torch.bfloat16, "0 2")])
-def test_triton_in_its_interpreter(dtype: torch.dtype, cases: str) -> None:
-    """One key, hidden rows, grouped heads, several tiles of rows and columns."""
+def test_triton_in_its_interpreter() -> None:
+    """One key, hidden rows, grouped heads, an added mask, several tiles of rows and columns."""
+    cases = ["0", "2", "4", "6", "11"]
     done = subprocess.run(
-        [sys.executable, BENCH, "--errors", "--dtype", str(dtype)[6:], "--cases", *cases.split()],
+        [sys.executable, BENCH, "--errors", "--dtype", "float32", "bfloat16", "--cases", *cases],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=True,
     )
-    rows = json.loads(done.stdout)
-    assert len(rows) == len(cases.split())
-    for row in rows:
-        assert max(v for k, v in row.items() if k != "case") < BOUND[dtype], row
+    for rows, bound in zip(done.stdout.splitlines(), BOUND.values(), strict=True):
+        found = json.loads(rows)
+        assert len(found) == len(cases)
+        for row in found:
+            assert max(v for k, v in row.items() if k != "case") < bound, row
 
 
 @needs_triton
@@ -326,6 +332,63 @@ def test_a_network_trains_through_fused_attention(
     with FusedMode():
         fused = gradients()
     assert 0 < relative(fused, plain) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_backward", "attention_tangent"])
+def test_operators_keep_torchs_rules(name: str) -> None:
+    """Schema, shapes and strides without data, gradients, and all of it in a traced graph."""
+    query, key, value = (x.float() for x in three(1, 2, 5, 8))
+    mask = torch.ones(1, 1, 5, 5).tril() > 0
+    out, logsum = operators.attention(query, key, value, mask, 0.3)
+    inputs: dict[str, tuple[Any, ...]] = {
+        "attention": (query.clone().requires_grad_(), key, value, mask, 0.3),
+        "attention_backward": (query, key, value, mask, 0.3, out, logsum, out.mT.contiguous().mT),
+        "attention_tangent": (query, key, value, mask, 0.3, out, logsum, out, None, out),
+    }
+    torch.library.opcheck(getattr(operators, name), inputs[name])
+
+
+def test_compiled_in_one_graph_it_has_the_same_output_gradients_and_tangents() -> None:
+    """An operator alone would have a tangent of zeros."""
+    inputs, along = [x.float().requires_grad_() for x in three(1, 2, 5, 8)], three(1, 2, 5, 8, seed=1)
+
+    def work(*inputs: Tensor) -> tuple[Tensor, ...]:
+        primals = tuple(x.detach() for x in inputs)
+        tangents = tuple(x.float() for x in along)
+        rate = torch.func.jvp(lambda *x: fused_attention(*x).sin(), primals, tangents)[1]
+        one = torch.func.jvp(lambda x: fused_attention(*primals[:2], x), primals[2:], tangents[2:])[1]
+        return fused_attention(*inputs).sin(), rate, one
+
+    compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
+    for plain, traced in zip(work(*inputs), compiled(*inputs), strict=True):
+        assert plain.any() and torch.equal(plain, traced)
+    wanted, found = (torch.autograd.grad(of(*inputs)[0].sum(), inputs) for of in (work, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_scm_with_the_exact_derivative_through_fused_attention_is_that_of_the_plain_product(
+    teacher_of: Callable[[str], PipelineTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = teacher_of("dit")
+    student = Student.from_teacher(teacher)
+    options = SCM.Options(guidance=2.0, warmup=0, derivative="exact")
+    method = SCM(Copies(teacher, student), (1.0, 0.5), options)
+    batch, cond = toy_batch(2, 1), teacher.codec.encode(tiny_prompts("dit", 2))
+    x0, noise = (batch.draws.normal(name, teacher.codec.shape) for name in ("x0", "noise"))
+    batch = replace(batch, noise=noise, cond=cond, pairs=Examples(x0, cond))
+
+    def found() -> tuple[float, float, Tensor]:
+        student.net.zero_grad()
+        loss, logs = loss_of(method, "student", batch)
+        loss.backward()
+        gradient = [v.grad.flatten() for v in student.net.parameters() if v.grad is not None]
+        return loss.item(), logs["tangent"].item(), torch.cat(gradient)
+
+    plain = found()
+    monkeypatch.setattr(forward_mode, "TILES_PAY", 1)
+    fused = found()
+    assert fused[:2] == pytest.approx(plain[:2], rel=1e-5)
+    assert plain[2].any() and 0 < relative(fused[2], plain[2]) < 1e-5
 
 
 def test_calls_that_fused_attention_does_not_take_stay_torchs() -> None:
