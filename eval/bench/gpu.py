@@ -15,6 +15,7 @@ attention  time and memory of math, sdpa and fused with and without a derivative
 unit       a DMD unit over its bare network passes, and which lines wait for the GPU in a step once a run is under way
 sdxl       a DMD unit at the size of SDXL's UNet, with random weights at 1024 pixels
 compile    that network's forward and backward, its repeated blocks compiled
+ways       24 steps of dmd at the embedded teacher in bf16, under every value of train.compile
 harness    features in float32 and bf16, the Frechet distance, decoding, and folders to a number beside clean-fid
 """
 
@@ -40,7 +41,7 @@ SIDE_BY_SIDE = (
     *(f"toolkit-{method}" for method in METHODS),
     "compile",
 )
-ONE_BY_ONE = ("attention", "unit", "sdxl", "harness")
+ONE_BY_ONE = ("attention", "unit", "sdxl", "harness", "ways")
 
 
 def run_part(name: str, folder: Path, tiny: bool) -> None:

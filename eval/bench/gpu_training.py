@@ -1,5 +1,5 @@
-"""Parts of gpu.py: short runs, a DMD unit over its bare network passes, and a network compiled. Each takes its argument
-and whether sizes are toys, and yields rows."""
+"""Parts of gpu.py: short runs, plain and compiled, a DMD unit over its bare network passes, and a network compiled.
+Each takes its argument and whether sizes are toys, and yields rows."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ SHORT = "student.output=teacher train.warmup=0 train.sheet_every=0 train.ema=0.9
 
 
 def toolkit(method: str, tiny: bool) -> Iterator[Row]:
+    for precision in ("float32", "bf16"):
+        yield _short_run(method, tiny, {"precision": precision})
+
+
+def ways(_: str, tiny: bool) -> Iterator[Row]:
+    for way in ("none",) if tiny else ("none", "regional", "full", "graphs"):
+        yield _short_run("dmd", tiny, {"precision": "bf16", "compile": way})
+
+
+def _short_run(method: str, tiny: bool, train: dict[str, str]) -> Row:
+    """A run at the embedded teacher, with keys of its recipe's ``train``; the second half of its steps is timed."""
     import stepdistill
     from stepdistill.training import loop
 
@@ -43,31 +54,33 @@ def toolkit(method: str, tiny: bool) -> Iterator[Row]:
                 torch.cuda.reset_peak_memory_stats()
             return plain(*told, **named)
 
+    steps, batch = (4, 2) if tiny else (24 if "compile" in train else 20, 64)
+    row: Row = {"method": method, **train}
     loop.train = timed
-    steps, batch = (4, 2) if tiny else (20, 64)
-    for precision in ("float32", "bf16"):
-        row: Row = {"method": method, "precision": precision}
-        with tempfile.TemporaryDirectory() as folder:
-            sets = [*SHORT.split(), *ASKED[method].split(), f"train.steps={steps}", f"train.batch={batch}"]
-            began = time.perf_counter()
-            try:
-                run = stepdistill.distill(
-                    "emoji", method, Path(folder) / "run", sets=[*sets, f"train.precision={precision}"]
-                )
-                rows = [json.loads(x) for x in (run.folder / "stats.jsonl").read_text().splitlines()]
-                half = len(rows) // 2
-                row["ms a step"] = (
-                    (rows[-1]["seconds"] - rows[half - 1]["seconds"]) / (len(rows) - half) * 1e3
-                )
-                row["loss"] = rows[-1]["loss"]
-                assert run.report is not None
-                row["peak MiB"] = (run.report.peak_memory_bytes or 0) / 2**20
-                row["device"] = run.report.hardware
-                row["verified"] = run.report.verification
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:400]
-            row["whole s"] = time.perf_counter() - began
-        yield row
+    with tempfile.TemporaryDirectory() as folder:
+        sets = [*SHORT.split(), *ASKED[method].split(), f"train.steps={steps}", f"train.batch={batch}"]
+        began = time.perf_counter()
+        try:
+            run = stepdistill.distill(
+                "emoji",
+                method,
+                Path(folder) / "run",
+                sets=[*sets, *(f"train.{key}={value}" for key, value in train.items())],
+            )
+            rows = [json.loads(x) for x in (run.folder / "stats.jsonl").read_text().splitlines()]
+            half = len(rows) // 2
+            row["ms a step"] = (rows[-1]["seconds"] - rows[half - 1]["seconds"]) / (len(rows) - half) * 1e3
+            row["first loss"], row["loss"] = rows[0]["loss"], rows[-1]["loss"]
+            assert run.report is not None
+            row["peak MiB"] = (run.report.peak_memory_bytes or 0) / 2**20
+            row["device"] = run.report.hardware
+            row["verified"] = run.report.verification
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:400]
+        finally:
+            loop.train = plain
+        row["whole s"] = time.perf_counter() - began
+    return row
 
 
 def unit(_: str, tiny: bool) -> Iterator[Row]:
@@ -314,4 +327,5 @@ PARTS: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "unit": unit,
     "sdxl": sdxl,
     "compile": compiled,
+    "ways": ways,
 }

@@ -126,5 +126,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
         index, _, key = name.partition(".")
         like = parameters[int(index)]
         of_weights = value.shape == like.shape and key != "step"
-        states.setdefault(int(index), {})[key] = held_like(value, like) if of_weights else value
+        moment = _laid_out_like(held_like(value, like), like) if of_weights else value
+        states.setdefault(int(index), {})[key] = moment
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_like(value: Tensor, weight: Tensor) -> Tensor:
+    """A moment whose numbers lie in memory as the weight's do: a fused update goes by that. Files know one order, and
+    weights may have another, channels last."""
+    return value if value.stride() == weight.stride() else torch.empty_like(weight).copy_(value)

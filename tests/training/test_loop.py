@@ -26,7 +26,13 @@ from stepdistill.recipes.sections import TrainOptions
 from stepdistill.training import parallel
 from stepdistill.training import preflight as checks
 from stepdistill.training.assemble import assemble, training_data
-from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from stepdistill.training.checkpoint import (
+    checkpoints_in,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    save_checkpoint,
+)
 from stepdistill.training.finish import export_student
 from stepdistill.training.health import TrainingDiverged, Vitals
 from stepdistill.training.identity import resolve
@@ -464,6 +470,27 @@ def test_resume_refuses_a_checkpoint_without_a_part_of_the_run(tmp_path):
     (last / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"another version of the run \(optimizer-fake differs\)"):
         start(recipe_of("dmd", 2, "train.checkpoint_every=2"), tmp_path / "run", resume=True)
+
+
+def test_moments_of_weights_with_channels_last_come_back_to_their_weights():
+    """Files have channels first, and a fused update pairs numbers by where they lie."""
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net, x = torch.nn.Conv2d(4, 6, 3), torch.ones(1, 4, 8, 8).cumsum(3)
+        with torch.no_grad():
+            for value in net.parameters():
+                value.copy_(torch.linspace(-1, 1, value.numel()).view_as(value))
+        net.to(memory_format=layout)
+        kept = {}
+        for _ in range(2):
+            optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+            load_optimizer_state(optimizer, kept)
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+            kept = {name: value.contiguous() for name, value in optimizer_state(optimizer).items()}
+        ends.append(net.weight.detach())
+    torch.testing.assert_close(*ends)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
