@@ -4,32 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from stepdistill.families._embedded_guidance import EmbeddedGuidance
 from stepdistill.families._packing import PackedFamily, grid_ids
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.kinds import TransformerFamily
-from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
-
-
-class FluxChanges(NetworkChanges):
-    def takes_guidance(self, net: Any) -> bool:
-        return bool(net.config.guidance_embeds)
-
-    @torch.no_grad()
-    def fold_guidance(self, net: Any, guidance: float) -> nn.Module:
-        # Both embeddings are added up, so that of a constant scale is a constant in the bias of the timestep's.
-        embedder = net.time_text_embed
-        plain = type(net).from_config(net.config, guidance_embeds=False)
-        added = "time_text_embed.guidance_embedder."
-        plain.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith(added)})
-        phase = embedder.time_proj(torch.tensor([1000 * guidance], device=net.device))
-        plain.to(net.device).time_text_embed.timestep_embedder.linear_2.bias += embedder.guidance_embedder(
-            phase
-        )[0]
-        return plain.train(net.training)  # type: ignore[no-any-return]
 
 
 class Flux(PackedFamily):
@@ -38,7 +19,7 @@ class Flux(PackedFamily):
     clock = "t"
     passes = frozenset({"sigmas", "mu"})
     lora_targets = (*TransformerFamily.lora_targets, "proj_mlp")
-    changes = FluxChanges()
+    changes = EmbeddedGuidance()
 
     def default_size(self, pipe: Any) -> Size:
         side = pipe.default_sample_size * pipe.vae_scale_factor

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from tiny import FLOW, GUIDED, PIPELINES, VIDEO, WITH_VAE, call_of, tiny_pipeline, tiny_prompts
+from tiny import EMBEDDED, FLOW, GUIDED, PIPELINES, VIDEO, WITH_VAE, call_of, tiny_pipeline, tiny_prompts
 from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath
@@ -60,7 +60,7 @@ def close(ours: Tensor, wanted: Tensor) -> bool:
 
 def same(name: str) -> Callable[[Tensor, Tensor], bool]:
     """Bit-equal, or close where a student has its teacher's guidance folded into a bias."""
-    return close if name == "flux" else torch.equal
+    return close if name in EMBEDDED else torch.equal
 
 
 def inputs(teacher: PipelineTeacher, name: str, count: int = 3) -> tuple[Tensor, Tensor, Condition]:
@@ -107,7 +107,7 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, teacher_of: T
     cond = teacher.codec.encode(prompts)
     for i, (_, x, out) in enumerate(calls):
         t = torch.full((2,), 1 - i / 4)
-        said = teacher.predict(x, t, cond, guidance=0.0 if name == "flux" else 1.0)
+        said = teacher.predict(x, t, cond, guidance=0.0 if name in EMBEDDED else 1.0)
         ours = teacher.path.target(said.x0, said.eps, t, teacher.denoiser.output)
         assert (ours - out).abs().max() < 1e-5
         if cond.tensors:  # the condition matters: two prompts at one x_t are told apart
@@ -143,7 +143,7 @@ def test_guided_prediction_is_one_call_of_both_and_extrapolates(name: str, teach
 
 
 def test_guidance_without_an_unconditional_mode_is_refused(teacher_of: Teachers) -> None:
-    for name in sorted(set(PIPELINES) - set(GUIDED) - {"flux"}):
+    for name in sorted(set(PIPELINES) - set(GUIDED) - set(EMBEDDED)):
         teacher = teacher_of(name)
         x_t, t, cond = inputs(teacher, name)
         with pytest.raises(UserError, match="needs an unconditional mode"):
@@ -153,7 +153,7 @@ def test_guidance_without_an_unconditional_mode_is_refused(teacher_of: Teachers)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_ddim_on_our_path_draws_what_the_pipeline_draws(name: str, teacher_of: Teachers) -> None:
     teacher = teacher_of(name)
-    scale = 3.0 if name in (*GUIDED, "flux") else 1.0
+    scale = 3.0 if name in (*GUIDED, *EMBEDDED) else 1.0
     prompts, steps = tiny_prompts(name, 2), 5
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     drawn = with_exact_scheduler(teacher)(
@@ -316,10 +316,10 @@ def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of
     images = frames[:, 0]
     if name in VIDEO or name == "qwen-image":  # by channel, and frames behind channels
         images = frames.transpose(1, 2)
-    if name == "ltx":
+    if name == "ltx":  # by numbers that stand beside its weights
         scale = 1 / vae.latents_std[:, None, None, None]
         shift = vae.latents_mean[:, None, None, None]
-    elif images.ndim == 5:
+    elif name in ("wan", "qwen-image"):
         shift = torch.tensor([-0.7, 0.1, 0.4, 0.9])[:, None, None, None]
         scale = 1 / torch.tensor([2.8, 1.4, 0.9, 1.7])[:, None, None, None]
     with torch.no_grad():

@@ -41,18 +41,22 @@ PIPELINES = (
     "sana",
     "klein",
     "ltx",
+    "hunyuan-video",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
-MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx")
+MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx", "hunyuan-video")
 MORE = ("pixart-alpha", "pixart-sigma", *MORE_FLOW)
 """Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
 
+EMBEDDED = ("flux", "hunyuan-video")
+"""With guidance as an input of the network."""
+
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", *MORE)
-VIDEO = ("wan", "ltx")
+VIDEO = ("wan", "ltx", "hunyuan-video")
 WITH_VAE = ("dit", *WITH_TEXT)
 FLOW = ("sd3", "flux", "schnell", "wan", *MORE_FLOW)
-GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan", *MORE)
+GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan", *(name for name in MORE if name not in EMBEDDED))
 """With an unconditional mode: guidance is extrapolation."""
 
 SIZES = {
@@ -60,6 +64,7 @@ SIZES = {
     **dict.fromkeys(("flux", "schnell", "pixart-alpha", "aura-flow", "qwen-image", "klein"), Size(16, 24)),
     "z-image": Size(32, 16),
     "ltx": Size(32, 64, 9),
+    "hunyuan-video": Size(16, 32, 9),
 }
 """What tiny pipelines draw whose own default is that of the real ones."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_parts import BETAS, tiny_t5, tiny_t5_tokenizer, tiny_vae
+from tiny_parts import BETAS, clip_text_encoder, clip_tokenizer, tiny_t5, tiny_t5_tokenizer, tiny_vae
 
 
 def _pixart(alpha: bool = True) -> Any:
@@ -296,6 +297,62 @@ def _ltx() -> Any:
     )
 
 
+def _hunyuan_video() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+    from transformers import LlamaConfig, LlamaModel
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        patch_size=2,
+        text_embed_dim=16,
+        pooled_projection_dim=16,
+        rope_axes_dim=(2, 2, 4),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+    )
+    # Of the tokens of its template it drops the first 95: no more than these may stand before the prompt.
+    words = tuple(dict.fromkeys(re.findall("[A-Za-z]+", DEFAULT_PROMPT_TEMPLATE["template"])))
+    config = LlamaConfig(
+        vocab_size=30 + len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return HunyuanVideoPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=LlamaModel(config).eval(),
+        tokenizer=tiny_t5_tokenizer(words),
+        text_encoder_2=clip_text_encoder(16, projected=False, positions=77),
+        tokenizer_2=clip_tokenizer(),
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart-alpha": _pixart,
     "pixart-sigma": _pixart_sigma,
@@ -305,6 +362,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sana": _sana,
     "klein": _klein,
     "ltx": _ltx,
+    "hunyuan-video": _hunyuan_video,
 }
 
 

@@ -46,12 +46,13 @@ def tiny_vae(shift: float | None = None, quant: bool = True) -> Any:
     )
 
 
-def tiny_t5_tokenizer() -> Any:
-    """A T5 tokenizer of single letters."""
+def tiny_t5_tokenizer(words: tuple[str, ...] = ()) -> Any:
+    """A T5 tokenizer of single letters, and of some words."""
     from transformers import T5Tokenizer
 
     letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("\u2581", -2.0), *letters]
+    vocabulary += [("\u2581" + word, -3.0) for word in words]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
@@ -68,7 +69,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer.from_pretrained(tokenizer_folder())
 
 
-def clip_text_encoder(width: int, projected: bool) -> Any:
+def clip_text_encoder(width: int, projected: bool, positions: int = 24) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -77,7 +78,7 @@ def clip_text_encoder(width: int, projected: bool) -> Any:
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=24,
+        max_position_embeddings=positions,
         projection_dim=width,
         bos_token_id=2046,
         eos_token_id=2047,
