@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from stepdistill.diffusion.path import FlowPath, TablePath
 from stepdistill.diffusion.path import Path as NoisePath
@@ -81,10 +81,12 @@ def stock_scheduler(
         )
         config = {key: teacher_scheduler.config[key] for key in keep}
         config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
+        if (betas := _other_betas(teacher_scheduler, config)) is not None:
+            config |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
         last = path.steps if sampler.grid else round(sampler.times[0] * path.steps)
         if last < path.steps:  # schedulers call a network first at the end of their table, so it ends there
-            betas = teacher_scheduler.betas[:last].tolist()
-            config |= {"num_train_timesteps": last, "trained_betas": betas}
+            betas = betas or teacher_scheduler.betas.tolist()
+            config |= {"num_train_timesteps": last, "trained_betas": betas[:last]}
             config["rescale_betas_zero_snr"] = False
         config["prediction_type"] = sampler.prediction_type or config["prediction_type"]
         config["clip_sample"] = False
@@ -103,6 +105,18 @@ def stock_scheduler(
         raise UserError(f"students on a {type(path).__name__} have no stock diffusers scheduler")
     _check_grid(sampler, path, scheduler, passes)
     return scheduler
+
+
+def _other_betas(scheduler: Any, config: dict[str, Any]) -> list[float] | None:
+    """The betas of a teacher whose table is not the one that these keys of its config make (CogVideoX shifts the
+    signal-to-noise ratio of its own by a further key); None where they make it."""
+    from diffusers import DDIMScheduler
+
+    table, made = scheduler.alphas_cumprod.double(), cast(Any, DDIMScheduler(**config))
+    if (table - made.alphas_cumprod).abs().max() < 1e-6:
+        return None
+    ratios = table[1:] / table[:-1]
+    return [float(1 - table[0]), *(1 - ratios).tolist()]
 
 
 def _shift(sampler: Sampler, path: FlowPath) -> float:

@@ -1,4 +1,4 @@
-"""Wan 2.1: WanTransformer3DModel on video latents."""
+"""Wan 2.1, and the Wan 2.2 of one network: WanTransformer3DModel on video latents."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from stepdistill.families.size import Size
 
 
 class Wan(VideoFamily):
-    name = "Wan 2.1"
+    name = "Wan 2.1, Wan 2.2 TI2V-5B"
     pipelines = ("WanPipeline",)
     blocks = "blocks"
     lora_targets = (*VideoFamily.lora_targets, "ffn.net.0.proj", "ffn.net.2")
 
     def adopt(self, pipe: Any) -> None:
-        if pipe.transformer is None or pipe.transformer_2 is not None or pipe.config.expand_timesteps:
+        if pipe.transformer is None or pipe.transformer_2 is not None:
             raise UserError(
-                "this WanPipeline is a Wan 2.2, with two networks or a time for every token: only Wan 2.1 can teach"
+                "this WanPipeline has two networks, of which each draws in its own stretch of noise: only Wan 2.1 and "
+                "the Wan 2.2 of one network (TI2V-5B) can teach"
             )
 
     def pixels(self, pipe: Any) -> int:
@@ -44,6 +45,7 @@ class Wan(VideoFamily):
         return self.encode(pipe, [""], size)
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        # Wan 2.2's pipeline tells every token its time, which is one for all but where a picture is given.
         embeds = cond["encoder_hidden_states"]
         output: Tensor = net(
             hidden_states=x_t, timestep=time, encoder_hidden_states=embeds, return_dict=False

@@ -59,6 +59,7 @@ SAMPLERS = {
     "klein": Sampler((1.0, 0.75), False),
     "ltx": Sampler((1.0, 0.9), False),
     "hunyuan-video": Sampler((1.0, 0.75), False),
+    "cog-video-x": Sampler(uniform_times(2), True),
 }
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
@@ -81,6 +82,7 @@ CLASSES = {
     "klein": "Flux2KleinPipeline",
     "ltx": "LTXPipeline",
     "hunyuan-video": "HunyuanVideoPipeline",
+    "cog-video-x": "CogVideoXPipeline",
 }
 IN_A_FRESH_PROCESS = (
     pytest.param("unet-classes", marks=pytest.mark.own_process),
@@ -404,7 +406,9 @@ def test_a_folder_that_does_not_load_is_told_why(copied: Path) -> None:
 # --- LoRA and embedded guidance ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "schnell", "wan", *sorted({*MORE_FLOW} - {*EMBEDDED})])
+@pytest.mark.parametrize(
+    "name", ["sd", "sdxl", "sd3", "schnell", "wan", *sorted({*MORE_FLOW, "cog-video-x"} - {*EMBEDDED})]
+)
 def test_the_adapter_alone_makes_the_teacher_the_student(
     name: str, teacher_of: Teachers, tmp_path: Path
 ) -> None:

@@ -42,18 +42,19 @@ PIPELINES = (
     "klein",
     "ltx",
     "hunyuan-video",
+    "cog-video-x",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
 MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx", "hunyuan-video")
-MORE = ("pixart-alpha", "pixart-sigma", *MORE_FLOW)
+MORE = ("pixart-alpha", "pixart-sigma", *MORE_FLOW, "cog-video-x")
 """Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
 
 EMBEDDED = ("flux", "hunyuan-video")
 """With guidance as an input of the network."""
 
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", *MORE)
-VIDEO = ("wan", "ltx", "hunyuan-video")
+VIDEO = ("wan", "ltx", "hunyuan-video", "cog-video-x")
 WITH_VAE = ("dit", *WITH_TEXT)
 FLOW = ("sd3", "flux", "schnell", "wan", *MORE_FLOW)
 GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan", *(name for name in MORE if name not in EMBEDDED))

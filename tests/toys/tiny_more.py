@@ -353,6 +353,53 @@ def _hunyuan_video() -> Any:
     )
 
 
+def _cog_video_x() -> Any:
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+
+    transformer = CogVideoXTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        time_embed_dim=4,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=8,
+        sample_height=4,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=226,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = AutoencoderKLCogVideoX(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4),
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+    )
+    return CogVideoXPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            clip_sample=False,
+        ),
+        text_encoder=tiny_t5(16),
+        tokenizer=tiny_t5_tokenizer(),
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart-alpha": _pixart,
     "pixart-sigma": _pixart_sigma,
@@ -363,6 +410,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "klein": _klein,
     "ltx": _ltx,
     "hunyuan-video": _hunyuan_video,
+    "cog-video-x": _cog_video_x,
 }
 
 
