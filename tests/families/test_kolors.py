@@ -15,8 +15,9 @@ from torch import Tensor
 from stepdistill.diffusion.solvers import solve
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import export
+from stepdistill.families.watching import frames_of
 from stepdistill.networks.loading import load_teacher
-from stepdistill.networks.pictures import draw_as_pipeline, frames_of, strip
+from stepdistill.networks.pictures import draw_as_pipeline, strip
 from stepdistill.networks.roles import Adapters
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
