@@ -100,9 +100,7 @@ class Data:
                 self.pairs.noise(index),
                 None if (states := self.pairs.states(index)) is None else sent(states, device),
             )
-        return Batch(
-            draws, draws.normal("noise", self.teacher.codec.shape), self.condition(prompt), prompt, **examples
-        )
+        return Batch(draws, self.teacher.codec.shape, self.condition(prompt), prompt, **examples)
 
     def batches(self, steps: range, first: int, count: int, size: int) -> Generator[Batch]:
         """:meth:`batch` of the steps, one after the other; each is made while the one before it is used, where that

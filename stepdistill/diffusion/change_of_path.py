@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath, Path, Prediction, per_sample
+from stepdistill.diffusion.remembered import remembered
 
 
 def on_straight(path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,13 +26,19 @@ def on_other_path(path: Path, x_t: Tensor, t: Tensor, own: Path) -> tuple[Tensor
     Past the end of a discrete table (pure noise on a flow path) that is the table's last point, which is how
     diffusers' schedulers start from pure noise.
     """
+    own_t, scale = _carried(path, own, t)
+    return per_sample(scale, x_t) * x_t, own_t
+
+
+@remembered
+def _carried(path: Path, own: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The time on ``own`` and what the state is multiplied by, each [B]."""
     alpha, sigma = path.alpha_sigma(t)
     # Off both ends by rounding: time_of clamps there, and at the edge of a clamp forward mode has no derivative.
     angle = torch.atan2(sigma, alpha)
     own_t = own.time_of(angle * (1 - torch.finfo(angle.dtype).eps) + 1e-30)
     own_alpha, own_sigma = own.alpha_sigma(own_t)
-    scale = torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma)
-    return per_sample(scale, x_t) * x_t, own_t
+    return own_t, torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma)
 
 
 def predict_elsewhere(

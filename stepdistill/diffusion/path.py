@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.remembered import remembered
 from stepdistill.diffusion.shift import Times, shifted
 from stepdistill.system.memory import sent
 
@@ -32,8 +34,8 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 def within(value: Tensor, low: float, high: float) -> Tensor:
     """``value`` clamped to [low, high]; unlike torch's clamp it keeps its forward-mode derivative at the very ends."""
-    value = torch.where(value < low, torch.full_like(value, low), value)
-    return torch.where(value > high, torch.full_like(value, high), value)
+    value = torch.where(value < low, low, value)
+    return torch.where(value > high, high, value)
 
 
 class Path(ABC):
@@ -105,6 +107,14 @@ class Path(ABC):
         a, b = self.coefficients(kind, t)
         return (sigma / (alpha * b - sigma * a)).abs()
 
+    @remembered
+    def _solved(self, kind: Output, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """b / det and sigma / det of x0, a / det and alpha / det of eps, each [B]."""
+        alpha, sigma = self.alpha_sigma(t)
+        a, b = self.coefficients(kind, t)
+        of_x0, of_eps = (torch.stack([b, sigma, a, alpha]) / (alpha * b - sigma * a)).chunk(2)
+        return (of_x0[0], of_x0[1]), (of_eps[0], of_eps[1])
+
     def read(self, output: Tensor, kind: Output, x_t: Tensor, t: Tensor) -> Prediction:
         """The (x0, eps) that ``output`` implies at x_t. Where det vanishes (an eps output at pure noise) the output
         carries no information and the result is not finite: choose times below that end.
@@ -115,16 +125,13 @@ class Path(ABC):
             x_t: the network's noisy input [B, ...].
             t: times [B].
         """
-        alpha, sigma = self.alpha_sigma(t)
-        a, b = self.coefficients(kind, t)
-        det = alpha * b - sigma * a
-        x0 = per_sample(b / det, x_t) * x_t - per_sample(sigma / det, x_t) * output
-        eps = per_sample(alpha / det, x_t) * output - per_sample(a / det, x_t) * x_t
+        (x_in_x0, out_in_x0), (x_in_eps, out_in_eps) = self._solved(kind, t)
         # The half that the output states outright is taken as it stands, also where det vanishes.
-        if kind == "x0":
-            x0 = output
-        elif kind == "eps":
-            eps = output
+        x0 = eps = output
+        if kind != "x0":
+            x0 = per_sample(x_in_x0, x_t) * x_t - per_sample(out_in_x0, x_t) * output
+        if kind != "eps":
+            eps = per_sample(out_in_eps, x_t) * output - per_sample(x_in_eps, x_t) * x_t
         return Prediction(self, x0, eps, t)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Output) -> Tensor:
@@ -238,6 +245,7 @@ class TablePath(Path):
     """
 
     angles: Tensor
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def from_alphas_cumprod(alphas_cumprod: Tensor) -> TablePath:
@@ -246,43 +254,69 @@ class TablePath(Path):
         angles = torch.atan2((1 - table).clamp_min(0).sqrt(), table.sqrt())
         return TablePath(torch.cat([torch.zeros(1, dtype=torch.float64), angles]))
 
+    @cached_property
+    def _end(self) -> float:
+        """The last angle."""
+        return float(self.angles[-1])
+
     @property
     def steps(self) -> int:
         """N, the number of training timesteps."""
         return len(self.angles) - 1
 
-    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Lower index [B], fraction inside the segment [B] and the table on t's device, in float64."""
-        table = sent(self.angles, t.device)
-        # Times are float32: without the rounding, 0.75 * N would read the table a hair off its own entry.
-        position = within(t.double() * self.steps, 0, self.steps)
-        nearest = position.round()
-        near = (position - nearest).abs() < 1e-4 * self.steps / 1000
-        # Added as a constant: the derivative in t is that of position, not the zero of a rounded number.
-        position = torch.where(near, position + (nearest - position).detach(), position)
-        lower = position.floor().clamp(max=self.steps - 1).long()
-        return lower, position - lower, table
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The angles on a device, and those at both ends of every segment [N, 2], copied there once."""
+        if device not in self._tables:
+            ends = torch.stack([self.angles[:-1], self.angles[1:]], 1)
+            self._tables[device] = sent(self.angles, device), sent(ends, device)
+        return self._tables[device]
 
+    @remembered
+    def _position(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t in units of the table's steps, and what it lacks to the nearest entry, a constant; each [B] in float64."""
+        position = t.double() * self.steps
+        return position, (position.round() - position).detach()
+
+    def position(self, t: Tensor, near: float) -> Tensor:
+        """t in units of the table's steps, float64 [B]: 0 is clean data, and n + 1 timestep n.
+
+        Args:
+            t: times [B]. They are float32: without a rounding 0.75 N would be a hair off its own entry.
+            near: so close to an entry they are taken for it; the derivative in t is what it is beside it.
+        """
+        position, lacking = self._position(t)
+        return position + lacking * (lacking.abs() < near)
+
+    @remembered
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The angles at both ends of t's segment and the fraction inside it, each [B] in float64."""
+        position = within(self.position(t, 1e-4 * self.steps / 1000), 0, self.steps)
+        lower = position.floor().clamp(max=self.steps - 1)
+        low, high = self._table(t.device)[1][lower.long()].unbind(-1)
+        return low, high, position - lower
+
+    @remembered
     def _angle64(self, t: Tensor) -> Tensor:
-        lower, fraction, table = self._segment(t)
-        return table[lower] * (1 - fraction) + table[lower + 1] * fraction
+        return torch.lerp(*self._segment(t))
 
     def angle(self, t: Tensor) -> Tensor:
         return self._angle64(t).to(t.dtype)
 
+    @remembered
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = self._angle64(t)
         return torch.cos(angle).to(t.dtype), torch.sin(angle).to(t.dtype)
 
+    @remembered
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        lower, _, table = self._segment(t)
-        slope = (table[lower + 1] - table[lower]) * self.steps
-        angle = self._angle64(t)
+        low, high, _ = self._segment(t)
+        slope, angle = (high - low) * self.steps, self._angle64(t)
         return (-torch.sin(angle) * slope).to(t.dtype), (torch.cos(angle) * slope).to(t.dtype)
 
     def time_of(self, angle: Tensor) -> Tensor:
-        table = sent(self.angles, angle.device)
-        wanted = angle.double().clamp(0, float(self.angles[-1]))
+        table, ends = self._table(angle.device)
+        wanted = angle.double().clamp(0, self._end)
         lower = (torch.searchsorted(table, wanted, right=True) - 1).clamp(0, self.steps - 1)
-        fraction = (wanted - table[lower]) / (table[lower + 1] - table[lower])
+        low, high = ends[lower].unbind(-1)
+        fraction = (wanted - low) / (high - low)
         return ((lower + fraction) / self.steps).to(angle.dtype)

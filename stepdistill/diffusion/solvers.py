@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import Prediction, per_sample
+from stepdistill.diffusion.remembered import at_time, remembered
 
 Predict = Callable[[Tensor, Tensor], Prediction]
 Step = Callable[[Predict, Tensor, Prediction, Prediction | None, Tensor], Tensor]
@@ -31,7 +32,7 @@ def ddim(predict: Predict, x_t: Tensor, now: Prediction, before: Prediction | No
 def heun(predict: Predict, x_t: Tensor, now: Prediction, before: Prediction | None, s: Tensor) -> Tensor:
     """The trapezoid of the velocities at t and at the Euler point (Karras et al. 2022, 2206.00364, alg. 1): second
     order, two calls; the last step, to clean data, is a DDIM step."""
-    if bool((s <= 0).all()):
+    if _is_clean(s):
         return now.at(s)
     gap = per_sample(s - now.t, x_t)
     then = predict(x_t + gap * now.velocity, s)
@@ -41,7 +42,7 @@ def heun(predict: Predict, x_t: Tensor, now: Prediction, before: Prediction | No
 def dpmpp_2m(predict: Predict, x_t: Tensor, now: Prediction, before: Prediction | None, s: Tensor) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, alg. 2): second order, one call; first and last step are DDIM."""
     path = now.path
-    if before is None or bool((s <= 0).all()):
+    if before is None or _is_clean(s):
         return now.at(s)
     # Around pure noise on a flow path alpha is 0 and its log is not finite: that first step has no `before`, but the
     # second one would see lambda(1) = -inf as its last width; the ratio of widths is then 0 and the step first order.
@@ -51,6 +52,12 @@ def dpmpp_2m(predict: Predict, x_t: Tensor, now: Prediction, before: Prediction 
     x0 = now.x0 + per_sample(lead, x_t) * (now.x0 - before.x0)
     (alpha, sigma), (_, sigma_t) = path.alpha_sigma(s), path.alpha_sigma(now.t)
     return per_sample(sigma / sigma_t, x_t) * x_t - per_sample(alpha * torch.expm1(-width), x_t) * x0
+
+
+@remembered
+def _is_clean(s: Tensor) -> bool:
+    """Whether the times s [B] are all those of clean data."""
+    return bool((s <= 0).all())
 
 
 SOLVERS: dict[str, Step] = {"euler": euler, "ddim": ddim, "heun": heun, "dpm++2m": dpmpp_2m}
@@ -67,8 +74,8 @@ def trajectory(predict: Predict, x: Tensor, times: Sequence[float], solver: str)
     """
     step, before = SOLVERS[solver], None
     for t, s in pairwise(times):
-        now = predict(x, torch.full((len(x),), t, device=x.device))
-        x = step(predict, x, now, before, torch.full((len(x),), s, device=x.device))
+        now = predict(x, at_time(t, x))
+        x = step(predict, x, now, before, at_time(s, x))
         before = now
         yield x
 

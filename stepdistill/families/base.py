@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.path import Path, TablePath, within
+from stepdistill.diffusion.remembered import remembered
 from stepdistill.diffusion.shift import shift_of
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
@@ -146,16 +147,12 @@ class Family(ABC):
         """The shift of a flow teacher's times for pictures of so many tokens, see :func:`shift_of`."""
         return shift_of(pipe.scheduler, tokens)
 
+    @remembered
     def time(self, path: Path, t: Tensor) -> Tensor:
         """The network's own time for t [B]: the (fractional) index of a discrete table, or ``clock`` on a flow path."""
         if isinstance(path, TablePath):
-            position = t.double() * path.steps - 1
-            nearest = position.round()
             # 0.75 in float32 times 1000 must be timestep 749, the very number diffusers' scheduler passes.
-            # It is added as a constant: the derivative in t is that of position, not the zero of a rounded number.
-            near = (position - nearest).abs() < 1e-3
-            position = torch.where(near, position + (nearest - position).detach(), position)
-            return within(position, 0, path.steps - 1).float()
+            return within(path.position(t, 1e-3) - 1, 0, path.steps - 1).float()
         return t.float() * 1000 if self.clock == "1000 t" else t.float()
 
     def pack(self, x_t: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Batch:
 
     Attributes:
         draws: the random numbers of these samples at this step; a method draws every further number from it.
-        noise: starting noise [B, ...].
+        shape: of one sample's state, without B.
         cond: conditions of the prompts drawn for this step.
         prompt: [B] on the CPU, which of the run's prompts each is: rewards look their texts up by it.
         images: real images, where the method needs them.
@@ -46,18 +47,25 @@ class Batch:
     """
 
     draws: Draws
-    noise: Tensor
+    shape: tuple[int, ...]
     cond: Condition
     prompt: Tensor
     images: Examples | None = None
     pairs: Examples | None = None
 
+    @cached_property
+    def noise(self) -> Tensor:
+        """Starting noise [B, ...], drawn where a method asks for it."""
+        return self.draws.normal("noise", self.shape)
+
     def fresh(self, call: int) -> Tensor:
         """Noise [B, ...] for the re-noising after network call ``call`` of a rollout."""
-        return self.draws.normal(f"renoise {call}", tuple(self.noise.shape[1:]))
+        return self.draws.normal(f"renoise {call}", self.shape)
 
     def split(self, parts: int) -> list[Batch]:
         """Equal consecutive parts; the mean of their losses is the loss of the whole."""
+        if parts == 1:
+            return [self]
         size = self.draws.count // parts
         if size * parts != self.draws.count:
             raise ValueError(f"a batch of {self.draws.count} does not split into {parts} equal parts")
@@ -68,7 +76,6 @@ class Batch:
         return replace(
             self,
             draws=self.draws.part(start, size),
-            noise=self.noise[rows],
             cond=self.cond.rows(rows),
             prompt=self.prompt[rows],
             images=self.images and self.images.part(rows),

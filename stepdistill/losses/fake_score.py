@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.guidance import in_interval
 from stepdistill.diffusion.path import Prediction, TablePath
+from stepdistill.diffusion.remembered import at_time
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, MethodOptions, Trained, Turn
 from stepdistill.losses.gan import FeatureGan
@@ -147,7 +148,7 @@ def views_of(
     guidance = in_interval(scale, t, *options.score_interval) if scale != 1.0 else 1.0
     with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
         eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
-        s = torch.full_like(t, since)
+        s = at_time(since, x)
         x_t = fake.path.renoise(x, s, t, eps) if since else fake.path.noised(x, eps, t)
         look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
         real = look(x_t, t, batch.cond, guidance=guidance)
@@ -189,8 +190,7 @@ def rollout(student: Student, sampler: Sampler, batch: Batch, first: int = 0) ->
     calls = exit_of(batch, first, sampler.steps)
     with torch.no_grad():
         start = sampler.walk(student, batch.noise, batch.cond, batch.fresh, calls)
-    t = torch.full((len(start),), sampler.times[calls], device=start.device)
-    return student.predict(start, t, batch.cond).x0
+    return student.predict(start, at_time(sampler.times[calls], start), batch.cond).x0
 
 
 def loss_with_gradient(x: Tensor, field: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import Path, Prediction, per_sample
+from stepdistill.diffusion.remembered import at_time
 from stepdistill.diffusion.solvers import solve
 from stepdistill.losses.batch import Batch
 from stepdistill.networks.student import Student
@@ -41,7 +42,7 @@ def first_step_loss(
         grid: all the steps it would take to the clean sample, on its own schedule.
     """
     noise, cond = batch.noise, batch.cond
-    one = torch.ones(len(noise), device=noise.device)
+    one = at_time(1.0, noise)
     times = [teacher.path.shifted(1 - i / grid) for i in range(calls + 1)]
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
@@ -49,5 +50,5 @@ def first_step_loss(
 
     with torch.no_grad():
         z = solve(predict, noise, times, "ddim")
-        target = x0_of_jump(teacher.path, noise, one, z, one * times[-1])
+        target = x0_of_jump(teacher.path, noise, one, z, at_time(times[-1], noise))
     return (student.predict(noise, one, cond).x0 - target).square().mean()

@@ -21,6 +21,7 @@ from stepdistill.diffusion.change_of_path import STRAIGHT, on_straight, predict_
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Path, TablePath, per_sample
 from stepdistill.diffusion.polyline import Polyline
+from stepdistill.diffusion.remembered import at_time, constant
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Method, Turn
@@ -156,7 +157,7 @@ class FlowMapMethod(Method):
 
     def beginning(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Where drawings from ``noise`` [B, ...] start: the state and its time [B] on the straight path."""
-        return on_straight(self.student.path, noise, torch.ones(len(noise), device=noise.device))
+        return on_straight(self.student.path, noise, at_time(1.0, noise))
 
     def regression(self, batch: Batch) -> Tensor:
         """The distance of u to (x_t - x_s) / (t - s) for two points of a pair's trajectory at random; a scalar."""
@@ -165,7 +166,7 @@ class FlowMapMethod(Method):
         between = [] if pairs.states is None else list(pairs.states.unbind(1))
         line = Polyline.of(
             torch.stack([noise, *between, pairs.x0], 1),
-            noise.new_tensor([1.0, *self.pair_times(), 0.0]),
+            constant([1.0, *self.pair_times(), 0.0], noise.device),
             lambda x, t: on_straight(path, x, t),
         )
         whole = self.options.warm_times == "all"
@@ -185,7 +186,7 @@ class FlowMapMethod(Method):
             start = torch.where(draws.uniform("start") < options.noise_share, torch.zeros_like(start), start)
         else:
             known = (1.0, *self.pair_times())
-            own = torch.tensor([known.index(time) for time in self.times], device=line.times.device)
+            own = constant([known.index(time) for time in self.times], line.times.device).long()
             start = own[draws.integers("regression start", len(own))]
         end = start + 1 + (draws.uniform("regression end") * (last - start)).long()
         end = torch.where(draws.uniform("kind") < options.to_data, torch.full_like(end, last), end)
@@ -199,7 +200,7 @@ class FlowMapMethod(Method):
             t = line.times[0] * draws.uniform("regression start")
             t = torch.where(draws.uniform("start") < options.noise_share, line.times[0], t)
         else:
-            own = torch.tensor(self.times, device=line.times.device)
+            own = constant(self.times, line.times.device)
             starts = on_straight(self.student.path, own, own)[1]
             t = starts[draws.integers("regression start", len(starts))]
         s = torch.where(kind < same + options.to_data, 0.0, t * draws.uniform("regression end"))

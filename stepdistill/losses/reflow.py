@@ -15,6 +15,7 @@ from torch import Tensor
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Prediction, per_sample
+from stepdistill.diffusion.remembered import constant
 from stepdistill.diffusion.solvers import solve, uniform_times
 from stepdistill.families.condition import Condition
 from stepdistill.losses.distances import DistanceName, distance
@@ -52,7 +53,7 @@ def distillation_loss(
         name: the distance.
     """
     segment = draws.integers("segment", len(times))
-    t = torch.tensor(times, device=z.device)[segment]
+    t = constant(times, z.device)[segment]
     state = student.path.noised(x, z, t)
     # The start of the first segment is pure noise, as in sampling, also where the path keeps a trace of data.
     state = torch.where(per_sample(segment == 0, z), z, state)

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.remembered import constant
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.distances import DistanceName, distance
@@ -49,7 +50,7 @@ def ends(
     if pairs.states is not None:
         every = torch.cat([state[:, None], pairs.states], 1)  # [B, K, C, H, W]
         state = every[torch.arange(len(index), device=index.device), index]
-    t = torch.tensor(times, device=index.device)[index]
+    t = constant(times, index.device)[index]
     s = torch.zeros_like(t) if student.two_times else None
     return student.predict(state, t, pairs.cond, s).x0, pairs.x0
 

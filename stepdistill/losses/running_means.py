@@ -51,13 +51,12 @@ class Balance(nn.Module):
     @property
     def ratio(self) -> Tensor:
         """Mean size of the first over that of the second, a scalar; 1 before both were seen."""
-        known = bool((self.means > 0).all())
-        return self.means[0] / self.means[1] if known else torch.ones_like(self.means[0])
+        return torch.where((self.means > 0).all(), self.means[0] / self.means[1], 1.0)
 
     def see(self, first: Tensor, second: Tensor) -> None:
         """Takes in the sizes of some samples of either, each [B], which may be empty."""
         sums = [first.sum(), second.sum()]
-        counts = [first.new_tensor(float(len(first))), first.new_tensor(float(len(second)))]
+        counts = [first.new_full((), len(sizes)) for sizes in (first, second)]
         self._seen.add(torch.stack([*sums, *counts]))
 
     def update(self) -> None:
@@ -65,7 +64,6 @@ class Balance(nn.Module):
         seen = self._seen.take()
         if seen is None:
             return
-        for i in range(2):
-            if seen[2 + i] > 0:
-                now = (seen[i] / seen[2 + i]).to(self.means.dtype)
-                self.means[i] = now if self.means[i] == 0 else self.means[i].lerp(now, 1 - self.decay)
+        now, seen_any = (seen[:2] / seen[2:]).to(self.means.dtype), seen[2:] > 0
+        moved = torch.where(self.means == 0, now, self.means.lerp(now, 1 - self.decay))
+        self.means.copy_(torch.where(seen_any, moved, self.means))

@@ -11,10 +11,10 @@ eps for them (eps - x_s as the velocity) is biased. Their variance grows as 1 / 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import Output, Path, per_sample
+from stepdistill.diffusion.remembered import at_time
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.fake_score import FakeLoss
 from stepdistill.networks.denoiser import Denoiser
@@ -54,7 +54,7 @@ def subinterval_loss(
     """
     low = fake.path.unshifted(since)
     t = fake.path.shifted(low + (1 - low) * batch.draws.uniform("fake t"))
-    s, eps = torch.full_like(t, since), batch.draws.normal("fake eps", tuple(x_s.shape[1:]))
+    s, eps = at_time(since, x_s), batch.draws.normal("fake eps", tuple(x_s.shape[1:]))
     ratio, spread = fake.path.kernel(s, t)
     x_t = per_sample(ratio, x_s) * x_s + per_sample(spread, x_s) * eps
     if kind == "x0":

@@ -23,6 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.remembered import constant
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import SourceOptions, Target, examples, jump, noised
@@ -66,7 +67,7 @@ class PCM(Method):
         draws, each = batch.draws, max(1, self.options.grid // len(self.times))
         phase, n = draws.integers("phase", len(self.times)), draws.integers("time", each) + 1
         n = torch.where(draws.uniform("start") < self.options.start_share, torch.full_like(n, each), n)
-        path, edges = self.student.path, torch.tensor([*self.times, 0.0], device=n.device)
+        path, edges = self.student.path, constant([*self.times, 0.0], n.device)
         start, e = edges[phase], edges[phase + 1]
         low, high = path.unshifted(e), path.unshifted(start)
         t, s = (path.shifted(torch.lerp(low, high, k / each)) for k in (n, n - 1))

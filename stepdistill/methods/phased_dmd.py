@@ -31,6 +31,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from stepdistill.diffusion.path import per_sample
+from stepdistill.diffusion.remembered import at_time
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Method, Trained, Turn
@@ -127,10 +128,9 @@ class PhasedDMD(Method):
 
     def field(self, x_s: Tensor, batch: Batch, since: float) -> Tensor:
         """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where they should move away from."""
-        views = views_of(
-            self.fake, self.teacher, x_s, batch, self.options, self.options.score_scale, since=since
-        )
-        ratio, _ = self.fake.path.kernel(torch.full_like(views.t, since), views.t)
+        own = self.options
+        views = views_of(self.fake, self.teacher, x_s, batch, own, own.score_scale, since=since)
+        ratio, _ = self.fake.path.kernel(at_time(since, x_s), views.t)
         return per_sample(ratio, x_s) * (views.fake.score - views.real.score)
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from stepdistill.families.condition import Condition
@@ -46,7 +45,6 @@ class Reflow(Method):
     options: Options
 
     def setup(self) -> None:
-        self.register_buffer("distilling", torch.tensor(self.options.reflow_steps == 0))
         self.flow = self.roles.add("flow", "student", trained=False)
 
     def sampler(self) -> Sampler:
@@ -54,7 +52,8 @@ class Reflow(Method):
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         pairs = cast(Examples, batch.pairs)
-        return self.distillation_loss(pairs, batch) if self.distilling else self.reflow_loss(pairs, batch)
+        first = turn.step < self.options.reflow_steps
+        return self.reflow_loss(pairs, batch) if first else self.distillation_loss(pairs, batch)
 
     def reflow_loss(self, pairs: Examples, batch: Batch) -> Loss:
         t = batch.draws.uniform("time", self.options.t_min, 1.0)
@@ -77,4 +76,3 @@ class Reflow(Method):
     def after_step(self, turn: Turn) -> None:
         if turn.step + 1 == self.options.reflow_steps:
             self.roles.become("flow", "student")
-            cast(Tensor, self.distilling).fill_(True)

@@ -24,6 +24,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.remembered import at_time
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
@@ -72,7 +73,7 @@ class RFPP(Method):
         """What P compares of clean samples x [B, C, H, W]: themselves, or the teacher's features of them."""
         if self.options.clean == "latents":
             return x
-        t = torch.full((len(x),), self.options.feature_time, device=x.device)
+        t = at_time(self.options.feature_time, x)
         denoiser = self.teacher.denoiser
         alpha, _ = denoiser.path.alpha_sigma(t[:1])
         return denoiser.features(alpha * x, t, cond)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.path import TablePath
+from stepdistill.diffusion.remembered import at_time
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName, distance
@@ -81,7 +82,7 @@ class SlimFlow(Method):
     def guide(self, batch: Batch) -> Tensor:
         """d(G(xi), sg y): the student against its frozen flow's step from the student's own state."""
         xi, cond = batch.noise, batch.cond
-        one = torch.ones(len(xi), device=xi.device)
+        one = at_time(1.0, xi)
         x = self.student.predict(xi, one, cond).x0
         with torch.no_grad():
             m = batch.draws.uniform("guide time", *self.options.guide_times)

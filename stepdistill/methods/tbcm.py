@@ -33,6 +33,7 @@ from stepdistill.losses.consistency import SAMPLER_GRID, Target, consistency_fun
 from stepdistill.losses.contract import Loss, Method, MethodOptions, Turn
 from stepdistill.losses.distances import pseudo_huber, rms
 from stepdistill.networks.sampler import Sampler
+from stepdistill.system.memory import sent
 
 
 class TBCM(Method):
@@ -64,7 +65,7 @@ class TBCM(Method):
         start = STRAIGHT.time_of(path.angle(torch.ones(1)))
         angles = STRAIGHT.angle(start * shifted(u, options.route_shift))
         lowest = torch.tensor([last_time(path)])
-        reference = path.angle(path.time_of(angles).maximum(lowest)).to(batch.noise.device)
+        reference = sent(path.angle(path.time_of(angles).maximum(lowest)), batch.draws.device)
         share = 1 - torch.stack([batch.draws.uniform(f"time {i}") for i in range(1, options.route)], 1)
         # share in (0, 1]: never the lower end
         inner = path.time_of(torch.lerp(reference[1:], reference[:-1], share))

@@ -64,12 +64,22 @@ class Denoiser:
             )
         if self.guidance is not None and cond.get(GUIDANCE) is None:
             cond = cond.with_tensor(GUIDANCE, torch.full_like(t, self.guidance))
+        return self._called(x_t, self.family.time(self.path, t), cond)
+
+    def raw_pair(self, x_t: Tensor, t: Tensor, null: Condition, cond: Condition) -> tuple[Tensor, Tensor]:
+        """The network's outputs under one condition for all samples and under their own, in one call of 2 B samples:
+        each [B, ...] in its own kind, float32, at x_t [B, ...] and t [B]."""
+        both, time = null.repeat(len(x_t)).join(cond), self.family.time(self.path, t)
+        weak, strong = self._called(torch.cat([x_t, x_t]), torch.cat([time, time]), both).chunk(2)
+        return weak, strong
+
+    def _called(self, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        """The network's output at its own time [B]."""
         dtype = torch.float32 if self.compute else next(self.net.parameters()).dtype
         tensors = {
             k: v.to(dtype) if v.is_floating_point() and k not in (GUIDANCE, GAP) else v
             for k, v in cond.tensors.items()
         }
-        time = self.family.time(self.path, t)
         own = nullcontext() if self.adapter is None else self.adapter.on()
         with self._arithmetic(x_t.device.type), own:
             return self.family.call(self.net, x_t.to(dtype), time, Condition(tensors)).float()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -68,8 +69,8 @@ def _difference(
     """(f(p + a w) - f(p - b w)) / (a + b) with a, b per sample: h each, or 0 where that side is closed."""
     times = [(p, w) for p, w in zip(primals, tangents, strict=True) if p.ndim == 1]
     ahead, behind = (_open(times, h, last) for h in (step, -step))
-    neither = ~(ahead | behind)
-    if bool(neither.any()):  # s = t at an end of time: the order gives way, the interval does not
+    if len(times) == 2:  # s = t at an end of time: the order gives way, the interval does not
+        neither = ~(ahead | behind)
         ahead = ahead | (neither & _open(times, step, last, ordered=False))
         behind = behind | (neither & ~ahead)
     a, b = step * ahead.to(primals[0].dtype), step * behind.to(primals[0].dtype)
@@ -83,7 +84,7 @@ def _open(times: list[tuple[Tensor, Tensor]], h: float, last: float, ordered: bo
     moved = [t + h * w for t, w in times]
     if not moved:  # a derivative along the state alone: nothing to leave
         return torch.ones((), dtype=torch.bool)
-    inside = torch.stack([(t >= 0) & (t <= last) for t in moved]).all(0)
+    inside = reduce(torch.logical_and, [(t >= 0) & (t <= last) for t in moved])
     return inside & (moved[0] >= moved[1]) if ordered and len(moved) == 2 else inside
 
 

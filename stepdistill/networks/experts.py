@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.remembered import constant
+
 
 def by_time(t: Tensor, bounds: Sequence[float], call: Callable[[int, Tensor | slice], Tensor]) -> Tensor:
     """The samples' outputs [B, ...] in their order: of expert 0 for t > bounds[0], of the next for t in
@@ -24,7 +26,7 @@ def by_time(t: Tensor, bounds: Sequence[float], call: Callable[[int, Tensor | sl
         bounds: descending times in (0, 1), one fewer than there are experts.
         call: gives one expert's output for the rows it is called with.
     """
-    which = (t[:, None] <= t.new_tensor(bounds)).sum(1)
+    which = (t[:, None] <= constant(bounds, t.device)).sum(1)
     used = [int(k) for k in which.unique()]
     if len(used) == 1:
         return call(used[0], slice(None))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import Path, TablePath
+from stepdistill.diffusion.remembered import at_time
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.families.condition import GUIDANCE, Condition
@@ -84,7 +85,7 @@ class Sampler:
         """The state [B, ...] at ``times[calls]``, after the first ``calls`` network calls."""
         x = noise
         for i in range(calls):
-            t, s = (torch.full((len(x),), time, device=x.device) for time in self.times[i : i + 2])
+            t, s = (at_time(time, x) for time in self.times[i : i + 2])
             prediction = denoiser.predict(x, t, cond, s) if self.two_times else denoiser.predict(x, t, cond)
             if self.gamma is not None:
                 past = _past(denoiser.path, s, self.gamma)
@@ -109,7 +110,7 @@ class Sampler:
             cond = cond.with_tensor(GUIDANCE, scales)
         with torch.no_grad():
             x = self.walk(denoiser, noise, cond, fresh, self.steps - 1)
-        t = torch.full((len(x),), self.times[-1], device=x.device)
+        t = at_time(self.times[-1], x)
         more = (torch.zeros_like(t),) if self.two_times else ()
         last = denoiser.predict(x, t, cond, *more)
         return last.x0 if self.gamma is None else last.at(_past(denoiser.path, torch.zeros_like(t), 0.0))

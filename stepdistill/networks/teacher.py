@@ -154,22 +154,16 @@ class PipelineTeacher:
             raise UserError(
                 f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1"
             )
-        both = self.denoiser.predict(
-            torch.cat([x_t, x_t]), torch.cat([t, t]), self.null.repeat(len(x_t)).join(cond)
-        )
-        weak, strong = (
-            Prediction(self.path, x0, eps, t)
-            for x0, eps in zip(both.x0.chunk(2), both.eps.chunk(2), strict=True)
-        )
+        weak, strong = self.denoiser.raw_pair(x_t, t, self.null, cond)
         if self.guidance_interval != (0.0, 1.0):
             guidance = in_interval(guidance, t, *self.guidance_interval)
-        guided = extrapolate(weak, strong, guidance)
-        if self.family.keeps_length:
-            pack, unpack = self.family.pack, lambda out: self.family.unpack(out, tuple(x_t.shape[1:]))
-            guided = with_length_of(guided, strong, self.denoiser.output, x_t, pack, unpack)
-        if not self.guidance_rescale:
-            return guided
-        return rescaled(guided, strong, self.guidance_rescale, self.denoiser.output, x_t)
+        out, family = extrapolate(weak, strong, guidance), self.family
+        if family.keeps_length:
+            kept = with_length_of(family.pack(out), family.pack(strong))
+            out = family.unpack(kept, tuple(x_t.shape[1:]))
+        if self.guidance_rescale:
+            out = rescaled(out, strong, self.guidance_rescale)
+        return self.path.read(out, self.denoiser.output, x_t, t)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and configs of the pipeline: what the teacher's samples depend on."""

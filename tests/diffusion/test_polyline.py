@@ -69,7 +69,7 @@ def test_jumps_of_no_length_learn_the_teachers_velocity_between_the_states_too(
         grid = (*uniform_times(4), 0.0)
         states = list(trajectory(lambda x, t: teacher.predict(x, t, Condition()), noise, grid, "ddim"))
         pairs = Examples(states[-1], Condition(), noise, torch.stack(states[:-1], 1))
-        loss = loss_of(method, "student", replace(plain, noise=noise, pairs=pairs))[0]
+        loss = loss_of(method, "student", replace(plain, pairs=pairs))[0]
         assert float(loss) < 1e-6
         line = Polyline.of(
             torch.stack([noise, *states], 1), torch.tensor(grid), lambda x, t: on_straight(path, x, t)

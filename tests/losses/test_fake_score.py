@@ -87,7 +87,7 @@ def test_without_guidance_a_teacher_needs_no_unconditional_mode(teacher_of):
         Copies(teacher).add("fake"),
         torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(0)),
     )
-    batch = Batch(Draws(0, 0, 0, 2), noise, teacher.codec.encode(["0", "0"]), torch.zeros(2))
+    batch = Batch(Draws(0, 0, 0, 2), teacher.codec.shape, teacher.codec.encode(["0", "0"]), torch.zeros(2))
     assert float(views_of(fake, teacher, noise, batch, FakeScoreOptions(), 1.0).error.abs().max()) == 0.0
     with pytest.raises(UserError, match="needs an unconditional mode"):
         views_of(fake, teacher, noise, batch, FakeScoreOptions(), 1.5)
@@ -237,7 +237,7 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(kind, teacher_of):
     step = next(step for step in range(9) if Draws(0, step, 0, 2).shared_integer("exit", 2) == 1)
     draws = Draws(0, step, 0, 2)
     images = Examples(draws.normal("images", teacher.codec.shape), cond)
-    batch = Batch(draws, draws.normal("noise", teacher.codec.shape), cond, torch.zeros(draws.count), images)
+    batch = Batch(draws, teacher.codec.shape, cond, torch.zeros(draws.count), images)
     more = {"phases": 1} if kind is PhasedDMD else {}
     for enabled in (False, True):
         options = kind.Options(guidance=2.0, **more)

@@ -151,9 +151,7 @@ def test_the_greatest_draw_still_has_an_interval():
     path = FlowPath()
     for grid in range(5, 60):
         method = consistency(path, GaussianMap(path, MU, S), grid=grid, law="lognormal")
-        upper, lower = method.levels(
-            Batch(Greatest(0, 0, 0, 4), torch.zeros(4, *SHAPE), Condition(), torch.zeros(4)), 0
-        )
+        upper, lower = method.levels(Batch(Greatest(0, 0, 0, 4), SHAPE, Condition(), torch.zeros(4)), 0)
         assert bool((upper == method.high).all()) and bool((lower < upper).all())
 
 

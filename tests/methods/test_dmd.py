@@ -29,7 +29,7 @@ PATHS = [FlowPath(), TrigPath()]
 def many(count):
     """A large batch whose numbers come from one generator a stream."""
     draws = Batched(0, 0, 0, count)
-    return Batch(draws, draws.normal("noise", SHAPE), Condition(), torch.zeros(draws.count))
+    return Batch(draws, SHAPE, Condition(), torch.zeros(draws.count))
 
 
 def dmd(path, shift, scale, times=(1.0,), **options):

@@ -311,7 +311,7 @@ class SealedData(Data):
     def batch(self, step: int, first: int, count: int, size: int) -> Batch:
         plain = super().batch(step, first, count, size)
         assert plain.images is None and plain.pairs is None
-        return Sealed(plain.draws, plain.noise, plain.cond, plain.prompt)
+        return Sealed(plain.draws, plain.shape, plain.cond, plain.prompt)
 
 
 @pytest.mark.parametrize("method", ["freeflow", "sim"])

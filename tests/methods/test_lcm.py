@@ -185,9 +185,7 @@ def test_in_bf16_the_same_weights_learn_in_the_same_direction(teacher_of):
     teacher, gradients = teacher_of("sd"), []
     cond, draws = teacher.codec.encode(tiny_prompts("sd", 4)), Draws(0, 3, 0, 4)
     pairs = Examples(draws.normal("x0", teacher.codec.shape), cond)
-    batch = Batch(
-        draws, draws.normal("noise", teacher.codec.shape), cond, torch.zeros(draws.count), pairs=pairs
-    )
+    batch = Batch(draws, teacher.codec.shape, cond, torch.zeros(draws.count), pairs=pairs)
     for enabled in (False, True):
         student = Student.from_teacher(teacher)
         shaken(student.net)

@@ -260,7 +260,7 @@ def test_annealing_keeps_the_noise_standard_and_lets_its_pair_in(schedule):
     z = torch.randn(20_000, *SHAPE, generator=torch.Generator().manual_seed(0))
     for step in (0, 150, 450, 700):
         draws = Draws(0, step, 0, len(z))
-        noise = method.annealed_noise(z, Batch(draws, z, Condition(), torch.zeros(len(z))), draws.step)
+        noise = method.annealed_noise(z, Batch(draws, SHAPE, Condition(), torch.zeros(len(z))), draws.step)
         assert float(noise.mean()) == pytest.approx(0, abs=0.02)
         assert float(noise.var()) == pytest.approx(1, abs=0.03)
         expected = (1 - method.beta(step) ** 2) ** 0.5
@@ -387,10 +387,7 @@ def mixture_batch(step, count=64):
     z, x = mixture_pairs()
     draws = Draws(0, step, 0, count)
     rows = torch.randint(len(z) // 2, (count,), generator=torch.Generator().manual_seed(step))
-    noise = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(100_000 + step))
-    return Batch(
-        draws, noise, Condition(), torch.zeros(len(noise)), pairs=Examples(x[rows], Condition(), z[rows])
-    )
+    return Batch(draws, SHAPE, Condition(), torch.zeros(count), pairs=Examples(x[rows], Condition(), z[rows]))
 
 
 def energy_distance(a, b):

@@ -279,11 +279,9 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
     prompts = tiny_prompts("sd", 4)
     for step in (1, 2):
         plain = toy_batch(4, step)
-        x0, noise = (plain.draws.normal(name, teacher.codec.shape) for name in ("x0", "noise"))
+        x0 = plain.draws.normal("x0", teacher.codec.shape)
         cond = teacher.codec.encode(prompts)
-        loss, logs = loss_of(
-            method, "student", replace(plain, noise=noise, cond=cond, pairs=Examples(x0, cond))
-        )
+        loss, logs = loss_of(method, "student", replace(plain, cond=cond, pairs=Examples(x0, cond)))
         assert bool(torch.isfinite(loss)) and 0 < float(logs["error"]) < 1
         optimizer.zero_grad()
         loss.backward()

@@ -264,7 +264,7 @@ def test_is_data_free_and_leaves_the_frozen_networks_alone(kind):
         clear(method)
         take_turn(trained, turn)
         plain = toy_batch(8)
-        loss_of(method, turn, Sealed(plain.draws, plain.noise, plain.cond, plain.prompt))[0].backward()
+        loss_of(method, turn, Sealed(plain.draws, plain.shape, plain.cond, plain.prompt))[0].backward()
         assert all(p.grad is not None for p in parameters)
         others = [p for name, group in trained.items() if name != turn for p in group]
         assert all(p.grad is None for p in [*others, *teacher.denoiser.net.parameters()])

@@ -201,10 +201,10 @@ class ToyTeacher:
     ) -> Prediction:
         from stepdistill.diffusion.guidance import extrapolate
 
-        strong = self.denoiser.predict(x_t, t, cond)
-        if self.unguided is None:
-            return strong
-        return extrapolate(self.unguided.predict(x_t, t, cond), strong, guidance)
+        out = self.denoiser.raw(x_t, t, cond)
+        if self.unguided is not None:
+            out = extrapolate(self.unguided.raw(x_t, t, cond), out, guidance)
+        return self.path.read(out, self.denoiser.output, x_t, t)
 
 
 def toy_student(net: nn.Module, path: Path, output: Output = "x0") -> Student:
@@ -248,11 +248,10 @@ def toy_batch(
 ) -> Batch:
     """A batch of ``count``; ``pairs`` maps noise [B, 2, 1, 1] to the teacher's sample of it."""
     draws = Draws(seed, step, 0, count)
-    noise = draws.normal("noise", SHAPE)
     z = draws.normal("pair", SHAPE)
     return Batch(
         draws,
-        noise,
+        SHAPE,
         Condition(),
         torch.arange(count),
         images=None if images is None else Examples(images, Condition()),

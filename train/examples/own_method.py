@@ -28,11 +28,11 @@ class Halving(sd.Method):
 
     def loss(self, turn: sd.Turn, batch: sd.Batch) -> sd.Loss:
         guidance, path, pairs = self.options.guidance, self.student.path, cast(sd.Examples, batch.pairs)
-        edges = torch.tensor([*self.times, 0.0], device=batch.noise.device)
+        edges = torch.tensor([*self.times, 0.0], device=batch.draws.device)
         index = batch.draws.integers("step", len(self.times))
         t, s = edges[index], edges[index + 1]
         middle = (t + s) / 2
-        x_t = path.noised(pairs.x0, batch.draws.normal("eps", tuple(batch.noise.shape[1:])), t)
+        x_t = path.noised(pairs.x0, batch.draws.normal("eps", batch.shape), t)
 
         # Two DDIM steps of the teacher, and the x0 with which one step arrives at the same point.
         first = self.teacher.predict(x_t, t, pairs.cond, guidance=guidance)
