@@ -29,7 +29,7 @@ from stepdistill.attention.rerouted import FusedMode
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Examples
 from stepdistill.methods.scm import SCM
-from stepdistill.networks.derivative import directional_derivative
+from stepdistill.networks.derivative import directional_derivative, takes_exact
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -371,8 +371,11 @@ def test_scm_with_the_exact_derivative_through_fused_attention_is_that_of_the_pl
 ) -> None:
     teacher = teacher_of("dit")
     student = Student.from_teacher(teacher)
-    options = SCM.Options(guidance=2.0, warmup=0, derivative="exact")
-    method = SCM(Copies(teacher, student), (1.0, 0.5), options)
+    differences, method = (
+        SCM(Copies(teacher, student), (1.0,), SCM.Options(guidance=2.0, warmup=0, derivative=way))
+        for way in ("difference", "exact")
+    )
+    assert takes_exact(method) and not takes_exact(differences)
     batch, cond = toy_batch(2, 1), teacher.codec.encode(tiny_prompts("dit", 2))
     x0, noise = (batch.draws.normal(name, teacher.codec.shape) for name in ("x0", "noise"))
     batch = replace(batch, noise=noise, cond=cond, pairs=Examples(x0, cond))
