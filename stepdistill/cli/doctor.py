@@ -1,4 +1,5 @@
-"""``stepdistill doctor``: is this installation able to run? What is broken is said with what to do about it."""
+"""``stepdistill doctor``: is this installation able to run, and is this teacher understood? What is broken is said with
+what to do about it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -209,13 +210,75 @@ def _cache() -> list[Finding]:
     return findings
 
 
+def examine_teacher(source: str, size: str | None = None, family: str | None = None) -> list[Finding]:
+    """Compares the teacher's own picture with ours, and the grids of students with what their pipelines ask.
+
+    Args:
+        source: an embedded teacher, a diffusers folder or a Hub name.
+        size: what is drawn, as in data.size: "512,512" or "480,832,81"; None is the pipeline's own.
+        family: a file of one's own.
+    """
+    import torch
+
+    from stepdistill.errors import UserError
+    from stepdistill.export.checks import grid_check, silent_draw, teacher_check
+    from stepdistill.export.schedulers import on_stock_grid
+    from stepdistill.export.student_folder import pipeline_call, student_pipeline
+    from stepdistill.families import family_in
+    from stepdistill.families.size import Size
+    from stepdistill.networks.loading import load_teacher
+    from stepdistill.networks.sampler import Sampler, schedule_times
+    from stepdistill.networks.student import Student
+    from stepdistill.networks.teacher import PipelineTeacher
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    findings: list[Finding] = []
+    try:
+        sides = [int(side) if side.strip().isdecimal() else 0 for side in (size or "1,1").split(",")]
+        if len(sides) not in (2, 3) or 0 in sides:
+            raise UserError(f"--size is {size}: give height,width or height,width,frames")
+        own = family_in(family) if family else None
+        pipe = load_teacher(source, family=own)
+        teacher = PipelineTeacher(pipe, device, own, size=Size(*sides) if size else None)
+        findings.append(Finding("ok", "family", teacher.family.remark or teacher.family.name))
+        prompt = "a photograph of a cat" if teacher.family.has_prompts else "0"
+        apart = teacher_check(teacher, prompt, 4)
+    except UserError as error:
+        return [*findings, Finding("broken", "teacher", str(error))]
+    said = "its scheduler takes learned variances" if apart is None else f"{apart:.0e} apart in 4 steps"
+    findings.append(Finding("ok" if apart is not None else "note", "teacher check", said))
+    net = teacher.denoiser
+    student = Student(net.net, net.path, net.output, net.family, net.shape)
+    for steps in (1, 2, 4, 8):
+        try:
+            uniform = Sampler(schedule_times(net.path, steps), renoise=False)
+            sampler = on_stock_grid(uniform, net.path, pipe.scheduler, passes=net.family.passes)
+            drawn = student_pipeline(student, sampler, teacher)
+            call = pipeline_call(type(drawn).__name__, sampler, teacher.codec, [prompt])
+            grid_check(silent_draw(drawn, net.family.network, call), sampler, net.path)
+            times = ", ".join(f"{t:.4g}" for t in sampler.times)
+            text = f"{steps} step{'s' * (steps > 1)}: {type(drawn.scheduler).__name__} asks for {times}"
+            findings.append(Finding("ok", "grid check", text))
+        except UserError as error:
+            findings.append(Finding("note", "grid check", f"{steps} steps: {error}"))
+    return findings
+
+
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
 
 
-def doctor() -> None:
-    """Check the installation: versions, devices, attention kernels, compiler, cache and disk."""
-    findings = examine()
+def doctor(
+    teacher: Annotated[
+        str | None, typer.Option(help="Check this teacher: embedded, diffusers folder or Hub name.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="What it draws, as in data.size: 512,512 or 480,832,81.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="A family of your own, ./file.py.")] = None,
+) -> None:
+    """Check the installation (versions, devices, attention kernels, compiler, cache, disk), or a teacher."""
+    findings = examine() if teacher is None else examine_teacher(teacher, size, family)
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         print(f"{finding.state.ljust(6)}  {finding.subject.ljust(width)}  {finding.text}")

@@ -22,9 +22,10 @@ from torch import nn
 
 from stepdistill.errors import UserError
 from stepdistill.export.card import with_code_note
+from stepdistill.export.checks import grid_check
 from stepdistill.export.experts import one_network
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
-from stepdistill.families.watching import frames_of
+from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
@@ -80,7 +81,7 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
     cannot be exported is told before a run, and not at its end.
 
     Raises:
-        UserError: when it cannot be made, does not draw, or draws another picture.
+        UserError: when it cannot be made, does not draw, asks its network for other times, or draws another picture.
     """
     try:
         student = student.unrounded()
@@ -90,7 +91,8 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
         generator = [torch.Generator("cpu").manual_seed(0)]
         call = pipeline_call(type(pipe).__name__, sampler, teacher.codec, [prompt])
         with full_float32():
-            drawn = pipe(**call, generator=generator, output_type="np", return_dict=False)[0]
+            seen = watch(pipe, {**call, "generator": generator, "output_type": "np"})
+        grid_check(seen, sampler, student.path)
     except UserError:
         raise
     except Exception as error:
@@ -100,7 +102,7 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
             f"does not draw with the student's network and scheduler ({type(error).__name__}: {first})"
         ) from error
     own = draw_as_pipeline(student, sampler, replace(teacher.codec, pipe=pipe), [prompt], [0]).cpu()
-    difference = 255 * (strip(frames_of(drawn)) - own).abs()
+    difference = 255 * (strip(frames_of(seen.drawn)) - own).abs()
     if difference.max() > TOLERANCE["max"] or difference.mean() > TOLERANCE["mean"]:
         raise UserError(
             f"a student of this teacher could not be exported, so nothing was trained: {type(pipe).__name__} draws "

@@ -1,7 +1,8 @@
 """The families of pipelines that can teach, one file each, found by being here.
 
-``base.py`` states what a family is; ``kinds.py`` has what those around a UNet or a transformer share, ``_packing.py``
-the tokens of those whose pipelines pack latents. Nothing outside takes a state apart or knows how a network is called.
+``base.py`` states what a family is; ``_recording.py`` makes one for a pipeline that no file here serves; ``kinds.py``
+has what those around a UNet or a transformer share, ``_packing.py`` the tokens of those whose pipelines pack latents.
+Nothing outside takes a state apart or knows how a network is called.
 """
 
 from __future__ import annotations

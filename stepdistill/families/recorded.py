@@ -19,7 +19,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.condition import GUIDANCE, MASK, Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
-from stepdistill.families.watching import frames_of, watch
+from stepdistill.families.watching import frames_of, silent, watch
 
 
 @dataclass(frozen=True)
@@ -226,17 +226,17 @@ class Recorded(Family):
     def drawn_frames(self, pipe: Any, x0: Tensor) -> Tensor:
         """The same by a draw whose network is silent and whose steps all end in x0; without a graph."""
 
-        def silent(*args: Any, **kwargs: Any) -> Any:
+        def quiet(*args: Any, **kwargs: Any) -> Any:
             rows = state_rows(self.found.template, {"args": args, "kwargs": kwargs}) or 0
-            return _rows_of(self.found.silent, rows)
+            return silent(self.found.silent, rows)
 
         call = self._call_of([TOLD[0] if self.has_prompts else "0"] * len(x0)) | {
             "generator": [torch.Generator("cpu").manual_seed(0) for _ in x0],
             "output_type": "np",
         }
-        state, network = self.pack(x0.detach()), {self.network: silent}
+        state, network = self.pack(x0.detach()), {self.network: quiet}
         with torch.autocast(x0.device.type, enabled=False):
-            drawn = watch(pipe, call, scheduler=self.found.scheduler, answer=state, silent=network).drawn
+            drawn = watch(pipe, call, scheduler=self.found.scheduler, answer=state, instead=network).drawn
         return frames_of(drawn).to(x0)
 
     def features_of(self, net: nn.Module) -> nn.Module:
@@ -273,18 +273,3 @@ def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | Non
     if "use_resolution_binning" in takes:  # or other sizes are snapped to those of a list
         call["use_resolution_binning"] = False
     return call
-
-
-def _rows_of(output: Any, rows: int) -> Any:
-    """What a network would return for so many states, of zeros: its output for one, repeated along B."""
-    if isinstance(output, Tensor):
-        return output.new_zeros(rows, *output.shape[1:])
-    if isinstance(output, dict):
-        return type(output)(**{key: _rows_of(inner, rows) for key, inner in output.items()})
-    if isinstance(output, list) and len(output) == 1:
-        return [torch.zeros_like(output[0]) for _ in range(rows)]
-    return (
-        type(output)(_rows_of(inner, rows) for inner in output)
-        if isinstance(output, (list, tuple))
-        else output
-    )

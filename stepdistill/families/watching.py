@@ -65,6 +65,7 @@ class Draw:
         calls: of networks since the last step.
         noises: standard normal tensors, in the order in which they were drawn.
         scheduler: the copy that took the steps, as it was before the first.
+        given: what else ``step`` was given, by name; a generator as it was before the first.
         drawn: what the pipeline returned; None where the draw was ended before.
     """
 
@@ -74,6 +75,7 @@ class Draw:
     calls: list[Call] = field(default_factory=list)
     noises: list[Tensor] = field(default_factory=list)
     scheduler: Any = None
+    given: dict[str, Any] = field(default_factory=dict)
     drawn: Any = None
 
 
@@ -104,7 +106,7 @@ def watch(
     end_at: str | None = None,
     end_after: int | None = None,
     answer: Tensor | None = None,
-    silent: Mapping[str, Callable[..., Any]] | None = None,
+    instead: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Draw:
     """Draws and watches.
 
@@ -115,7 +117,7 @@ def watch(
         end_at: the draw ends where this network would be called.
         end_after: it ends after so many steps.
         answer: what every step returns in place of its own result.
-        silent: functions that are called in place of networks.
+        instead: functions that are called in place of networks.
     """
     pipe = copy.copy(pipe)
     pipe.scheduler = own = copy.deepcopy(scheduler or pipe.scheduler)
@@ -138,6 +140,7 @@ def watch(
         count, sigmas = len(seen.steps), getattr(own, "sigmas", None)
         if not count:
             seen.scheduler = _plain_copy(own)
+            seen.given = _kept(given)
         result = step(*args, **kwargs) if answer is None else _answer(answer, given)
         state = result[0] if isinstance(result, tuple) else result.prev_sample
         sigma = None if sigmas is None or count >= len(sigmas) else float(sigmas[count])
@@ -154,9 +157,9 @@ def watch(
         for name, network in _networks(pipe).items():
             for hook in _hooks(name, network, seen, end_at):
                 stack.callback(hook.remove)
-            if silent and name in silent:
+            if instead and name in instead:
                 takes = inspect.signature(network.forward)
-                stack.enter_context(_instead(network, "forward", silent[name], takes))
+                stack.enter_context(_instead(network, "forward", instead[name], takes))
         stack.enter_context(_Noise(seen.noises))
         stack.enter_context(_silence())  # a pipeline that is tried out warns of what it is not meant for
         with suppress(_Enough):
@@ -236,6 +239,31 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _kept(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step was given beside its three tensors, with generators of the same state."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, list):
+            return [own(inner) for inner in value]
+        return value.clone_state() if isinstance(value, torch.Generator) else value
+
+    left_out = ("model_output", "timestep", "sample", "return_dict")
+    return {name: own(value) for name, value in given.items() if name not in left_out}
+
+
+def silent(output: Any, rows: int) -> Any:
+    """What a network would return for so many states, of zeros: its output for one, repeated along B."""
+    if isinstance(output, Tensor):
+        return output.new_zeros(rows, *output.shape[1:])
+    if isinstance(output, dict):
+        return type(output)(**{key: silent(inner, rows) for key, inner in output.items()})
+    if isinstance(output, list) and len(output) == 1:
+        return [torch.zeros_like(output[0]) for _ in range(rows)]
+    return (
+        type(output)(silent(inner, rows) for inner in output) if isinstance(output, (list, tuple)) else output
+    )
 
 
 def _plain_copy(scheduler: Any) -> Any:

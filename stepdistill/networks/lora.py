@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.diffusion.draws import generator_for
+from stepdistill.errors import UserError
 from stepdistill.networks.sharding import held_like
 
 
@@ -109,6 +110,11 @@ class SharedNetwork:
     ) -> None:
         from diffusers import ModelMixin
 
+        if not targets:
+            raise UserError(
+                f"a {type(net).__name__} has no linear layers in lists of equal blocks that could carry LoRA: set "
+                "student.lora_rank=0"
+            )
         shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
         self.net = copy.deepcopy(net, dict(shared)).requires_grad_(False)
         self.targets, self.exact = targets, exact

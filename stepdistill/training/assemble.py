@@ -17,10 +17,12 @@ from stepdistill.data.prompts import read_prompts
 from stepdistill.data.training_images import EmbeddedImages, ImageFolder, Images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
+from stepdistill.export.checks import teacher_check
 from stepdistill.export.schedulers import check_sampler, on_stock_grid
 from stepdistill.export.student_folder import check_export
 from stepdistill.families import family_in
 from stepdistill.families.kinds import LabelFamily
+from stepdistill.families.recorded import Recorded
 from stepdistill.families.size import Size
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.load import load_features
@@ -149,6 +151,12 @@ def assemble(
     prompts = _prompts(recipe, teacher, embedded)
     for remark in cut_prompts(teacher.pipe, prompts) if main else ():
         say(remark)
+    if (
+        main
+        and isinstance(teacher.family, Recorded)
+        and (apart := teacher_check(teacher, prompts[0], 2)) is not None
+    ):
+        say(f"teacher check: {apart:.0e} apart")
     times = _times(recipe, kind, teacher)
     roles = roles_for(recipe, kind, options, teacher, prompts, times, accelerator)
     teacher = cast(PipelineTeacher, roles.teacher)

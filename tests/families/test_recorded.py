@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import FLOW, GUIDED, PIPELINES, WITH_VAE, tiny_pipeline, tiny_prompts
+from tiny import FLOW, GUIDED, PIPELINES, SIZES, WITH_VAE, tiny_pipeline, tiny_prompts
+from tiny_unknown import chroma
 
+from stepdistill.cli.doctor import examine_teacher
+from stepdistill.errors import UserError
+from stepdistill.export.checks import grid_check, silent_draw, teacher_check
 from stepdistill.families._recording import record
 from stepdistill.families.size import Size
+from stepdistill.families.stable_diffusion_3 import StableDiffusion3
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.assemble import _terms
+from stepdistill.training.distil import run_recipe
 
 Teachers = Callable[[str], PipelineTeacher]
 
@@ -54,3 +67,124 @@ def test_the_recorded_family_of_a_known_pipeline_is_the_known_one(name: str, tea
     assert ours.differentiable == (
         name in WITH_VAE and name not in ("klein", "qwen-image", "ltx", "cog-video-x")
     )
+
+
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No family knows any pipeline."""
+    for module in ("teacher", "loading"):
+        monkeypatch.setattr(f"stepdistill.networks.{module}.known_family", lambda name: None)
+    monkeypatch.setattr("stepdistill.networks.loading.family_named", lambda name: None)
+
+
+@pytest.mark.usefixtures("unknown")
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("chroma", "time t, output velocity, guidance by negative prompt"),
+        ("ltx", "time 1000 t, output velocity, guidance by negative prompt"),
+        ("cog-video-x", "time its table index, output v, guidance by negative prompt"),
+    ],
+)
+def test_an_unknown_pipeline_is_recorded_trained_and_verified(
+    name: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (chroma() if name == "chroma" else tiny_pipeline(name)).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a red heart\nblue\n")
+    size = SIZES.get(name, Size(16, 24))
+    sides = [size.height, size.width, *([size.frames] if size.frames > 1 else [])]
+    sets = [
+        *("train.steps=2", "train.batch=2", "train.sheet_every=0", "train.precision=float32"),
+        *("options.fake_warm_start=0", "student.output=teacher", "student.times=[1.0,0.5]"),
+        *(f"data.size={sides}", f"data.prompts={tmp_path / 'prompts.txt'}", "evaluate=false"),
+        f"student.lora_rank={2 if name == 'chroma' else 0}",
+    ]
+    recipe = load_recipe(teacher=str(tmp_path / "teacher"), method="dmd", sets=sets)
+    run = run_recipe(recipe, output=tmp_path / "run")
+    assert run.report is not None and re.search("by [01]/255 at most", run.report.verification)
+    said = capsys.readouterr().err.splitlines()
+    start = next(i for i, line in enumerate(said) if "recorded from a draw of its own: replay equal" in line)
+    assert said[start].endswith(found) and re.fullmatch(r"teacher check: \de[-+]\d\d apart", said[start + 1])
+
+
+def test_what_a_recording_has_not_is_refused_with_the_reason() -> None:
+    pipe, size = tiny_pipeline("cog-video-x"), SIZES["cog-video-x"]
+    teacher = PipelineTeacher(pipe, family=record(pipe, *path_of(pipe.scheduler), size), size=size)
+    with pytest.raises(UserError, match="how it encodes images: leave out what learns from images"):
+        teacher.codec.to_states(torch.zeros(1, size.frames, 3, size.height, size.width))
+    with pytest.raises(UserError, match=r"CogVideoXPipeline was recorded, .* set GAN weights to 0"):
+        teacher.family.features_of(teacher.denoiser.net)
+    recipe = load_recipe(sets=["terms.perceptual_weight=1"])
+    with pytest.raises(UserError, match=r"need gradients through the decoder.*set both to 0"):
+        _terms(recipe, teacher, ["cat"])
+    with pytest.raises(UserError, match=f"was recorded at {size}"):
+        teacher.family.check_size(teacher.pipe, Size(64, 64, 9))
+
+
+def test_what_cannot_be_recorded_is_told_in_one_line() -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    two = tiny_pipeline("wan")
+    two.register_modules(transformer_2=copy.deepcopy(two.transformer))
+    two.register_to_config(boundary_ratio=0.9)
+    edit = StableDiffusionImg2ImgPipeline(**tiny_pipeline("sd").components, requires_safety_checker=False)
+    edit.set_progress_bar_config(disable=True)
+    size = Size(32, 16, 9)
+    for pipe, reason in (
+        (two, "several networks are called between its steps: transformer, transformer_2"),
+        (edit, r"a draw of its own fails \(ValueError: "),
+    ):
+        with pytest.raises(UserError, match=f"cannot be recorded: {reason}") as caught:
+            record(pipe, *path_of(pipe.scheduler), size)
+        assert "\n" not in str(caught.value) and "train/own_family.md" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["unet-ddim", "sd", "sdxl", "sd3", "flux"])
+def test_a_teacher_draws_its_pipelines_picture(name: str, teacher_of: Teachers) -> None:
+    before = torch.random.get_rng_state()
+    apart = teacher_check(teacher_of(name), tiny_prompts(name, 1)[0], 3)
+    assert apart is not None and apart < 1e-5
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("fault", [{"clock": "t"}, {"unpack": lambda self, x, state: -x}])
+def test_a_wrong_clock_or_sign_is_found_before_training(fault: dict[str, Any]) -> None:
+    wrong = type("Wrong", (StableDiffusion3,), fault)()
+    with pytest.raises(UserError, match=r"StableDiffusion3Pipeline and the family .* draw two pictures"):
+        teacher_check(PipelineTeacher(tiny_pipeline("sd3"), family=wrong), "a red heart", 2)
+
+
+def test_a_grid_that_is_not_the_students_is_found_without_calls_of_the_network(teacher_of: Teachers) -> None:
+    """FlowMatchEuler wastes its last step where the pipeline passes a number of steps alone."""
+    from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    teacher, sampler = teacher_of("sd3"), Sampler((1.0, 0.75, 0.5, 0.25), renoise=False)
+    calls: list[int] = []
+    hook = teacher.denoiser.net.get_submodule("norm_out").register_forward_hook(lambda *said: calls.append(1))
+    call = {**teacher.family.call_arguments("", ["cat"], None, None), "num_inference_steps": 4}
+    for kind, right in ((FlowMapEulerDiscreteScheduler, True), (FlowMatchEulerDiscreteScheduler, False)):
+        pipe = copy.copy(teacher.pipe)
+        pipe.register_modules(scheduler=kind(shift=1.0))
+        seen = silent_draw(pipe, "transformer", call)
+        if right:
+            grid_check(seen, sampler, teacher.path)
+        else:
+            with pytest.raises(UserError, match=r"times \[1.0, 0.667, 0.334, 0.001\], not for student.times"):
+                grid_check(seen, sampler, teacher.path)
+    hook.remove()
+    assert len(calls) == 2
+
+
+def test_doctor_checks_a_teacher(tmp_path: Path) -> None:
+    tiny_pipeline("sd3").save_pretrained(tmp_path)
+    found = examine_teacher(str(tmp_path), "32,16")
+    assert [(each.state, each.subject) for each in found] == [
+        ("ok", "family"),
+        ("ok", "teacher check"),
+        *[("ok", "grid check")] * 4,
+    ]
+    assert re.fullmatch(r"\de[-+]\d\d apart in 4 steps", found[1].text)
+    assert "FlowMapEulerDiscreteScheduler asks for 1, 0.75" in found[3].text
+    for size, reason in (("33,32", "multiples of"), ("big", "--size is big")):
+        broken = examine_teacher(str(tmp_path), size)[-1]
+        assert broken.state == "broken" and reason in broken.text
