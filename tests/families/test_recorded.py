@@ -71,7 +71,8 @@ def test_the_recorded_family_of_a_known_pipeline_is_the_known_one(name: str, tea
 
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No family knows any pipeline."""
+    """No family knows any pipeline; the teacher's pictures beside the student's are of two steps."""
+    monkeypatch.setattr("stepdistill.training.finish.TEACHER_STEPS", 2)
     for module in ("teacher", "loading"):
         monkeypatch.setattr(f"stepdistill.networks.{module}.known_family", lambda name: None)
     monkeypatch.setattr("stepdistill.networks.loading.family_named", lambda name: None)
@@ -108,8 +109,9 @@ def test_an_unknown_pipeline_is_recorded_trained_and_verified(
 
 
 def test_what_a_recording_has_not_is_refused_with_the_reason() -> None:
-    pipe, size = tiny_pipeline("cog-video-x"), SIZES["cog-video-x"]
-    teacher = PipelineTeacher(pipe, family=record(pipe, *path_of(pipe.scheduler), size), size=size)
+    pipe = tiny_pipeline("cog-video-x")
+    teacher = PipelineTeacher(pipe, family=record(pipe, *path_of(pipe.scheduler)))
+    size = teacher.size
     with pytest.raises(UserError, match="how it encodes images: leave out what learns from images"):
         teacher.codec.to_states(torch.zeros(1, size.frames, 3, size.height, size.width))
     with pytest.raises(UserError, match=r"CogVideoXPipeline was recorded, .* set GAN weights to 0"):
