@@ -181,7 +181,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def unet60() -> Any:
-    """A pipeline of Stable Diffusion's kind around a UNet of 61 M random weights; its other parts are small."""
+    """A pipeline of Stable Diffusion's kind around a UNet of 60 M random weights; its other parts are small."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
