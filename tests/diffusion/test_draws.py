@@ -163,15 +163,21 @@ def kolmogorov(numbers: Tensor, distribution: Callable[[Tensor], Tensor]) -> flo
     return math.sqrt(len(below)) * float(torch.maximum(below - steps[:-1], steps[1:] - below).max())
 
 
-@pytest.mark.parametrize(("shape", "part"), [((COUNT,), 0), ((2,), 0), ((2,), 1), ((), 0)])
-def test_normal_numbers_are_normal(shape: tuple[int, ...], part: int) -> None:
-    """Within a sample, and over samples; the deviations of the first four moments are 1, 2, 15 and 96 over n."""
-    z = (
-        Draws(0, 0, 0, 1 if shape == (COUNT,) else COUNT)
-        .normal("n", shape)
-        .double()
-        .reshape(COUNT, -1)[:, part]
-    )
+NORMALS: dict[str, Callable[[], Tensor]] = {
+    "elements": lambda: Draws(0, 0, 0, 1).normal("n", (COUNT,)),
+    "samples": lambda: Draws(0, 0, 0, COUNT).normal("n", ()),
+    "cosines": lambda: Draws(0, 0, 0, COUNT).normal("n", (2,))[:, 0],
+    "sines": lambda: Draws(0, 0, 0, COUNT).normal("n", (2,))[:, 1],
+    "steps": lambda: torch.cat([Draws(0, step, 0, 100).normal("n", ()) for step in range(COUNT // 100)]),
+    "streams": lambda: torch.cat([Draws(0, 0, 0, 100).normal(f"n{i}", ()) for i in range(COUNT // 100)]),
+}
+
+
+@pytest.mark.parametrize("over", NORMALS)
+def test_normal_numbers_are_normal(over: str) -> None:
+    """However they are counted; the variances of the first four powers are 1, 2, 15 and 96."""
+    z = NORMALS[over]().double().flatten()
+    assert len(z) == COUNT
     expected = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96))
     for power, mean, variance in expected:
         assert abs(float((z**power).mean()) - mean) < 4 * math.sqrt(variance / COUNT)
