@@ -89,8 +89,10 @@ def test_states_are_the_teachers_samples_noised_to_evenly_spread_times(tmp_path:
     ratio = x.flatten(1).square().mean(1) / ((alpha * 0.8).square() + sigma.square())
     assert ratio.mean() == pytest.approx(1, abs=0.1)
     assert not torch.equal(states.at(4, "probe")[0], states.at(5, "probe")[0])
-    kept = NoisedSamples(made, tmp_path, told.append).samples.clean(torch.arange(512))
-    assert told == [256] * 4 and kept.std() == pytest.approx(0.8, abs=0.05)
+    kept, rows = NoisedSamples(made, tmp_path, told.append).samples, torch.arange(512)
+    assert told == [256] * 4
+    # A Gaussian's ODE scales its noise; 16 steps end 6 % too narrow, whatever the noise is.
+    assert kept.clean(rows).std() / kept.noise(rows).std() == pytest.approx(0.8, abs=0.06)
 
 
 def test_the_turned_network_says_what_the_teacher_says(tmp_path: Path) -> None:
