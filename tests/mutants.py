@@ -82,6 +82,7 @@ GUARDS: dict[str, list[str]] = {
         "tests/diffusion/test_shift.py",
     ],
     "stepdistill/networks/derivative.py": ["tests/networks/test_derivative.py"],
+    "stepdistill/networks/checkpointing.py": ["tests/networks/test_checkpointing.py"],
     "stepdistill/networks/lora.py": ["tests/networks/test_roles.py", "tests/training/test_adapters.py"],
     "stepdistill/networks/roles.py": ["tests/networks/test_roles.py", "tests/training/test_adapters.py"],
     "stepdistill/families/_packing.py": OF_FAMILIES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
+from stepdistill.networks.checkpointing import checkpointed
 from stepdistill.networks.sharding import held_like
 
 
@@ -120,7 +121,8 @@ class SharedNetwork:
         self.targets, self.exact = targets, exact
         self.layers: dict[str, Any] = {}
         if isinstance(self.net, ModelMixin) and self.net.is_gradient_checkpointing:
-            self.checkpoint_activations()
+            own: Any = self.net
+            own.enable_gradient_checkpointing(self._call_twice())
 
     def add(self, name: str, rank: int, alpha: float, trained: bool = True) -> None:
         """A further adapter, in float32, that changes nothing as yet; ``trained`` says whether gradients reach it."""
@@ -182,18 +184,22 @@ class SharedNetwork:
         plain.load_state_dict(merged_state(net, name, self.exact))
         return plain.to(next(self.net.parameters()).device).eval()
 
-    def checkpoint_activations(self) -> None:
-        """Keeps the inputs of blocks alone for the backward pass, which runs their forward again: under the adapter
-        that was on the first time, whichever is on by then."""
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` the network keeps the inputs of its blocks alone for the backward pass, see
+        ``checkpointing.py``."""
+        return checkpointed([self.net], self._call_twice())
 
-        def call(block: Any, *args: Any) -> Any:
+    def _call_twice(self) -> Callable[..., Any]:
+        """What calls a block, and again in the backward pass: under the adapter that was on the first time, whichever
+        is on by then."""
+
+        def call(block: Callable[..., Any], *args: Any) -> Any:
             layer = next(iter(self.layers.values()), None)
             name = None if layer is None or layer._disable_adapters else layer._active_adapter[0]
             again = lambda: (nullcontext(), self.on(name))  # noqa: E731
             return checkpoint(block, *args, use_reentrant=False, context_fn=again)
 
-        net: Any = self.net
-        net.enable_gradient_checkpointing(call)
+        return call
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.path import Output
 from stepdistill.errors import UserError
 from stepdistill.networks.averages import follow
+from stepdistill.networks.checkpointing import checkpointed
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import Adapter, SharedNetwork
 from stepdistill.networks.sharding import held_like, load_whole
@@ -100,6 +102,15 @@ class Roles(ABC):
         """What lies in memory: networks, each once."""
 
     @abstractmethod
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` every network, the teacher's too, keeps no more than the inputs of its blocks for a
+        backward pass, see ``checkpointing.py``.
+
+        Raises:
+            UserError: for a network that cannot.
+        """
+
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """All that the roles are, beside the teacher; a role's tensors after its name and a dot."""
 
@@ -145,6 +156,9 @@ class Copies(Roles):
             TEACHER: self.teacher.denoiser.net,
             **{name: each.net for name, each in self._denoisers.items()},
         }
+
+    def checkpointed(self) -> AbstractContextManager[None]:
+        return checkpointed(self.stored().values())
 
     def state(self) -> dict[str, Tensor]:
         roles = self._denoisers.items()
@@ -233,6 +247,9 @@ class Adapters(Roles):
 
     def stored(self) -> dict[str, nn.Module]:
         return {TEACHER: self._shared.net}
+
+    def checkpointed(self) -> AbstractContextManager[None]:
+        return self._shared.checkpointed()
 
     def state(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": v.detach() for name in self.names for key, v in self.weights(name).items()}

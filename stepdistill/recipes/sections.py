@@ -111,6 +111,10 @@ class TrainOptions(Section):
         compile: the networks by torch.compile while they are trained: ``regional``, the blocks that repeat in them;
             ``full``, each as a whole; ``graphs``, as a whole and replayed as CUDA graphs, for small networks on cuda.
             Needs a C++ compiler; the first updates take long. See stepdistill/networks/compiled.py.
+        checkpointing: whether networks keep no more than the inputs of their blocks for the backward pass and run the
+            blocks once more there (diffusers' gradient checkpointing): less memory for one more forward pass, and the
+            same numbers to the last bit, so that a run may be resumed with or without it. Student, followers and
+            teacher; not with ``compile``.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that stay on the disk.
         sheet_every: steps between contact sheets; 0 draws none.
@@ -140,6 +144,7 @@ class TrainOptions(Section):
     teacher_precision: Literal["float32", "bf16"] | None = None
     attention: str = "auto"
     compile: Literal["none", "regional", "full", "graphs"] = "none"
+    checkpointing: bool = False
     checkpoint_every: _Positive = 200
     keep: _Positive = 2
     sheet_every: _NotNegative = 100
@@ -153,6 +158,11 @@ class TrainOptions(Section):
             raise ValueError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
         if self.ema and self.ema_power:
             raise ValueError("ema and ema_power are two kinds of one average: set one of them to 0")
+        if self.checkpointing and self.compile != "none":
+            raise ValueError(
+                f"checkpointing is true and compile is {self.compile}, which do not go together: set checkpointing to "
+                "false, or compile to none"
+            )
         return self
 
 

@@ -30,6 +30,7 @@ from stepdistill.losses.contract import Method, MethodOptions, PairOptions
 from stepdistill.losses.objective import Objective
 from stepdistill.losses.rewards import RewardTerm
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Term
+from stepdistill.networks.checkpointing import check_checkpointing
 from stepdistill.networks.compiled import check_compile, compiled_parts
 from stepdistill.networks.derivative import takes_exact
 from stepdistill.networks.find import find_teacher
@@ -133,6 +134,8 @@ def assemble(
         size=Size(*recipe.data.size) if recipe.data.size else None,
     )
     fit_attention(kernel, teacher.denoiser.net, device)
+    if train.checkpointing:
+        check_checkpointing(teacher.denoiser.net)
     changes = taken_as(source)
     if main and teacher.family.remark:
         say(teacher.family.remark)
@@ -176,6 +179,8 @@ def assemble(
         teacher.compute_in(teacher_type(recipe.train))
     for net in roles.stored().values():
         compiled_parts(net, recipe.train.compile)  # refuses what has no blocks before anything slow
+        if train.checkpointing:
+            check_checkpointing(net)
     if main:
         check_export(student, sampler, teacher, prompts[0])
     return Assembled(

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def identity(recipe: Recipe) -> Recipe:
     """The recipe without what cannot move a weight, and so may change between two parts of one run: where its folder
-    lies, what is evaluated, how long it may take, what is kept, drawn, read and tracked."""
+    lies, what is evaluated, how long it may take, what is kept (of activations, too), drawn, read and tracked."""
     plain = TrainOptions()
-    names = ("budget_seconds", "keep", "log_every", "parallel", "sheet_every", "tracker")
+    names = ("budget_seconds", "checkpointing", "keep", "log_every", "parallel", "sheet_every", "tracker")
     train_options = recipe.train.model_copy(update={name: getattr(plain, name) for name in names})
     return recipe.model_copy(update={"output": None, "evaluate": True, "train": train_options})
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -88,6 +88,7 @@ def train(
     with (
         closing(batches),
         attention(options.attention, accelerator.device, options.precision),
+        method.roles.checkpointed() if options.checkpointing else nullcontext(),
         compiled(method.roles.stored().values(), options.compile, same_sizes=method.same_calls) as begin,
         RunLog(folder, options.steps, first=run.step, main=parallel.main) as log,
         Interruption() as interruption,

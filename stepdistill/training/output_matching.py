@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from stepdistill.diffusion.philox import NAME
 from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.regression import annealed
+from stepdistill.networks.checkpointing import checkpointed
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import Adapter, SharedNetwork
 from stepdistill.networks.teacher import PipelineTeacher
@@ -218,6 +219,7 @@ def match_output(
     cache: Path,
     *,
     autocast: Callable[[], AbstractContextManager[object]],
+    checkpointing: bool = False,
     drawn: Callable[[int], None] = lambda samples: None,
     progress: Callable[[int], None] = lambda updates: None,
 ) -> Matched:
@@ -227,6 +229,7 @@ def match_output(
         matching: how.
         cache: the folder of all results.
         autocast: the precision of the network's arithmetic.
+        checkpointing: whether the network is trained with the inputs of its blocks kept alone.
         drawn: told how many of the teacher's samples there are.
         progress: told how many updates were made.
 
@@ -251,32 +254,33 @@ def match_output(
             load_optimizer_state(optimizer, tensors["optimizer"])
         else:
             state["before"] = states.errors(copy)
-        for step in range(state["step"], steps):
-            x, t, cond = states.at(step, "match")
-            with autocast():
-                wanted = matching.teacher.predict(x, t, cond)
-                target = copy.path.target(wanted.x0, wanted.eps, t, copy.output)
-                loss = (copy.raw(x, t, cond) - target).square().mean()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            require_finite(
-                {"loss": float(loss.detach()), "grad_norm": float(norm)}, "output matching", step, None
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = (
-                    matching.options.output_lr * min(1.0, (step + 1) / WARMUP) * annealed(step / steps)
+        with _checkpointed(copy) if checkpointing else nullcontext():
+            for step in range(state["step"], steps):
+                x, t, cond = states.at(step, "match")
+                with autocast():
+                    wanted = matching.teacher.predict(x, t, cond)
+                    target = copy.path.target(wanted.x0, wanted.eps, t, copy.output)
+                    loss = (copy.raw(x, t, cond) - target).square().mean()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                require_finite(
+                    {"loss": float(loss.detach()), "grad_norm": float(norm)}, "output matching", step, None
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress(1)
-            last = step + 1 == steps
-            if last or (step + 1) % EVERY == 0:
-                if last:
-                    state["after"] = states.errors(copy)
-                groups = {"network": {name: value.detach() for name, value in trained.items()}}
-                if not last:
-                    groups["optimizer"] = optimizer_state(optimizer)
-                save_checkpoint(folder, step + 1, groups, state, keep=1)
+                for group in optimizer.param_groups:
+                    group["lr"] = (
+                        matching.options.output_lr * min(1.0, (step + 1) / WARMUP) * annealed(step / steps)
+                    )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                progress(1)
+                last = step + 1 == steps
+                if last or (step + 1) % EVERY == 0:
+                    if last:
+                        state["after"] = states.errors(copy)
+                    groups = {"network": {name: value.detach() for name, value in trained.items()}}
+                    if not last:
+                        groups["optimizer"] = optimizer_state(optimizer)
+                    save_checkpoint(folder, step + 1, groups, state, keep=1)
         shutil.rmtree(folder / "samples")  # whose use ends with the stage
     for value in trained.values():
         value.requires_grad_(False)
@@ -284,3 +288,7 @@ def match_output(
     if not adapter:
         copy.net.cpu()
     return Matched(copy, adapter, state["before"], state["after"])
+
+
+def _checkpointed(own: Denoiser) -> AbstractContextManager[None]:
+    return checkpointed([own.net]) if own.adapter is None else own.adapter.shared.checkpointed()

@@ -103,6 +103,7 @@ def _matched(
             matching,
             cache_folder() / "outputs",
             autocast=lambda: autocast(train.precision, accelerator.device),
+            checkpointing=train.checkpointing,
             drawn=drawn.update,
             progress=shown.update,
         )

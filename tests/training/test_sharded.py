@@ -43,9 +43,10 @@ from stepdistill.training.parallel import parallel_of
 root, processes = Path(sys.argv[3]), launched()
 folder = root / "two"
 assert processes.count == 2
-for name in RUNS:
-    loop(recipe_of(name, root), folder / name, parallel_of("sharded", processes, Accelerator(cpu=True).device))
-sets = ("train.parallel=sharded", "train.sheet_every=2")
+for name in RUNS:  # checkpointing here and not in one process: it changes no number
+    recipe = recipe_of(name, root, "train.checkpointing=true")
+    loop(recipe, folder / name, parallel_of("sharded", processes, Accelerator(cpu=True).device))
+sets = ("train.parallel=sharded", "train.sheet_every=2", "train.checkpointing=true")
 run_recipe(recipe_of("dmd", root, *sets), output=folder / "resumed", resume=True)
 processes.part()
 """

@@ -1,0 +1,68 @@
+"""Networks that keep no more than the inputs of their blocks for the backward pass, which runs each block once more
+(gradient checkpointing; Chen et al. 2016, 1604.06174).
+
+diffusers says where the blocks are; torch's variant that is not reentrant runs them, so that what is not a leaf, an
+exact derivative and a forward that ends early stay what they are. A call without a graph is as before. Losses and
+gradients are those of plain networks to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from stepdistill.errors import UserError
+
+FLAG, CALL = "gradient_checkpointing", "_gradient_checkpointing_func"
+"""What diffusers' modules read in their forward."""
+
+
+def call_twice(block: Callable[..., Any], *args: Any) -> Any:
+    """Calls a block now, and again in the backward pass."""
+    return checkpoint(block, *args, use_reentrant=False)
+
+
+def check_checkpointing(net: nn.Module) -> None:
+    """Refuses a network that cannot run its blocks again.
+
+    Raises:
+        UserError: it is not diffusers', or its class does not do so.
+    """
+    from diffusers import ModelMixin
+
+    able = isinstance(net, ModelMixin) and net._supports_gradient_checkpointing
+    if not able or not any(FLAG in vars(module) for module in net.modules()):
+        raise UserError(
+            f"train.checkpointing is true, but diffusers has no gradient checkpointing for a {type(net).__name__}: set "
+            "it to false"
+        )
+
+
+@contextmanager
+def checkpointed(networks: Iterable[nn.Module], call: Callable[..., Any] = call_twice) -> Iterator[None]:
+    """Inside the ``with`` the networks keep the inputs of their blocks alone, after it they are as they were.
+
+    Args:
+        networks: each once.
+        call: calls a block with its arguments, as :func:`call_twice` does.
+
+    Raises:
+        UserError: see :func:`check_checkpointing`.
+    """
+    found: list[Any] = list(networks)
+    for net in found:
+        check_checkpointing(net)
+    modules = [vars(module) for net in found for module in net.modules() if FLAG in vars(module)]
+    before = [{name: own[name] for name in (FLAG, CALL) if name in own} for own in modules]
+    try:
+        for net in found:
+            net.enable_gradient_checkpointing(call)
+        yield
+    finally:
+        for own, was in zip(modules, before, strict=True):
+            own.pop(CALL, None)
+            own.update(was)
