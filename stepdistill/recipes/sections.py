@@ -90,7 +90,10 @@ class TrainOptions(Section):
             every output kind (14.6 times as much for one step of an eps network on Stable Diffusion's table as for v).
         warmup: steps over which the rate rises from 0.
         schedule: the rate after the warm-up: constant, or falling to 0 as a cosine or a line.
-        betas, weight_decay: of AdamW.
+        optimizer: ``adamw``, or ``adafactor``, which holds next to nothing for linear layers and two thirds of a number
+            a weight for convolutions of 3x3; not with ``parallel: sharded``. See stepdistill/training/optimizers.py.
+        betas: of AdamW.
+        weight_decay: of the optimiser.
         clip: largest gradient norm of a network; 0 leaves gradients as they are.
         ema: decay of the averaged weights per step, in (0, 1); 0 exports the last weights.
         ema_power: instead of one decay, that of a power-function average: after n updates (1 - 1 / n)^(ema_power + 1)
@@ -134,6 +137,7 @@ class TrainOptions(Section):
     lr_of: Literal["weights", "x0"] = "weights"
     warmup: _NotNegative = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -158,6 +162,11 @@ class TrainOptions(Section):
             raise ValueError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
         if self.ema and self.ema_power:
             raise ValueError("ema and ema_power are two kinds of one average: set one of them to 0")
+        if self.optimizer != "adamw" and self.parallel == "sharded":
+            raise ValueError(
+                f"optimizer is {self.optimizer} and parallel is sharded, whose parts it cannot take: set optimizer to "
+                "adamw, or parallel to replicated"
+            )
         if self.checkpointing and self.compile != "none":
             raise ValueError(
                 f"checkpointing is true and compile is {self.compile}, which do not go together: set checkpointing to "

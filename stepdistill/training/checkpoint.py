@@ -115,7 +115,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser as named tensors, ``NUMBER.KEY``."""
     states = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+    named = {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+    return {
+        name: torch.as_tensor(value) for name, value in named.items()
+    }  # some count steps in a Python number
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

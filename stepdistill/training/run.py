@@ -22,7 +22,8 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
 )
 from stepdistill.training.identity import differences, identity
-from stepdistill.training.parallel import OneProcess, Parallel, by_kind
+from stepdistill.training.optimizers import optimizer_of
+from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.parts import ModulePart, OptimizerPart, Part
 
 
@@ -70,14 +71,7 @@ class Run:
         options = recipe.train
         self.trained = {name: objective.weights(name) for name in objective.trained}
         self.optimizers = {
-            name: torch.optim.AdamW(
-                by_kind(parameters),
-                lr=options.lr,
-                betas=options.betas,
-                weight_decay=options.weight_decay,
-                fused=True,
-            )
-            for name, parameters in self.trained.items()
+            name: optimizer_of(options, parameters) for name, parameters in self.trained.items()
         }
         self.roles = objective.method.roles
         averaged = options.ema or options.ema_power
