@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from stepdistill.networks.teacher import PipelineTeacher
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Cores are shared out between the processes of pytest-xdist, before any of them imports torch.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+)
 
 
 @pytest.fixture(scope="session")
