@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from stepdistill.networks.teacher import PipelineTeacher
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Cores are shared out between the processes of pytest-xdist, before any of them imports torch.
-os.environ.setdefault(
-    "OMP_NUM_THREADS",
-    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
-)
+# The processes of pytest-xdist share the cores out, before any of them imports torch: more threads than cores are slow.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 @pytest.fixture(scope="session")
