@@ -9,10 +9,11 @@ gradients are those of plain networks to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import UserError
@@ -21,9 +22,22 @@ FLAG, CALL = "gradient_checkpointing", "_gradient_checkpointing_func"
 """What diffusers' modules read in their forward."""
 
 
-def call_twice(block: Callable[..., Any], *args: Any) -> Any:
-    """Calls a block now, and again in the backward pass."""
-    return checkpoint(block, *args, use_reentrant=False)
+def call_twice(
+    block: Callable[..., Any], *args: Any, again: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Any:
+    """Calls a block now, and again in the backward pass, there within ``again()`` and under the function modes of now:
+    torch would leave off such as that of our own attention."""
+    modes = _get_current_function_mode_stack()
+
+    @contextmanager
+    def as_now() -> Iterator[None]:
+        with ExitStack() as entered:
+            for mode in modes:
+                entered.enter_context(mode)
+            entered.enter_context(again())
+            yield
+
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), as_now()))
 
 
 def check_checkpointing(net: nn.Module) -> None:

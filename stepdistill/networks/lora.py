@@ -6,17 +6,16 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
-from stepdistill.networks.checkpointing import checkpointed
+from stepdistill.networks.checkpointing import call_twice, checkpointed
 from stepdistill.networks.sharding import held_like
 
 
@@ -196,8 +195,7 @@ class SharedNetwork:
         def call(block: Callable[..., Any], *args: Any) -> Any:
             layer = next(iter(self.layers.values()), None)
             name = None if layer is None or layer._disable_adapters else layer._active_adapter[0]
-            again = lambda: (nullcontext(), self.on(name))  # noqa: E731
-            return checkpoint(block, *args, use_reentrant=False, context_fn=again)
+            return call_twice(block, *args, again=lambda: self.on(name))
 
         return call
 

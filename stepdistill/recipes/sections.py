@@ -117,7 +117,7 @@ class TrainOptions(Section):
         checkpointing: whether networks keep no more than the inputs of their blocks for the backward pass and run the
             blocks once more there (diffusers' gradient checkpointing): less memory for one more forward pass, and the
             same numbers to the last bit, so that a run may be resumed with or without it. Student, followers and
-            teacher; not with ``compile`` or ``attention: triton``.
+            teacher; not with ``compile``.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that stay on the disk.
         sheet_every: steps between contact sheets; 0 draws none.
@@ -166,11 +166,6 @@ class TrainOptions(Section):
             raise ValueError(
                 f"optimizer is {self.optimizer} and parallel is sharded, whose parts it cannot take: set optimizer to "
                 "adamw, or parallel to replicated"
-            )
-        if self.checkpointing and self.attention == "triton":
-            raise ValueError(
-                "checkpointing is true and attention is triton, which is not called when blocks run again: set "
-                "attention to auto, or checkpointing to false"
             )
         if self.checkpointing and self.compile != "none":
             raise ValueError(

@@ -126,9 +126,8 @@ def train(
                 run.ema.update()
             run.step = step + 1
             seconds = unread.add(step, name, told, norm, rate)
-            if (
-                parallel.count == 1
-            ):  # several agree on a time where they read, so that a budget stops all at one step
+            # Several processes agree on a time where they read, so that a budget stops all at one step.
+            if parallel.count == 1:
                 run.seconds = seconds
 
             # Once in a while, and before whatever must not be made of a step that went wrong: what the steps told

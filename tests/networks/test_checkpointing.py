@@ -187,6 +187,3 @@ def test_what_cannot_be_checkpointed_is_refused(monkeypatch: pytest.MonkeyPatch)
         load_recipe(
             HERE / "empty.yaml", method="dmd", sets=["train.checkpointing=true", "train.compile=full"]
         )
-    sets = ["train.checkpointing=true", "train.attention=triton"]
-    with pytest.raises(UserError, match="attention is triton, which is not called when blocks run again"):
-        load_recipe(HERE / "empty.yaml", method="dmd", sets=sets)
