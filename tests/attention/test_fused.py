@@ -381,8 +381,8 @@ def test_scm_with_the_exact_derivative_through_fused_attention_is_that_of_the_pl
     )
     assert takes_exact(method) and not takes_exact(differences)
     batch, cond = toy_batch(2, 1), teacher.codec.encode(tiny_prompts("dit", 2))
-    x0, noise = (batch.draws.normal(name, teacher.codec.shape) for name in ("x0", "noise"))
-    batch = replace(batch, noise=noise, cond=cond, pairs=Examples(x0, cond))
+    x0 = batch.draws.normal("x0", teacher.codec.shape)
+    batch = replace(batch, shape=teacher.codec.shape, cond=cond, pairs=Examples(x0, cond))
 
     def found() -> tuple[float, float, Tensor]:
         student.net.zero_grad()

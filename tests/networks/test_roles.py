@@ -449,6 +449,7 @@ def test_an_adapter_costs_two_products_and_a_sum_a_layer_and_none_costs_nothing(
             (roles := Adapters(teacher, 2, 3.0)).teacher.denoiser,
             roles.student,
         ):
+            denoiser.raw(*at)  # what is remembered of the times is made here
             with Operators() as operators:
                 denoiser.raw(*at)
             seen.append(operators.seen)
