@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.attention import tiled
-from stepdistill.attention.fused import fused_attention
+from stepdistill.attention import fused_attention, tiled
 from stepdistill.system.provenance import provenance
 
 

@@ -21,9 +21,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from toy import loss_of, toy_batch
 
-from stepdistill.attention import forward_mode, operators, rerouted
+from stepdistill.attention import forward_mode, fused_attention, operators, rerouted
 from stepdistill.attention.forward_mode import ForwardMode
-from stepdistill.attention.fused import fused_attention
 from stepdistill.attention.kernels import check_attention, why_not
 from stepdistill.attention.rerouted import FusedMode
 from stepdistill.errors import UserError
