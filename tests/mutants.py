@@ -233,8 +233,8 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
     ): "the views have no graph of their own, and the field is taken as a number",
     (
         "stepdistill/methods/meanflow.py",
-        "error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(turn.step))",
-        "error = now - self.equations.eulerian(x, t, s, cond, (now), self.share(turn.step))",
+        "error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(turn.step), along)",
+        "error = now - self.equations.eulerian(x, t, s, cond, (now), self.share(turn.step), along)",
     ): "what the equations return has no graph",
     (
         "stepdistill/methods/scm.py",

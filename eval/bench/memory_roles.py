@@ -54,7 +54,7 @@ def peak_of(line: str, batch: int, rank: int, checkpoint: bool) -> dict[str, flo
 
     def drawn(step: int) -> Batch:
         draws = Draws(0, step, 0, batch)
-        return Batch(draws, draws.normal("noise", teacher.codec.shape), Condition(), torch.zeros(batch))
+        return Batch(draws, teacher.codec.shape, Condition(), torch.zeros(batch))
 
     roles: Roles
     if line == "loaded":

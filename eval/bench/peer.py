@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -102,7 +102,7 @@ class Ours:
         """The batch of the given update, some of its draws stated."""
         found = self.data.batch(STEP, 0, self.size, self.size)
         draws = Given(**vars(found.draws), stated=stated or {})
-        return Batch(draws, found.noise, found.cond, found.prompt, found.images, found.pairs)
+        return replace(found, draws=draws)
 
     def net(self, role: str) -> nn.Module:
         """A copy of a role's network, or the teacher's."""

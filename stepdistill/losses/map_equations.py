@@ -59,8 +59,22 @@ class MapEquations:
         self.derivative, self.least = derivative, least
 
     @torch.no_grad()
+    def along(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
+        """v at x, and how u changes as x and t move along it, both [B, ...]; None where that is a difference."""
+        v = self.velocity(x, t, cond)
+        moves = (v, torch.ones_like(t), torch.zeros_like(s))
+        return v, self.derivative.exact(self._u(cond), (x, t, s), moves)
+
+    @torch.no_grad()
     def eulerian(
-        self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, now: Tensor, share: float = 1.0
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Condition,
+        now: Tensor,
+        share: float = 1.0,
+        along: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """The Eulerian equation's u for s <= t, v itself where s = t.
 
@@ -70,10 +84,9 @@ class MapEquations:
             cond: their conditions.
             now: what u is.
             share: how much of the derivative counts.
+            along: see :meth:`along`, where it was asked before u had a graph, which needs less memory.
         """
-        v = self.velocity(x, t, cond)
-        moves = (v, torch.ones_like(t), torch.zeros_like(s))
-        rate = self.derivative.exact(self._u(cond), (x, t, s), moves)
+        v, rate = along or self.along(x, t, s, cond)
         if rate is not None:
             return v - share * per_sample(t - s, x) * rate
         m, y = self.leg(x, t, s, cond, v, self.derivative.step, LEG_STEPS)

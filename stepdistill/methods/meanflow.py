@@ -42,7 +42,8 @@ class MeanFlow(FlowMapMethod):
             return Loss(self.regression(batch))
         a, b = (logit_normal(draws, name, options.time_mean, options.time_deviation) for name in ("a", "b"))
         x, _, t, s, cond = self.points(batch, a, b)
+        along = self.equations.along(x, t, s, cond)
         now = self.student.flow_velocity(x, t, s, cond)
-        error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(turn.step))
+        error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(turn.step), along)
         logs = {"residual": error.detach().square().mean().sqrt(), **self.derivative.logs()}
         return Loss(adaptive(error, options.power, options.offset), logs)
