@@ -204,7 +204,10 @@ def stepper(update: Update) -> Callable[[int], float]:
 
 
 def timed(pair: Pair, repeats: int, updates: int) -> dict[str, float]:
-    """Milliseconds of an update on both sides, in turns of a few updates, and the ratio."""
+    """Milliseconds of an update on both sides, in turns of a few updates, and the ratio. Weights are put back after it, as
+    further pairs are made of them."""
+    trained = [*pair.ours.trained, *pair.theirs.trained]
+    before = [weight.detach().clone() for weight in trained]
     sides = {"ours": stepper(pair.ours), "theirs": stepper(pair.theirs)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     number = STEP + 1
@@ -214,6 +217,8 @@ def timed(pair: Pair, repeats: int, updates: int) -> dict[str, float]:
             if repeat:  # the first round warms up
                 seconds[name].append(took)
         number += updates
+    with torch.no_grad():
+        torch._foreach_copy_(trained, before)
     ours, theirs = seconds["ours"], seconds["theirs"]
     return {
         "ours ms": statistics.median(ours) * 1e3,
