@@ -204,8 +204,8 @@ def stepper(update: Update) -> Callable[[int], float]:
 
 
 def timed(pair: Pair, repeats: int, updates: int) -> dict[str, float]:
-    """Milliseconds of an update on both sides, in turns of a few updates, and the ratio. Weights are put back after it, as
-    further pairs are made of them."""
+    """Milliseconds of an update on both sides, in turns of a few updates, and the ratio. Weights are put back after
+    it, as further pairs are made of them."""
     trained = [*pair.ours.trained, *pair.theirs.trained]
     before = [weight.detach().clone() for weight in trained]
     sides = {"ours": stepper(pair.ours), "theirs": stepper(pair.theirs)}
