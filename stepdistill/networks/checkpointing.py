@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import UserError
@@ -27,17 +27,27 @@ def call_twice(
 ) -> Any:
     """Calls a block now, and again in the backward pass, there within ``again()`` and under the function modes of now:
     torch would leave off such as that of our own attention."""
-    modes = _get_current_function_mode_stack()
+    later = _Again(_get_current_function_mode_stack(), again)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), later))
 
-    @contextmanager
-    def as_now() -> Iterator[None]:
-        with ExitStack() as entered:
-            for mode in modes:
-                entered.enter_context(mode)
-            entered.enter_context(again())
-            yield
 
-    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), as_now()))
+class _Again(AbstractContextManager[None]):
+    """Where a block is called again: entered once for every backward pass of one graph."""
+
+    def __init__(
+        self, modes: list[TorchFunctionMode], again: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._modes, self._again = modes, again
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for place in (*self._modes, self._again()):
+                stack.enter_context(place)
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().close()
 
 
 def check_checkpointing(net: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import UserError
-from stepdistill.networks import checkpointing, lora
+from stepdistill.networks import checkpointing
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.checkpointing import check_checkpointing, checkpointed
 from stepdistill.recipes.recipe import load_recipe
@@ -130,8 +130,7 @@ def test_a_run_goes_on_with_checkpointing_as_without(
         calls.append(block)
         return checkpoint(block, *args, **options)
 
-    for module in (checkpointing, lora):
-        monkeypatch.setattr(module, "checkpoint", counted)
+    monkeypatch.setattr(checkpointing, "checkpoint", counted)
 
     def run(folder: Path, on: bool, last: int = 4, resume: bool = False) -> Assembled:
         sets = [*COMMON, f"data.prompts={tmp_path}/prompts.txt", f"data.images={tmp_path}/images", *more]
