@@ -194,9 +194,7 @@ def _hooks(name: str, network: nn.Module, seen: Draw, end_at: str | None) -> Ite
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
         if seen.grid:
-            open_calls.append(
-                Call(name, _copied(args), _copied(kwargs))
-            )  # pipelines overwrite latents in place
+            open_calls.append(Call(name, _copied(args), _copied(kwargs)))  # pipelines write into latents
             if name == end_at:
                 seen.calls.append(open_calls[-1])
                 raise _Enough

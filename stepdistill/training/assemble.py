@@ -134,6 +134,7 @@ def assemble(
         size=Size(*recipe.data.size) if recipe.data.size else None,
     )
     fit_attention(kernel, teacher.denoiser.net, device)
+    compiled_parts(teacher.denoiser.net, train.compile)  # refuses what has no blocks before anything slow
     if train.checkpointing:
         check_checkpointing(teacher.denoiser.net)
     changes = taken_as(source)
@@ -178,7 +179,7 @@ def assemble(
     if not recipe.student.lora_rank:  # only now: copies are float32, and exported is what was loaded
         teacher.compute_in(teacher_type(recipe.train))
     for net in roles.stored().values():
-        compiled_parts(net, recipe.train.compile)  # refuses what has no blocks before anything slow
+        compiled_parts(net, train.compile)  # a method's own network may be of another class
         if train.checkpointing:
             check_checkpointing(net)
     if main:

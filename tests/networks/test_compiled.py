@@ -200,6 +200,17 @@ def test_a_run_is_compiled_while_it_trains(tmp_path: Path) -> None:
     assert rows[0] == rows[1] and made[0] == 0 < made[1] <= 4
 
 
+def test_a_network_without_blocks_is_refused_before_its_output_is_matched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
+    sets = ["student.output=v", "train.compile=regional", "options.guidance=1"]
+    recipe = load_recipe(HERE / "empty.yaml", method="dmd", sets=sets)
+    with pytest.raises(UserError, match="UNet2DModel names no blocks that repeat"):
+        assemble(resolve(recipe), Accelerator(cpu=True), tiny_pipeline("unet-ddpm"))
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_what_cannot_be_compiled_is_refused_with_what_can() -> None:
     check_compile("none", CPU, "triton", "sharded")
     check_compile("full", CPU, "sdpa", "auto")
