@@ -10,11 +10,12 @@ first, since they mostly import and compile; the others follow one by one. What 
 errors     fused attention's output, gradients and tangents against float64
 edges      two tiles that fused attention avoids: with 4 warps it is right, with 8 an illegal access
 tiles      the kernels in other shapes, and float32 products by tensor cores (tf32x3) instead of in full (ieee)
+draws      the GPU's random numbers beside the processor's
 toolkit    20 steps of five methods at the embedded teacher, exported and proven, in float32 and bf16
 attention  time and memory of math, sdpa and fused with and without a derivative
 unit       a DMD unit over its bare network passes, and which lines wait for the GPU in a step once a run is under way
-sdxl       a DMD unit at the size of SDXL's UNet, with random weights at 1024 pixels
-compile    that network's forward and backward, its repeated blocks compiled
+ceiling    forward and backward of SDXL's bare UNet, random weights at 1024 pixels: batches, layouts, compiled
+sdxl       a DMD unit at that size
 ways       24 steps of dmd at the embedded teacher in bf16, under every value of train.compile
 harness    features in float32 and bf16, the Frechet distance, decoding, and folders to a number beside clean-fid
 """
@@ -39,18 +40,19 @@ SIDE_BY_SIDE = (
     *("edges-4", "edges-8"),
     *(f"tiles-{kind}" for kind in TILES),
     *(f"toolkit-{method}" for method in METHODS),
-    "compile",
+    "draws",
 )
-ONE_BY_ONE = ("attention", "unit", "sdxl", "harness", "ways")
+ONE_BY_ONE = ("attention", "unit", "ceiling", "sdxl", "harness", "ways")
 
 
 def run_part(name: str, folder: Path, tiny: bool) -> None:
     """In a process of its own: writes the part's rows, or its traceback."""
     import gpu_attention
     import gpu_harness
+    import gpu_sdxl
     import gpu_training
 
-    parts = {**gpu_attention.PARTS, **gpu_training.PARTS, **gpu_harness.PARTS}
+    parts = {**gpu_attention.PARTS, **gpu_training.PARTS, **gpu_sdxl.PARTS, **gpu_harness.PARTS}
     began = time.perf_counter()
     kind, _, argument = name.partition("-")
     found: dict[str, Any] = {"rows": []}
@@ -147,7 +149,7 @@ def main() -> None:
                 found |= {name: {"rows": [], "error": "left out: no time"} for name in wave}
                 continue
             # One part may not take the time of all that follow.
-            share = time.perf_counter() + (150 if len(wave) > 1 else 300 if chosen.tiny else 130)
+            share = time.perf_counter() + (150 if len(wave) > 1 else 300 if chosen.tiny else 170)
             new = collect(wave, Path(folder), chosen.tiny, min(began + chosen.seconds, share))
             found |= new
             for name, part in new.items():

@@ -14,6 +14,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 Row = dict[str, Any]
 
+PEAK_FLOPS = 989e12
+"""Of an H100 or H200 in bf16, dense, as its data sheet has it."""
+
 
 @contextmanager
 def alone() -> Iterator[None]:
