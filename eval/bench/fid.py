@@ -13,6 +13,7 @@ Needs the extra `test`.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import statistics
 import tempfile
@@ -117,10 +118,20 @@ def to_number(
     return frechet_distance_between(*sides)
 
 
+def _with_disp() -> None:
+    """Lets clean-fid run with a scipy whose root of a matrix no longer takes ``disp``."""
+    from scipy import linalg
+
+    root = linalg.sqrtm
+    if "disp" not in inspect.signature(root).parameters:
+        linalg.sqrtm = lambda matrix, disp: (root(matrix), 0.0)
+
+
 def clean_fid(a: Path, b: Path, extract: Callable[[Any], Any], device: torch.device, workers: int) -> float:
     """The same by clean-fid with any network on images in [0, 255]."""
     from cleanfid import fid
 
+    _with_disp()
     return float(
         fid.compute_fid(
             str(a),
