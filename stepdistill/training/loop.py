@@ -15,7 +15,6 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from stepdistill.attention.kernels import attention
 from stepdistill.data.batches import Data
@@ -27,13 +26,13 @@ from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import RunLog
 from stepdistill.system.memory import keep_freed_memory
 from stepdistill.system.processes import ALONE
-from stepdistill.training.arithmetic import autocast
 from stepdistill.training.health import Seen, require_finite
 from stepdistill.training.interruption import Interruption
-from stepdistill.training.parallel import OneProcess, Parallel, take_turn
+from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.run import Finished, Run
 from stepdistill.training.schedule import learning_rate
 from stepdistill.training.unread import Unread
+from stepdistill.training.update import update
 
 
 def train(
@@ -97,33 +96,13 @@ def train(
             # Whose turn (every process).
             step, turn = run.step, objective.turn(run.step)
             name = turn.network
-            parameters, optimizer = run.trained[name], run.optimizers[name]
-            take_turn(run.trained, name)
             begin()
 
-            # Backward, in equal parts whose mean is the batch's loss (every process, its own samples).
-            told: list[dict[str, Tensor]] = []
-            for part in next(batches).split(options.accumulate):
-                with autocast(options.precision, accelerator.device):
-                    loss, logs = objective.loss(turn, part)
-                (loss / options.accumulate if options.accumulate > 1 else loss).backward()
-                told.append({key: value.detach() for key, value in {"loss": loss, **logs}.items()})
-            parallel.average(parameters)
-            norm = parallel.norm(parameters, options.clip)
-
-            # Update (every process).
+            # Its update (every process, its own samples).
             rate = learning_rate(options, step) * objective.lr_ratio(turn)
             if options.lr_of == "x0" and not objective.trained[name].follows:
                 rate /= objective.method.student.x0_gain(objective.method.times)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            objective.after_step(turn)
-            for other in objective.anew(turn):
-                run.optimizers[other].state.clear()
-            if run.ema and name == objective.averaged:
-                run.ema.update()
+            told, norm = update(run, turn, next(batches), rate)
             run.step = step + 1
             seconds = unread.add(step, name, told, norm, rate)
             # Several processes agree on a time where they read, so that a budget stops all at one step.
