@@ -3,6 +3,7 @@ the GPU's peak. Each takes its argument and whether sizes are toys, and yields r
 
 from __future__ import annotations
 
+import re
 import statistics
 import tempfile
 import time
@@ -140,28 +141,51 @@ def sdxl_pipeline(tiny: bool) -> Any:
     )
 
 
-CEILING: tuple[tuple[int, str, str], ...] = (
-    (1, "first", "eager"),
-    (4, "first", "eager"),
-    (4, "last", "eager"),
-    (8, "first", "eager"),
-    (1, "first", "regional"),
-    (4, "first", "regional"),
-    (8, "last", "regional"),
-    (4, "last", "full"),
+CEILING: tuple[tuple[int, str, str, str], ...] = (
+    (1, "first", "eager", "torch's choice"),
+    (8, "first", "eager", "torch's choice"),
+    (8, "first", "eager", "cudnn"),
+    (8, "first", "regional", "torch's choice"),
+    (16, "first", "eager", "torch's choice"),
+    (8, "last", "full", "torch's choice"),
 )
-"""Samples, whether channels lie first or last in memory, and what of the network is compiled."""
+"""Samples, whether channels lie first or last in memory, what of the network is compiled, and who does attention."""
+
+KERNELS = {
+    "attention": "flash|fmha|attention|sdpa",
+    "convolutions": "conv|fprop|dgrad|wgrad|winograd|implicit",
+    "products": "gemm|nvjet|cutlass|cublas|splitk",
+    "layouts": "nchw|nhwc|transpose|permute|tensortransform",
+    "norms": "norm|moments|welford",
+    "copies": "memcpy|memset|copy|cat",
+}
+"""Kinds of kernels by what their names have; the first that fits. The rest is other arithmetic by element."""
+
+
+def kinds_of_kernels(call: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of the GPU in a call, by kind of kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    took = dict.fromkeys((*KERNELS, "elements"), 0.0)
+    for event in seen.key_averages():
+        fits = (kind for kind, names in KERNELS.items() if re.search(names, event.key, re.IGNORECASE))
+        took[next(fits, "elements")] += event.self_device_time_total / 1e3
+    return took
 
 
 def ceiling(_: str, tiny: bool) -> Iterator[Row]:
     """Forward and backward of the bare network in bf16, all weights with gradients."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     net = sdxl_unet(tiny).to(torch.bfloat16)
     side, width, pooled = (8, 32, 16) if tiny else (128, 2048, 1280)
     flops = 0.0
-    for batch, layout, way in CEILING:
-        row: Row = {"batch": batch, "channels": layout, "compile": way}
+    for batch, layout, way, attention in CEILING[:2] if tiny else CEILING:
+        row: Row = {"batch": batch, "channels": layout, "compile": way, "attention": attention}
         form = torch.channels_last if layout == "last" else torch.contiguous_format
         net.to(memory_format=form)
         x = torch.randn(batch, 4, side, side, device=DEVICE, dtype=torch.bfloat16).to(memory_format=form)
@@ -173,9 +197,13 @@ def ceiling(_: str, tiny: bool) -> Iterator[Row]:
                 "time_ids": torch.zeros(batch, 6, device=DEVICE),
             },
         }
+        kernels = list(SDPBackend.__members__.values())[1:]
+        if attention == "cudnn":
+            kernels = [SDPBackend.CUDNN_ATTENTION]
 
-        def call(x: Any = x, told: Any = told) -> None:
-            net(x, **told).sample.float().square().mean().backward()
+        def call(x: Any = x, told: Any = told, kernels: Any = kernels) -> None:
+            with sdpa_kernel(kernels):
+                net(x, **told).sample.float().square().mean().backward()
 
         try:
             if not flops:
@@ -198,6 +226,7 @@ def ceiling(_: str, tiny: bool) -> Iterator[Row]:
             row |= {"ms": seconds * 1e3, "MFU": batch * flops / seconds / PEAK_FLOPS}
             if CUDA:
                 row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+                row |= {f"{kind} ms": took for kind, took in kinds_of_kernels(call).items()}
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}"[:400]
         finally:

@@ -64,10 +64,6 @@ def _short_run(method: str, tiny: bool, train: dict[str, str]) -> Row:
                 Path(folder) / "run",
                 sets=[*sets, *(f"train.{key}={value}" for key, value in train.items())],
             )
-            rows = [json.loads(x) for x in (run.folder / "stats.jsonl").read_text().splitlines()]
-            half = len(rows) // 2
-            row["ms a step"] = (rows[-1]["seconds"] - rows[half - 1]["seconds"]) / (len(rows) - half) * 1e3
-            row["first loss"], row["loss"] = rows[0]["loss"], rows[-1]["loss"]
             assert run.report is not None
             row["peak MiB"] = (run.report.peak_memory_bytes or 0) / 2**20
             row["device"] = run.report.hardware
@@ -76,6 +72,11 @@ def _short_run(method: str, tiny: bool, train: dict[str, str]) -> Row:
             row["failed"] = f"{type(error).__name__}: {error}"[:400]
         finally:
             loop.train = plain
+        if (log := Path(folder) / "run" / "stats.jsonl").is_file():  # also of a run that did not end well
+            rows = [json.loads(x) for x in log.read_text().splitlines()]
+            half = len(rows) // 2
+            row["ms a step"] = (rows[-1]["seconds"] - rows[half - 1]["seconds"]) / (len(rows) - half) * 1e3
+            row["first loss"], row["loss"] = rows[0]["loss"], rows[-1]["loss"]
         row["whole s"] = time.perf_counter() - began
     return row
 
