@@ -4,8 +4,8 @@ The exceptions are a student of several experts, whose network is of a class of 
 takes fresh noise on a flow path, whose scheduler is.
 
 The folder holds the teacher's pipeline with the student's network and scheduler in place, ``verification/`` (prompts,
-seeds, the trainer's own pictures, and the SHA-256 of every file), a model card, and for a LoRA student the adapter as
-``pytorch_lora_weights.safetensors`` beside the merged weights.
+seeds, the trainer's own pictures, and the SHA-256 of every file), a model card, and for a LoRA student without a second
+time the adapter as ``pytorch_lora_weights.safetensors`` beside the merged weights.
 """
 
 from __future__ import annotations
@@ -167,9 +167,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def _save_adapter(network: Denoiser, teacher: PipelineTeacher, folder: Path) -> None:
-    """The LoRA of a student as load_lora_weights takes it, where its pipeline class can load one."""
+    """The LoRA of a student as load_lora_weights takes it, where its pipeline class can load one; a second time is no
+    LoRA, and lives in the merged weights alone."""
     writer = getattr(type(teacher.pipe), "save_lora_weights", None)
     if network.adapter is None or network.adapter.name is None or writer is None:
+        return
+    if network.adapter.has_slots:
         return
     shared, name, kind = network.adapter.shared, network.adapter.name, teacher.family.network
     state = {key: value.detach() for key, value in shared.weights(name).items()}

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.errors import UserError
+from stepdistill.families._second_time import GAP_DIM, GAP_SCALE, sinusoid
 from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.condition import GUIDANCE, Condition
-from stepdistill.families.network_changes import GAP_SCALE, NetworkChanges, gap_of
+from stepdistill.families.network_changes import NetworkChanges, gap_of
 
 GUIDANCE_DIM = 256
 """Width of the guidance embedding in LCM (Luo et al. 2023, 2310.04378)."""
-
-GAP_DIM = 128
-"""Width of the second time's embedding; another width than that of guidance, so that a network says which it takes."""
 
 
 class UNetConditionChanges(NetworkChanges):
@@ -27,30 +24,29 @@ class UNetConditionChanges(NetworkChanges):
         return _with_time_condition(net, GUIDANCE_DIM)
 
     def takes_guidance(self, net: Any) -> bool:
-        return net.config.time_cond_proj_dim is not None and not self.has_second_time(net)
+        return net.config.time_cond_proj_dim not in (None, GAP_DIM)
 
     def fold_guidance(self, net: Any, guidance: float) -> nn.Module:
         return _folded(net, embed_guidance(net, torch.tensor([guidance], device=net.device)))
 
     def has_second_time(self, net: Any) -> bool:
-        return bool(net.config.time_cond_proj_dim == GAP_DIM)
+        return net.config.time_cond_proj_dim == GAP_DIM or super().has_second_time(net)
 
     def second_time(self, net: Any) -> nn.Module:
-        """Through the slot for a condition beside the timestep, the one LCM has for its guidance."""
+        """Through the slot for a condition beside the timestep, the one LCM has for its guidance, where it is free."""
         if net.config.time_cond_proj_dim is not None:
-            raise UserError(
-                "this method needs a network with a second time, and this UNet2DConditionModel has its one slot taken "
-                f"by a guidance embedding of {net.config.time_cond_proj_dim}: take a teacher without one"
-            )
+            return super().second_time(net)
         return _with_time_condition(net, GAP_DIM)
 
     def fold_second_time(self, net: Any, gap: float) -> nn.Module:
-        return _folded(net, _sinusoid(torch.tensor([GAP_SCALE * gap], device=net.device), GAP_DIM))
+        if net.config.time_cond_proj_dim != GAP_DIM:
+            return super().fold_second_time(net, gap)
+        return _folded(net, sinusoid(torch.tensor([GAP_SCALE * gap], device=net.device), GAP_DIM))
 
     def time_condition(self, net: Any, x_t: Tensor, cond: Condition) -> Tensor | None:
         """What goes into the slot: the embedded length of a jump, or an embedded guidance scale [B, D]."""
-        if self.has_second_time(net):
-            return _sinusoid(GAP_SCALE * gap_of(x_t, cond), GAP_DIM).to(x_t.dtype)
+        if net.config.time_cond_proj_dim == GAP_DIM:
+            return sinusoid(GAP_SCALE * gap_of(x_t, cond), GAP_DIM).to(x_t.dtype)
         scale = cond.get(GUIDANCE)
         return None if scale is None else embed_guidance(net, scale).to(x_t.dtype)
 
@@ -58,7 +54,7 @@ class UNetConditionChanges(NetworkChanges):
 def embed_guidance(net: Any, guidance: Tensor) -> Tensor:
     """The embedding [B, D] of guidance scales [B], as the pipelines' ``get_guidance_scale_embedding``: the sinusoid of
     1000 (g - 1)."""
-    return _sinusoid(1000 * (guidance.float() - 1), net.config.time_cond_proj_dim or GUIDANCE_DIM)
+    return sinusoid(1000 * (guidance.float() - 1), net.config.time_cond_proj_dim or GUIDANCE_DIM)
 
 
 @torch.no_grad()
@@ -80,11 +76,3 @@ def _with_time_condition(net: Any, width: int) -> nn.Module:
     wider.load_state_dict({**wider.state_dict(), **net.state_dict()})
     torch.nn.init.zeros_(wider.time_embedding.cond_proj.weight)
     return wider.to(net.device).train(net.training)  # type: ignore[no-any-return]
-
-
-def _sinusoid(phase: Tensor, width: int) -> Tensor:
-    """Sines and cosines [B, width] of phase [B] at rates from 1 down to 1 / 10000."""
-    half = width // 2
-    rates = torch.exp(torch.arange(half, device=phase.device) * -(torch.log(torch.tensor(1e4)) / (half - 1)))
-    angle = phase[:, None] * rates[None]
-    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)

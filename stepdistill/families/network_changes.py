@@ -7,15 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._second_time import add_slots, folded, told_of
 from stepdistill.families.condition import GAP, Condition
-
-GAP_SCALE = 100.0
-"""A gap times this goes through the sinusoids, a tenth of the scale of diffusers' timesteps: gaps of 1 / 100 are told
-apart, and derivatives in s stay a tenth as steep."""
 
 
 class NetworkChanges:
-    """Nothing can be changed. Families whose networks have the slots for it have a subclass."""
+    """What can be changed in a network of any class: it can be told a second time. Families whose networks have slots
+    of their own have a subclass."""
 
     def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
         """A smaller network of the same class with random weights: channels and layers over the old ones in (0, 1].
@@ -48,23 +46,22 @@ class NetworkChanges:
         raise NotImplementedError(f"a {type(net).__name__} takes no guidance")
 
     def second_time(self, net: nn.Module) -> nn.Module:
-        """A copy of the network that is also told t - s, the length of its jump, changing nothing at the start.
+        """The network that is also told t - s, the length of its jump, which changes nothing at the start: this one,
+        changed, or another.
 
         Raises:
-            UserError: where the network has no slot for it.
+            UserError: where nothing in the network embeds a time, or what does has no bias to fold it into.
         """
-        raise UserError(
-            f"this method needs a network with a second time, which a {type(net).__name__} has no slot for. There is "
-            "one in unconditional UNet2DModel and in UNet2DConditionModel; or take a method with one time, such as dmd"
-        )
+        add_slots(net)
+        return net
 
     def has_second_time(self, net: Any) -> bool:
         """Whether the network is one that :meth:`second_time` made."""
-        return False
+        return told_of(net) is not None
 
     def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
         """The stock network that equals ``net`` wherever t - s is ``gap``: the constant embedding goes into a bias."""
-        raise NotImplementedError(f"a {type(net).__name__} has no second time")
+        return folded(net, gap)
 
     def without_variance(self, net: nn.Module) -> nn.Module:
         """The network without the outputs that a family's ``call`` cuts off and the student's pipeline does not."""

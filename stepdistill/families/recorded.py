@@ -15,8 +15,9 @@ from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.shift import shifted
 from stepdistill.errors import UserError
 from stepdistill.families._arguments import Given, fill, state_rows, take
+from stepdistill.families._second_time import jumping, told_of
 from stepdistill.families.base import Family
-from stepdistill.families.condition import GUIDANCE, MASK, Condition, joined
+from stepdistill.families.condition import GAP, GUIDANCE, MASK, Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
 from stepdistill.families.watching import frames_of, silent, watch
@@ -179,7 +180,8 @@ class Recorded(Family):
         scale = cond.get(GUIDANCE)
         scale = torch.full_like(time, self.found.scale) if scale is None else scale
         given = fill(self.found.template, Given(self.pack(x_t), time, scale, cond))
-        output = net(*given["args"], **given["kwargs"])
+        with jumping(told_of(net), cond.get(GAP)):  # of these rows alone
+            output = net(*given["args"], **given["kwargs"])
         return self.unpack(self.found.reading.of(output, self.found.packed), tuple(x_t.shape[1:]))
 
     def conditions(self, call: Any, rows: int) -> Condition:

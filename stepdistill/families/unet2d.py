@@ -9,28 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._second_time import GAP_SCALE
 from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.condition import Condition
 from stepdistill.families.kinds import LabelFamily, UNetFamily
-from stepdistill.families.network_changes import GAP_SCALE, NetworkChanges, gap_of
+from stepdistill.families.network_changes import NetworkChanges, gap_of
 from stepdistill.families.size import Size
 
 
 class UNetChanges(NetworkChanges):
-    """Its second time goes through the slot for class embeddings, which an unconditional network leaves empty."""
+    """Its second time goes through the slot for class embeddings, where an unconditional network leaves it empty."""
 
     def slimmer(self, net: nn.Module, width: float, depth: float) -> nn.Module:
         return slim_unet(net, width, depth)
 
     def has_second_time(self, net: Any) -> bool:
+        return self.takes_gap(net) or super().has_second_time(net)
+
+    def takes_gap(self, net: Any) -> bool:
+        """Whether t - s is handed to it in the place of classes."""
         return bool(net.config.class_embed_type == "timestep")
 
     def second_time(self, net: Any) -> nn.Module:
         if net.class_embedding is not None:
-            raise UserError(
-                "this method needs a network with a second time, and a class-conditional UNet2DModel has its one slot "
-                "taken by the class: take a method with one time, such as dmd"
-            )
+            return super().second_time(net)
         wider = type(net).from_config(net.config, class_embed_type="timestep")
         wider.load_state_dict({**wider.state_dict(), **net.state_dict()})
         nn.init.zeros_(wider.class_embedding.linear_2.weight)
@@ -39,6 +41,8 @@ class UNetChanges(NetworkChanges):
 
     @torch.no_grad()
     def fold_second_time(self, net: Any, gap: float) -> nn.Module:
+        if not self.takes_gap(net):
+            return super().fold_second_time(net, gap)
         plain = type(net).from_config(net.config, class_embed_type=None)
         state = {k: v for k, v in net.state_dict().items() if not k.startswith("class_embedding.")}
         plain.load_state_dict(state)
@@ -80,7 +84,7 @@ class UNet2D(LabelFamily, UNetFamily):
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         labels = cond.get("class_labels")
-        if self.changes.has_second_time(net):
+        if self.changes.takes_gap(net):
             labels = GAP_SCALE * gap_of(x_t, cond)
         output: Tensor = net(x_t, time, class_labels=labels, return_dict=False)[0]
         return output[:, : x_t.shape[1]]

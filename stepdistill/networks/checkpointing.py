@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import UserError
+from stepdistill.families._second_time import jumping, told_of
 
 FLAG, CALL = "gradient_checkpointing", "_gradient_checkpointing_func"
 """What diffusers' modules read in their forward."""
@@ -66,13 +67,26 @@ def check_checkpointing(net: nn.Module) -> None:
         )
 
 
+def calls_of(net: nn.Module) -> Callable[..., Any]:
+    """:func:`call_twice` for blocks of this network: again with the second time that they were told."""
+    told = told_of(net)
+    if told is None:
+        return call_twice
+
+    def call(block: Callable[..., Any], *args: Any) -> Any:
+        gap = told.gap
+        return call_twice(block, *args, again=lambda: jumping(told, gap))
+
+    return call
+
+
 @contextmanager
-def checkpointed(networks: Iterable[nn.Module], call: Callable[..., Any] = call_twice) -> Iterator[None]:
+def checkpointed(networks: Iterable[nn.Module], call: Callable[..., Any] | None = None) -> Iterator[None]:
     """Inside the ``with`` the networks keep the inputs of their blocks alone, after it they are as they were.
 
     Args:
         networks: each once.
-        call: calls a block with its arguments, as :func:`call_twice` does.
+        call: calls a block with its arguments, as :func:`call_twice` does; None is :func:`calls_of`.
 
     Raises:
         UserError: see :func:`check_checkpointing`.
@@ -84,7 +98,7 @@ def checkpointed(networks: Iterable[nn.Module], call: Callable[..., Any] = call_
     before = [{name: own[name] for name in (FLAG, CALL) if name in own} for own in modules]
     try:
         for net in found:
-            net.enable_gradient_checkpointing(call)
+            net.enable_gradient_checkpointing(call or calls_of(net))
         yield
     finally:
         for own, was in zip(modules, before, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.change_of_path import on_other_path, predict_elsewhere
 from stepdistill.diffusion.path import Output, Path, Prediction
+from stepdistill.families._second_time import jumping, told_of
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GAP, GUIDANCE, Condition
 from stepdistill.networks.compiled import called_plainly
@@ -81,7 +82,9 @@ class Denoiser:
             for k, v in cond.tensors.items()
         }
         own = nullcontext() if self.adapter is None else self.adapter.on()
-        with self._arithmetic(x_t.device.type), own:
+        gap = cond.get(GAP)
+        told = nullcontext() if gap is None else jumping(told_of(self.net), gap)
+        with self._arithmetic(x_t.device.type), own, told:
             return self.family.call(self.net, x_t.to(dtype), time, Condition(tensors)).float()
 
     def _arithmetic(self, device: str) -> torch.autocast:
@@ -96,7 +99,8 @@ class Denoiser:
         if self.adapter is None:
             return self.net
         net = self.adapter.plain()
-        return net if self.guidance is None else self.family.changes.fold_guidance(net, self.guidance)
+        net = net if self.guidance is None else self.family.changes.fold_guidance(net, self.guidance)
+        return self.adapter.with_slots(net)
 
     def trainable_net(self) -> nn.Module:
         """A copy of the network in float32 for training, without adapters: what one does is in its weights. One with

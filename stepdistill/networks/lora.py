@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
+from stepdistill.families._second_time import OWN, Told, add_slots, at_first, jumping, slotted, told_of
 from stepdistill.networks.checkpointing import call_twice, checkpointed
 from stepdistill.networks.sharding import held_like
 
@@ -45,7 +46,7 @@ def merged_state(
     net: nn.Module, name: str | None, exact: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The state of a network with one of its adapters (if any) added to the weights, under the names of the network
-    without any.
+    without any; what its second time is told through is left out.
 
     Args:
         net: the network.
@@ -53,7 +54,8 @@ def merged_state(
         exact: the network's own state to take in its place, where it is held rounded.
     """
     layers = lora_layers(net) if name else {}
-    own = {key.replace(".base_layer.", "."): v for key, v in net.state_dict().items() if ".lora_" not in key}
+    stock = {k: v for k, v in net.state_dict().items() if ".lora_" not in k and ".slots." not in k}
+    own = {key.replace(".base_layer.", "."): v for key, v in stock.items()}
     state = {key: value.clone() for key, value in (exact or own).items()}
     for key, layer in layers.items():
         weight = state[f"{key}.weight"]
@@ -70,20 +72,23 @@ class adapter_on(AbstractContextManager[None]):
     Args:
         layers: of one network, see :func:`lora_layers`.
         name: the adapter; None is the network alone.
+        told: of the slots for a second time, which are switched with it; None where there are none.
     """
 
-    def __init__(self, layers: list[Any], name: str | None) -> None:
-        self.layers, self.name = layers, name
-        self._before: list[list[tuple[Any, bool]]] = []
+    def __init__(self, layers: list[Any], name: str | None, told: Told | None = None) -> None:
+        self.layers, self.name, self.told = layers, name, told or Told(None)
+        self._before: list[tuple[str | None, list[tuple[Any, bool]]]] = []
 
     def __enter__(self) -> None:
-        self._before.append([(layer._active_adapter, layer._disable_adapters) for layer in self.layers])
-        names = [self.name]
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
+        self._before.append((self.told.who, before))
+        self.told.who, names = self.name, [self.name]
         for layer in self.layers:
             _set(layer, names, self.name is None)
 
     def __exit__(self, *error: object) -> None:
-        for layer, before in zip(self.layers, self._before.pop(), strict=True):
+        self.told.who, layers = self._before.pop()
+        for layer, before in zip(self.layers, layers, strict=True):
             _set(layer, *before)
 
 
@@ -119,6 +124,7 @@ class SharedNetwork:
         self.net = copy.deepcopy(net, dict(shared)).requires_grad_(False)
         self.targets, self.exact = targets, exact
         self.layers: dict[str, Any] = {}
+        self._told: Told | None = None
         if isinstance(self.net, ModelMixin) and self.net.is_gradient_checkpointing:
             own: Any = self.net
             own.enable_gradient_checkpointing(self._call_twice())
@@ -146,7 +152,36 @@ class SharedNetwork:
             found |= {
                 f"{key}.lora_{part}.weight": getattr(layer, f"lora_{part}")[name].weight for part in "AB"
             }
+        for key, layer in slotted(self.net).items() if self.has_slots(name) else ():
+            own = layer.slots.of[name].named_parameters()
+            found |= {f"{key.removesuffix('.base_layer')}.slots.{part}": value for part, value in own}
         return found
+
+    def has_slots(self, name: str) -> bool:
+        """Whether the network of an adapter has a second time."""
+        return any(name in layer.slots.of for layer in slotted(self.net).values())
+
+    def add_slots(self, name: str) -> None:
+        """Gives the network of an adapter a second time, see ``families/_second_time.py``, that changes nothing as yet.
+
+        Raises:
+            UserError: where the network has no place for it.
+        """
+        trained = next(iter(self.weights(name).values())).requires_grad
+        add_slots(self.net, name, shared=True)
+        self._told = told_of(self.net)
+        for key, value in self.weights(name).items():
+            if ".slots." in key:
+                value.requires_grad_(trained)
+
+    def with_slots(self, net: nn.Module, name: str | None) -> nn.Module:
+        """Gives an ordinary network the second time of an adapter's, where that has one."""
+        if name is not None and self.has_slots(name):
+            add_slots(net)
+            ours = {key.removesuffix(".base_layer"): layer for key, layer in slotted(self.net).items()}
+            for key, layer in slotted(net).items():
+                layer.slots.of[OWN].load_state_dict(ours[key].slots.of[name].state_dict())
+        return net
 
     def config(self, name: str) -> dict[str, Any]:
         """What peft keeps of an adapter beside its weights: rank, scale, layers."""
@@ -157,8 +192,11 @@ class SharedNetwork:
     @torch.no_grad()
     def reset(self, name: str) -> None:
         """Makes an adapter what it was at first: B zero, and A as peft draws it, with numbers that the adapter's name
-        and the layer's say."""
+        and the layer's say; its second time changes nothing."""
         for key, value in self.weights(name).items():
+            if ".slots." in key:
+                value.copy_(held_like(at_first(key, value.shape), value))
+                continue
             if key.endswith(".lora_B.weight"):
                 value.zero_()
                 continue
@@ -174,7 +212,7 @@ class SharedNetwork:
 
     def on(self, name: str | None) -> AbstractContextManager[None]:
         """Inside the ``with`` the network is the one with this adapter; None: without any."""
-        return adapter_on(list(self.layers.values()), name)
+        return adapter_on(list(self.layers.values()), name, self._told)
 
     def plain(self, name: str | None) -> nn.Module:
         """An ordinary network in float32 that says what this one does with the adapter on, or with none."""
@@ -189,13 +227,19 @@ class SharedNetwork:
         return checkpointed([self.net], self._call_twice())
 
     def _call_twice(self) -> Callable[..., Any]:
-        """What calls a block, and again in the backward pass: under the adapter that was on the first time, whichever
-        is on by then."""
+        """What calls a block, and again in the backward pass: under the adapter that was on the first time, and the
+        second time that it was told, whichever is on by then."""
+
+        @contextmanager
+        def again(name: str | None, gap: Tensor | None) -> Iterator[None]:
+            with self.on(name), jumping(self._told, gap):
+                yield
 
         def call(block: Callable[..., Any], *args: Any) -> Any:
             layer = next(iter(self.layers.values()), None)
             name = None if layer is None or layer._disable_adapters else layer._active_adapter[0]
-            return call_twice(block, *args, again=lambda: self.on(name))
+            gap = None if self._told is None else self._told.gap
+            return call_twice(block, *args, again=lambda: again(name, gap))
 
         return call
 
@@ -219,3 +263,17 @@ class Adapter:
     def plain(self) -> nn.Module:
         """An ordinary network in float32 that says the same."""
         return self.shared.plain(self.name)
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether the network has a second time."""
+        return self.name is not None and self.shared.has_slots(self.name)
+
+    def add_slots(self) -> None:
+        """Gives the network a second time."""
+        assert self.name is not None
+        self.shared.add_slots(self.name)
+
+    def with_slots(self, net: nn.Module) -> nn.Module:
+        """Gives :meth:`plain` the second time of this one, where it has one."""
+        return self.shared.with_slots(net, self.name)

@@ -217,7 +217,7 @@ class Adapters(Roles):
     def _reset(self, name: str) -> None:
         self._shared.reset(name)
         if self._start:
-            self._copy(name, self._start)
+            self._copy(name, {**self._shared.weights(name), **self._start})
 
     @torch.no_grad()
     def _copy(self, name: str, weights: Mapping[str, Tensor]) -> None:
@@ -233,6 +233,8 @@ class Adapters(Roles):
         like = self.student if source == TEACHER else self[source]
         made = Denoiser(like.net, like.path, like.output, like.family, like.shape)
         self._put(name, made, rank or self._ranks[STUDENT if source == TEACHER else source], trained)
+        if source != TEACHER and self._shared.has_slots(source):
+            self._shared.add_slots(name)
         self.become(name, source)
         return made
 

@@ -36,18 +36,22 @@ class Student(Denoiser):
     @property
     def two_times(self) -> bool:
         """Whether the network is also told where its jump ends."""
+        if self.adapter is not None:
+            return self.adapter.has_slots
         return self.family.changes.has_second_time(self.net)
 
     def add_second_time(self) -> None:
         """Gives the network its second time t - s, which changes nothing at the start.
 
         Raises:
-            UserError: where the family has no way to, or the student is a LoRA.
+            UserError: where the network has no place for it.
         """
         if self.two_times:
             return
-        self._refuse_lora("this method adds a second time to the network", "")
-        self.net = self.family.changes.second_time(self.net)
+        if self.adapter is not None:
+            self.adapter.add_slots()
+        else:
+            self.net = self.family.changes.second_time(self.net)
 
     def add_guidance_input(self) -> None:
         """Gives the network the guidance scale as an input, which changes nothing at the start.
@@ -78,7 +82,8 @@ class Student(Denoiser):
     def stock_net(self, gap: float) -> nn.Module:
         """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is
         folded into a bias, and an adapter is merged. ``gap`` is that of the sampler, ``Sampler.gap``."""
-        return self.family.changes.fold_second_time(self.net, gap) if self.two_times else self.plain_net()
+        net = self.plain_net()
+        return self.family.changes.fold_second_time(net, gap) if self.two_times else net
 
     def unrounded(self) -> Student:
         """The student as it is exported: itself, or, where it is adapters on a network that is held rounded, one of

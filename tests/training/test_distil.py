@@ -174,11 +174,6 @@ def test_a_run_with_a_second_time_ends_in_the_stock_class(tmp_path, prompts):
     assert config["_class_name"] == "UNet2DConditionModel" and config["time_cond_proj_dim"] is None
 
 
-def test_a_second_time_is_refused_where_the_teacher_has_no_slot_for_it(tmp_path, prompts):
-    match = "needs a network with a second time, which a SD3Transformer2DModel has no slot for"
-    refused(tmp_path, match, prompts, teacher="sd3", method="meanflow")
-
-
 @pytest.mark.parametrize(
     ("name", "method", "times", "more"),
     [

@@ -1,0 +1,198 @@
+"""A second time for networks of any class: an embedding of t - s, zero at the start, beside that of the timestep.
+
+What embeds a timestep ends in a linear layer. A slot adds to its output [B, D] what an MLP makes of sinusoids of t - s,
+so everything that reads the time also reads the length of the jump, and where that is a constant the slot is a part of
+the layer's bias. A network in which every block embeds the time (DiT) has a slot in each. A network that several
+roles share holds a slot for each role that has one, beside its adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from stepdistill.diffusion.draws import generator_for
+from stepdistill.errors import UserError
+
+GAP_SCALE = 100.0
+"""A gap times this goes through the sinusoids, a tenth of the scale of diffusers' timesteps: gaps of 1 / 100 are told
+apart, and derivatives in s stay a tenth as steep."""
+
+GAP_DIM = 128
+"""Width of the sinusoids of a gap; another width than that of guidance, so that a network says which it takes."""
+
+OWN = "own"
+"""Whose slot it is where a network is not shared."""
+
+
+def sinusoid(phase: Tensor, width: int) -> Tensor:
+    """Sines and cosines [B, width] of phase [B] at rates from 1 down to 1 / 10000."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=phase.device) * -(torch.log(torch.tensor(1e4)) / (half - 1)))
+    angle = phase[:, None] * rates[None]
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+
+
+class GapEmbedding(nn.Module):
+    """t - s [B] to [B, D]; 0 at the start.
+
+    Args:
+        width: D.
+        key: says the random numbers of its first weights.
+    """
+
+    def __init__(self, width: int, key: str) -> None:
+        super().__init__()
+        self.first: nn.Linear = skip_init(nn.Linear, GAP_DIM, width)
+        self.last: nn.Linear = skip_init(nn.Linear, width, width)
+        with torch.no_grad():
+            for name, value in self.named_parameters():
+                value.copy_(at_first(f"{key}.{name}", value.shape))
+
+    def forward(self, gap: Tensor) -> Tensor:
+        phases = sinusoid(GAP_SCALE * gap.float(), GAP_DIM).to(self.first.weight.dtype)
+        embedded: Tensor = self.last(F.silu(self.first(phases)))
+        return embedded
+
+
+def at_first(name: str, shape: torch.Size) -> Tensor:
+    """The first values of a slot's parameter, by its name: all are 0 but the weights of its first layer."""
+    value = torch.zeros(shape)
+    if name.endswith("first.weight"):
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator_for("second time", name))
+    return value
+
+
+class Told:
+    """What the slots of one network are told.
+
+    Attributes:
+        who: whose are on; None for none.
+        gap: t - s [B] of the present call; None is 0, the instantaneous velocity.
+    """
+
+    def __init__(self, who: str | None) -> None:
+        self.who = who
+        self.gap: Tensor | None = None
+
+
+class Slots(nn.Module):
+    """The slots beside one layer.
+
+    Attributes:
+        of: one for each who has a second time.
+        told: shared by all slots of a network.
+    """
+
+    def __init__(self, told: Told) -> None:
+        super().__init__()
+        self.of = nn.ModuleDict()
+        self.told = told
+
+    def forward(self, said: Tensor) -> Tensor:
+        """What the layer said, [B, ..., D], with what is added to it."""
+        who, gap = self.told.who, self.told.gap
+        if who is None or who not in self.of:
+            return said
+        added = self.of[who](said.new_zeros(len(said)) if gap is None else gap)
+        beside: Tensor = added.view(len(added), *(1,) * (said.ndim - 2), -1).to(said.dtype)
+        return said + beside
+
+
+def _beside(layer: Any, args: Any, said: Tensor) -> Tensor:
+    """The hook of a layer that has slots."""
+    told: Tensor = layer.slots(said)
+    return told
+
+
+def slotted(net: nn.Module) -> dict[str, Any]:
+    """The layers of a network that have slots, by name."""
+    return {name: m for name, m in net.named_modules() if isinstance(m._modules.get("slots"), Slots)}
+
+
+def told_of(net: nn.Module) -> Told | None:
+    """What a network's slots are told; None for a network without any."""
+    return next((module.told for module in net.modules() if isinstance(module, Slots)), None)
+
+
+def add_slots(net: nn.Module, who: str = OWN, *, shared: bool = False) -> None:
+    """Gives a network its second time, in place; nothing changes at the start.
+
+    Args:
+        net: the network, with adapters or without.
+        who: whose slots they are.
+        shared: whether they are off until ``Told.who`` says who calls.
+
+    Raises:
+        UserError: where nothing in the network embeds a time, or what does has no bias.
+    """
+    layers, told = slotted(net), told_of(net) or Told(None if shared else who)
+    for name, layer in (layers or _last_layers(net)).items():
+        if not layers:
+            layer.add_module("slots", Slots(told))
+            layer.register_forward_hook(_beside)
+        slot = GapEmbedding(layer.out_features, f"{name.removesuffix('.base_layer')}.slots")
+        layer.slots.of[who] = slot.to(layer.weight.device)
+
+
+def _last_layers(net: nn.Module) -> dict[str, Any]:
+    """The last linear layer of everything in a network that embeds a time, by name."""
+    known = {name: module for name, module in net.named_modules() if _embeds_time(name, module)}
+    found: dict[str, Any] = {}
+    for name, module in known.items():
+        if any(other.startswith(f"{name}.") for other in known):
+            continue
+        found |= dict([(f"{name}.{inner}", layer) for inner, layer in _linear(module).items()][-1:])
+    if not found or any(layer.bias is None for layer in found.values()):
+        why = "embeds its timestep without a bias" if found else "has no layers of its own for its timestep"
+        raise UserError(
+            f"this method needs a network with a second time, but a {type(net).__name__} {why}: take a method with one "
+            "time, such as dmd"
+        )
+    return found
+
+
+def _embeds_time(name: str, module: nn.Module) -> bool:
+    """Whether a module is named as diffusers names what embeds a timestep, and has layers to do so."""
+    last = name.rpartition(".")[2]
+    return (last.startswith("time") or last == "t_embedder") and bool(_linear(module))
+
+
+def _linear(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers in a module but for those of adapters, by name."""
+    named = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    return {n: m for n, m in named.items() if n not in ("", "base_layer") and ".lora_" not in f".{n}"}
+
+
+@contextmanager
+def jumping(told: Told | None, gap: Tensor | None) -> Iterator[None]:
+    """Inside the ``with`` the slots are told t - s [B]."""
+    if told is None:
+        yield
+        return
+    before, told.gap = told.gap, gap
+    try:
+        yield
+    finally:
+        told.gap = before
+
+
+@torch.no_grad()
+def folded(net: nn.Module, gap: float) -> nn.Module:
+    """A copy without slots that equals the network wherever t - s is ``gap``."""
+    plain = copy.deepcopy(net)
+    for layer in slotted(plain).values():
+        layer.bias += layer.slots.of[OWN](torch.tensor([gap], device=layer.bias.device))[0].to(layer.bias)
+        del layer.slots
+        hooks = layer._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _beside]:
+            del hooks[key]
+    return plain

@@ -1,0 +1,77 @@
+"""Flow maps of every kind of network: trained, folded into the stock class, exported and verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import SIZES, VIDEO, WITH_TEXT, tiny_pipeline
+
+import stepdistill
+from stepdistill.errors import UserError
+
+COMMON = [
+    *("train.batch=2", "train.steps=2", "train.lr=1e-2", "train.ema=0", "train.sheet_every=0"),
+    *("evaluate=false", "student.output=teacher", "options.guidance=2"),
+]
+METHODS = {
+    "meanflow": ["options.pairs=2", "options.pair_steps=2", "options.warmup=0", "options.derivative=exact"],
+    "freeflow": ["options.fake_steps=1", "options.fake_warm_start=0", "options.derivative=exact"],
+}
+
+
+def sets_of(name: str, method: str, folder: Path) -> list[str]:
+    (folder / "prompts.txt").write_text("red apple\ndog\ncat face\n")
+    size, sets = SIZES.get(name), [*COMMON, *METHODS[method]]
+    if name in WITH_TEXT:
+        sets.append(f"data.prompts={folder / 'prompts.txt'}")
+    if size:
+        sides = [size.height, size.width, size.frames][: 3 if name in VIDEO else 2]
+        sets.append(f"data.size={sides}")
+    return sets
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "steps"),
+    [
+        ("dit", "meanflow", 1),
+        ("dit", "freeflow", 2),
+        ("sd3", "freeflow", 2),
+        ("flux", "meanflow", 2),
+        ("sana", "freeflow", 1),
+        ("wan", "meanflow", 2),
+    ],
+)
+def test_transformers_become_flow_maps_and_stock_students(
+    name: str, method: str, steps: int, tmp_path: Path
+) -> None:
+    """Two updates with exact derivatives; one step and several end in the teacher's class and config."""
+    times = [1.0] if steps == 1 else [1.0, 0.5]
+    sets = [*sets_of(name, method, tmp_path), f"student.times={times}"]
+    teacher = tiny_pipeline(name)
+    run = stepdistill.distill(teacher, method, tmp_path / "run", sets=sets)
+    assert f"drawn in {steps} step(s) by plain diffusers" in run.report.verification
+    config = json.loads((run.student / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == type(teacher.transformer).__name__
+    kind = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    of_tables = {1: "LCMScheduler", 2: "DDIMScheduler"}
+    flow = "FlowMatchEulerDiscreteScheduler" if name == "flux" else "FlowMapEulerDiscreteScheduler"
+    assert kind == (of_tables[steps] if name == "dit" else flow)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("unet-classes", 0), ("sd3", 2)])
+def test_classes_and_adapters_leave_room_for_a_second_time(name: str, rank: int, tmp_path: Path) -> None:
+    """A LoRA's slot is merged and folded with it; no file of the adapter alone could say what it adds."""
+    sets = [*sets_of(name, "freeflow", tmp_path), f"student.lora_rank={rank}", "student.times=[1.0]"]
+    sets += ["options.guidance=1"] if name == "unet-classes" else []
+    run = stepdistill.distill(tiny_pipeline(name), "freeflow", tmp_path / "run", sets=sets)
+    assert "drawn in 1 step(s) by plain diffusers" in run.report.verification
+    assert not (run.student / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_second_time_is_refused_where_nothing_could_hold_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a Flux2Transformer2DModel embeds its timestep without a bias"):
+        stepdistill.distill(
+            tiny_pipeline("klein"), "meanflow", tmp_path / "run", sets=sets_of("klein", "meanflow", tmp_path)
+        )
