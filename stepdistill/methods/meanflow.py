@@ -15,8 +15,9 @@ place of the conditional one; then it is Eulerian map distillation (Boffi et al.
 - Guidance is the teacher's, so the student's one call has it baked in (4.2 mixes it from the student's own u instead).
 
 Clean latents come from cached samples of the teacher, from images, or from the student. The student is told t - s
-through a slot that is zero at the start, of its own class or beside what embeds its timestep. Added: ``warm_start`` on pairs, and jumps from where drawings
-start. Left out: training without a teacher; label dropout, as nothing is unconditional.
+through a slot that is zero at the start, of its own class or beside what embeds its timestep. Added: ``warm_start`` on
+pairs, and jumps from where drawings start. Left out: training without a teacher; label dropout, as nothing is
+unconditional.
 """
 
 from __future__ import annotations
