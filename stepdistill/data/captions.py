@@ -11,11 +11,10 @@ Imports no torch, so that a mistake is told at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from stepdistill.data.prompts import DAMAGE, BadRow, json_rows, named, table_rows, text_in, text_of
+from stepdistill.data.prompts import DAMAGE, BadRow, file_rows, named, text_in, text_of
 from stepdistill.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -48,7 +47,7 @@ def read_metadata(folder: Path) -> dict[Path, Caption]:
     ):  # the nearest to an image is read last, and counts
         source = file.relative_to(folder).as_posix()
         try:
-            for place, row in _rows(file):
+            for place, row, *_ in file_rows(file):
                 name = named(row, FILE_KEY) if isinstance(row, dict) else None
                 if name is None or not isinstance(row[name], str) or not row[name].strip():
                     raise BadRow(f"{place} has no {FILE_KEY}")
@@ -86,8 +85,3 @@ def caption_of(image: Path, stated: dict[Path, Caption]) -> Caption | None:
 def printable(name: str) -> str:
     """A file's name for messages: bytes that are not UTF-8 as backslashes and numbers."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    text = text_in(file)
-    return table_rows(text, tab=False) if file.suffix == ".csv" else json_rows(text)

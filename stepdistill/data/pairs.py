@@ -8,17 +8,17 @@ goes on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from stepdistill.data.shards import Shards, grouped
+from stepdistill.data.sizes import DTYPES, pairs_size
+from stepdistill.data.texts import lines_sha256
 from stepdistill.diffusion.draws import generator_for, normal_of
 from stepdistill.diffusion.path import FlowPath, Prediction
 from stepdistill.diffusion.philox import NAME
@@ -29,6 +29,7 @@ from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import written_whole
+from stepdistill.system.processes import ALONE, Processes
 
 SHARD = 256
 """Pairs in one file."""
@@ -44,6 +45,8 @@ class PairCache:
         options: how many, solver, steps, guidance.
         seed: the pairs' noises and prompts follow from it.
         times: times inside (0, 1) at which the trajectory's states are kept too.
+        dtype: one of DTYPES, in which they are kept; they are made, and read, in float32.
+        remake: whether damaged shards are made again.
 
     Raises:
         UserError: when ``times`` are not among the solver's, or when the folder holds pairs made with anything else.
@@ -57,6 +60,8 @@ class PairCache:
         options: PairOptions,
         seed: int,
         times: Sequence[float] = (),
+        dtype: str = "float32",
+        remake: bool = False,
     ) -> None:
         self.folder, self.teacher, self.options, self.seed = folder, teacher, options, seed
         self.count = options.pairs
@@ -71,10 +76,11 @@ class PairCache:
                 "interval": list(teacher.guidance_interval),
                 "rescale": teacher.guidance_rescale,
                 "shift": teacher.path.shift if isinstance(teacher.path, FlowPath) else 1.0,
-                "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+                "prompts": lines_sha256(prompts),
                 "seed": seed,
                 "shape": list(teacher.codec.shape),
                 "generator": NAME,
+                "dtype": dtype,
             },
             wanted,
         )
@@ -84,7 +90,8 @@ class PairCache:
             for i in range(-(-self.made // len(prompts)))
         ]
         self.prompt_index = torch.cat(rounds)[: self.made]
-        self._open: dict[int, safe_open] = {}
+        self.dtype, self._shards = DTYPES[dtype], Shards(folder, "pairs", remake)
+        self.size = pairs_size(self.count, teacher.codec.shape, len(self.kept), dtype)
 
     def _claim(self, key: dict[str, object], wanted: list[int]) -> tuple[int, list[int]]:
         """How many pairs the cache is of and the positions of the states it keeps; written down when it is new. A run
@@ -92,7 +99,7 @@ class PairCache:
         manifest = self.folder / "manifest.json"
         if manifest.is_file():
             old = {"interval": [0.0, 1.0], "rescale": 0.0, "shift": 1.0, "generator": "mt19937"}
-            found = {**old, **json.loads(manifest.read_text())}
+            found = {**old, "dtype": "float32", **json.loads(manifest.read_text())}
             for name, value in key.items():
                 if found.get(name) != value:
                     self._refuse(name, found.get(name), value)
@@ -114,9 +121,6 @@ class PairCache:
             "folder or name another one in data.pairs"
         )
 
-    def _shard(self, number: int) -> Path:
-        return self.folder / f"pairs-{number:05d}.safetensors"
-
     def noise(self, index: Tensor) -> Tensor:
         """The noises [B, ...] that the pairs ``index`` [B] start from, on the teacher's device."""
         return normal_of(self.seed, "pair noise", index, self.teacher.codec.shape, self.teacher.device)
@@ -124,24 +128,38 @@ class PairCache:
     def make(
         self,
         condition: Callable[[Tensor], Condition],
-        rank: int = 0,
-        ranks: int = 1,
+        processes: Processes = ALONE,
         progress: Callable[[int], None] = lambda made: None,
     ) -> None:
-        """Draws the pairs that are missing; with several processes each takes every ``ranks``-th shard.
+        """Draws the pairs that are missing, each process its own shards of them.
 
         Args:
             condition: prompt indices [B] -> Condition.
-            rank, ranks: this process and how many there are.
+            processes: who share the work.
             progress: told how many pairs each finished shard has.
+
+        Raises:
+            UserError: a shard is damaged.
         """
-        for number in range(rank, -(-self.count // SHARD), ranks):
+        for number in self.missing(processes):
             rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.made))
-            if not self._shard(number).is_file():
-                drawn = self._draw(rows, condition(self.prompt_index[rows]))
-                with written_whole(self._shard(number)) as temporary:
-                    save_file({name: value.cpu().contiguous() for name, value in drawn.items()}, temporary)
-            progress(min(len(rows), self.count - number * SHARD))
+            drawn = self._draw(rows, condition(self.prompt_index[rows]))
+            self._shards.write(number, {name: value.to(self.dtype) for name, value in drawn.items()})
+            progress(len(rows))
+
+    @property
+    def there(self) -> int:
+        """Pairs whose shards are on the disk."""
+        shards = range(-(-self.count // SHARD))
+        return sum(min(SHARD, self.count - n * SHARD) for n in shards if self._shards.file(n).is_file())
+
+    def missing(self, processes: Processes = ALONE) -> list[int]:
+        """The shards that a process has to make.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        return self._shards.missing(range(-(-self.count // SHARD)), processes)
 
     def _draw(self, rows: Tensor, cond: Condition) -> dict[str, Tensor]:
         device, parts = self.teacher.device, []
@@ -170,13 +188,11 @@ class PairCache:
         return self._read("states", index)[:, self.columns] if self.columns else None
 
     def _read(self, name: str, index: Tensor) -> Tensor:
-        rows = []
-        for i in index.tolist():
-            number, row = divmod(i, SHARD)
-            if number not in self._open:
-                self._open[number] = safe_open(self._shard(number), "pt")
-            rows.append(self._open[number].get_slice(name)[row : row + 1])
-        return torch.cat(rows)
+        rows, found = index.tolist(), dict[int, Tensor]()
+        for number, places in grouped([row // SHARD for row in rows]).items():
+            own = self._shards.rows(number, name, [rows[place] % SHARD for place in places]).float()
+            found.update(zip(places, own, strict=True))
+        return torch.stack([found[place] for place in range(len(rows))])
 
 
 def _position(grid: Sequence[float], time: float) -> int:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from stepdistill.data.image_names import natural, of_macos, sample_of
+from stepdistill.data.texts import Texts
 from stepdistill.errors import UserError
 from stepdistill.system.shipped import is_lfs_pointer
 
@@ -27,13 +30,16 @@ KEYS = ("prompt", "caption", "text")
 """Names of the field that holds the prompt; the first that is there counts."""
 FORMS = "a text file with one prompt a line, or .jsonl, .json, .csv, .tsv or a webdataset .tar with captions"
 LARGEST_CAPTION = 1 << 20
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONE_RETURN = re.compile(rb"(?<=\r)(?!\n)")
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, csv.Error, json.JSONDecodeError)
 
 
-def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
-    """The prompts of a file. Rows of tables and samples of a webdataset all count, also those whose prompt is empty, as
-    row i may belong to image i.
+def open_prompts(file: Path, what: str = "data.prompts") -> Texts:
+    """The prompts of a file, looked through once, a line at a time, and read where they lie; those of a .json or a tar
+    lie in one block of bytes. Rows of tables and samples of a webdataset all count, also those whose prompt is empty,
+    as row i may belong to image i.
 
     Args:
         file: see the head of this module.
@@ -45,14 +51,25 @@ def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
     if not file.is_file():
         raise UserError(f"{what}: {file} not found: give {FORMS}")
     try:
-        prompts = [prompt.strip() for prompt in _read(file)]
+        _refuse_pointer(file)
+        name = file.name.lower()
+        if name.endswith((*_TARS, ".json")):
+            prompts = Texts.of(_of_webdataset(file) if name.endswith(_TARS) else _of_json(file))
+        else:
+            prompts = _of_lines(file)
+        empty = not any(prompts)
     except BadRow as row:
         raise UserError(f"{what}: {file}: {row}") from None
     except DAMAGE as error:
         raise UserError(f"{what}: {file} cannot be read: {' '.join(str(error).split())}") from None
-    if not any(prompts):
+    if empty:
         raise UserError(f"{what}: {file} holds no prompt; write one a line")
     return prompts
+
+
+def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
+    """All prompts of :func:`open_prompts`, as strings."""
+    return list(open_prompts(file, what))
 
 
 class BadRow(Exception):
@@ -74,31 +91,107 @@ def _refuse_pointer(file: Path) -> None:
         raise BadRow("is a Git LFS pointer, not the file itself: run git lfs pull where it lies")
 
 
-def _utf8(content: bytes, place: str) -> str:
+def _utf8(content: bytes, place: str, before: int = 0) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8" if before else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRow(f"{place}is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise BadRow(f"{place}is not UTF-8 text ({error.reason} at byte {before + error.start})") from None
 
 
-def _read(file: Path) -> Iterable[str]:
-    name = file.name.lower()
-    if name.endswith(_TARS):
-        _refuse_pointer(file)
-        return _of_webdataset(file)
-    text = text_in(file)
-    if name.endswith(".jsonl"):
-        return [text_of(row, place) for place, row in json_rows(text)]
-    if name.endswith(".json"):
-        content = json.loads(text)
-        if not isinstance(content, (dict, list)):
-            raise BadRow("is neither a list nor a table of prompts")
-        rows = content.items() if isinstance(content, dict) else enumerate(content, 1)
-        return [text_of(row, f"entry {key}") for key, row in rows]
-    if name.endswith((".csv", ".tsv")):
-        return [text_of(row, place) for place, row in table_rows(text, tab=name.endswith(".tsv"))]
+def _of_json(file: Path) -> Iterator[str]:
+    content = json.loads(text_in(file))
+    if not isinstance(content, (dict, list)):
+        raise BadRow("is neither a list nor a table of prompts")
+    rows = content.items() if isinstance(content, dict) else enumerate(content, 1)
+    return (text_of(row, f"entry {key}") for key, row in rows)
+
+
+def _of_lines(file: Path) -> Texts:
+    texts = Texts(file, _parser(file))
+    for row in file_rows(file):
+        text_of(row.content, row.place)
+        texts.add(row.start, row.size)
+    return texts
+
+
+class Row(NamedTuple):
+    """A row of a file.
+
+    Attributes:
+        place: of it, for messages.
+        content: what it holds: a line of text, what a line of JSON says, or a table's row by the names of its columns.
+        start, size: its place in the file, in bytes.
+    """
+
+    place: str
+    content: Any
+    start: int
+    size: int
+
+
+def file_rows(file: Path) -> Iterator[Row]:
+    """The rows of a .jsonl, of a .csv or .tsv with a header, or the lines of a text; without empty lines, and one at a
+    time.
+
+    Raises:
+        BadRow: it is not UTF-8, a Git LFS pointer, or a line is not JSON.
+    """
+    _refuse_pointer(file)
+    with file.open("rb") as stream:
+        lines = _Lines(stream)
+        for place, content in _parsed(file, lines):
+            yield Row(place, content, lines.told, lines.end - lines.told)
+            lines.told = lines.end
+
+
+def _parsed(file: Path, lines: _Lines) -> Iterator[tuple[str, Any]]:
+    if (delimiter := _DELIMITERS.get(file.suffix.lower())) is not None:
+        table = csv.DictReader(lines, delimiter=delimiter)
+        lines.told = lines.end if table.fieldnames else 0
+        for row in table:
+            yield f"line {table.line_num}", row
+        return
+    in_json = file.suffix.lower() == ".jsonl"
     # Not splitlines: captions of the web have form feeds and U+2028 inside, and row i belongs to image i.
-    return [line for line in text.split("\n") if line.strip()]
+    for i, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"line {i}", _json(line, f"line {i}") if in_json else line
+
+
+class _Lines:
+    """The lines of a file, each with one line feed at its end; ``end`` is where the last one ended, in bytes, and
+    ``told`` where the row begins that it belongs to."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.end, self.told = stream, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._stream:
+            for piece in filter(None, _LONE_RETURN.split(line)):
+                start, self.end = self.end, self.end + len(piece)
+                yield _utf8(piece, "", start).rstrip("\r\n") + "\n"
+
+
+def _parser(file: Path) -> Callable[[bytes], str]:
+    """What makes the prompt of the bytes of a row."""
+    if (delimiter := _DELIMITERS.get(file.suffix.lower())) is not None:
+        with file.open("rb") as stream:
+            header = csv.DictReader(_Lines(stream), delimiter=delimiter).fieldnames
+        return partial(_cell, tuple(header or ()), delimiter)
+    return _in_json if file.suffix.lower() == ".jsonl" else _line
+
+
+def _line(content: bytes) -> str:
+    return _utf8(content, "").strip()
+
+
+def _in_json(content: bytes) -> str:
+    return text_of(json.loads(_utf8(content, "")), "").strip()
+
+
+def _cell(header: Sequence[str], delimiter: str, content: bytes) -> str:
+    table = csv.DictReader(_Lines(io.BytesIO(content)), header, delimiter=delimiter)
+    return text_of(next(table), "").strip()
 
 
 def text_of(row: Any, place: str) -> str:
@@ -127,20 +220,6 @@ def named(row: Any, key: str) -> str | None:
     return next((own for own in keys if str(own).strip().lower() == key), None)
 
 
-def json_rows(text: str) -> Iterator[tuple[str, Any]]:
-    """What the lines of a .jsonl hold, each with its place for messages; empty lines are left out."""
-    for i, line in enumerate(text.split("\n"), 1):  # U+2028 inside a text ends no line
-        if line.strip():
-            yield f"line {i}", _json(line, f"line {i}")
-
-
-def table_rows(text: str, *, tab: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a .csv or .tsv with a header, each with its place for messages."""
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tab else ",")
-    for row in table:
-        yield f"line {table.line_num}", row
-
-
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
@@ -149,26 +228,41 @@ def _json(text: str, place: str) -> Any:
 
 
 def _of_webdataset(file: Path) -> Iterator[str]:
-    samples: dict[str, dict[str, tuple[str, str]]] = {}  # of each sample: ending -> name and text
+    for key, fields in webdataset(file, ("txt", "json")):
+        yield caption_in(key, fields)
+
+
+def caption_in(key: str, fields: Mapping[str, bytes]) -> str:
+    """The caption of a sample of a webdataset: its .txt, else its .json.
+
+    Raises:
+        BadRow: it has neither, or no text in it.
+    """
+    if "txt" in fields:  # a .json beside it tells where the image is from, as a rule
+        return _utf8(fields["txt"], f"{key}.txt ")
+    if "json" in fields:
+        name = f"{key}.json"
+        return text_of(_json(_utf8(fields["json"], f"{name} "), name), name)
+    raise BadRow(f"sample {key} has neither {key}.txt nor {key}.json")
+
+
+def webdataset(file: Path, endings: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a tar in the order of their names, each with what is in its fields of those endings."""
+    samples: dict[str, dict[str, bytes]] = {}
     with tarfile.open(file, "r:*") as archive:
-        for member in archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # a description of every file read so far
             if not member.isfile() or of_macos(member.name):
                 continue
             key, ending = sample_of(member.name)
             fields = samples.setdefault(key, {})
-            if ending not in ("txt", "json"):
+            if ending not in endings:
                 continue
             if member.size > LARGEST_CAPTION:
                 raise BadRow(
                     f"{member.name} claims {member.size} bytes; a caption may have {LARGEST_CAPTION}"
                 )
             stream = archive.extractfile(member)
-            fields[ending] = member.name, _utf8(stream.read() if stream else b"", f"{member.name} ")
+            fields[ending] = stream.read() if stream else b""
     for key in sorted(samples, key=natural):
-        if "txt" in samples[key]:  # a .json beside it tells where the image is from, as a rule
-            yield samples[key]["txt"][1]
-        elif "json" in samples[key]:
-            name, text = samples[key]["json"]
-            yield text_of(_json(text, name), name)
-        else:
-            raise BadRow(f"sample {key} has neither {key}.txt nor {key}.json")
+        yield key, samples.pop(key)

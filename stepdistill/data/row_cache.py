@@ -1,31 +1,30 @@
-"""Rows of named tensors, each computed once: kept in memory where all fit, in shards on the disk where they do not."""
+"""Rows of named tensors, each computed once: a few are kept in memory, all others in shards on the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepdistill.errors import UserError
+from stepdistill.data.shards import Shards, Tensors, grouped
+from stepdistill.data.sizes import CacheSize, rows_size
 from stepdistill.families.condition import Condition, joined
-from stepdistill.system.files import written_whole
-from stepdistill.system.log import bar
-from stepdistill.system.processes import launched
+from stepdistill.system.log import bar, say
+from stepdistill.system.processes import ALONE, Processes
 
-CACHE_BYTES = 2**31
-"""Rows stay in memory while they are smaller than this in all."""
+MEMORY_ROWS, MEMORY_BYTES = 4096, 2**27
+"""Up to so many rows, of so many bytes in all, stay in memory."""
 
-SHARD = 256
-"""Rows in one file."""
+SHARD, SHARD_BYTES = 256, 2**29
+"""Rows in one file; CHUNK where those would be more bytes."""
 
 CHUNK = 64
 """Rows that are computed together."""
 
-Tensors = Mapping[str, Tensor]
+PROBED = 16
+"""Rows, spread over all, by which their size is known."""
 
 
 class RowCache:
@@ -34,12 +33,14 @@ class RowCache:
     Args:
         count: number of rows.
         compute: indices -> tensors with those rows; of sequences, padded where a mask says so, see ``joined``.
-        place: the folder of the shards, asked for only where rows do not fit in memory; its name says all that they
+        place: the folder of the shards, asked for only where rows do not stay in memory; its name says all that they
             depend on. Shards that are there already are kept, so an interrupted run goes on.
-        what: what they are, for the progress bar.
+        what: what they are, for messages.
+        processes: who share the work; each is to make this cache.
+        remake: whether damaged shards are made again.
 
     Raises:
-        UserError: a shard on the disk is damaged.
+        UserError: a shard on the disk is damaged, or the disk has no room for them.
     """
 
     def __init__(
@@ -48,27 +49,27 @@ class RowCache:
         compute: Callable[[list[int]], Tensors],
         place: Callable[[], Path],
         what: str = "rows",
+        processes: Processes = ALONE,
+        remake: bool = False,
     ) -> None:
         self.count, self._compute = count, compute
-        first = compute([0])
-        size = sum(value.numel() * value.element_size() for value in first.values()) * count
+        probed = min(count, PROBED)
+        first = Condition(compute([i * count // probed for i in range(probed)]))
+        size = rows_size(what, count, first.tensors)
         self._kept: Tensors | None = None
-        self._folder: Path | None = None
-        if size <= CACHE_BYTES:
+        if probed == count or not size.bytes:
+            self._kept = _on_cpu(first.tensors)
+        elif count <= MEMORY_ROWS and size.bytes <= MEMORY_BYTES:
             self._kept = self._computed(range(count))
+        if self._kept is not None:
             return
-        self._folder = place()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._open: dict[int, safe_open] = {}
-        self._names: tuple[str, ...] = ()
+        self._each = SHARD if SHARD * size.row <= SHARD_BYTES else CHUNK
+        self._shards = Shards(place(), "rows", remake)
+        processes.together(lambda: self._make(size, processes))
         self._lengths: dict[str, int] = {}
-        shards = range(-(-count // SHARD))
-        label, main = f"{what}, {size / 2**30:.1f} GiB to {self._folder}", launched().main
-        shown = bar(len(shards), label, unit="file", shown=main, lazy=True)
-        for number in shards:
-            self._make(number)
-            shown.update(1)
-        shown.close()
+        for number in self._numbers:
+            for name, shape in self._shards.shapes(number).items():
+                self._lengths[name] = max(shape[1] if len(shape) > 1 else 0, self._lengths.get(name, 0))
 
     @property
     def on_disk(self) -> bool:
@@ -79,38 +80,41 @@ class RowCache:
         """The rows [B, ...] of ``index`` [B], sequences as long as the longest of all rows."""
         if self._kept is not None:
             return {name: value[index] for name, value in self._kept.items()}
-        rows = [self._read(*divmod(int(i), SHARD)) for i in index]
-        found = joined([Condition(row) for row in rows]).tensors if rows else {}
-        return {name: self._padded(name, value) for name, value in found.items()}
+        rows, found = index.tolist(), dict[str, Tensor]()
+        for number, places in grouped([row // self._each for row in rows]).items():
+            own = [rows[place] % self._each for place in places]
+            for name in self._lengths:
+                value = self._padded(name, self._shards.rows(number, name, own))
+                every = found.setdefault(name, value.new_empty(len(rows), *value.shape[1:]))
+                every[places] = value
+        return found
+
+    @property
+    def _numbers(self) -> range:
+        return range(-(-self.count // self._each))
+
+    def _make(self, size: CacheSize, processes: Processes) -> None:
+        missing = self._shards.missing(self._numbers, processes)
+        if not missing:
+            return
+        size.check_room(self._shards.folder, self.count - min(self.count, len(missing) * self._each))
+        if processes.main:
+            say(size.line(self._shards.folder))
+        shown = bar(self.count, size.what, unit="row", first=0, shown=processes.main, lazy=True)
+        for number in missing:
+            rows = range(number * self._each, min((number + 1) * self._each, self.count))
+            self._shards.write(number, self._computed(rows))
+            shown.update(len(rows))
+        shown.close()
 
     def _computed(self, rows: Sequence[int]) -> Tensors:
         parts = [self._compute(list(rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)]
-        return joined([Condition({name: v.cpu() for name, v in part.items()}) for part in parts]).tensors
-
-    def _file(self, number: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"rows-{number:05d}.safetensors"
-
-    def _make(self, number: int) -> None:
-        file = self._file(number)
-        if not file.is_file():
-            made = self._computed(range(number * SHARD, min((number + 1) * SHARD, self.count)))
-            with written_whole(file) as temporary:
-                save_file({name: value.contiguous() for name, value in made.items()}, temporary)
-        try:
-            shard = safe_open(file, "pt")
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}): delete it, and it is made again") from error
-        self._open[number], self._names = shard, tuple(shard.keys())
-        for name in self._names:
-            shape = shard.get_slice(name).get_shape()
-            if len(shape) > 1:
-                self._lengths[name] = max(shape[1], self._lengths.get(name, 0))
-
-    def _read(self, number: int, row: int) -> Tensors:
-        shard = self._open[number]
-        return {name: shard.get_slice(name)[row : row + 1] for name in self._names}
+        return joined([Condition(_on_cpu(part)) for part in parts]).tensors
 
     def _padded(self, name: str, value: Tensor) -> Tensor:
         missing = self._lengths[name] - value.shape[1] if value.ndim > 1 else 0
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, missing)) if missing else value
+
+
+def _on_cpu(tensors: Tensors) -> Tensors:
+    return {name: value.cpu() for name, value in tensors.items()}

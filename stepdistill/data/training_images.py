@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from stepdistill.data.captions import caption_of, printable, read_metadata
 from stepdistill.data.image_decoding import decode
 from stepdistill.data.image_names import ENDINGS, is_image
 from stepdistill.data.image_sources import Skipped, decode_files
+from stepdistill.data.texts import rows_sha256
 from stepdistill.errors import UserError
 from stepdistill.system.emoji import emoji_captions, emoji_images
 
@@ -153,7 +153,3 @@ class ImageFolder:
                 )
             rows.append(torch.tensor(pixels).permute(2, 0, 1))
         return torch.stack(rows).float() / 127.5 - 1
-
-
-def rows_sha256(rows: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

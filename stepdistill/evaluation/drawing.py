@@ -151,9 +151,11 @@ def cut_prompts(pipe: Any, prompts: Sequence[str]) -> list[str]:
     for name, tokenizer in pipe.components.items():
         if not (prompts and isinstance(tokenizer, PreTrainedTokenizerBase)):
             continue
-        most = tokenizer.model_max_length
-        lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
-        if (cut := sum(length > most for length in lengths)) > 0:
+        most, cut = tokenizer.model_max_length, 0
+        for first in range(0, len(prompts), 1024):  # of a million prompts the tokens are many
+            ids = tokenizer(list(prompts[first : first + 1024]), verbose=False).input_ids
+            cut += sum(len(each) > most for each in ids)
+        if cut:
             lines.append(
                 f"{cut} of {len(prompts)} prompts have more than the {most} tokens that the pipeline's {name} reads: "
                 "the rest of them is cut off"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from stepdistill.networks.pipeline_files import INDEX, SAFETY_CHECKER
 from stepdistill.system.files import sha256_of
 
 
-def weights_hash(pipeline: Any) -> str:
+def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda component: False) -> str:
     """SHA-256 of a pipeline's weights and configs.
 
     A safety checker does not count, as it is off. For a folder, of the safetensors and JSON files and tokenizer texts
     of its components in the order of their names; names of writers and versions inside a config do not count. For an
     object, of its configs and of its tensors with names, dtypes and shapes, so a changed weight or scheduler changes
     it.
+
+    Args:
+        pipeline: a folder, or an object.
+        without: which components of an object do not count.
 
     Raises:
         UserError: the path holds no pipeline.
@@ -29,7 +34,7 @@ def weights_hash(pipeline: Any) -> str:
         from torch import nn
 
         for name, component in sorted(pipeline.components.items()):
-            if name == SAFETY_CHECKER:
+            if name == SAFETY_CHECKER or without(name):
                 continue
             config = getattr(component, "config", None)
             if config is not None:

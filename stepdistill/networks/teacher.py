@@ -169,6 +169,16 @@ class PipelineTeacher:
         """SHA-256 of the weights and configs of the pipeline: what the teacher's samples depend on."""
         return weights_hash(self.pipe)
 
+    def encoder_fingerprint(self) -> str:
+        """The same of what prompts are encoded with: of all but its denoiser, its VAE and its scheduler."""
+        others = ("vae", "scheduler")
+        return weights_hash(self.pipe, lambda name: name in others or name.startswith(self.family.network))
+
+    def vae_fingerprint(self) -> str:
+        """The same of what images are encoded with: of all but its denoiser, its text encoders and its scheduler."""
+        others = ("text_encoder", "scheduler", self.family.network)
+        return weights_hash(self.pipe, lambda name: name.startswith(others))
+
 
 class Teacher(Protocol):
     """A frozen model on a path. PipelineTeacher implements it, and so do the closed-form teachers of the tests."""

@@ -67,12 +67,17 @@ class DataOptions(Section):
         pairs: folder of cached (noise, teacher sample) pairs; None keeps them in the run folder.
         size: [height, width] in pixels, with a third number the frames of a video; None takes what the teacher's
             pipeline draws by itself.
+        pairs_dtype: what pairs and their states are kept in: ``float32``, or half the bytes, ``bf16`` or ``float16``.
+        damaged: what is done with a damaged file of a cache of prompts, latents or pairs: ``refuse``, naming it, or
+            ``remake``.
     """
 
     prompts: str | None = None
     images: str | None = None
     pairs: str | None = None
     size: tuple[_Positive, _Positive] | tuple[_Positive, _Positive, _Positive] | None = None
+    pairs_dtype: Literal["float32", "bf16", "float16"] = "float32"
+    damaged: Literal["refuse", "remake"] = "refuse"
 
 
 class TrainOptions(Section):

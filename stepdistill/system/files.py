@@ -103,6 +103,26 @@ def check_folder(folder: Path) -> None:
                 place.rmdir()
 
 
+def check_room(folder: Path, wanted: int, what: str) -> None:
+    """The disk of a folder, which need not be there yet, has room for so many bytes more.
+
+    Raises:
+        UserError: it has not.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if (free := shutil.disk_usage(there).free) < wanted:
+        raise UserError(
+            f"{what} needs {size_text(wanted)} in {folder}, whose disk has {size_text(free)} free: make room, or "
+            "name a place on another disk"
+        )
+
+
+def size_text(size: int) -> str:
+    """So many bytes, in the unit that fits."""
+    unit = max(0, min(3, (max(size, 1).bit_length() - 1) // 10))
+    return f"{size / 1024**unit:.{1 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
 def check_file(path: Path) -> None:
     """A file that is written after minutes of work can be written.
 

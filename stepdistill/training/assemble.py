@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +14,7 @@ from torch import Tensor
 from stepdistill.attention.kernels import check_attention, fit_attention, told
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
-from stepdistill.data.prompts import read_prompts
+from stepdistill.data.prompts import open_prompts
 from stepdistill.data.training_images import EmbeddedImages, ImageFolder, Images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
@@ -42,6 +43,7 @@ from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import bar, say
+from stepdistill.system.processes import Processes
 from stepdistill.system.provenance import provenance
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.rewards import REWARDS
@@ -68,7 +70,7 @@ class Assembled:
         teacher, student, method: as they are trained.
         objective: the method with the recipe's terms.
         sampler: how the student draws, on the exported scheduler's grid.
-        prompts: all that it learns from.
+        prompts: all that it learns from; of a file, read where they lie.
         changes: what was changed in the teacher when it was taken.
         embedded: whether the teacher ships with the package.
         origin: code, versions and machine at the start: files may change while a long run is under way.
@@ -85,7 +87,7 @@ class Assembled:
     method: Method
     objective: Objective
     sampler: Sampler
-    prompts: list[str]
+    prompts: Sequence[str]
     changes: list[str]
     embedded: bool
     origin: dict[str, Any]
@@ -212,9 +214,9 @@ def _without_guidance(options: MethodOptions, recipe: Recipe) -> MethodOptions:
     return options.model_copy(update={"guidance": 1.0})
 
 
-def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> list[str]:
+def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> Sequence[str]:
     if recipe.data.prompts is not None:
-        return read_prompts(Path(recipe.data.prompts))
+        return open_prompts(Path(recipe.data.prompts))
     if embedded:
         return emoji_captions()
     if isinstance(teacher.family, LabelFamily):
@@ -235,7 +237,7 @@ def _times(recipe: Recipe, kind: type[Method], teacher: PipelineTeacher) -> tupl
     return times
 
 
-def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: list[str]) -> list[Term]:
+def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: Sequence[str]) -> list[Term]:
     """The terms that have a weight."""
     options, device, terms = recipe.terms, teacher.device, list[Term]()
 
@@ -279,18 +281,24 @@ def training_data(run: Assembled, output: Path) -> Data:
         images = found = ImageFolder.read(Path(cast(str, recipe.data.images)))
         for remark in found.remarks() if accelerator.is_main_process else ():
             say(remark)
-    pairs = None
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    pairs, remake, main = None, recipe.data.damaged == "remake", processes.main
     if "pairs" in run.needs:
         folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
         options = run.options
         if not isinstance(options, PairOptions):  # a term's, beside a method without pairs of its own
             options = PairOptions(guidance=options.guidance)
         times = run.method.pair_times() if "states" in run.needs else ()
-        pairs = PairCache(folder, run.teacher, run.prompts, options, recipe.train.seed, times)
-    data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs)
+        seed, dtype = recipe.train.seed, recipe.data.pairs_dtype
+        pairs = PairCache(folder, run.teacher, run.prompts, options, seed, times, dtype, remake)
+        if pairs.there < pairs.count:
+            pairs.size.check_room(folder, pairs.there)
+            if main:
+                say(pairs.size.line(folder))
+    data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake)
     if pairs is not None:
-        shown = bar(pairs.count, "pairs", unit="pair", shown=accelerator.is_main_process)
-        pairs.make(data.condition, accelerator.process_index, accelerator.num_processes, shown.update)
+        shown = bar(pairs.count, "pairs", unit="pair", first=pairs.there, shown=main, lazy=True)
+        pairs.make(data.condition, processes, shown.update)
         shown.close()
         accelerator.wait_for_everyone()
     if accelerator.device.type != "cpu":

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 def identity(recipe: Recipe) -> Recipe:
     """The recipe without what cannot move a weight, and so may change between two parts of one run: where its folder
-    lies, what is evaluated, how long it may take, what is kept (of activations, too), drawn, read and tracked."""
+    lies, what is evaluated, how long it may take, what is kept (of activations, too), drawn, read, made again and
+    tracked."""
     plain = TrainOptions()
     names = ("budget_seconds", "checkpointing", "keep", "log_every", "parallel", "sheet_every", "tracker")
     train_options = recipe.train.model_copy(update={name: getattr(plain, name) for name in names})
-    return recipe.model_copy(update={"output": None, "evaluate": True, "train": train_options})
+    data = recipe.data.model_copy(update={"damaged": "refuse"})
+    return recipe.model_copy(update={"output": None, "evaluate": True, "data": data, "train": train_options})
 
 
 @dataclass(frozen=True)

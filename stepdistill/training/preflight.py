@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from stepdistill.data.captions import read_metadata
-from stepdistill.data.prompts import read_prompts
+from stepdistill.data.prompts import open_prompts
 from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher
 from stepdistill.recipes.recipe import Recipe
@@ -47,7 +47,7 @@ def _begun_in(run: Path) -> str | None:
 def _check_inputs(recipe: Recipe) -> None:
     check_teacher(recipe.teacher)
     if recipe.data.prompts is not None:
-        read_prompts(Path(recipe.data.prompts))
+        open_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:
         _check_images(Path(recipe.data.images))
 

@@ -12,12 +12,15 @@ from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.load import load_features
 from stepdistill.losses.rewards import Reward
 
+KEPT = 65536
+"""Prompts whose features are held."""
+
 
 class ClipReward:
     """The cosine between the features of a sample's image and those of its own prompt, in [-1, 1].
 
     Args:
-        network: a CLIP model; each prompt's features are kept once they were asked for.
+        network: a CLIP model; the features of up to KEPT prompts are kept once they were asked for.
         decode: latents [B, ...] to images [B, 3, H, W] in [0, 1], with a graph.
         prompts: the run's.
     """
@@ -31,6 +34,9 @@ class ClipReward:
     def __call__(self, x0: Tensor, prompt: Tensor) -> Tensor:
         numbers = prompt.tolist()
         if missing := sorted(set(numbers) - self._texts.keys()):
+            if len(self._texts) + len(missing) > KEPT:
+                self._texts.clear()
+                missing = sorted(set(numbers))
             features = self.network.texts([self.prompts[i] for i in missing])
             self._texts.update(zip(missing, features, strict=True))
         texts = torch.stack([self._texts[i] for i in numbers]).to(x0.device)  # [B, D]

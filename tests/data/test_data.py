@@ -16,6 +16,7 @@ from stepdistill.data.batches import Data
 from stepdistill.data.image_archives import open_images
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts
+from stepdistill.data.sizes import pairs_size
 from stepdistill.data.training_images import EmbeddedImages, ImageFolder
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
@@ -23,6 +24,7 @@ from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.processes import Processes
 from stepdistill.training.preflight import check_recipe
 
 PROMPTS = ["red apple", "dog", "cat face", "sun", "waving hand"]
@@ -56,7 +58,8 @@ def test_a_batch_is_the_same_whole_or_in_parts_and_an_epoch_sees_every_prompt(te
 def test_batches_of_rows_on_the_disk_are_made_ahead_and_are_the_same(teacher, tmp_path, monkeypatch):
     """By a thread that ends with them, and whose error comes at its own step; rows in memory need none."""
     plain = Data(teacher, PROMPTS, seed=1)
-    monkeypatch.setattr("stepdistill.data.row_cache.CACHE_BYTES", 0)
+    monkeypatch.setattr("stepdistill.data.row_cache.PROBED", 1)
+    monkeypatch.setattr("stepdistill.data.row_cache.MEMORY_BYTES", 0)
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
     data, key = Data(teacher, PROMPTS, seed=1), "encoder_hidden_states"
     made = []
@@ -111,7 +114,7 @@ def test_pairs_go_on_where_they_stopped_and_ranks_share_the_work(teacher, tmp_pa
     }
     data = Data(teacher, PROMPTS, 5)
     caches["one"].make(data.condition)
-    caches["two"].make(data.condition, rank=0, ranks=2)
+    caches["two"].make(data.condition, Processes(0, 2))
     missing = tmp_path / "two" / "pairs-00001.safetensors"
     assert not missing.exists()
     before = (tmp_path / "two" / "pairs-00000.safetensors").stat().st_mtime_ns
@@ -160,6 +163,40 @@ def test_a_run_may_take_the_first_pairs_of_a_larger_cache_and_some_of_its_states
     bare = PairCache(tmp_path / "bare", teacher, PROMPTS, wide, 5)
     with pytest.raises(UserError, match=r"another states \(\[\], this run has \[0.5\]\)"):
         PairCache(bare.folder, teacher, PROMPTS, wide, 5, times=(0.5,))
+
+
+def test_pairs_in_half_precision_take_half_the_bytes_and_are_the_same_rounded(teacher, tmp_path):
+    """Noise is drawn anew, so only the clean end and the kept states are rounded; the size was said before."""
+    wide, index = options(pair_steps=4, pair_solver="ddim"), torch.tensor([0, 11])
+    files = {}
+    for dtype, kept in (("float32", torch.float32), ("bf16", torch.bfloat16), ("float16", torch.float16)):
+        cache = PairCache(tmp_path / dtype, teacher, PROMPTS, wide, 5, times=(0.5,), dtype=dtype)
+        cache.make(Data(teacher, PROMPTS, 5).condition)
+        assert cache.size == pairs_size(12, teacher.codec.shape, 1, dtype) and cache.there == 12
+        files[dtype] = (tmp_path / dtype / "pairs-00000.safetensors").stat().st_size
+        assert 0 < files[dtype] - cache.size.bytes < 1200
+        if dtype == "float32":
+            clean, states = cache.clean(index), cache.states(index)
+        assert torch.equal(cache.clean(index), clean.to(kept).float())
+        assert torch.equal(cache.states(index), states.to(kept).float())
+    with pytest.raises(UserError, match=r"another dtype \(bf16, this run has float32\)"):
+        PairCache(tmp_path / "bf16", teacher, PROMPTS, wide, 5, times=(0.5,))
+    assert cache.size.line(tmp_path) == f"pairs: 12 x 1.0 KiB = 12.0 KiB in {tmp_path}"
+
+
+def test_a_damaged_shard_of_pairs_is_named_and_made_again_when_asked(teacher, tmp_path):
+    cache = PairCache(tmp_path, teacher, PROMPTS, options(), 5)
+    condition = Data(teacher, PROMPTS, 5).condition
+    cache.make(condition)
+    clean, file = cache.clean(torch.arange(12)), tmp_path / "pairs-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"pairs-00000.safetensors is damaged .*data.damaged=remake"):
+        PairCache(tmp_path, teacher, PROMPTS, options(), 5).make(condition)
+    again = PairCache(tmp_path, teacher, PROMPTS, options(), 5, remake=True)
+    again.make(condition)
+    assert torch.equal(again.clean(torch.arange(12)), clean)
 
 
 def picture(file, size=(40, 32), mode="RGB"):

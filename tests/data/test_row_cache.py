@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,12 @@ import torch
 from torch import Tensor
 
 from stepdistill.data import row_cache
-from stepdistill.data.row_cache import CHUNK, SHARD, RowCache
+from stepdistill.data.row_cache import CHUNK, PROBED, SHARD, RowCache
+from stepdistill.data.shards import Shards
+from stepdistill.data.sizes import rows_size
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition, joined
+from stepdistill.system.processes import Processes
 
 COUNT = 2 * SHARD + 10
 
@@ -37,17 +43,17 @@ class Encoder:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No rows fit in memory."""
-    monkeypatch.setattr(row_cache, "CACHE_BYTES", 0)
+    """No rows stay in memory."""
+    monkeypatch.setattr(row_cache, "MEMORY_BYTES", 0)
 
 
 def test_on_the_disk_rows_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = RowCache(COUNT, Encoder(), lambda: tmp_path / "unused")
-    monkeypatch.setattr(row_cache, "CACHE_BYTES", 0)
+    monkeypatch.setattr(row_cache, "MEMORY_BYTES", 0)
     encoder = Encoder()
     cached = RowCache(COUNT, encoder, lambda: tmp_path / "new" / "rows")
     assert not (tmp_path / "unused").exists()
-    assert len(encoder.asked) == COUNT + 1  # the first tells how large they are
+    assert len(encoder.asked) == COUNT + PROBED  # some tell how large they are
     # Of a shard whose rows are short, of one whose rows are long, of both.
     for index in (torch.tensor([SHARD + 5]), torch.tensor([3]), torch.tensor([COUNT - 1, 0, SHARD, 2])):
         ours, wanted = cached.take(index), kept.take(index)
@@ -55,15 +61,17 @@ def test_on_the_disk_rows_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
         assert all(torch.equal(ours[name], wanted[name]) for name in ours)
         assert ours["embeds"].shape[1] == 7  # the longest of all, whatever the batch
         assert ours["text_mask"].sum(1).tolist() == lengths(index.tolist())
-    assert len(encoder.asked) == COUNT + 1
+    assert len(encoder.asked) == COUNT + PROBED
 
 
-def test_rows_stay_in_memory_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = 4 + 4 + 4 * 1 + 1  # bytes of the first, of which all are counted as large
-    for limit, on_disk in ((10 * row, False), (10 * row - 1, True)):
-        monkeypatch.setattr(row_cache, "CACHE_BYTES", limit)
-        RowCache(10, Encoder(), lambda limit=limit: tmp_path / str(limit))  # type: ignore[misc]
-        assert (tmp_path / str(limit)).exists() == on_disk
+def test_few_and_small_rows_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 4 + 4 + (4 + 1) * 7  # bytes, padded to the longest of those that are probed
+    for rows, limit, on_disk in ((50, 50 * row, False), (50, 50 * row - 1, True), (49, 50 * row, True)):
+        monkeypatch.setattr(row_cache, "MEMORY_BYTES", limit)
+        monkeypatch.setattr(row_cache, "MEMORY_ROWS", rows)
+        place = tmp_path / f"{rows} {limit}"
+        assert RowCache(50, Encoder(), lambda place=place: place).on_disk == on_disk  # type: ignore[misc]
+        assert place.exists() == on_disk
 
 
 def test_what_is_on_the_disk_is_not_made_again(small: None, tmp_path: Path) -> None:
@@ -71,16 +79,55 @@ def test_what_is_on_the_disk_is_not_made_again(small: None, tmp_path: Path) -> N
     (tmp_path / "rows-00001.safetensors").unlink()
     encoder = Encoder()
     again = RowCache(COUNT, encoder, lambda: tmp_path)
-    assert encoder.asked[1:] == list(range(SHARD, 2 * SHARD)) and SHARD % CHUNK == 0
+    assert encoder.asked[PROBED:] == list(range(SHARD, 2 * SHARD)) and SHARD % CHUNK == 0
     assert again.take(torch.tensor([SHARD + 5]))["pooled"].tolist() == [[SHARD + 5]]
 
 
-def test_a_damaged_shard_is_named(small: None, tmp_path: Path) -> None:
-    RowCache(COUNT, Encoder(), lambda: tmp_path)
-    file = tmp_path / "rows-00001.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"rows-00001.safetensors is damaged .*delete it"):
-        RowCache(COUNT, Encoder(), lambda: tmp_path)
+def test_each_process_makes_its_own_shards(small: None, tmp_path: Path) -> None:
+    assert Shards(tmp_path, "rows").missing(range(5), Processes(0, 2)) == [0, 2, 4]
+    assert Shards(tmp_path, "rows").missing(range(5), Processes(1, 2)) == [1, 3]
+
+
+def test_the_disk_must_have_room_before_the_first_row_is_made(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = 4 + 4 + (4 + 1) * 7
+    size = rows_size("rows", COUNT, Encoder()(list(range(7))))
+    assert (size.row, size.bytes) == (row, COUNT * row)
+    assert size.line(Path("there")) == f"rows: 522 x 43 B = {size.bytes / 1024:.1f} KiB in there"
+    for free, made in ((COUNT * row - 1, PROBED), (COUNT * row, PROBED + COUNT)):
+        usage = type(shutil.disk_usage(tmp_path))(10**9, 0, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, usage=usage: usage)  # type: ignore[misc]
+        encoder = Encoder()
+        refused = pytest.raises(UserError, match=r"rows: 522 rows needs 21.9 KiB in .* has 21.9 KiB free")
+        with refused if made == PROBED else nullcontext():
+            RowCache(COUNT, encoder, lambda: tmp_path / "rows")
+        assert len(encoder.asked) == made
+
+
+@pytest.mark.parametrize("harm", ["cut off", "one bit", "one bit, long ago"])
+def test_a_damaged_shard_is_named_and_made_again_only_when_asked(
+    small: None, tmp_path: Path, harm: str
+) -> None:
+    first = RowCache(COUNT, Encoder(), lambda: tmp_path)
+    file, row = tmp_path / "rows-00001.safetensors", torch.tensor([SHARD + 200])
+    wanted, content = first.take(row), bytearray(file.read_bytes())
+    place = content.rindex(torch.tensor(float(SHARD + 200)).numpy().tobytes())
+    content[place] ^= 1
+    words = r"rows-00001.safetensors is damaged .*: set data.damaged=remake"
+    if harm == "one bit, long ago":  # found when the row is read
+        file.write_bytes(content)
+        os.utime(file, (0, 0))
+        with pytest.raises(UserError, match=words):
+            RowCache(COUNT, Encoder(), lambda: tmp_path).take(row)
+        return
+    file.write_bytes(content if harm == "one bit" else content[:100])
+    encoder = Encoder()
+    with pytest.raises(UserError, match=words):
+        RowCache(COUNT, encoder, lambda: tmp_path)
+    assert len(encoder.asked) == PROBED
+    again = RowCache(COUNT, Encoder(), lambda: tmp_path, remake=True).take(row)
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 
 def test_sequences_of_several_lengths_need_a_mask_to_be_joined() -> None:
