@@ -74,6 +74,7 @@ class PairCache:
                 "steps": options.pair_steps,
                 "guidance": options.guidance,
                 "interval": list(teacher.guidance_interval),
+                "guidance_2": teacher.guidance_2,
                 "rescale": teacher.guidance_rescale,
                 "shift": teacher.path.shift if isinstance(teacher.path, FlowPath) else 1.0,
                 "prompts": lines_sha256(prompts),
@@ -99,7 +100,8 @@ class PairCache:
         manifest = self.folder / "manifest.json"
         if manifest.is_file():
             old = {"interval": [0.0, 1.0], "rescale": 0.0, "shift": 1.0, "generator": "mt19937"}
-            found = {**old, "dtype": "float32", **json.loads(manifest.read_text())}
+            old |= {"guidance_2": None, "dtype": "float32"}
+            found = {**old, **json.loads(manifest.read_text())}
             for name, value in key.items():
                 if found.get(name) != value:
                     self._refuse(name, found.get(name), value)

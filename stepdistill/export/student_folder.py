@@ -23,11 +23,10 @@ from torch import nn
 from stepdistill.errors import UserError
 from stepdistill.export.card import with_code_note
 from stepdistill.export.checks import grid_check
-from stepdistill.export.experts import one_network
+from stepdistill.export.experts import adapter_files, one_network, stock_networks
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
@@ -46,18 +45,16 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
 
     family = teacher.family
     check_sampler(sampler, student.path, family)
-    if student.experts:
-        bounds = family.time(student.path, torch.tensor(student.bounds)).tolist()
-        plain = [family.changes.without_variance(each.plain_net()) for each in student.experts]
-        net = one_network(plain, bounds)
-    else:
-        net = family.changes.without_variance(student.stock_net(sampler.gap if student.two_times else 0.0))
+    networks, starts = stock_networks(student, sampler)
     scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler, family.passes)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:
+        (net,) = networks if len(networks) == 1 else [one_network(networks, starts[:-1])]
         return getattr(diffusers, other)(**{family.network: net, "scheduler": scheduler})
     pipe = copy.copy(teacher.pipe)
-    pipe.register_modules(**{family.network: net, "scheduler": scheduler})
+    pipe.register_modules(scheduler=scheduler)
+    if not family.put(pipe, networks, starts):
+        family.put(pipe, [one_network(networks, starts[:-1])], [0.0])
     # from_pretrained gives diffusers' networks as float32 and transformers' as they were saved: of a teacher that was
     # handed in as bfloat16 it would make a pipeline of two types that cannot run.
     for name, component in pipe.components.items():
@@ -135,10 +132,7 @@ def export(
         whole = student.unrounded()
         pipe = student_pipeline(whole, sampler, teacher)
         pipe.save_pretrained(place)
-        for i, each in enumerate(student.experts):
-            _save_adapter(each, teacher, place / f"expert-{i + 1}")
-        if not student.experts:
-            _save_adapter(student, teacher, place)
+        _save_adapters(student, teacher, place)
         (place / "README.md").write_text(with_code_note(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()
@@ -166,15 +160,13 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def _save_adapter(network: Denoiser, teacher: PipelineTeacher, folder: Path) -> None:
+def _save_adapters(student: Student, teacher: PipelineTeacher, folder: Path) -> None:
     """The LoRA of a student as load_lora_weights takes it, where its pipeline class can load one; a second time is no
     LoRA, and lives in the merged weights alone."""
     writer = getattr(type(teacher.pipe), "save_lora_weights", None)
-    if network.adapter is None or network.adapter.name is None or writer is None:
+    if writer is None:
         return
-    if network.adapter.has_slots:
-        return
-    shared, name, kind = network.adapter.shared, network.adapter.name, teacher.family.network
-    state = {key: value.detach() for key, value in shared.weights(name).items()}
-    layers = {f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": shared.config(name)}
-    writer(folder, **layers)
+    kind = teacher.family.network
+    for name, (config, state) in adapter_files(student).items():
+        layers = {f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": config}
+        writer(folder / name, **layers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -106,6 +107,18 @@ class Family(ABC):
     def adopt(self, pipe: Any) -> None:
         """Readies a pipeline that becomes a teacher; what it draws stays the same."""
         return None
+
+    def stretches(self, pipe: Any) -> dict[str, float]:
+        """The pipeline's attributes that hold its networks, each with the network's own time from which on up it is
+        called, descending to 0; most have one."""
+        return {self.network: 0.0}
+
+    def put(self, pipe: Any, networks: Sequence[nn.Module], starts: Sequence[float]) -> bool:
+        """Gives a pipeline its student's networks, with their starts as :meth:`stretches` has them; false where its
+        call cannot switch between so many."""
+        if len(networks) == 1:
+            pipe.register_modules(**{self.network: networks[0]})
+        return len(networks) == 1
 
     def default_size(self, pipe: Any) -> Size:
         """What the pipeline draws where its call says nothing."""

@@ -1,7 +1,8 @@
-"""Wan 2.1, and the Wan 2.2 of one network: WanTransformer3DModel on video latents."""
+"""Wan 2.1 and 2.2: WanTransformer3DModel on video latents; of Wan 2.2 A14B two, for high and for low noise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,17 +15,35 @@ from stepdistill.families.size import Size
 
 
 class Wan(VideoFamily):
-    name = "Wan 2.1, Wan 2.2 TI2V-5B"
+    name = "Wan 2.1, Wan 2.2"
     pipelines = ("WanPipeline",)
     blocks = "blocks"
     lora_targets = (*VideoFamily.lora_targets, "ffn.net.0.proj", "ffn.net.2")
 
     def adopt(self, pipe: Any) -> None:
-        if pipe.transformer is None or pipe.transformer_2 is not None:
+        if pipe.transformer is None or (
+            pipe.transformer_2 is None and pipe.config.boundary_ratio is not None
+        ):
+            missing = "transformer" if pipe.transformer is None else "transformer_2"
             raise UserError(
-                "this WanPipeline has two networks, of which each draws in its own stretch of noise: only Wan 2.1 and "
-                "the Wan 2.2 of one network (TI2V-5B) can teach"
+                f"this WanPipeline has no {missing}, which it calls in a stretch of noise: load it with both networks"
             )
+
+    def stretches(self, pipe: Any) -> dict[str, float]:
+        ratio = pipe.config.boundary_ratio  # without one, its call uses the first alone
+        if ratio is None:
+            return {"transformer": 0.0}
+        return {"transformer": ratio * pipe.scheduler.config.num_train_timesteps, "transformer_2": 0.0}
+
+    def put(self, pipe: Any, networks: Sequence[nn.Module], starts: Sequence[float]) -> bool:
+        if len(networks) > 2:
+            return False
+        second, ratio = None, None
+        if len(networks) == 2:
+            second, ratio = networks[1], round(starts[0] / pipe.scheduler.config.num_train_timesteps, 6)
+        pipe.register_modules(transformer=networks[0], transformer_2=second)
+        pipe.register_to_config(boundary_ratio=ratio)
+        return True
 
     def pixels(self, pipe: Any) -> int:
         return int(pipe.vae_scale_factor_spatial)

@@ -87,6 +87,8 @@ class MethodOptions(BaseModel):
 
     Attributes:
         guidance: classifier-free guidance of the teacher that the student takes over; 1 is none.
+        guidance_2: that of a teacher with a network for high noise and one for low, in the stretch of the second; None
+            is the same.
         guidance_interval: times at which it is on (Kynkaanniemi et al. 2024, 2404.07724), also in cached pairs.
         guidance_rescale: phi of Lin et al. 2023, 2305.08891, eq. 16, also in cached pairs: 0.7 in the paper, for
             teachers with zero terminal SNR. Nothing to a network that takes its guidance as an input.
@@ -96,6 +98,7 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     guidance: float = 1.0
+    guidance_2: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     shift: PositiveFloat | None = None

@@ -11,8 +11,8 @@ Fan et al. 2025, "Phased DMD: Few-step Distribution Matching Distillation via Sc
   KL(student || teacher) at t in x_s: no normaliser, and with one phase and s = 0 Diff-Instruct's plain KL.
 - Fake turn: the fake network sees x_s and never a clean sample: regression on the subinterval's target (eq. 11-13),
   with weight 1 / c^2, clamped. It starts from the teacher anew in each phase, and its optimiser from nothing.
-- Experts are full networks, or LoRA on one base. Exported as one pipeline whose network calls the expert of each step:
-  a class of our own that travels along (see experts.py).
+- Experts are full networks, or LoRA on one base; where the teacher has two networks (Wan 2.2), each starts as its
+  phase's. Exported as one pipeline that calls the expert of each step: see experts.py.
 
 A phase takes ``warm_start + fake_warm_start + phase_updates (fake_steps + 1)`` optimiser steps, the last phase what is
 left of ``train.steps``. Each expert is a network with an optimiser of its own, ``expert-1``, ..., ``student``: averaged
@@ -77,8 +77,8 @@ class PhasedDMD(Method):
         self.spans = list(pairwise(edges))  # first call of each phase, and of the one after it
         self.names = [*(f"expert-{k + 1}" for k in range(own.phases - 1)), "student"]
         experts = [self.roles.add(name, "student") for name in self.names[:-1]]
-        bounds = [(times[i - 1] + times[i]) / 2 for i in edges[1:-1]]
-        self.student = Student.of_experts([*experts, self.roles.student], bounds)
+        phases = [times[start:end] for start, end in self.spans]
+        self.student = Student.of_phases([*experts, self.roles.student], phases)
         self.fake = self.roles.add("fake", restarts=True, rank=own.fake_lora_rank)
 
     def trained(self) -> dict[str, Trained]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
+from stepdistill.networks.switched import networks_in
 
 Compile = Literal["none", "regional", "full", "graphs"]
 
@@ -80,6 +81,8 @@ def compiled_parts(net: nn.Module, kind: Compile) -> list[nn.Module]:
     """
     if kind == "none":
         return []
+    if len(each := networks_in(net)) > 1:
+        return [part for one in each for part in compiled_parts(one, kind)]
     if kind != "regional":
         return [net]
     known: Any = type(net)

@@ -19,6 +19,7 @@ from stepdistill.networks.compiled import called_plainly
 from stepdistill.networks.experts import by_time
 from stepdistill.networks.lora import Adapter
 from stepdistill.networks.sharding import is_sharded
+from stepdistill.networks.switched import SwitchedNetworks
 
 
 class _Reached(Exception):
@@ -134,6 +135,13 @@ class Denoiser:
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's inner picture of x_t, [B, D, h, w], or [B, N, D] for a transformer; what comes after it in the
         network does not run."""
+        if isinstance(self.net, SwitchedNetworks):
+            time, networks = self.family.time(self.path, t), list(map(self._with, self.net.networks))
+            return by_time(
+                time,
+                self.net.bounds,
+                lambda k, own: networks[k].features(x_t[own], t[own], cond.rows(own)),
+            )
 
         # A sharded network runs to its end: there its weights are let go, and gathered for the backward pass.
         whole, seen = is_sharded(self.net), list[Tensor]()
@@ -155,6 +163,22 @@ class Denoiser:
         if not seen:
             raise RuntimeError(f"a {type(self.net).__name__} did not call the module its features come from")
         return seen[-1].float() + 0 * said.mean()
+
+    def _with(self, net: nn.Module) -> Denoiser:
+        """The same with one of the networks that this one switches between."""
+        one = copy.copy(self)
+        one.net = net
+        return one
+
+    def keep_serving(self, times: Sequence[float]) -> bool:
+        """Of several networks that share the times, keeps the one that is called at these; false where they are
+        several. Adapters lie on all of them as before."""
+        if not isinstance(self.net, SwitchedNetworks):
+            return True
+        net = self.net.serving(self.family.time(self.path, torch.tensor(times)))
+        if self.adapter is None:
+            self.net = net
+        return not isinstance(net, SwitchedNetworks)
 
     def copy(self) -> Denoiser:
         """An independent trainable copy in float32."""

@@ -1,9 +1,10 @@
 """Several networks for one student, each in its own stretch of times.
 
-No stock diffusers pipeline but Wan's changes its network on the way, and one stock network with other weights does not
-equal two: a UNet or transformer sees its timestep through smooth embeddings alone, which switch no layer. So the
-network of the student's pipeline is of a class of our own, ``pipelines/phased_experts.py``, whose file travels beside
-its weights; the pipeline around it, its call, its scheduler and its other components stay stock, in every family. LoRA
+No stock diffusers pipeline but Wan's, between two, changes its network on the way, and one stock network with other
+weights does not equal two: a UNet or transformer sees its timestep through smooth embeddings alone, which switch no
+layer. So elsewhere the network of the student's pipeline is of a class of our own, ``pipelines/phased_experts.py``,
+whose file travels beside its weights; the pipeline around it, its call, its scheduler and its other components stay
+stock, in every family. LoRA
 experts are adapters on one network while they train; what is exported are merged weights, so that no reader needs peft.
 """
 

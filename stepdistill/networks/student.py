@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import Teacher
 
 
@@ -23,6 +25,28 @@ class Student(Denoiser):
         return Student(
             start.trainable_net().eval().to(device), start.path, start.output, start.family, start.shape
         )
+
+    @staticmethod
+    def of_phases(experts: Sequence[Denoiser], phases: Sequence[Sequence[float]]) -> Student:
+        """A student with an expert for each phase. Where the teacher's networks share the times, an expert is the one
+        of its phase alone.
+
+        Args:
+            experts: in their order; changed in place.
+            phases: the times of the calls of each.
+
+        Raises:
+            UserError: a phase for which the teacher has several networks.
+        """
+        for expert, times in zip(experts, phases, strict=True):
+            # A call leads down from its time: at the teacher's very bound it is the next network's.
+            if not expert.keep_serving([time - 1e-3 for time in times]):
+                raise UserError(
+                    f"a phase calls the student at {', '.join(f'{time:.4g}' for time in times)}, between which this "
+                    "teacher changes its network: choose student.times (or options.shift) and options.phases so that "
+                    f"each phase is on one side of {expert.net.bounds[0] / 1000:.4g}"  # type: ignore[index]
+                )
+        return Student.of_experts(experts, [(a[-1] + b[0]) / 2 for a, b in pairwise(phases)])
 
     @staticmethod
     def of_experts(experts: Sequence[Denoiser], bounds: Sequence[float]) -> Student:
@@ -48,6 +72,7 @@ class Student(Denoiser):
         """
         if self.two_times:
             return
+        self._refuse_several("this method adds a second time to the network")
         if self.adapter is not None:
             self.adapter.add_slots()
         else:
@@ -60,6 +85,7 @@ class Student(Denoiser):
             UserError: where the family has no way to, or the student is a LoRA.
         """
         self._refuse_lora("options.guidance_range adds weights", ", or use one fixed options.guidance")
+        self._refuse_several("options.guidance_range adds weights")
         self.net = self.family.changes.guidance_input(self.net)
 
     def make_slimmer(self, width: float, depth: float) -> None:
@@ -73,11 +99,19 @@ class Student(Denoiser):
             UserError: where the family has no smaller network, nothing would get smaller, or the student is a LoRA.
         """
         self._refuse_lora("a smaller student has new weights", "")
+        self._refuse_several("a smaller student has new weights")
         self.net = self.family.changes.slimmer(self.net, width, depth)
 
     def _refuse_lora(self, what: str, otherwise: str) -> None:
         if self.adapter is not None:
             raise UserError(f"{what}, which a LoRA cannot hold: set student.lora_rank=0{otherwise}")
+
+    def _refuse_several(self, what: str) -> None:
+        if isinstance(self.net, SwitchedNetworks):
+            raise UserError(
+                f"{what}, but this teacher has {len(self.net.networks)} networks, each for its own noise: take a "
+                "method that changes none, such as dmd, phased_dmd or lcm"
+            )
 
     def stock_net(self, gap: float) -> nn.Module:
         """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is

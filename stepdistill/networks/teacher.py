@@ -21,6 +21,7 @@ from stepdistill.networks.denoiser import Denoiser, in_bfloat16
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.loading import with_merged_adapters, without_filters
 from stepdistill.networks.scheduler_path import path_of
+from stepdistill.networks.switched import SwitchedNetworks, network_of, networks_in
 
 
 class PipelineTeacher:
@@ -35,10 +36,11 @@ class PipelineTeacher:
         shift: of the times, for a flow model; None takes its scheduler's own.
         guidance: for a network that takes the scale as an input, that of the copies that are trained.
         size: what is drawn; None takes the pipeline's own.
+        guidance_2: the scale of guided outputs below the stretch of a teacher's first network; None is the same.
 
     Raises:
-        UserError: for a size that the pipeline does not draw, for a shift where there is none, or a scheduler of its
-            own whose spacing is no shift.
+        UserError: for a size that the pipeline does not draw, for a shift or a second scale where there is none, or a
+            scheduler of its own whose spacing is no shift.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class PipelineTeacher:
         guidance: float = 1.0,
         guidance_rescale: float = 0.0,
         size: Size | None = None,
+        guidance_2: float | None = None,
     ) -> None:
         self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
+        self.guidance_2 = guidance_2
         self.pipe.set_progress_bar_config(disable=True)
         family = family or known_family(type(pipe).__name__)
         if family is not None:
@@ -69,13 +73,17 @@ class PipelineTeacher:
         path, output = path_of(self.pipe.scheduler)
         if family is None:
             self._take(record(self.pipe, path, output, size, guidance), size)
-        net, shape = getattr(self.pipe, self.family.network), self.codec.shape
+        net, shape = network_of(self.family, self.pipe), self.codec.shape
         if isinstance(path, FlowPath):
             path = FlowPath(shift or self.family.shift(self.pipe, self.family.tokens(net, shape)))
         elif shift is not None:
             raise UserError(
                 f"options.shift is {shift:g}, but the times of a {type(self.pipe.scheduler).__name__} have no shift, "
                 "which only flow models have: leave it out"
+            )
+        if guidance_2 is not None and not isinstance(net, SwitchedNetworks):
+            raise UserError(
+                f"options.guidance_2 is {guidance_2:g}, but this teacher has one network for all noise: leave it out"
             )
         self.denoiser: Denoiser = Denoiser(net, path, output, self.family, shape)
         if self.family.changes.takes_guidance(net):
@@ -118,7 +126,7 @@ class PipelineTeacher:
         elif any(value.dtype != dtype for value in net.parameters()):
             net = copy.deepcopy(net).to(dtype)
         if net is not self.denoiser.net:
-            self._replace(**{self.family.network: net})
+            self._replace(**dict(zip(self.family.stretches(self.pipe), networks_in(net), strict=True)))
         self.denoiser.net, self.denoiser.compute = net, dtype
 
     @property
@@ -155,6 +163,8 @@ class PipelineTeacher:
                 f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1"
             )
         weak, strong = self.denoiser.raw_pair(x_t, t, self.null, cond)
+        if self.guidance_2 is not None:
+            guidance = self._by_stretch(guidance, t)
         if self.guidance_interval != (0.0, 1.0):
             guidance = in_interval(guidance, t, *self.guidance_interval)
         out, family = extrapolate(weak, strong, guidance), self.family
@@ -164,6 +174,13 @@ class PipelineTeacher:
         if self.guidance_rescale:
             out = rescaled(out, strong, self.guidance_rescale)
         return self.path.read(out, self.denoiser.output, x_t, t)
+
+    def _by_stretch(self, guidance: float | Tensor, t: Tensor) -> Tensor:
+        """The scale [B] at t [B]: below the stretch of the first network, that of the others."""
+        assert isinstance(self.denoiser.net, SwitchedNetworks) and self.guidance_2 is not None
+        first = self.family.time(self.path, t) > self.denoiser.net.bounds[0]
+        scale = guidance if isinstance(guidance, Tensor) else torch.full_like(t, guidance)
+        return torch.where(first, scale, self.guidance_2)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and configs of the pipeline: what the teacher's samples depend on."""

@@ -39,6 +39,7 @@ from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.scheduler_path import PREDICTION_TYPES
 from stepdistill.networks.student import Student
+from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
@@ -134,7 +135,13 @@ def assemble(
         guidance=options.guidance,
         guidance_rescale=options.guidance_rescale,
         size=Size(*recipe.data.size) if recipe.data.size else None,
+        guidance_2=options.guidance_2,
     )
+    if train.parallel == "sharded" and isinstance(teacher.denoiser.net, SwitchedNetworks):
+        raise UserError(
+            "train.parallel is sharded, but this teacher calls one of its networks for some samples and another for "
+            "others, and sharded ones are called by all processes together: set train.parallel=replicated"
+        )
     fit_attention(kernel, teacher.denoiser.net, device)
     compiled_parts(teacher.denoiser.net, train.compile)  # refuses what has no blocks before anything slow
     if train.checkpointing:

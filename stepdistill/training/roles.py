@@ -58,7 +58,10 @@ def roles_for(
         )
     if found:
         teacher.start = found.denoiser
-    return Copies(teacher)
+    roles = Copies(teacher)
+    if kind.starts_below:  # a generator, called at its own times alone
+        roles.student.keep_serving(times)
+    return roles
 
 
 def teacher_type(train: TrainOptions) -> torch.dtype:

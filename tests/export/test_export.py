@@ -32,6 +32,7 @@ from stepdistill.networks.pipeline_files import absent_components
 from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
+from stepdistill.networks.switched import networks_in
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import sha256_of
 from stepdistill.system.travelling import is_own_code
@@ -60,6 +61,7 @@ SAMPLERS = {
     "ltx": Sampler((1.0, 0.9), False),
     "hunyuan-video": Sampler((1.0, 0.75), False),
     "cog-video-x": Sampler(uniform_times(2), True),
+    "wan-2.2": Sampler((1.0, 0.9545, 0.875, 0.7), False),
 }
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
@@ -83,6 +85,7 @@ CLASSES = {
     "ltx": "LTXPipeline",
     "hunyuan-video": "HunyuanVideoPipeline",
     "cog-video-x": "CogVideoXPipeline",
+    "wan-2.2": "WanPipeline",
 }
 IN_A_FRESH_PROCESS = (
     pytest.param("unet-classes", marks=pytest.mark.own_process),
@@ -90,7 +93,7 @@ IN_A_FRESH_PROCESS = (
     "sd",
     "sd3",
     "flux",
-    "wan",
+    "wan-2.2",
     "klein",
     "cog-video-x",
 )
@@ -161,15 +164,16 @@ def test_plain_diffusers_draws_what_the_student_drew(name: str, exported: Callab
     run = exported(name)
     pipe = loaded(run.folder)
     assert type(pipe).__name__ == CLASSES[name]
-    state = getattr(pipe, run.teacher.family.network).state_dict()
-    own = run.student.net.state_dict()
-    assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
-    original = run.teacher.denoiser.net.state_dict()
-    assert not all(torch.equal(state[key], original[key]) for key in own)
+    networks = [getattr(pipe, part) for part in run.teacher.family.stretches(pipe)]
+    originals = networks_in(run.teacher.denoiser.net)
+    for net, wanted, before in zip(networks, networks_in(run.student.net), originals, strict=True):
+        state, own, original = (each.state_dict() for each in (net, wanted, before))
+        assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
+        assert not all(torch.equal(state[key], original[key]) for key in own)
     assert_same(drawn(pipe, run.folder), kept(run.folder))
     # The teacher's own pipeline was left alone.
     assert run.teacher.pipe.scheduler is not pipe.scheduler
-    assert getattr(run.teacher.pipe, run.teacher.family.network) is run.teacher.denoiser.net
+    assert getattr(run.teacher.pipe, run.teacher.family.network) is originals[0]
     index = json.loads((run.folder / "model_index.json").read_text())
     assert all(
         entry[0] in ("diffusers", "transformers", None) for entry in index.values() if isinstance(entry, list)

@@ -43,6 +43,7 @@ PIPELINES = (
     "ltx",
     "hunyuan-video",
     "cog-video-x",
+    "wan-2.2",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
@@ -53,15 +54,24 @@ MORE = ("pixart-alpha", "pixart-sigma", *MORE_FLOW, "cog-video-x")
 EMBEDDED = ("flux", "hunyuan-video")
 """With guidance as an input of the network."""
 
-WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", *MORE)
-VIDEO = ("wan", "ltx", "hunyuan-video", "cog-video-x")
+WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", "wan-2.2", *MORE)
+VIDEO = ("wan", "wan-2.2", "ltx", "hunyuan-video", "cog-video-x")
 WITH_VAE = ("dit", *WITH_TEXT)
-FLOW = ("sd3", "flux", "schnell", "wan", *MORE_FLOW)
-GUIDED = ("dit", "sd", "sd-v", "sdxl", "sd3", "wan", *(name for name in MORE if name not in EMBEDDED))
+FLOW = ("sd3", "flux", "schnell", "wan", "wan-2.2", *MORE_FLOW)
+GUIDED = (
+    "dit",
+    "sd",
+    "sd-v",
+    "sdxl",
+    "sd3",
+    "wan",
+    "wan-2.2",
+    *(name for name in MORE if name not in EMBEDDED),
+)
 """With an unconditional mode: guidance is extrapolation."""
 
 SIZES = {
-    "wan": Size(32, 16, 9),
+    **dict.fromkeys(("wan", "wan-2.2"), Size(32, 16, 9)),
     **dict.fromkeys(("flux", "schnell", "pixart-alpha", "aura-flow", "qwen-image", "klein"), Size(16, 24)),
     "z-image": Size(32, 16),
     "ltx": Size(32, 64, 9),
@@ -325,15 +335,10 @@ def _schnell() -> Any:
     return _flux(guidance_embeds=False)
 
 
-def _wan() -> Any:
-    from diffusers import (
-        AutoencoderKLWan,
-        FlowMatchEulerDiscreteScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
+def _wan_transformer() -> Any:
+    from diffusers import WanTransformer3DModel
 
-    transformer = WanTransformer3DModel(
+    return WanTransformer3DModel(
         in_channels=4,
         out_channels=4,
         num_layers=2,
@@ -345,6 +350,12 @@ def _wan() -> Any:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
+
+
+def _wan(two: bool = False) -> Any:
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    transformer = _wan_transformer()
     vae = AutoencoderKLWan(
         base_dim=3,
         z_dim=4,
@@ -360,7 +371,13 @@ def _wan() -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder=tiny_t5(16),
         tokenizer=tiny_t5_tokenizer(),
+        **({"transformer_2": _wan_transformer(), "boundary_ratio": 0.9} if two else {}),
     )
+
+
+def _wan_2_2() -> Any:
+    """Whose network changes between the second and the third of four steps with its shift."""
+    return _wan(two=True)
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
@@ -375,4 +392,5 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "flux": _flux,
     "schnell": _schnell,
     "wan": _wan,
+    "wan-2.2": _wan_2_2,
 }
