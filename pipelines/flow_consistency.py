@@ -1,9 +1,14 @@
-"""Consistency sampling on a flow path: x0 at every time, then fresh noise up to the next one.
+"""A student's own grid and steps on a flow path: with fresh noise between steps, or without.
 
-This file travels inside a student distilled by stepdistill on a flow path. Stock schedulers take that noise from the
-generator of the pipeline's call, which StableDiffusion3Pipeline hands to none, and so from the global one. Here it
-follows from the noise that a picture starts from: a seed gives one picture, alone or in any batch, on any device. It is
-loaded with ``trust_remote_code=True``.
+This file travels inside a student distilled by stepdistill on a flow path, where no stock scheduler draws as it does.
+
+With fresh noise, a step goes to x0 and from there up to the next time (consistency sampling). Stock schedulers take
+that noise from the generator of the pipeline's call, which StableDiffusion3Pipeline hands to none, and so from the
+global one. Here it follows from the noise that a picture starts from: a seed gives one picture, alone or in any batch,
+on any device. Without it, a step is one of Euler's.
+
+The grid follows from the number of steps alone. What a pipeline passes for it is made for many steps (CogView4Pipeline
+would take the last of few at timestep 1), and is not used. It is loaded with ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteSchedulerOutput
 
 
@@ -36,10 +42,27 @@ def noise_after(keys: Sequence[bytes], call: int, like: torch.Tensor) -> torch.T
 
 
 class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[misc]
-    """diffusers' FlowMapEulerDiscreteScheduler, its grid and its config, with fresh noise between steps."""
+    """diffusers' FlowMapEulerDiscreteScheduler, with the grid 1, 1 - 1/n ... 1/n after ``shift`` in any pipeline.
+
+    Args:
+        num_train_timesteps: what the network is told at pure noise.
+        shift: of the grid, t = s u / (1 + (s - 1) u).
+        clock_shift: the network is told the u of this shift in place of t.
+        renoise: whether there is fresh noise between steps.
+    """
 
     # The bare name, also when diffusers has loaded the file as a dynamic module: it is what a saved pipeline writes.
     __module__ = "flow_consistency"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        clock_shift: float = 1.0,
+        renoise: bool = True,
+    ) -> None:
+        super().__init__(num_train_timesteps, shift)
 
     def set_timesteps(
         self,
@@ -49,16 +72,19 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         timesteps: Any = None,
         mu: float | None = None,
     ) -> None:
-        """The grid, as the stock class has it; what is drawn next is a new picture. ``mu``, the time shift that some
-        pipelines work out from the size, is not used: the shift of the config is the student's."""
-        super().set_timesteps(num_inference_steps, device, sigmas, timesteps)
+        """The grid of so many steps; what is drawn next is a new picture. Of ``sigmas`` and ``timesteps`` only the
+        length is used, and ``mu``, the time shift that some pipelines work out from the size, is not."""
+        given = next((list(values) for values in (sigmas, timesteps) if values is not None), [])
+        super().set_timesteps(num_inference_steps or len(given), device)
+        t, s = self.sigmas[:-1], self.config.clock_shift
+        self.timesteps = self.config.num_train_timesteps * (t / (s + (1 - s) * t))
         self._keys: list[bytes] | None = None
         self._calls = 0
 
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
     ) -> Any:
-        """(1 - s) x0 + s noise at the next time s, and x0 itself after the last.
+        """The state at the next time s: (1 - s) x0 + s noise, fresh or the predicted one; x0 itself after the last.
 
         Args:
             model_output: the velocity [B, ...] at the sample.
@@ -75,9 +101,13 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         if self._keys is None:
             self._keys = keys_of(sample)
         t, s = (float(self.sigmas[i]) for i in (index, index + 1))
-        x = sample.float() - t * model_output.float()
-        if s > 0:
-            x = (1 - s) * x + s * noise_after(self._keys, self._calls, x)
+        velocity = model_output.float()
+        if self.config.renoise:
+            x = sample.float() - t * velocity
+            if s > 0:
+                x = (1 - s) * x + s * noise_after(self._keys, self._calls, x)
+        else:
+            x = sample.float() + (s - t) * velocity
         self._calls += 1
         self._step_index = index + 1
         x = x.to(model_output.dtype)

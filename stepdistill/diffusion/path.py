@@ -179,9 +179,12 @@ class FlowPath(Path):
 
     Attributes:
         shift: the time shift s of the teacher's schedule. It moves no point of the path, so paths are equal without it.
+        clock_shift: the shift that makes t of the time that the network is told, where this counts t before a shift
+            (CogView4); 1 for all others. It moves no point either.
     """
 
     shift: float = field(default=1.0, compare=False)
+    clock_shift: float = field(default=1.0, compare=False)
 
     def shifted(self, u: Times) -> Times:
         return shifted(u, self.shift)

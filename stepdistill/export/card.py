@@ -52,6 +52,7 @@ It is made of stock diffusers classes alone. **Pass `num_inference_steps={steps}
 | method | {summary} |
 | teacher's guidance, now in the weights | {guidance} |
 | network calls an image | {steps} |
+| step grid | {grid} |
 | trained with | `{command}` |
 
 {changes}{scores}
@@ -69,6 +70,7 @@ def model_card(
     steps: int,
     guidance: float,
     call: Mapping[str, Any],
+    grid: str,
     command: str,
     changes: Sequence[str] = (),
     scores: str = "",
@@ -81,6 +83,7 @@ def model_card(
         steps: network calls of the student.
         guidance: the teacher's guidance scale.
         call: arguments of the verification call.
+        grid: its scheduler and the times at which that calls the network.
         command: what made the student.
         changes: what was changed in the teacher when it was taken.
         scores: a Markdown table of them; empty before evaluation.
@@ -107,6 +110,7 @@ def model_card(
         guidance_note=note,
         guidance=f"{guidance:g}",
         summary=summary,
+        grid=grid,
         command=command,
         changes=f"The teacher as it was taken: {' '.join(changes)}\n\n" if changes else "",
         scores=scores,

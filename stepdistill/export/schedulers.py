@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from stepdistill.diffusion.path import FlowPath, TablePath
 from stepdistill.diffusion.path import Path as NoisePath
+from stepdistill.diffusion.shift import shifted
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.networks.sampler import Sampler
 from stepdistill.system.travelling import travelling_module
+
+ALLOWED = 1.5e-3
+"""How far a time of a scheduler may be from the student's."""
 
 
 def check_sampler(sampler: Sampler, path: NoisePath, family: Family) -> None:
@@ -32,13 +38,8 @@ def check_sampler(sampler: Sampler, path: NoisePath, family: Family) -> None:
 def stock_scheduler(
     sampler: Sampler, path: NoisePath, teacher_scheduler: Any, passes: frozenset[str] = frozenset()
 ) -> Any:
-    """The scheduler that draws as this sampler does, its grid pinned by its config alone: a stock one, but for
-    fresh noise on a flow path, where ``pipelines/flow_consistency.py`` travels along.
-
-    On a flow path it follows from what the pipeline's call passes. FlowMapEulerDiscreteScheduler makes the grid from
-    the number of steps, and takes no ``mu``. FlowMatchEulerDiscreteScheduler takes one and, without dynamic shifting,
-    ignores it; from a number of steps it would waste the last one, but pipelines that pass ``mu`` also pass the
-    sigmas 1, 1 - 1/n ... 1/n.
+    """The scheduler that draws as this sampler does, its grid pinned by its config alone, so that the pipeline's call
+    needs no more than the number of steps: a stock one where one does, see :func:`_flow_scheduler`.
 
     Args:
         sampler: how the student draws.
@@ -49,13 +50,7 @@ def stock_scheduler(
     Raises:
         UserError: when no scheduler has this grid.
     """
-    from diffusers import (
-        DDIMScheduler,
-        FlowMapEulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        LCMScheduler,
-        TCDScheduler,
-    )
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
     scheduler: Any
     if isinstance(path, FlowPath):
@@ -64,12 +59,7 @@ def stock_scheduler(
                 f"student.times starts at {sampler.times[0]:g}, but diffusers' flow schedulers call a network first "
                 "at pure noise: set 1.0"
             )
-        kind: Any = FlowMatchEulerDiscreteScheduler if "mu" in passes else FlowMapEulerDiscreteScheduler
-        if sampler.renoise and sampler.step_counts != (1,):
-            # The stock ones that take fresh noise (FlowMatchLCM, FlowMatchEuler with stochastic_sampling) draw it
-            # from the global generator in SD3's pipeline, and their grid ends at 1/1000.
-            kind = travelling_module("flow_consistency").FlowConsistencyScheduler
-        scheduler = kind(shift=_shift(sampler, path))
+        scheduler = _flow_scheduler(sampler, path, passes)
     elif isinstance(path, TablePath):
         keep = (
             "num_train_timesteps",
@@ -107,6 +97,44 @@ def stock_scheduler(
     return scheduler
 
 
+def _flow_scheduler(sampler: Sampler, path: FlowPath, passes: frozenset[str]) -> Any:
+    """The first stock scheduler that has the student's grid from what the pipeline passes, else the one of
+    ``pipelines/flow_consistency.py``, which travels along: for fresh noise between steps, too.
+
+    FlowMapEulerDiscreteScheduler makes the grid from the number of steps, and takes no ``mu``.
+    FlowMatchEulerDiscreteScheduler takes one and, without dynamic shifting, ignores it; from a number of steps it would
+    waste the last one, unless the pipeline passes sigmas, or its grid is stretched to end where the student's does.
+    """
+    from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    shift, last = _shift(sampler, path), sampler.times[-1]
+    own = travelling_module("flow_consistency").FlowConsistencyScheduler
+    if sampler.renoise and sampler.step_counts != (1,):
+        # The stock ones that take fresh noise (FlowMatchLCM, FlowMatchEuler with stochastic_sampling) draw it
+        # from the global generator in SD3's pipeline, and their grid ends at 1/1000.
+        return own(shift=shift, clock_shift=path.clock_shift)
+    stock: list[Any] = [] if "mu" in passes else [FlowMapEulerDiscreteScheduler(shift=shift)]
+    stock.append(FlowMatchEulerDiscreteScheduler(shift=shift))
+    if 0 < last < 1 and "sigmas" not in passes:
+        stock.append(FlowMatchEulerDiscreteScheduler(shift_terminal=last))
+    if "own sigmas" in passes:
+        stock.clear()
+    counts = sampler.step_counts if sampler.grid else (sampler.steps,)
+    for scheduler in stock:
+        if all(_near(times_of(path, scheduler, n, passes), _even(shift, n)) for n in counts):
+            return scheduler
+    return own(shift=shift, clock_shift=path.clock_shift, renoise=False)
+
+
+def _even(shift: float, steps: int) -> tuple[float, ...]:
+    """The grid 1, 1 - 1/n ... 1/n after a shift."""
+    return tuple(shifted(time, shift) for time in uniform_times(steps))
+
+
+def _near(times: Sequence[float], wanted: Sequence[float], allowed: float = ALLOWED) -> bool:
+    return max(abs(a - b) for a, b in zip(times, wanted, strict=True)) <= allowed
+
+
 def _other_betas(scheduler: Any, config: dict[str, Any]) -> list[float] | None:
     """The betas of a teacher whose table is not the one that these keys of its config make (CogVideoX shifts the
     signal-to-noise ratio of its own by a further key); None where they make it."""
@@ -128,7 +156,7 @@ def _shift(sampler: Sampler, path: FlowPath) -> float:
 
 
 def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any, passes: frozenset[str]) -> None:
-    allowed = 1.5e-3
+    allowed = ALLOWED
     if sampler.grid and isinstance(path, TablePath):
         if path.steps % sampler.grid:
             divisors = [n for n in range(2, path.steps + 1) if path.steps % n == 0]
@@ -140,7 +168,7 @@ def _check_grid(sampler: Sampler, path: NoisePath, scheduler: Any, passes: froze
             )
         allowed += 1 / sampler.grid  # the steps are taken out of the grid
     grid = times_of(path, scheduler, sampler.steps, passes)
-    if max(abs(a - b) for a, b in zip(grid, sampler.times, strict=True)) > allowed:
+    if not _near(grid, sampler.times, allowed):
         raise UserError(
             f"student.times is {list(sampler.times)}, which no stock diffusers scheduler draws in {sampler.steps} "
             f"steps; the nearest is {[round(time, 4) for time in grid]}"
@@ -163,9 +191,17 @@ def times_of(
     path: NoisePath, scheduler: Any, steps: int, passes: frozenset[str] = frozenset()
 ) -> tuple[float, ...]:
     """The times at which a diffusers scheduler calls the network in ``steps`` steps of a pipeline that passes these."""
-    given = {"sigmas": [1 - i / steps for i in range(steps)]} if "sigmas" in passes else {}
+    given: dict[str, Any] = {}
+    if "timesteps" in passes:  # as CogView4Pipeline has them
+        given["timesteps"] = [float(int(1000 + i * (1 - 1000) / max(steps - 1, 1))) for i in range(steps)]
+        given["sigmas"] = [time / 1000 for time in given["timesteps"]]
+    elif "sigmas" in passes:
+        given["sigmas"] = [1 - i / steps for i in range(steps)]
     scheduler.set_timesteps(steps, **given, **({"mu": 0.0} if "mu" in passes else {}))
     timesteps = [float(value) for value in scheduler.timesteps]
     if isinstance(path, TablePath):
         return tuple((value + 1) / path.steps for value in timesteps)
-    return tuple(value / 1000 for value in timesteps)
+    times = tuple(value / 1000 for value in timesteps)
+    # A clock that counts its time before the shift that is in the noise levels says little about them.
+    levels = tuple(float(value) for value in scheduler.sigmas[:steps])
+    return times if _near(times, levels, 1e-4) else levels

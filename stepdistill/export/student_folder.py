@@ -143,6 +143,7 @@ def export(
         manifest = {
             "call": pipeline_call(type(pipe).__name__, sampler, teacher.codec, prompts),
             "seeds": list(seeds),
+            "alone": teacher.family.alone,
             "tolerance": TOLERANCE,
             "files": hashes(place),
         }

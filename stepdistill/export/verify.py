@@ -32,7 +32,13 @@ if getattr(pipe, "watermark", None) is not None:
     pipe.watermark = None  # SDXL adds one where invisible-watermark is installed, whatever the folder says
 pipe.set_progress_bar_config(disable=True)
 generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
-images = pipe(**manifest["call"], generator=generators, output_type="np", return_dict=False)[0]
+def draw(call, generators):
+    return pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
+call = manifest["call"]
+if manifest.get("alone"):
+    images = [draw({**call, "prompt": [p]}, [g])[0] for p, g in zip(call["prompt"], generators)]
+else:
+    images = draw(call, generators)
 from PIL import Image
 worst, total = 0.0, 0.0
 for i, image in enumerate(images):
@@ -43,7 +49,7 @@ for i, image in enumerate(images):
     kept = numpy.asarray(Image.open(f"{folder}/verification/{i}.png").convert("RGB"), dtype="float64")
     difference = numpy.abs(drawn - kept)
     worst, total = max(worst, float(difference.max())), total + float(difference.mean()) / len(images)
-print("RESULT", json.dumps({"max": worst, "mean": total, "class": type(pipe).__name__}))
+print("RESULT", json.dumps({"max": worst, "mean": total, "scheduler": type(pipe.scheduler).__name__}))
 """
 
 
@@ -69,6 +75,7 @@ class Verification:
         files: files whose hashes agree.
         images: pictures compared.
         steps: network calls each took.
+        scheduler: the class whose grid they were drawn on.
         worst: largest difference of a pixel value, in steps of 1/255.
         mean: mean difference, in the same steps.
     """
@@ -76,13 +83,15 @@ class Verification:
     files: int
     images: int
     steps: int
+    scheduler: str
     worst: float
     mean: float
 
     def __str__(self) -> str:
         return (
-            f"verified: {self.files} files unaltered; {self.images} pictures drawn in {self.steps} step(s) by plain "
-            f"diffusers differ from the trainer's by {self.worst:g}/255 at most, {self.mean:.3g}/255 on average"
+            f"verified: {self.files} files unaltered; {self.images} pictures drawn in {self.steps} step(s) of "
+            f"{self.scheduler} by plain diffusers differ from the trainer's by {self.worst:g}/255 at most, "
+            f"{self.mean:.3g}/255 on average"
         )
 
 
@@ -132,4 +141,5 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
             f"{folder}: its pictures differ from the trainer's by {result['max']:g}/255 at most and "
             f"{result['mean']:.3g}/255 on average; allowed are {tolerance['max']} and {tolerance['mean']}"
         )
-    return Verification(len(files), len(seeds), call["num_inference_steps"], result["max"], result["mean"])
+    steps: int = call["num_inference_steps"]
+    return Verification(len(files), len(seeds), steps, result["scheduler"], result["max"], result["mean"])

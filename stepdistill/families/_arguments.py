@@ -75,7 +75,7 @@ class Role:
         value = given.cond[self.name]
         if self.axis is None:
             return value[0]
-        return list(value) if self.listed else value.movedim(0, self.axis)
+        return list(value) if self.listed else value.movedim(0, self.axis).contiguous()
 
     def take(self, value: Any, rows: int) -> list[Tensor]:
         """The B rows of a condition out of what the network was given here."""

@@ -67,6 +67,19 @@ def clock_of(path: Path, steps: list[Step], told: list[float]) -> Clock:
     return Clock(scale, offset, bend)
 
 
+def passes_in(draw: Draw) -> frozenset[str]:
+    """What the pipeline hands to its scheduler, see ``Family.passes``."""
+    grid, steps = draw.grid, len(draw.steps)
+    found = {"mu"} & grid.keys() | ({"generator"} if draw.generator else set())
+    sigmas, timesteps = (grid.get(name) for name in ("sigmas", "timesteps"))
+    if timesteps is not None:
+        usual = np.allclose(timesteps, np.linspace(1000, 1, steps), atol=1)
+        found |= {"sigmas", "timesteps"} if usual and sigmas is not None else {"own sigmas"}
+    elif sigmas is not None:
+        found |= {"sigmas"} if np.allclose(sigmas, np.linspace(1, 1 / steps, steps)) else {"own sigmas"}
+    return frozenset(found)
+
+
 def shift_in(path: Path, draw: Draw, config: Any) -> float | None:
     """Of the times of its own schedule, where the pipeline computes it; None where its scheduler's config says."""
     if isinstance(path, TablePath) or "mu" not in draw.grid or not config.get("use_dynamic_shifting"):

@@ -24,6 +24,7 @@ from stepdistill.families._findings import (
     layout_of,
     linear_layers,
     near,
+    passes_in,
     reading_of,
     rows_of_call,
     same_start,
@@ -155,12 +156,11 @@ class _Recorder:
             shift=shift_in(self.path, usual, self.pipe.scheduler.config),
             takes=self.takes,
         )
-        passes = {"sigmas", "timesteps", "mu"} & one.grid.keys() | ({"generator"} if one.generator else set())
         facts = {
             "name": type(self.pipe).__name__,
             "pipelines": (type(self.pipe).__name__,),
             "network": network,
-            "passes": frozenset(passes),
+            "passes": passes_in(one),
             "has_prompts": "prompt" in self.takes,
             "video": frames.shape[1] > 1 or "num_frames" in self.takes,
             "lora_targets": linear_layers(getattr(self.pipe, network)),
@@ -177,7 +177,7 @@ class _Recorder:
             f"{found.clock if not isinstance(self.path, TablePath) else 'its table index'}, output "
             f"{'-' if found.reading.sign < 0 else ''}{self.output}, guidance {guided}{other_size}"
         )
-        kind.differentiable = found.plain_vae
+        kind.differentiable, kind.alone = found.plain_vae, bool(found.lengths)
         made: Recorded = kind(replace(found, scale=self.scale))
         return made
 

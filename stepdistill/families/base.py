@@ -32,8 +32,9 @@ class Family(ABC):
         pipelines: names of the pipeline classes it serves.
         network: the pipeline's attribute that holds the network.
         clock: what the network is told for a time t of a flow path; on a table it is told the index, whatever this is.
-        passes: what the pipeline's call hands to its scheduler: ``sigmas`` and ``mu`` for its grid; ``generator`` for
-            its steps, as fresh noise between them needs for a seed to give one picture.
+        passes: what the pipeline's call hands to its scheduler: for its grid ``sigmas``, which are 1, 1 - 1/n ... 1/n,
+            ``timesteps``, which go from 1000 to 1, ``own sigmas``, which are others still, and ``mu``; for its steps
+            ``generator``, as fresh noise between them needs for a seed to give one picture.
         guidance_argument: what the call names its scale of guidance.
         guidance_off: the scale of a call that is not guided, where the network has no guidance as an input.
         has_prompts: whether conditions come from text prompts.
@@ -42,6 +43,8 @@ class Family(ABC):
         video: whether a state has frames, and its VAE takes [B, 3, F, H, W].
         keeps_length: whether a guided output is given the length, along the last axis of what :meth:`pack` makes of
             it, of the output for the prompt alone.
+        alone: whether prompts of several lengths are drawn one at a time, as the pipeline has no mask for what pads
+            them to the longest.
         lora_targets: suffixes of the layers that carry LoRA.
         picture_tokens: which of the outputs of a block of several kinds of tokens are the picture's.
         changes: what methods may change in its network.
@@ -61,6 +64,7 @@ class Family(ABC):
     told_size: ClassVar[bool] = False
     video: ClassVar[bool] = False
     keeps_length: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]]
     picture_tokens: ClassVar[int] = -1
     changes: ClassVar[NetworkChanges] = NetworkChanges()
@@ -159,6 +163,10 @@ class Family(ABC):
     def shift(self, pipe: Any, tokens: int) -> float:
         """The shift of a flow teacher's times for pictures of so many tokens, see :func:`shift_of`."""
         return shift_of(pipe.scheduler, tokens)
+
+    def clock_shift(self, pipe: Any, tokens: int) -> float:
+        """The shift between the network's own clock and t, see :class:`FlowPath`."""
+        return 1.0
 
     @remembered
     def time(self, path: Path, t: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.shift import shifted
 from stepdistill.errors import UserError
 from stepdistill.families._arguments import Given, fill, state_rows, take
-from stepdistill.families._second_time import jumping, told_of
+from stepdistill.families._lengths import length_by_length, padded
 from stepdistill.families.base import Family
-from stepdistill.families.condition import GAP, GUIDANCE, MASK, Condition, joined
+from stepdistill.families.condition import GUIDANCE, Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
 from stepdistill.families.watching import frames_of, silent, watch
@@ -143,6 +143,9 @@ class Recorded(Family):
     def shift(self, pipe: Any, tokens: int) -> float:
         return super().shift(pipe, tokens) if self.found.shift is None else self.found.shift
 
+    def clock_shift(self, pipe: Any, tokens: int) -> float:
+        return self.found.clock.shift
+
     def time(self, path: Path, t: Tensor) -> Tensor:
         clock = self.found.clock
         u = super().time(path, t) if isinstance(path, TablePath) else shifted(t.float(), 1 / clock.shift)
@@ -161,37 +164,27 @@ class Recorded(Family):
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         if not self.found.lengths:
             return self._call(net, x_t, time, cond)
-        # A network without a mask reads padding as text: samples whose prompts are as long as each other at a time.
-        masks = [cond[f"{name}.{MASK}"] for name in self.found.lengths]
-        lengths = torch.stack([mask.sum(1) for mask in masks], 1)
-        kinds, kind_of = lengths.unique(dim=0, return_inverse=True)
-        said, places = list[Tensor](), list[Tensor]()
-        for i, kind in enumerate(kinds.tolist()):
-            rows = (kind_of == i).nonzero()[:, 0]
-            own = dict(cond.rows(rows).tensors)
-            own |= {
-                name: own[name][:, :length] for name, length in zip(self.found.lengths, kind, strict=True)
-            }
-            said.append(self._call(net, x_t[rows], time[rows], Condition(own)))
-            places.append(rows)
-        return torch.cat(said)[torch.cat(places).argsort()]
+        return length_by_length(
+            net, self.found.lengths, lambda x, told, own: self._call(net, x, told, own), x_t, time, cond
+        )
 
     def _call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         scale = cond.get(GUIDANCE)
         scale = torch.full_like(time, self.found.scale) if scale is None else scale
         given = fill(self.found.template, Given(self.pack(x_t), time, scale, cond))
-        with jumping(told_of(net), cond.get(GAP)):  # of these rows alone
-            output = net(*given["args"], **given["kwargs"])
+        output = net(*given["args"], **given["kwargs"])
         return self.unpack(self.found.reading.of(output, self.found.packed), tuple(x_t.shape[1:]))
 
     def conditions(self, call: Any, rows: int) -> Condition:
         """The conditions [B, ...] of a call's arguments, with the lengths of sequences that have no mask."""
         found = dict[str, Tensor]()
         for name, values in take(self.found.template, call, rows).items():
-            found[name] = pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
             if name in self.found.lengths:
-                ones = [torch.ones(len(value), dtype=torch.bool, device=value.device) for value in values]
-                found[f"{name}.{MASK}"] = pad_sequence(ones, batch_first=True)
+                found |= padded(name, values)
+            else:
+                found[name] = (
+                    pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
+                )
         return Condition(found)
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:

@@ -75,7 +75,10 @@ class PipelineTeacher:
             self._take(record(self.pipe, path, output, size, guidance), size)
         net, shape = network_of(self.family, self.pipe), self.codec.shape
         if isinstance(path, FlowPath):
-            path = FlowPath(shift or self.family.shift(self.pipe, self.family.tokens(net, shape)))
+            tokens = self.family.tokens(net, shape)
+            path = FlowPath(
+                shift or self.family.shift(self.pipe, tokens), self.family.clock_shift(self.pipe, tokens)
+            )
         elif shift is not None:
             raise UserError(
                 f"options.shift is {shift:g}, but the times of a {type(self.pipe.scheduler).__name__} have no shift, "

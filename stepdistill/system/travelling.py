@@ -15,8 +15,8 @@ REASONS = {
         "steps"
     ),
     "flow_consistency.py": (
-        "it takes fresh noise between its steps, for which the stock flow schedulers need a generator that not every "
-        "pipeline hands them"
+        "its scheduler has the grid of its few steps, or fresh noise between its steps, which no stock scheduler has "
+        "in this pipeline"
     ),
 }
 """The files in pipelines/, and why each travels, as a model card says it."""

@@ -13,6 +13,7 @@ from stepdistill.evaluation.scores import by_metric
 from stepdistill.evaluation.suite import load_suite
 from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
 from stepdistill.export.card import model_card, with_code_note
+from stepdistill.export.schedulers import stock_scheduler
 from stepdistill.export.student_folder import export, pipeline_call
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
@@ -32,6 +33,10 @@ def card(run: Assembled, command: str, scores: str = "") -> str:
     codec = run.teacher.codec
     pipeline = codec.family.student_pipeline(codec.pipe) or type(codec.pipe).__name__
     call = pipeline_call(pipeline, run.sampler, codec, run.shown(1))
+    scheduler = stock_scheduler(
+        run.sampler, run.student.path, run.teacher.pipe.scheduler, run.teacher.family.passes
+    )
+    times = ", ".join(f"{time:.4g}" for time in run.sampler.times)
     return model_card(
         teacher=run.recipe.teacher,
         method=Path(run.recipe.method).stem,
@@ -39,6 +44,7 @@ def card(run: Assembled, command: str, scores: str = "") -> str:
         steps=run.sampler.steps,
         guidance=run.options.guidance,
         call=call,
+        grid=f"`{type(scheduler).__name__}`: t = {times}",
         command=command,
         changes=run.changes,
         scores=scores,

@@ -35,7 +35,7 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import networks_in
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import sha256_of
-from stepdistill.system.travelling import is_own_code
+from stepdistill.system.travelling import is_own_code, travelling_code
 
 Teachers = Callable[[str], PipelineTeacher]
 
@@ -62,6 +62,10 @@ SAMPLERS = {
     "hunyuan-video": Sampler((1.0, 0.75), False),
     "cog-video-x": Sampler(uniform_times(2), True),
     "wan-2.2": Sampler((1.0, 0.9545, 0.875, 0.7), False),
+    "cogview4": Sampler((1.0, 0.8, 0.5), False),
+    "lumina2": Sampler((1.0, 0.75), False),
+    "hunyuan-dit": Sampler(uniform_times(2), True),
+    "chroma": Sampler(uniform_times(3), False),
 }
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
@@ -86,7 +90,14 @@ CLASSES = {
     "hunyuan-video": "HunyuanVideoPipeline",
     "cog-video-x": "CogVideoXPipeline",
     "wan-2.2": "WanPipeline",
+    "cogview4": "CogView4Pipeline",
+    "lumina2": "Lumina2Pipeline",
+    "hunyuan-dit": "HunyuanDiTPipeline",
+    "chroma": "ChromaPipeline",
 }
+OWN_GRID = {"cogview4": ["flow_consistency"]}
+"""Whose scheduler travels, as no stock one has their grid."""
+
 IN_A_FRESH_PROCESS = (
     pytest.param("unet-classes", marks=pytest.mark.own_process),
     "dit",
@@ -96,6 +107,7 @@ IN_A_FRESH_PROCESS = (
     "wan-2.2",
     "klein",
     "cog-video-x",
+    "cogview4",
 )
 
 
@@ -134,7 +146,12 @@ def exported(teacher_of: Teachers, tmp_path_factory: pytest.TempPathFactory) -> 
 def loaded(folder: Path) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent_components(folder))
+    pipe = DiffusionPipeline.from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=bool(travelling_code(folder)),
+        **absent_components(folder),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -176,9 +193,13 @@ def test_plain_diffusers_draws_what_the_student_drew(name: str, exported: Callab
     assert getattr(run.teacher.pipe, run.teacher.family.network) is originals[0]
     index = json.loads((run.folder / "model_index.json").read_text())
     assert all(
-        entry[0] in ("diffusers", "transformers", None) for entry in index.values() if isinstance(entry, list)
+        entry[0] in ("diffusers", "transformers", None, *OWN_GRID.get(name, ()))
+        for entry in index.values()
+        if isinstance(entry, list)
     )
-    assert not list(run.folder.rglob("*.py")) and not list(run.folder.rglob("*.bin"))
+    assert [file.stem for file in run.folder.rglob("*.py")] == OWN_GRID.get(name, []) and not list(
+        run.folder.rglob("*.bin")
+    )
     assert (run.folder / "README.md").read_text() == "# A card\n"
 
 
@@ -444,7 +465,7 @@ def test_the_adapter_alone_makes_the_teacher_the_student(
     assert_same(drawn(pipe, run.folder), kept(run.folder))
 
 
-@pytest.mark.parametrize("name", ["unet-classes", "dit", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["unet-classes", "dit", "pixart-sigma", "hunyuan-dit"])
 def test_a_lora_student_of_a_pipeline_without_adapters_is_merged(
     name: str, teacher_of: Teachers, tmp_path: Path
 ) -> None:

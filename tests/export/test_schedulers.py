@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from sampler_toy import teacher_scheduler
 from toy import ToyFamily
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.export.schedulers import check_sampler, on_stock_grid, stock_scheduler
+from stepdistill.export.schedulers import check_sampler, on_stock_grid, stock_scheduler, times_of
 from stepdistill.networks.sampler import Sampler
 
 TABLE = TablePath.from_alphas_cumprod(teacher_scheduler().alphas_cumprod)
@@ -97,3 +98,54 @@ def test_the_nearest_divisors_are_named(grid: int, near: str) -> None:
     scheduler: Any = teacher_scheduler()
     with pytest.raises(UserError, match=f"divisor, {near}$"):
         stock_scheduler(Sampler((1.0,), True, grid=grid), TABLE, scheduler)
+
+
+EULER, MATCH, OWN = (
+    "FlowMapEulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowConsistencyScheduler",
+)
+
+
+@pytest.mark.parametrize(
+    ("passes", "times", "grid", "kind"),
+    [
+        ("", uniform_times(4), None, EULER),
+        ("sigmas", uniform_times(4), 50, EULER),
+        ("sigmas mu", (1.0, 6 / 7, 0.6), 50, MATCH),
+        ("mu", (1.0,), None, MATCH),
+        ("mu", (1.0, 0.7), None, MATCH),  # its last step stretched to end at 0.7
+        ("mu", uniform_times(4), None, MATCH),
+        ("mu", uniform_times(4), 50, OWN),  # which would end there at any number of steps
+        ("mu", (1.0, 6 / 7, 0.6), None, OWN),
+        ("sigmas timesteps mu", (1.0,), None, MATCH),
+        ("sigmas timesteps mu", uniform_times(2), None, OWN),  # it would be told 1000 and 1
+        ("sigmas timesteps mu", (1.0,), 50, OWN),
+        ("own sigmas", (1.0,), None, OWN),
+    ],
+)
+def test_a_flow_student_travels_with_the_first_scheduler_that_has_its_grid(
+    passes: str, times: tuple[float, ...], grid: int | None, kind: str
+) -> None:
+    """From what pipelines pass: a number of steps alone, sigmas, a mu without any, and timesteps for many steps."""
+    names = frozenset(["own sigmas"] if passes == "own sigmas" else passes.split())
+    path = FlowPath(3.0, clock_shift=2.0)
+    scheduler: Any = stock_scheduler(Sampler(times, False, grid=grid), path, None, names)
+    assert type(scheduler).__name__ == kind
+    assert times_of(path, scheduler, len(times), names) == pytest.approx(times, abs=1e-6)
+    if kind == OWN:
+        assert scheduler.config.clock_shift == 2.0 and not scheduler.config.renoise
+        told = [1000 * t / (2 - t) for t in times]
+        assert scheduler.timesteps.tolist() == pytest.approx(told, abs=1e-3)
+
+
+def test_the_travelling_scheduler_takes_eulers_steps_where_there_is_no_fresh_noise() -> None:
+    own: Any = stock_scheduler(Sampler((1.0, 6 / 7, 0.6), False), FlowPath(), None, frozenset({"mu"}))
+    euler: Any = stock_scheduler(Sampler((1.0, 6 / 7, 0.6), False), FlowPath(), None)
+    x = y = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    own.set_timesteps(sigmas=[1.0, 0.5, 0.1], mu=0.5)
+    euler.set_timesteps(3)
+    for i, t in enumerate(own.timesteps):
+        x = own.step(x.sin() + i, t, x, return_dict=False)[0]
+        y = euler.step(y.sin() + i, t, y, return_dict=False)[0]
+        assert torch.allclose(x, y, atol=1e-6)

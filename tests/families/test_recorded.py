@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from tiny import FLOW, GUIDED, PIPELINES, SIZES, WITH_VAE, tiny_pipeline, tiny_prompts
-from tiny_unknown import chroma
 
 from stepdistill.cli.doctor import examine_teacher
 from stepdistill.errors import UserError
@@ -90,7 +89,7 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_pipeline_is_recorded_trained_and_verified(
     name: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (chroma() if name == "chroma" else tiny_pipeline(name)).save_pretrained(tmp_path / "teacher")
+    tiny_pipeline(name).save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a red heart\nblue\n")
     size = SIZES.get(name, Size(16, 24))
     sides = [size.height, size.width, *([size.frames] if size.frames > 1 else [])]

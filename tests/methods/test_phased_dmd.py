@@ -336,6 +336,7 @@ def exported(teacher_of, tmp_path_factory):
         shaken(nn.ParameterList(method.roles.parameters(name)), amount=3.0, seed=i)
     sampler = on_stock_grid(method.sampler(), teacher.path, teacher.pipe.scheduler)
     card = model_card(
+        grid="",
         teacher="sd",
         method="phased_dmd",
         summary="",

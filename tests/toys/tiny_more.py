@@ -189,20 +189,11 @@ def _sana() -> Any:
         decoder_act_fns="silu",
         scaling_factor=0.5,
     )
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
     return SanaPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
-        text_encoder=Gemma2Model(config).eval(),
+        text_encoder=Gemma2Model(Gemma2Config(**GEMMA)).eval(),
         tokenizer=_gemma_tokenizer(),
     )
 
@@ -400,6 +391,136 @@ def _cog_video_x() -> Any:
     )
 
 
+def _cogview4() -> Any:
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
+    from transformers import GlmConfig, GlmModel
+
+    transformer = CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=8,
+        rope_axes_dim=(16, 16),
+    )
+    _drawn(transformer)
+    tokenizer = tiny_t5_tokenizer()  # one that leaves no prompt empty, as its own
+    tokenizer.padding_side = "left"
+    config = GlmConfig(**_qwen(layers=2), head_dim=8, pad_token_id=0)
+    return CogView4Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+        ),
+        vae=tiny_vae(),
+        text_encoder=GlmModel(config).eval(),
+        tokenizer=tokenizer,
+    )
+
+
+def _lumina2() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=16,
+    )
+    _drawn(transformer)
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny_vae(shift=0.1, quant=False, blocks=4),
+        text_encoder=Gemma2Model(Gemma2Config(**GEMMA)).eval(),
+        tokenizer=_gemma_tokenizer(),
+    )
+
+
+def _hunyuan_dit() -> Any:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    transformer = HunyuanDiT2DModel(
+        sample_size=4,
+        num_layers=4,
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        hidden_size=16,
+        in_channels=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        mlp_ratio=2.0,
+        use_style_cond_and_image_meta_size=True,
+    )
+    _drawn(transformer)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=77,
+    )
+    return HunyuanDiTPipeline(
+        transformer=transformer,
+        vae=tiny_vae(blocks=4),
+        scheduler=DDPMScheduler(
+            beta_start=0.00085, beta_end=0.03, beta_schedule="scaled_linear", prediction_type="v_prediction"
+        ),
+        text_encoder=BertModel(config).eval(),
+        tokenizer=BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=77),
+        text_encoder_2=tiny_t5(16),
+        tokenizer_2=tiny_t5_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _chroma() -> Any:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    for value in transformer.parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.2)
+    return ChromaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(shift=0.1, quant=False),
+        text_encoder=tiny_t5(16),
+        tokenizer=tiny_t5_tokenizer(),
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart-alpha": _pixart,
     "pixart-sigma": _pixart_sigma,
@@ -411,7 +532,22 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "ltx": _ltx,
     "hunyuan-video": _hunyuan_video,
     "cog-video-x": _cog_video_x,
+    "cogview4": _cogview4,
+    "lumina2": _lumina2,
+    "hunyuan-dit": _hunyuan_dit,
+    "chroma": _chroma,
 }
+
+GEMMA: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+"""Sizes of a Gemma text model."""
 
 
 def _drawn(network: torch.nn.Module) -> None:

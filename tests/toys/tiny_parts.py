@@ -27,14 +27,14 @@ def unet2d_condition(cross_attention_dim: int, **more: Any) -> Any:
     )
 
 
-def tiny_vae(shift: float | None = None, quant: bool = True) -> Any:
+def tiny_vae(shift: float | None = None, quant: bool = True, blocks: int = 3) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         sample_size=32,
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, *(8,) * (blocks - 1)),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
