@@ -28,11 +28,19 @@ class Ema:
             not an average with its own start.
         power: where not 0, the decay of update n is (1 - 1 / n)^(power + 1) instead: the weights of the past fall as a
             power of their age (Karras et al. 2024, 2312.02696, 3.1), and the start is forgotten at the first update.
+        exact: what is averaged, by the same names, where the weights themselves are rounded; None is the weights.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float, power: float = 0.0) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        decay: float,
+        power: float = 0.0,
+        exact: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.weights, self.decay, self.power, self.updates = dict(weights), decay, power, 0
-        self.shadow = {name: value.detach().float().clone() for name, value in weights.items()}
+        self._exact = dict(exact or weights)
+        self.shadow = {name: value.detach().float().clone() for name, value in self._exact.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -41,7 +49,7 @@ class Ema:
         decay = min(self.decay, (1 + n) / (10 + n))
         if self.power:
             decay = (1 - 1 / (n + 1)) ** (self.power + 1)
-        now = [self.weights[name].float() for name in self.shadow]
+        now = [self._exact[name].float() for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), now, 1 - decay)
         self.updates += 1
 

@@ -189,7 +189,11 @@ def in_bfloat16(net: nn.Module) -> nn.Module:
     """A copy that holds the weights of its linear layers and convolutions in bfloat16, and all others in float32. Under
     autocast it computes bit for bit what float32 weights do, from half the memory."""
     low = copy.deepcopy(net).float()
-    for module in low.modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            module.to(torch.bfloat16)
+    for module in matrices(low):
+        module.to(torch.bfloat16)
     return low
+
+
+def matrices(net: nn.Module) -> list[nn.Module]:
+    """The layers whose weights autocast rounds: linear layers and convolutions."""
+    return [each for each in net.modules() if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)]

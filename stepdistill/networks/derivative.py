@@ -143,6 +143,11 @@ class Derivative:
         return {} if self.gap is None else {"derivative_gap": torch.tensor(self.gap)}
 
 
+def differentiates(holder: object) -> bool:
+    """Whether an object has a derivative among its attributes."""
+    return any(isinstance(x, Derivative) for x in vars(holder).values())
+
+
 def takes_exact(holder: object) -> bool:
     """Whether an object has a derivative among its attributes that is exact, or will be where it can."""
     return any(isinstance(x, Derivative) and x.way != "difference" for x in vars(holder).values())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.messages import explain, source_prefix
@@ -45,6 +45,15 @@ class Recipe(Section):
     train: TrainOptions = TrainOptions()
     evaluate: bool | str = True
     output: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.student.lora_rank and self.train.weights != "float32":
+            raise ValueError(
+                f"train.weights is {self.train.weights}, but a LoRA trains small float32 adapters: set "
+                "train.weights=float32, or student.lora_rank=0"
+            )
+        return self
 
     # Key path -> where it was set: for messages only, so not part of what a recipe is or equals.
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)

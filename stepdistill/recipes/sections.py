@@ -105,8 +105,15 @@ class TrainOptions(Section):
             (Karras et al. 2024, 2312.02696, eq. 127), which forgets the start at the pace at which the run gets longer.
             16.97 and 6.94 are averages of relative width 0.05 and 0.1; 0 takes ``ema``.
         seed: of every random number of the run.
-        precision: of the networks' arithmetic. Trained weights, optimiser and average stay float32, the VAE computes in
-            it, and what is exported was never rounded; of the frozen teacher, matrices alone are held in bf16.
+        weights: how what is trained is held: ``float32``; ``bf16``, matrices and their gradients in bfloat16, rounded
+            stochastically at each update; ``master``, the same with a float32 weight beside each, which is what is
+            updated, averaged and exported: the numbers of float32 without autocast's casts. Both need ``precision:
+            bf16``, and are for whole networks: an adapter is small and float32, and what it lies on is held as the
+            teacher is. Over ``accumulate`` parts gradients are then summed in bfloat16. Bytes a weight, with gradient
+            and AdamW: 16, 12 and 16; see stepdistill/training/weights.py.
+        precision: of the networks' arithmetic. Optimiser and average stay float32, and trained weights but for
+            ``weights``; the VAE computes in it, and what is exported was never rounded; of the frozen teacher, matrices
+            alone are held in bf16.
             Differences for derivatives (scm, meanflow, flow_map) are taken in float32 all the same. Consistency methods
             with short steps may want ``teacher_precision: float32``: near pure noise bf16 moves an eps network's x0 by
             as much as such a step does.
@@ -149,6 +156,7 @@ class TrainOptions(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_power: Annotated[float, Field(ge=0)] = 0.0
     seed: _NotNegative = 0
+    weights: Literal["float32", "bf16", "master"] = "float32"
     precision: Literal["float32", "bf16"] = "float32"
     teacher_precision: Literal["float32", "bf16"] | None = None
     attention: str = "auto"
@@ -171,6 +179,16 @@ class TrainOptions(Section):
             raise ValueError(
                 f"optimizer is {self.optimizer} and parallel is sharded, whose parts it cannot take: set optimizer to "
                 "adamw, or parallel to replicated"
+            )
+        if self.weights != "float32" and self.precision != "bf16":
+            raise ValueError(
+                f"weights is {self.weights} and precision is {self.precision}, but bfloat16 weights compute in it: "
+                "set precision to bf16, or weights to float32"
+            )
+        if self.weights != "float32" and self.parallel == "sharded":
+            raise ValueError(
+                f"weights is {self.weights} and parallel is sharded, whose parts are float32: set weights to float32, "
+                "or parallel to replicated"
             )
         if self.checkpointing and self.compile != "none":
             raise ValueError(

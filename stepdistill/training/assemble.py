@@ -49,6 +49,7 @@ from stepdistill.system.provenance import provenance
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.rewards import REWARDS
 from stepdistill.training.roles import roles_for, teacher_type
+from stepdistill.training.weights import check_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -176,6 +177,7 @@ def assemble(
     for net in (*roles.stored().values(), teacher.start.net):
         fit_attention(kernel, net, device)
     method: Method = kind(roles, times, options).to(device)
+    check_weights(train, method)
     if main and kernel == "auto":
         say(told(kernel, device, takes_exact(method)))
     student, sampler = method.student, method.sampler()

@@ -195,6 +195,7 @@ def export_run(run: Path, output: Path | None = None) -> Path:
     assembled = assemble(resolved, Accelerator(cpu=not torch.cuda.is_available()))
     state = Run(assembled.objective, assembled.recipe, run)
     state.restore()
+    state.widen()
     folder = output or run / "student"
     with averaged(state.ema):
         export_student(assembled, folder, f"stepdistill export {run}")

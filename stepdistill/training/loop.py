@@ -144,4 +144,5 @@ def train(
             if asked:
                 log.note(f"stopped after step {step}; --resume goes on from there")
                 raise KeyboardInterrupt
+    run.widen()
     return Finished(run.seconds, run.step, run.ema)

@@ -71,7 +71,11 @@ class Parallel(ABC):
     def norm(self, parameters: list[nn.Parameter], clip: float) -> Tensor:
         """The norm of all their gradients, a scalar, to which they are scaled down where ``clip`` is less; 0 leaves
         them."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        found = [p.grad for p in parameters if p.grad is not None]
+        if any(grad.dtype != torch.float32 for grad in found):
+            # The norm of a bfloat16 tensor is one, with three digits.
+            found = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in found]
+        norm = torch.nn.utils.get_total_norm(found)
         if clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return norm
@@ -161,7 +165,7 @@ def _average(parameters: list[nn.Parameter], count: int) -> None:
     """Gradients to their means over all processes, in all-reduces that do not wait for each other. What is summed takes
     the place of the gradients it was made of."""
     sums, under_way = [], []
-    for bucket in _buckets(parameters):
+    for bucket in in_buckets(parameters):
         # As they lie in memory: a gradient lies like its parameter.
         flat = torch.cat([_in_memory(p.grad if p.grad is not None else torch.zeros_like(p)) for p in bucket])
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
@@ -173,7 +177,7 @@ def _average(parameters: list[nn.Parameter], count: int) -> None:
     torch._foreach_div_(sums, count)
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """The parameters in order, in parts of about ``BUCKET_BYTES`` and of one type each."""
     found: list[list[nn.Parameter]] = []
     room, dtype = 0, None

@@ -22,9 +22,9 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
 )
 from stepdistill.training.identity import differences, identity
-from stepdistill.training.optimizers import optimizer_of
 from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.parts import ModulePart, OptimizerPart, Part
+from stepdistill.training.weights import in_training
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,21 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         options = recipe.train
         self.trained = {name: objective.weights(name) for name in objective.trained}
-        self.optimizers = {
-            name: optimizer_of(options, parameters) for name, parameters in self.trained.items()
-        }
+        self.weights = in_training(objective, options)
+        self.optimizers = {name: each.optimizer for name, each in self.weights.items()}
         self.roles = objective.method.roles
         averaged = options.ema or options.ema_power
         weights = self.roles.weights(objective.trained[objective.averaged].role or "")
-        self.ema = Ema(weights, options.ema, options.ema_power) if averaged else None
+        exact = {name: self.weights[objective.averaged].exact(value) for name, value in weights.items()}
+        self.ema = Ema(weights, options.ema, options.ema_power, exact) if averaged else None
         # The teacher's own weights are no part of it.
         self.parts: dict[str, Part] = {"roles": self.roles}
         for part, module in (("method", objective.method), ("terms", objective.terms)):
             if module.state_dict():
                 self.parts[part] = ModulePart(module)
         self.parts |= {f"optimizer-{name}": OptimizerPart(each) for name, each in self.optimizers.items()}
+        masters = {f"masters-{name}": each for name, each in self.weights.items() if each.state()}
+        self.parts |= masters
         if self.ema:
             self.parts["ema"] = self.ema
         self.step, self.seconds = 0, 0.0
@@ -102,6 +104,13 @@ class Run:
             state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
             state |= {"inputs": self.inputs, "folder": str(Path.cwd()), "draws": NAME}
             save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
+
+    def widen(self) -> None:
+        """Ends training: whatever ``train.weights`` is, the networks are float32 from here on, and exact."""
+        for name, each in self.weights.items():
+            each.widen()
+            if (role := self.objective.trained[name].role) is not None and self.options.weights != "float32":
+                self.roles[role].compute = None
 
     def restore(self, at: Path | None = None) -> None:
         """Goes back to a checkpoint, in every process; time that was spent stays spent.

@@ -36,11 +36,10 @@ def update(run: Run, turn: Turn, batch: Batch, rate: float) -> tuple[list[dict[s
     norm = parallel.norm(parameters, options.clip)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    run.weights[name].step(run.step)
     objective.after_step(turn)
     for other in objective.anew(turn):
-        run.optimizers[other].state.clear()
+        run.weights[other].forget()
     if run.ema and name == objective.averaged:
         run.ema.update()
     return told, norm

@@ -199,7 +199,7 @@ def test_gradients_are_averaged_in_buckets_as_they_lie_in_memory(monkeypatch):
         parameter.grad = torch.empty_like(parameter).copy_(value)
     own[1].grad, wanted[1] = None, torch.zeros(5)
     monkeypatch.setattr(parallel, "BUCKET_BYTES", 4 * 24 + 1)
-    assert [len(bucket) for bucket in parallel._buckets(own)] == [2, 1, 1]
+    assert [len(bucket) for bucket in parallel.in_buckets(own)] == [2, 1, 1]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel._average(own, 2)

@@ -1,4 +1,5 @@
-"""Optimisers other than AdamW: what they hold, and that a resumed run is that of one that was not stopped."""
+"""Ways to hold weights and moments other than float32 and AdamW: what they hold, and that a resumed run is that of one
+that was not stopped."""
 
 from __future__ import annotations
 
@@ -6,50 +7,49 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from run_toy import HERE
-from safetensors.torch import load_file
-from tiny import tiny_pipeline
+from short_run import LOW, run
+from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import assemble, training_data
-from stepdistill.training.checkpoint import checkpoints_in
-from stepdistill.training.health import Seen
-from stepdistill.training.identity import resolve
-from stepdistill.training.loop import train
 
 
-def test_adafactor_resumes_bit_for_bit_and_holds_little_of_a_transformer(tmp_path: Path) -> None:
-    def run(folder: Path, last: int = 4, resume: bool = False) -> dict[str, torch.Tensor]:
-        sets = [
-            *("train.optimizer=adafactor", "student.output=teacher", "train.steps=4", "train.batch=2"),
-            *("train.checkpoint_every=2", "train.sheet_every=1", "evaluate=false", "options.fake_steps=1"),
-        ]
-        recipe = load_recipe(HERE / "empty.yaml", method="dmd", sets=[*sets, "train.lr=1e-3"])
-        folder.mkdir(exist_ok=True)
-        accelerator = Accelerator(cpu=True)
-        job = assemble(resolve(recipe), accelerator, tiny_pipeline("dit"))
+def held_by(found: dict[str, Tensor], part: str) -> int:
+    """Bytes of a part of a checkpoint."""
+    return sum(
+        value.numel() * value.element_size() for key, value in found.items() if key.startswith(f"{part}.")
+    )
 
-        def preview(step: int, ema: Ema | None) -> Seen:
-            if step > last:
-                raise KeyboardInterrupt
-            return Seen({}, [])
 
-        data = training_data(job, folder)
-        train(job.objective, data, recipe, folder, accelerator, resume=resume, preview=preview)
-        files = sorted(checkpoints_in(folder / "checkpoints")[-1].glob("*.safetensors"))
-        found = {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
-        held = sum(value.numel() for key, value in found.items() if key.startswith("optimizer-student."))
-        assert 0 < held < 0.25 * sum(value.numel() for value in job.method.student.net.parameters())
-        return found
+WAYS = {
+    "adafactor": ["train.optimizer=adafactor"],
+    "bf16": ["train.weights=bf16", LOW],
+    "master": ["train.weights=master", LOW],
+    "bf16 and adafactor": ["train.weights=bf16", "train.optimizer=adafactor", LOW],
+}
 
-    whole = run(tmp_path / "whole")
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_resumes_bit_for_bit(way: str, tmp_path: Path) -> None:
+    """And what is exported is float32: the masters, or the rounded weights widened."""
+    whole, job = run(tmp_path / "whole", *WAYS[way])
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", last=2)
-    parts = run(tmp_path / "parts", resume=True)
+        run(tmp_path / "parts", *WAYS[way], last=2)
+    parts, _ = run(tmp_path / "parts", *WAYS[way], resume=True)
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+    student, count = dict(job.student.net.named_parameters()), held_by(whole, "ema") / 4
+    assert {value.dtype for value in student.values()} == {torch.float32} and job.student.compute is None
+    if "adafactor" in way:
+        assert 0 < held_by(whole, "optimizer-student") < 0.25 * 4 * count
+    low = [v for key, v in whole.items() if key.startswith("roles.student.") and v.dtype == torch.bfloat16]
+    assert bool(low) == (way != "adafactor")
+    if way == "master":
+        masters = [value for key, value in whole.items() if key.startswith("masters-student.")]
+        assert len(masters) == len(low)
+        assert all(any(torch.equal(value, own) for own in student.values()) for value in masters)
+    else:
+        assert all(torch.equal(v, whole[f"roles.student.{key}"].float()) for key, v in student.items())
 
 
 def test_adafactor_takes_no_parts_of_weights() -> None:
