@@ -220,6 +220,7 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
     """
     import torch
 
+    from stepdistill.diffusion.path import TrigPath
     from stepdistill.errors import UserError
     from stepdistill.export.checks import grid_check, silent_draw, teacher_check
     from stepdistill.export.schedulers import on_stock_grid
@@ -251,7 +252,7 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
     student = Student(net.net, net.path, net.output, net.family, net.shape)
     for steps in (1, 2, 4, 8):
         try:
-            uniform = Sampler(schedule_times(net.path, steps), renoise=False)
+            uniform = Sampler(schedule_times(net.path, steps), renoise=isinstance(net.path, TrigPath))
             sampler = on_stock_grid(uniform, net.path, pipe.scheduler, passes=net.family.passes)
             drawn = student_pipeline(student, sampler, teacher)
             call = pipeline_call(type(drawn).__name__, sampler, teacher.codec, [prompt])

@@ -95,6 +95,8 @@ class Drawing:
             call["class_labels"] = [self._labels[i] for i in rows]
         if self.guidance is not None:
             call["guidance_scale"] = self.guidance
+        if "intermediate_timesteps" in takes and steps != 2:
+            call["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
         if self._eta is not None:
             call["eta"] = self._eta
         if size and size != "own" and {"height", "width"} <= takes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ def sample(
         arguments |= {"batch_size": len(prompts)}
     else:
         raise UserError(f"--guidance {guidance}: {type(pipe).__name__} has no guidance; leave it out")
+    if steps != 2 and "intermediate_timesteps" in inspect.signature(pipe.__call__).parameters:
+        arguments["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
     drawn = pipe(**arguments, output_type="pil", return_dict=False)[0]
     return [item[len(item) // 2] if isinstance(item, list) else item for item in drawn]
 

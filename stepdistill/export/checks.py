@@ -7,13 +7,14 @@ and look like a bad method.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.path import Path, TablePath
+from stepdistill.diffusion.path import Path, TablePath, TrigPath
 from stepdistill.errors import UserError
 from stepdistill.families.watching import Draw, frames_of, silent, watch
 from stepdistill.networks.sampler import Sampler
@@ -47,6 +48,7 @@ def teacher_check(teacher: PipelineTeacher, prompt: str, steps: int) -> float | 
     call = {
         **{name: value for name, value in told.items() if name in takes},  # a student's may take more
         "num_inference_steps": steps,
+        **family.grid_arguments(steps),
         "generator": [torch.Generator("cpu").manual_seed(0)],
         "output_type": "np",
     }
@@ -115,6 +117,8 @@ def _times(seen: Draw, path: Path) -> list[float]:
     """The t in [0, 1] at which the steps of a draw were taken."""
     if isinstance(path, TablePath):
         return [(step.timestep + 1) / path.steps for step in seen.steps]
+    if isinstance(path, TrigPath):
+        return [step.timestep / (math.pi / 2) for step in seen.steps]
     # CogView4's scheduler counts its time without the shift that is in its noise levels.
     apart = any(s.sigma is not None and abs(s.sigma - s.timestep / 1000) > 2e-3 for s in seen.steps)
     return [step.sigma if apart and step.sigma is not None else step.timestep / 1000 for step in seen.steps]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from stepdistill.diffusion.path import FlowPath, TablePath
+from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
 from stepdistill.diffusion.path import Path as NoisePath
 from stepdistill.diffusion.shift import shifted
 from stepdistill.diffusion.solvers import uniform_times
@@ -50,7 +51,7 @@ def stock_scheduler(
     Raises:
         UserError: when no scheduler has this grid.
     """
-    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+    from diffusers import DDIMScheduler, LCMScheduler, SCMScheduler, TCDScheduler
 
     scheduler: Any
     if isinstance(path, FlowPath):
@@ -91,6 +92,13 @@ def stock_scheduler(
             scheduler = LCMScheduler(**config, original_inference_steps=sampler.grid or uniform)
         else:
             scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
+    elif isinstance(path, TrigPath):
+        if sampler.steps > 1 and not sampler.renoise:
+            raise UserError(
+                f"a student of {sampler.steps} steps without fresh noise between them has no scheduler in this "
+                "pipeline: set student.times=[1.0], or take a method with fresh noise (dmd, lcm, scm)"
+            )
+        scheduler = SCMScheduler(sigma_data=teacher_scheduler.config.sigma_data)
     else:
         raise UserError(f"students on a {type(path).__name__} have no stock diffusers scheduler")
     _check_grid(sampler, path, scheduler, passes)
@@ -191,6 +199,10 @@ def times_of(
     path: NoisePath, scheduler: Any, steps: int, passes: frozenset[str] = frozenset()
 ) -> tuple[float, ...]:
     """The times at which a diffusers scheduler calls the network in ``steps`` steps of a pipeline that passes these."""
+    if isinstance(path, TrigPath):
+        # Its pipeline says where the second of two steps lies; the others are even.
+        scheduler.set_timesteps(steps, **({} if steps == 2 else {"intermediate_timesteps": None}))
+        return tuple(min(1.0, float(value) / (math.pi / 2)) for value in scheduler.timesteps[:-1])
     given: dict[str, Any] = {}
     if "timesteps" in passes:  # as CogView4Pipeline has them
         given["timesteps"] = [float(int(1000 + i * (1 - 1000) / max(steps - 1, 1))) for i in range(steps)]

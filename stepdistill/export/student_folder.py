@@ -69,6 +69,7 @@ def pipeline_call(pipeline: str, sampler: Sampler, codec: Codec, prompts: Sequen
     return {
         **codec.family.call_arguments(pipeline, spelt, sampler.guidance, codec.told_size),
         "num_inference_steps": sampler.steps,
+        **codec.family.grid_arguments(sampler.steps),
         **sampler.call_arguments(),
     }
 

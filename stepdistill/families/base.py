@@ -242,6 +242,10 @@ class Family(ABC):
         frames = {"num_frames": size.frames} if size and self.video else {}
         return {"prompt": prompts, self.guidance_argument: scale, **sides, **frames}
 
+    def grid_arguments(self, steps: int) -> dict[str, Any]:
+        """What a call of so many steps must be told beside their number."""
+        return {}
+
 
 def call_default(pipe: Any, name: str) -> Any:
     """What an argument of the pipeline's call is where it is left out."""

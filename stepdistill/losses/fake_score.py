@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from stepdistill.diffusion.guidance import in_interval
-from stepdistill.diffusion.path import Prediction, TablePath
+from stepdistill.diffusion.path import FlowPath, Prediction
 from stepdistill.diffusion.remembered import at_time
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, MethodOptions, Trained, Turn
@@ -167,9 +167,9 @@ def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
 
 
 def sampler_of(student: Student, times: tuple[float, ...], options: FakeScoreOptions) -> Sampler:
-    """How the student is sampled: fresh noise between steps on a discrete path, the predicted noise on a flow path."""
+    """How the student is sampled: the predicted noise between steps on a flow path, fresh noise on any other."""
     renoise = options.renoise
-    return Sampler(times, isinstance(student.path, TablePath) if renoise is None else renoise)
+    return Sampler(times, not isinstance(student.path, FlowPath) if renoise is None else renoise)
 
 
 def exit_of(batch: Batch, first: int, last: int) -> int:

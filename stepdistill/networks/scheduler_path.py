@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepdistill.diffusion.path import FlowPath, Output, Path, TablePath
+from stepdistill.diffusion.path import FlowPath, Output, Path, TablePath, TrigPath
 from stepdistill.errors import UserError, did_you_mean
 
 OUTPUTS: dict[str, Output] = {
@@ -28,6 +28,8 @@ def path_of(scheduler: Any) -> tuple[Path, Output]:
     if name.startswith(("FlowMatch", "FlowMap", "FlowConsistency")):
         return FlowPath(), "velocity"
     kind = scheduler.config.get("prediction_type", "epsilon")
+    if name == "SCMScheduler" and kind == "trigflow":
+        return TrigPath(), "v"  # for states over its sigma_data
     if kind not in OUTPUTS:
         raise UserError(f"{name} has prediction_type {kind!r} {did_you_mean(kind, OUTPUTS)}")
     # DPMSolver, UniPC, DEIS and SASolver serve both: their table of alphas means nothing with flow sigmas.

@@ -66,6 +66,7 @@ SAMPLERS = {
     "lumina2": Sampler((1.0, 0.75), False),
     "hunyuan-dit": Sampler(uniform_times(2), True),
     "chroma": Sampler(uniform_times(3), False),
+    "sana-sprint": Sampler((1.0, 0.8276), True),
 }
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
@@ -94,6 +95,7 @@ CLASSES = {
     "lumina2": "Lumina2Pipeline",
     "hunyuan-dit": "HunyuanDiTPipeline",
     "chroma": "ChromaPipeline",
+    "sana-sprint": "SanaSprintPipeline",
 }
 OWN_GRID = {"cogview4": ["flow_consistency"]}
 """Whose scheduler travels, as no stock one has their grid."""
@@ -105,6 +107,7 @@ IN_A_FRESH_PROCESS = (
     "sd3",
     "flux",
     "wan-2.2",
+    "sana-sprint",
     "klein",
     "cog-video-x",
     "cogview4",

@@ -12,7 +12,7 @@ from sampler_toy import DEVIATION, MEAN, Output, teacher_scheduler
 from torch import Tensor, nn
 from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 
-from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath
+from stepdistill.diffusion.path import EDMPath, FlowPath, Path, TablePath, TrigPath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.export.schedulers import on_stock_grid, stock_scheduler, times_of
@@ -199,8 +199,8 @@ def test_what_has_no_stock_scheduler_is_refused() -> None:
     for times in ((0.9,), (0.9, 0.45)):
         with pytest.raises(UserError, match=r"starts at 0\.9, but diffusers' flow schedulers .*: set 1\.0"):
             stock_scheduler(Sampler(times, False), FlowPath(), None)
-    with pytest.raises(UserError, match="TrigPath have no stock"):
-        stock_scheduler(Sampler((1.0,), False), TrigPath(), None)
+    with pytest.raises(UserError, match="EDMPath have no stock"):
+        stock_scheduler(Sampler((1.0,), False), EDMPath(), None)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])

@@ -27,7 +27,7 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 
 Teachers = Callable[[str], PipelineTeacher]
-ABLE = tuple(name for name in PIPELINES if name not in ("klein", "chroma"))
+ABLE = tuple(name for name in PIPELINES if name not in ("klein", "chroma", "wan-2.2"))
 SLOTS = {"dit": 2, "hunyuan-video": 2}
 """Where a network embeds its time more than once."""
 DRAWN = ("unet-ddpm", "unet-classes", "dit", "sd", "sd-v", "sdxl", "sd3", "flux", "wan")

@@ -48,15 +48,16 @@ PIPELINES = (
     "lumina2",
     "hunyuan-dit",
     "chroma",
+    "sana-sprint",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
 NEW_FLOW = ("cogview4", "lumina2", "chroma")
 MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx", "hunyuan-video", *NEW_FLOW)
-MORE = ("pixart-alpha", "pixart-sigma", "hunyuan-dit", *MORE_FLOW, "cog-video-x")
+MORE = ("pixart-alpha", "pixart-sigma", "hunyuan-dit", *MORE_FLOW, "cog-video-x", "sana-sprint")
 """Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
 
-EMBEDDED = ("flux", "hunyuan-video")
+EMBEDDED = ("flux", "hunyuan-video", "sana-sprint")
 """With guidance as an input of the network."""
 
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", "wan-2.2", *MORE)
@@ -83,6 +84,7 @@ SIZES = {
     "z-image": Size(32, 16),
     "ltx": Size(32, 64, 9),
     "hunyuan-video": Size(16, 32, 9),
+    "sana-sprint": Size(32, 64),
 }
 """What tiny pipelines draw whose own default is that of the real ones."""
 

@@ -151,12 +151,14 @@ def _z_image() -> Any:
     )
 
 
-def _sana() -> Any:
+def _sana(sprint: bool = False) -> Any:
     from diffusers import (
         AutoencoderDC,
         FlowMatchEulerDiscreteScheduler,
         SanaPipeline,
+        SanaSprintPipeline,
         SanaTransformer2DModel,
+        SCMScheduler,
     )
     from transformers import Gemma2Config, Gemma2Model
 
@@ -172,6 +174,7 @@ def _sana() -> Any:
         caption_channels=16,
         sample_size=8,
         timestep_scale=0.7,
+        **({"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"} if sprint else {}),
     )
     vae = AutoencoderDC(
         latent_channels=4,
@@ -189,13 +192,19 @@ def _sana() -> Any:
         decoder_act_fns="silu",
         scaling_factor=0.5,
     )
-    return SanaPipeline(
+    if sprint:
+        _drawn(transformer.time_embed)
+    return (SanaSprintPipeline if sprint else SanaPipeline)(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=SCMScheduler(sigma_data=0.5) if sprint else FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=Gemma2Model(Gemma2Config(**GEMMA)).eval(),
         tokenizer=_gemma_tokenizer(),
     )
+
+
+def _sana_sprint() -> Any:
+    return _sana(sprint=True)
 
 
 def _klein() -> Any:
@@ -528,6 +537,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "qwen-image": _qwen_image,
     "z-image": _z_image,
     "sana": _sana,
+    "sana-sprint": _sana_sprint,
     "klein": _klein,
     "ltx": _ltx,
     "hunyuan-video": _hunyuan_video,
