@@ -211,6 +211,10 @@ class Family(ABC):
             latents = self.encoded(pipe.vae, images.to(pipe.vae.dtype)).float()
         return self.normalised(pipe.vae, latents)
 
+    def decoded_part(self, pipe: Any, states: Tensor, size: Size) -> Tensor:
+        """What of states [B, ...] is decoded to pictures of a size."""
+        return states
+
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
         """The inverse: clean states to frames [B, F, 3, H, W] in [0, 1]; F is 1 for pictures."""
         with torch.autocast(x0.device.type, enabled=False):

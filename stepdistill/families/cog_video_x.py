@@ -1,10 +1,11 @@
-"""CogVideoX 1.0: CogVideoXTransformer3DModel on video latents whose frames come first."""
+"""CogVideoX 1.0 and 1.5: CogVideoXTransformer3DModel on video latents whose frames come first."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
@@ -15,18 +16,19 @@ from stepdistill.families.size import Size
 
 
 class CogVideoX(VideoFamily):
-    """A state is [F, C, H, W]."""
+    """A state is [F, C, H, W]. The tokens of 1.5 reach over two frames: to an odd number of them its pipeline draws one
+    more in front, which it does not decode."""
 
-    name = "CogVideoX 1.0"
+    name = "CogVideoX"
     pipelines = ("CogVideoXPipeline",)
     passes = frozenset({"generator"})
     picture_tokens = 0
 
     def adopt(self, pipe: Any) -> None:
-        if pipe.transformer.config.patch_size_t is not None:
+        if pipe.transformer.config.ofs_embed_dim is not None:
             raise UserError(
-                "this CogVideoXPipeline is a CogVideoX 1.5, whose tokens reach over frames and which draws some to "
-                "throw them away: only CogVideoX 1.0 can teach"
+                "the network of this CogVideoXPipeline takes an offset (ofs_embed_dim), which only pipelines that "
+                "start from an image hand over: take one that draws from text"
             )
 
     def default_size(self, pipe: Any) -> Size:
@@ -41,10 +43,15 @@ class CogVideoX(VideoFamily):
 
     def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
         channels, frames, height, width = super().state_shape(pipe, size)
-        return frames, channels, height, width
+        return frames + self._more(pipe.transformer, frames), channels, height, width
+
+    def _more(self, net: Any, frames: int) -> int:
+        """Frames of a state that are drawn beside these."""
+        return -frames % (net.config.patch_size_t or 1)
 
     def feature_shape(self, net: Any, state: tuple[int, ...]) -> tuple[int, int, int]:
-        return super().feature_shape(net, (state[1], state[0], *state[2:]))
+        frames, channels, height, width = state
+        return super().feature_shape(net, (channels, frames // (net.config.patch_size_t or 1), height, width))
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         length = call_default(pipe, "max_sequence_length")
@@ -70,6 +77,14 @@ class CogVideoX(VideoFamily):
             return_dict=False,
         )[0]
         return output
+
+    def decoded_part(self, pipe: Any, states: Tensor, size: Size) -> Tensor:
+        return states[:, self._more(pipe.transformer, super().state_shape(pipe, size)[1]) :]
+
+    def to_states(self, pipe: Any, frames: Tensor) -> Tensor:
+        states = super().to_states(pipe, frames)
+        more = self._more(pipe.transformer, states.shape[1])
+        return torch.cat([states[:, :1].expand(-1, more, -1, -1, -1), states], dim=1) if more else states
 
     def normalised(self, vae: Any, latents: Tensor) -> Tensor:
         return super().normalised(vae, latents).transpose(1, 2)

@@ -63,6 +63,7 @@ class Codec:
     def to_frames(self, states: Tensor) -> Tensor:
         """Clean states [B, ...] to frames [B, F, 3, H, W] in [0, 1], F = 1 for pictures; with a graph to the states,
         where they have one."""
+        states = self.family.decoded_part(self.pipe, states, self.size)
         return self._in_place(lambda: self.family.to_frames(self.pipe, states))
 
     def release(self, *parts: Part) -> None:

@@ -61,6 +61,7 @@ SAMPLERS = {
     "ltx": Sampler((1.0, 0.9), False),
     "hunyuan-video": Sampler((1.0, 0.75), False),
     "cog-video-x": Sampler(uniform_times(2), True),
+    "cog-video-x-1.5": Sampler(uniform_times(4), True),
     "wan-2.2": Sampler((1.0, 0.9545, 0.875, 0.7), False),
     "cogview4": Sampler((1.0, 0.8, 0.5), False),
     "lumina2": Sampler((1.0, 0.75), False),
@@ -90,6 +91,7 @@ CLASSES = {
     "ltx": "LTXPipeline",
     "hunyuan-video": "HunyuanVideoPipeline",
     "cog-video-x": "CogVideoXPipeline",
+    "cog-video-x-1.5": "CogVideoXPipeline",
     "wan-2.2": "WanPipeline",
     "cogview4": "CogView4Pipeline",
     "lumina2": "Lumina2Pipeline",
@@ -109,7 +111,7 @@ IN_A_FRESH_PROCESS = (
     "wan-2.2",
     "sana-sprint",
     "klein",
-    "cog-video-x",
+    "cog-video-x-1.5",
     "cogview4",
 )
 
@@ -436,7 +438,7 @@ def test_a_folder_that_does_not_load_is_told_why(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sd", "sdxl", "sd3", "schnell", "wan", *sorted({*MORE_FLOW, "cog-video-x"} - {*EMBEDDED})]
+    "name", ["sd", "sdxl", "sd3", "schnell", "wan", *sorted({*MORE_FLOW, "cog-video-x-1.5"} - {*EMBEDDED})]
 )
 def test_the_adapter_alone_makes_the_teacher_the_student(
     name: str, teacher_of: Teachers, tmp_path: Path

@@ -365,8 +365,10 @@ def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of
                 (vae.bn.running_var + 1e-4)[:, None, None] ** -0.5,
             )
         wanted = (patched - shift) * scale
-        if name == "cog-video-x":  # whose states have their frames first
+        if name.startswith("cog-video-x"):  # whose states have their frames first
             wanted = wanted.transpose(1, 2)
+        if name == "cog-video-x-1.5":  # and one more in front, which is not decoded
+            wanted = torch.cat([wanted[:, :1], wanted], dim=1)
         assert torch.allclose(states, wanted.squeeze(2) if name == "qwen-image" else wanted, atol=1e-6)
         told = [torch.zeros(2)] if name == "ltx" else []  # that there is no noise left
         decoded = (vae.decode(mean, *told).sample / 2 + 0.5).clamp(0, 1)
@@ -501,7 +503,7 @@ def test_every_pipeline_finds_its_family(name: str, teacher_of: Teachers) -> Non
         "velocity"
         if name in FLOW
         else "v"
-        if name in ("sd-v", "cog-video-x", "hunyuan-dit", "sana-sprint")
+        if name in ("sd-v", "cog-video-x", "cog-video-x-1.5", "hunyuan-dit", "sana-sprint")
         else "eps"
     )
 
@@ -598,3 +600,23 @@ def test_a_wan_that_is_told_a_time_for_every_token_draws_what_its_teacher_does()
     states = solve(lambda x, t: teacher.predict(x, t, cond, guidance=4.0), noise, times, "euler")
     frames = teacher.codec.to_frames(states)
     assert frames.shape == (1, 5, 3, 32, 64) and (frames - frames_of(drawn)).abs().max() < 1e-4
+
+
+def test_cog_video_x_1_5_draws_a_frame_to_throw_away_where_its_tokens_need_one() -> None:
+    from stepdistill.export.checks import teacher_check
+
+    pipe = tiny_pipeline("cog-video-x-1.5")
+    for frames, drawn in ((9, 4), (5, 2), (1, 2)):
+        teacher = PipelineTeacher(pipe, size=Size(16, 32, frames))
+        assert (
+            teacher.codec.shape[0] == drawn and teacher.codec.to_states(frames_for(teacher)).shape[1] == drawn
+        )
+        assert teacher_check(teacher, "a red heart", 2) == 0.0
+    x0 = torch.randn(1, 2, 4, 4, 8)
+    kept, changed = x0.clone(), x0.clone()
+    kept[:, 0], changed[:, 1] = 0, 0
+    assert torch.equal(teacher.codec.to_frames(kept), teacher.codec.to_frames(x0))
+    assert not torch.equal(teacher.codec.to_frames(changed), teacher.codec.to_frames(x0))
+    pipe.transformer.register_to_config(ofs_embed_dim=4)
+    with pytest.raises(UserError, match=r"takes an offset \(ofs_embed_dim\)"):
+        PipelineTeacher(pipe)

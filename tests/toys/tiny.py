@@ -49,19 +49,28 @@ PIPELINES = (
     "hunyuan-dit",
     "chroma",
     "sana-sprint",
+    "cog-video-x-1.5",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
 NEW_FLOW = ("cogview4", "lumina2", "chroma")
 MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx", "hunyuan-video", *NEW_FLOW)
-MORE = ("pixart-alpha", "pixart-sigma", "hunyuan-dit", *MORE_FLOW, "cog-video-x", "sana-sprint")
+MORE = (
+    "pixart-alpha",
+    "pixart-sigma",
+    "hunyuan-dit",
+    *MORE_FLOW,
+    "cog-video-x",
+    "cog-video-x-1.5",
+    "sana-sprint",
+)
 """Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
 
 EMBEDDED = ("flux", "hunyuan-video", "sana-sprint")
 """With guidance as an input of the network."""
 
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", "wan-2.2", *MORE)
-VIDEO = ("wan", "wan-2.2", "ltx", "hunyuan-video", "cog-video-x")
+VIDEO = ("wan", "wan-2.2", "ltx", "hunyuan-video", "cog-video-x", "cog-video-x-1.5")
 WITH_VAE = ("dit", *WITH_TEXT)
 FLOW = ("sd3", "flux", "schnell", "wan", "wan-2.2", *MORE_FLOW)
 GUIDED = (

@@ -353,7 +353,7 @@ def _hunyuan_video() -> Any:
     )
 
 
-def _cog_video_x() -> Any:
+def _cog_video_x(**more: Any) -> Any:
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
@@ -376,6 +376,7 @@ def _cog_video_x() -> Any:
         temporal_compression_ratio=4,
         max_text_seq_length=226,
         use_rotary_positional_embeddings=True,
+        **more,
     )
     vae = AutoencoderKLCogVideoX(
         latent_channels=4,
@@ -530,6 +531,10 @@ def _chroma() -> Any:
     )
 
 
+def _cog_video_x_1_5() -> Any:
+    return _cog_video_x(patch_size_t=2, patch_bias=False)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart-alpha": _pixart,
     "pixart-sigma": _pixart_sigma,
@@ -542,6 +547,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "ltx": _ltx,
     "hunyuan-video": _hunyuan_video,
     "cog-video-x": _cog_video_x,
+    "cog-video-x-1.5": _cog_video_x_1_5,
     "cogview4": _cogview4,
     "lumina2": _lumina2,
     "hunyuan-dit": _hunyuan_dit,
