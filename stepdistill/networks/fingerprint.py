@@ -33,6 +33,8 @@ def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda componen
     if not isinstance(pipeline, (str, Path)):
         from torch import nn
 
+        from stepdistill.networks.quantized import plain_tensors
+
         for name, component in sorted(pipeline.components.items()):
             if name == SAFETY_CHECKER or without(name):
                 continue
@@ -45,7 +47,7 @@ def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda componen
                 )
                 digest.update(f"{name} {_plain(dict(content))}\n".encode())
             if isinstance(component, nn.Module):
-                for key, value in sorted(component.state_dict().items()):
+                for key, value in sorted(plain_tensors(component.state_dict()).items()):
                     digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
                     digest.update(_bytes(value))
         return digest.hexdigest()

@@ -28,6 +28,9 @@ def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float, na
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]  # a float serves
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        warnings.filterwarnings(
+            "ignore", "TorchaoLoraLinear was instantiated"
+        )  # what it lacks is for merging
         if isinstance(net, PeftAdapterMixin):
             net.add_adapter(config, adapter_name=name)
         else:

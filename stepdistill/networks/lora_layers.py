@@ -52,7 +52,9 @@ class LeanConv2d(_Lean, peft.Conv2d):  # type: ignore[misc]
 
 
 def make_lean(layer: Any) -> None:
-    """Gives a layer that peft made the forward of this file, where it is of a kind that has one."""
-    kinds: dict[type, type] = {peft.Linear: LeanLinear, peft.Conv2d: LeanConv2d}
-    if (lean := kinds.get(type(layer))) is not None:
-        layer.__class__ = lean
+    """Gives a layer that peft made the forward of this file, where it is of a kind that has one: on a linear layer,
+    whatever its weights are held in, or a convolution."""
+    if isinstance(layer, peft.Linear) and isinstance(layer.get_base_layer(), torch.nn.Linear):
+        layer.__class__ = LeanLinear
+    elif type(layer) is peft.Conv2d:
+        layer.__class__ = LeanConv2d

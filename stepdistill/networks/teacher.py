@@ -129,8 +129,13 @@ class PipelineTeacher:
         elif any(value.dtype != dtype for value in net.parameters()):
             net = copy.deepcopy(net).to(dtype)
         if net is not self.denoiser.net:
-            self._replace(**dict(zip(self.family.stretches(self.pipe), networks_in(net), strict=True)))
-        self.denoiser.net, self.denoiser.compute = net, dtype
+            self.hold(net)
+        self.denoiser.compute = dtype
+
+    def hold(self, net: nn.Module) -> None:
+        """Takes another network of the same kind for the teacher's, also in its pipeline."""
+        self._replace(**dict(zip(self.family.stretches(self.pipe), networks_in(net), strict=True)))
+        self.denoiser.net = net
 
     @property
     def path(self) -> Path:

@@ -53,6 +53,8 @@ class Recipe(Section):
                 f"train.weights is {self.train.weights}, but a LoRA trains small float32 adapters: set "
                 "train.weights=float32, or student.lora_rank=0"
             )
+        if (base := self.student.base) != "auto":
+            _check_base(base, self.train)
         return self
 
     # Key path -> where it was set: for messages only, so not part of what a recipe is or equals.
@@ -60,6 +62,25 @@ class Recipe(Section):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+
+def _check_base(base: str, train: TrainOptions) -> None:
+    teacher = train.teacher_precision or train.precision
+    if teacher != train.precision or (base == "bf16" and teacher != "bf16"):
+        wanted = "both to bf16" if base == "bf16" else "both to one"
+        raise ValueError(
+            f"student.base is {base}, train.precision is {train.precision} and that of the teacher {teacher}, but both "
+            f"are one network: set {wanted}, or student.base=auto"
+        )
+    if base != "bf16" and (train.parallel == "sharded" or train.compile != "none"):
+        sharded = train.parallel == "sharded"
+        key, value, plain = (
+            ("parallel", "sharded", "replicated") if sharded else ("compile", train.compile, "none")
+        )
+        raise ValueError(
+            f"student.base is {base} and train.{key} is {value}, which do not go together: set train.{key}={plain}, or "
+            "student.base=auto"
+        )
 
 
 def load_recipe(

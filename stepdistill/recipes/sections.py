@@ -30,6 +30,10 @@ class StudentOptions(Section):
             dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
         lora_rank: rank of the adapter that is trained; 0 trains the whole network. Networks that follow the student
             are then adapters, too, all on the teacher's one network (stepdistill/networks/roles.py).
+        base: how the network under the adapters is held, the teacher's own: ``auto`` as the teacher is, in float32, or
+            in bfloat16 with ``train.precision: bf16``, which ``bf16`` demands; ``int8`` (needs torchao) or ``nf4``
+            (needs bitsandbytes), the linear layers that carry adapters in eight bits or four. The teacher is then the
+            same rounded network, with adapters off. What is exported is merged into its unrounded weights.
         lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
         output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
             data-free stage that turns the teacher's network (stepdistill/training/output_matching.py); ``auto``: v
@@ -41,6 +45,7 @@ class StudentOptions(Section):
 
     times: tuple[float, ...] | None = None
     lora_rank: _NotNegative = 0
+    base: Literal["auto", "bf16", "int8", "nf4"] = "auto"
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
     output: Literal["auto", "teacher", "v", "x0"] = "auto"
     output_samples: _Positive = 1024
@@ -54,6 +59,11 @@ class StudentOptions(Section):
             raise ValueError(f"times must descend within (0, 1], such as [1.0, 0.5]; found {list(times)}")
         if self.lora_alpha is not None and self.lora_rank == 0:
             raise ValueError("lora_alpha does nothing without lora_rank")
+        if self.base != "auto" and self.lora_rank == 0:
+            raise ValueError(
+                f"base is {self.base}, but without adapters nothing lies on one: set lora_rank, such as 16, or base "
+                "to auto"
+            )
         return self
 
 

@@ -177,7 +177,7 @@ def assemble(
     for net in (*roles.stored().values(), teacher.start.net):
         fit_attention(kernel, net, device)
     method: Method = kind(roles, times, options).to(device)
-    check_weights(train, method)
+    check_weights(train, recipe.student.base, method)
     if main and kernel == "auto":
         say(told(kernel, device, takes_exact(method)))
     student, sampler = method.student, method.sampler()

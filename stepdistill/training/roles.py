@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from torch import Tensor
 from stepdistill.diffusion.path import Output, TablePath
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.networks.quantized import check_quantized, quantized
 from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
@@ -47,7 +49,7 @@ def roles_for(
     output = output_of(student, own, times)
     if kind.own_network and student.output == "auto":
         output = own
-    exact = held_for_adapters(teacher, recipe.train) if student.lora_rank else None
+    exact = held_for_adapters(teacher, recipe.train, student.base) if student.lora_rank else None
     found: Matched | None = None
     if output != own:
         found = _matched(recipe, options, teacher, prompts, output, accelerator)
@@ -69,15 +71,22 @@ def teacher_type(train: TrainOptions) -> torch.dtype:
     return torch.bfloat16 if (train.teacher_precision or train.precision) == "bf16" else torch.float32
 
 
-def held_for_adapters(teacher: PipelineTeacher, train: TrainOptions) -> dict[str, Tensor] | None:
-    """Readies the teacher's network for those who share it: in bfloat16 where all compute in it, in float32 elsewhere.
-    What is exported was never rounded: where it is, the state before that, in float32 on the CPU."""
+def held_for_adapters(
+    teacher: PipelineTeacher, train: TrainOptions, base: Literal["auto", "bf16", "int8", "nf4"] = "auto"
+) -> dict[str, Tensor] | None:
+    """Readies the teacher's network for those who share it: in bfloat16 where all compute in it, in float32 elsewhere,
+    its adapted layers as ``student.base`` says. What is exported was never rounded: where it is, the state before that,
+    in float32 on the CPU."""
     own, exact = teacher_type(train), None
     low = own == torch.bfloat16 and train.precision == "bf16"
-    if low:
+    if base == "int8" or base == "nf4":
+        check_quantized(base, teacher.device)
+    if low or base == "int8" or base == "nf4":
         state = teacher.denoiser.net.state_dict().items()
         exact = {name: (v.float() if v.is_floating_point() else v).cpu() for name, v in state}
     teacher.compute_in(torch.bfloat16 if low else torch.float32)
+    if base == "int8" or base == "nf4":
+        teacher.hold(quantized(teacher.denoiser.net, base, teacher.family.lora_targets))
     teacher.denoiser.compute = own
     return exact
 

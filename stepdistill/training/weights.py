@@ -31,16 +31,22 @@ from stepdistill.training.optimizers import optimizer_of
 from stepdistill.training.parallel import in_buckets
 
 
-def check_weights(options: TrainOptions, method: Method) -> None:
-    """Refuses bfloat16 weights where what is learnt is a derivative.
+def check_weights(options: TrainOptions, base: str, method: Method) -> None:
+    """Refuses weights in bfloat16, or on a quantised ``base``, where what is learnt is a derivative.
 
     Raises:
         UserError: saying what to set.
     """
-    if options.weights != "float32" and differentiates(method):
+    if not differentiates(method):
+        return
+    takes = f"but {type(method).__name__} takes derivatives of its network"
+    if options.weights != "float32":
         raise UserError(
-            f"train.weights is {options.weights}, but {type(method).__name__} takes derivatives of its network, which "
-            "are noise in bfloat16: set train.weights=float32"
+            f"train.weights is {options.weights}, {takes}, which are noise in bfloat16: set train.weights=float32"
+        )
+    if base in ("int8", "nf4"):
+        raise UserError(
+            f"student.base is {base}, {takes}, which quantised layers have not: set student.base=auto"
         )
 
 

@@ -73,7 +73,7 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
     assert recipe.data.prompts == "my file.txt"
 
 
-KEYS_OF_STUDENT = "times, lora_rank, lora_alpha, output, output_samples, output_steps, output_lr"
+KEYS_OF_STUDENT = "times, lora_rank, base, lora_alpha, output, output_samples, output_steps, output_lr"
 KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, evaluate, output"
 
 
