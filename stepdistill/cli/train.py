@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -52,11 +52,23 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Folder for the student; by default RUN/student.")
     ] = None,
+    what: Annotated[
+        Literal["adapter", "merged", "both"] | None,
+        typer.Option(help="Of a LoRA student; by default the recipe's."),
+    ] = None,
+    kohya: Annotated[
+        bool, typer.Option("--kohya", help="Write the adapter under the names of kohya's scripts, too.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of its network's files, such as 5GB; by default the teacher's.")
+    ] = None,
 ) -> None:
     """Export the student of a run's last checkpoint again."""
     from stepdistill.training.distil import export_run
 
-    print(export_run(run, output))
+    given = {"what": what, "kohya": "true" if kohya else None, "max_shard_size": max_shard_size}
+    sets = [f"export.{name}={value}" for name, value in given.items() if value]
+    print(export_run(run, output, sets))
 
 
 def verify(student: Annotated[Path, typer.Argument(help="Student folder.")]) -> None:

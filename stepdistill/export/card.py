@@ -2,30 +2,73 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepdistill.networks.pipeline_files import ADAPTER, LORA, tensor_types
 from stepdistill.system.travelling import REASONS, travelling_code
 
 STOCK = "It is made of stock diffusers classes alone."
 """What a model card says of a student without code of its own."""
 
+_CALL = 'from_pretrained("path/to/this/folder")'
+PLAIN = f"pipe = DiffusionPipeline.{_CALL}"
+"""How a model card loads a folder of which nothing more is to be said."""
 
-def with_code_note(card: str, folder: Path) -> str:
-    """The model card of a student folder; where Python files travel in it, it says which, why, and how to load."""
-    found = travelling_code(folder)
-    if not found:
-        return card
-    names = ", ".join(f"`{path.relative_to(folder).as_posix()}`" for path in found)
+ALONE = """pipe = DiffusionPipeline.from_pretrained("{teacher}")
+pipe.load_lora_weights("path/to/this/folder", weight_name="{file}")
+pipe.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")"""
+
+
+def for_folder(card: str, folder: Path) -> str:
+    """The model card as it fits a student's folder: how it is loaded, which Python files travel in it and why."""
+    if (folder / ADAPTER).is_file():
+        return _of_adapter(card, folder)
+    parts = (part for part in folder.iterdir() if part.is_dir())
+    saved = Counter(kind for part in parts for kind in tensor_types(part).values())
+    more = ""
+    if {"BF16", "F16"} & saved.keys():
+        # Unless it is told, diffusers loads its own networks as float32, and others as they were saved.
+        kind = {"BF16": "bfloat16", "F16": "float16"}.get(saved.most_common(1)[0][0], "float32")
+        more = f", torch_dtype=torch.{kind}"
+        if "import torch\n" not in card:
+            card = card.replace("```python\nfrom", "```python\nimport torch\nfrom")
+    if travelling_code(folder):
+        more += ", trust_remote_code=True"
+        card = card.replace(STOCK, _code_note(folder))
+    return card.replace(_CALL, f"{_CALL[:-1]}{more})")
+
+
+def _of_adapter(card: str, folder: Path) -> str:
+    """The card of an adapter alone."""
+    of = json.loads((folder / ADAPTER).read_text("utf-8"))
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    kind = str(config["_class_name"])
+    if found := travelling_code(folder):
+        load = f'import sys\nsys.path.insert(0, "path/to/this/folder/scheduler")\nfrom {found[0].stem} import {kind}\n'
+    else:
+        load = f"from diffusers import {kind}\n"
+    text = load + ALONE.format(teacher=of["teacher"], file=LORA, scheduler=kind)
     note = (
-        f"**It carries code of its own, {names}, and loads with `trust_remote_code=True` alone**: "
+        _code_note(folder) if found else "It is an adapter for stock diffusers classes, without the teacher."
+    )
+    return card.replace(PLAIN, text).replace(STOCK, note)
+
+
+def _code_note(folder: Path) -> str:
+    found = travelling_code(folder)
+    names = ", ".join(f"`{path.relative_to(folder).as_posix()}`" for path in found)
+    alone = (folder / ADAPTER).is_file()
+    loads = "" if alone else ", and loads with `trust_remote_code=True` alone"
+    return (
+        f"**It carries code of its own, {names}{loads}**: "
         f"{'; '.join(REASONS[path.name] for path in found)}. The code imports torch and diffusers only; `stepdistill "
         "verify` checks that it is what stepdistill ships. All else is stock, and diffusers logs while loading that it "
         "expected a stock class."
     )
-    plain = 'from_pretrained("path/to/this/folder")'
-    return card.replace(plain, plain[:-1] + ", trust_remote_code=True)").replace(STOCK, note)
 
 
 CARD = """---

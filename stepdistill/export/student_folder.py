@@ -5,7 +5,9 @@ takes fresh noise on a flow path, whose scheduler is.
 
 The folder holds the teacher's pipeline with the student's network and scheduler in place, ``verification/`` (prompts,
 seeds, the trainer's own pictures, and the SHA-256 of every file), a model card, and for a LoRA student without a second
-time the adapter as ``pytorch_lora_weights.safetensors`` beside the merged weights.
+time the adapter as ``pytorch_lora_weights.safetensors`` beside the merged weights, or that and the scheduler alone. The
+network is saved in the types and shards of the teacher's, and its pictures are drawn with the weights as they are
+saved; all other parts are the teacher's own files.
 """
 
 from __future__ import annotations
@@ -13,17 +15,25 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.export.card import with_code_note
+from stepdistill.export.adapters import (
+    called_with,
+    check_options,
+    no_adapter_file,
+    save_adapters,
+    save_alone,
+)
+from stepdistill.export.card import for_folder
 from stepdistill.export.checks import grid_check
-from stepdistill.export.experts import adapter_files, one_network, stock_networks
+from stepdistill.export.experts import one_network, stock_networks
+from stepdistill.export.original import Original, held_in, in_float32, round_to
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
@@ -31,12 +41,15 @@ from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.sections import ExportOptions
 from stepdistill.system.files import folder_written_whole, sha256_of
 from stepdistill.system.float32 import full_float32
 
 VERIFICATION = "verification"
 TOLERANCE = {"max": 4, "mean": 0.5}
 """Allowed difference between a student's pictures and the trainer's, in steps of 1/255."""
+
+DEFAULT = ExportOptions()
 
 
 def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeacher) -> Any:
@@ -55,11 +68,6 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     pipe.register_modules(scheduler=scheduler)
     if not family.put(pipe, networks, starts):
         family.put(pipe, [one_network(networks, starts[:-1])], [0.0])
-    # from_pretrained gives diffusers' networks as float32 and transformers' as they were saved: of a teacher that was
-    # handed in as bfloat16 it would make a pipeline of two types that cannot run.
-    for name, component in pipe.components.items():
-        if isinstance(component, nn.Module) and component.dtype != torch.float32:
-            pipe.register_modules(**{name: copy.deepcopy(component).float()})
     return pipe
 
 
@@ -82,13 +90,13 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
         UserError: when it cannot be made, does not draw, asks its network for other times, or draws another picture.
     """
     try:
-        student = student.unrounded()
+        student = student.exported()
         pipe = student_pipeline(student, sampler, teacher)
         if "safety_checker" in pipe.components:
             pipe.register_modules(safety_checker=None)  # it blackens what it takes for unsafe
         generator = [torch.Generator("cpu").manual_seed(0)]
         call = pipeline_call(type(pipe).__name__, sampler, teacher.codec, [prompt])
-        with full_float32():
+        with full_float32(), in_float32(pipe):
             seen = watch(pipe, {**call, "generator": generator, "output_type": "np"})
         grid_check(seen, sampler, student.path)
     except UserError:
@@ -99,7 +107,8 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
             f"a student of this teacher could not be exported, so nothing was trained: {type(teacher.pipe).__name__} "
             f"does not draw with the student's network and scheduler ({type(error).__name__}: {first})"
         ) from error
-    own = draw_as_pipeline(student, sampler, replace(teacher.codec, pipe=pipe), [prompt], [0]).cpu()
+    with in_float32(pipe):
+        own = draw_as_pipeline(student, sampler, replace(teacher.codec, pipe=pipe), [prompt], [0]).cpu()
     difference = 255 * (strip(frames_of(seen.drawn)) - own).abs()
     if difference.max() > TOLERANCE["max"] or difference.mean() > TOLERANCE["mean"]:
         raise UserError(
@@ -116,8 +125,12 @@ def export(
     prompts: Sequence[str],
     card: str,
     seeds: Sequence[int] = (0, 1, 2, 3),
+    *,
+    source: Any = None,
+    options: ExportOptions = DEFAULT,
 ) -> None:
-    """Writes the student's folder, replacing an earlier one only when the new one is complete.
+    """Writes the student's folder, replacing an earlier one only when the new one is complete. In memory it makes at
+    most one network: the student with its adapter merged, or its weights rounded.
 
     Args:
         student: with the weights that are to be exported.
@@ -126,29 +139,73 @@ def export(
         folder: where to; ends as a diffusers folder.
         prompts: as many as seeds, for the verification pictures.
         card: the model card, Markdown.
+        source: the teacher as it was given: a folder, a Hub name, or a pipeline; None is that of ``teacher``.
+        options: what is written.
+
+    Raises:
+        UserError: where it cannot be written so.
     """
     from PIL import Image
 
+    source = teacher.pipe if source is None else source
+    lora, named = student.adapter is not None, isinstance(source, str | Path)
+    check_options(options, teacher, lora=lora, named=named, student=student)
+    alone = options.what == "adapter"
     with folder_written_whole(folder) as place:
-        whole = student.unrounded()
-        pipe = student_pipeline(whole, sampler, teacher)
-        pipe.save_pretrained(place)
-        _save_adapters(student, teacher, place)
-        (place / "README.md").write_text(with_code_note(card, place), encoding="utf-8")
+        if alone:
+            whole, pipe = student.exported(), teacher.pipe
+            check_sampler(sampler, student.path, teacher.family)
+            scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler, teacher.family.passes)
+            save_alone(student, teacher, scheduler, str(source), place)
+        else:
+            whole, pipe = _save_pipeline(student, sampler, teacher, Original(source), options, place)
+        if options.what == "both" and no_adapter_file(teacher, student) is None:
+            save_adapters(student, teacher, place)
+        (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()
-        codec = replace(teacher.codec, pipe=pipe)  # encodes and decodes in the float32 that was saved
-        images = to_uint8(draw_as_pipeline(whole, sampler, codec, prompts, seeds))
+        codec = replace(teacher.codec, pipe=pipe)
+        with in_float32(pipe, but=frozenset(teacher.family.stretches(pipe))):
+            images = to_uint8(draw_as_pipeline(whole, sampler, codec, prompts, seeds))
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
+        asked = called_with(sampler, student) if alone else sampler
         manifest = {
-            "call": pipeline_call(type(pipe).__name__, sampler, teacher.codec, prompts),
+            "call": pipeline_call(type(pipe).__name__, asked, teacher.codec, prompts),
             "seeds": list(seeds),
             "alone": teacher.family.alone,
             "tolerance": TOLERANCE,
             "files": hashes(place),
         }
         (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _save_pipeline(
+    student: Student,
+    sampler: Sampler,
+    teacher: PipelineTeacher,
+    original: Original,
+    options: ExportOptions,
+    place: Path,
+) -> tuple[Student, Any]:
+    """Writes the student's pipeline; the student with the weights that were saved, in float32, and its pipeline."""
+    networks = {teacher.family.network, *teacher.family.stretches(teacher.pipe)}
+    types = original.types(teacher.family.network)
+    whole = student.exported((lambda net: round_to(net, types)) if types.rounds else None)
+    pipe = student_pipeline(whole, sampler, teacher)
+    for name, part in pipe.components.items():
+        if part is None:
+            continue
+        if name in networks:
+            size = options.max_shard_size or original.shard_size(name)
+            with held_in(part, types) if types.rounds else nullcontext():
+                part.save_pretrained(place / name, max_shard_size=size)
+        elif name == "scheduler":
+            part.save_pretrained(place / name)
+        else:
+            original.save(name, part, place / name)
+    pipe.save_config(place)
+    return whole, pipe
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -160,15 +217,3 @@ def hashes(folder: Path) -> dict[str, str]:
         for name, path in names.items()
         if name not in ("README.md", f"{VERIFICATION}/manifest.json")
     }
-
-
-def _save_adapters(student: Student, teacher: PipelineTeacher, folder: Path) -> None:
-    """The LoRA of a student as load_lora_weights takes it, where its pipeline class can load one; a second time is no
-    LoRA, and lives in the merged weights alone."""
-    writer = getattr(type(teacher.pipe), "save_lora_weights", None)
-    if writer is None:
-        return
-    kind = teacher.family.network
-    for name, (config, state) in adapter_files(student).items():
-        layers = {f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": config}
-        writer(folder / name, **layers)

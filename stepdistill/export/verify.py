@@ -1,7 +1,8 @@
 """Proof that a student folder draws what it drew in training, with diffusers alone.
 
 The folder's files are hashed and compared with its manifest; then a fresh Python process, in which stepdistill cannot
-be imported, loads it with nothing but ``DiffusionPipeline.from_pretrained`` and draws the manifest's prompts and seeds.
+be imported, loads it with nothing but ``DiffusionPipeline.from_pretrained``, in float32, and draws the manifest's
+prompts and seeds. Of an adapter alone it is the teacher's folder that is loaded so, and then its two files.
 Code that travels in the folder is run only where it is, byte for byte, a file of ours.
 """
 
@@ -15,6 +16,9 @@ from pathlib import Path
 
 from stepdistill.errors import UserError
 from stepdistill.export.student_folder import VERIFICATION
+from stepdistill.networks.find import local_folder
+from stepdistill.networks.fingerprint import weights_hash
+from stepdistill.networks.pipeline_files import ADAPTER
 from stepdistill.system.files import sha256_of
 from stepdistill.system.travelling import is_own_code, travelling_code
 
@@ -25,9 +29,22 @@ os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_
 import numpy, torch
 from diffusers import DiffusionPipeline
 folder, manifest, code = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3] == "code"
-index = json.load(open(f"{folder}/model_index.json"))
+base = sys.argv[4]  # the folder itself, or, where it holds an adapter alone, its teacher's
+index = json.load(open(f"{base}/model_index.json"))
 absent = {name: None for name, entry in index.items() if entry == [None, None]}  # SD3 without T5, say
-pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **absent)
+if base != folder and "safety_checker" in index:
+    absent |= {"safety_checker": None, "requires_safety_checker": False}  # it blackens what it takes for unsafe
+pipe = DiffusionPipeline.from_pretrained(
+    base, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=code, **absent
+)
+if base != folder:
+    import diffusers, glob
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    for file in glob.glob(f"{folder}/scheduler/*.py"):
+        sys.path.insert(0, f"{folder}/scheduler")
+        diffusers = __import__(os.path.basename(file)[:-3])
+    name = json.load(open(f"{folder}/scheduler/scheduler_config.json"))["_class_name"]
+    pipe.scheduler = getattr(diffusers, name).from_pretrained(f"{folder}/scheduler")
 if getattr(pipe, "watermark", None) is not None:
     pipe.watermark = None  # SDXL adds one where invisible-watermark is installed, whatever the folder says
 pipe.set_progress_bar_config(disable=True)
@@ -130,7 +147,8 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
                 f"{folder} carries {path.relative_to(folder).as_posix()}, which is not a file this stepdistill ships, "
                 "so it was not run: verify it with the version that wrote it, or read it and load the folder yourself"
             )
-    done = in_a_fresh_process(PROGRAM, [str(folder), str(file), "code" if code else "stock"], folder, timeout)
+    arguments = [str(folder), str(file), "code" if code else "stock", str(_base(folder))]
+    done = in_a_fresh_process(PROGRAM, arguments, folder, timeout)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if done.returncode or line is None:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -143,3 +161,23 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
         )
     steps: int = call["num_inference_steps"]
     return Verification(len(files), len(seeds), steps, result["scheduler"], result["max"], result["mean"])
+
+
+def _base(folder: Path) -> Path:
+    """The folder whose pipeline draws: the student's own, or the teacher's where it is an adapter alone.
+
+    Raises:
+        UserError: the teacher is not there, or is another one than it was.
+    """
+    if not (folder / ADAPTER).is_file():
+        return folder
+    of = json.loads((folder / ADAPTER).read_text("utf-8"))
+    found = local_folder(of["teacher"])
+    if found is None:
+        raise UserError(
+            f"{folder} is an adapter for {of['teacher']}, which is not there: download it, or write its place into "
+            f"{ADAPTER}"
+        )
+    if weights_hash(found) != of["teacher_sha256"]:
+        raise UserError(f"{folder} is an adapter for {of['teacher']}, which was altered since export")
+    return found

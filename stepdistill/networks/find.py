@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from stepdistill.errors import UserError, did_you_mean
-from stepdistill.networks.pipeline_files import check_files
+from stepdistill.networks.pipeline_files import ADAPTER, INDEX, check_files
 from stepdistill.system.emoji import embedded_teachers, teacher_folder
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -24,12 +24,13 @@ def find_teacher(name: str) -> str:
 
 
 def find_pipeline(name: str | Path) -> Path:
-    """The diffusers folder of an embedded teacher's name, a diffusers folder, or a run folder (its student).
+    """The folder that is meant by an embedded teacher's name, a diffusers folder, one of an adapter alone, or a run
+    folder (its student).
 
     Raises:
         UserError: the name is none of these.
     """
-    if (found := _local_pipeline(name)) is not None:
+    if (found := _local_pipeline(name, INDEX, ADAPTER)) is not None:
         return found
     if Path(name).is_dir():
         raise UserError(f"{name} is not a diffusers pipeline: the folder has no model_index.json")
@@ -37,11 +38,17 @@ def find_pipeline(name: str | Path) -> Path:
     raise UserError(f"pipeline {name} does not exist {known}; or give a folder")
 
 
-def _local_pipeline(name: str | Path) -> Path | None:
+def _local_pipeline(name: str | Path, *marks: str) -> Path | None:
     if (embedded := teacher_folder(str(name))) is not None:
         return embedded
     folders = (Path(name).expanduser(), Path(name).expanduser() / "student")
-    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+    marked = (folder for folder in folders for mark in marks or (INDEX,) if (folder / mark).is_file())
+    return next(marked, None)
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """The folder on this disk that a name means; of a Hub name, that in the Hub's cache, None where it is not there."""
+    return _local_pipeline(name) or _cached_folder(str(name))
 
 
 def check_teacher(name: str) -> None:
@@ -49,6 +56,10 @@ def check_teacher(name: str) -> None:
         check_files(found, f"teacher {name}")
         return
     if Path(name).is_dir():
+        if _local_pipeline(name, ADAPTER) is not None:
+            raise UserError(
+                f"teacher {name} is a student that is an adapter alone: export it again with --what merged"
+            )
         raise UserError(f"teacher {name} is not a diffusers pipeline: the folder has no model_index.json")
     # A path that was mistyped looks like a Hub name unless its first part is a folder here.
     if not _HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
@@ -67,6 +78,11 @@ def _is_offline() -> bool:
 
 
 def _is_cached(name: str) -> bool:
+    return _cached_folder(name) is not None
+
+
+def _cached_folder(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+    found = try_to_load_from_cache(name, INDEX) if _HUB_NAME.fullmatch(name) else None
+    return Path(found).parent if isinstance(found, str) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.networks.find import find_pipeline
-from stepdistill.networks.pipeline_files import INDEX, SAFETY_CHECKER
+from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA, SAFETY_CHECKER
 from stepdistill.system.files import sha256_of
 
 
@@ -53,8 +53,9 @@ def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda componen
         return digest.hexdigest()
     folder = find_pipeline(pipeline)
     named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
+    alone = {ADAPTER, LORA} if ADAPTER in named else set()
     for name, file in sorted(named.items()):
-        if name.count("/") > 1 or (name.count("/") == 0 and name != INDEX):
+        if name.count("/") > 1 or (name.count("/") == 0 and name != INDEX and name not in alone):
             continue
         if name.startswith(f"{SAFETY_CHECKER}/"):
             continue

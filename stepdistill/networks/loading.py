@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 from pathlib import Path
 from pathlib import Path as FilePath
 from typing import Any
@@ -13,9 +14,10 @@ from torch import nn
 
 from stepdistill.errors import UserError
 from stepdistill.families import Family, family_named, known_family
-from stepdistill.networks.find import find_pipeline, find_teacher
+from stepdistill.networks.find import find_pipeline, find_teacher, local_folder
 from stepdistill.networks.pipeline_files import (
-    INDEX,
+    ADAPTER,
+    LORA,
     SAFETY_CHECKER,
     absent_components,
     check_files,
@@ -24,7 +26,7 @@ from stepdistill.networks.pipeline_files import (
 )
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.system.log import quiet_loading
-from stepdistill.system.travelling import is_own_code, travelling_code
+from stepdistill.system.travelling import is_own_code, travelling_code, travelling_module
 
 FILTERS = {SAFETY_CHECKER: "safety checker", "watermark": "watermarker"}
 """Parts of pipelines that alter pictures after the decoder: a student could not learn what they do, and scores would
@@ -114,12 +116,10 @@ def filters_of(pipeline: Any) -> list[str]:
     if not isinstance(pipeline, (str, Path)):
         return [name for part, name in FILTERS.items() if getattr(pipeline, part, None) is not None]
     from diffusers.utils.import_utils import is_invisible_watermark_available
-    from huggingface_hub import try_to_load_from_cache
 
-    folder = Path(pipeline)
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(str(pipeline), INDEX)
-        folder = Path(cached).parent if isinstance(cached, str) else folder
+    folder = local_folder(pipeline) or Path(pipeline)
+    if (folder / ADAPTER).is_file():
+        return []
     index = read_index(folder)
     found = [FILTERS[SAFETY_CHECKER]] if SAFETY_CHECKER in components(index) else []
     if str(index.get("_class_name")).startswith("StableDiffusionXL") and is_invisible_watermark_available():
@@ -205,12 +205,32 @@ def load_pipeline(
         code = travelling_code(folder)
         # A student may carry a class of ours; other code is not run.
         own_code = bool(code) and all(is_own_code(file) for file in code)
-        pipe = load_folder(folder, label, own_code=own_code, filters=filters)
+        if (folder / ADAPTER).is_file():
+            pipe = _load_adapter(folder, label)
+        else:
+            pipe = load_folder(folder, label, torch.float32, own_code=own_code, filters=filters)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device is not None:
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, label
+
+
+def _load_adapter(folder: Path, what: str) -> Any:
+    """The teacher's pipeline with a student that is an adapter alone, and its scheduler."""
+    import diffusers
+
+    of = json.loads((folder / ADAPTER).read_text("utf-8"))
+    pipe = load_teacher(of["teacher"])
+    pipe.load_lora_weights(folder, weight_name=LORA)
+    place = folder / "scheduler"
+    kind = str(json.loads((place / "scheduler_config.json").read_text("utf-8"))["_class_name"])
+    code = [file for file in travelling_code(folder) if is_own_code(file)]
+    found = getattr(travelling_module(code[0].stem) if code else diffusers, kind, None)
+    if found is None:
+        raise UserError(f"{what}: its scheduler {kind} is none of diffusers' or ours")
+    pipe.scheduler = found.from_pretrained(place)
+    return pipe
 
 
 def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family | None = None) -> Any:

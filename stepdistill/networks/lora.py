@@ -45,11 +45,11 @@ def lora_layers(net: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def merged_state(
+def merged_tensors(
     net: nn.Module, name: str | None, exact: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The state of a network with one of its adapters (if any) added to the weights, under the names of the network
-    without any; what its second time is told through is left out.
+) -> Iterator[tuple[str, Tensor]]:
+    """The state of a network with one of its adapters (if any) added to the weights, tensor by tensor, under the names
+    of the network without any; what its second time is told through is left out.
 
     Args:
         net: the network.
@@ -59,11 +59,20 @@ def merged_state(
     layers = lora_layers(net) if name else {}
     stock = {k: v for k, v in net.state_dict().items() if ".lora_" not in k and ".slots." not in k}
     own = {key.replace(".base_layer.", "."): v for key, v in stock.items()}
-    state = {key: value.clone() for key, value in (exact or own).items()}
-    for key, layer in layers.items():
-        weight = state[f"{key}.weight"]
-        weight += layer.get_delta_weight(name).to(weight)
-    return state
+    for key, value in (exact or own).items():
+        layer = layers.get(key.removesuffix(".weight"))
+        if layer is None or not key.endswith(".weight"):
+            yield key, value
+        else:
+            whole = value.float()
+            yield key, whole + layer.get_delta_weight(name).to(whole)
+
+
+def merged_state(
+    net: nn.Module, name: str | None, exact: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The same as a state of its own."""
+    return {key: value.clone() for key, value in merged_tensors(net, name, exact)}
 
 
 class adapter_on(AbstractContextManager[None]):
@@ -218,10 +227,14 @@ class SharedNetwork:
         return adapter_on(list(self.layers.values()), name, self._told)
 
     def plain(self, name: str | None) -> nn.Module:
-        """An ordinary network in float32 that says what this one does with the adapter on, or with none."""
+        """An ordinary network in float32 that says what this one does with the adapter on, or with none; nothing else
+        is in memory beside it."""
         net: Any = self.net
         plain: nn.Module = type(net).from_config(net.config)
-        plain.load_state_dict(merged_state(net, name, self.exact))
+        places = plain.state_dict()
+        for key, value in merged_tensors(net, name, self.exact):
+            places.pop(key).copy_(value)
+        assert not places, places.keys()
         return plain.to(next(self.net.parameters()).device).eval()
 
     def checkpointed(self) -> AbstractContextManager[None]:

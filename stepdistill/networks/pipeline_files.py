@@ -6,7 +6,10 @@ Imports no torch, so that a mistake is told at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,24 @@ from stepdistill.system.shipped import is_lfs_pointer
 
 INDEX = "model_index.json"
 SAFETY_CHECKER = "safety_checker"
+ADAPTER = "adapter.json"
+"""In the folder of a student that is an adapter alone: which teacher it is for."""
+LORA = "pytorch_lora_weights.safetensors"
+_OTHER_WEIGHTS = {
+    ".bin",
+    ".ckpt",
+    ".flax",
+    ".h5",
+    ".index",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".pb",
+    ".pt",
+    ".pth",
+    ".tflite",
+}
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def read_index(folder: Path, what: str = "") -> dict[str, Any]:
@@ -84,6 +105,48 @@ def check_files(folder: Path, what: str) -> None:
                 raise UserError(
                     f"{what}: {short} is cut off or no safetensors file ({error}): get it again"
                 ) from None
+
+
+def loaded_files(component: Path) -> list[Path]:
+    """The files of a component that are loaded: safetensors without a variant, and what is no weights; no code."""
+    found = []
+    for file in sorted(file for file in component.rglob("*") if file.is_file()):
+        weights = ".safetensors" in file.suffixes or file.suffix in _OTHER_WEIGHTS
+        if _WEIGHTS.fullmatch(file.name) or not (
+            weights or file.suffix == ".py" or file.name.endswith(".bin.index.json")
+        ):
+            found.append(file)
+    return found
+
+
+def take_over(component: Path, to: Path) -> None:
+    """The loaded files of a component once more, byte for byte: weights are hard links where the disk allows it."""
+    for file in loaded_files(component):
+        target = to / file.relative_to(component)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if file.suffix != ".safetensors":
+                raise OSError  # a text may be edited, and its original is not to change
+            os.link(file.resolve(), target)
+        except OSError:
+            shutil.copyfile(file, target)
+
+
+def tensor_types(component: Path) -> Mapping[str, str]:
+    """The types of a component's tensors as safetensors names them (F32, BF16), by name; reads headers alone."""
+    found: dict[str, str] = {}
+    for file in loaded_files(component):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            found |= {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return found
+
+
+def largest_shard(component: Path) -> int | None:
+    """Bytes of the largest of a component's shards; None where it has one file alone."""
+    sizes = [file.stat().st_size for file in loaded_files(component) if file.suffix == ".safetensors"]
+    return max(sizes) if len(sizes) > 1 else None
 
 
 def _files(folder: Path, names: dict[str, tuple[str, str]]) -> Iterator[Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -119,15 +120,22 @@ class Student(Denoiser):
         net = self.plain_net()
         return self.family.changes.fold_second_time(net, gap) if self.two_times else net
 
-    def unrounded(self) -> Student:
-        """The student as it is exported: itself, or, where it is adapters on a network that is held rounded, one of
-        whole networks in float32."""
-        if self.adapter is None or self.adapter.shared.exact is None:
+    def exported(self, round_to: Callable[[nn.Module], None] | None = None) -> Student:
+        """The student as it is exported: itself, or, where its weights are to be others than those that are trained,
+        one of whole networks of its own in float32.
+
+        Args:
+            round_to: rounds a network's weights, in place, to what they are saved in; None leaves them.
+        """
+        shared = None if self.adapter is None else self.adapter.shared
+        if round_to is None and (shared is None or (shared.exact is None and shared.compute is None)):
             return self
-        whole = [
-            Student(each.plain_net(), each.path, each.output, each.family, each.shape)
-            for each in self.experts or (self,)
-        ]
+        whole = []
+        for each in self.experts or (self,):
+            net = copy.deepcopy(each.net) if each.adapter is None else each.plain_net()
+            if round_to is not None:
+                round_to(net)
+            whole.append(Student(net, each.path, each.output, each.family, each.shape))
         return Student.of_experts(whole, self.bounds) if self.experts else whole[0]
 
     def _towards(self, s: Tensor) -> Tensor | None:

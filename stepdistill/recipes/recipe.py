@@ -15,7 +15,14 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.messages import explain, source_prefix
-from stepdistill.recipes.sections import DataOptions, Section, StudentOptions, TermOptions, TrainOptions
+from stepdistill.recipes.sections import (
+    DataOptions,
+    ExportOptions,
+    Section,
+    StudentOptions,
+    TermOptions,
+    TrainOptions,
+)
 from stepdistill.system.shipped import module_summaries, recipe_files
 
 DEFAULT_TEACHER = "emoji"
@@ -43,6 +50,7 @@ class Recipe(Section):
     student: StudentOptions = StudentOptions()
     data: DataOptions = DataOptions()
     train: TrainOptions = TrainOptions()
+    export: ExportOptions = ExportOptions()
     evaluate: bool | str = True
     output: str | None = None
 

@@ -243,3 +243,19 @@ class TermOptions(Section):
         """What the terms ask of the data."""
         pairs = {"pairs", "states"} if self.regression_weight or self.perceptual_weight else set()
         return frozenset(pairs | ({"images"} if self.gan_weight else set()))
+
+
+class ExportOptions(Section):
+    """What a student's folder holds.
+
+    Attributes:
+        what: of a LoRA student: ``merged``, a pipeline whose network has the adapter in its weights; ``adapter``, the
+            adapter and the scheduler alone, for the teacher that is elsewhere; ``both``, the pipeline with the adapter
+            beside it. A student of its own weights is a pipeline, whatever this is, but not ``adapter``.
+        max_shard_size: of the files of its network, such as 5GB; None is as the teacher's are.
+        kohya: whether the adapter is written once more under the names that kohya's scripts and ComfyUI know.
+    """
+
+    what: Literal["adapter", "merged", "both"] = "both"
+    max_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] | None = None
+    kohya: bool = False

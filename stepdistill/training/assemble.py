@@ -18,6 +18,7 @@ from stepdistill.data.prompts import open_prompts
 from stepdistill.data.training_images import EmbeddedImages, ImageFolder, Images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
+from stepdistill.export.adapters import check_options
 from stepdistill.export.checks import teacher_check
 from stepdistill.export.schedulers import check_sampler, on_stock_grid
 from stepdistill.export.student_folder import check_export
@@ -172,6 +173,10 @@ def assemble(
     ):
         say(f"teacher check: {apart:.0e} apart")
     times = _times(recipe, kind, teacher)
+    lora, named = recipe.student.lora_rank > 0, pipeline is None
+    left_out = check_options(recipe.export, teacher, lora=lora, named=named)
+    if main and left_out:
+        say(left_out)
     roles = roles_for(recipe, kind, options, teacher, prompts, times, accelerator)
     teacher = cast(PipelineTeacher, roles.teacher)
     for net in (*roles.stored().values(), teacher.start.net):
@@ -193,6 +198,7 @@ def assemble(
         compiled_parts(net, train.compile)  # a method's own network may be of another class
         if train.checkpointing:
             check_checkpointing(net)
+    check_options(recipe.export, teacher, lora=lora, named=named, student=student)
     if main:
         check_export(student, sampler, teacher, prompts[0])
     return Assembled(

@@ -169,12 +169,13 @@ def _check_tracker(name: str | None) -> None:
         )
 
 
-def export_run(run: Path, output: Path | None = None) -> Path:
+def export_run(run: Path, output: Path | None = None, sets: Sequence[str] = ()) -> Path:
     """Writes and verifies the student of a run's last checkpoint, finished or not.
 
     Args:
         run: the run folder.
         output: where to; default ``run/student``.
+        sets: assignments laid over the recipe's section ``export``, such as ``"export.what=adapter"``.
 
     Raises:
         UserError: when there is no run, no checkpoint, or the student does not verify.
@@ -191,7 +192,7 @@ def export_run(run: Path, output: Path | None = None) -> Path:
     from stepdistill.training.finish import export_student
     from stepdistill.training.run import Run
 
-    resolved = resolve(load_recipe(run / "recipe.yaml"))
+    resolved = resolve(load_recipe(run / "recipe.yaml", sets=sets))
     assembled = assemble(resolved, Accelerator(cpu=not torch.cuda.is_available()))
     state = Run(assembled.objective, assembled.recipe, run)
     state.restore()

@@ -12,7 +12,8 @@ from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.scores import by_metric
 from stepdistill.evaluation.suite import load_suite
 from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
-from stepdistill.export.card import model_card, with_code_note
+from stepdistill.export.adapters import called_with
+from stepdistill.export.card import for_folder, model_card
 from stepdistill.export.schedulers import stock_scheduler
 from stepdistill.export.student_folder import export, pipeline_call
 from stepdistill.export.verify import verify
@@ -32,7 +33,9 @@ def card(run: Assembled, command: str, scores: str = "") -> str:
     """The student's model card."""
     codec = run.teacher.codec
     pipeline = codec.family.student_pipeline(codec.pipe) or type(codec.pipe).__name__
-    call = pipeline_call(pipeline, run.sampler, codec, run.shown(1))
+    alone = run.recipe.export.what == "adapter"
+    sampler = called_with(run.sampler, run.student) if alone else run.sampler
+    call = pipeline_call(pipeline, sampler, codec, run.shown(1))
     scheduler = stock_scheduler(
         run.sampler, run.student.path, run.teacher.pipe.scheduler, run.teacher.family.passes
     )
@@ -53,7 +56,16 @@ def card(run: Assembled, command: str, scores: str = "") -> str:
 
 def export_student(run: Assembled, folder: Path, command: str) -> None:
     """Writes the student folder with the network's present weights."""
-    export(run.student, run.sampler, run.teacher, folder, run.shown(4), card(run, command))
+    export(
+        run.student,
+        run.sampler,
+        run.teacher,
+        folder,
+        run.shown(4),
+        card(run, command),
+        source=run.source,
+        options=run.recipe.export,
+    )
 
 
 def finish(run: Assembled, output: Path, trained: Finished, command: str | None) -> RunReport:
@@ -79,7 +91,7 @@ def finish(run: Assembled, output: Path, trained: Finished, command: str | None)
             **{**scores, **origin, "command": command},
         )
         _samples(run, output / "samples.png")
-    text = with_code_note(card(run, command, score_table(report)), output / "student")
+    text = for_folder(card(run, command, score_table(report)), output / "student")
     (output / "student" / "README.md").write_text(text, encoding="utf-8")
     write_report(output, report, read_stats(output))
     return report

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.sections import ExportOptions, TrainOptions
 
 if TYPE_CHECKING:
     from stepdistill.losses.contract import Method, MethodOptions
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 def identity(recipe: Recipe) -> Recipe:
     """The recipe without what cannot move a weight, and so may change between two parts of one run: where its folder
-    lies, what is evaluated, how long it may take, what is kept (of activations, too), drawn, read, made again and
-    tracked."""
+    lies, what is exported and evaluated, how long it may take, what is kept (of activations, too), drawn, read, made
+    again and tracked."""
     plain = TrainOptions()
     names = ("budget_seconds", "checkpointing", "keep", "log_every", "parallel", "sheet_every", "tracker")
     train_options = recipe.train.model_copy(update={name: getattr(plain, name) for name in names})
     data = recipe.data.model_copy(update={"damaged": "refuse"})
-    return recipe.model_copy(update={"output": None, "evaluate": True, "data": data, "train": train_options})
+    same = {"output": None, "evaluate": True, "data": data, "export": ExportOptions(), "train": train_options}
+    return recipe.model_copy(update=same)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from student_toy import SAMPLERS, assert_same, drawn, kept
 from tiny import EMBEDDED, MORE_FLOW, PIPELINES, SIZES, call_of, shaken, tiny_prompts
-from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.export.card import STOCK
 from stepdistill.export.schedulers import on_stock_grid, stock_scheduler
-from stepdistill.export.student_folder import TOLERANCE, VERIFICATION, export, student_pipeline
+from stepdistill.export.student_folder import VERIFICATION, export, student_pipeline
 from stepdistill.export.verify import verify
 from stepdistill.families.watching import frames_of
 from stepdistill.networks.loading import load_pipeline, load_teacher
@@ -39,36 +39,6 @@ from stepdistill.system.travelling import is_own_code, travelling_code
 
 Teachers = Callable[[str], PipelineTeacher]
 
-SAMPLERS = {
-    "unet-ddpm": Sampler(uniform_times(1), True),
-    "unet-ddim": Sampler(uniform_times(4), False),
-    "unet-classes": Sampler(uniform_times(2), True),
-    "dit": Sampler(uniform_times(2), False),
-    "sd": Sampler(uniform_times(4), True),
-    "sd-v": Sampler(uniform_times(3), False),
-    "sdxl": Sampler(uniform_times(2), True, grid=50),
-    "sd3": Sampler((1.0, 0.75), False),
-    "flux": Sampler((1.0, 0.75), False),
-    "schnell": Sampler(uniform_times(3), False),
-    "wan": Sampler((1.0, 0.9), False),
-    "pixart-alpha": Sampler(uniform_times(2), True),
-    "pixart-sigma": Sampler(uniform_times(1), True),
-    "aura-flow": Sampler((1.0, 0.75), False),
-    "qwen-image": Sampler((1.0, 0.75), False),
-    "z-image": Sampler(uniform_times(3), False),
-    "sana": Sampler((1.0, 0.8, 0.5), False),
-    "klein": Sampler((1.0, 0.75), False),
-    "ltx": Sampler((1.0, 0.9), False),
-    "hunyuan-video": Sampler((1.0, 0.75), False),
-    "cog-video-x": Sampler(uniform_times(2), True),
-    "cog-video-x-1.5": Sampler(uniform_times(4), True),
-    "wan-2.2": Sampler((1.0, 0.9545, 0.875, 0.7), False),
-    "cogview4": Sampler((1.0, 0.8, 0.5), False),
-    "lumina2": Sampler((1.0, 0.75), False),
-    "hunyuan-dit": Sampler(uniform_times(2), True),
-    "chroma": Sampler(uniform_times(3), False),
-    "sana-sprint": Sampler((1.0, 0.8276), True),
-}
 CLASSES = {
     "unet-ddpm": "DDPMPipeline",
     "unet-ddim": "DDPMPipeline",
@@ -159,26 +129,6 @@ def loaded(folder: Path) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def drawn(pipe: Any, folder: Path) -> Tensor:
-    """What a pipeline draws by a folder's manifest, uint8 [B, 3, H, W]."""
-    manifest = json.loads((folder / VERIFICATION / "manifest.json").read_text())
-    generators = [torch.Generator().manual_seed(seed) for seed in manifest["seeds"]]
-    images = pipe(**manifest["call"], generator=generators, output_type="np", return_dict=False)[0]
-    return strip(frames_of(images * 255)).round().to(torch.uint8)
-
-
-def kept(folder: Path) -> Tensor:
-    """The trainer's own pictures in a folder, uint8 [B, 3, H, W]."""
-    pictures = [np.array(Image.open(folder / VERIFICATION / f"{i}.png").convert("RGB")) for i in range(2)]
-    return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def assert_same(images: Tensor, wanted: Tensor) -> None:
-    difference = (images.int() - wanted.int()).abs().float()
-    assert difference.max() <= TOLERANCE["max"] and difference.mean() <= TOLERANCE["mean"]
-    assert wanted.float().std() > 2  # pictures, not one grey
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -340,21 +290,6 @@ def test_a_student_can_teach(name: str, exported: Callable[[str], Exported]) -> 
         )
     assert (said.x0 - wanted.x0).abs().max() < 1e-4
     assert torch.equal(teacher.path.angle(t), run.student.path.angle(t))
-
-
-@pytest.mark.parametrize("name", ["unet-classes", "dit", "sd", "sdxl", "sd3"])
-def test_the_student_of_a_bfloat16_teacher_is_float32_throughout(name: str, tmp_path: Path) -> None:
-    from tiny import tiny_pipeline
-
-    teacher = PipelineTeacher(tiny_pipeline(name).to(torch.bfloat16))
-    run = Exported(name, teacher, tmp_path / "student")
-    pipe = loaded(run.folder)
-    for component in pipe.components.values():
-        assert not isinstance(component, torch.nn.Module) or component.dtype == torch.float32
-    for part, component in teacher.pipe.components.items():
-        wanted = torch.float32 if part == "vae" else torch.bfloat16  # decodes and encodes in float32, always
-        assert not isinstance(component, torch.nn.Module) or component.dtype == wanted
-    assert_same(drawn(pipe, run.folder), kept(run.folder))
 
 
 # --- what verify refuses -----------------------------------------------------------------------------------------

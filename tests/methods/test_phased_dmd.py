@@ -16,7 +16,7 @@ from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, module
 
 from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
-from stepdistill.export.card import STOCK, model_card, with_code_note
+from stepdistill.export.card import STOCK, for_folder, model_card
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import VERIFICATION, export
 from stepdistill.export.verify import verify
@@ -394,7 +394,7 @@ def test_the_card_says_that_code_travels_and_why(exported):
     card = (folder / "README.md").read_text()
     assert 'from_pretrained("path/to/this/folder", trust_remote_code=True)' in card
     assert "`unet/phased_experts.py`" in card and "no stock diffusers class changes weights" in card
-    assert STOCK not in card and with_code_note(card, folder) == card
+    assert STOCK not in card and for_folder(card, folder) == card
     assert sorted(path.parent.name for path in folder.rglob("pytorch_lora_weights.safetensors")) == [
         "expert-1",
         "expert-2",

@@ -1,0 +1,112 @@
+"""The LoRA of a student as files that others load."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import UserError
+from stepdistill.export.experts import adapter_files
+from stepdistill.networks.fingerprint import weights_hash
+from stepdistill.networks.pipeline_files import ADAPTER
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.sections import ExportOptions
+
+
+def no_adapter_file(teacher: PipelineTeacher, student: Student | None = None) -> str | None:
+    """Why a LoRA student has no adapter that its pipeline loads, as the end of a sentence; None where it has one, as
+    far as is known without the student."""
+    kind, network = type(teacher.pipe), teacher.family.network
+    writer, reader = (getattr(kind, f"{verb}_lora_weights", None) for verb in ("save", "load"))
+    if writer is None or reader is None:
+        return f"{kind.__name__} has no load_lora_weights"
+    if f"{network}_lora_layers" not in inspect.signature(writer).parameters:
+        return f"{kind.__name__}.save_lora_weights takes no layers of its {network}"
+    if student is not None and student.two_times:
+        return "its network was given a second time, which is no adapter"
+    return None
+
+
+def check_options(
+    options: ExportOptions,
+    teacher: PipelineTeacher,
+    *,
+    lora: bool,
+    named: bool,
+    student: Student | None = None,
+) -> str | None:
+    """Refuses what cannot be exported so.
+
+    Args:
+        options: of the recipe.
+        teacher: whose student it is.
+        lora: whether that is an adapter.
+        student: as it is trained; None before it is made, when less is known.
+        named: whether the teacher is a folder or a Hub name, which others find again.
+
+    Returns:
+        What is to be said of an adapter that is left out; None where nothing is.
+
+    Raises:
+        UserError: saying what can be.
+    """
+    if not lora:
+        why = "its student trains weights of its own, no adapter"
+    else:
+        why = no_adapter_file(teacher, student) or ""
+    if options.what == "adapter":
+        several = student is not None and bool(student.experts)
+        if not why and (several or len(teacher.family.stretches(teacher.pipe)) > 1):
+            why = "its student is several networks, each with an adapter of its own"
+        if not why and not named:
+            why = "the teacher is an object, which nobody else finds"
+        if why:
+            raise UserError(f"export.what is adapter, but {why}: set export.what=merged")
+    if options.kohya and (why or options.what == "merged"):
+        raise UserError(
+            f"export.kohya is true, but {why or 'export.what is merged, which writes no adapter'}: set it to false"
+        )
+    if lora and why and options.what == "both":
+        return f"the student is exported with its adapter in its weights alone: {why}"
+    return None
+
+
+def save_adapters(student: Student, teacher: PipelineTeacher, folder: Path) -> None:
+    """Writes the LoRA of a student, or of each of its experts, as ``load_lora_weights`` of its pipeline takes it: with
+    rank, alpha and layers as metadata."""
+    writer: Any = type(teacher.pipe)
+    kind = teacher.family.network
+    for name, (config, state) in adapter_files(student).items():
+        layers = {f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": config}
+        writer.save_lora_weights(folder / name, **layers)
+
+
+def save_alone(student: Student, teacher: PipelineTeacher, scheduler: Any, source: str, folder: Path) -> None:
+    """Writes the folder of an adapter alone: its file, the scheduler, and of what teacher it is.
+
+    Args:
+        student: a LoRA.
+        teacher: of whose pipeline.
+        scheduler: with which it draws.
+        source: the teacher's folder or Hub name.
+        folder: where to.
+    """
+    save_adapters(student, teacher, folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    place = Path(source)
+    of = {
+        "teacher": str(place.absolute()) if place.is_dir() else source,
+        "teacher_sha256": weights_hash(source),
+        "pipeline": type(teacher.pipe).__name__,
+    }
+    (folder / ADAPTER).write_text(json.dumps(of, indent=1) + "\n", encoding="utf-8")
+
+
+def called_with(sampler: Sampler, student: Student) -> Sampler:
+    """The sampler of an adapter's call: the teacher's network, which has guidance as an input, still takes it."""
+    return sampler if student.guidance is None else replace(sampler, guidance=student.guidance)
