@@ -145,6 +145,8 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
         first, second = load_file(run.student / name), load_file(again / name)
         assert all(torch.equal(first[key], second[key]) for key in first)
     assert verify(again).images == 4
+    alone = export_run(run.folder, tmp_path / "alone", ["export.what=adapter"])  # proves it, too
+    assert not (alone / "unet").exists() and (alone / "pytorch_lora_weights.safetensors").is_file()
 
     manifest = json.loads((run.student / "verification" / "manifest.json").read_text())
     pipe = DiffusionPipeline.from_pretrained(teacher, local_files_only=True)
