@@ -139,7 +139,7 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
     sets = [*SHORT, prompts, "train.steps=4", "train.ema=0.5", "train.lr=1e-2", "student.lora_rank=2",
             "student.times=[1.0, 0.5]", "options.pairs=4", "options.pair_steps=2", "options.guidance=2"]  # fmt: skip
     run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
-    assert "drawn in 2 step(s) by plain diffusers" in run.report.verification
+    assert "drawn in 2 step(s) of" in run.report.verification
     again = export_run(run.folder, tmp_path / "again")
     for name in ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"):
         first, second = load_file(run.student / name), load_file(again / name)
@@ -171,7 +171,7 @@ def test_a_run_with_a_second_time_ends_in_the_stock_class(tmp_path, prompts):
     sets = [*SHORT, prompts, "train.steps=3", "train.lr=1e-2", "options.pairs=4", "options.pair_steps=2",
             "options.guidance=2", "options.warmup=0"]  # fmt: skip
     run = stepdistill.distill(teacher=teacher, method="meanflow", output=tmp_path / "run", sets=sets)
-    assert "drawn in 1 step(s) by plain diffusers" in run.report.verification
+    assert "drawn in 1 step(s) of" in run.report.verification
     config = json.loads((run.student / "unet" / "config.json").read_text())
     assert config["_class_name"] == "UNet2DConditionModel" and config["time_cond_proj_dim"] is None
 
@@ -190,7 +190,7 @@ def test_a_student_that_starts_below_pure_noise_is_trained_exported_and_verified
     teacher = saved(name, tmp_path / "teacher")
     sets = [*SHORT, *more, *([prompts] if name == "sd" else []), "train.steps=6", f"student.times={times}"]
     run = stepdistill.distill(teacher, method, tmp_path / "run", sets=sets)
-    assert f"drawn in {len(times)} step(s) by plain diffusers" in run.report.verification
+    assert f"drawn in {len(times)} step(s) of" in run.report.verification
     config = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())
     assert config["num_train_timesteps"] == len(config["trained_betas"]) == round(1000 * times[0])
 

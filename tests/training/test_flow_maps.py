@@ -50,7 +50,7 @@ def test_transformers_become_flow_maps_and_stock_students(
     sets = [*sets_of(name, method, tmp_path), f"student.times={times}"]
     teacher = tiny_pipeline(name)
     run = stepdistill.distill(teacher, method, tmp_path / "run", sets=sets)
-    assert f"drawn in {steps} step(s) by plain diffusers" in run.report.verification
+    assert f"drawn in {steps} step(s) of" in run.report.verification
     config = json.loads((run.student / "transformer" / "config.json").read_text())
     assert config["_class_name"] == type(teacher.transformer).__name__
     kind = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
@@ -65,7 +65,7 @@ def test_classes_and_adapters_leave_room_for_a_second_time(name: str, rank: int,
     sets = [*sets_of(name, "freeflow", tmp_path), f"student.lora_rank={rank}", "student.times=[1.0]"]
     sets += ["options.guidance=1"] if name == "unet-classes" else []
     run = stepdistill.distill(tiny_pipeline(name), "freeflow", tmp_path / "run", sets=sets)
-    assert "drawn in 1 step(s) by plain diffusers" in run.report.verification
+    assert "drawn in 1 step(s) of" in run.report.verification
     assert not (run.student / "pytorch_lora_weights.safetensors").exists()
 
 
@@ -74,7 +74,7 @@ def test_the_recipe_for_dit_runs_on_a_tiny_one(tmp_path: Path) -> None:
     sets = ["train.steps=2", "train.batch=2", "train.accumulate=1", "train.sheet_every=0", "evaluate=false"]
     sets += ["student.output_steps=1", "student.output_samples=2"]
     run = stepdistill.distill(tiny_pipeline("dit"), None, tmp_path / "run", recipe="freeflow_dit", sets=sets)
-    assert "drawn in 1 step(s) by plain diffusers" in run.report.verification
+    assert "drawn in 1 step(s) of" in run.report.verification
     rows = [json.loads(line) for line in (run.folder / "stats.jsonl").read_text().splitlines()]
     assert [row["turn"] for row in rows] == ["fake", "student"]
 
