@@ -29,6 +29,7 @@ class Ema:
         power: where not 0, the decay of update n is (1 - 1 / n)^(power + 1) instead: the weights of the past fall as a
             power of their age (Karras et al. 2024, 2312.02696, 3.1), and the start is forgotten at the first update.
         exact: what is averaged, by the same names, where the weights themselves are rounded; None is the weights.
+        device: where the average lies; None is beside the weights.
     """
 
     def __init__(
@@ -37,10 +38,14 @@ class Ema:
         decay: float,
         power: float = 0.0,
         exact: Mapping[str, Tensor] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.weights, self.decay, self.power, self.updates = dict(weights), decay, power, 0
         self._exact = dict(exact or weights)
-        self.shadow = {name: value.detach().float().clone() for name, value in self._exact.items()}
+        self.shadow = {
+            name: value.detach().to(device or value.device).float().clone()
+            for name, value in self._exact.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
@@ -49,7 +54,7 @@ class Ema:
         decay = min(self.decay, (1 + n) / (10 + n))
         if self.power:
             decay = (1 - 1 / (n + 1)) ** (self.power + 1)
-        now = [self._exact[name].float() for name in self.shadow]
+        now = [self._exact[name].to(value.device).float() for name, value in self.shadow.items()]
         torch._foreach_lerp_(list(self.shadow.values()), now, 1 - decay)
         self.updates += 1
 

@@ -106,7 +106,8 @@ class TrainOptions(Section):
         warmup: steps over which the rate rises from 0.
         schedule: the rate after the warm-up: constant, or falling to 0 as a cosine or a line.
         optimizer: ``adamw``, or ``adafactor``, which holds next to nothing for linear layers and two thirds of a number
-            a weight for convolutions of 3x3; not with ``parallel: sharded``. See stepdistill/training/optimizers.py.
+            a weight for convolutions of 3x3, or ``adamw8bit``, two bytes a weight (needs bitsandbytes). Neither of them
+            with ``parallel: sharded``. See stepdistill/training/optimizers.py.
         betas: of AdamW.
         weight_decay: of the optimiser.
         clip: largest gradient norm of a network; 0 leaves gradients as they are.
@@ -114,6 +115,8 @@ class TrainOptions(Section):
         ema_power: instead of one decay, that of a power-function average: after n updates (1 - 1 / n)^(ema_power + 1)
             (Karras et al. 2024, 2312.02696, eq. 127), which forgets the start at the pace at which the run gets longer.
             16.97 and 6.94 are averages of relative width 0.05 and 0.1; 0 takes ``ema``.
+        ema_device: where the average lies: ``same`` as the weights, or ``cpu``, which spares a GPU four bytes a trained
+            weight, and each update of the student then waits for them to be sent there.
         seed: of every random number of the run.
         weights: how what is trained is held: ``float32``; ``bf16``, matrices and their gradients in bfloat16, rounded
             stochastically at each update; ``master``, the same with a float32 weight beside each, which is what is
@@ -159,12 +162,13 @@ class TrainOptions(Section):
     lr_of: Literal["weights", "x0"] = "weights"
     warmup: _NotNegative = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_power: Annotated[float, Field(ge=0)] = 0.0
+    ema_device: Literal["same", "cpu"] = "same"
     seed: _NotNegative = 0
     weights: Literal["float32", "bf16", "master"] = "float32"
     precision: Literal["float32", "bf16"] = "float32"
@@ -185,6 +189,11 @@ class TrainOptions(Section):
             raise ValueError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
         if self.ema and self.ema_power:
             raise ValueError("ema and ema_power are two kinds of one average: set one of them to 0")
+        if self.ema_device == "cpu" and self.parallel == "sharded":
+            raise ValueError(
+                "ema_device is cpu and parallel is sharded, whose parts lie beside their weights: set ema_device to "
+                "same, or parallel to replicated"
+            )
         if self.optimizer != "adamw" and self.parallel == "sharded":
             raise ValueError(
                 f"optimizer is {self.optimizer} and parallel is sharded, whose parts it cannot take: set optimizer to "

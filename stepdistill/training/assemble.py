@@ -48,6 +48,7 @@ from stepdistill.system.log import bar, say
 from stepdistill.system.processes import Processes
 from stepdistill.system.provenance import provenance
 from stepdistill.training.identity import ResolvedRecipe
+from stepdistill.training.optimizers import check_optimizer
 from stepdistill.training.rewards import REWARDS
 from stepdistill.training.roles import roles_for, teacher_type
 from stepdistill.training.weights import check_weights
@@ -120,6 +121,7 @@ def assemble(
     needs = options.needs | recipe.terms.needs
     train, kernel = recipe.train, recipe.train.attention
     check_attention(kernel, device, train.precision)
+    check_optimizer(train.optimizer, device)
     check_compile(train.compile, device, kernel, train.parallel)
     embedded = pipeline is None and recipe.teacher in embedded_teachers()
     if "images" in needs and recipe.data.images is None and not embedded:
@@ -317,5 +319,7 @@ def training_data(run: Assembled, output: Path) -> Data:
         shown.close()
         accelerator.wait_for_everyone()
     if accelerator.device.type != "cpu":
-        run.teacher.codec.release("text")  # every prompt is encoded; pictures bring the encoders back
+        # Every prompt is encoded; pictures bring encoders and decoder back.
+        decodes = "images" in run.needs or recipe.terms.perceptual_weight or recipe.terms.reward_weight
+        run.teacher.codec.release("text") if decodes else run.teacher.codec.release("text", "vae")
     return data

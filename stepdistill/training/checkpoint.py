@@ -114,19 +114,25 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser as named tensors, ``NUMBER.KEY``."""
-    states = optimizer.state_dict()["state"]
-    named = {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
-    return {
-        name: torch.as_tensor(value) for name, value in named.items()
-    }  # some count steps in a Python number
+    named: dict[str, Any] = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            # bitsandbytes puts what is in eight bits into a dictionary of its own, with one table of codes for all.
+            own = value if isinstance(value, dict) else {key: value}
+            named |= {f"{i}.{k}": v.clone() if k.startswith("qmap") else v for k, v in own.items()}
+    # Some count steps in a Python number.
+    return {name: torch.as_tensor(value) for name, value in named.items()}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Puts such tensors, in full, back into an optimiser over the same parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states: dict[int, dict[str, Tensor]] = {}
+    states: dict[int, dict[str, Tensor | int]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
+        if key == "step" and not value.is_floating_point():  # it was a Python number
+            states.setdefault(int(index), {})[key] = int(value)
+            continue
         like = parameters[int(index)]
         of_weights = value.shape == like.shape and key != "step"
         moment = _laid_out_like(held_like(value, like), like) if of_weights else value
@@ -137,4 +143,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
 def _laid_out_like(value: Tensor, weight: Tensor) -> Tensor:
     """A moment whose numbers lie in memory as the weight's do: a fused update goes by that. Files know one order, and
     weights may have another, channels last."""
-    return value if value.stride() == weight.stride() else torch.empty_like(weight).copy_(value)
+    return (
+        value
+        if value.stride() == weight.stride()
+        else torch.empty_like(weight, dtype=value.dtype).copy_(value)
+    )

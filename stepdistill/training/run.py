@@ -76,7 +76,8 @@ class Run:
         averaged = options.ema or options.ema_power
         weights = self.roles.weights(objective.trained[objective.averaged].role or "")
         exact = {name: self.weights[objective.averaged].exact(value) for name, value in weights.items()}
-        self.ema = Ema(weights, options.ema, options.ema_power, exact) if averaged else None
+        place = torch.device("cpu") if options.ema_device == "cpu" else None
+        self.ema = Ema(weights, options.ema, options.ema_power, exact, place) if averaged else None
         # The teacher's own weights are no part of it.
         self.parts: dict[str, Part] = {"roles": self.roles}
         for part, module in (("method", objective.method), ("terms", objective.terms)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_the_value_on_average() -> 
         assert abs(error) < 4 * (up * (1 - up) / count) ** 0.5
     assert not torch.equal(drawn, rounded(wide, Draws(0, 1, 0, wide.numel()), "rounding").float())
     assert torch.equal(drawn, rounded(wide, Draws(0, 0, 0, wide.numel()), "rounding").float())
+
+
+BNB = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="adamw8bit needs bitsandbytes"
+)
 
 
 def options(weights: str, **more: object) -> TrainOptions:
@@ -92,6 +98,7 @@ def test_masters_give_the_very_run_of_float32_weights_under_autocast(tmp_path: P
         ("float32", "adamw", 4 + 4 + 8),
         ("master", "adamw", 2 + 2 + 4 + 8),
         ("bf16", "adamw", 2 + 2 + 8),
+        pytest.param("bf16", "adamw8bit", 2 + 2 + 2, marks=BNB),
         ("bf16", "adafactor", 2 + 2),
     ],
 )
