@@ -46,6 +46,7 @@ class Role:
         value: of a constant.
         name: of a condition.
         axis: of B in a condition's tensor; None where it has none and one prompt's serves for all of its length.
+        each: rows of it that belong to one sample, as where every frame of a video has its own.
         listed: a list of B tensors in place of one.
         shape: of one row of a state, a time or a scale, without B.
         factor: of a state, or of a scale of guidance.
@@ -55,6 +56,7 @@ class Role:
     value: Any = None
     name: str = ""
     axis: int | None = 0
+    each: int = 1
     listed: bool = False
     shape: tuple[int, ...] = ()
     factor: float = 1.0
@@ -75,12 +77,16 @@ class Role:
         value = given.cond[self.name]
         if self.axis is None:
             return value[0]
+        if self.each > 1:
+            return value.flatten(0, 1)
         return list(value) if self.listed else value.movedim(0, self.axis).contiguous()
 
     def take(self, value: Any, rows: int) -> list[Tensor]:
         """The B rows of a condition out of what the network was given here."""
         if self.listed:
             return list(value)
+        if self.each > 1:
+            return list(value.unflatten(0, (rows, self.each)))
         return [value] * rows if self.axis is None else list(value.movedim(self.axis, 0))
 
 
@@ -178,6 +184,8 @@ class Calls:
             return Role("scale", factor=factor, shape=shape)
         if axis is not None:
             return Role("condition", name=_free(name), axis=axis)
+        if isinstance(two, Tensor) and two.shape == (2 * value.shape[0], *value.shape[1:]):
+            return Role("condition", name=_free(name), each=len(value))
         if _equal(value, other):
             return Role("constant", one)
         if not isinstance(one, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,17 +67,16 @@ def clock_of(path: Path, steps: list[Step], told: list[float]) -> Clock:
     return Clock(scale, offset, bend)
 
 
-def passes_in(draw: Draw) -> frozenset[str]:
-    """What the pipeline hands to its scheduler, see ``Family.passes``."""
-    grid, steps = draw.grid, len(draw.steps)
-    found = {"mu"} & grid.keys() | ({"generator"} if draw.generator else set())
+def passes_in(grid: Mapping[str, Any], steps: int) -> set[str]:
+    """What of ``Family.passes`` a pipeline hands to ``set_timesteps`` in a draw of so many steps."""
+    found = {"mu"} & grid.keys()
     sigmas, timesteps = (grid.get(name) for name in ("sigmas", "timesteps"))
     if timesteps is not None:
         usual = np.allclose(timesteps, np.linspace(1000, 1, steps), atol=1)
         found |= {"sigmas", "timesteps"} if usual and sigmas is not None else {"own sigmas"}
     elif sigmas is not None:
         found |= {"sigmas"} if np.allclose(sigmas, np.linspace(1, 1 / steps, steps)) else {"own sigmas"}
-    return frozenset(found)
+    return found
 
 
 def shift_in(path: Path, draw: Draw, config: Any) -> float | None:

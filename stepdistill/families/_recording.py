@@ -9,6 +9,7 @@ picture, which must be equal.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from stepdistill.families._findings import (
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.recorded import (
+    FRAMES,
     TOLD,
     Clock,
     FixedGuidance,
@@ -160,9 +162,9 @@ class _Recorder:
             "name": type(self.pipe).__name__,
             "pipelines": (type(self.pipe).__name__,),
             "network": network,
-            "passes": passes_in(one),
+            "passes": self._passes(one, off, network),
             "has_prompts": "prompt" in self.takes,
-            "video": frames.shape[1] > 1 or "num_frames" in self.takes,
+            "video": frames.shape[1] > 1 or bool(self.takes & {*FRAMES}),
             "lora_targets": linear_layers(getattr(self.pipe, network)),
             "changes": FixedGuidance() if calls.embedded else NetworkChanges(),
         }
@@ -180,6 +182,17 @@ class _Recorder:
         kind.differentiable, kind.alone = found.plain_vae, bool(found.lengths)
         made: Recorded = kind(replace(found, scale=self.scale))
         return made
+
+    def _passes(self, one: Draw, off: dict[str, float], network: str) -> frozenset[str]:
+        """What the pipeline hands to a student's scheduler: of some it asks first whether their shift is dynamic."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        grid = one.grid
+        if not isinstance(self.path, TablePath):
+            students: Any = FlowMatchEulerDiscreteScheduler()
+            with suppress(Exception):  # a pipeline that takes no such scheduler
+                grid = self.draw(self.prompts[:1], [0], off, end_at=network, scheduler=students).grid
+        return frozenset(passes_in(grid, STEPS) | ({"generator"} if one.generator else set()))
 
     def _unguided(self) -> tuple[Draw, dict[str, float]]:
         """A whole draw of the first prompt that calls one network once a step, and what switches guidance off."""

@@ -11,6 +11,14 @@ from stepdistill.families.base import call_default
 from stepdistill.families.condition import Condition
 from stepdistill.families.kinds import TransformerFamily
 from stepdistill.families.size import Size
+from stepdistill.system.log import say
+
+
+def _can_clean() -> bool:
+    """Whether what diffusers cleans prompts with is installed."""
+    from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
+
+    return bool(is_bs4_available() and is_ftfy_available())
 
 
 class PixArt(TransformerFamily):
@@ -18,8 +26,16 @@ class PixArt(TransformerFamily):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     passes = frozenset({"generator"})
 
+    def adopt(self, pipe: Any) -> None:
+        if call_default(pipe, "clean_caption") and not _can_clean():
+            say(
+                f"{type(pipe).__name__} cleans its prompts with beautifulsoup4 and ftfy, which are not installed: they "
+                "are taken as they stand"
+            )
+
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         own = {name: call_default(pipe, name) for name in ("clean_caption", "max_sequence_length")}
+        own["clean_caption"] = own["clean_caption"] and _can_clean()  # or diffusers warns at every call
         embeds, mask, _, _ = pipe.encode_prompt(prompts, False, device=pipe.device, **own)
         tensors = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         if type(pipe).__name__ == "PixArtAlphaPipeline" and pipe.transformer.config.sample_size == 128:

@@ -253,6 +253,10 @@ TOLD = ("a photograph of a red fox that sleeps in deep snow", "cat")
 """Two prompts of very different lengths."""
 
 
+FRAMES = ("num_frames", "frames", "video_length")
+"""What calls name the number of frames."""
+
+
 def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | None) -> dict[str, Any]:
     """The arguments of a pipeline's call that say what is drawn, of those that it takes."""
     call: dict[str, Any] = {}
@@ -263,8 +267,10 @@ def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | Non
         call |= {"class_labels": [int(prompt) for prompt in prompts]} if "class_labels" in takes else {}
     if size is not None and {"height", "width"} <= takes:
         call |= {"height": size.height, "width": size.width}
-    if size is not None and "num_frames" in takes:
-        call["num_frames"] = size.frames
+    if size is not None:
+        call |= dict.fromkeys(takes & {*FRAMES}, size.frames)
+    if "pag_scale" in takes:  # guidance by another call of the network, with attention to nothing but itself
+        call["pag_scale"] = 0.0
     if "use_resolution_binning" in takes:  # or other sizes are snapped to those of a list
         call["use_resolution_binning"] = False
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 from pathlib import Path as FilePath
@@ -58,6 +59,7 @@ def load_folder(
     quiet_loading()
     check_files(folder, what)
     index = read_index(folder)
+    _check_backends(str(index.get("_class_name")), what)
     given: dict[str, Any] = dict(absent_components(folder))
     present = components(index)
     if not filters and SAFETY_CHECKER in present:
@@ -81,6 +83,18 @@ def load_folder(
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise UserError(f"{what}: diffusers cannot load it: {reason}") from error
     return pipe if filters else without_filters(pipe)
+
+
+def _check_backends(kind: str, what: str) -> None:
+    """Refuses a pipeline class in whose place diffusers has a dummy, as libraries that it needs are not installed."""
+    import diffusers
+
+    needs = getattr(getattr(diffusers, kind, None), "_backends", [])
+    lacking = [name for name in needs if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(
+            f"{what}: {kind} needs {', '.join(lacking)}, which is not installed: pip install {' '.join(lacking)}"
+        )
 
 
 def _class(library: str, kind: str) -> Any:

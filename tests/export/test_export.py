@@ -68,6 +68,7 @@ CLASSES = {
     "hunyuan-dit": "HunyuanDiTPipeline",
     "chroma": "ChromaPipeline",
     "sana-sprint": "SanaSprintPipeline",
+    "sd3.5": "StableDiffusion3Pipeline",
 }
 OWN_GRID = {"cogview4": ["flow_consistency"]}
 """Whose scheduler travels, as no stock one has their grid."""

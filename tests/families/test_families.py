@@ -343,7 +343,7 @@ def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of
     vae, frames = teacher.pipe.vae, frames_for(teacher)
     states = teacher.codec.to_states(frames)
     assert states.shape == (2, *teacher.codec.shape)
-    shifted = name in ("sd3", "flux", "schnell", "z-image", "lumina2", "chroma")
+    shifted = name in ("sd3", "sd3.5", "flux", "schnell", "z-image", "lumina2", "chroma")
     shift, scale = torch.tensor(0.1 if shifted else 0.0), torch.tensor(0.5)
     images = frames[:, 0]
     if name in VIDEO or name == "qwen-image":  # by channel, and frames behind channels

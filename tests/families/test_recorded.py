@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FLOW, GUIDED, PIPELINES, SIZES, WITH_VAE, tiny_pipeline, tiny_prompts
+from tiny import FLOW, GUIDED, PIPELINES, WITH_VAE, tiny_pipeline, tiny_prompts
+from tiny_unknown import run_of
 
 from stepdistill.cli.doctor import examine_teacher
 from stepdistill.errors import UserError
@@ -24,7 +25,6 @@ from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import _terms
-from stepdistill.training.distil import run_recipe
 
 Teachers = Callable[[str], PipelineTeacher]
 
@@ -68,43 +68,29 @@ def test_the_recorded_family_of_a_known_pipeline_is_the_known_one(name: str, tea
     )
 
 
-@pytest.fixture
-def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No family knows any pipeline; the teacher's pictures beside the student's are of two steps."""
-    monkeypatch.setattr("stepdistill.training.finish.TEACHER_STEPS", 2)
-    for module in ("teacher", "loading"):
-        monkeypatch.setattr(f"stepdistill.networks.{module}.known_family", lambda name: None)
-    monkeypatch.setattr("stepdistill.networks.loading.family_named", lambda name: None)
-
-
-@pytest.mark.usefixtures("unknown")
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "rank", "grid", "found"),
     [
-        ("chroma", "time t, output velocity, guidance by negative prompt"),
-        ("ltx", "time 1000 t, output velocity, guidance by negative prompt"),
-        ("cog-video-x", "time its table index, output v, guidance by negative prompt"),
+        ("AnimateDiffPipeline", 2, "LCM", "time its table index, output eps, guidance by negative prompt"),
+        (
+            "BriaPipeline",
+            0,
+            "FlowConsistency",
+            "time 1000 t, output velocity, guidance by negative prompt",
+        ),
+        ("Kandinsky5T2VPipeline", 0, "FlowMapEulerDiscrete", "time 1000 t, output velocity, guidance by neg"),
     ],
 )
 def test_an_unknown_pipeline_is_recorded_trained_and_verified(
-    name: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, rank: int, grid: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_pipeline(name).save_pretrained(tmp_path / "teacher")
-    (tmp_path / "prompts.txt").write_text("a red heart\nblue\n")
-    size = SIZES.get(name, Size(16, 24))
-    sides = [size.height, size.width, *([size.frames] if size.frames > 1 else [])]
-    sets = [
-        *("train.steps=2", "train.batch=2", "train.sheet_every=0", "train.precision=float32"),
-        *("options.fake_warm_start=0", "student.output=teacher", "student.times=[1.0,0.5]"),
-        *(f"data.size={sides}", f"data.prompts={tmp_path / 'prompts.txt'}", "evaluate=false"),
-        f"student.lora_rank={2 if name == 'chroma' else 0}",
-    ]
-    recipe = load_recipe(teacher=str(tmp_path / "teacher"), method="dmd", sets=sets)
-    run = run_recipe(recipe, output=tmp_path / "run")
-    assert run.report is not None and re.search("by [01]/255 at most", run.report.verification)
-    said = capsys.readouterr().err.splitlines()
-    start = next(i for i, line in enumerate(said) if "recorded from a draw of its own: replay equal" in line)
-    assert said[start].endswith(found) and re.fullmatch(r"teacher check: \de[-+]\d\d apart", said[start + 1])
+    """All other classes of tiny_unknown.py: python tests/recorded_classes.py."""
+    monkeypatch.setattr("stepdistill.training.finish.TEACHER_STEPS", 2)
+    said, proof = run_of(name, tmp_path, rank)
+    assert f"in 2 step(s) of {grid}Scheduler" in proof and re.search("by [01]/255 at most", proof)
+    lines = said.splitlines()
+    start = next(i for i, line in enumerate(lines) if "recorded from a draw of its own: replay equal" in line)
+    assert found in lines[start] and re.fullmatch(r"teacher check: \de[-+]\d\d apart", lines[start + 1])
 
 
 def test_what_a_recording_has_not_is_refused_with_the_reason() -> None:

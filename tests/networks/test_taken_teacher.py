@@ -24,7 +24,14 @@ from stepdistill.export.student_folder import export, student_pipeline
 from stepdistill.export.verify import verify
 from stepdistill.families import family_of
 from stepdistill.networks.fingerprint import weights_hash
-from stepdistill.networks.loading import filters_of, load_pipeline, load_teacher, taken_as, without_filters
+from stepdistill.networks.loading import (
+    filters_of,
+    load_folder,
+    load_pipeline,
+    load_teacher,
+    taken_as,
+    without_filters,
+)
 from stepdistill.networks.lora import lora_layers
 from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
 from stepdistill.networks.roles import Adapters, Copies
@@ -362,3 +369,15 @@ def test_prompts_longer_than_the_tokenizer_reads_are_counted() -> None:
         "1 of 3 prompts have more than the 6 tokens",
     ]
     assert cut_prompts(pipe, ["blue"]) == [] and cut_prompts(learned_variance(), prompts) == []
+
+
+def test_a_pipeline_whose_libraries_are_not_installed_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
+    dummy = type("KolorsPipeline", (), {"_backends": ["torch", "sentencepieces"]})
+    monkeypatch.setattr("diffusers.KolorsPipeline", dummy, raising=False)
+    with pytest.raises(
+        UserError, match=r"KolorsPipeline needs sentencepieces, .* pip install sentencepieces"
+    ):
+        load_folder(tmp_path, "teacher")

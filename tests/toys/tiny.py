@@ -50,10 +50,11 @@ PIPELINES = (
     "chroma",
     "sana-sprint",
     "cog-video-x-1.5",
+    "sd3.5",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
-NEW_FLOW = ("cogview4", "lumina2", "chroma")
+NEW_FLOW = ("cogview4", "lumina2", "chroma", "sd3.5")
 MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx", "hunyuan-video", *NEW_FLOW)
 MORE = (
     "pixart-alpha",
@@ -297,7 +298,11 @@ def _sdxl() -> Any:
     )
 
 
-def _sd3() -> Any:
+def _sd3_5() -> Any:
+    return _sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def _sd3(**more: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     transformer = SD3Transformer2DModel(
@@ -312,6 +317,7 @@ def _sd3() -> Any:
         caption_projection_dim=16,
         pooled_projection_dim=32,
         pos_embed_max_size=16,
+        **more,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -409,6 +415,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sd-v": _sd_v,
     "sdxl": _sdxl,
     "sd3": _sd3,
+    "sd3.5": _sd3_5,
     "flux": _flux,
     "schnell": _schnell,
     "wan": _wan,
