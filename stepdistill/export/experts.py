@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepdistill.families.condition import Condition
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks, networks_in
 from stepdistill.system.travelling import travelling_module
 
 
-def stock_networks(student: Student, sampler: Sampler) -> tuple[list[nn.Module], list[float]]:
+def stock_networks(
+    student: Student, sampler: Sampler, cond: Callable[[], Condition]
+) -> tuple[list[nn.Module], list[float]]:
     """The student's networks, and for each the network's own time from which on up it is called. Of a teacher's several
-    there are those that the student's steps call."""
+    there are those that the student's steps call. ``cond`` gives any condition, see ``Student.stock_net``."""
     family, path = student.family, student.path
     if not student.experts:
-        net = student.stock_net(sampler.gap if student.two_times else 0.0)
+        net = student.stock_net(sampler, cond)
         if isinstance(net, SwitchedNetworks) and sampler.grid is None:
             net = net.serving(family.time(path, torch.tensor(sampler.times)))
         starts = list(net.starts) if isinstance(net, SwitchedNetworks) else [0.0]

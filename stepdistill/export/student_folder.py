@@ -58,7 +58,7 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
 
     family = teacher.family
     check_sampler(sampler, student.path, family)
-    networks, starts = stock_networks(student, sampler)
+    networks, starts = stock_networks(student, sampler, lambda: teacher.codec.encode(["0"]))
     scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler, family.passes)
     other = family.student_pipeline(teacher.pipe)
     if other is not None:

@@ -1,8 +1,8 @@
 """A second time for networks of any class: an embedding of t - s, zero at the start, beside that of the timestep.
 
 What embeds a timestep ends in a linear layer. A slot adds to its output [B, D] what an MLP makes of sinusoids of t - s,
-so everything that reads the time also reads the length of the jump, and where that is a constant the slot is a part of
-the layer's bias. A network in which every block embeds the time (DiT) has a slot in each. A network that several
+so everything that reads the time also reads the length of the jump, and a student's own few jumps can be folded into
+the layer itself. A network in which every block embeds the time (DiT) has a slot in each. A network that several
 roles share holds a slot for each role that has one, beside its adapter.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ apart, and derivatives in s stay a tenth as steep."""
 
 GAP_DIM = 128
 """Width of the sinusoids of a gap; another width than that of guidance, so that a network says which it takes."""
+
+TIMES = ("t_embedder", "distilled_guidance_layer")
+"""What diffusers also calls a module that embeds a timestep; the second is Chroma's, for every layer of it."""
 
 OWN = "own"
 """Whose slot it is where a network is not shared."""
@@ -132,7 +136,7 @@ def add_slots(net: nn.Module, who: str = OWN, *, shared: bool = False) -> None:
         shared: whether they are off until ``Told.who`` says who calls.
 
     Raises:
-        UserError: where nothing in the network embeds a time, or what does has no bias.
+        UserError: where nothing in the network embeds a time.
     """
     layers, told = slotted(net), told_of(net) or Told(None if shared else who)
     for name, layer in (layers or _last_layers(net)).items():
@@ -151,11 +155,10 @@ def _last_layers(net: nn.Module) -> dict[str, Any]:
         if any(other.startswith(f"{name}.") for other in known):
             continue
         found |= dict([(f"{name}.{inner}", layer) for inner, layer in _linear(module).items()][-1:])
-    if not found or any(layer.bias is None for layer in found.values()):
-        why = "embeds its timestep without a bias" if found else "has no layers of its own for its timestep"
+    if not found:
         raise UserError(
-            f"this method needs a network with a second time, but a {type(net).__name__} {why}: take a method with one "
-            "time, such as dmd"
+            f"this method needs a network with a second time, but a {type(net).__name__} has no layers that embed its "
+            "timestep: take a method with one time, such as dmd"
         )
     return found
 
@@ -163,7 +166,7 @@ def _last_layers(net: nn.Module) -> dict[str, Any]:
 def _embeds_time(name: str, module: nn.Module) -> bool:
     """Whether a module is named as diffusers names what embeds a timestep, and has layers to do so."""
     last = name.rpartition(".")[2]
-    return (last.startswith("time") or last == "t_embedder") and bool(_linear(module))
+    return (last.startswith("time") or last in TIMES) and bool(_linear(module))
 
 
 def _linear(module: nn.Module) -> dict[str, nn.Linear]:
@@ -186,13 +189,52 @@ def jumping(told: Told | None, gap: Tensor | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def folded(net: nn.Module, gap: float) -> nn.Module:
-    """A copy without slots that equals the network wherever t - s is ``gap``."""
+def folded(net: nn.Module, gap: float | None, call: Callable[[], object]) -> nn.Module:
+    """A copy without slots: what they add goes into biases, or into weights.
+
+    Where every t - s is ``gap`` and the layers have biases, it equals the network at any time. Elsewhere it does at the
+    times t at which ``call`` calls it: what comes to such a layer depends on t alone, so there is a change of its
+    weights, and this is the least, that adds to the layer's output at each t what the slot does there.
+
+    Args:
+        net: with slots of its own.
+        gap: t - s of all jumps; None where they differ.
+        call: calls the network at the start of every jump, and tells it the jump's length.
+    """
+    layers = slotted(net)
+    within = gap is not None and all(layer.bias is not None for layer in layers.values())
+    met = {} if within else _met(layers, call)
     plain = copy.deepcopy(net)
-    for layer in slotted(plain).values():
-        layer.bias += layer.slots.of[OWN](torch.tensor([gap], device=layer.bias.device))[0].to(layer.bias)
+    for name, layer in slotted(plain).items():
+        if within:
+            device = layer.weight.device
+            layer.bias += layer.slots.of[OWN](torch.tensor([gap], device=device))[0].to(layer.bias)
+        elif name in met:  # of several networks, one may have no jump
+            inputs, added = met[name]
+            layer.weight += (torch.linalg.pinv(inputs) @ added).T.to(layer.weight)
         del layer.slots
         hooks = layer._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is _beside]:
             del hooks[key]
     return plain
+
+
+def _met(layers: dict[str, Any], call: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What comes to layers with slots in a call, [K, D'], and what their slots add, [K, D]; float64, on the CPU."""
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def look(layer: Any, args: tuple[Tensor], said: Tensor, name: str) -> None:
+        added = layer.slots.of[OWN](layer.slots.told.gap)
+        rows[name].append((args[0].double().cpu(), added.double().cpu()))
+
+    handles = [layer.register_forward_hook(partial(look, name=name)) for name, layer in layers.items()]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: (torch.cat([x for x, _ in each]), torch.cat([y for _, y in each]))
+        for name, each in rows.items()
+        if each
+    }

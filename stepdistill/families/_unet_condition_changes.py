@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from stepdistill.families._second_time import GAP_DIM, GAP_SCALE, sinusoid
 from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.condition import GUIDANCE, Condition
-from stepdistill.families.network_changes import NetworkChanges, gap_of
+from stepdistill.families.network_changes import NetworkChanges, gap_of, of_one_length
 
 GUIDANCE_DIM = 256
 """Width of the guidance embedding in LCM (Luo et al. 2023, 2310.04378)."""
@@ -38,9 +39,10 @@ class UNetConditionChanges(NetworkChanges):
             return super().second_time(net)
         return _with_time_condition(net, GAP_DIM)
 
-    def fold_second_time(self, net: Any, gap: float) -> nn.Module:
+    def fold_second_time(self, net: Any, gap: float | None, call: Callable[[], object]) -> nn.Module:
         if net.config.time_cond_proj_dim != GAP_DIM:
-            return super().fold_second_time(net, gap)
+            return super().fold_second_time(net, gap, call)
+        gap = of_one_length(gap, net)
         return _folded(net, sinusoid(torch.tensor([GAP_SCALE * gap], device=net.device), GAP_DIM))
 
     def time_condition(self, net: Any, x_t: Tensor, cond: Condition) -> Tensor | None:

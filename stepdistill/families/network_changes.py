@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class NetworkChanges:
         changed, or another.
 
         Raises:
-            UserError: where nothing in the network embeds a time, or what does has no bias to fold it into.
+            UserError: where nothing in the network embeds a time.
         """
         add_slots(net)
         return net
@@ -59,9 +60,18 @@ class NetworkChanges:
         """Whether the network is one that :meth:`second_time` made."""
         return told_of(net) is not None
 
-    def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
-        """The stock network that equals ``net`` wherever t - s is ``gap``: the constant embedding goes into a bias."""
-        return folded(net, gap)
+    def fold_second_time(self, net: nn.Module, gap: float | None, call: Callable[[], object]) -> nn.Module:
+        """The stock network that says what ``net`` does for a student's own jumps.
+
+        Args:
+            net: with a second time.
+            gap: the t - s of all of them, which goes into a bias; None where they differ in length.
+            call: calls ``net`` for each.
+
+        Raises:
+            UserError: for lengths that differ, where the network can hold but one.
+        """
+        return folded(net, gap, call)
 
     def without_variance(self, net: nn.Module) -> nn.Module:
         """The network without the outputs that a family's ``call`` cuts off and the student's pipeline does not."""
@@ -72,3 +82,17 @@ def gap_of(x_t: Tensor, cond: Condition) -> Tensor:
     """t - s [B] out of a condition; 0, the instantaneous velocity, where nothing says how long the jump is."""
     gap = cond.get(GAP)
     return x_t.new_zeros(len(x_t)) if gap is None else gap
+
+
+def of_one_length(gap: float | None, net: nn.Module) -> float:
+    """The length of all jumps.
+
+    Raises:
+        UserError: they differ.
+    """
+    if gap is None:
+        raise UserError(
+            f"student.times makes jumps of unequal length, but a {type(net).__name__} can be exported with one alone: "
+            "space them evenly, such as [1.0, 0.5]"
+        )
+    return gap

@@ -3,6 +3,7 @@ discrete scheduler, as class-conditional students are exported)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from stepdistill.families._second_time import GAP_SCALE
 from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.condition import Condition
 from stepdistill.families.kinds import LabelFamily, UNetFamily
-from stepdistill.families.network_changes import NetworkChanges, gap_of
+from stepdistill.families.network_changes import NetworkChanges, gap_of, of_one_length
 from stepdistill.families.size import Size
 
 
@@ -40,9 +41,10 @@ class UNetChanges(NetworkChanges):
         return wider.to(net.device).train(net.training)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def fold_second_time(self, net: Any, gap: float) -> nn.Module:
+    def fold_second_time(self, net: Any, gap: float | None, call: Callable[[], object]) -> nn.Module:
         if not self.takes_gap(net):
-            return super().fold_second_time(net, gap)
+            return super().fold_second_time(net, gap, call)
+        gap = of_one_length(gap, net)
         plain = type(net).from_config(net.config, class_embed_type=None)
         state = {k: v for k, v in net.state_dict().items() if not k.startswith("class_embedding.")}
         plain.load_state_dict(state)

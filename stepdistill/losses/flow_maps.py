@@ -126,7 +126,7 @@ class FlowMapMethod(Method):
     """
 
     same_calls = False  # the teacher sees only the samples whose jumps ask for it
-    shifted_times = False  # exported as steps of equal length, of which one constant tells
+    shifted_times = False  # jumps of equal length, of which one constant tells, unless the recipe has others
 
     options: MapOptions
 

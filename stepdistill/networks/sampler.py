@@ -12,7 +12,6 @@ from torch import Tensor
 from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.remembered import at_time
 from stepdistill.diffusion.solvers import uniform_times
-from stepdistill.errors import UserError
 from stepdistill.families.condition import GUIDANCE, Condition
 
 if TYPE_CHECKING:
@@ -52,19 +51,11 @@ class Sampler:
     prediction_type: str | None = None
 
     @property
-    def gap(self) -> float:
-        """t - s of every jump, which a stock class holds as a constant.
-
-        Raises:
-            UserError: where the jumps differ in length.
-        """
+    def gap(self) -> float | None:
+        """t - s of every jump; None where the jumps differ in length."""
         gap = 1 / self.steps
-        if max(abs(t - (1 - i * gap)) for i, t in enumerate(self.times)) > 1.5e-3:
-            raise UserError(
-                f"student.times is {list(self.times)}, jumps of unequal length, which no stock diffusers class can be "
-                f"told of: use {[round(time, 4) for time in uniform_times(self.steps)]}"
-            )
-        return gap
+        even = max(abs(t - (1 - i * gap)) for i, t in enumerate(self.times)) <= 1.5e-3
+        return gap if even else None
 
     @property
     def steps(self) -> int:

@@ -6,12 +6,14 @@ import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import Teacher
 
@@ -73,7 +75,6 @@ class Student(Denoiser):
         """
         if self.two_times:
             return
-        self._refuse_several("this method adds a second time to the network")
         if self.adapter is not None:
             self.adapter.add_slots()
         else:
@@ -114,11 +115,28 @@ class Student(Denoiser):
                 "method that changes none, such as dmd, phased_dmd or lcm"
             )
 
-    def stock_net(self, gap: float) -> nn.Module:
-        """The network as an ordinary diffusers class: with a second time, its constant embedding of t - s = ``gap`` is
-        folded into a bias, and an adapter is merged. ``gap`` is that of the sampler, ``Sampler.gap``."""
+    def stock_net(self, sampler: Sampler, cond: Callable[[], Condition] = Condition) -> nn.Module:
+        """The network as an ordinary diffusers class: an adapter is merged, and a second time folded away.
+
+        Args:
+            sampler: whose jumps the network makes.
+            cond: any condition (B = 1), asked for where the network must be called to fold its second time.
+
+        Raises:
+            UserError: where the class cannot hold these jumps.
+        """
         net = self.plain_net()
-        return self.family.changes.fold_second_time(net, gap) if self.two_times else net
+        if not self.two_times:
+            return net
+        plain = Student(net, self.path, self.output, self.family, self.shape)
+
+        @torch.no_grad()
+        def call() -> None:
+            given, ends = cond(), torch.tensor([*sampler.times, 0.0], device=next(net.parameters()).device)
+            for t, s in zip(ends.split(1), ends[1:].split(1), strict=False):
+                plain.raw(t.new_zeros(1, *self.shape), t, given, s)
+
+        return self.family.changes.fold_second_time(net, sampler.gap, call)
 
     def exported(self, round_to: Callable[[nn.Module], None] | None = None) -> Student:
         """The student as it is exported: itself, or, where its weights are to be others than those that are trained,

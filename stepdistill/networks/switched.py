@@ -14,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stepdistill.families._second_time import jumping, told_of
 from stepdistill.families.base import Family
 from stepdistill.networks.experts import by_time
 
@@ -67,7 +68,10 @@ class SwitchedNetworks(ModelMixin):
 
         def call(k: int, own: Tensor | slice) -> Tensor:
             rows = {name: v[own] if isinstance(v, Tensor) else v for name, v in inputs.items()}
-            output: Tensor = self.networks[k](timestep=timestep[own], **rows)[0]
+            told = told_of(self.networks[k])
+            gap = None if told is None or told.gap is None else told.gap[own]
+            with jumping(told, gap):
+                output: Tensor = self.networks[k](timestep=timestep[own], **rows)[0]
             return output
 
         return (by_time(timestep, self.bounds, call),)

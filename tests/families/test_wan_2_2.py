@@ -220,7 +220,7 @@ def test_a_generator_of_one_step_is_one_network(rank: int, tmp_path: Path) -> No
 def test_what_needs_one_network_is_refused(teacher_of: Teachers) -> None:
     teacher = teacher_of(NAME)
     student = Student.from_teacher(teacher)
-    for change in (student.add_second_time, student.add_guidance_input, lambda: student.make_slimmer(0.5, 1)):
+    for change in (student.add_guidance_input, lambda: student.make_slimmer(0.5, 1)):
         with pytest.raises(UserError, match="has 2 networks, each for its own noise"):
             change()
     with pytest.raises(UserError, match="guidance_2 is 3, but this teacher has one network"):

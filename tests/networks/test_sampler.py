@@ -222,14 +222,13 @@ def test_the_exported_scheduler_keeps_the_teachers_schedule() -> None:
         assert scheduler.config.steps_offset == 1  # what Stable Diffusion pipelines insist on
 
 
-def test_jumps_of_one_length_have_one_over_the_steps_and_others_are_refused() -> None:
+def test_jumps_of_one_length_have_one_over_the_steps_and_others_none() -> None:
     """Up to the 1.5 thousandths by which a scheduler's own times may be off."""
     for steps in (1, 2, 3, 4, 8):
         assert Sampler(uniform_times(steps), False, two_times=True).gap == 1 / steps
     assert Sampler((1.0, 0.501), False, two_times=True).gap == 0.5
     for times in ((1.0, 0.6), (1.0, 0.4), (1.0, 0.498), (0.5,)):
-        with pytest.raises(UserError, match="jumps of unequal length"):
-            _ = Sampler(times, False, two_times=True).gap
+        assert Sampler(times, False, two_times=True).gap is None
 
 
 class Told(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Output, Path, Prediction, TablePath, per_sample
 from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition
-from stepdistill.families.network_changes import NetworkChanges
+from stepdistill.families.network_changes import NetworkChanges, of_one_length
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Method, Turn
@@ -30,8 +31,8 @@ class ToyChanges(NetworkChanges):
     def has_second_time(self, net: nn.Module) -> bool:
         return isinstance(net, TwoTimes | GaussianFlowMap)
 
-    def fold_second_time(self, net: nn.Module, gap: float) -> nn.Module:
-        return AtGap(net, gap)
+    def fold_second_time(self, net: nn.Module, gap: float | None, call: Callable[[], object]) -> nn.Module:
+        return AtGap(net, of_one_length(gap, net))
 
 
 class ToyFamily(Family):
