@@ -71,12 +71,17 @@ class Drawing:
         given: Mapping[str, Any] = {}
         if self._trailing:
             self._pipe.scheduler, given = _trailing(scheduler, steps, self._takes)
-        hook = _denoiser(self._pipe).register_forward_pre_hook(self._count, with_kwargs=True)
+        networks = [
+            _denoiser(self._pipe),
+            self._pipe.components.get("transformer_2"),
+        ]  # Wan 2.2's, for low noise
+        hooks = [net.register_forward_pre_hook(self._count, with_kwargs=True) for net in networks if net]
         try:
             for start in range(0, len(rows), batch):
                 yield self._draw(rows[start : start + batch], steps, given)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             self._pipe.scheduler = scheduler
 
     def _draw(self, rows: Sequence[int], steps: int, given: Mapping[str, Any]) -> Tensor:

@@ -93,6 +93,9 @@ def test_an_expert_of_a_phase_starts_as_the_teachers_network_of_that_phase(teach
         assert own.keys() == wanted.keys() and all(torch.equal(own[key], wanted[key]) for key in own)
     assert isinstance(method.fake.net, SwitchedNetworks)  # it follows at all noise
     assert method.student.bounds == pytest.approx([0.9148], abs=1e-4)
+    # A call leads down from its time: of a phase that begins where the teacher changes, it is the second.
+    last = PhasedDMD(Copies(teacher), (1.0, 0.95, 0.9, 0.7), PhasedDMD.Options()).student.experts[1]
+    assert torch.equal(next(last.net.parameters()), next(both.networks[1].parameters()))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
