@@ -39,6 +39,13 @@ def remembered(function: Function) -> Function:
     return cast(Function, asked)
 
 
+def forget() -> None:
+    """Drops every answer and every tensor kept here: those of fake tensors say nothing to code that follows."""
+    _answers.clear()
+    _at_time.cache_clear()
+    _constant.cache_clear()
+
+
 def at_time(time: float, like: Tensor) -> Tensor:
     """One time for all samples of ``like`` [B, ...]: [B], on its device. The tensor is kept, and with it what is
     remembered of it; nobody may change it in place."""

@@ -1,0 +1,91 @@
+"""Where code runs on fake tensors: they have shapes and types and no numbers, and every operator of a run works on them.
+
+They are a CPU's, as torch makes no graphs of fake tensors of a GPU that is not there. Of CUDA's arithmetic what matters
+to memory is then done here: under autocast it computes norms, sums and losses in float32 where a CPU stays in bfloat16,
+and keeps their inputs so for the backward pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.remembered import forget
+
+
+@contextmanager
+def fake_tensors(exits: dict[str, int]) -> Iterator[FakeTensorMode]:
+    """Inside the ``with`` modules of fake tensors can be moved and cast. Gives the mode in which what is made is fake.
+
+    Args:
+        exits: gets every choice that is made for a whole batch, with the number of its outcomes; 0 is taken.
+    """
+    plain = nn.Module._apply
+
+    def apply(module: nn.Module, change: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+        if not any(isinstance(value, FakeTensor) for value in (*module.parameters(), *module.buffers())):
+            return plain(module, change, recurse)
+        # torch's own swaps tensors, which it does not do while anybody watches them, as we do.
+        for child in module.children() if recurse else ():
+            child._apply(change)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                with torch.no_grad():
+                    parameter.data = change(parameter)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = change(value)
+        return module
+
+    def chosen(draws: Draws, stream: str, high: int) -> int:
+        exits[stream] = high
+        return 0
+
+    forget()
+    with (
+        warnings.catch_warnings(),
+        patch.object(nn.Module, "_apply", apply),
+        patch.object(Draws, "shared_integer", chosen),
+    ):
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        try:
+            yield FakeTensorMode(allow_non_fake_inputs=True)
+        finally:
+            forget()
+
+
+IN_FLOAT32 = frozenset(
+    {
+        *(F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.mse_loss, F.l1_loss, F.smooth_l1_loss),
+        *(F.huber_loss, F.softplus, F.interpolate, F.normalize, F.cosine_similarity),
+        *(F.binary_cross_entropy_with_logits, torch.softmax, torch.sum, torch.prod, torch.cumsum, torch.norm),
+        *(torch.pow, torch.exp, torch.log, torch.rsqrt, torch.reciprocal, torch.logsumexp),
+        *(torch.linalg.vector_norm, Tensor.softmax, Tensor.sum, Tensor.prod, Tensor.cumsum, Tensor.norm),
+        *(Tensor.pow, Tensor.exp, Tensor.log, Tensor.rsqrt, Tensor.reciprocal, Tensor.__pow__),
+    }
+)
+"""Of what CUDA's autocast computes in float32 (torch's "CUDA Ops that can autocast to float32"), what networks and
+losses call."""
+
+
+class ArithmeticOfCuda(TorchFunctionMode):
+    """Within it, autocast on a CPU casts as autocast on CUDA does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs)
+            )
+        return func(*args, **kwargs)

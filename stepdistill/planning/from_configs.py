@@ -1,0 +1,207 @@
+"""Pipelines from configs alone: their networks are fake tensors, which have shapes and types and no numbers.
+
+A pipeline folder serves as it is, with weights or without; of well-known models the configs ship in ``teachers/``.
+Prompts are encoded by the folder's own tokenizers and by a fake run of its encoders; for a shipped config, which has
+neither, the shapes of conditions are stated in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from stepdistill.errors import UserError, did_you_mean
+from stepdistill.families import Family, family_named
+from stepdistill.families.condition import MASK, Condition
+from stepdistill.families.size import Size
+from stepdistill.networks.find import find_teacher
+from stepdistill.networks.pipeline_files import SAFETY_CHECKER, components, read_index
+from stepdistill.system.log import quiet_loading
+
+TEACHERS = Path(__file__).parent / "teachers"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A teacher that is planned with.
+
+    Attributes:
+        pipe: the pipeline, its networks fake.
+        family: how it is called.
+        source: where its configs are from.
+    """
+
+    pipe: Any
+    family: Family
+    source: str
+
+
+@cache
+def shipped_teachers() -> dict[str, Path]:
+    """Files of the configs that ship, by name and by their names on the Hub."""
+    found: dict[str, Path] = {}
+    for file in sorted(TEACHERS.glob("*.json")):
+        found[file.stem] = file
+        found |= dict.fromkeys(json.loads(file.read_text("utf-8"))["hub"], file)
+    return found
+
+
+def fake_pipeline(teacher: str, mode: FakeTensorMode, family: Family | None = None) -> Planned:
+    """The pipeline that a name means, without weights.
+
+    Args:
+        teacher: an embedded teacher, a pipeline folder, a shipped config's name, or a Hub name that one ships for or
+            whose configs are in the Hub's cache.
+        mode: of its tensors.
+        family: one of the user's own; None looks for one of ours.
+
+    Raises:
+        UserError: there is no such teacher, no family serves it, or a config is missing.
+    """
+    quiet_loading()
+    if (file := shipped_teachers().get(teacher)) is not None:
+        return _shipped(file, mode, family)
+    folder = _folder(teacher)
+    index = read_index(folder, f"teacher {teacher}")
+    name = str(index.get("_class_name", "of no stated class"))
+    family = family or family_named(name)
+    made: dict[str, Any] = {}
+    for part, (library, kind) in components(index).items():
+        if part != SAFETY_CHECKER:
+            made[part] = _component(library, kind, folder / part, mode)
+    pipe = _pipeline(name, made, index)
+    for part, component in made.items():
+        if part.startswith("text_encoder") and isinstance(component, nn.Module):
+            _encode_in_fake(component, mode)
+    return Planned(pipe, family, str(folder))
+
+
+def _folder(teacher: str) -> Path:
+    try:
+        place = Path(find_teacher(teacher))
+    except UserError as error:
+        known = did_you_mean(teacher, shipped_teachers())
+        raise UserError(f"{error}; configs ship for {', '.join(_short_names())} {known}") from None
+    if place.is_dir():
+        return place
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(teacher, "model_index.json")
+    if not isinstance(cached, str):
+        raise UserError(
+            f"teacher {teacher} is not on this disk, and no configs ship for it: download the folder without its weights "
+            f"(hf download {teacher} --include '*.json' '*.txt' '*.model'), or plan with one of "
+            f"{', '.join(_short_names())}"
+        )
+    return Path(cached).parent
+
+
+def _short_names() -> list[str]:
+    return [file.stem for file in sorted(TEACHERS.glob("*.json"))]
+
+
+def _component(library: str, kind: str, folder: Path, mode: FakeTensorMode) -> Any:
+    """A component: a network in fake tensors, anything else as it is."""
+    try:
+        found: Any = getattr(importlib.import_module(library), kind)
+    except (ImportError, AttributeError):
+        raise UserError(f"{folder}: {library} has no {kind}, so this teacher cannot be planned") from None
+    try:
+        if not issubclass(found, nn.Module):
+            return found.from_pretrained(folder, local_files_only=True)
+        if library == "transformers":
+            config = found.config_class.from_pretrained(folder, local_files_only=True)
+            with mode:
+                return found(config).eval()
+        return _network(found, found.load_config(folder, local_files_only=True), mode)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: its {kind} cannot be made from its config: {reason}; a plan needs the folder's JSON files and "
+            "tokenizers"
+        ) from None
+
+
+def _network(kind: Any, config: Any, mode: FakeTensorMode) -> nn.Module:
+    with mode:
+        net: nn.Module = kind.from_config(config)
+    return net.eval()
+
+
+def _pipeline(name: str, made: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    """The pipeline of those components; what its constructor asks for besides is None, or as ``arguments`` say."""
+    import diffusers
+
+    kind: Any = getattr(diffusers, name)
+    told: dict[str, Any] = dict(made)
+    for key, parameter in inspect.signature(kind.__init__).parameters.items():
+        if key in ("self", *made):
+            continue
+        if key in arguments and not isinstance(arguments[key], list):
+            told[key] = arguments[key]
+        elif parameter.default is inspect.Parameter.empty or key == SAFETY_CHECKER:
+            told[key] = None
+        if key == "requires_safety_checker":
+            told[key] = False
+    return kind(**told)
+
+
+def _encode_in_fake(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Gives an encoder a forward that says zeros of the right shapes, from real inputs: what lies around it in a
+    pipeline looks into tokens and masks, which fake tensors have not."""
+    whole = network.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mode, torch.no_grad():
+            said = whole(*args, **kwargs)
+        return tree_map_only(FakeTensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), said)
+
+    cast(Any, network).forward = forward
+
+
+def _shipped(file: Path, mode: FakeTensorMode, family: Family | None) -> Planned:
+    import diffusers
+
+    said = json.loads(file.read_text("utf-8"))
+    made: dict[str, Any] = {}
+    for part, (kind, config) in said["components"].items():
+        found: Any = getattr(diffusers, kind)
+        is_network = issubclass(found, nn.Module)
+        made[part] = _network(found, config, mode) if is_network else found.from_config(config)
+    pipe = _pipeline(said["pipeline"], made, said.get("arguments", {}))
+    family = family or family_named(said["pipeline"])
+    if said["conditions"]:
+        family = _with_conditions(family, said["conditions"], said.get("guided", True))
+    return Planned(pipe, family, f"{file.stem}, as it ships")
+
+
+def _with_conditions(family: Family, shapes: dict[str, list[int]], guided: bool) -> Family:
+    """The family, whose conditions are zeros of these shapes, without B."""
+    base: Any = type(family)
+
+    def zeros(count: int) -> Condition:
+        def one(name: str, shape: list[int]) -> Tensor:
+            if name.endswith(MASK):
+                return torch.ones(count, *shape, dtype=torch.bool)
+            return torch.zeros(count, *shape)
+
+        return Condition({name: one(name, shape) for name, shape in shapes.items()})
+
+    class Told(base):  # type: ignore[misc]
+        def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
+            return zeros(len(prompts))
+
+        def null(self, pipe: Any, size: Size) -> Condition | None:
+            return zeros(1) if guided else None
+
+    return cast(Family, Told())

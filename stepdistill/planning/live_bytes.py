@@ -1,0 +1,136 @@
+"""What is in memory while code runs on fake tensors: every storage from its first operator to its end, and the floating
+point operations meanwhile.
+
+An own mode and not torch's tracker (torch.distributed._tools.mem_tracker): that one hooks optimisers and modules and
+knows one network, where a method has several that share weights and take turns.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+OTHER = "activations"
+"""The kind of what nobody marked: results and graphs, and what operators need meanwhile."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which most was held.
+
+    Attributes:
+        total: bytes.
+        by_kind: of them, by what they are.
+    """
+
+    total: int
+    by_kind: dict[str, int]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside the ``with`` storages that operators make are counted; those from before by :meth:`mark` alone.
+
+    Args:
+        unit: an allocator hands out multiples of so many bytes: 512 on CUDA, 64 on a CPU.
+
+    Attributes:
+        flops: floating point operations so far; a multiplication and an addition are two.
+    """
+
+    def __init__(self, unit: int = 512) -> None:
+        super().__init__()
+        self.unit, self.flops = unit, 0
+        self._events: list[tuple[int, int]] = []  # the storage's number and the change in bytes
+        self._number: dict[int, int] = {}  # of living storages, by their address
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._kinds: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}  # of what counts, by number
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._see(value)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        return out
+
+    def mark(self, values: Iterable[Tensor], kind: str) -> None:
+        """Says what tensors are, and counts those that are from before."""
+        for value in values:
+            self._kinds[self._see(value)] = kind
+
+    def mark_network(self, net: nn.Module, kind: str) -> None:
+        """The same of all that a network holds and nobody marked."""
+        for value in (*net.parameters(), *net.buffers()):
+            number = self._see(value)
+            self._kinds.setdefault(number, kind)
+
+    def _see(self, value: Tensor) -> int:
+        storage: Any = value.untyped_storage()
+        key = storage._cdata
+        if (number := self._number.get(key)) is not None:
+            return number
+        number = self._count
+        self._count += 1
+        size = -(-storage.nbytes() // self.unit) * self.unit
+        self._number[key], self._sizes[number] = number, size
+        self._events.append((number, size))
+
+        def gone(_: Any) -> None:
+            del self._number[key], self._references[key]
+            if own := self._sizes.pop(number, 0):
+                self._events.append((number, -own))
+
+        self._references[key] = weakref.ref(storage, gone)
+        return number
+
+    def release(self, values: Iterable[Tensor]) -> None:
+        """Counts tensors no more from here on: they are elsewhere."""
+        for value in values:
+            number = self._see(value)
+            if size := self._sizes.pop(number, 0):
+                self._events.append((number, -size))
+
+    @property
+    def now(self) -> int:
+        """A place among what happened, for :meth:`peak`."""
+        return len(self._events)
+
+    def held(self) -> dict[str, int]:
+        """Bytes held now, by kind."""
+        sizes: Counter[str] = Counter()
+        for number, change in self._events:
+            sizes[self._kinds.get(number, OTHER)] += change
+        return {kind: size for kind, size in sizes.items() if size}
+
+    def peak(self, since: int = 0, scale: Mapping[str, float] | None = None) -> Peak:
+        """The most that was held since a place.
+
+        Args:
+            since: the place.
+            scale: the share that counts, by kind; all of those it does not name.
+        """
+        scale, most, total = scale or {}, -1.0, 0.0
+        sizes: Counter[str] = Counter()
+        found: dict[str, int] = {}
+        for place, (number, change) in enumerate(self._events):
+            kind = self._kinds.get(number, OTHER)
+            own = change * scale.get(kind, 1.0)
+            sizes[kind] += own  # type: ignore[assignment]
+            total += own
+            if total > most and (place >= since - 1):
+                most, found = total, dict(sizes)
+        return Peak(int(max(most, 0)), {kind: int(size) for kind, size in found.items() if int(size)})
