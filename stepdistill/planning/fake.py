@@ -1,4 +1,4 @@
-"""Where code runs on fake tensors: they have shapes and types and no numbers, and every operator of a run works on them.
+"""Where code runs on fake tensors: they have shapes and types and no numbers, and every operator works on them.
 
 They are a CPU's, as torch makes no graphs of fake tensors of a GPU that is not there. Of CUDA's arithmetic what matters
 to memory is then done here: under autocast it computes norms, sums and losses in float32 where a CPU stays in bfloat16,
@@ -22,20 +22,23 @@ from torch.utils._pytree import tree_map_only
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.remembered import forget
+from stepdistill.planning.live_bytes import LiveBytes
 
 
 @contextmanager
-def fake_tensors(exits: dict[str, int]) -> Iterator[FakeTensorMode]:
+def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorMode]:
     """Inside the ``with`` modules of fake tensors can be moved and cast. Gives the mode in which what is made is fake.
 
     Args:
         exits: gets every choice that is made for a whole batch, with the number of its outcomes; 0 is taken.
+        live: is told of storages that change their size.
     """
-    plain = nn.Module._apply
+    plain: Any = nn.Module._apply
 
     def apply(module: nn.Module, change: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
         if not any(isinstance(value, FakeTensor) for value in (*module.parameters(), *module.buffers())):
-            return plain(module, change, recurse)
+            found: nn.Module = plain(module, change, recurse)
+            return found
         # torch's own swaps tensors, which it does not do while anybody watches them, as we do.
         for child in module.children() if recurse else ():
             child._apply(change)
@@ -52,11 +55,19 @@ def fake_tensors(exits: dict[str, int]) -> Iterator[FakeTensorMode]:
         exits[stream] = high
         return 0
 
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(storage, size)
+        live.resized(storage)
+        return storage
+
     forget()
     with (
         warnings.catch_warnings(),
         patch.object(nn.Module, "_apply", apply),
         patch.object(Draws, "shared_integer", chosen),
+        patch.object(torch.UntypedStorage, "resize_", resized),
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from stepdistill.errors import UserError, did_you_mean
@@ -56,21 +57,22 @@ def shipped_teachers() -> dict[str, Path]:
     return found
 
 
-def fake_pipeline(teacher: str, mode: FakeTensorMode, family: Family | None = None) -> Planned:
+def pipeline_of(teacher: str, where: AbstractContextManager[Any], family: Family | None = None) -> Planned:
     """The pipeline that a name means, without weights.
 
     Args:
-        teacher: an embedded teacher, a pipeline folder, a shipped config's name, or a Hub name that one ships for or
-            whose configs are in the Hub's cache.
-        mode: of its tensors.
+        teacher: an embedded teacher, a pipeline folder, a shipped config's name, a file of that kind (.json), or a
+            Hub name that one ships for or whose configs are in the Hub's cache.
+        where: in what its networks are made: the mode of fake tensors, or a device, which makes random weights.
         family: one of the user's own; None looks for one of ours.
 
     Raises:
         UserError: there is no such teacher, no family serves it, or a config is missing.
     """
     quiet_loading()
-    if (file := shipped_teachers().get(teacher)) is not None:
-        return _shipped(file, mode, family)
+    own = Path(teacher) if teacher.endswith(".json") and Path(teacher).is_file() else None
+    if (file := own or shipped_teachers().get(teacher)) is not None:
+        return _shipped(file, where, family)
     folder = _folder(teacher)
     index = read_index(folder, f"teacher {teacher}")
     name = str(index.get("_class_name", "of no stated class"))
@@ -78,11 +80,11 @@ def fake_pipeline(teacher: str, mode: FakeTensorMode, family: Family | None = No
     made: dict[str, Any] = {}
     for part, (library, kind) in components(index).items():
         if part != SAFETY_CHECKER:
-            made[part] = _component(library, kind, folder / part, mode)
+            made[part] = _component(library, kind, folder / part, where)
     pipe = _pipeline(name, made, index)
     for part, component in made.items():
         if part.startswith("text_encoder") and isinstance(component, nn.Module):
-            _encode_in_fake(component, mode)
+            _encode_in_fake(component, where)
     return Planned(pipe, family, str(folder))
 
 
@@ -99,7 +101,7 @@ def _folder(teacher: str) -> Path:
     cached = try_to_load_from_cache(teacher, "model_index.json")
     if not isinstance(cached, str):
         raise UserError(
-            f"teacher {teacher} is not on this disk, and no configs ship for it: download the folder without its weights "
+            f"teacher {teacher} is not on this disk, and no configs ship for it: download the folder without weights "
             f"(hf download {teacher} --include '*.json' '*.txt' '*.model'), or plan with one of "
             f"{', '.join(_short_names())}"
         )
@@ -110,7 +112,7 @@ def _short_names() -> list[str]:
     return [file.stem for file in sorted(TEACHERS.glob("*.json"))]
 
 
-def _component(library: str, kind: str, folder: Path, mode: FakeTensorMode) -> Any:
+def _component(library: str, kind: str, folder: Path, where: AbstractContextManager[Any]) -> Any:
     """A component: a network in fake tensors, anything else as it is."""
     try:
         found: Any = getattr(importlib.import_module(library), kind)
@@ -121,9 +123,9 @@ def _component(library: str, kind: str, folder: Path, mode: FakeTensorMode) -> A
             return found.from_pretrained(folder, local_files_only=True)
         if library == "transformers":
             config = found.config_class.from_pretrained(folder, local_files_only=True)
-            with mode:
+            with where:
                 return found(config).eval()
-        return _network(found, found.load_config(folder, local_files_only=True), mode)
+        return _network(found, found.load_config(folder, local_files_only=True), where)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -132,8 +134,8 @@ def _component(library: str, kind: str, folder: Path, mode: FakeTensorMode) -> A
         ) from None
 
 
-def _network(kind: Any, config: Any, mode: FakeTensorMode) -> nn.Module:
-    with mode:
+def _network(kind: Any, config: Any, where: AbstractContextManager[Any]) -> nn.Module:
+    with where:
         net: nn.Module = kind.from_config(config)
     return net.eval()
 
@@ -156,20 +158,20 @@ def _pipeline(name: str, made: dict[str, Any], arguments: dict[str, Any]) -> Any
     return kind(**told)
 
 
-def _encode_in_fake(network: nn.Module, mode: FakeTensorMode) -> None:
+def _encode_in_fake(network: nn.Module, where: AbstractContextManager[Any]) -> None:
     """Gives an encoder a forward that says zeros of the right shapes, from real inputs: what lies around it in a
     pipeline looks into tokens and masks, which fake tensors have not."""
     whole = network.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with mode, torch.no_grad():
+        with where, torch.no_grad():
             said = whole(*args, **kwargs)
         return tree_map_only(FakeTensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), said)
 
     cast(Any, network).forward = forward
 
 
-def _shipped(file: Path, mode: FakeTensorMode, family: Family | None) -> Planned:
+def _shipped(file: Path, where: AbstractContextManager[Any], family: Family | None) -> Planned:
     import diffusers
 
     said = json.loads(file.read_text("utf-8"))
@@ -177,7 +179,7 @@ def _shipped(file: Path, mode: FakeTensorMode, family: Family | None) -> Planned
     for part, (kind, config) in said["components"].items():
         found: Any = getattr(diffusers, kind)
         is_network = issubclass(found, nn.Module)
-        made[part] = _network(found, config, mode) if is_network else found.from_config(config)
+        made[part] = _network(found, config, where) if is_network else found.from_config(config)
     pipe = _pipeline(said["pipeline"], made, said.get("arguments", {}))
     family = family or family_named(said["pipeline"])
     if said["conditions"]:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, unit: int = 512) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.unit, self.flops = unit, 0
         self._events: list[tuple[int, int]] = []  # the storage's number and the change in bytes
         self._number: dict[int, int] = {}  # of living storages, by their address
@@ -109,12 +108,20 @@ class LiveBytes(TorchDispatchMode):
         """A place among what happened, for :meth:`peak`."""
         return len(self._events)
 
-    def held(self) -> dict[str, int]:
-        """Bytes held now, by kind."""
+    def resized(self, storage: Any) -> None:
+        """Counts a storage anew, whose size was changed."""
+        number = self._number.get(storage._cdata)
+        if number is not None and number in self._sizes:
+            size = -(-storage.nbytes() // self.unit) * self.unit
+            self._events.append((number, size - self._sizes[number]))
+            self._sizes[number] = size
+
+    def held(self, scale: Mapping[str, float] | None = None) -> dict[str, int]:
+        """Bytes held now, by kind; ``scale`` as in :meth:`peak`."""
         sizes: Counter[str] = Counter()
         for number, change in self._events:
             sizes[self._kinds.get(number, OTHER)] += change
-        return {kind: size for kind, size in sizes.items() if size}
+        return {kind: int(size * (scale or {}).get(kind, 1.0)) for kind, size in sizes.items() if size}
 
     def peak(self, since: int = 0, scale: Mapping[str, float] | None = None) -> Peak:
         """The most that was held since a place.
