@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
-from stepdistill.cli import compare, doctor, draw, evaluate, listing, train
+from stepdistill.cli import compare, doctor, draw, evaluate, listing, plan, train
 from stepdistill.errors import OtherProcessError, UserError
 
 VERBS: dict[str, Callable[..., None]] = {
     "ls": listing.list_names,
     "cp": listing.copy_recipe,
+    "plan": plan.plan,
     "train": train.train,
     "sample": draw.sample,
     "eval": evaluate.evaluate_pipeline,

@@ -1,0 +1,233 @@
+"""plan(): what a recipe will need, whether that fits, and the one change with which it would."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stepdistill.data.prompts import open_prompts
+from stepdistill.errors import UserError
+from stepdistill.losses.contract import PairOptions
+from stepdistill.planning.trace import Device, Trace, trace
+from stepdistill.recipes.recipe import Recipe
+from stepdistill.training.identity import resolve
+
+RESERVE = 2**30
+"""Bytes of a GPU beside what torch allocates: CUDA's context, workspaces of its libraries, gaps between blocks."""
+
+MFU = 0.35
+"""The share of a GPU's peak that training is assumed to reach."""
+
+GPUS = {"a100": 312e12, "l40s": 362e12, "4090": 165e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
+"""Dense bf16 operations a second, as data sheets have them; float32 with TF32 is half of it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change with which a recipe fits.
+
+    Attributes:
+        sets: what is set.
+        peak: bytes it then needs on a GPU.
+    """
+
+    sets: tuple[str, ...]
+    gpus: int
+    peak: int
+
+    @property
+    def text(self) -> str:
+        more = f"--gpus {self.gpus} " if self.gpus > 1 else ""
+        return more + " ".join(f"--set {each}" for each in self.sets)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will need.
+
+    Attributes:
+        recipe: what is planned, in words.
+        trace: what was seen of its updates.
+        gpus: that share a batch.
+        memory: bytes of one of them; 0 is not said.
+        peak: bytes that the whole run needs on one.
+        disk: bytes, by what they are for.
+        flops: of a mean update, all GPUs together.
+        hours: of the recipe, by GPU.
+        fits: whether it fits in ``memory``; None where that is not said.
+        change: with which it would; None where it fits, or nothing tried does.
+        ratio: of the peak of an update over that of an ordinary one of the same adapter; 0 for full weights.
+    """
+
+    recipe: dict[str, Any]
+    trace: Trace
+    gpus: int
+    memory: int
+    peak: int
+    disk: dict[str, int]
+    flops: float
+    hours: dict[str, float]
+    fits: bool | None
+    ratio: float
+    change: Change | None = None
+    tried: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as tables, lists, texts and numbers."""
+        found = asdict(self)
+        found["trace"]["size"] = str(self.trace.size)
+        found["trace"]["needs"] = sorted(self.trace.needs)
+        return found
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    device: Device = "cuda",
+    gpus: int = 1,
+    memory: int = 0,
+    gpu: str | None = None,
+    changes: bool = True,
+) -> Plan:
+    """Plans a recipe, without weights and without a GPU.
+
+    Args:
+        recipe: what would run.
+        device: where.
+        gpus: how many share it.
+        memory: bytes of one; 0 says nothing of it.
+        gpu: of GPUS, for which hours are said; None says those of all.
+        changes: whether, where it does not fit, single changes are tried.
+
+    Raises:
+        UserError: the recipe cannot run, or cannot be planned.
+    """
+    found = _planned(recipe, device, gpus, memory, gpu, usual=True)
+    if found.fits is not False or not changes:
+        return found
+    tried = []
+    for sets, count in _candidates(recipe, gpus):
+        try:
+            changed = _changed(recipe, sets)
+            peak = _planned(changed, device, count, memory, gpu, usual=False).peak
+        except UserError:
+            continue
+        change = Change(tuple(f"{key}={value}" for key, value in sets.items()), count, peak)
+        if peak + _reserve(device) <= memory:
+            return replace(found, change=change, tried=tried)
+        tried.append(f"{change.text}: {peak / 2**30:.1f} GiB")
+    return replace(found, tried=tried)
+
+
+def _reserve(device: Device) -> int:
+    return RESERVE if device == "cuda" else 0
+
+
+def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | None, usual: bool) -> Plan:
+    seen = _trace(recipe, device, gpus, usual)
+    train = recipe.train
+    update = max(each.peak.total for each in seen.updates)
+    peak = max(update, seen.setup.total)
+    flops = gpus * sum(each.share * each.flops for each in seen.updates)
+    speeds = {name: speed for name, speed in GPUS.items() if gpu in (None, name)}
+    slower = 1.0 if train.precision == "bf16" else 2.0
+    seconds = {name: train.steps * flops * slower / (speed * MFU * gpus) for name, speed in speeds.items()}
+    said = {
+        "teacher": recipe.teacher,
+        "method": recipe.method,
+        "lora_rank": recipe.student.lora_rank,
+        "batch": train.batch,
+        "accumulate": train.accumulate,
+        "precision": train.precision,
+        "weights": train.weights,
+        "optimizer": train.optimizer,
+        "checkpointing": train.checkpointing,
+        "steps": train.steps,
+        "size": str(seen.size),
+    }
+    return Plan(
+        recipe=said,
+        trace=seen,
+        gpus=gpus,
+        memory=memory,
+        peak=peak,
+        disk=_disk(recipe, seen),
+        flops=flops,
+        hours={name: value / 3600 for name, value in seconds.items()},
+        fits=peak + _reserve(device) <= memory if memory else None,
+        ratio=update / seen.fine_tune if seen.fine_tune else 0.0,
+    )
+
+
+def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
+    """The trace; what fake tensors cannot do is said in a line."""
+    from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
+
+    unable: tuple[type[Exception], ...] = (UnsupportedFakeTensorException, NotImplementedError, RuntimeError)
+    try:
+        return trace(recipe, device, gpus, usual)
+    except UserError:
+        raise
+    except unable as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{recipe.method} with these options cannot be planned for {recipe.teacher}: it asks for numbers that "
+            f"tensors without any have not ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _disk(recipe: Recipe, seen: Trace) -> dict[str, int]:
+    """Bytes of what a run writes."""
+    found = {f"checkpoints ({recipe.train.keep} kept)": seen.checkpoint * recipe.train.keep}
+    found["student"] = seen.student + seen.components
+    prompts = _count(recipe)
+    found[f"conditions of {prompts:,} prompts"] = prompts * seen.condition
+    if "pairs" in seen.needs:
+        options = resolve(recipe).options
+        pairs = options.pairs if isinstance(options, PairOptions) else PairOptions().pairs
+        size = seen.state if recipe.data.pairs_dtype == "float32" else seen.state // 2
+        found[f"{pairs:,} pairs"] = pairs * size * (1 + seen.pair_states)
+    return found
+
+
+def _count(recipe: Recipe) -> int:
+    """Prompts of a recipe; 1,000 where their file is not here."""
+    if recipe.data.prompts is not None and Path(recipe.data.prompts).is_file():
+        return len(open_prompts(Path(recipe.data.prompts)))
+    return 1000
+
+
+def _candidates(recipe: Recipe, gpus: int) -> list[tuple[dict[str, Any], int]]:
+    """Single changes in the order in which they cost: what is set, and the number of GPUs."""
+    train, found = recipe.train, list[tuple[dict[str, Any], int]]()
+    smallest = train.batch // gpus
+    if smallest > train.accumulate and train.batch % smallest == 0:
+        found.append(({"train.accumulate": smallest}, gpus))
+    if not train.checkpointing and train.compile == "none":
+        found.append(({"train.checkpointing": True}, gpus))
+    if train.precision != "bf16":
+        found.append(({"train.precision": "bf16"}, gpus))
+    if not recipe.student.lora_rank:
+        if train.precision == "bf16" and train.weights == "float32" and train.parallel != "sharded":
+            found.append(({"train.weights": "bf16"}, gpus))
+        if train.optimizer == "adamw" and train.parallel != "sharded":
+            found.append(({"train.optimizer": "adafactor"}, gpus))
+        found.append(({"student.lora_rank": 64}, gpus))
+    if train.parallel != "sharded" and train.optimizer == "adamw" and train.weights == "float32":
+        more = [count for count in (2, 4, 8, 16) if count > gpus and train.batch % count == 0]
+        found += [({"train.parallel": "sharded"}, count) for count in more]
+    return found
+
+
+def _changed(recipe: Recipe, sets: dict[str, Any]) -> Recipe:
+    tree = recipe.model_dump()
+    for key, value in sets.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(str(error)) from None
