@@ -6,21 +6,23 @@ stopped and several processes read disjoint parts of the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stepdistill.data.buckets import shuffled, turn
 from stepdistill.data.conditions import Conditions, cached_at
+from stepdistill.data.latents import Latents
 from stepdistill.data.pairs import PairCache
-from stepdistill.data.row_cache import RowCache
 from stepdistill.data.texts import rows_sha256
 from stepdistill.data.training_images import Images
-from stepdistill.diffusion.draws import Draws, generator_for
+from stepdistill.diffusion.draws import Draws
 from stepdistill.families.condition import Condition
+from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.memory import sent
@@ -39,6 +41,7 @@ class Data:
         pairs: cached pairs of the same prompts, or None.
         processes: who share the work; each is to make this.
         remake: whether damaged files of a cache are made again.
+        buckets: the sizes that images are brought to; a batch is of one of them. None brings all to the teacher's.
     """
 
     def __init__(
@@ -50,30 +53,48 @@ class Data:
         pairs: PairCache | None = None,
         processes: Processes = ALONE,
         remake: bool = False,
+        buckets: Sequence[Size] | None = None,
     ) -> None:
         self.teacher, self.seed, self.pairs = teacher, seed, pairs
         self.count = len(prompts)
         self.conditions = Conditions(teacher, prompts, "prompts", processes, remake)
-        self.images: RowCache | None = None
+        self.images: Latents | None = None
         self._images, self._captions = images, self.conditions
+        self._told: list[Mapping[str, Tensor]] = []
         if images is not None:
-            codec = teacher.codec
+            sizes, codec = buckets or [teacher.size], teacher.codec
             if rows_sha256(images.captions) != self.conditions.sha256:
                 self._captions = Conditions(teacher, images.captions, "captions", processes, remake)
 
-            def encode(rows: list[int]) -> dict[str, Tensor]:
-                pixels = images.load(rows, codec.size.height, codec.size.width).to(teacher.device)
-                return {"x0": codec.to_states(pixels[:, None])}
+            def encode(pixels: Tensor) -> Tensor:
+                return codec.to_states(pixels.to(teacher.device)[:, None])
 
             def place() -> Path:
-                return cached_at("latents", teacher, teacher.vae_fingerprint(), images.sha256())
+                source = f"{images.sha256()} {' '.join(map(str, sizes))}"
+                return cached_at("latents", teacher, teacher.vae_fingerprint(), source)
 
-            self.images = RowCache(len(images.captions), encode, place, "latents", processes, remake)
+            self.images = Latents(images, encode, codec.shape, sizes, place, processes, remake)
+            if buckets:
+                names = teacher.family.size_conditions
+                some = [replace(codec, size=size).encode([prompts[0]]).tensors for size in sizes if names]
+                self._told = [{name: each[name] for name in names & each.keys()} for each in some]
+        self._buckets = buckets is not None
 
     def identity(self) -> dict[str, str]:
         """SHA-256 of what batches are made of, by what the recipe calls it: a run goes on with the very same alone."""
         found = {"teacher": self.teacher.fingerprint(), "data.prompts": self.conditions.sha256}
         return found if self._images is None else {**found, "data.images": self._images.sha256()}
+
+    def remarks(self) -> list[str]:
+        """Lines that say what became of the images."""
+        if self.images is None:
+            return []
+        lines = self.images.remarks()
+        if self._buckets:
+            sizes = zip(self.images.sizes, self.images.counts, strict=True)
+            each = ", ".join(f"{count} of {size}" for size, count in sizes if count)
+            lines.append(f"data.buckets: {each}")
+        return lines
 
     def condition(self, index: Tensor) -> Condition:
         """Conditions of the prompts ``index`` [B], on the teacher's device."""
@@ -84,21 +105,32 @@ class Data:
         device = self.teacher.device
         draws = Draws(self.seed, step, first, count, device)
         position = torch.arange(step * size + first, step * size + first + count)
-        prompt = _shuffled(position, self.count, self.seed, "prompts")
+        prompt = shuffled(position, self.count, self.seed, "prompts")
+        cond, shape = self.condition(prompt), self.teacher.codec.shape
         examples: dict[str, Examples] = {}
         if self.images is not None:
-            index = _shuffled(position, self.images.count, self.seed, "images")
-            x0 = sent(self.images.take(index)["x0"], device)
-            examples["images"] = Examples(x0, self._captions.take(index).to(device))
+            bucket, stream = 0, "images"
+            if self._buckets:
+                bucket, every = turn(self.images.counts, step, size, self.seed)
+                position, stream = every[first : first + count], f"images {bucket}"
+            index = shuffled(position, self.images.counts[bucket], self.seed, stream)
+            x0, number = self.images.take(bucket, index)
+            examples["images"] = Examples(sent(x0, device), self._captions.take(number).to(device))
+            if self._buckets:
+                shape, told = tuple(x0.shape[1:]), self._told[bucket] if self._told else {}
+                cond = _with_rows(cond, told)
+                examples["images"] = replace(
+                    examples["images"], cond=_with_rows(examples["images"].cond, told)
+                )
         if self.pairs is not None:
-            index = _shuffled(position, self.pairs.count, self.seed, "pairs")
+            index = shuffled(position, self.pairs.count, self.seed, "pairs")
             examples["pairs"] = Examples(
                 sent(self.pairs.clean(index), device),
                 self.condition(self.pairs.prompt_index[index]),
                 self.pairs.noise(index),
                 None if (states := self.pairs.states(index)) is None else sent(states, device),
             )
-        return Batch(draws, self.teacher.codec.shape, self.condition(prompt), prompt, **examples)
+        return Batch(draws, shape, cond, prompt, **examples)
 
     def batches(self, steps: range, first: int, count: int, size: int) -> Generator[Batch]:
         """:meth:`batch` of the steps, one after the other; each is made while the one before it is used, where that
@@ -116,14 +148,7 @@ class Data:
         return ahead(made(), depth=int(apart))
 
 
-@lru_cache(maxsize=6)
-def _permutation(count: int, seed: int, stream: str, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=generator_for(seed, "order", stream, epoch))
-
-
-def _shuffled(position: Tensor, count: int, seed: int, stream: str) -> Tensor:
-    """The sample at each of the positions [B], one after the other, of an endless sequence of reshuffled passes over
-    ``count`` samples."""
-    first, last = (int(position[i]) // count for i in (0, -1))
-    passes = [_permutation(count, seed, stream, epoch) for epoch in range(first, last + 1)]
-    return (passes[0] if first == last else torch.cat(passes))[position - first * count]
+def _with_rows(cond: Condition, told: Mapping[str, Tensor]) -> Condition:
+    """The condition with some of its tensors replaced by one row [1, ...] for all samples."""
+    own = {name: row.expand_as(cond[name]).to(cond[name]) for name, row in told.items()}
+    return Condition({**cond.tensors, **own})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -49,8 +51,30 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...]
 
 
-Size = int | tuple[int, int]
-"""Of pixels: a square's side, or height and width; 0 leaves an image at its own size."""
+@dataclass(frozen=True)
+class Nearest:
+    """Of several sizes the one whose aspect ratio is nearest to an image's own.
+
+    Attributes:
+        sizes: heights and widths.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """The size for an image."""
+        return min(self.sizes, key=lambda size: abs(math.log(size[0] * width / (size[1] * height))))
+
+
+Size = int | tuple[int, int] | Nearest
+"""Of pixels: a square's side, or height and width, or of several what fits best; 0 leaves an image at its own size."""
+
+
+def most_pixels(size: Size) -> int:
+    """Pixels of the largest image of a size; 0 where that is not known."""
+    if isinstance(size, Nearest):
+        return max(height * width for height, width in size.sizes)
+    return size**2 if isinstance(size, int) else size[0] * size[1]
 
 
 def decode(name: str, read: Callable[[], bytes], size: Size, *, upright: bool = False) -> Decoded:
@@ -117,6 +141,8 @@ def fit(
     pixels: NDArray[np.uint8], size: Size, notes: tuple[str, ...]
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """The central part of the size's aspect ratio, by PIL's Lanczos filter, where the size is another."""
+    if isinstance(size, Nearest):
+        size = size.of(*pixels.shape[:2])
     height, width = (size, size) if isinstance(size, int) else size
     if not height or pixels.shape[:2] == (height, width):
         return pixels, notes

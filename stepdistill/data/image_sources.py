@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from stepdistill.data.image_decoding import Decoded, Entry, decode
+from stepdistill.data.image_decoding import Decoded, Entry, Size, decode
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -159,14 +158,13 @@ def _stack(rows: list[tuple[int, NDArray[np.uint8]]], pinned: bool) -> tuple[lis
     return [place for place, _ in rows], pixels.permute(0, 3, 1, 2)
 
 
-def decode_files(folder: Path, files: Iterable[Path], *, upright: bool = False) -> Iterator[Decoded]:
-    """Image files below a folder at their own sizes, named relative to it, in the order given."""
-    entries = [Entry(file.relative_to(folder).as_posix(), file.read_bytes) for file in files]
-    return decode_all(entries, 0, "anywhere", upright=upright)
-
-
 def decode_all(
-    entries: list[Entry], resolution: int, reading: Reading, *, upright: bool = False, workers: int | None = 0
+    entries: Sequence[Entry],
+    resolution: Size,
+    reading: Reading,
+    *,
+    upright: bool = False,
+    workers: int | None = 0,
 ) -> Iterator[Decoded]:
     """The images of entries in order, a bounded number ahead.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stepdistill.data.image_decoding import Decoded, Entry, decode
+from stepdistill.data.image_decoding import Decoded, Entry, Size, decode, most_pixels
 from stepdistill.errors import UserError
 
 FEW = 1000
@@ -49,9 +49,10 @@ class _Pixels(NamedTuple):
 class _Decoder(Dataset[_Pixels]):
     """Item k is the k-th chunk of entries."""
 
-    def __init__(self, entries: Sequence[Entry], resolution: int, upright: bool) -> None:
+    def __init__(self, entries: Sequence[Entry], resolution: Size, upright: bool) -> None:
         self._entries, self._resolution, self._upright = entries, resolution, upright
-        self._each = min(CHUNK, max(1, CHUNK_BYTES // (3 * resolution**2))) if resolution else CHUNK // 4
+        pixels = most_pixels(resolution)
+        self._each = min(CHUNK, max(1, CHUNK_BYTES // (3 * pixels))) if pixels else CHUNK // 4
 
     def __len__(self) -> int:
         return -(-len(self._entries) // self._each)
@@ -65,7 +66,7 @@ class _Decoder(Dataset[_Pixels]):
 
 
 def decode_in_processes(
-    entries: Sequence[Entry], resolution: int, workers: int, *, upright: bool = False
+    entries: Sequence[Entry], resolution: Size, workers: int, *, upright: bool = False
 ) -> Iterator[Decoded]:
     """The images of entries in order, as :func:`stepdistill.data.image_decoding.decode` gives them.
 

@@ -3,7 +3,7 @@
     .txt (or any other ending)   one prompt a line; empty lines are left out
     .jsonl, .json                texts, or objects with "prompt", "caption" or "text": a line each, a list or a table
     .csv, .tsv                   the column "prompt", "caption" or "text"
-    .tar (.tar.gz, .tgz, ...)    a webdataset: of each sample, in the order of the names, its .txt, else its .json
+    .tar (.tar.gz, .tgz, ...)    a webdataset: of each sample, in the order of the names, its .txt, .json or .cls
 
 Names of keys and columns count without case. Imports no torch, so that a mistake is told at once.
 """
@@ -16,7 +16,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -36,6 +36,11 @@ _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, csv.Error, json.JSONDecodeError)
 
 
+def is_tar(file: Path) -> bool:
+    """Whether a file's name is that of a tar, compressed or not."""
+    return file.name.lower().endswith(_TARS)
+
+
 def open_prompts(file: Path, what: str = "data.prompts") -> Texts:
     """The prompts of a file, looked through once, a line at a time, and read where they lie; those of a .json or a tar
     lie in one block of bytes. Rows of tables and samples of a webdataset all count, also those whose prompt is empty,
@@ -52,9 +57,9 @@ def open_prompts(file: Path, what: str = "data.prompts") -> Texts:
         raise UserError(f"{what}: {file} not found: give {FORMS}")
     try:
         _refuse_pointer(file)
-        name = file.name.lower()
-        if name.endswith((*_TARS, ".json")):
-            prompts = Texts.of(_of_webdataset(file) if name.endswith(_TARS) else _of_json(file))
+        if is_tar(file) or file.suffix.lower() == ".json":
+            found = _of_webdataset(file) if is_tar(file) else _of_json(file)
+            prompts = Texts.of(prompt.strip() for prompt in found)
         else:
             prompts = _of_lines(file)
         empty = not any(prompts)
@@ -228,41 +233,60 @@ def _json(text: str, place: str) -> Any:
 
 
 def _of_webdataset(file: Path) -> Iterator[str]:
-    for key, fields in webdataset(file, ("txt", "json")):
-        yield caption_in(key, fields)
+    return (caption_in(sample) for sample in webdataset(file))
 
 
-def caption_in(key: str, fields: Mapping[str, bytes]) -> str:
-    """The caption of a sample of a webdataset: its .txt, else its .json.
+class Sample(NamedTuple):
+    """A sample of a webdataset.
+
+    Attributes:
+        key: its name.
+        texts: what its .txt, .json and .cls say.
+        places: of its other files, by their endings, where they begin in the archive, in bytes, and their sizes.
+    """
+
+    key: str
+    texts: dict[str, bytes]
+    places: dict[str, tuple[int, int]]
+
+
+def caption_in(sample: Sample) -> str:
+    """The caption of a sample: its .txt, else its .json, else the class in its .cls.
 
     Raises:
-        BadRow: it has neither, or no text in it.
+        BadRow: it has none, or no text in it.
     """
-    if "txt" in fields:  # a .json beside it tells where the image is from, as a rule
-        return _utf8(fields["txt"], f"{key}.txt ")
-    if "json" in fields:
-        name = f"{key}.json"
-        return text_of(_json(_utf8(fields["json"], f"{name} "), name), name)
+    key, texts = sample.key, sample.texts
+    for ending in ("txt", "json", "cls"):  # a .json beside a text tells where the image is from, as a rule
+        if ending in texts:
+            name = f"{key}.{ending}"
+            text = _utf8(texts[ending], f"{name} ")
+            return text_of(_json(text, name), name) if ending == "json" else text
     raise BadRow(f"sample {key} has neither {key}.txt nor {key}.json")
 
 
-def webdataset(file: Path, endings: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a tar in the order of their names, each with what is in its fields of those endings."""
-    samples: dict[str, dict[str, bytes]] = {}
+def webdataset(file: Path) -> Iterator[Sample]:
+    """The samples of a tar in the order of their names.
+
+    Raises:
+        BadRow: a caption claims to be longer than LARGEST_CAPTION.
+    """
+    samples: dict[str, Sample] = {}
     with tarfile.open(file, "r:*") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # a description of every file read so far
             if not member.isfile() or of_macos(member.name):
                 continue
             key, ending = sample_of(member.name)
-            fields = samples.setdefault(key, {})
-            if ending not in endings:
+            sample = samples.setdefault(key, Sample(key, {}, {}))
+            if ending not in ("txt", "json", "cls"):
+                sample.places[ending] = member.offset_data, member.size
                 continue
             if member.size > LARGEST_CAPTION:
                 raise BadRow(
                     f"{member.name} claims {member.size} bytes; a caption may have {LARGEST_CAPTION}"
                 )
             stream = archive.extractfile(member)
-            fields[ending] = stream.read() if stream else b""
+            sample.texts[ending] = stream.read() if stream else b""
     for key in sorted(samples, key=natural):
-        yield key, samples.pop(key)
+        yield samples.pop(key)

@@ -22,8 +22,8 @@ from stepdistill.system.files import written_whole
 from stepdistill.system.log import say
 from stepdistill.system.processes import ALONE, Processes
 
-OPEN = 32
-"""Files that are mapped into memory at once."""
+OPEN_BYTES = 2**26
+"""Of the files that are mapped into memory at once, where they are more than one."""
 
 _CHECKSUMS = "crc32 of "
 Tensors = Mapping[str, Tensor]
@@ -131,7 +131,7 @@ class Shards:
             except (SafetensorError, OSError) as error:
                 raise DamagedShard(self.file(number), str(error)) from None
         self._open[number] = tensors  # the last one used stands last
-        if len(self._open) > OPEN:
+        while len(self._open) > 1 and sum(map(_bytes, self._open.values())) > OPEN_BYTES:
             del self._open[next(iter(self._open))]
         return tensors
 
@@ -148,6 +148,10 @@ class Shards:
 
 def _is_data(name: str) -> bool:
     return not name.startswith(_CHECKSUMS)
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(value.nbytes for value in tensors.values())
 
 
 def _crc32(row: Tensor) -> int:

@@ -27,7 +27,7 @@ class Texts(Sequence[str]):
         self._content, self._parse = content, parse
         self._starts, self._sizes = array("Q"), array("I")
         if isinstance(content, Path):
-            self._open: PerProcess[BinaryIO] = PerProcess(partial(_opened, content))
+            self._open: PerProcess[BinaryIO] = PerProcess(partial(opened, content))
             self._stamp = _stamp(content.stat())
 
     @staticmethod
@@ -36,7 +36,7 @@ class Texts(Sequence[str]):
         block = bytearray()
         found = Texts(block, _as_written)
         for text in texts:
-            content = text.strip().encode("utf-8", "surrogatepass")
+            content = text.encode("utf-8", "surrogatepass")
             found.add(len(block), len(content))
             block += content
         return found
@@ -84,7 +84,8 @@ class Texts(Sequence[str]):
         return stream
 
 
-def _opened(file: Path) -> BinaryIO:
+def opened(file: Path) -> BinaryIO:
+    """A file, to read bytes from."""
     return file.open("rb")
 
 

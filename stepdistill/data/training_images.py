@@ -1,38 +1,47 @@
-"""Images with captions to train on: the embedded ones, or a folder."""
+"""Real images with captions: the embedded ones, a folder of files, or webdataset tars; decoded when they are asked for.
+
+Of a file its name, or its place in a tar, and its caption are held; images are decoded once, in order, in worker
+processes, on their way to their latents (``latents.py``). Those that cannot be used are skipped there, and named.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from stepdistill.data.captions import caption_of, printable, read_metadata
-from stepdistill.data.image_decoding import decode
-from stepdistill.data.image_names import ENDINGS, is_image
-from stepdistill.data.image_sources import Skipped, decode_files
-from stepdistill.data.texts import rows_sha256
+from stepdistill.data.image_decoding import Decoded, Entry, Nearest
+from stepdistill.data.image_names import ENDINGS, is_image, natural
+from stepdistill.data.image_sources import Skipped, decode_all
+from stepdistill.data.prompts import DAMAGE, BadRow, caption_in, is_tar, webdataset
+from stepdistill.data.texts import Texts, opened, rows_sha256
 from stepdistill.errors import UserError
 from stepdistill.system.emoji import emoji_captions, emoji_images
+from stepdistill.system.files import PerProcess
 
 
 class Images(Protocol):
-    """Images with captions."""
+    """Images with captions, one for each; not all may turn out to be usable."""
 
     @property
-    def captions(self) -> list[str]: ...
+    def captions(self) -> Sequence[str]: ...
 
     def sha256(self) -> str:
         """Of the list of images with their captions."""
         ...
 
-    def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1]."""
+    def decoded(self, numbers: Sequence[int], sizes: Nearest) -> Iterator[Decoded]:
+        """Those images, each in one of the sizes, upright, or why it cannot be used."""
         ...
 
 
@@ -56,13 +65,36 @@ class EmbeddedImages:
     def sha256(self) -> str:
         return rows_sha256([*self.captions, hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()])
 
-    def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1]; they come in one size only."""
-        if self.pixels.shape[1:3] != (height, width):
-            raise UserError(
-                f"the embedded images are {tuple(self.pixels.shape[1:3])}, the teacher draws {height, width}"
-            )
-        return self.pixels[list(index)].permute(0, 3, 1, 2).float() / 127.5 - 1
+    def decoded(self, numbers: Sequence[int], sizes: Nearest) -> Iterator[Decoded]:
+        """They come in one size only.
+
+        Raises:
+            UserError: the sizes are others.
+        """
+        if (own := tuple(self.pixels.shape[1:3])) not in sizes.sizes:
+            raise UserError(f"the embedded images are {own}, the teacher draws {sizes.sizes[0]}")
+        return (Decoded(f"emoji {i}", self.pixels[i].numpy(), ()) for i in numbers)
+
+
+class _Entries(Sequence[Entry]):
+    """The entries of some images, each made when it is asked for."""
+
+    def __init__(self, entry: Callable[[int], Entry], numbers: Sequence[int]) -> None:
+        self._entry, self._numbers = entry, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        if isinstance(index, slice):
+            return [self._entry(number) for number in self._numbers[index]]
+        return self._entry(self._numbers[index])
 
 
 @dataclass(frozen=True)
@@ -71,85 +103,158 @@ class ImageFolder:
 
     Attributes:
         folder: where they lie.
-        files: usable images, sorted by name.
+        names: of the files below it, sorted.
         captions: one for each, see ``captions``.
-        skipped: files that look like images and are not used, with the reason.
-        converted: what was done to the used ones, with their number.
         sources: where captions came from, with their number.
+        nameless: files that have no caption but a name that is not UTF-8, and are left out.
     """
 
     folder: Path
-    files: list[Path]
-    captions: list[str]
-    skipped: list[Skipped]
-    converted: Counter[str]
+    names: Texts
+    captions: Texts
     sources: Counter[str]
+    nameless: list[Skipped]
 
     @staticmethod
     def read(folder: Path) -> ImageFolder:
-        """Looks through a folder and all below it.
+        """Looks through a folder and all below it, and opens no image.
 
         Raises:
-            UserError: when the folder is missing or holds no usable image, or a file of captions is no such.
+            UserError: when it holds no image, or a file of captions is no such.
         """
-        if not folder.is_dir():
-            raise UserError(f"data.images: {folder} is not a folder: give one with images")
         stated = read_metadata(folder)
         found = sorted(
             path
             for path in folder.rglob("*")
             if is_image(path.relative_to(folder).as_posix()) and path.is_file()
         )
-        files, captions, skipped = [], [], []
-        converted, sources = Counter[str](), Counter[str]()
-        for file, (name, pixels, notes) in zip(found, decode_files(folder, found, upright=True), strict=True):
-            if pixels is None:
-                skipped.append(Skipped(printable(name), "; ".join(notes)))
-            elif (caption := caption_of(file, stated)) is None:
-                skipped.append(
-                    Skipped(printable(name), "its name is not UTF-8, and there is no other caption")
-                )
-            else:
-                files.append(file)
-                captions.append(caption.text)
+        sources, nameless, names = Counter[str](), list[Skipped](), list[str]()
+
+        def captions() -> Iterator[str]:
+            for file in found:
+                name = file.relative_to(folder).as_posix()
+                if (caption := caption_of(file, stated)) is None:
+                    reason = "its name is not UTF-8, and there is no other caption"
+                    nameless.append(Skipped(printable(name), reason))
+                    continue
                 sources[caption.source] += 1
-                converted.update(notes)
-        if not files:
-            raise UserError(
-                f"data.images: {folder} holds no usable image of {', '.join(sorted(ENDINGS))} ({len(skipped)} skipped"
-                + (f": {skipped[0].name} {skipped[0].reason})" if skipped else ")")
-            )
-        return ImageFolder(folder, files, captions, skipped, converted, sources)
+                names.append(name)
+                yield caption.text
+
+        texts = Texts.of(captions())
+        if not len(texts):
+            raise UserError(f"data.images: {folder} holds no image of {', '.join(sorted(ENDINGS))}")
+        return ImageFolder(folder, Texts.of(names), texts, sources, nameless)
 
     def sha256(self) -> str:
         """Of names, sizes in bytes and captions, in their order."""
-        named = [(file.relative_to(self.folder).as_posix(), file.stat().st_size) for file in self.files]
-        return rows_sha256([(*each, caption) for each, caption in zip(named, self.captions, strict=True)])
+        sizes = ((self.folder / name).stat().st_size for name in self.names)
+        return rows_sha256(zip(self.names, sizes, self.captions, strict=True))
 
-    def remarks(self, most: int = 5) -> list[str]:
-        """Lines that say where captions came from, what was converted and what was skipped, naming the first."""
+    def decoded(self, numbers: Sequence[int], sizes: Nearest) -> Iterator[Decoded]:
+        entries = _Entries(self._entry, numbers)
+        return decode_all(entries, sizes, "anywhere", upright=True, workers=None)
+
+    def _entry(self, number: int) -> Entry:
+        name = self.names[number]
+        return Entry(printable(name), (self.folder / name).read_bytes)
+
+    def remarks(self) -> list[str]:
+        """Lines that say where captions came from, and what is left out."""
         origins = ", ".join(f"{count} from {source}" for source, count in self.sources.items())
-        lines = [f"data.images: {len(self.files)} images, captions: {origins}"]
-        lines += [f"data.images: {count} images: {what}" for what, count in sorted(self.converted.items())]
-        if self.skipped:
-            names = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:most])
-            more = "; ..." if len(self.skipped) > most else ""
-            lines.append(f"data.images: {len(self.skipped)} files skipped: {names}{more}")
-        return lines
+        first = [f"data.images: {len(self.names)} images, captions: {origins}"]
+        return first + [f"data.images: {name} left out: {reason}" for name, reason in self.nameless[:5]]
 
-    def load(self, index: Sequence[int], height: int, width: int) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1]: centre-cropped to the aspect ratio and resized with Lanczos.
+
+@dataclass(frozen=True)
+class ImageTars:
+    """The images of webdataset tars, read where they lie in them, and turned upright.
+
+    Attributes:
+        tars: the archives.
+        names: of the images, in the order of the archives and then of the samples.
+        captions: one for each, see ``caption_in``.
+        tar: which archive each lies in.
+        starts, sizes: where in it, in bytes.
+    """
+
+    tars: tuple[Path, ...]
+    names: Texts
+    captions: Texts
+    tar: array[int]
+    starts: array[int]
+    sizes: array[int]
+
+    @staticmethod
+    def read(tars: Sequence[Path]) -> ImageTars:
+        """Looks through archives, and opens no image.
 
         Raises:
-            UserError: when a file was altered since and cannot be used any more.
+            UserError: one is compressed or damaged, a sample has no caption, or there is no image.
         """
-        rows = []
-        for i in index:
-            file = self.files[i]
-            name, pixels, notes = decode(str(file), file.read_bytes, (height, width), upright=True)
-            if pixels is None:
-                raise UserError(
-                    f"data.images: {name} was usable at the start of the run and {'; '.join(notes)}"
-                )
-            rows.append(torch.tensor(pixels).permute(2, 0, 1))
-        return torch.stack(rows).float() / 127.5 - 1
+        names, tar, starts, sizes = list[str](), array("I"), array("Q"), array("Q")
+
+        def captions() -> Iterator[str]:
+            for number, file in enumerate(tars):
+                try:
+                    for sample in webdataset(file):
+                        ending = next((each for each in sample.places if f".{each.lower()}" in ENDINGS), None)
+                        if ending is None:
+                            continue
+                        start, size = sample.places[ending]
+                        names.append(f"{file.name}/{sample.key}.{ending}")
+                        tar.append(number)
+                        starts.append(start)
+                        sizes.append(size)
+                        yield caption_in(sample).strip()
+                except BadRow as problem:
+                    raise UserError(f"data.images: {file}: {problem}") from None
+                except DAMAGE as error:
+                    reason = " ".join(str(error).split())
+                    raise UserError(f"data.images: {file} cannot be read: {reason}") from None
+
+        if packed := next((file for file in tars if not file.name.lower().endswith(".tar")), None):
+            raise UserError(
+                f"data.images: {packed} is compressed, and images are read where they lie: unpack it"
+            )
+        texts = Texts.of(captions())
+        if not names:
+            raise UserError(f"data.images: {tars[0]} holds no image of {', '.join(sorted(ENDINGS))}")
+        return ImageTars(tuple(tars), Texts.of(names), texts, tar, starts, sizes)
+
+    def sha256(self) -> str:
+        """Of names, sizes in bytes and captions, in their order."""
+        return rows_sha256(zip(self.names, self.sizes, self.captions, strict=True))
+
+    def decoded(self, numbers: Sequence[int], sizes: Nearest) -> Iterator[Decoded]:
+        streams = [PerProcess(partial(opened, file)) for file in self.tars]
+
+        def entry(number: int) -> Entry:
+            place = self.starts[number], self.sizes[number]
+            return Entry(self.names[number], partial(_part, streams[self.tar[number]], *place))
+
+        return decode_all(_Entries(entry, numbers), sizes, "anywhere", upright=True, workers=None)
+
+    def remarks(self) -> list[str]:
+        """A line that says how many there are."""
+        return [f"data.images: {len(self.names)} images with their captions, in {len(self.tars)} tar files"]
+
+
+def _part(stream: PerProcess[BinaryIO], start: int, size: int) -> bytes:
+    return os.pread(stream().fileno(), size, start)
+
+
+def find_images(place: Path) -> ImageFolder | ImageTars:
+    """The images of a folder, of a webdataset tar, or of a folder that holds such tars and no images.
+
+    Raises:
+        UserError: there are none.
+    """
+    if place.is_file() and is_tar(place):
+        return ImageTars.read([place])
+    if not place.is_dir():
+        raise UserError(f"data.images: {place} is not a folder: give one with images, or a webdataset .tar")
+    tars = [file for file in place.iterdir() if file.is_file() and is_tar(file)]
+    if tars and not any(is_image(file.name) for file in place.rglob("*")):
+        return ImageTars.read(sorted(tars, key=lambda file: natural(file.name)))
+    return ImageFolder.read(place)

@@ -40,6 +40,7 @@ class Family(ABC):
         has_prompts: whether conditions come from text prompts.
         any_size: whether its call takes a height and a width.
         told_size: whether the call is told them even where they are the network's own, as its default is another.
+        size_conditions: names of the conditions that say the size of what is drawn.
         video: whether a state has frames, and its VAE takes [B, 3, F, H, W].
         keeps_length: whether a guided output is given the length, along the last axis of what :meth:`pack` makes of
             it, of the output for the prompt alone.
@@ -62,6 +63,7 @@ class Family(ABC):
     has_prompts: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
     told_size: ClassVar[bool] = False
+    size_conditions: ClassVar[frozenset[str]] = frozenset()
     video: ClassVar[bool] = False
     keeps_length: ClassVar[bool] = False
     alone: ClassVar[bool] = False

@@ -25,6 +25,7 @@ class PixArt(TransformerFamily):
     name = "PixArt-alpha, PixArt-Sigma"
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     passes = frozenset({"generator"})
+    size_conditions = frozenset({"resolution", "aspect_ratio"})
 
     def adopt(self, pipe: Any) -> None:
         if call_default(pipe, "clean_caption") and not _can_clean():

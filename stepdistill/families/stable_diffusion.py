@@ -46,6 +46,7 @@ class StableDiffusion(UNetFamily):
 class StableDiffusionXL(StableDiffusion):
     name = "SDXL, Kolors"
     pipelines = ("StableDiffusionXLPipeline", "KolorsPipeline")
+    size_conditions = frozenset({"time_ids"})
 
     def added_conditions(self, cond: Condition) -> dict[str, Tensor] | None:
         return {name: cond[name] for name in ("text_embeds", "time_ids")}

@@ -170,7 +170,7 @@ class PipelineTeacher:
             raise UserError(
                 f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1"
             )
-        weak, strong = self.denoiser.raw_pair(x_t, t, self.null, cond)
+        weak, strong = self.denoiser.raw_pair(x_t, t, self._null_like(cond), cond)
         if self.guidance_2 is not None:
             guidance = self._by_stretch(guidance, t)
         if self.guidance_interval != (0.0, 1.0):
@@ -189,6 +189,12 @@ class PipelineTeacher:
         first = self.family.time(self.path, t) > self.denoiser.net.bounds[0]
         scale = guidance if isinstance(guidance, Tensor) else torch.full_like(t, guidance)
         return torch.where(first, scale, self.guidance_2)
+
+    def _null_like(self, cond: Condition) -> Condition:
+        """What guidance starts from, at the size that a condition says."""
+        null = self.null or Condition()
+        told = {name: cond[name][:1] for name in self.family.size_conditions & null.tensors.keys()}
+        return Condition({**null.tensors, **told})
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and configs of the pipeline: what the teacher's samples depend on."""

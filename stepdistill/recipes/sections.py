@@ -73,10 +73,13 @@ class DataOptions(Section):
     Attributes:
         prompts: a text file with one prompt per line, or another kind of file that stepdistill.data.prompts reads; None
             takes the teacher's own captions.
-        images: folder of real images with captions, for methods that need them; None takes the teacher's own.
+        images: real images with captions, for methods that need them: a folder of them, a webdataset .tar, or a folder
+            of such; None takes the teacher's own.
         pairs: folder of cached (noise, teacher sample) pairs; None keeps them in the run folder.
         size: [height, width] in pixels, with a third number the frames of a video; None takes what the teacher's
             pipeline draws by itself.
+        buckets: whether each image is cropped to the nearest of several aspect ratios, all of about the area of
+            ``size``, and not to that of ``size`` itself; the images of a batch are then of one ratio.
         pairs_dtype: what pairs and their states are kept in: ``float32``, or half the bytes, ``bf16`` or ``float16``.
         damaged: what is done with a damaged file of a cache of prompts, latents or pairs: ``refuse``, naming it, or
             ``remake``.
@@ -86,6 +89,7 @@ class DataOptions(Section):
     images: str | None = None
     pairs: str | None = None
     size: tuple[_Positive, _Positive] | tuple[_Positive, _Positive, _Positive] | None = None
+    buckets: bool = False
     pairs_dtype: Literal["float32", "bf16", "float16"] = "float32"
     damaged: Literal["refuse", "remake"] = "refuse"
 

@@ -15,7 +15,7 @@ from stepdistill.attention.kernels import check_attention, fit_attention, told
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import open_prompts
-from stepdistill.data.training_images import EmbeddedImages, ImageFolder, Images
+from stepdistill.data.training_images import EmbeddedImages, Images, find_images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
 from stepdistill.export.adapters import check_options
@@ -47,6 +47,7 @@ from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import Processes
 from stepdistill.system.provenance import provenance
+from stepdistill.training.buckets import buckets_for, check_calls, check_heads
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.optimizers import check_optimizer
 from stepdistill.training.rewards import REWARDS
@@ -75,6 +76,7 @@ class Assembled:
         objective: the method with the recipe's terms.
         sampler: how the student draws, on the exported scheduler's grid.
         prompts: all that it learns from; of a file, read where they lie.
+        buckets: the sizes that images are brought to, the teacher's own first; None brings all to that.
         changes: what was changed in the teacher when it was taken.
         embedded: whether the teacher ships with the package.
         origin: code, versions and machine at the start: files may change while a long run is under way.
@@ -92,6 +94,7 @@ class Assembled:
     objective: Objective
     sampler: Sampler
     prompts: Sequence[str]
+    buckets: list[Size] | None
     changes: list[str]
     embedded: bool
     origin: dict[str, Any]
@@ -166,6 +169,7 @@ def assemble(
     if teacher.null is None and teacher.denoiser.guidance is None:
         options = _without_guidance(options, recipe)
     prompts = _prompts(recipe, teacher, embedded)
+    buckets = buckets_for(recipe, options, teacher, needs) if recipe.data.buckets else None
     for remark in cut_prompts(teacher.pipe, prompts) if main else ():
         say(remark)
     if (
@@ -194,6 +198,9 @@ def assemble(
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
     objective = Objective(method, _terms(recipe, teacher, prompts)).to(device)
+    if buckets:
+        check_heads(objective)
+        check_calls(teacher, buckets, prompts[0])
     if not recipe.student.lora_rank:  # only now: copies are float32, and exported is what was loaded
         teacher.compute_in(teacher_type(recipe.train))
     for net in roles.stored().values():
@@ -215,6 +222,7 @@ def assemble(
         objective=objective,
         sampler=sampler,
         prompts=prompts,
+        buckets=buckets,
         changes=changes,
         embedded=embedded,
         origin=origin,
@@ -295,7 +303,7 @@ def training_data(run: Assembled, output: Path) -> Data:
     if "images" in run.needs and recipe.data.images is None:
         images = EmbeddedImages.read()
     elif "images" in run.needs:
-        images = found = ImageFolder.read(Path(cast(str, recipe.data.images)))
+        images = found = find_images(Path(cast(str, recipe.data.images)))
         for remark in found.remarks() if accelerator.is_main_process else ():
             say(remark)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
@@ -312,7 +320,9 @@ def training_data(run: Assembled, output: Path) -> Data:
             pairs.size.check_room(folder, pairs.there)
             if main:
                 say(pairs.size.line(folder))
-    data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake)
+    data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake, run.buckets)
+    for remark in data.remarks() if main else ():
+        say(remark)
     if pairs is not None:
         shown = bar(pairs.count, "pairs", unit="pair", first=pairs.there, shown=main, lazy=True)
         pairs.make(data.condition, processes, shown.update)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from stepdistill.data.captions import read_metadata
-from stepdistill.data.prompts import open_prompts
+from stepdistill.data.prompts import is_tar, open_prompts
 from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher
 from stepdistill.recipes.recipe import Recipe
@@ -99,9 +99,13 @@ def newest_run_folder(root: Path, name: str) -> Path:
     return numbered[max(numbered)]
 
 
-def _check_images(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"data.images: {folder} is not a folder; give the folder that holds the images")
-    if not any(folder.iterdir()):
-        raise UserError(f"data.images: {folder} is empty")
-    read_metadata(folder)
+def _check_images(place: Path) -> None:
+    if place.is_file() and is_tar(place):
+        return
+    if not place.is_dir():
+        raise UserError(
+            f"data.images: {place} is not a folder; give the folder that holds the images, or a webdataset .tar"
+        )
+    if not any(place.iterdir()):
+        raise UserError(f"data.images: {place} is empty")
+    read_metadata(place)

@@ -14,12 +14,15 @@ from PIL import Image
 
 from stepdistill.data.batches import Data
 from stepdistill.data.image_archives import open_images
+from stepdistill.data.image_decoding import Nearest
+from stepdistill.data.latents import Latents
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.sizes import pairs_size
-from stepdistill.data.training_images import EmbeddedImages, ImageFolder
+from stepdistill.data.training_images import EmbeddedImages, ImageFolder, find_images
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
+from stepdistill.families.size import Size
 from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.teacher import PipelineTeacher
@@ -204,6 +207,17 @@ def picture(file, size=(40, 32), mode="RGB"):
     Image.new(mode, size, colour).save(file)
 
 
+def loaded(found, numbers, size):
+    """Those images at a size, float [B, 3, H, W] in [-1, 1]."""
+    rows = [torch.tensor(pixels) for _, pixels, _ in found.decoded(numbers, Nearest((size,)))]
+    return torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def latents_of(found, size=(32, 40)):
+    """Latents that are the pixels."""
+    return Latents(found, lambda pixels: pixels, (3, *size), [Size(*size)], lambda: None)
+
+
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path):
     picture(tmp_path / "red_apple.png")
     picture(tmp_path / "b.png")
@@ -212,19 +226,20 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "notes.md").write_text("left alone")
     found = ImageFolder.read(tmp_path)
-    assert [file.name for file in found.files] == ["b.png", "red_apple.png"]
-    assert found.captions == ["a dog", "red apple"]
-    assert [skipped.name for skipped in found.skipped] == ["broken.png", "text.jpg"]
-    assert all("cannot be read" in skipped.reason for skipped in found.skipped)
-    pixels = found.load([1], 16, 16)
-    assert pixels.shape == (1, 3, 16, 16)
+    assert list(found.names) == ["b.png", "broken.png", "red_apple.png", "text.jpg"]
+    latents = latents_of(found, (16, 16))
+    assert [skipped.name for skipped in latents.skipped] == ["broken.png", "text.jpg"]
+    assert all("cannot be read" in skipped.reason for skipped in latents.skipped)
+    pixels, numbers = latents.take(0, torch.tensor([1, 0]))
+    assert latents.counts == [2] and pixels.shape == (2, 3, 16, 16)
+    assert [found.captions[i] for i in numbers] == ["red apple", "a dog"]
     torch.testing.assert_close(pixels[0, :, 5, 5], torch.tensor([200, 30, 60]) / 127.5 - 1)
 
 
 def test_captions_come_from_metadata_first(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a red field"}) + "\n")
-    assert ImageFolder.read(tmp_path).captions == ["a red field"]
+    assert list(ImageFolder.read(tmp_path).captions) == ["a red field"]
 
 
 def test_what_has_no_one_way_to_8_bits_is_skipped_by_the_rules_of_evaluation(tmp_path):
@@ -245,8 +260,10 @@ def test_what_has_no_one_way_to_8_bits_is_skipped_by_the_rules_of_evaluation(tmp
     os.rename(tmp_path / "gray.png", os.fsencode(tmp_path) + b"/gr\xe4y.png")
     picture(tmp_path / "gray.png", mode="L")
     found = ImageFolder.read(tmp_path)
-    reasons = dict(found.skipped)
-    assert [file.name for file in found.files] == ["a.png", "gray.png"]
+    latents = latents_of(found)
+    reasons = dict(latents.skipped) | dict(found.nameless)
+    used = [found.names[i] for i in latents.take(0, torch.arange(2))[1]]
+    assert used == ["a.png", "gray.png"] and latents.counts == [2]
     assert reasons.keys() == {
         "deep.png",
         "clear.png",
@@ -260,12 +277,15 @@ def test_what_has_no_one_way_to_8_bits_is_skipped_by_the_rules_of_evaluation(tmp
                        ("gr\\xe4y.png", "not UTF-8")):  # fmt: skip
         assert word in reasons[name]
     scored = dict(open_images(tmp_path))
-    for i, file in enumerate(found.files):
-        pixels = (found.load([i], 32, 40)[0] + 1) * 127.5
-        assert torch.equal(pixels.permute(1, 2, 0).round().byte(), torch.tensor(scored[file.name]))
-    assert found.remarks()[0] == "data.images: 2 images, captions: 2 from their file names"
-    assert found.remarks()[1] == "data.images: 1 images: grayscale to RGB"
-    assert found.remarks()[-1].startswith("data.images: 6 files skipped: bomb.png: cannot be read")
+    for i, name in enumerate(used):
+        pixels = (latents.take(0, torch.tensor([i]))[0][0] + 1) * 127.5
+        assert torch.equal(pixels.permute(1, 2, 0).round().byte(), torch.tensor(scored[name]))
+    assert found.remarks() == [
+        "data.images: 7 images, captions: 7 from their file names",
+        "data.images: gr\\xe4y.png left out: its name is not UTF-8, and there is no other caption",
+    ]
+    assert latents.remarks()[0] == "data.images: 1 images: grayscale to RGB"
+    assert latents.remarks()[1].startswith("data.images: 5 files skipped: bomb.png: cannot be read")
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -281,9 +301,11 @@ def test_photographs_are_turned_upright(tmp_path, turn):
     exif[0x0112] = turn
     image.save(tmp_path / "photo.png", exif=exif)
     found = ImageFolder.read(tmp_path)
-    pixels = found.load([0], 16, 24)[0]
+    pixels = loaded(found, [0], (16, 24))[0]
     assert torch.equal(pixels.permute(1, 2, 0), torch.tensor(upright).float() / 127.5 - 1)
-    assert found.converted == ({} if turn == 1 else {"turned upright (EXIF orientation)": 1})
+    assert latents_of(found, (16, 24)).converted == (
+        {} if turn == 1 else {"turned upright (EXIF orientation)": 1}
+    )
 
 
 def test_captions_come_from_the_nearest_metadata_under_any_of_the_names(tmp_path):
@@ -300,8 +322,7 @@ def test_captions_come_from_the_nearest_metadata_under_any_of_the_names(tmp_path
     (tmp_path / "c.txt").write_text("\ufeffof c\n", "utf-8")
     (tmp_path / "a.txt").write_text("not this")
     found = ImageFolder.read(tmp_path)
-    names = [file.relative_to(tmp_path).as_posix() for file in found.files]
-    assert dict(zip(names, found.captions, strict=True)) == {
+    assert dict(zip(found.names, found.captions, strict=True)) == {
         "a.png": "of a", "b.png": "of b, too", "c.png": "of c",
         "sub/n.png": "nested", "sub/deep/m.png": "line\u2028end", "sub/o_p.png": "o p",
     }  # fmt: skip
@@ -359,8 +380,8 @@ def test_a_folder_without_images_is_an_error(tmp_path, content):
         folder.mkdir()
     if content == "broken":
         (folder / "a.png").write_text("no")
-    with pytest.raises(UserError, match=r"data.images: .*images"):
-        ImageFolder.read(folder)
+    with pytest.raises(UserError, match=r"data.images.*image"):
+        latents_of(find_images(folder))
 
 
 def test_images_reach_the_batch_as_latents_of_the_teachers_scale(teacher):
@@ -372,7 +393,7 @@ def test_images_reach_the_batch_as_latents_of_the_teachers_scale(teacher):
     assert x0.shape == (8, 4, 8, 8)
     assert 0.5 < float(x0.std()) < 2.0
     index = torch.randperm(40, generator=generator_for(0, "order", "images", 0))[:8]
-    real = few.load(index.tolist(), 32, 32) / 2 + 0.5
+    real = loaded(few, index.tolist(), (32, 32)) / 2 + 0.5
     error = float((teacher.codec.to_frames(x0)[:, 0] - real).square().mean())
     assert -10 * np.log10(error) > 22  # decibels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,6 +82,47 @@ def test_what_is_on_the_disk_is_not_made_again(small: None, tmp_path: Path) -> N
     again = RowCache(COUNT, encoder, lambda: tmp_path)
     assert encoder.asked[PROBED:] == list(range(SHARD, 2 * SHARD)) and SHARD % CHUNK == 0
     assert again.take(torch.tensor([SHARD + 5]))["pooled"].tolist() == [[SHARD + 5]]
+
+
+def test_memory_stays_flat_while_rows_are_made_and_read(small: None, tmp_path: Path) -> None:
+    """128 MiB of rows, of which a shard (16 MiB) and what is mapped (64 MiB) are ever held."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    held: list[int] = []
+
+    def compute(rows: list[int]) -> dict[str, Tensor]:
+        held.append(resident())
+        return {"x": torch.tensor(rows, dtype=torch.float32)[:, None].expand(-1, 2**14)}
+
+    cache = RowCache(2048, compute, lambda: tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > 2**27
+    for first in range(0, 2048, 64):
+        index = torch.arange(first, first + 64) * 37 % 2048
+        assert torch.equal(cache.take(index)["x"][:, -1], index.float())
+        held.append(resident())
+    shutil.rmtree(tmp_path)
+    assert max(held) - held[1] < 112 * 2**20
+
+
+def test_what_was_killed_goes_on_to_the_same_bits(small: None, tmp_path: Path) -> None:
+    encoder = Encoder()
+
+    def killed(rows: list[int]) -> dict[str, Tensor]:
+        if len(encoder.asked) > PROBED + SHARD + CHUNK:
+            raise KeyboardInterrupt
+        return encoder(rows)
+
+    RowCache(COUNT, Encoder(), lambda: tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        RowCache(COUNT, killed, lambda: tmp_path / "killed")
+    assert [file.name for file in (tmp_path / "killed").iterdir() if file.suffix] == [
+        "rows-00000.safetensors"
+    ]
+    RowCache(COUNT, Encoder(), lambda: tmp_path / "killed")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
 
 def test_each_process_makes_its_own_shards(small: None, tmp_path: Path) -> None:
