@@ -138,30 +138,28 @@ class PairCache:
         Args:
             condition: prompt indices [B] -> Condition.
             processes: who share the work.
-            progress: told how many pairs each finished shard has.
+            progress: told how many pairs each finished shard has, also of those that were there.
 
         Raises:
             UserError: a shard is damaged.
         """
-        for number in self.missing(processes):
+        missing = self._shards.missing(self._numbers, processes)
+        for number in self._numbers[processes.rank :: processes.count]:
             rows = torch.arange(number * SHARD, min((number + 1) * SHARD, self.made))
-            drawn = self._draw(rows, condition(self.prompt_index[rows]))
-            self._shards.write(number, {name: value.to(self.dtype) for name, value in drawn.items()})
-            progress(len(rows))
+            if number in missing:
+                drawn = self._draw(rows, condition(self.prompt_index[rows]))
+                self._shards.write(number, {name: value.to(self.dtype) for name, value in drawn.items()})
+            progress(min(len(rows), self.count - number * SHARD))
 
     @property
     def there(self) -> int:
         """Pairs whose shards are on the disk."""
-        shards = range(-(-self.count // SHARD))
-        return sum(min(SHARD, self.count - n * SHARD) for n in shards if self._shards.file(n).is_file())
+        made = (number for number in self._numbers if self._shards.file(number).is_file())
+        return sum(min(SHARD, self.count - number * SHARD) for number in made)
 
-    def missing(self, processes: Processes = ALONE) -> list[int]:
-        """The shards that a process has to make.
-
-        Raises:
-            UserError: one is damaged.
-        """
-        return self._shards.missing(range(-(-self.count // SHARD)), processes)
+    @property
+    def _numbers(self) -> range:
+        return range(-(-self.count // SHARD))
 
     def _draw(self, rows: Tensor, cond: Condition) -> dict[str, Tensor]:
         device, parts = self.teacher.device, []

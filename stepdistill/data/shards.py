@@ -6,12 +6,17 @@ named, and made again only where that is asked for (``data.damaged=remake``).
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,11 +27,24 @@ from stepdistill.system.files import written_whole
 from stepdistill.system.log import say
 from stepdistill.system.processes import ALONE, Processes
 
-OPEN_BYTES = 2**26
-"""Of the files that are mapped into memory at once, where they are more than one."""
-
 _CHECKSUMS = "crc32 of "
 Tensors = Mapping[str, Tensor]
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class _Place(NamedTuple):
+    """A tensor of a file: where it begins there, in bytes."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class DamagedShard(UserError):
@@ -53,7 +71,7 @@ class Shards:
 
     def __init__(self, folder: Path, stem: str, remake: bool = False) -> None:
         self.folder, self._stem, self._remake = folder, stem, remake
-        self._open: dict[int, dict[str, Tensor]] = {}
+        self._layouts: dict[int, dict[str, _Place]] = {}
         self._proven: dict[tuple[int, str], bytearray] = {}
 
     def file(self, number: int) -> Path:
@@ -102,56 +120,69 @@ class Shards:
         Raises:
             DamagedShard: one of them is not what was written.
         """
-        tensors = self._mapped(number)
-        value, sums = tensors[name], tensors.get(_CHECKSUMS + name)
-        if sums is not None:  # caches of older versions have none
-            proven = self._proven.setdefault((number, name), bytearray(len(value)))
-            for row in index:
-                if not proven[row] and _crc32(value[row]) != int(sums[row]):
-                    raise DamagedShard(self.file(number), f"row {row} of {name} is not what was written")
+        places, file, which = self._layout(number), self.file(number), list(index)
+        place, summed = places[name], places.get(_CHECKSUMS + name)  # caches of older versions have no sums
+        with self._opened(number) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            found = _rows(mapped, place, which)
+            sums = None if summed is None else _rows(mapped, summed, which).view(np.int64)[:, 0]
+        if sums is not None:
+            proven = self._proven.setdefault((number, name), bytearray(place.shape[0]))
+            for row, content, wanted in zip(which, found, sums.tolist(), strict=True):
+                if not proven[row] and zlib.crc32(content.data) != wanted:
+                    raise DamagedShard(file, f"row {row} of {name} is not what was written")
                 proven[row] = True
-        return value[list(index)]
+        plain = torch.from_numpy(found).reshape(-1)
+        return plain.view(place.dtype).reshape(len(which), *place.shape[1:])
 
     def shapes(self, number: int) -> dict[str, tuple[int, ...]]:
         """The shapes of a file's tensors."""
-        return {name: tuple(value.shape) for name, value in self._mapped(number).items() if _is_data(name)}
+        places = self._layout(number).items()
+        return {name: place.shape for name, place in places if not name.startswith(_CHECKSUMS)}
 
     def notes(self, number: int) -> dict[str, str]:
         """What was noted in a file's header."""
         with safe_open(self.file(number), "pt") as opened:
             return dict(opened.metadata() or {})
 
-    def _mapped(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a file, which lie on the disk until they are touched."""
-        tensors = self._open.pop(number, None)
-        if tensors is None:
+    def _opened(self, number: int) -> BinaryIO:
+        try:
+            return self.file(number).open("rb")
+        except OSError as error:
+            raise DamagedShard(self.file(number), str(error)) from None
+
+    def _layout(self, number: int) -> dict[str, _Place]:
+        """Where the tensors of a file lie, as its header says."""
+        if number not in self._layouts:
             try:
                 with safe_open(self.file(number), "pt") as opened:
                     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise DamagedShard(self.file(number), str(error)) from None
-        self._open[number] = tensors  # the last one used stands last
-        while len(self._open) > 1 and sum(map(_bytes, self._open.values())) > OPEN_BYTES:
-            del self._open[next(iter(self._open))]
-        return tensors
+            with self._opened(number) as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+            self._layouts[number] = {
+                name: _Place(8 + length + header[name]["data_offsets"][0], tuple(value.shape), value.dtype)
+                for name, value in tensors.items()
+            }
+        return self._layouts[number]
 
     def _problem(self, number: int, *, whole: bool) -> str | None:
         try:
-            for name, shape in self.shapes(number).items():
-                self.rows(number, name, range(shape[0] if whole else 0))
+            for name, shape in self.shapes(number).items() if whole else ():
+                for first in range(0, shape[0], 64):
+                    self.rows(number, name, range(first, min(first + 64, shape[0])))
+            self._layout(number)
         except DamagedShard as error:
+            self._layouts.pop(number, None)
             return error.problem
-        finally:
-            self._open.pop(number, None)
         return None
 
 
-def _is_data(name: str) -> bool:
-    return not name.startswith(_CHECKSUMS)
-
-
-def _bytes(tensors: Tensors) -> int:
-    return sum(value.nbytes for value in tensors.values())
+def _rows(mapped: mmap.mmap, place: _Place, index: list[int]) -> NDArray[np.uint8]:
+    """The bytes [B, row] of rows of a tensor, copied."""
+    every = np.frombuffer(mapped, np.uint8, place.shape[0] * place.row, place.start)
+    return np.ascontiguousarray(every.reshape(place.shape[0], place.row)[index])
 
 
 def _crc32(row: Tensor) -> int:

@@ -324,7 +324,7 @@ def training_data(run: Assembled, output: Path) -> Data:
     for remark in data.remarks() if main else ():
         say(remark)
     if pairs is not None:
-        shown = bar(pairs.count, "pairs", unit="pair", first=pairs.there, shown=main, lazy=True)
+        shown = bar(pairs.count, "pairs", unit="pair", shown=main)
         pairs.make(data.condition, processes, shown.update)
         shown.close()
         accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tiny import tiny_pipeline, tiny_teacher
 
@@ -22,6 +23,12 @@ from stepdistill.data.latents import Latents
 from stepdistill.data.training_images import find_images
 from stepdistill.errors import UserError
 from stepdistill.families.size import Size
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import Loss, Turn
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.identity import resolve
+from stepdistill.training.loop import train
 
 SIZES = [(32, 32)] * 7 + [(40, 24)] * 5 + [(30, 70)] * 3  # height, width
 SQUARE = [Size(16, 16)]
@@ -43,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / f"{i:02d}.png").write_bytes(picture(i, *size))
         (place / f"{i:02d}.txt").write_text(f"noise {i}")
     (place / "08b.png").write_bytes(b"no image")
+    (place / "08b.txt").write_text("broken")
     return place
 
 
@@ -73,7 +81,6 @@ def every(latents: Latents, size: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_tars_hold_the_same_images_as_the_folder(folder: Path, tmp_path: Path) -> None:
     """Of one, or of a folder of them; read where they lie, whatever their order in it."""
-    (folder / "08b.txt").write_text("broken")
     tar_of(folder, tmp_path / "a-1.tar", 0, 9)
     tar_of(folder, tmp_path / "a-10.tar", 9, 99)
     plain, packed = find_images(folder), find_images(tmp_path)
@@ -205,16 +212,22 @@ IMAGES = ["options.source=images", "options.grid=10", "train.steps=3", "train.ba
 
 
 def test_a_run_learns_from_buckets(folder: Path, tmp_path: Path) -> None:
+    """The shape is that of the update's bucket."""
     (tmp_path / "p.txt").write_text("a fish\na star\n")
-    sets = [
-        *IMAGES,
-        "evaluate=false",
-        f"data.prompts={tmp_path / 'p.txt'}",
-        f"data.images={folder}",
-        "data.buckets=true",
-    ]
-    run = stepdistill.distill(tiny_pipeline("sdxl"), "lcm", tmp_path / "run", sets=sets)
-    assert (run.student / "model_index.json").is_file()
+    sets = [*IMAGES, f"data.prompts={tmp_path / 'p.txt'}", f"data.images={folder}", "data.buckets=true"]
+    recipe = load_recipe(None, method="lcm", sets=[*sets, "train.steps=6", "options.guidance=3"])
+    job = assemble(resolve(recipe), accelerator := Accelerator(cpu=True), tiny_pipeline("sdxl"))
+    data, shapes = training_data(job, tmp_path), list[tuple[int, ...]]()
+    loss = job.method.loss
+
+    def seen(turn: Turn, batch: Batch) -> Loss:
+        shapes.append(batch.shape)
+        return loss(turn, batch)
+
+    job.method.loss = seen  # type: ignore[method-assign]
+    done = train(job.objective, data, job.recipe, tmp_path, accelerator)
+    assert done.step == 6 and len(shapes) == 6 and len(set(shapes)) > 1
+    assert set(shapes) < {(4, size.height // 4, size.width // 4) for size in job.buckets or ()}
 
 
 @pytest.mark.parametrize(
