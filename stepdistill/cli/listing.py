@@ -32,13 +32,16 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "al
             name: f"{told[name].ljust(width)}  {text}" for name, text in tables["methods"].items()
         }
     if kind in ("all", "recipes"):
-        tables["recipes"] = {name: shipped.header(path) for name, path in shipped.recipe_files().items()}
+        real = {name: shipped.of_real_teacher(path) for name, path in shipped.recipe_files().items()}
+        for title, wanted in (("recipes for a laptop", False), ("recipes for real teachers", True)):
+            files = shipped.recipe_files().items()
+            tables[title] = {name: shipped.header(path) for name, path in files if real[name] == wanted}
     if kind in ("all", "suites"):
         tables["suites"] = {name: shipped.header(path) for name, path in shipped.suite_files().items()}
     if kind in ("all", "families"):
         tables["families"] = shipped.module_summaries("families")
     for title, table in tables.items():
-        if kind == "all":
+        if len(tables) > 1:
             print(f"{title}:")
         width = max(map(len, table), default=0)
         for name, summary in table.items():

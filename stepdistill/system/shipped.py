@@ -64,11 +64,18 @@ def module_summaries(package: Literal["methods", "families"]) -> dict[str, str]:
     return found
 
 
+def of_real_teacher(recipe: Path) -> bool:
+    """Whether a recipe is for a teacher of the Hub, rather than for an embedded one."""
+    named = (line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("teacher:"))
+    return "/" in next(named, "")
+
+
 def header(path: Path) -> str:
-    """The comment a YAML file opens with, on one line: its command, what it needs and what it gave."""
+    """The comment a YAML file opens with, up to an empty line of it, on one line: its command, its needs and what it
+    gave."""
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
+        if not line.startswith("#") or line == "#":
             break
         lines.append(line.lstrip("# ").rstrip())
     return " | ".join(line for line in lines if line)

@@ -15,7 +15,7 @@ from tiny import SIZES, VIDEO, tiny_pipeline
 from stepdistill.errors import UserError
 from stepdistill.export.verify import verify
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.system.shipped import header, recipe_files
+from stepdistill.system.shipped import of_real_teacher, recipe_files
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.finish import export_student
 from stepdistill.training.identity import resolve
@@ -51,7 +51,7 @@ COMMON = (
 
 
 def test_all_real_recipes_are_run_and_say_what_they_are() -> None:
-    real = {name: header(file) for name, file in recipe_files().items() if "_emoji" not in name}
+    real = {name: file.read_text() for name, file in recipe_files().items() if of_real_teacher(file)}
     assert real.keys() == {*REAL, "freeflow_dit"}
     for name, text in real.items():
         assert "not run at full size" in text and "Needs: " in text and load_recipe(name).teacher in text

@@ -74,7 +74,7 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
 
 
 KEYS_OF_STUDENT = "times, lora_rank, base, lora_alpha, output, output_samples, output_steps, output_lr"
-KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, evaluate, output"
+KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, export, evaluate, output"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,8 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
         method_options(load_recipe("my.yaml"))
     assert str(caught.value) == (
         "my.yaml: options.critic_step is not an option of mine "
-        "(did you mean critic_steps? It has: guidance, guidance_interval, guidance_rescale, shift, critic_steps)"
+        "(did you mean critic_steps? It has: guidance, guidance_2, guidance_interval, guidance_rescale, shift, "
+        "critic_steps)"
     )
     recipe = load_recipe("my.yaml", sets=["options={guidance: high}"])
     with pytest.raises(UserError, match=r"^--set: options\.guidance is 'high' and should be a valid number"):
@@ -163,6 +164,7 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
     options = method_options(load_recipe("my.yaml", sets=["options={guidance: 1e-1}"]))
     assert options.model_dump() == {
         "guidance": 0.1,
+        "guidance_2": None,
         "guidance_interval": (0.0, 1.0),
         "guidance_rescale": 0.0,
         "shift": None,
