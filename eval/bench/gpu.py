@@ -16,6 +16,7 @@ attention  time and memory of math, sdpa and fused with and without a derivative
 unit       a DMD unit over its bare network passes, and which lines wait for the GPU in a step once a run is under way
 ceiling    forward and backward of SDXL's bare UNet, random weights at 1024 pixels: batches, layouts, compiled
 sdxl       a DMD unit at that size
+plan       peak memory and time of DMD units of SDXL, Stable Diffusion 3.5 and Flux.1, beside what stepdistill plan says
 ways       24 steps of dmd at the embedded teacher in bf16, under every value of train.compile
 harness    features in float32 and bf16, the Frechet distance, decoding, and folders to a number beside clean-fid
 """
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,22 @@ SIDE_BY_SIDE = (
     *(f"toolkit-{method}" for method in METHODS),
     "draws",
 )
-ONE_BY_ONE = ("attention", "unit", "ceiling", "sdxl", "harness", "ways")
+PLANNED = ("sdxl-lora", "sdxl-full", "sd35-medium-full", "flux-lora")
+ONE_BY_ONE = (
+    "attention",
+    "unit",
+    "ceiling",
+    "sdxl",
+    *(f"plan-{name}" for name in PLANNED),
+    "harness",
+    "ways",
+)
+
+
+def planned(name: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    import plan
+
+    return plan.plan_rows((name,), tiny)
 
 
 def run_part(name: str, folder: Path, tiny: bool) -> None:
@@ -52,7 +69,13 @@ def run_part(name: str, folder: Path, tiny: bool) -> None:
     import gpu_sdxl
     import gpu_training
 
-    parts = {**gpu_attention.PARTS, **gpu_training.PARTS, **gpu_sdxl.PARTS, **gpu_harness.PARTS}
+    parts = {
+        **gpu_attention.PARTS,
+        **gpu_training.PARTS,
+        **gpu_sdxl.PARTS,
+        **gpu_harness.PARTS,
+        "plan": planned,
+    }
     began = time.perf_counter()
     kind, _, argument = name.partition("-")
     found: dict[str, Any] = {"rows": []}

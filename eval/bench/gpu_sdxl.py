@@ -16,14 +16,8 @@ import torch
 from gpu_device import CUDA, DEVICE, PEAK_FLOPS, Row, alone
 from gpu_training import assembled, unit_row
 
-UNITS: tuple[tuple[int, int, str], ...] = (
-    (16, 1, "none"),
-    (16, 4, "none"),
-    (0, 1, "none"),
-    (0, 2, "none"),
-    (16, 4, "regional"),
-)
-"""Rank of the adapters (0 trains all weights), samples, and how networks are compiled."""
+UNITS: tuple[tuple[int, int], ...] = ((16, 1), (16, 4), (0, 1), (0, 2))
+"""Rank of the adapters (0 trains all weights), and samples."""
 
 
 def sdxl(_: str, tiny: bool) -> Iterator[Row]:
@@ -34,16 +28,14 @@ def sdxl(_: str, tiny: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("a red heart\na blue fish\n")
-        for rank, batch, way in UNITS:
-            row: Row = {"trained": f"LoRA {rank}" if rank else "all weights", "pixels": size, "compile": way}
+        for rank, batch in UNITS:
+            row: Row = {"trained": f"LoRA {rank}" if rank else "all weights", "pixels": size}
             try:
                 if not rank and CUDA and torch.cuda.get_device_properties(0).total_memory < 130e9:
                     yield {**row, "failed": "left out: needs more than this card has"}
                     continue
                 sets = [f"data.prompts={prompts}", f"student.lora_rank={rank}", "train.precision=bf16"]
-                job = assembled(
-                    "random", sdxl_pipeline(tiny), batch, [*sets, "train.ema=0", f"train.compile={way}"]
-                )
+                job = assembled("random", sdxl_pipeline(tiny), batch, [*sets, "train.ema=0"])
                 row["parameters M"] = sum(p.numel() for p in job.teacher.denoiser.net.parameters()) / 1e6
                 row = unit_row(job, batch, row, waits=batch == 1)
                 flops = batch * flops_of_a_unit(job)

@@ -86,7 +86,7 @@ class Bare:
         self.job, self.trained, self.device = job, trained, job.accelerator.device
         self.x = torch.randn(batch, *job.teacher.codec.shape, device=self.device)
         self.t = 0.01 + 0.98 * torch.rand(batch, device=self.device)
-        self.cond = job.teacher.codec.encode((job.prompts * batch)[:batch])
+        self.cond = job.teacher.codec.encode([job.prompts[i % len(job.prompts)] for i in range(batch)])
 
     def _autocast(self) -> Any:
         return autocast(self.job.recipe.train.precision, self.device)
