@@ -123,7 +123,7 @@ def _flow_scheduler(sampler: Sampler, path: FlowPath, passes: frozenset[str]) ->
         return own(shift=shift, clock_shift=path.clock_shift)
     stock: list[Any] = [] if "mu" in passes else [FlowMapEulerDiscreteScheduler(shift=shift)]
     stock.append(FlowMatchEulerDiscreteScheduler(shift=shift))
-    if 0 < last < 1 and "sigmas" not in passes:
+    if 0 < last < 1 and not sampler.grid and "sigmas" not in passes:
         stock.append(FlowMatchEulerDiscreteScheduler(shift_terminal=last))
     if "own sigmas" in passes:
         stock.clear()

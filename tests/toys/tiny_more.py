@@ -418,6 +418,9 @@ def _cogview4() -> Any:
         rope_axes_dim=(16, 16),
     )
     _drawn(transformer)
+    torch.nn.init.normal_(
+        transformer.patch_embed.text_proj.weight, std=0.8
+    )  # or prompts are hardly told apart
     tokenizer = tiny_t5_tokenizer()  # one that leaves no prompt empty, as its own
     tokenizer.padding_side = "left"
     config = GlmConfig(**_qwen(layers=2), head_dim=8, pad_token_id=0)
