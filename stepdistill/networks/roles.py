@@ -182,7 +182,7 @@ class Adapters(Roles):
         output: what the roles' network says; None is what the teacher's does.
         start: the adapter that turns the teacher's network into that output, by the names of
             ``SharedNetwork.weights``, in which every role then starts; None starts at zero.
-        exact: the state of the teacher's network before its weights were rounded to bfloat16, for export.
+        exact: the state of the teacher's network before its weights were rounded (bfloat16, quantised), for export.
     """
 
     def __init__(
