@@ -220,12 +220,16 @@ def test_a_generator_of_one_step_is_one_network(rank: int, tmp_path: Path) -> No
     assert files == (["expert-1/pytorch_lora_weights.safetensors"] if rank else [])
 
 
-def test_what_needs_one_network_is_refused(teacher_of: Teachers) -> None:
+def test_what_needs_one_network_is_refused(teacher_of: Teachers, tmp_path: Path) -> None:
     teacher = teacher_of(NAME)
     student = Student.from_teacher(teacher)
     for change in (student.add_guidance_input, lambda: student.make_slimmer(0.5, 1)):
         with pytest.raises(UserError, match="has 2 networks, each for its own noise"):
             change()
+    with pytest.raises(
+        UserError, match="sharded, but this teacher calls one of its networks for some samples"
+    ):
+        run_of("dmd", 0, tmp_path / "run", "train.parallel=sharded")
     with pytest.raises(UserError, match="guidance_2 is 3, but this teacher has one network"):
         PipelineTeacher(tiny_pipeline("wan"), size=SIZE, guidance_2=3.0)
     pipe = tiny_pipeline(NAME)
