@@ -40,6 +40,7 @@ from stepdistill.networks.codec import Codec
 from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
+from stepdistill.networks.switched import network_of
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.sections import ExportOptions
 from stepdistill.system.files import folder_written_whole, sha256_of
@@ -205,6 +206,11 @@ def _save_pipeline(
         else:
             original.save(name, part, place / name)
     pipe.save_config(place)
+    if (
+        types.rounds and whole.two_times
+    ):  # folding came after rounding, so what was saved is rounded once more
+        net = network_of(teacher.family, pipe)
+        whole = Student(net, whole.path, whole.output, whole.family, whole.shape)
     return whole, pipe
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import SIZES, VIDEO, WITH_TEXT, tiny_pipeline
 
 import stepdistill
@@ -66,6 +68,16 @@ def test_classes_and_adapters_leave_room_for_a_second_time(name: str, rank: int,
     run = stepdistill.distill(tiny_pipeline(name), "freeflow", tmp_path / "run", sets=sets)
     assert "drawn in 1 step(s) of" in run.report.verification
     assert not (run.student / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_folder_in_bfloat16_says_what_was_saved(tmp_path: Path) -> None:
+    """Where there is no bias, folding changes weights, which are rounded once more: the proof is of those."""
+    teacher = tiny_pipeline("klein")
+    teacher.transformer.to(torch.bfloat16)
+    sets = [*sets_of("klein", "freeflow", tmp_path), "student.times=[1.0, 0.5]"]
+    run = stepdistill.distill(teacher, "freeflow", tmp_path / "run", sets=sets)
+    mean = re.search(r"by (\d)/255 at most, (\S+)/255 on average", run.report.verification)
+    assert mean is not None and float(mean[2]) < 0.01
 
 
 def test_the_recipe_for_dit_runs_on_a_tiny_one(tmp_path: Path) -> None:
