@@ -6,16 +6,21 @@ import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from safetensors.torch import save_file
 
 from stepdistill.errors import UserError
 from stepdistill.export.experts import adapter_files
+from stepdistill.export.kohya import kohya_state
 from stepdistill.networks.fingerprint import weights_hash
-from stepdistill.networks.pipeline_files import ADAPTER
+from stepdistill.networks.pipeline_files import ADAPTER, LORA
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.sections import ExportOptions
+
+KOHYA = LORA.replace(".", "_kohya.")
 
 
 def no_adapter_file(teacher: PipelineTeacher, student: Student | None = None) -> str | None:
@@ -67,10 +72,14 @@ def check_options(
             why = "the teacher is an object, which nobody else finds"
         if why:
             raise UserError(f"export.what is adapter, but {why}: set export.what=merged")
-    if options.kohya and (why or options.what == "merged"):
-        raise UserError(
-            f"export.kohya is true, but {why or 'export.what is merged, which writes no adapter'}: set it to false"
-        )
+    if options.kohya:
+        network = type(getattr(teacher.pipe, teacher.family.network)).__name__
+        if not why and options.what == "merged":
+            why = "export.what is merged, which writes no adapter"
+        elif not why and network != "UNet2DConditionModel":
+            why = f"its names are for UNets, and this is a {network}"
+        if why:
+            raise UserError(f"export.kohya is true, but {why}: set it to false")
     if lora and why and options.what == "both":
         return f"the student is exported with its adapter in its weights alone: {why}"
     return None
@@ -84,6 +93,18 @@ def save_adapters(student: Student, teacher: PipelineTeacher, folder: Path) -> N
     for name, (config, state) in adapter_files(student).items():
         layers = {f"{kind}_lora_layers": state, f"{kind}_lora_adapter_metadata": config}
         writer.save_lora_weights(folder / name, **layers)
+
+
+def save_kohya(student: Student, folder: Path) -> None:
+    """Writes the LoRA of a student once more, under the names of kohya's scripts, see ``kohya.py``."""
+    for name, (config, state) in adapter_files(student).items():
+        rank, alpha, net = int(config["r"]), float(config["lora_alpha"]), cast(Any, student.net)
+        told = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(alpha),
+        }
+        save_file(kohya_state(state, alpha, net.config), folder / name / KOHYA, metadata=told)
 
 
 def save_alone(student: Student, teacher: PipelineTeacher, scheduler: Any, source: str, folder: Path) -> None:

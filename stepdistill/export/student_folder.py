@@ -29,6 +29,7 @@ from stepdistill.export.adapters import (
     no_adapter_file,
     save_adapters,
     save_alone,
+    save_kohya,
 )
 from stepdistill.export.card import for_folder
 from stepdistill.export.checks import grid_check
@@ -162,6 +163,8 @@ def export(
             whole, pipe = _save_pipeline(student, sampler, teacher, Original(source), options, place)
         if options.what == "both" and no_adapter_file(teacher, student) is None:
             save_adapters(student, teacher, place)
+        if options.kohya:
+            save_kohya(student, place)
         (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 from student_toy import SAMPLERS, assert_same, drawn, kept
 from tiny import SIZES, shaken, tiny_pipeline, tiny_prompts
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from stepdistill.errors import UserError
+from stepdistill.export.adapters import KOHYA
 from stepdistill.export.card import PLAIN, STOCK
+from stepdistill.export.kohya import published_name
 from stepdistill.export.original import Original
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import DEFAULT, _save_pipeline, export
 from stepdistill.export.verify import verify
 from stepdistill.networks.loading import load_pipeline, load_teacher
+from stepdistill.networks.lora import lora_layers
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, tensor_types
 from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.sampler import Sampler
@@ -197,3 +202,50 @@ def test_a_recipe_says_it_before_it_trains(tmp_path: Path) -> None:
     sets = ["student.lora_rank=2", "export.what=adapter", "student.output=v"]
     with pytest.raises(UserError, match="DiTPipeline has no load_lora_weights"):
         distill(saved("dit", tmp_path / "t", torch.float32), "dmd", tmp_path / "run", sets=sets)
+
+
+# --- kohya's names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_file_with_kohyas_names_says_the_same(name: str, tmp_path: Path) -> None:
+    """diffusers reads its names back into the very adapter, alpha with them, and draws the trainer's pictures."""
+    teacher = saved(name, tmp_path / "t", torch.float32)
+    options = ExportOptions(what="adapter", kohya=True)
+    student = exported(name, teacher, tmp_path / "s", options, lora_rank=2)
+    theirs, ours = load_file(student / KOHYA), load_file(student / LORA)
+    assert all(re.fullmatch(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", k) for k in theirs)
+    assert 3 * len(ours) == 2 * len(theirs) and {float(v) for k, v in theirs.items() if "alpha" in k} == {6.0}
+    if name == "sd":
+        converted = convert_state_dict_to_kohya(ours)
+        assert converted.keys() == theirs.keys()
+        assert all(torch.equal(converted[k], v) for k, v in theirs.items() if "alpha" not in k)
+    else:
+        assert not any("down_blocks" in key or "up_blocks" in key for key in theirs)
+    pipe = load_pipeline(teacher, "cpu")[0]
+    state, alphas = pipe.lora_state_dict(student, weight_name=KOHYA, unet_config=pipe.unet.config)[:2]
+    assert len(state) == len(ours) and len(alphas) == len(ours) // 2
+    pipe.load_lora_weights(student, weight_name=KOHYA)
+    pipe.scheduler = load_pipeline(student, "cpu")[0].scheduler
+    assert len(lora_layers(pipe.unet)) == len(ours) // 2
+    assert_same(drawn(pipe, student), kept(student))
+
+
+def test_sdxls_layers_have_their_published_names() -> None:
+    """Its three blocks of two layers: the attention of its second block is in the fourth and fifth input block."""
+    config = {
+        "layers_per_block": 2,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    names = {
+        "down_blocks.1.attentions.0.proj_in": "input_blocks.4.1.proj_in",
+        "down_blocks.1.attentions.1.proj_out": "input_blocks.5.1.proj_out",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.2.resnets.1.conv1": "input_blocks.8.0.in_layers.2",
+        "mid_block.attentions.0.transformer_blocks.9.attn1.to_q": "middle_block.1.transformer_blocks.9.attn1.to_q",
+        "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
+        "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.2": "output_blocks.2.1.transformer_blocks.0.ff.net.2",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
+    }
+    assert {layer: published_name(layer, config) for layer in names} == names
