@@ -52,10 +52,10 @@ def published_name(layer: str, config: Any) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{first + per_block}.0.op"
     if kind == "upsamplers":
-        place = 2 if "CrossAttn" in config["up_block_types"][int(block)] else 1
-        return f"output_blocks.{first + per_block - 1}.{place}.conv"
-    place = first + int(number)
-    at = f"input_blocks.{place + 1}" if way == "down" else f"output_blocks.{place}"
+        after = 2 if "CrossAttn" in config["up_block_types"][int(block)] else 1
+        return f"output_blocks.{first + per_block - 1}.{after}.conv"
+    own = first + int(number)
+    at = f"input_blocks.{own + 1}" if way == "down" else f"output_blocks.{own}"
     return f"{at}.{int(kind == 'attentions')}.{_inner(kind, rest)}"
 
 
