@@ -18,6 +18,8 @@ from stepdistill.data.buckets import shuffled, turn
 from stepdistill.data.conditions import Conditions, cached_at
 from stepdistill.data.latents import Latents
 from stepdistill.data.pairs import PairCache
+from stepdistill.data.row_cache import RowCache
+from stepdistill.data.sizes import check_rooms
 from stepdistill.data.texts import rows_sha256
 from stepdistill.data.training_images import Images
 from stepdistill.diffusion.draws import Draws
@@ -25,13 +27,14 @@ from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.system.log import say
 from stepdistill.system.memory import sent
 from stepdistill.system.prefetch import ahead
 from stepdistill.system.processes import ALONE, Processes
 
 
 class Data:
-    """Everything a method asked for.
+    """Everything a method asked for: what is to be made of it is told, the disk looked at, then it is made.
 
     Args:
         teacher: encodes prompts and images.
@@ -57,14 +60,14 @@ class Data:
     ) -> None:
         self.teacher, self.seed, self.pairs = teacher, seed, pairs
         self.count = len(prompts)
-        self.conditions = Conditions(teacher, prompts, "prompts", processes, remake)
+        self.conditions = Conditions(teacher, prompts, "prompts", remake)
         self.images: Latents | None = None
         self._images, self._captions = images, self.conditions
         self._told: list[Mapping[str, Tensor]] = []
         if images is not None:
             sizes, codec = buckets or [teacher.size], teacher.codec
             if rows_sha256(images.captions) != self.conditions.sha256:
-                self._captions = Conditions(teacher, images.captions, "captions", processes, remake)
+                self._captions = Conditions(teacher, images.captions, "captions", remake)
 
             def encode(pixels: Tensor) -> Tensor:
                 return codec.to_states(pixels.to(teacher.device)[:, None])
@@ -73,12 +76,18 @@ class Data:
                 source = f"{images.sha256()} {' '.join(map(str, sizes))}"
                 return cached_at("latents", teacher, teacher.vae_fingerprint(), source)
 
-            self.images = Latents(images, encode, codec.shape, sizes, place, processes, remake)
+            self.images = Latents(images, encode, codec.shape, sizes, place, remake)
             if buckets:
                 names = teacher.family.size_conditions
                 some = [replace(codec, size=size).encode([prompts[0]]).tensors for size in sizes if names]
                 self._told = [{name: each[name] for name in names & each.keys()} for each in some]
         self._buckets = buckets is not None
+        self._caches = list(dict.fromkeys([self.conditions.rows, self._captions.rows]))
+        every: list[RowCache | Latents] = [*self._caches, *([self.images] if self.images else [])]
+        missing = [*(cache.wanted() for cache in every), pairs and pairs.wanted()]
+        check_rooms(missing, say if processes.main else lambda line: None)
+        for cache in every:
+            cache.make(processes)
 
     def identity(self) -> dict[str, str]:
         """SHA-256 of what batches are made of, by what the recipe calls it: a run goes on with the very same alone."""
@@ -136,8 +145,8 @@ class Data:
         """:meth:`batch` of the steps, one after the other; each is made while the one before it is used, where that
         saves time: where rows come from the disk, or go to a GPU. Closing it ends the thread that makes them."""
         device = self.teacher.device
-        rows = [rows for rows in (self.conditions, self._captions, self.images) if rows is not None]
-        apart = device.type == "cuda" or any(cache.on_disk for cache in rows)
+        on_disk = any(cache.on_disk for cache in self._caches) or (self.images and self.images.on_disk)
+        apart = device.type == "cuda" or bool(on_disk)
 
         def made() -> Iterator[Batch]:
             # What belongs to a thread is set in the one that makes them.

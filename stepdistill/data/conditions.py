@@ -14,7 +14,6 @@ from stepdistill.data.row_cache import RowCache
 from stepdistill.data.texts import rows_sha256
 from stepdistill.families.condition import Condition
 from stepdistill.networks.teacher import PipelineTeacher
-from stepdistill.system.processes import ALONE, Processes
 from stepdistill.system.shipped import cache_folder
 
 
@@ -25,11 +24,11 @@ class Conditions:
         teacher: whose encoder.
         texts: not held, if they are not.
         what: they are, for messages.
-        processes: who share the work; each is to make this.
         remake: whether damaged shards are made again.
 
-    Raises:
-        UserError: as :class:`RowCache`.
+    Attributes:
+        sha256: of the texts.
+        rows: of the different ones; to be made before any is taken.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class Conditions:
         teacher: PipelineTeacher,
         texts: Sequence[str],
         what: str = "prompts",
-        processes: Processes = ALONE,
         remake: bool = False,
     ) -> None:
         self.count, self.sha256 = len(texts), rows_sha256(texts)
@@ -51,12 +49,11 @@ class Conditions:
             return cached_at("conditions", teacher, teacher.encoder_fingerprint(), self.sha256)
 
         count = self.count if first is None else len(first)
-        self._rows = RowCache(count, encode, place, what, processes, remake)
-        self.on_disk = self._rows.on_disk
+        self.rows = RowCache(count, encode, place, what, remake)
 
     def take(self, index: Tensor) -> Condition:
         """The conditions of the texts ``index`` [B], on the CPU."""
-        return Condition(self._rows.take(index if self._row is None else self._row[index]))
+        return Condition(self.rows.take(index if self._row is None else self._row[index]))
 
 
 def cached_at(kind: str, teacher: PipelineTeacher, weights: str, source: str) -> Path:

@@ -16,11 +16,11 @@ from stepdistill.data.image_decoding import Nearest
 from stepdistill.data.image_sources import Skipped
 from stepdistill.data.row_cache import CHUNK, MEMORY_BYTES, MEMORY_ROWS, SHARD
 from stepdistill.data.shards import Shards, Tensors, grouped
-from stepdistill.data.sizes import latents_size
+from stepdistill.data.sizes import Wanted, latents_size
 from stepdistill.data.training_images import Images
 from stepdistill.errors import UserError
 from stepdistill.families.size import Size
-from stepdistill.system.log import bar, say
+from stepdistill.system.log import bar
 from stepdistill.system.processes import ALONE, Processes
 
 CHUNK_PIXELS = 2**22
@@ -31,7 +31,7 @@ _Made = tuple[int, Tensors, dict[str, str]]
 
 
 class Latents:
-    """Latents of images, by their sizes.
+    """Latents of images, by their sizes; :meth:`make` makes those that are missing.
 
     Args:
         images: what is encoded; not all may turn out to be usable.
@@ -40,15 +40,13 @@ class Latents:
         sizes: what images are cropped and resized to, each to that of the nearest aspect ratio.
         place: the folder of the shards, asked for only where latents do not stay in memory; its name says all that they
             depend on. Shards that are there already are kept, so an interrupted run goes on.
-        processes: who share the work; each is to make this.
         remake: whether damaged shards are made again.
 
     Attributes:
-        counts: how many images each size has.
         on_disk: whether they are read from the disk when they are taken.
-
-    Raises:
-        UserError: a shard on the disk is damaged, the disk has no room for them, or no image is usable.
+        counts: how many images each size has, once they are made.
+        converted: kinds of conversion, with the number of images.
+        skipped: what is not used, with the reason.
     """
 
     def __init__(
@@ -58,18 +56,38 @@ class Latents:
         state: tuple[int, ...],
         sizes: Sequence[Size],
         place: Callable[[], Path],
-        processes: Processes = ALONE,
         remake: bool = False,
     ) -> None:
         self._images, self._encode, self.sizes = images, encode, list(sizes)
         self._count = len(images.captions)
-        self._size, numbers = latents_size(self._count, state), range(-(-self._count // SHARD))
+        self._size, self._numbers = latents_size(self._count, state), range(-(-self._count // SHARD))
         self.on_disk = self._count > MEMORY_ROWS or self._size.bytes > MEMORY_BYTES
         self._kept: dict[int, Tensors] = {}
-        notes: list[dict[str, str]] = []
+        self.counts: list[int] = []
+        self.converted, self.skipped = Counter[str](), list[Skipped]()
         if self.on_disk:
             self._shards = Shards(place(), "latents", remake)
-            processes.together(lambda: self._to_disk(numbers, processes))
+
+    def wanted(self) -> Wanted | None:
+        """What is to be written; None where latents stay in memory."""
+        if not self.on_disk:
+            return None
+        there = min(self._count, SHARD * self._shards.there(self._numbers))
+        return Wanted(self._size, self._shards.folder, there)
+
+    def make(self, processes: Processes = ALONE) -> Latents:
+        """Decodes and encodes what is missing.
+
+        Args:
+            processes: who share the work; each is to do this.
+
+        Raises:
+            UserError: a shard on the disk is damaged, or no image is usable.
+        """
+        notes: list[dict[str, str]] = []
+        numbers = self._numbers
+        if self.on_disk:
+            processes.together(lambda: self._to_disk(processes))
             notes = [self._shards.notes(number) for number in numbers]
         else:
             for number, tensors, noted in self._made(list(numbers), processes.main):
@@ -86,6 +104,7 @@ class Latents:
         if not sum(self.counts):
             first = f": {self.skipped[0].name} {self.skipped[0].reason}" if self.skipped else ""
             raise UserError(f"data.images holds no usable image ({len(self.skipped)} skipped{first})")
+        return self
 
     def take(self, size: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Of the images of one of the sizes those of ``index`` [B]: their latents [B, ...], and their numbers [B] among
@@ -115,14 +134,9 @@ class Latents:
     def _shapes(self, number: int) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._kept[number].items()}
 
-    def _to_disk(self, numbers: range, processes: Processes) -> None:
-        missing = self._shards.missing(numbers, processes)
-        if not missing:
-            return
-        self._size.check_room(self._shards.folder, max(0, self._count - len(missing) * SHARD))
-        if processes.main:
-            say(self._size.line(self._shards.folder))
-        for number, tensors, notes in self._made(missing, processes.main):
+    def _to_disk(self, processes: Processes) -> None:
+        missing = self._shards.missing(self._numbers, processes)
+        for number, tensors, notes in self._made(missing, processes.main) if missing else ():
             self._shards.write(number, tensors, notes)
 
     def _made(self, numbers: list[int], shown: bool) -> Iterator[_Made]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.shards import Shards, grouped
-from stepdistill.data.sizes import DTYPES, pairs_size
+from stepdistill.data.sizes import DTYPES, Wanted, pairs_size
 from stepdistill.data.texts import lines_sha256
 from stepdistill.diffusion.draws import generator_for, normal_of
 from stepdistill.diffusion.path import FlowPath, Prediction
@@ -151,11 +151,9 @@ class PairCache:
                 self._shards.write(number, {name: value.to(self.dtype) for name, value in drawn.items()})
             progress(min(len(rows), self.count - number * SHARD))
 
-    @property
-    def there(self) -> int:
-        """Pairs whose shards are on the disk."""
-        made = (number for number in self._numbers if self._shards.file(number).is_file())
-        return sum(min(SHARD, self.count - number * SHARD) for number in made)
+    def wanted(self) -> Wanted:
+        """What is to be written."""
+        return Wanted(self.size, self.folder, min(self.count, SHARD * self._shards.there(self._numbers)))
 
     @property
     def _numbers(self) -> range:

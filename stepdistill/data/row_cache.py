@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepdistill.data.shards import Shards, Tensors, grouped
-from stepdistill.data.sizes import CacheSize, rows_size
+from stepdistill.data.sizes import Wanted, rows_size
 from stepdistill.families.condition import Condition, joined
-from stepdistill.system.log import bar, say
+from stepdistill.system.log import bar
 from stepdistill.system.processes import ALONE, Processes
 
 MEMORY_ROWS, MEMORY_BYTES = 4096, 2**27
@@ -28,7 +28,7 @@ PROBED = 16
 
 
 class RowCache:
-    """Rows of named tensors.
+    """Rows of named tensors; :meth:`make` makes those that are missing.
 
     Args:
         count: number of rows.
@@ -36,11 +36,10 @@ class RowCache:
         place: the folder of the shards, asked for only where rows do not stay in memory; its name says all that they
             depend on. Shards that are there already are kept, so an interrupted run goes on.
         what: what they are, for messages.
-        processes: who share the work; each is to make this cache.
         remake: whether damaged shards are made again.
 
-    Raises:
-        UserError: a shard on the disk is damaged, or the disk has no room for them.
+    Attributes:
+        on_disk: whether rows are read from the disk when they are taken.
     """
 
     def __init__(
@@ -49,32 +48,45 @@ class RowCache:
         compute: Callable[[list[int]], Tensors],
         place: Callable[[], Path],
         what: str = "rows",
-        processes: Processes = ALONE,
         remake: bool = False,
     ) -> None:
         self.count, self._compute = count, compute
         probed = min(count, PROBED)
         first = Condition(compute([i * count // probed for i in range(probed)]))
-        size = rows_size(what, count, first.tensors)
+        self._size = size = rows_size(what, count, first.tensors)
         self._kept: Tensors | None = None
         if probed == count or not size.bytes:
             self._kept = _on_cpu(first.tensors)
-        elif count <= MEMORY_ROWS and size.bytes <= MEMORY_BYTES:
-            self._kept = self._computed(range(count))
-        if self._kept is not None:
-            return
+        self.on_disk = self._kept is None and not (count <= MEMORY_ROWS and size.bytes <= MEMORY_BYTES)
         self._each = SHARD if SHARD * size.row <= SHARD_BYTES else CHUNK
-        self._shards = Shards(place(), "rows", remake)
-        processes.together(lambda: self._make(size, processes))
         self._lengths: dict[str, int] = {}
-        for number in self._numbers:
-            for name, shape in self._shards.shapes(number).items():
-                self._lengths[name] = max(shape[1] if len(shape) > 1 else 0, self._lengths.get(name, 0))
+        if self.on_disk:
+            self._shards = Shards(place(), "rows", remake)
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether rows are read from the disk when they are taken."""
-        return self._kept is None
+    def wanted(self) -> Wanted | None:
+        """What is to be written; None where rows stay in memory."""
+        if not self.on_disk:
+            return None
+        there = min(self.count, self._each * self._shards.there(self._numbers))
+        return Wanted(self._size, self._shards.folder, there)
+
+    def make(self, processes: Processes = ALONE) -> RowCache:
+        """Computes what is missing.
+
+        Args:
+            processes: who share the work; each is to do this.
+
+        Raises:
+            UserError: a shard on the disk is damaged.
+        """
+        if self.on_disk:
+            processes.together(lambda: self._make(processes))
+            for number in self._numbers:
+                for name, shape in self._shards.shapes(number).items():
+                    self._lengths[name] = max(shape[1] if len(shape) > 1 else 0, self._lengths.get(name, 0))
+        elif self._kept is None:
+            self._kept = self._computed(range(self.count))
+        return self
 
     def take(self, index: Tensor) -> dict[str, Tensor]:
         """The rows [B, ...] of ``index`` [B], sequences as long as the longest of all rows."""
@@ -93,14 +105,9 @@ class RowCache:
     def _numbers(self) -> range:
         return range(-(-self.count // self._each))
 
-    def _make(self, size: CacheSize, processes: Processes) -> None:
+    def _make(self, processes: Processes) -> None:
         missing = self._shards.missing(self._numbers, processes)
-        if not missing:
-            return
-        size.check_room(self._shards.folder, self.count - min(self.count, len(missing) * self._each))
-        if processes.main:
-            say(size.line(self._shards.folder))
-        shown = bar(self.count, size.what, unit="row", first=0, shown=processes.main, lazy=True)
+        shown = bar(len(missing) * self._each, self._size.what, unit="row", shown=processes.main, lazy=True)
         for number in missing:
             rows = range(number * self._each, min((number + 1) * self._each, self.count))
             self._shards.write(number, self._computed(rows))

@@ -78,6 +78,10 @@ class Shards:
         """The place of a file."""
         return self.folder / f"{self._stem}-{number:05d}.safetensors"
 
+    def there(self, numbers: Iterable[int]) -> int:
+        """How many of the files are there."""
+        return sum(self.file(number).is_file() for number in numbers)
+
     def missing(self, numbers: Iterable[int], processes: Processes = ALONE) -> list[int]:
         """The files that this process has to make: its own share of the numbers, without those that are there.
 

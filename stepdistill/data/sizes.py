@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stepdistill.system.files import check_room, size_text
+from stepdistill.system.files import check_room, present, size_text
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
 """What pairs may be kept in, by its name in ``data.pairs_dtype``."""
@@ -39,17 +39,41 @@ class CacheSize:
         """For the log: ``pairs: 20,000 x 160.0 KiB = 3.1 GiB in FOLDER``."""
         return f"{self.what}: {self.count:,} x {size_text(self.row)} = {size_text(self.bytes)} in {folder}"
 
-    def check_room(self, folder: Path, there: int = 0) -> None:
-        """The disk has room for it.
 
-        Args:
-            folder: where it is made.
-            there: rows that are there already.
+@dataclass(frozen=True)
+class Wanted:
+    """A cache that is to be made, or to be gone on with.
 
-        Raises:
-            UserError: it has not.
-        """
-        check_room(folder, (self.count - there) * self.row, f"{self.what}: {self.count:,} rows")
+    Attributes:
+        size: of all of it.
+        folder: where.
+        there: rows that are there already.
+    """
+
+    size: CacheSize
+    folder: Path
+    there: int
+
+    @property
+    def bytes(self) -> int:
+        """Still to be written."""
+        return (self.size.count - self.there) * self.size.row
+
+
+def check_rooms(wanted: Iterable[Wanted | None], say: Callable[[str], None] = lambda line: None) -> None:
+    """Says the size of every cache of which something is missing; their disks have room for all together.
+
+    Raises:
+        UserError: one has not.
+    """
+    disks: dict[int, list[Wanted]] = {}
+    for each in wanted:
+        if each is not None and each.bytes:
+            say(each.size.line(each.folder))
+            disks.setdefault(present(each.folder).stat().st_dev, []).append(each)
+    for some in disks.values():
+        told = " and ".join(f"{each.size.what} ({size_text(each.bytes)})" for each in some)
+        check_room(some[0].folder, sum(each.bytes for each in some), told)
 
 
 def rows_size(what: str, count: int, example: Mapping[str, Tensor]) -> CacheSize:

@@ -109,12 +109,16 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
     Raises:
         UserError: it has not.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if (free := shutil.disk_usage(there).free) < wanted:
+    if (free := shutil.disk_usage(present(folder)).free) < wanted:
         raise UserError(
-            f"{what} needs {size_text(wanted)} in {folder}, whose disk has {size_text(free)} free: make room, or "
-            "name a place on another disk"
+            f"{what} need {size_text(wanted)} in {folder}, whose disk has {size_text(free)} free: make room, or name "
+            "another place (data.pairs; $STEPDISTILL_CACHE for prompts and latents)"
         )
+
+
+def present(folder: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def size_text(size: int) -> str:

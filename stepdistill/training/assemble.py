@@ -316,10 +316,6 @@ def training_data(run: Assembled, output: Path) -> Data:
         times = run.method.pair_times() if "states" in run.needs else ()
         seed, dtype = recipe.train.seed, recipe.data.pairs_dtype
         pairs = PairCache(folder, run.teacher, run.prompts, options, seed, times, dtype, remake)
-        if pairs.there < pairs.count:
-            pairs.size.check_room(folder, pairs.there)
-            if main:
-                say(pairs.size.line(folder))
     data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake, run.buckets)
     for remark in data.remarks() if main else ():
         say(remark)

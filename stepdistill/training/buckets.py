@@ -66,17 +66,25 @@ def buckets_for(
 
 
 def check_calls(teacher: PipelineTeacher, sizes: list[Size], prompt: str) -> None:
-    """The teacher's network takes states of all of the sizes: each is tried.
+    """The teacher's network takes states of all of the sizes, each is tried, and what it is told of them is known.
 
     Raises:
-        UserError: it does not take one.
+        UserError: it does not take one, or is told something else.
     """
+    own = teacher.codec.encode([prompt]).tensors
     for size in sizes[1:]:
         codec = replace(teacher.codec, size=size)
+        cond = codec.encode([prompt])
+        told = {k for k, v in own.items() if v.shape != cond[k].shape or not torch.equal(v, cond[k])}
+        if odd := sorted(told - teacher.family.size_conditions):
+            raise UserError(
+                f"data.buckets is true, but {', '.join(odd)} of {teacher.family.name} differ with the size, and are "
+                "not among its size_conditions: set it to false"
+            )
         x_t, t = torch.zeros(1, *codec.shape, device=teacher.device), torch.ones(1, device=teacher.device)
         try:
             with torch.no_grad():
-                teacher.denoiser.raw(x_t, t, codec.encode([prompt]))
+                teacher.denoiser.raw(x_t, t, cond)
         except (RuntimeError, ValueError) as error:
             name, reason = type(teacher.denoiser.net).__name__, " ".join(str(error).split())[:200]
             raise UserError(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_pairs_in_half_precision_take_half_the_bytes_and_are_the_same_rounded(te
     for dtype, kept in (("float32", torch.float32), ("bf16", torch.bfloat16), ("float16", torch.float16)):
         cache = PairCache(tmp_path / dtype, teacher, PROMPTS, wide, 5, times=(0.5,), dtype=dtype)
         cache.make(Data(teacher, PROMPTS, 5).condition)
-        assert cache.size == pairs_size(12, teacher.codec.shape, 1, dtype) and cache.there == 12
+        assert cache.size == pairs_size(12, teacher.codec.shape, 1, dtype) and cache.wanted().bytes == 0
         files[dtype] = (tmp_path / dtype / "pairs-00000.safetensors").stat().st_size
         assert 0 < files[dtype] - cache.size.bytes < 1200
         if dtype == "float32":
@@ -215,7 +216,7 @@ def loaded(found, numbers, size):
 
 def latents_of(found, size=(32, 40)):
     """Latents that are the pixels."""
-    return Latents(found, lambda pixels: pixels, (3, *size), [Size(*size)], lambda: None)
+    return Latents(found, lambda pixels: pixels, (3, *size), [Size(*size)], Path).make()
 
 
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path):

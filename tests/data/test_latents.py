@@ -86,7 +86,7 @@ def test_tars_hold_the_same_images_as_the_folder(folder: Path, tmp_path: Path) -
     plain, packed = find_images(folder), find_images(tmp_path)
     there = [*packed.captions[:10], *packed.captions[11:]]
     assert there == list(plain.captions) and packed.captions[10] == "from json"
-    found = [every(Latents(each, pixels, (3, 16, 16), SQUARE, Path)) for each in (plain, packed)]
+    found = [every(Latents(each, pixels, (3, 16, 16), SQUARE, Path).make()) for each in (plain, packed)]
     keep = found[1][1] != 10
     assert torch.equal(found[0][0], found[1][0][keep]) and len(found[0][0]) == 15
     one = find_images(tmp_path / "a-10.tar")
@@ -108,7 +108,7 @@ def test_latents_on_the_disk_are_those_in_memory_and_go_on_where_they_stopped(
     """An image is decoded when its shard is made, and never again."""
     monkeypatch.setattr(latents_module, "SHARD", 4)
     sizes, images = [Size(16, 16), Size(24, 16), Size(8, 24)], find_images(folder)
-    kept = Latents(images, pixels, (3, 16, 16), sizes, Path)
+    kept = Latents(images, pixels, (3, 16, 16), sizes, Path).make()
     assert (kept.counts, kept.on_disk) == ([7, 5, 3], False)
     monkeypatch.setattr(latents_module, "MEMORY_BYTES", 0)
     calls: list[int] = []
@@ -120,10 +120,10 @@ def test_latents_on_the_disk_are_those_in_memory_and_go_on_where_they_stopped(
         return x
 
     with pytest.raises(KeyboardInterrupt):
-        Latents(images, failing, (3, 16, 16), sizes, lambda: tmp_path)
+        Latents(images, failing, (3, 16, 16), sizes, lambda: tmp_path).make()
     assert len(list(tmp_path.glob("latents-*.safetensors"))) == 2
     calls = [9] * 9
-    on_disk = Latents(images, failing, (3, 16, 16), sizes, lambda: tmp_path)
+    on_disk = Latents(images, failing, (3, 16, 16), sizes, lambda: tmp_path).make()
     assert sum(calls[9:]) == 15 - 8 and on_disk.on_disk
     for size in range(3):
         assert all(torch.equal(*both) for both in zip(every(kept, size), every(on_disk, size), strict=True))
@@ -138,7 +138,7 @@ def test_latents_on_the_disk_are_those_in_memory_and_go_on_where_they_stopped(
         }
     )
     made = len(calls)
-    again = Latents(images, failing, (3, 16, 16), sizes, lambda: tmp_path)
+    again = Latents(images, failing, (3, 16, 16), sizes, lambda: tmp_path).make()
     assert len(calls) == made and again.counts == kept.counts
 
 

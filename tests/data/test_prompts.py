@@ -103,6 +103,7 @@ def test_a_prompt_that_stands_twice_is_encoded_once(monkeypatch: pytest.MonkeyPa
     )
     texts = ["a fish", "a star", "a fish", "a heart", "a star", "a fish"]
     conditions = Conditions(teacher, texts)
+    conditions.rows.make()
     assert asked == ["a fish", "a star", "a heart"] and conditions.count == 6
     found = conditions.take(torch.tensor([5, 1, 0, 3]))["encoder_hidden_states"]
     wanted = encode(teacher.codec, ["a fish", "a star", "a heart"])["encoder_hidden_states"]

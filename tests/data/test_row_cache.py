@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from stepdistill.data import row_cache
 from stepdistill.data.row_cache import CHUNK, PROBED, SHARD, RowCache
 from stepdistill.data.shards import Shards
-from stepdistill.data.sizes import rows_size
+from stepdistill.data.sizes import Wanted, check_rooms, pairs_size, rows_size
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition, joined
 from stepdistill.system.processes import Processes
@@ -49,10 +50,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_the_disk_rows_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = RowCache(COUNT, Encoder(), lambda: tmp_path / "unused")
+    kept = RowCache(COUNT, Encoder(), lambda: tmp_path / "unused").make()
     monkeypatch.setattr(row_cache, "MEMORY_BYTES", 0)
     encoder = Encoder()
-    cached = RowCache(COUNT, encoder, lambda: tmp_path / "new" / "rows")
+    cached = RowCache(COUNT, encoder, lambda: tmp_path / "new" / "rows").make()
     assert not (tmp_path / "unused").exists()
     assert len(encoder.asked) == COUNT + PROBED  # some tell how large they are
     # Of a shard whose rows are short, of one whose rows are long, of both.
@@ -71,15 +72,16 @@ def test_few_and_small_rows_stay_in_memory(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(row_cache, "MEMORY_BYTES", limit)
         monkeypatch.setattr(row_cache, "MEMORY_ROWS", rows)
         place = tmp_path / f"{rows} {limit}"
-        assert RowCache(50, Encoder(), lambda place=place: place).on_disk == on_disk  # type: ignore[misc]
+        cache = RowCache(50, Encoder(), lambda place=place: place).make()  # type: ignore[misc]
+        assert cache.on_disk == on_disk
         assert place.exists() == on_disk
 
 
 def test_what_is_on_the_disk_is_not_made_again(small: None, tmp_path: Path) -> None:
-    RowCache(COUNT, Encoder(), lambda: tmp_path)
+    RowCache(COUNT, Encoder(), lambda: tmp_path).make()
     (tmp_path / "rows-00001.safetensors").unlink()
     encoder = Encoder()
-    again = RowCache(COUNT, encoder, lambda: tmp_path)
+    again = RowCache(COUNT, encoder, lambda: tmp_path).make()
     assert encoder.asked[PROBED:] == list(range(SHARD, 2 * SHARD)) and SHARD % CHUNK == 0
     assert again.take(torch.tensor([SHARD + 5]))["pooled"].tolist() == [[SHARD + 5]]
 
@@ -96,7 +98,7 @@ def test_memory_stays_flat_while_rows_are_made_and_read(small: None, tmp_path: P
         held.append(resident())
         return {"x": torch.tensor(rows, dtype=torch.float32)[:, None].expand(-1, 2**12)}
 
-    cache = RowCache(8192, compute, lambda: tmp_path)
+    cache = RowCache(8192, compute, lambda: tmp_path).make()
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > 2**27
     for first in range(0, 8192, 64):
         index = torch.arange(first, first + 64) * 37 % 8192
@@ -114,13 +116,13 @@ def test_what_was_killed_goes_on_to_the_same_bits(small: None, tmp_path: Path) -
             raise KeyboardInterrupt
         return encoder(rows)
 
-    RowCache(COUNT, Encoder(), lambda: tmp_path / "whole")
+    RowCache(COUNT, Encoder(), lambda: tmp_path / "whole").make()
     with pytest.raises(KeyboardInterrupt):
-        RowCache(COUNT, killed, lambda: tmp_path / "killed")
+        RowCache(COUNT, killed, lambda: tmp_path / "killed").make()
     assert [file.name for file in (tmp_path / "killed").iterdir() if file.suffix] == [
         "rows-00000.safetensors"
     ]
-    RowCache(COUNT, Encoder(), lambda: tmp_path / "killed")
+    RowCache(COUNT, Encoder(), lambda: tmp_path / "killed").make()
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
@@ -137,21 +139,29 @@ def test_the_disk_must_have_room_before_the_first_row_is_made(
     size = rows_size("rows", COUNT, Encoder()(list(range(7))))
     assert (size.row, size.bytes) == (row, COUNT * row)
     assert size.line(Path("there")) == f"rows: 522 x 43 B = {size.bytes / 1024:.1f} KiB in there"
-    for free, made in ((COUNT * row - 1, PROBED), (COUNT * row, PROBED + COUNT)):
+    cache = RowCache(COUNT, encoder := Encoder(), lambda: tmp_path / "rows")
+    assert cache.wanted() == Wanted(replace(size, row=row), tmp_path / "rows", 0)
+    lines: list[str] = []
+    both = [cache.wanted(), Wanted(pairs_size(10, (4, 8, 8)), tmp_path / "pairs", 4)]
+    for free in (COUNT * row + 6 * 1024, COUNT * row + 6 * 1024 - 1):
         usage = type(shutil.disk_usage(tmp_path))(10**9, 0, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda place, usage=usage: usage)  # type: ignore[misc]
-        encoder = Encoder()
-        refused = pytest.raises(UserError, match=r"rows: 522 rows needs 21.9 KiB in .* has 21.9 KiB free")
-        with refused if made == PROBED else nullcontext():
-            RowCache(COUNT, encoder, lambda: tmp_path / "rows")
-        assert len(encoder.asked) == made
+        says = r"rows \(21.9 KiB\) and pairs \(6.0 KiB\) need 27.9 KiB in .* has 27.9 KiB free: make room"
+        with nullcontext() if free % 2 == (COUNT * row) % 2 else pytest.raises(UserError, match=says):
+            check_rooms(both, lines.append)
+    assert lines[:2] == [
+        size.line(tmp_path / "rows"),
+        f"pairs: 10 x 1.0 KiB = 10.0 KiB in {tmp_path / 'pairs'}",
+    ]
+    assert len(encoder.asked) == PROBED
+    assert cache.make().wanted() == Wanted(size, tmp_path / "rows", COUNT)
 
 
 @pytest.mark.parametrize("harm", ["cut off", "one bit", "one bit, long ago"])
 def test_a_damaged_shard_is_named_and_made_again_only_when_asked(
     small: None, tmp_path: Path, harm: str
 ) -> None:
-    first = RowCache(COUNT, Encoder(), lambda: tmp_path)
+    first = RowCache(COUNT, Encoder(), lambda: tmp_path).make()
     file, row = tmp_path / "rows-00001.safetensors", torch.tensor([SHARD + 200])
     wanted, content = first.take(row), bytearray(file.read_bytes())
     place = content.rindex(torch.tensor(float(SHARD + 200)).numpy().tobytes())
@@ -161,14 +171,14 @@ def test_a_damaged_shard_is_named_and_made_again_only_when_asked(
         file.write_bytes(content)
         os.utime(file, (0, 0))
         with pytest.raises(UserError, match=words):
-            RowCache(COUNT, Encoder(), lambda: tmp_path).take(row)
+            RowCache(COUNT, Encoder(), lambda: tmp_path).make().take(row)
         return
     file.write_bytes(content if harm == "one bit" else content[:100])
     encoder = Encoder()
     with pytest.raises(UserError, match=words):
-        RowCache(COUNT, encoder, lambda: tmp_path)
+        RowCache(COUNT, encoder, lambda: tmp_path).make()
     assert len(encoder.asked) == PROBED
-    again = RowCache(COUNT, Encoder(), lambda: tmp_path, remake=True).take(row)
+    again = RowCache(COUNT, Encoder(), lambda: tmp_path, remake=True).make().take(row)
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 
