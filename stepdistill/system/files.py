@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from stepdistill.errors import UserError
+from stepdistill.system.processes import ALONE, Processes
 
 T = TypeVar("T")
 
@@ -57,17 +58,32 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """The same for a folder: an empty one beside it, which takes its place, and that of one that was there."""
+def folder_written_whole(folder: Path, writers: Processes = ALONE) -> Iterator[Path]:
+    """The same for a folder: an empty one beside it, which takes its place, and that of one that was there. Several
+    writers enter and leave it together; where the block fails in one it fails in all.
+
+    Raises:
+        OtherProcessError: it failed in another process.
+    """
     temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+
+    def make() -> None:
+        if writers.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def take_place() -> None:
+        if writers.main:
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+
     try:
-        temporary.mkdir(parents=True)
+        writers.together(make)
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        writers.together(take_place)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if writers.main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

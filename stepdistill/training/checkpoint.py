@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and one JSON, hashed, written under a temporary name and renamed, the last few kept.
 
 ``checkpoints/step-00000100/`` holds ``<name>.safetensors`` for every group of tensors and ``state.json``, which lists
-the files with their SHA-256. A folder without a valid ``state.json`` is no checkpoint; a listed file whose hash differs
-is an error, never a silent restart.
+the files with their SHA-256. Of networks in parts every process writes its own, ``<name>-00001-of-00002.safetensors``,
+and any number of processes reads them. A folder without a valid ``state.json`` is no checkpoint; a listed file that is
+missing or whose hash differs is an error that names it, never a silent restart.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.networks.sharding import held_like
 from stepdistill.system.files import folder_written_whole, sha256_of
+from stepdistill.system.processes import ALONE, Processes
+from stepdistill.training.sharded_files import Like, group_of, read_parts, write_parts
 
 STATE = "state.json"
 
@@ -37,41 +40,63 @@ def folder_of(step: int) -> str:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+    sharers: Processes = ALONE,
 ) -> Path:
     """Writes one checkpoint and removes all but the last ``keep``.
 
     Args:
         folder: the run's ``checkpoints`` folder.
         step: optimiser steps done.
-        tensors: groups of tensors, one file each.
+        tensors: groups of tensors, one file each, or one of every sharer.
         state: what else there is to remember, JSON.
         keep: how many checkpoints stay, at least 1.
+        sharers: the processes that hold parts of the tensors; all of them call it.
 
     Raises:
         UserError: when it cannot be written (a full disk, say); earlier checkpoints are untouched.
     """
     final = folder / folder_of(step)
     try:
-        with folder_written_whole(final) as partial:
-            files = {}
-            for name, group in tensors.items():
-                file = partial / f"{name}.safetensors"
-                save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
-                files[file.name] = sha256_of(file)
-            with (partial / STATE).open("w") as stream:
-                json.dump({**state, "step": step, "files": files}, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
+        with folder_written_whole(final, sharers) as partial:
+            written: list[Path] = []
+            if sharers.count > 1:
+                written += write_parts(partial, {name: group for name, group in tensors.items() if group})
+            for name, group in tensors.items() if sharers.main else ():
+                if not group or sharers.count == 1:
+                    written.append(partial / f"{name}.safetensors")
+                    whole = {key: value.detach().contiguous().cpu() for key, value in group.items()}
+                    save_file(whole, written[-1])
+            own = sharers.together(lambda: {file.name: sha256_of(file) for file in written})
+            files = {name: file_hash for each in sharers.gather(own) for name, file_hash in each.items()}
+            sharers.together(
+                lambda: _write_state(partial, {**state, "step": step, "files": files}, sharers.main)
+            )
     except (OSError, SafetensorError) as error:
         kept = checkpoints_in(folder)
         last = f"the last good one is {kept[-1]}" if kept else "there is no earlier one"
         raise UserError(
             f"checkpoint {final} could not be written ({error}); {last}. Free space and use --resume"
         ) from error
-    for old in checkpoints_in(folder)[:-keep]:
+    for old in checkpoints_in(folder)[:-keep] if sharers.main else ():
         shutil.rmtree(old)
     return final
+
+
+def _write_state(partial: Path, state: Mapping[str, Any], main: bool) -> None:
+    """Lists the files, where the main process sees all of them."""
+    if not main:
+        return
+    if missing := [name for name in state["files"] if not (partial / name).is_file()]:
+        raise OSError(f"{missing[0]} is not seen by process 0: the run folder must be one for all machines")
+    with (partial / STATE).open("w") as stream:
+        json.dump(state, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -90,14 +115,23 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors and the state of a checkpoint, after its files' hashes were checked.
+    """The tensors in full and the state of a checkpoint, after its files' hashes were checked.
 
     Raises:
         UserError: for a missing or altered file, naming it.
     """
     state = read_state(path)
-    tensors = {}
-    for name, expected in state["files"].items():
+    check_files(path, state)
+    return {name: load_group(path, files) for name, files in groups_of(state).items()}, state
+
+
+def check_files(path: Path, state: Mapping[str, Any], reader: Processes = ALONE) -> None:
+    """Checks the files of a checkpoint, or of several readers its share of them.
+
+    Raises:
+        UserError: for a missing or altered file, naming it.
+    """
+    for name, expected in list(state["files"].items())[reader.rank :: reader.count]:
         file = path / name
         if not file.is_file():
             raise UserError(
@@ -108,8 +142,22 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
                 f"checkpoint {path} is damaged: {name} has not the SHA-256 that {STATE} states. Delete that folder to "
                 "resume from the one before it"
             )
-        tensors[file.stem] = load_file(file)
-    return tensors, state
+
+
+def groups_of(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The files of each group of tensors, by its name."""
+    found: dict[str, list[str]] = {}
+    for name in state["files"]:
+        found.setdefault(group_of(name), []).append(name)
+    return found
+
+
+def load_group(path: Path, files: Sequence[str], like: Like | None = None) -> dict[str, Tensor]:
+    """A group's tensors: in full, or in parts as ``like`` says, where all processes call it."""
+    found = [path / name for name in files]
+    if like is None and found[0].stem == group_of(files[0]):
+        return load_file(found[0])
+    return read_parts(found, like or (lambda name, shape: None), together=like is not None)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
 from stepdistill.system.processes import launched, told
 from stepdistill.training.identity import resolve, resolved_yaml
+from stepdistill.training.launcher import as_launched
 from stepdistill.training.preflight import check_output, check_recipe
 from stepdistill.training.run_report import RunReport
 
@@ -93,6 +94,7 @@ def run_recipe(
         check_output(output, resume=resume)
     if pipeline is None:
         check_recipe(recipe, output if resume else None)
+    recipe = as_launched(recipe)
     resolved = resolve(recipe)
 
     if recipe.train.parallel == "sharded" and not resolved.kind.same_calls:
@@ -148,7 +150,8 @@ def run_recipe(
     if parallel.calls_together:
         # Every process: what is exported is then whole, and in the main one alone.
         with averaged(trained.ema):
-            parallel.gather()
+            students = run.student.experts or (run.student,)
+            parallel.gather([each.net for each in (*students, run.teacher.denoiser)])
         trained = replace(trained, ema=None)
     accelerator.wait_for_everyone()
     if recipe.train.tracker:

@@ -126,6 +126,7 @@ def train(
                 if preview and sheet and row is rows[-1]:
                     with uncompiled():
                         seen = preview(run.step, run.ema)
+                    parallel.let_go()
                     values.update(seen.numbers)
                     for worry in seen.worries:
                         log.note(f"step {run.step}: {worry}")
@@ -137,8 +138,7 @@ def train(
                     plotted = {f"{row.network}/{k}": v for k, v in values.items() if isinstance(v, float)}
                     accelerator.log(plotted, step=row.step)
 
-            # A checkpoint, now and then and where one was asked to stop (gathered by every process, written by the main
-            # one).
+            # A checkpoint, now and then and where one was asked to stop (every process: it may hold a part).
             if due or asked or run.done:
                 run.save()
             if asked:

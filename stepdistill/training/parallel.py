@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from itertools import groupby
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from stepdistill.networks.sharding import ShardedNetwork, in_full
+from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.system.processes import Processes
+from stepdistill.training.gradient_means import GradientMeans
+from stepdistill.training.launcher import Fsdp, fsdp
 
 
 def take_turn(trained: dict[str, list[nn.Parameter]], turn: str) -> None:
@@ -56,13 +58,19 @@ class Parallel(ABC):
         """Shares networks out, where they are: once, before optimisers and averages are made of their parameters."""
         return None
 
-    def gather(self) -> None:
-        """Takes :meth:`spread` back: the main process has whole networks again, at the end of a run."""
+    def gather(self, kept: Iterable[nn.Module]) -> None:
+        """Takes :meth:`spread` back at the end of a run: the main process has these networks whole, gathered one tensor
+        after the other; of all others nothing is left anywhere."""
         return None
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in full, for the main process, which gets them; the others get nothing."""
-        return dict(tensors) if self.main else {}
+    def let_go(self) -> None:
+        """Frees weights that calls have gathered and still hold; after calls without a backward pass."""
+        return None
+
+    def expect(self, parameters: list[nn.Parameter]) -> None:
+        """Says that the next backward pass completes the gradients of these parameters, which may then be averaged as
+        they come."""
+        return None
 
     @abstractmethod
     def average(self, parameters: list[nn.Parameter]) -> None:
@@ -97,17 +105,30 @@ class OneProcess(Parallel):
 
 
 class Replicated(Parallel):
-    """Every process holds the whole run. Gradients are averaged after the backward passes of a step: networks that take
-    turns, adapters and stopped gradients need no wrapper."""
+    """Every process holds the whole run. Gradients are averaged while the last backward pass of a step goes on, by
+    hooks of the parameters: networks that take turns, adapters and stopped gradients need no wrapper."""
+
+    def __init__(self, processes: Processes, device: torch.device) -> None:
+        super().__init__(processes, device)
+        self._means: dict[int, GradientMeans] = {}
+
+    def expect(self, parameters: list[nn.Parameter]) -> None:
+        self._of(parameters).expect()
 
     def average(self, parameters: list[nn.Parameter]) -> None:
-        _average(parameters, self.count)
+        self._of(parameters).finish()
+
+    def _of(self, parameters: list[nn.Parameter]) -> GradientMeans:
+        """Those of a network, made once: its list lives as long as the run."""
+        if id(parameters) not in self._means:
+            self._means[id(parameters)] = GradientMeans(parameters, self.count)
+        return self._means[id(parameters)]
 
 
 class Sharded(Parallel):
     """Every process holds a part of every network that was spread, of its gradients, moments and average, and each call
     gathers the weights (FSDP2, see stepdistill/networks/sharding.py). Small modules beside them, such as the head of a
-    discriminator, are replicated."""
+    discriminator, are replicated. An accelerate config of FSDP2 says whether gathered weights go after a call."""
 
     calls_together = True
 
@@ -115,27 +136,28 @@ class Sharded(Parallel):
         super().__init__(processes, device)
         self._mesh = init_device_mesh(device.type, (processes.count,))
         self._spread: list[ShardedNetwork] = []
+        self._reshard = (fsdp() or Fsdp()).reshard
 
     def spread(self, networks: Iterable[nn.Module]) -> None:
-        self._spread += [ShardedNetwork(net, self._mesh) for net in networks]
+        self._spread += [ShardedNetwork(net, self._mesh, self._reshard) for net in networks]
 
-    def gather(self) -> None:
+    def gather(self, kept: Iterable[nn.Module]) -> None:
+        self.let_go()
+        wanted = list(kept)
         for network in self._spread:
-            network.undo(keep=self.main)
+            network.undo(whole=any(network.net is net for net in wanted), keep=self.main)
         self._spread.clear()
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, value in tensors.items():
-            whole = in_full(value)  # every process, one tensor after the other
-            if self.main:
-                found[name] = whole.cpu()
-        return found
+    def let_go(self) -> None:
+        if not self._reshard:
+            for network in self._spread:
+                network.let_go()
 
     def average(self, parameters: list[nn.Parameter]) -> None:
+        self.let_go()  # before an update: a later call would take the weights of before it
         # The gradients of what was spread are averaged as they are shared out, in the backward pass.
         if replicated := [p for p in parameters if not isinstance(p, DTensor)]:
-            _average(replicated, self.count)
+            GradientMeans(replicated, self.count).finish()
 
     @torch.no_grad()
     def norm(self, parameters: list[nn.Parameter], clip: float) -> Tensor:
@@ -154,45 +176,6 @@ def by_kind(parameters: list[nn.Parameter]) -> list[dict[str, list[nn.Parameter]
     """Groups of an optimiser, in the order of the parameters: none has both sharded and replicated ones, which no fused
     update takes together."""
     return [{"params": list(group)} for _, group in groupby(parameters, lambda p: isinstance(p, DTensor))]
-
-
-BUCKET_BYTES = 25 * 2**20
-"""Gradients that are averaged together, a small part of all: none of them is held twice meanwhile."""
-
-
-@torch.no_grad()
-def _average(parameters: list[nn.Parameter], count: int) -> None:
-    """Gradients to their means over all processes, in all-reduces that do not wait for each other. What is summed takes
-    the place of the gradients it was made of."""
-    sums, under_way = [], []
-    for bucket in in_buckets(parameters):
-        # As they lie in memory: a gradient lies like its parameter.
-        flat = torch.cat([_in_memory(p.grad if p.grad is not None else torch.zeros_like(p)) for p in bucket])
-        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
-        sums.append(flat)
-        under_way.append(torch.distributed.all_reduce(flat, async_op=True))
-    for work in under_way:
-        work.wait()
-    torch._foreach_div_(sums, count)
-
-
-def in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in order, in parts of about ``BUCKET_BYTES`` and of one type each."""
-    found: list[list[nn.Parameter]] = []
-    room, dtype = 0, None
-    for parameter in parameters:
-        if room <= 0 or parameter.dtype != dtype:
-            found.append([])
-            room, dtype = BUCKET_BYTES, parameter.dtype
-        found[-1].append(parameter)
-        room -= parameter.numel() * parameter.element_size()
-    return found
-
-
-def _in_memory(gradient: Tensor) -> Tensor:
-    """A dense tensor's elements in the order in which they lie, [elements], without a copy."""
-    return gradient.as_strided((gradient.numel(),), (1,))
 
 
 KINDS: dict[str, type[Parallel]] = {"auto": Replicated, "replicated": Replicated, "sharded": Sharded}

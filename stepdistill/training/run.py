@@ -15,15 +15,17 @@ from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.processes import ALONE
 from stepdistill.training.checkpoint import (
+    check_files,
     checkpoints_in,
     folder_of,
-    load_checkpoint,
+    groups_of,
+    load_group,
     read_state,
     save_checkpoint,
 )
 from stepdistill.training.identity import differences, identity
 from stepdistill.training.parallel import OneProcess, Parallel
-from stepdistill.training.parts import ModulePart, OptimizerPart, Part
+from stepdistill.training.parts import ModulePart, OptimizerPart, Part, held_like_part
 from stepdistill.training.weights import in_training
 
 
@@ -98,13 +100,16 @@ class Run:
         return self.step >= self.options.steps or 0 < budget <= self.seconds
 
     def save(self) -> None:
-        """Writes a checkpoint: gathered by every process, written by the main one."""
-        tensors = {name: self.parallel.whole(part.state()) for name, part in self.parts.items()}
+        """Writes a checkpoint: the main process all of it, or every process what it holds."""
+        shared = self.parallel.calls_together
         self.last_good = self.checkpoints / folder_of(self.step)
-        if self.parallel.main:
-            state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
-            state |= {"inputs": self.inputs, "folder": str(Path.cwd()), "draws": NAME}
-            save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep)
+        if not (shared or self.parallel.main):
+            return
+        tensors = {name: part.state() for name, part in self.parts.items()}
+        state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
+        state |= {"inputs": self.inputs, "folder": str(Path.cwd()), "draws": NAME}
+        sharers = self.parallel.processes if shared else ALONE
+        save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep, sharers)
 
     def widen(self) -> None:
         """Ends training: whatever ``train.weights`` is, the networks are float32 from here on, and exact."""
@@ -126,16 +131,20 @@ class Run:
         at = check_resume(self.checkpoints, self.recipe, at, trained_on=self.inputs is not None)
         if self.inputs is not None:
             self._check_inputs(at)
-        tensors, state = load_checkpoint(at)
-        if odd := sorted(tensors.keys() ^ self.parts.keys()):
+        state, processes = read_state(at), self.parallel.processes
+        processes.together(lambda: check_files(at, state, processes))
+        files = groups_of(state)
+        if odd := sorted(files.keys() ^ self.parts.keys()):
             raise UserError(f"--resume: {at} was made by another version of the run ({odd[0]} differs)")
-        for name in self.parts.keys() & {"roles", "method", "terms"}:
-            if odd := sorted(tensors[name].keys() ^ self.parts[name].state().keys()):
+        for name, part in self.parts.items():
+            tensors = load_group(
+                at, files[name], held_like_part(part) if self.parallel.calls_together else None
+            )
+            if name in ("roles", "method", "terms") and (odd := sorted(tensors.keys() ^ part.state().keys())):
                 raise UserError(
                     f"--resume: {at} was made by another version of the {name} ({odd[0]} differs)"
                 )
-        for name, part in self.parts.items():
-            part.load(tensors[name])
+            part.load(tensors)
         self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
         self.last_good = at
 

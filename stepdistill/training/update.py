@@ -27,9 +27,12 @@ def update(run: Run, turn: Turn, batch: Batch, rate: float) -> tuple[list[dict[s
     parameters, optimizer = run.trained[name], run.optimizers[name]
     take_turn(run.trained, name)
     told: list[dict[str, Tensor]] = []
-    for part in batch.split(options.accumulate):
+    parts = batch.split(options.accumulate)
+    for part in parts:
         with autocast(options.precision, parallel.device):
             loss, logs = objective.loss(turn, part)
+        if part is parts[-1]:
+            parallel.expect(parameters)
         (loss / options.accumulate if options.accumulate > 1 else loss).backward()
         told.append({key: value.detach() for key, value in {"loss": loss, **logs}.items()})
     parallel.average(parameters)

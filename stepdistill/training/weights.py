@@ -27,8 +27,8 @@ from stepdistill.losses.objective import Objective
 from stepdistill.networks.denoiser import matrices
 from stepdistill.networks.derivative import differentiates
 from stepdistill.recipes.sections import TrainOptions
+from stepdistill.training.gradient_means import in_buckets
 from stepdistill.training.optimizers import optimizer_of
-from stepdistill.training.parallel import in_buckets
 
 
 def check_weights(options: TrainOptions, base: str, method: Method) -> None:

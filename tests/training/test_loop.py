@@ -23,7 +23,7 @@ from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TrainOptions
-from stepdistill.training import parallel
+from stepdistill.training import gradient_means
 from stepdistill.training import preflight as checks
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.checkpoint import (
@@ -167,28 +167,37 @@ accelerator.end_training()
 """
 
 
-def in_two_processes(program, port, folder):
-    """Runs it with the toys' folder and ``folder`` as arguments."""
-    script = folder / "two.py"
-    script.write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(script), str(HERE), str(folder / "two")],
-        capture_output=True, text=True, timeout=300, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_two_gloo_processes_equal_one(tmp_path):
-    """The same curve and weights, for every method."""
-    in_two_processes(PROGRAM, 29517, tmp_path)
+    """The same curve and weights, for every method, of two nodes with one process each: two launches."""
+    script, config = tmp_path / "two.py", HERE.parents[1] / "train" / "distributed" / "two_nodes.yaml"
+    script.write_text(PROGRAM)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", "--main_process_port", "29517", "--machine_rank"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    nodes = [
+        subprocess.Popen(
+            [*command, rank, str(script), str(HERE), str(tmp_path / "two")],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in "01"
+    ]  # fmt: skip
     for method in METHODS:
         start(recipe_of(method, 4), tmp_path / "one" / method)
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-3000:]
+    for method in METHODS:
         assert_same_run(tmp_path / "one" / method, tmp_path / "two" / method)
 
 
-def test_gradients_are_averaged_in_buckets_as_they_lie_in_memory(monkeypatch):
+@pytest.fixture
+def gloo():
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_are_averaged_in_buckets_as_they_lie_in_memory(monkeypatch, gloo):
     """Half of the one process's own, where a sum over it is divided by two: in three buckets, one of them of another
     type, with a gradient that is missing and one that lies as a channels-last weight does."""
     shapes, kinds = [(2, 3, 2, 2), (5,), (4, 2), (3,)], [torch.float32] * 3 + [torch.bfloat16]
@@ -198,15 +207,49 @@ def test_gradients_are_averaged_in_buckets_as_they_lie_in_memory(monkeypatch):
     for parameter, value in zip(own, wanted, strict=True):
         parameter.grad = torch.empty_like(parameter).copy_(value)
     own[1].grad, wanted[1] = None, torch.zeros(5)
-    monkeypatch.setattr(parallel, "BUCKET_BYTES", 4 * 24 + 1)
-    assert [len(bucket) for bucket in parallel.in_buckets(own)] == [2, 1, 1]
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        parallel._average(own, 2)
-    finally:
-        torch.distributed.destroy_process_group()
+    monkeypatch.setattr(gradient_means, "BUCKET_BYTES", 4 * 13)
+    means = gradient_means.GradientMeans(own, 2)
+    assert [len(bucket) for bucket in means.buckets] == [1, 2, 1]
+    means.finish()
     assert all(torch.equal(p.grad, value / 2) for p, value in zip(own, wanted, strict=True))
     assert own[0].grad.stride() == own[0].stride() != wanted[0].stride()
+
+
+def test_gradients_are_on_their_way_while_the_backward_pass_goes_on(monkeypatch, gloo):
+    """When the first layer's backward begins, the sums of all later layers were started, those of an unused one apart:
+    that is sent in its place, so what comes after it waits to the end. Parts that do not complete the gradients send
+    nothing."""
+    layers = [torch.nn.Linear(4, 4) for _ in range(5)]
+    unused, parameters = layers[2], [p for layer in layers for p in layer.parameters()]
+    monkeypatch.setattr(gradient_means, "BUCKET_BYTES", 80)  # a layer's
+    means, sent, seen = gradient_means.GradientMeans(parameters, 1), list[int](), list[list[int]]()
+    reduce = torch.distributed.all_reduce
+
+    def counted(flat, **options):
+        sent.append(flat.numel())
+        return reduce(flat, **options)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", counted)
+
+    def backward():
+        x = torch.ones(2, 4)
+        for i, layer in enumerate(layers):
+            if layer is not unused:
+                x = layer(x)
+            if not i:
+                x.register_hook(lambda gradient: seen.append(list(sent)))
+        x.square().sum().backward()
+
+    backward()
+    before = [p.grad.clone() for layer in layers if layer is not unused for p in layer.parameters()]
+    assert seen == [[]] and sent == []
+    means.expect()
+    backward()
+    assert seen[1] == [20, 20] == sent
+    means.finish()
+    assert sent == [20] * 5 and all(bool((p.grad == 0).all()) for p in unused.parameters())
+    used = [p for layer in layers if layer is not unused for p in layer.parameters()]
+    assert all(torch.allclose(p.grad, 2 * value) for p, value in zip(used, before, strict=True))
 
 
 @pytest.mark.parametrize("method", list(METHODS))

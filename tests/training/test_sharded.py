@@ -1,79 +1,135 @@
-"""Networks of which two processes hold a part each: the run is that of one process, and what it leaves is whole."""
+"""Networks of which several processes hold a part each: the run is that of one process, and what it leaves is whole."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from run_toy import COMMON, HERE, METHODS
 from safetensors.torch import load_file
+from tiny import tiny_pipeline
 
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats
+from stepdistill.system.processes import launched
+from stepdistill.training import checkpoint
 from stepdistill.training.assemble import assemble, training_data
-from stepdistill.training.checkpoint import checkpoints_in
+from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint
 from stepdistill.training.distil import run_recipe
 from stepdistill.training.identity import resolve, resolved_yaml
+from stepdistill.training.launcher import as_launched
 from stepdistill.training.loop import train
+from stepdistill.training.parallel import parallel_of
 
 RUNS = {
-    # A follower with a discriminator on its features; a target that averages, and a term's critic; adapters on one
-    # network, and a flow that becomes the student; a second phase, in which the follower starts anew.
+    # A follower with a discriminator on its features; the same as three adapters on one network; a target that averages
+    # and a term's critic; a flow that becomes the student; a second phase, in which the follower starts anew.
     "dmd": [*METHODS["dmd"], "options.gan_weight=0.01"],
+    "dmd lora": [*METHODS["dmd"], "options.gan_weight=0.01", "student.lora_rank=2"],
     "lcm": [*METHODS["lcm"], "terms.gan_weight=0.01", "student.times=[1.0, 0.5]"],
-    "reflow lora": [*METHODS["reflow"], "options.reflow_steps=2", "student.lora_rank=2"],
-    "phased_dmd": ["student.times=[1.0, 0.5]", "options.phase_updates=1", "options.fake_steps=1"],
+    "reflow": [*METHODS["reflow"], "options.reflow_steps=2"],
+    "phased_dmd lora": [
+        *(
+            "student.times=[1.0, 0.5]",
+            "options.phase_updates=1",
+            "options.fake_steps=1",
+            "student.lora_rank=2",
+        )
+    ],
 }
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+"""What ``accelerate launch`` hands on of a config of FSDP2."""
+
 PROGRAM = """
-import sys
+import os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
-from accelerate import Accelerator
-from test_sharded import RUNS, loop, recipe_of
-from stepdistill.system.processes import launched
-from stepdistill.training.distil import run_recipe
-from stepdistill.training.parallel import parallel_of
-root, processes = Path(sys.argv[3]), launched()
-folder = root / "two"
-assert processes.count == 2
-for name in RUNS:  # checkpointing here and not in one process: it changes no number
-    recipe = recipe_of(name, root, "train.checkpointing=true")
-    loop(recipe, folder / name, parallel_of("sharded", processes, Accelerator(cpu=True).device))
-sets = ("train.parallel=sharded", "train.sheet_every=2", "train.checkpointing=true")
-run_recipe(recipe_of("dmd", root, *sets), output=folder / "resumed", resume=True)
-processes.part()
+import test_sharded
+root = Path(sys.argv[3])
+if os.environ["RANK"] != "2":
+    test_sharded.in_two(root)
+test_sharded.in_three(root)
+test_sharded.killed_while_saving(root)
 """
 
 
 def recipe_of(name, root, *more):
     """The run of RUNS whose first word is its method, on the real images of ``root``."""
-    every = 2 if name == "dmd" else 4
-    more = (f"data.images={root / 'images'}", *more)
-    sets = [*COMMON, "train.steps=4", f"train.checkpoint_every={every}", "student.output=teacher"]
-    return load_recipe(HERE / "empty.yaml", method=name.split()[0], sets=[*sets, *RUNS[name], *more])
+    sets = [*COMMON, *RUNS[name], "train.batch=6", "train.steps=4", "student.output=teacher"]
+    sets += [f"train.checkpoint_every={2 if name == 'dmd' else 4}", f"data.images={root / 'images'}", *more]
+    return load_recipe(HERE / "empty.yaml", method=name.split()[0], sets=sets)
 
 
 def loop(recipe, folder, parallel=None, resume=False):
     """A run without its end."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True)
-    job = assemble(resolve(recipe), accelerator)
-    return train(
-        job.objective,
-        training_data(job, folder),
-        recipe,
-        folder,
-        accelerator,
-        parallel=parallel,
-        resume=resume,
-    )
+    job = assemble(resolve(recipe), accelerator, tiny_pipeline("sd"))
+    data = training_data(job, folder)
+    return train(job.objective, data, recipe, folder, accelerator, parallel=parallel, resume=resume)
+
+
+def sharded(count, port):
+    """The first ``count`` processes, in place of another group."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.update(WORLD_SIZE=str(count), MASTER_PORT=str(port))
+    group = launched()
+    assert group.count == count
+    return lambda: parallel_of("sharded", group, group.device)
+
+
+def in_two(root):
+    """All runs; of one process's checkpoint the whole run, as an accelerate config shards it."""
+    parallel = sharded(2, 29523)
+    for name in RUNS:  # checkpointing here and not in one process: it changes no number
+        loop(recipe_of(name, root, "train.checkpointing=true"), root / "two" / name, parallel())
+    os.environ.update(FSDP, FSDP_RESHARD_AFTER_FORWARD="false")
+    recipe = recipe_of("dmd", root, "train.sheet_every=1", "train.checkpointing=true")
+    run_recipe(recipe, output=root / "two" / "resumed", resume=True, pipeline=tiny_pipeline("sd"))
+    for name in FSDP:
+        del os.environ[name]
+
+
+def in_three(root):
+    """Runs, and a checkpoint of two processes gone on with."""
+    parallel = sharded(3, 29524)
+    for name in ("dmd", "dmd lora"):
+        loop(recipe_of(name, root), root / "three" / name, parallel())
+    if parallel().main:
+        cut(root / "two" / "dmd", root / "three" / "resumed")
+    parallel().processes.gather(None)
+    loop(recipe_of("dmd", root), root / "three" / "resumed", parallel(), resume=True)
+
+
+def killed_while_saving(root):
+    """The main process, when the parts of step 4 are written and not yet listed."""
+    write, parallel = checkpoint.write_parts, sharded(3, 29525)()
+    if parallel.main:
+        cut(root / "three" / "dmd", root / "killed")
+    parallel.processes.gather(None)
+
+    def then_killed(folder, groups):
+        files = write(folder, groups)
+        if parallel.main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return files
+
+    checkpoint.write_parts = then_killed
+    with pytest.raises(RuntimeError):  # the others' connection is closed
+        loop(recipe_of("dmd", root), root / "killed", parallel, resume=True)
+    os._exit(0)
 
 
 def cut(run, to):
@@ -82,64 +138,154 @@ def cut(run, to):
     shutil.rmtree(to / "checkpoints" / "step-00000004")
 
 
+def last(run):
+    return checkpoints_in(run / "checkpoints")[-1]
+
+
 def assert_equal(one, two):
     for a, b in zip(read_stats(one), read_stats(two), strict=True):
         assert a["turn"] == b["turn"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
-    first, second = (checkpoints_in(run / "checkpoints")[-1] for run in (one, two))
-    files = sorted(file.name for file in first.glob("*.safetensors"))
-    assert files == sorted(file.name for file in second.glob("*.safetensors")) and "ema.safetensors" in files
-    for file in files:
-        ours, theirs = load_file(first / file), load_file(second / file)
-        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-        if not file.startswith("optimizer"):
-            apart = sum(float((ours[k].double() - theirs[k].double()).square().sum()) for k in ours)
-            size = sum(float(value.double().square().sum()) for value in ours.values())
-            assert apart**0.5 < 1e-4 * size**0.5, file
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), (two, a["step"])
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), (two, a["step"])
+    (ours, _), (theirs, _) = load_checkpoint(last(one)), load_checkpoint(last(two))
+    assert ours.keys() == theirs.keys() and "ema" in ours
+    for part in ours:
+        assert {k: v.shape for k, v in ours[part].items()} == {k: v.shape for k, v in theirs[part].items()}
+        if not part.startswith("optimizer"):
+            apart = sum(
+                float((v.double() - theirs[part][k].double()).square().sum()) for k, v in ours[part].items()
+            )
+            size = sum(float(value.double().square().sum()) for value in ours[part].values())
+            assert apart**0.5 < 1e-4 * size**0.5, (two, part)
 
 
 @pytest.mark.slow
-def test_two_processes_that_share_their_networks_are_one(tmp_path):
-    """Curves and checkpoints of every kind of network; a checkpoint of one process is gone on with by two, down to
-    sheets and an exported and verified student, and one of two processes by one."""
+def test_two_and_three_processes_that_share_their_networks_are_one(tmp_path):
+    """Curves and checkpoints of every kind of network. A checkpoint of one process is gone on with by two, down to
+    sheets and an exported and verified student; one of two by three; and of three, killed while they saved the next
+    one, by one."""
     (tmp_path / "images").mkdir()
     for i in range(8):
-        image = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        image = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         Image.fromarray(image.numpy()).save(tmp_path / "images" / f"picture {i}.png")
-    for name in RUNS:
-        loop(recipe_of(name, tmp_path), tmp_path / "one" / name)
-    cut(tmp_path / "one" / "dmd", tmp_path / "two" / "resumed")
-    (tmp_path / "two" / "resumed" / "recipe.yaml").write_text(
-        resolved_yaml(resolve(recipe_of("dmd", tmp_path)))
-    )
-    script = tmp_path / "two.py"
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    loop(recipe_of("dmd", tmp_path), one / "dmd")
+    cut(one / "dmd", two / "resumed")
+    (two / "resumed" / "recipe.yaml").write_text(resolved_yaml(resolve(recipe_of("dmd", tmp_path))))
+    script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29523"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(script), str(HERE), str(HERE.parent / "training"), str(tmp_path)],
-        capture_output=True, text=True, timeout=400, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-2000:]
-    cut(tmp_path / "two" / "dmd", tmp_path / "one" / "resumed")
-    loop(recipe_of("dmd", tmp_path), tmp_path / "one" / "resumed", resume=True)
-    for run in (
-        *(tmp_path / "two" / name for name in RUNS),
-        *(tmp_path / n / "resumed" for n in ("one", "two")),
-    ):
-        assert_equal(tmp_path / "one" / ("dmd" if run.name == "resumed" else run.name), run)
-    ended = tmp_path / "two" / "resumed"
+    command = [sys.executable, str(script), str(HERE), str(HERE.parent / "training"), str(tmp_path)]
+    common = {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": "3",
+    }
+    started = [
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(3)
+    ]
+    for name in list(RUNS)[1:]:
+        loop(recipe_of(name, tmp_path), one / name)
+    said = [process.communicate(timeout=400)[1] for process in started]
+    assert [process.returncode for process in started] == [-signal.SIGKILL, 0, 0], "".join(
+        t[-2000:] for t in said
+    )
+
+    killed = tmp_path / "killed"
+    assert last(killed).name == "step-00000002"
+    assert list((killed / "checkpoints" / ".step-00000004.part").rglob("*.safetensors"))
+    loop(recipe_of("dmd", tmp_path), killed, resume=True)
+    runs = [*(two / name for name in RUNS), three / "dmd", three / "dmd lora"]
+    for run in (*runs, two / "resumed", three / "resumed", killed):
+        assert_equal(one / (run.name if run in runs else "dmd"), run)
+
+    # Every process wrote a part, and no more than its share.
+    parts = [load_file(file) for file in sorted(last(three / "dmd").glob("roles-*"))]
+    sizes = [sum(value.numel() for value in part.values()) for part in parts]
+    assert len(sizes) == 3 and max(sizes) < 0.4 * sum(sizes)
+    # What a network in parts leaves is whole, and the averaged weights.
+    ended = two / "resumed"
     assert (ended / "sheets" / "step-00000004.png").is_file() and (ended / "report.json").is_file()
-    average = load_file(checkpoints_in(ended / "checkpoints")[-1] / "ema.safetensors")
+    average = load_checkpoint(last(ended))[0]["ema"]
     student = load_file(ended / "student" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {name: value.shape for name, value in student.items()} == {
         name: value.shape for name, value in average.items() if name != "updates"
     }
     assert all(torch.equal(value, average[name]) for name, value in student.items())
+    # A part that is not there is named.
+    lost = "roles-00002-of-00002.safetensors"
+    (last(two / "lcm") / lost).unlink()
+    with pytest.raises(UserError, match=f"lacks {re.escape(lost)}"):
+        loop(recipe_of("lcm", tmp_path), two / "lcm", resume=True)
 
 
 def test_a_method_that_calls_its_networks_for_some_samples_alone_is_refused(tmp_path):
     recipe = load_recipe(HERE / "empty.yaml", method="meanflow", sets=["train.parallel=sharded"])
     with pytest.raises(UserError, match=r"train\.parallel is sharded, but meanflow calls"):
         run_recipe(recipe, output=tmp_path / "run")
+
+
+def test_an_fsdp2_config_is_train_parallel_sharded(monkeypatch):
+    """And what it asks for that is not done, or that the recipe contradicts, is refused with what to set."""
+
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = [
+        "--config_file",
+        str(HERE.parents[1] / "train" / "distributed" / "gpus_sharded.yaml"),
+        "distill.py",
+    ]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(config))
+    shipped = prepare_multi_gpu_env(arguments)
+    assert FSDP.items() <= shipped.items()
+
+    def launch(*sets, **environment):
+        with monkeypatch.context() as launcher:
+            for name, value in {**shipped, "WORLD_SIZE": "2", **environment}.items():
+                launcher.setenv(name, value)
+            return as_launched(load_recipe(HERE / "empty.yaml", method="dmd", sets=sets)).train.parallel
+
+    assert launch() == launch("train.precision=bf16", ACCELERATE_MIXED_PRECISION="bf16") == "sharded"
+    assert launch(WORLD_SIZE="1") == "auto"
+    for found, sets, environment in (
+        ("fsdp_version 1: set fsdp_version: 2", (), {"FSDP_VERSION": "1"}),
+        ("fsdp_offload_params: true", (), {"FSDP_OFFLOAD_PARAMS": "true"}),
+        ("set train.checkpointing=true", (), {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        ("mixed_precision: bf16, and train.precision is float32", (), {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+        ("parallel is replicated, but", ("train.parallel=replicated",), {}),
+        ("adafactor and parallel is sharded", ("train.optimizer=adafactor",), {}),
+    ):
+        with pytest.raises(UserError, match=found):
+            launch(*sets, **environment)
+
+
+def test_the_slurm_script_starts_one_launcher_a_node(tmp_path):
+    """With stand-ins for what it starts: every node gets its rank, and all of them the first one's address."""
+    for name, lines in {
+        "scontrol": 'printf "node7\\nnode8\\n"',
+        "srun": 'shift\nfor rank in 0 1; do SLURM_NODEID=$rank "$@"; done',
+        "accelerate": 'printf "%s|" "$@"\necho',
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    script = HERE.parents[1] / "train" / "distributed" / "slurm.sh"
+    said = subprocess.run(
+        [str(script), "my recipe.yaml", "--output", "runs/a"],
+        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.splitlines() == [
+        "launch|--config_file|train/distributed/two_nodes.yaml|--num_machines|2|--num_processes|16|--machine_rank|"
+        f"{rank}|--main_process_ip|node7|-m|stepdistill|train|my recipe.yaml|--output|runs/a|"
+        for rank in (0, 1)
+    ]
