@@ -25,6 +25,13 @@ from stepdistill.diffusion.remembered import forget
 from stepdistill.planning.live_bytes import LiveBytes
 
 
+class _Mode(FakeTensorMode):
+    """Is one for all copies of its tensors: a copy of the mode would free again what it looks at."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
+        return self
+
+
 @contextmanager
 def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorMode]:
     """Inside the ``with`` modules of fake tensors can be moved and cast. Gives the mode in which what is made is fake.
@@ -45,7 +52,9 @@ def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorM
         for parameter in module._parameters.values():
             if parameter is not None:
                 with torch.no_grad():
-                    parameter.data = change(parameter)
+                    changed = change(parameter)
+                if changed is not parameter:
+                    parameter.data = changed
         for name, value in module._buffers.items():
             if value is not None:
                 module._buffers[name] = change(value)
@@ -71,7 +80,7 @@ def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorM
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         try:
-            yield FakeTensorMode(allow_non_fake_inputs=True)
+            yield _Mode(allow_non_fake_inputs=True)
         finally:
             forget()
 

@@ -7,13 +7,13 @@ knows one network, where a method has several that share weights and take turns.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -49,11 +49,14 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.unit, self.flops = unit, 0
         self._events: list[tuple[int, int]] = []  # the storage's number and the change in bytes
-        self._number: dict[int, int] = {}  # of living storages, by their address
-        self._references: dict[int, weakref.ref[Any]] = {}
+        self._number: dict[
+            int, int
+        ] = {}  # of storages, by their address, which is theirs while we look at them
+        self._weak: dict[int, StorageWeakRef] = {}
+        self._lasting: set[int] = set()  # addresses of those that are looked after at places alone
         self._kinds: dict[int, str] = {}
         self._sizes: dict[int, int] = {}  # of what counts, by number
-        self._count = 0
+        self._count = self._total = self._most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,16 +69,18 @@ class LiveBytes(TorchDispatchMode):
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
-    def mark(self, values: Iterable[Tensor], kind: str) -> None:
-        """Says what tensors are, and counts those that are from before."""
+    def mark(self, values: Iterable[Tensor], kind: str, *, lasting: bool = False) -> None:
+        """Says what tensors are, and counts those that are from before; ``lasting`` ones stay for a while."""
         for value in values:
             self._kinds[self._see(value)] = kind
+            if lasting:
+                self._lasting.add(value.untyped_storage()._cdata)
 
     def mark_network(self, net: nn.Module, kind: str) -> None:
         """The same of all that a network holds and nobody marked."""
         for value in (*net.parameters(), *net.buffers()):
-            number = self._see(value)
-            self._kinds.setdefault(number, kind)
+            self._kinds.setdefault(self._see(value), kind)
+            self._lasting.add(value.untyped_storage()._cdata)
 
     def _see(self, value: Tensor) -> int:
         storage: Any = value.untyped_storage()
@@ -85,27 +90,38 @@ class LiveBytes(TorchDispatchMode):
         number = self._count
         self._count += 1
         size = -(-storage.nbytes() // self.unit) * self.unit
-        self._number[key], self._sizes[number] = number, size
-        self._events.append((number, size))
-
-        def gone(_: Any) -> None:
-            del self._number[key], self._references[key]
-            if own := self._sizes.pop(number, 0):
-                self._events.append((number, -own))
-
-        self._references[key] = weakref.ref(storage, gone)
+        # What ended meanwhile is looked for where it matters: before a new height, and now and then.
+        if self._total + size > self._most or number % 64 == 0:
+            self._sweep(self._weak.keys() - self._lasting)
+        self._number[key], self._weak[key], self._sizes[number] = number, StorageWeakRef(storage), size
+        self._change(number, size)
         return number
+
+    def _change(self, number: int, size: int) -> None:
+        self._events.append((number, size))
+        self._total += size
+        self._most = max(self._most, self._total)
+
+    def _sweep(self, keys: Iterable[int]) -> None:
+        """Counts those no more that have ended."""
+        for key in [key for key in keys if self._weak[key].expired()]:
+            del self._weak[key]
+            self._lasting.discard(key)
+            if size := self._sizes.pop(self._number[key], 0):
+                self._change(self._number[key], -size)
+            del self._number[key]
 
     def release(self, values: Iterable[Tensor]) -> None:
         """Counts tensors no more from here on: they are elsewhere."""
         for value in values:
             number = self._see(value)
             if size := self._sizes.pop(number, 0):
-                self._events.append((number, -size))
+                self._change(number, -size)
 
-    @property
-    def now(self) -> int:
+    def place(self) -> int:
         """A place among what happened, for :meth:`peak`."""
+        self._sweep(list(self._weak))
+        self._most = self._total
         return len(self._events)
 
     def resized(self, storage: Any) -> None:
@@ -113,11 +129,12 @@ class LiveBytes(TorchDispatchMode):
         number = self._number.get(storage._cdata)
         if number is not None and number in self._sizes:
             size = -(-storage.nbytes() // self.unit) * self.unit
-            self._events.append((number, size - self._sizes[number]))
+            self._change(number, size - self._sizes[number])
             self._sizes[number] = size
 
     def held(self, scale: Mapping[str, float] | None = None) -> dict[str, int]:
         """Bytes held now, by kind; ``scale`` as in :meth:`peak`."""
+        self._sweep(list(self._weak))
         sizes: Counter[str] = Counter()
         for number, change in self._events:
             sizes[self._kinds.get(number, OTHER)] += change

@@ -206,7 +206,7 @@ class _Tracing:
         """Says what everything is that was made so far."""
         live, roles = self.live, run.roles
         for name in roles.names:
-            live.mark(roles.parameters(name), f"{name} weights")
+            live.mark(roles.parameters(name), f"{name} weights", lasting=True)
         for name, net in roles.stored().items():
             live.mark_network(net, f"{name} weights")
         for name, part in unit.others().items():
@@ -220,11 +220,11 @@ class _Tracing:
                 if denoiser.adapter and denoiser.adapter.shared.exact:  # it lies on the CPU
                     live.release(denoiser.adapter.shared.exact.values())
         for name, optimizer in run.optimizers.items():
-            live.mark(_tensors(optimizer.state), f"{name} optimiser")
+            live.mark(_tensors(optimizer.state), f"{name} optimiser", lasting=True)
             masters = run.weights[name].state()
-            live.mark(masters.values(), f"{name} optimiser")
+            live.mark(masters.values(), f"{name} optimiser", lasting=True)
         if run.ema:
-            live.mark(run.ema.shadow.values(), "average")
+            live.mark(run.ema.shadow.values(), "average", lasting=True)
         for part in (run.objective.method, run.objective.terms):
             live.mark(part.parameters(), "heads")
 
@@ -240,7 +240,7 @@ class _Tracing:
             step(number)
 
         self.exits.clear()
-        begun, flops = live.now, live.flops
+        begun, flops = live.place(), live.flops
         with _counted(method.roles) as passes, patch.object(weights, "step", marked):
             update(run, turn, batch, 1e-4)
         peak, done = self._peak(begun), float(live.flops - flops)
@@ -266,7 +266,7 @@ class _Tracing:
             if kind.endswith(("weights", "optimiser"))
             and kind.rsplit(" ", 1)[0] not in ("student", name, TEACHER)
         }
-        begun = self.live.now
+        begun = self.live.place()
         take_turn(run.trained, name)
         for part in batch.split(self.parts):
             with autocast(self.recipe.train.precision, CPU):

@@ -175,7 +175,7 @@ def unit_of(
         roles = roles_for(recipe, kind, options, teacher, [], times, accelerator)
         teacher = cast(PipelineTeacher, roles.teacher)
         method: Method = kind(roles, times, options).to(device)
-        check_weights(recipe.train, method)
+        check_weights(recipe.train, recipe.student.base, method)
         for net in roles.stored().values():
             fit_attention(recipe.train.attention, net, device)
         objective = Objective(method, _terms(recipe, teacher)).to(device)
