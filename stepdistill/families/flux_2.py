@@ -1,7 +1,9 @@
-"""Flux.2 [klein]: Flux2Transformer2DModel on latents that are patches already, one token each."""
+"""Flux.2 [klein] and [dev]: Flux2Transformer2DModel on latents that are patches already, one token each; guidance is an
+input of [dev]."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.families.base import call_default
-from stepdistill.families.condition import Condition
+from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.kinds import TransformerFamily
+from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
 
 
@@ -64,6 +67,7 @@ class Flux2Klein(TransformerFamily):
             encoder_hidden_states=embeds,
             txt_ids=_ids(1, 1, embeds.shape[1], x_t.device),
             img_ids=_ids(height, width, 1, x_t.device),
+            guidance=cond.get(GUIDANCE),
             return_dict=False,
         )[0]
         return self.unpack(output, tuple(x_t.shape[1:]))
@@ -77,6 +81,44 @@ class Flux2Klein(TransformerFamily):
     def denormalised(self, vae: Any, states: Tensor) -> Tensor:
         mean, deviation = _moments(vae)
         return nn.functional.pixel_shuffle(states * deviation + mean, 2)
+
+
+class AtZero(NetworkChanges):
+    """A student goes on taking a scale, but its embedding of 0, what its call is given, is that of the teacher's scale.
+
+    The embedding has no bias that a constant could go into. Its sinusoids of 0 are a constant, though: all cosines are
+    1 and all sines 0, and a first layer that looks along them alone says of 0 what the teacher's says of its scale.
+    """
+
+    def takes_guidance(self, net: Any) -> bool:
+        if not net.config.guidance_embeds:
+            return False
+        weight = net.time_guidance_embed.guidance_embedder.linear_1.weight
+        return weight.is_meta or bool(weight[:, weight.shape[1] // 2 :].any())
+
+    @torch.no_grad()
+    def fold_guidance(self, net: Any, guidance: float) -> nn.Module:
+        plain = copy.deepcopy(net)
+        embed = plain.time_guidance_embed
+        layer = embed.guidance_embedder.linear_1
+        scales = torch.tensor([1000 * guidance, 0.0], device=layer.weight.device)
+        told, zero = embed.time_proj(scales).to(layer.weight.dtype)
+        layer.weight.copy_(torch.outer(layer(told), zero) / zero.square().sum())
+        return plain  # type: ignore[no-any-return]
+
+
+class Flux2Dev(Flux2Klein):
+    name = "Flux.2 [dev]"
+    pipelines = ("Flux2Pipeline",)
+    changes = AtZero()
+
+    def null(self, pipe: Any, size: Size) -> Condition | None:
+        return None
+
+    def call(self, net: Any, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        if cond.get(GUIDANCE) is None:
+            cond = cond.with_tensor(GUIDANCE, torch.zeros_like(time))
+        return super().call(net, x_t, time, cond)
 
 
 def _ids(height: int, width: int, length: int, device: torch.device) -> Tensor:

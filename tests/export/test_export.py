@@ -69,6 +69,7 @@ CLASSES = {
     "chroma": "ChromaPipeline",
     "sana-sprint": "SanaSprintPipeline",
     "sd3.5": "StableDiffusion3Pipeline",
+    "flux-2": "Flux2Pipeline",
 }
 OWN_GRID = {"cogview4": ["flow_consistency"]}
 """Whose scheduler travels, as no stock one has their grid."""

@@ -215,7 +215,9 @@ def test_at_full_steps_the_pipeline_draws_on_its_own_scheduler_what_the_teacher_
 ) -> None:
     """Where the pipeline passes its times, they are those of the teacher's schedule, its dynamic shift with them."""
     teacher = teacher_of(name)
-    steps = 50 if name == "klein" else 10 if name in MORE_FLOW else 25  # its shift goes by the number, too
+    steps = (
+        50 if name in ("klein", "flux-2") else 10 if name in MORE_FLOW else 25
+    )  # its shift goes by the number, too
     prompts, scale = tiny_prompts(name, 1), 1.0 if name in ("klein", "schnell") else 4.0
     call = {**call_of(name, prompts, scale), "num_inference_steps": steps, "output_type": "np"}
     drawn = teacher.pipe(**call, generator=torch.Generator().manual_seed(3), return_dict=False)[0]
@@ -358,7 +360,7 @@ def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of
         mean = vae.encode(images)
         mean = mean.latent if name.startswith("sana") else mean.latent_dist.mean
         patched = mean
-        if name == "klein":  # in its own evaluation mode, a batch normalisation of patches
+        if name in ("klein", "flux-2"):  # in its own evaluation mode, a batch normalisation of patches
             patched = teacher.pipe._patchify_latents(mean)
             shift, scale = (
                 vae.bn.running_mean[:, None, None],

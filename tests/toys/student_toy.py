@@ -46,6 +46,7 @@ SAMPLERS = {
     "hunyuan-dit": Sampler(uniform_times(2), True),
     "chroma": Sampler(uniform_times(3), False),
     "sd3.5": Sampler((1.0, 0.75), False),
+    "flux-2": Sampler((1.0, 0.75), False),
     "sana-sprint": Sampler((1.0, 0.8276), True),
 }
 

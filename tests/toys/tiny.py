@@ -51,10 +51,11 @@ PIPELINES = (
     "sana-sprint",
     "cog-video-x-1.5",
     "sd3.5",
+    "flux-2",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
-NEW_FLOW = ("cogview4", "lumina2", "chroma", "sd3.5")
+NEW_FLOW = ("cogview4", "lumina2", "chroma", "sd3.5", "flux-2")
 MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx", "hunyuan-video", *NEW_FLOW)
 MORE = (
     "pixart-alpha",
@@ -67,7 +68,7 @@ MORE = (
 )
 """Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
 
-EMBEDDED = ("flux", "hunyuan-video", "sana-sprint")
+EMBEDDED = ("flux", "flux-2", "hunyuan-video", "sana-sprint")
 """With guidance as an input of the network."""
 
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", "wan-2.2", *MORE)
@@ -89,7 +90,8 @@ GUIDED = (
 SIZES = {
     **dict.fromkeys(("wan", "wan-2.2"), Size(32, 16, 9)),
     **dict.fromkeys(
-        ("flux", "schnell", "pixart-alpha", "aura-flow", "qwen-image", "klein", "chroma"), Size(16, 24)
+        ("flux", "schnell", "pixart-alpha", "aura-flow", "qwen-image", "klein", "flux-2", "chroma"),
+        Size(16, 24),
     ),
     "z-image": Size(32, 16),
     "ltx": Size(32, 64, 9),

@@ -208,13 +208,33 @@ def _sana_sprint() -> Any:
 
 
 def _klein() -> Any:
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    # Its prompts are what the layers 9, 18 and 27 say.
+    encoder = Qwen3ForCausalLM(Qwen3Config(**_qwen(layers=27, width=8), head_dim=4)).eval()
+    return Flux2KleinPipeline(
+        **_flux_2(guidance_embeds=False), text_encoder=encoder, tokenizer=_qwen_tokenizer()
+    )
+
+
+def _flux_2_dev() -> Any:
+    from diffusers import Flux2Pipeline
+    from transformers import MistralConfig, MistralModel
+
+    tokenizer = _qwen_tokenizer()
+    tokenizer.chat_template = CHAT.replace("m['content']", "m['content'][0]['text']")
+    # Of its layers 10, 20 and 30.
+    encoder = MistralModel(MistralConfig(**_qwen(layers=30, width=8), head_dim=4)).eval()
+    return Flux2Pipeline(**_flux_2(guidance_embeds=True), text_encoder=encoder, tokenizer=tokenizer)
+
+
+def _flux_2(guidance_embeds: bool) -> dict[str, Any]:
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
         Flux2Transformer2DModel,
     )
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     transformer = Flux2Transformer2DModel(
         in_channels=16,
@@ -225,7 +245,7 @@ def _klein() -> Any:
         joint_attention_dim=24,
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
     _drawn(transformer)
     vae = AutoencoderKLFlux2(
@@ -242,14 +262,11 @@ def _klein() -> Any:
     )
     vae.bn.running_mean.normal_(0.0, 0.3)
     vae.bn.running_var.uniform_(0.5, 2.0)
-    return Flux2KleinPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae,
-        # Its prompts are what the layers 9, 18 and 27 say.
-        text_encoder=Qwen3ForCausalLM(Qwen3Config(**_qwen(layers=27, width=8), head_dim=4)).eval(),
-        tokenizer=_qwen_tokenizer(),
-    )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": vae,
+    }
 
 
 def _ltx() -> Any:
@@ -555,6 +572,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "lumina2": _lumina2,
     "hunyuan-dit": _hunyuan_dit,
     "chroma": _chroma,
+    "flux-2": _flux_2_dev,
 }
 
 GEMMA: dict[str, Any] = {
