@@ -17,8 +17,10 @@ from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import TOLERANCE, student_pipeline
-from stepdistill.families.condition import Condition
+from stepdistill.families._recording import record
+from stepdistill.families.condition import MASK, Condition
 from stepdistill.families.network_changes import NetworkChanges
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.derivative import directional_derivative
 from stepdistill.networks.pictures import draw_as_pipeline
 from stepdistill.networks.roles import Adapters, Copies
@@ -173,6 +175,24 @@ def test_a_role_of_a_shared_network_has_a_second_time_of_its_own(name: str, teac
     assert set(roles.weights("follower")) == set(roles.weights("student"))
     assert all(value.requires_grad for value in roles.parameters("student"))
     assert not any(value.requires_grad for value in roles.parameters("follower"))
+
+
+def test_a_recorded_network_that_is_called_for_some_rows_is_told_their_jumps(teacher_of: Teachers) -> None:
+    """Z-Image's prompts are lists, which a recording takes for one length at a time: it says what the family says."""
+    teacher = teacher_of("z-image")
+    student = two_timed(teacher, moved=True)
+    ours: Any = record(teacher.pipe, student.path, student.output, teacher.size, guidance=1.0)
+    state = ours.state_shape(teacher.pipe, teacher.size)
+    recorded = Denoiser(student.net, student.path, student.output, ours, state)
+    x, cond = points(teacher, "z-image")
+    heard = ours.encode(teacher.pipe, tiny_prompts("z-image", 4), teacher.size)
+    masks = [heard[f"{name}.{MASK}"].sum(1) for name in ours.found.lengths]
+    assert len(torch.stack(masks, 1).unique(dim=0)) > 1
+    t, s = torch.tensor([1.0, 0.9, 0.8, 0.5]), torch.tensor([0.0, 0.8, 0.3, 0.1])
+    with torch.no_grad():
+        wanted = student.raw(x, t, cond, s)
+        said = recorded.raw(x.reshape(4, *state), t, heard, s).reshape(wanted.shape)
+    assert float((said - wanted).norm() / wanted.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("adapted", [False, True])
