@@ -84,7 +84,7 @@ class Data:
         self._buckets = buckets is not None
         self._caches = list(dict.fromkeys([self.conditions.rows, self._captions.rows]))
         every: list[RowCache | Latents] = [*self._caches, *([self.images] if self.images else [])]
-        missing = [*(cache.wanted() for cache in every), pairs and pairs.wanted()]
+        missing = [*(cache.wanted() for cache in every), pairs.wanted() if pairs else None]
         check_rooms(missing, say if processes.main else lambda line: None)
         for cache in every:
             cache.make(processes)
