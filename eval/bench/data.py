@@ -136,7 +136,9 @@ def interrupted(folder: Path, file: Path, whole: dict[str, str]) -> None:
     shard.write_bytes(content)
     refused = started(cache, "--row", str(file))
     _, error = refused.communicate()
-    print(f"one bit turned: {error.strip().splitlines()[-1].replace(str(shard.parent), '...')}")
+    print(
+        f"one bit turned: {error.strip().splitlines()[-1].partition(': ')[2].replace(f'{shard.parent}/', '')}"
+    )
     told(started(cache, "--row", str(file), "--remake"))
     print(f"with data.damaged=remake: {'' if shards(cache) == whole else 'not '}bit-equal")
 
@@ -147,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, nargs="*", default=[5000, 20000])
     parser.add_argument("--index", type=int, nargs="*", default=[1000000])
-    parser.add_argument("--images", type=int, nargs="*", default=[1000, 4000])
+    parser.add_argument("--images", type=int, nargs="*", default=[5000, 10000])
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only-index", action="store_true", help=argparse.SUPPRESS)

@@ -106,7 +106,8 @@ class RowCache:
         return range(-(-self.count // self._each))
 
     def _make(self, processes: Processes) -> None:
-        missing = self._shards.missing(self._numbers, processes)
+        if not (missing := self._shards.missing(self._numbers, processes)):
+            return
         shown = bar(len(missing) * self._each, self._size.what, unit="row", shown=processes.main, lazy=True)
         for number in missing:
             rows = range(number * self._each, min((number + 1) * self._each, self.count))

@@ -116,7 +116,7 @@ def test_embeddings_are_known_by_encoder_and_prompts_alone() -> None:
     before = teacher.encoder_fingerprint(), teacher.vae_fingerprint(), teacher.fingerprint()
     with torch.no_grad():
         next(teacher.denoiser.net.parameters()).add_(1)
-        assert teacher.encoder_fingerprint(), teacher.vae_fingerprint() == before[:2]
+        assert (teacher.encoder_fingerprint(), teacher.vae_fingerprint()) == before[:2]
         assert teacher.fingerprint() != before[2]
         next(teacher.pipe.vae.parameters()).add_(1)
         assert teacher.encoder_fingerprint() == before[0] and teacher.vae_fingerprint() != before[1]
