@@ -155,6 +155,10 @@ class TrainOptions(Section):
             CPU.
         parallel: how several processes hold the networks: ``replicated``, each all of them; ``sharded``, each a part of
             every one, the frozen teacher too, which is gathered at each call; ``auto`` is replicated.
+        context_parallel: processes that share each sample's tokens, for states too long for one GPU; they stand side by
+            side in rank, and others hold other samples. For Wan, Flux, Flux.2 and Qwen-Image, whose tokens
+            and heads it must divide; each process holds all networks. Not for discriminators on a network's features,
+            exact derivatives, ``compile`` or ``parallel: sharded``. See stepdistill/networks/shared_tokens.py.
         tracker: an experiment tracker that accelerate knows, such as tensorboard or wandb.
     """
 
@@ -185,6 +189,7 @@ class TrainOptions(Section):
     sheet_every: _NotNegative = 100
     log_every: _Positive | None = None
     parallel: Literal["auto", "replicated", "sharded"] = "auto"
+    context_parallel: _Positive = 1
     tracker: str | None = None
 
     @model_validator(mode="after")
@@ -212,6 +217,11 @@ class TrainOptions(Section):
             raise ValueError(
                 f"weights is {self.weights} and parallel is sharded, whose parts are float32: set weights to float32, "
                 "or parallel to replicated"
+            )
+        if self.context_parallel > 1 and (self.parallel == "sharded" or self.compile != "none"):
+            raise ValueError(
+                f"context_parallel is {self.context_parallel}, which goes neither with parallel=sharded nor with "
+                "compile: set it to 1, or parallel to replicated and compile to none"
             )
         if self.checkpointing and self.compile != "none":
             raise ValueError(

@@ -39,6 +39,7 @@ from stepdistill.networks.find import find_teacher
 from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.scheduler_path import PREDICTION_TYPES
+from stepdistill.networks.shared_tokens import check_shared_tokens
 from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
@@ -189,6 +190,8 @@ def assemble(
         fit_attention(kernel, net, device)
     method: Method = kind(roles, times, options).to(device)
     check_weights(train, recipe.student.base, method)
+    if train.context_parallel > 1:
+        check_shared_tokens(teacher.denoiser.net, train.context_parallel)
     if main and kernel == "auto":
         say(told(kernel, device, takes_exact(method)))
     student, sampler = method.student, method.sampler()

@@ -123,7 +123,9 @@ def run_recipe(
         log_with=recipe.train.tracker,
         project_dir=str(output),
     )
-    parallel = parallel_of(recipe.train.parallel, processes, accelerator.device)
+    parallel = parallel_of(
+        recipe.train.parallel, processes, accelerator.device, recipe.train.context_parallel
+    )
     run = assemble(resolved, accelerator, pipeline)
     if parallel.main:
         output.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,9 @@ def run_recipe(
         resume=resume,
         preview=preview.look if preview else None,
     )
-    if parallel.calls_together:
+    if not parallel.in_parts:
+        parallel.gather(())
+    else:
         # Every process: what is exported is then whole, and in the main one alone.
         with averaged(trained.ema):
             students = run.student.experts or (run.student,)

@@ -20,8 +20,9 @@ def identity(recipe: Recipe) -> Recipe:
     lies, what is exported and evaluated, how long it may take, what is kept (of activations, too), drawn, read, made
     again and tracked."""
     plain = TrainOptions()
-    names = ("budget_seconds", "checkpointing", "keep", "log_every", "parallel", "sheet_every", "tracker")
-    train_options = recipe.train.model_copy(update={name: getattr(plain, name) for name in names})
+    names = ("budget_seconds", "checkpointing", "context_parallel", "keep", "log_every", "parallel")
+    free = {name: getattr(plain, name) for name in (*names, "sheet_every", "tracker")}
+    train_options = recipe.train.model_copy(update=free)
     data = recipe.data.model_copy(update={"damaged": "refuse"})
     same = {"output": None, "evaluate": True, "data": data, "export": ExportOptions(), "train": train_options}
     return recipe.model_copy(update=same)

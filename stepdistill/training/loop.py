@@ -73,16 +73,17 @@ def train(
     run = Run(objective, recipe, folder, inputs, parallel)
     if resume:
         run.restore()
-    share, left = divmod(options.batch, parallel.count * options.accumulate)
+    readers = parallel.readers
+    share, left = divmod(options.batch, readers.count * options.accumulate)
     if left or not share:
         raise UserError(
-            f"train.batch is {options.batch}, which does not split over {parallel.count} processes times "
-            f"train.accumulate={options.accumulate}: make it a multiple of {parallel.count * options.accumulate}"
+            f"train.batch is {options.batch}, which does not split over {readers.count} processes times "
+            f"train.accumulate={options.accumulate}: make it a multiple of {readers.count * options.accumulate}"
         )
     own = share * options.accumulate
     started = time.perf_counter() - run.seconds
     unread = Unread(parallel, lambda: time.perf_counter() - started, options.log_every)
-    batches = data.batches(range(run.step, options.steps), parallel.rank * own, own, options.batch)
+    batches = data.batches(range(run.step, options.steps), readers.rank * own, own, options.batch)
     method = objective.method
     with (
         closing(batches),

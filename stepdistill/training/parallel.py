@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from stepdistill.errors import UserError
 from stepdistill.networks.sharding import ShardedNetwork
+from stepdistill.networks.shared_tokens import SharedTokens
 from stepdistill.system.processes import Processes
 from stepdistill.training.gradient_means import GradientMeans
 from stepdistill.training.launcher import Fsdp, fsdp
@@ -33,10 +35,12 @@ class Parallel(ABC):
         device: where it computes.
 
     Class attributes:
-        calls_together: whether a network can be called by all processes alone, as each holds a part of it.
+        calls_together: whether a network can be called by all processes alone.
+        in_parts: whether that is as each holds a part of it.
     """
 
     calls_together = False
+    in_parts = False
 
     def __init__(self, processes: Processes, device: torch.device) -> None:
         self.processes, self.device = processes, device
@@ -48,6 +52,11 @@ class Parallel(ABC):
     @property
     def count(self) -> int:
         return self.processes.count
+
+    @property
+    def readers(self) -> Processes:
+        """Who reads other samples than others: this one, and of how many."""
+        return self.processes
 
     @property
     def main(self) -> bool:
@@ -121,8 +130,47 @@ class Replicated(Parallel):
     def _of(self, parameters: list[nn.Parameter]) -> GradientMeans:
         """Those of a network, made once: its list lives as long as the run."""
         if id(parameters) not in self._means:
-            self._means[id(parameters)] = GradientMeans(parameters, self.count)
+            self._means[id(parameters)] = GradientMeans(parameters, self.readers.count)
         return self._means[id(parameters)]
+
+
+class SharedCalls(Replicated):
+    """Every process holds the whole run, and ``share`` of them make each call together, on the same samples: see
+    stepdistill/networks/shared_tokens.py."""
+
+    calls_together = True
+
+    def __init__(self, processes: Processes, device: torch.device, share: int) -> None:
+        super().__init__(processes, device)
+        if processes.count % share:
+            raise UserError(
+                f"train.context_parallel is {share}, which does not divide {processes.count} processes: set it to a "
+                "divisor"
+            )
+        shape, names = (processes.count // share, 1, share), ("samples", "ring", "ulysses")
+        self._share, self._mesh = share, init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self._shared: list[SharedTokens] = []
+
+    @property
+    def readers(self) -> Processes:
+        return Processes(self.rank // self._share, self.count // self._share, self.device)
+
+    def spread(self, networks: Iterable[nn.Module]) -> None:
+        self._shared += [SharedTokens(net, self._mesh["ring", "ulysses"]) for net in networks]
+
+    def expect(self, parameters: list[nn.Parameter]) -> None:
+        own = {id(each) for shared in self._shared for each in shared.net.parameters()}
+        if any(id(each) not in own for each in parameters):
+            raise UserError(
+                "train.context_parallel is for networks alone, and this run trains a head on a network's features: set "
+                "GAN weights to 0, or train.context_parallel to 1"
+            )
+        super().expect(parameters)
+
+    def gather(self, kept: Iterable[nn.Module]) -> None:
+        for shared in self._shared:
+            shared.undo()
+        self._shared.clear()
 
 
 class Sharded(Parallel):
@@ -130,7 +178,7 @@ class Sharded(Parallel):
     gathers the weights (FSDP2, see stepdistill/networks/sharding.py). Small modules beside them, such as the head of a
     discriminator, are replicated. An accelerate config of FSDP2 says whether gathered weights go after a call."""
 
-    calls_together = True
+    calls_together = in_parts = True
 
     def __init__(self, processes: Processes, device: torch.device) -> None:
         super().__init__(processes, device)
@@ -182,6 +230,8 @@ KINDS: dict[str, type[Parallel]] = {"auto": Replicated, "replicated": Replicated
 """By ``train.parallel``."""
 
 
-def parallel_of(name: str, processes: Processes, device: torch.device) -> Parallel:
-    """What ``train.parallel`` names, for the processes there are."""
+def parallel_of(name: str, processes: Processes, device: torch.device, share: int = 1) -> Parallel:
+    """What ``train.parallel`` names, for the processes there are, of which ``share`` make a call together."""
+    if share > 1:
+        return SharedCalls(processes, device, share)
     return OneProcess(processes, device) if processes.count == 1 else KINDS[name](processes, device)

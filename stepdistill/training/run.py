@@ -101,7 +101,7 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint: the main process all of it, or every process what it holds."""
-        shared = self.parallel.calls_together
+        shared = self.parallel.in_parts
         self.last_good = self.checkpoints / folder_of(self.step)
         if not (shared or self.parallel.main):
             return
@@ -137,9 +137,7 @@ class Run:
         if odd := sorted(files.keys() ^ self.parts.keys()):
             raise UserError(f"--resume: {at} was made by another version of the run ({odd[0]} differs)")
         for name, part in self.parts.items():
-            tensors = load_group(
-                at, files[name], held_like_part(part) if self.parallel.calls_together else None
-            )
+            tensors = load_group(at, files[name], held_like_part(part) if self.parallel.in_parts else None)
             if name in ("roles", "method", "terms") and (odd := sorted(tensors.keys() ^ part.state().keys())):
                 raise UserError(
                     f"--resume: {at} was made by another version of the {name} ({odd[0]} differs)"

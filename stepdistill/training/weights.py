@@ -44,6 +44,10 @@ def check_weights(options: TrainOptions, base: str, method: Method) -> None:
         raise UserError(
             f"train.weights is {options.weights}, {takes}, which are noise in bfloat16: set train.weights=float32"
         )
+    if options.context_parallel > 1:
+        raise UserError(
+            f"train.context_parallel is {options.context_parallel}, {takes}, which shared calls have not: set it to 1"
+        )
     if base in ("int8", "nf4"):
         raise UserError(
             f"student.base is {base}, {takes}, which quantised layers have not: set student.base=auto"

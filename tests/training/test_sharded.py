@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
 from stepdistill.errors import UserError
+from stepdistill.networks.shared_tokens import check_shared_tokens
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats
 from stepdistill.system.processes import launched
@@ -46,6 +47,8 @@ RUNS = {
             "student.lora_rank=2",
         )
     ],
+    # Its calls are shared.
+    "dmd video": ["student.times=[1.0, 0.5]", "options.fake_steps=1", "data.size=[32, 16, 9]"],
 }
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 """What ``accelerate launch`` hands on of a config of FSDP2."""
@@ -74,7 +77,7 @@ def loop(recipe, folder, parallel=None, resume=False):
     """A run without its end."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True)
-    job = assemble(resolve(recipe), accelerator, tiny_pipeline("sd"))
+    job = assemble(resolve(recipe), accelerator, tiny_pipeline("wan" if recipe.data.size else "sd"))
     data = training_data(job, folder)
     return train(job.objective, data, recipe, folder, accelerator, parallel=parallel, resume=resume)
 
@@ -93,8 +96,12 @@ def sharded(count, port):
 def in_two(root):
     """All runs; of one process's checkpoint the whole run, as an accelerate config shards it."""
     parallel = sharded(2, 29523)
-    for name in RUNS:  # checkpointing here and not in one process: it changes no number
+    for name in list(RUNS)[:-1]:  # checkpointing here and not in one process: it changes no number
         loop(recipe_of(name, root, "train.checkpointing=true"), root / "two" / name, parallel())
+    recipe = recipe_of("dmd video", root, "train.checkpointing=true", "train.context_parallel=2")
+    loop(
+        recipe, root / "two" / "dmd video", parallel_of("auto", parallel().processes, torch.device("cpu"), 2)
+    )
     os.environ.update(FSDP, FSDP_RESHARD_AFTER_FORWARD="false")
     recipe = recipe_of("dmd", root, "train.sheet_every=1", "train.checkpointing=true")
     run_recipe(recipe, output=root / "two" / "resumed", resume=True, pipeline=tiny_pipeline("sd"))
@@ -145,7 +152,9 @@ def last(run):
 def assert_equal(one, two):
     for a, b in zip(read_stats(one), read_stats(two), strict=True):
         assert a["turn"] == b["turn"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), (two, a["step"])
+        # A matched field is a small difference of two predictions.
+        rel = 1e-4 if "video" in two.name else 1e-5
+        assert a["loss"] == pytest.approx(b["loss"], rel=rel), (two, a["step"])
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), (two, a["step"])
     (ours, _), (theirs, _) = load_checkpoint(last(one)), load_checkpoint(last(two))
     assert ours.keys() == theirs.keys() and "ema" in ours
@@ -161,9 +170,9 @@ def assert_equal(one, two):
 
 @pytest.mark.slow
 def test_two_and_three_processes_that_share_their_networks_are_one(tmp_path):
-    """Curves and checkpoints of every kind of network. A checkpoint of one process is gone on with by two, down to
-    sheets and an exported and verified student; one of two by three; and of three, killed while they saved the next
-    one, by one."""
+    """Curves and checkpoints of every kind of network, and of one whose calls two share. A checkpoint of one process
+    is gone on with by two, down to sheets and an exported and verified student; one of two by three; and of three,
+    killed while they saved the next one, by one."""
     (tmp_path / "images").mkdir()
     for i in range(8):
         image = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
@@ -264,6 +273,18 @@ def test_an_fsdp2_config_is_train_parallel_sharded(monkeypatch):
     ):
         with pytest.raises(UserError, match=found):
             launch(*sets, **environment)
+
+
+def test_calls_are_shared_of_networks_alone_that_diffusers_can_split():
+    wan, ltx, sd = (tiny_pipeline(name) for name in ("wan", "ltx", "sd"))
+    check_shared_tokens(wan.transformer, 2)
+    for net, share, found in (
+        (wan.transformer, 3, "which does not divide the 2 heads of a WanTransformer3DModel"),
+        (ltx.transformer, 2, "no plan that splits a LTXVideoTransformer3DModel's tokens"),
+        (sd.unet, 2, "no plan that splits a UNet2DConditionModel's tokens"),
+    ):
+        with pytest.raises(UserError, match=found):
+            check_shared_tokens(net, share)
 
 
 def test_the_slurm_script_starts_one_launcher_a_node(tmp_path):
