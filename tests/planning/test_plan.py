@@ -1,0 +1,49 @@
+"""Plans are made of shapes alone, and say what a run of the same code holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from stepdistill.cli.plan import bytes_of
+from stepdistill.errors import UserError
+from stepdistill.planning.fake import fake_tensors
+from stepdistill.planning.from_configs import TEACHERS, pipeline_of
+from stepdistill.planning.live_bytes import LiveBytes
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium", "flux-dev", "wan21-1.3b"])
+def test_a_shipped_config_has_the_published_number_of_parameters(name: str) -> None:
+    planned = pipeline_of(name, torch.device("meta"))
+    net = getattr(planned.pipe, planned.family.network)
+    published = json.loads((TEACHERS / f"{name}.json").read_text("utf-8"))["million"]
+    assert sum(value.numel() for value in net.parameters()) / 1e6 == pytest.approx(published, rel=2e-3)
+
+
+def test_bytes_are_counted_from_the_first_operator_to_the_end() -> None:
+    live = LiveBytes(1)
+    with fake_tensors({}, live) as mode, mode, live:
+        net = nn.Linear(1000, 1000, bias=False)
+        live.mark_network(net, "weights")
+        begun = live.place()
+        x = torch.zeros(10, 1000)
+        y = net(net(x))  # the graph keeps x and the first product
+        del x
+        y.square().sum().backward()
+        assert live.flops == 5 * 2 * 10 * 1000 * 1000  # two products, and three of them backwards
+        live.mark([net.weight.grad], "gradients")
+        del y
+        peak = live.peak(begun)
+        assert live.held() == {"weights": 4_000_000, "gradients": 4_000_000}
+    assert peak.by_kind["weights"] == 4_000_000
+    # Both calls have a gradient of the weight, which are added.
+    assert 12_000_000 <= peak.total <= 16_200_000
+
+
+def test_memory_is_said_as_on_a_card() -> None:
+    assert bytes_of("24GB") == bytes_of("24 GiB") == 24 * 2**30
+    with pytest.raises(UserError, match="give it as 24GB"):
+        bytes_of("much")
