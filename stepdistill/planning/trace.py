@@ -42,6 +42,7 @@ SHARED_OUT = tuple(
     for name in ("teacher", "student", "fake", "target")
     for kind in ("weights", "gradients", "optimiser")
 )
+"""Kinds of which a GPU holds a part with ``train.parallel: sharded``."""
 
 
 @dataclass
@@ -150,6 +151,7 @@ class _Tracing:
         self.scale: dict[str, float] = {}
         if whole.parallel == "sharded" and gpus > 1:
             self.scale = dict.fromkeys(SHARED_OUT, 1 / gpus)
+            self.notes.append("sharded networks count in equal parts, without the blocks that a call gathers")
 
     def _note(self, recipe: Recipe) -> None:
         train, terms = recipe.train, recipe.terms
