@@ -163,10 +163,10 @@ def measured(teacher: str, method: str, sets: Sequence[str], device: Any) -> dic
     held, family, pipe = roles.held_for_adapters, planned.family, [planned.pipe]
     del planned
 
-    def ready(own: Any, train: Any) -> Any:
+    def ready(own: Any, train: Any, base: Any = "auto") -> Any:
         """A network that was made in bfloat16 is as a run holds it; there is no exact state to keep."""
         if not low:
-            return held(own, train)
+            return held(own, train, base)
         for module in own.denoiser.net.modules():
             if not isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
                 for value in module._parameters.values():
