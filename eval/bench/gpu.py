@@ -16,7 +16,7 @@ attention  time and memory of math, sdpa and fused with and without a derivative
 unit       a DMD unit over its bare network passes, and which lines wait for the GPU in a step once a run is under way
 ceiling    forward and backward of SDXL's bare UNet, random weights at 1024 pixels: batches, layouts, compiled
 sdxl       a DMD unit at that size
-plan       peak memory and time of DMD units of SDXL, Stable Diffusion 3.5 and Flux.1, beside what stepdistill plan says
+plan       peak memory and time of DMD units of SDXL, Stable Diffusion 3.5 and Flux.1, which plan.py predicts
 ways       24 steps of dmd at the embedded teacher in bf16, under every value of train.compile
 harness    features in float32 and bf16, the Frechet distance, decoding, and folders to a number beside clean-fid
 """
@@ -59,7 +59,7 @@ ONE_BY_ONE = (
 def planned(name: str, tiny: bool) -> Iterator[dict[str, Any]]:
     import plan
 
-    return plan.plan_rows((name,), tiny)
+    return plan.plan_rows((name,), tiny, predicts=False)
 
 
 def run_part(name: str, folder: Path, tiny: bool) -> None:

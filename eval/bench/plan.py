@@ -68,12 +68,15 @@ SMALLER = {
 """What is changed in the configs with --tiny, by the network's class."""
 
 
-def plan_rows(names: Sequence[str] = (), tiny: bool = False) -> Iterator[dict[str, Any]]:
+def plan_rows(
+    names: Sequence[str] = (), tiny: bool = False, predicts: bool = True
+) -> Iterator[dict[str, Any]]:
     """Rows of ROWS: GiB as predicted and as measured, and milliseconds of a unit.
 
     Args:
         names: of ROWS; all where there are none.
         tiny: in a toy's shape.
+        predicts: whether to predict; no GPU is needed for that, and it takes a minute or more of a processor.
     """
     import torch
 
@@ -87,7 +90,7 @@ def plan_rows(names: Sequence[str] = (), tiny: bool = False) -> Iterator[dict[st
                 own = [*sets, "train.batch=2"] if tiny else [*sets, "train.batch=1"]
                 if device.type == "cpu":
                     own = [each for each in own if "bf16" not in each]
-                row |= row_of(given, "dmd", own, device)
+                row |= row_of(given, "dmd", own, device, predicts)
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {error}"[:600]
         yield row
@@ -110,22 +113,26 @@ def smaller(teacher: str, folder: Path) -> str:
     return str(file)
 
 
-def row_of(teacher: str, method: str, sets: Sequence[str], device: Any) -> dict[str, Any]:
-    """Prediction and measurement of one recipe."""
+def row_of(
+    teacher: str, method: str, sets: Sequence[str], device: Any, predicts: bool = True
+) -> dict[str, Any]:
+    """Measurement and prediction of one recipe."""
+    row: dict[str, Any] = (
+        measured(teacher, method, sets, device)
+        if device.type == "cuda"
+        else in_own_process(teacher, method, sets)
+    )
+    if not predicts:
+        return row
     from stepdistill.planning.trace import trace
 
-    recipe = _recipe(teacher, method, sets)
     began = time.perf_counter()
-    found = trace(recipe, device.type)
-    row: dict[str, Any] = {
+    found = trace(_recipe(teacher, method, sets), device.type)
+    row |= {
         "parameters M": found.parameters["teacher"] / 1e6,
         "predicted GiB": max(each.peak.total for each in found.updates) / 2**30,
         "plan s": time.perf_counter() - began,
     }
-    if device.type == "cuda":
-        row |= measured(teacher, method, sets, device)
-    else:
-        row |= in_own_process(teacher, method, sets)
     row["ratio"] = row["predicted GiB"] / row["measured GiB"]
     flops = sum(each.flops for each in found.updates)
     return row | {"TFLOP": flops / 1e12, "TFLOP/s": flops / 1e9 / row["ms"]}
