@@ -16,7 +16,7 @@ import torch
 from gpu_device import CUDA, DEVICE, PEAK_FLOPS, Row, alone
 from gpu_training import assembled, unit_row
 
-UNITS: tuple[tuple[int, int], ...] = ((16, 1), (16, 4), (0, 1), (0, 2))
+UNITS: tuple[tuple[int, int], ...] = ((16, 4), (0, 2), (16, 1), (0, 1))
 """Rank of the adapters (0 trains all weights), and samples."""
 
 
