@@ -108,7 +108,7 @@ def plan(
     found = _planned(recipe, device, gpus, memory, gpu, usual=True)
     if found.fits is not False or not changes:
         return found
-    tried = []
+    tried: list[str] = []
     for sets, count in _candidates(recipe, gpus):
         try:
             changed = _changed(recipe, sets)
