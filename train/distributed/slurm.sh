@@ -11,8 +11,8 @@
 #SBATCH --time=24:00:00
 set -euo pipefail
 
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN_ADDRESS
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MAIN_ADDRESS=${nodes[0]}
 
 # One launcher on each node, which starts a process for each of its GPUs.
 srun --kill-on-bad-exit=1 bash -c '
