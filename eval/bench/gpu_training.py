@@ -34,7 +34,7 @@ def toolkit(method: str, tiny: bool) -> Iterator[Row]:
 
 
 def ways(_: str, tiny: bool) -> Iterator[Row]:
-    for way in ("none",) if tiny else ("none", "regional", "full", "graphs"):
+    for way in ("none",) if tiny else ("none", "graphs", "regional", "full"):
         yield _short_run("dmd", tiny, {"precision": "bf16", "compile": way})
 
 
