@@ -9,6 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from stepdistill.data.prompts import open_prompts
+from stepdistill.data.row_cache import MEMORY_BYTES, MEMORY_ROWS
+from stepdistill.data.sizes import CacheSize, latents_size, pairs_size
+from stepdistill.data.training_images import find_images
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import PairOptions
 from stepdistill.planning.trace import Device, Trace, trace
@@ -180,17 +183,19 @@ def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
 
 
 def _disk(recipe: Recipe, seen: Trace) -> dict[str, int]:
-    """Bytes of what a run writes."""
+    """Bytes of what a run writes; small caches stay in memory."""
+    state, data = (seen.state // 4,), recipe.data
     found = {f"checkpoints ({recipe.train.keep} kept)": seen.checkpoint * recipe.train.keep}
     found["student"] = seen.student + seen.components
-    prompts = _count(recipe)
-    found[f"conditions of {prompts:,} prompts"] = prompts * seen.condition
+    rows, pairs = [CacheSize("prompts' conditions", _count(recipe), seen.condition)], list[CacheSize]()
     if "pairs" in seen.needs:
         options = resolve(recipe).options
-        pairs = options.pairs if isinstance(options, PairOptions) else PairOptions().pairs
-        size = seen.state if recipe.data.pairs_dtype == "float32" else seen.state // 2
-        found[f"{pairs:,} pairs"] = pairs * size * (1 + seen.pair_states)
-    return found
+        count = options.pairs if isinstance(options, PairOptions) else PairOptions().pairs
+        pairs.append(pairs_size(count, state, seen.pair_states, data.pairs_dtype))
+    if "images" in seen.needs and data.images is not None and Path(data.images).exists():
+        rows.append(latents_size(len(find_images(Path(data.images)).captions), state))
+    large = [each for each in rows if each.count > MEMORY_ROWS or each.bytes > MEMORY_BYTES]
+    return found | {f"{each.count:,} {each.what}": each.bytes for each in (*large, *pairs)}
 
 
 def _count(recipe: Recipe) -> int:

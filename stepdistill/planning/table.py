@@ -41,11 +41,19 @@ def table(found: Plan) -> str:
             f"{update.network}'s update, {update.share:.0%} of all: {update.flops / 1e12:,.2f} TFLOP a GPU; passes "
             f"of a sample: {calls}"
         )
-    hours = ", ".join(f"{name} {value:,.1f} h" for name, value in found.hours.items())
+    hours = ", ".join(f"{name} {duration(value)}" for name, value in found.hours.items())
     lines.append(f"{said['steps']:,} steps, if a GPU reaches {MFU:.0%} of its peak (assumed): {hours}")
     disk = ", ".join(f"{name} {size / 2**30:,.2f} GiB" for name, size in found.disk.items())
     lines += [f"disk: {disk}", *(f"note: {note}" for note in seen.notes)]
     return "\n".join([*lines, *verdict(found)])
+
+
+def duration(hours: float) -> str:
+    """Hours as a text of two digits or more, in the unit in which that is read."""
+    for unit, parts in (("h", 1), ("min", 60)):
+        if hours * parts >= 1:
+            return f"{hours * parts:,.1f} {unit}"
+    return f"{hours * 3600:.2g} s"
 
 
 def verdict(found: Plan) -> list[str]:

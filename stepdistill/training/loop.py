@@ -28,6 +28,7 @@ from stepdistill.system.memory import keep_freed_memory
 from stepdistill.system.processes import ALONE
 from stepdistill.training.health import Seen, require_finite
 from stepdistill.training.interruption import Interruption
+from stepdistill.training.out_of_memory import memory_explained
 from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.run import Finished, Run
 from stepdistill.training.schedule import learning_rate
@@ -62,7 +63,7 @@ def train(
     Raises:
         TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` steps
             after it and before any checkpoint.
-        UserError: when the run cannot be resumed or a checkpoint cannot be written.
+        UserError: when the run cannot be resumed, a checkpoint cannot be written, or a GPU's memory ends.
     """
     options = recipe.train
     parallel = parallel or OneProcess(ALONE, accelerator.device)
@@ -86,6 +87,7 @@ def train(
     batches = data.batches(range(run.step, options.steps), readers.rank * own, own, options.batch)
     method = objective.method
     with (
+        memory_explained(recipe, folder, accelerator.device),
         closing(batches),
         attention(options.attention, accelerator.device, options.precision),
         method.roles.checkpointed() if options.checkpointing else nullcontext(),

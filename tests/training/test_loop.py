@@ -34,7 +34,7 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
 )
 from stepdistill.training.finish import export_student
-from stepdistill.training.health import TrainingDiverged, Vitals
+from stepdistill.training.health import Seen, TrainingDiverged, Vitals
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.run import Run
@@ -73,8 +73,6 @@ def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_pa
     def kill(step, ema):
         if step == 7:
             raise Killed
-        from stepdistill.training.health import Seen
-
         return Seen({}, [])
 
     recipe = recipe_of(method, 10, "train.sheet_every=1")
@@ -103,8 +101,6 @@ def test_an_optimiser_that_starts_anew_resumes_bit_for_bit(tmp_path):
     def kill(step, ema):
         if step == 5:
             raise Killed
-        from stepdistill.training.health import Seen
-
         return Seen({}, [])
 
     recipe = load_recipe(HERE / "empty.yaml", method="phased_dmd", sets=[*sets, "train.sheet_every=1"])
@@ -409,8 +405,6 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(sheets, reads
     job = assemble(resolve(recipe), accelerator, None)
 
     def poison(step, ema):
-        from stepdistill.training.health import Seen
-
         if step == 7:
             with torch.no_grad():
                 job.student.net.conv_out.bias[0] = math.nan
@@ -679,3 +673,17 @@ def test_vitals_see_collapse_and_saturation():
         "oversaturation"
     ]
     assert reference.worries(reference) == []
+
+
+def test_where_memory_ends_one_line_says_what_holds_it_and_the_checkpoint_stays(tmp_path):
+    def full(step, ema):
+        if step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return Seen({}, [])
+
+    recipe = recipe_of("lcm", 3, "train.sheet_every=1", "train.checkpoint_every=1")
+    with pytest.raises(
+        UserError, match=r"train\.batch=4 train\.accumulate=1 .*`stepdistill plan .*recipe.yaml` says"
+    ):
+        start(recipe, tmp_path, preview=full)
+    assert checkpoints_in(tmp_path / "checkpoints")[-1].name == "step-00000001"
