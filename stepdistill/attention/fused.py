@@ -82,6 +82,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         raise UserError(
             f"attention needs one floating type, not {query.dtype}, {key.dtype} and {value.dtype}"
         )
+    if any(x.device != query.device for x in (key, value, mask) if x is not None):
+        places = ", ".join(str(x.device) for x in (query, key, value, mask) if x is not None)
+        raise UserError(f"attention needs all its tensors on one device, not {places}")
     if mask is not None and not spreads(mask, query, key):
         raise UserError(
             "fused attention takes a mask without gradient, boolean or floating, that spreads to "

@@ -110,6 +110,8 @@ class _Launch:
         return name, self.query.element_size() * 8, max(64, self.width)
 
     def run(self, name: str, pointers: tuple[Tensor, ...], strides: tuple[int, ...], **flags: bool) -> None:
+        if any(x.device != self.query.device for x in pointers):  # a kernel would read a wrong address
+            raise ValueError(f"attention's {name} got tensors on {sorted({str(x.device) for x in pointers})}")
         over_keys = name == "of_keys"
         heads, length = (self.kv_heads, self.m) if over_keys else (self.heads, self.n)
         while True:

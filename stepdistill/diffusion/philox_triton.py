@@ -126,6 +126,9 @@ def integers_below(OUT, key, step, first, count, high, BLOCK: tl.constexpr):
 
 def _launch(kernel: Any, out: Tensor, counters: int, *arguments: object, **fixed: object) -> Tensor:
     if counters:
+        places = {str(x.device) for x in (out, *arguments) if isinstance(x, Tensor)}
+        if len(places) > 1:  # a kernel would read a wrong address
+            raise ValueError(f"a draw got tensors on {sorted(places)}")
         with torch.cuda.device_of(out):
             kernel[(triton.cdiv(counters, BLOCK),)](
                 out, *arguments, **fixed, BLOCK=BLOCK, enable_fp_fusion=False

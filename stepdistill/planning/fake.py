@@ -49,11 +49,13 @@ def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorM
         # torch's own swaps tensors, which it does not do while anybody watches them, as we do.
         for child in module.children() if recurse else ():
             child._apply(change)
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
                 with torch.no_grad():
                     changed = change(parameter)
-                if changed is not parameter:
+                if changed.device != parameter.device:
+                    module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+                elif changed is not parameter:
                     parameter.data = changed
         for name, value in module._buffers.items():
             if value is not None:

@@ -183,12 +183,14 @@ def _shipped(file: Path, where: AbstractContextManager[Any], family: Family | No
     pipe = _pipeline(said["pipeline"], made, said.get("arguments", {}))
     family = family or family_named(said["pipeline"])
     if said["conditions"]:
-        family = _with_conditions(family, said["conditions"], said.get("guided", True))
+        family = _with_conditions(family, said["conditions"], said.get("guided", True), where)
     return Planned(pipe, family, f"{file.stem}, as it ships")
 
 
-def _with_conditions(family: Family, shapes: dict[str, list[int]], guided: bool) -> Family:
-    """The family, whose conditions are zeros of these shapes, without B."""
+def _with_conditions(
+    family: Family, shapes: dict[str, list[int]], guided: bool, where: AbstractContextManager[Any]
+) -> Family:
+    """The family, whose conditions are zeros of these shapes, without B, made where the networks are."""
     base: Any = type(family)
 
     def zeros(count: int) -> Condition:
@@ -197,7 +199,8 @@ def _with_conditions(family: Family, shapes: dict[str, list[int]], guided: bool)
                 return torch.ones(count, *shape, dtype=torch.bool)
             return torch.zeros(count, *shape)
 
-        return Condition({name: one(name, shape) for name, shape in shapes.items()})
+        with where:
+            return Condition({name: one(name, shape) for name, shape in shapes.items()})
 
     class Told(base):  # type: ignore[misc]
         def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:

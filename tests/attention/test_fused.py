@@ -265,6 +265,7 @@ ZEROS = torch.zeros(1, 2, 4, 8)
         ((ZEROS, ZEROS[:, :, :0], ZEROS[:, :, :0]), "none empty"),
         ((torch.zeros(1, 1, 2, 264),) * 3, "at most 256 dimensions, not 264"),
         ((ZEROS, ZEROS.double(), ZEROS), "one floating type"),
+        ((ZEROS, ZEROS.to("meta"), ZEROS), "on one device, not cpu, meta, cpu"),
         (
             (ZEROS, ZEROS, ZEROS, torch.zeros(4, 4, dtype=torch.long)),
             r"mask without gradient.*\[1, 2, 4, 4\], not torch.int64 of shape \[4, 4\]",
