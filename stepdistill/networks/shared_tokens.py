@@ -7,12 +7,20 @@ the gradients of weights and inputs: their sum over the processes is the gradien
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed
 from diffusers import ModelMixin
-from diffusers.hooks.context_parallel import apply_context_parallel, remove_context_parallel
+from diffusers.hooks.context_parallel import (
+    _get_submodule_by_name,
+    apply_context_parallel,
+    remove_context_parallel,
+)
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
@@ -20,6 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from stepdistill.errors import UserError
+from stepdistill.families.size import Size
+from stepdistill.networks.teacher import PipelineTeacher
 
 FAILS = ("LTXVideoTransformer3DModel",)
 """Have a plan that diffusers 0.42 cannot follow: the mask of LTX is split before attention wants it whole."""
@@ -42,6 +52,69 @@ def check_shared_tokens(net: nn.Module, share: int) -> None:
                 f"train.context_parallel is {share}, which does not divide the {module.heads} heads of a {name}: set "
                 "it to a divisor"
             )
+
+
+def check_split(teacher: PipelineTeacher, share: int, sizes: Sequence[Size], prompt: str) -> None:
+    """Calls the teacher's network once at each size, alone, and refuses what so many processes could not share evenly.
+
+    Raises:
+        UserError: a number of tokens does not divide.
+    """
+    for size in sizes:
+        codec = replace(teacher.codec, size=size)
+        x_t, t = torch.zeros(1, *codec.shape, device=teacher.device), torch.ones(1, device=teacher.device)
+        with torch.no_grad(), _watched(teacher.denoiser.net, share, str(size)):
+            teacher.denoiser.raw(x_t, t, codec.encode([prompt]))
+
+
+@contextmanager
+def _watched(net: nn.Module, share: int, size: str) -> Iterator[None]:
+    """Inside the ``with`` a call of the network looks at all that its plan would split, and splits nothing."""
+
+    def look(name: str, value: Any, plan: Any) -> None:
+        if isinstance(value, list | tuple):
+            for each, own in zip(value, plan, strict=True):
+                look(name, each, own)
+            return
+        counted = isinstance(value, Tensor) and plan.expected_dims in (None, value.dim())
+        if counted and (count := value.shape[plan.split_dim]) % share:
+            raise UserError(
+                f"train.context_parallel is {share}, which does not divide the {count} tokens that a "
+                f"{type(net).__name__} has in {name} at {size}: set it to a divisor, or to 1"
+            )
+
+    def watch(path: str, module: nn.Module, splits: dict[Any, Any]) -> list[Any]:
+        names = inspect.signature(module.forward)
+
+        def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = names.bind_partial(*args, **named).arguments
+            for name in splits.keys() & given.keys():
+                look(name, given[name], splits[name])
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found = [output] if isinstance(output, Tensor) else output
+            for place in splits:
+                if isinstance(place, int):
+                    look(path, found[place], splits[place])
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
+
+    assert isinstance(net, ModelMixin)
+    plan: Any = net._cp_plan
+    hooks: list[Any] = []
+    for path, splits in plan.items():
+        if isinstance(splits, dict):
+            found: Any = _get_submodule_by_name(net, path)
+            for module in found if isinstance(found, list) else [found]:
+                hooks += watch(path, module, splits)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Summed(torch.autograd.Function):

@@ -39,7 +39,7 @@ from stepdistill.networks.find import find_teacher
 from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.scheduler_path import PREDICTION_TYPES
-from stepdistill.networks.shared_tokens import check_shared_tokens
+from stepdistill.networks.shared_tokens import check_shared_tokens, check_split
 from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
@@ -51,6 +51,7 @@ from stepdistill.system.provenance import provenance
 from stepdistill.training.buckets import buckets_for, check_calls, check_heads
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.optimizers import check_optimizer
+from stepdistill.training.parallel import check_shared_heads
 from stepdistill.training.rewards import REWARDS
 from stepdistill.training.roles import roles_for, teacher_type
 from stepdistill.training.weights import check_weights
@@ -192,6 +193,7 @@ def assemble(
     check_weights(train, recipe.student.base, method)
     if train.context_parallel > 1:
         check_shared_tokens(teacher.denoiser.net, train.context_parallel)
+        check_split(teacher, train.context_parallel, buckets or [teacher.size], prompts[0])
     if main and kernel == "auto":
         say(told(kernel, device, takes_exact(method)))
     student, sampler = method.student, method.sampler()
@@ -201,6 +203,8 @@ def assemble(
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
     objective = Objective(method, _terms(recipe, teacher, prompts)).to(device)
+    if train.context_parallel > 1:
+        check_shared_heads(objective, train.context_parallel)
     if buckets:
         check_heads(objective)
         check_calls(teacher, buckets, prompts[0])

@@ -17,7 +17,8 @@ class GradientMeans:
 
     The parameters stand in buckets, the last ones first, as a backward pass comes to them. All processes send the
     buckets in this order, each as soon as all its gradients are there, so that it does not matter which a process has
-    first, or not at all.
+    first, or not at all. With each bucket goes a number for every parameter that says whether it has a gradient there.
+    What no process has a gradient for has none afterwards either, as it would in one process: an optimiser leaves it.
 
     Args:
         parameters: dense ones.
@@ -30,6 +31,8 @@ class GradientMeans:
         self._open: list[int] | None = None  # of each bucket, the gradients that are still expected
         self._hooked = False
         self._sums: list[Tensor] = []
+        # Of each bucket that was sent, what has no gradient here, with its place.
+        self._missing: list[list[tuple[int, nn.Parameter]]] = []
         self._under_way: list[torch.distributed.Work] = []
 
     def expect(self) -> None:
@@ -56,17 +59,32 @@ class GradientMeans:
         for work in self._under_way:
             work.wait()
         torch._foreach_div_(self._sums, self._count)
+        for bucket, flat, missing in zip(self.buckets, self._sums, self._missing, strict=True):
+            if missing:  # here: only then is it waited for what the others have
+                present = flat[-len(bucket) :].tolist()
+                for i, parameter in missing:
+                    if not present[i]:
+                        parameter.grad = None
         self._sums.clear()
+        self._missing.clear()
         self._under_way.clear()
 
     @torch.no_grad()
     def _send(self, bucket: Sequence[nn.Parameter]) -> None:
         """Starts to sum a bucket's gradients. What is summed takes the place of the gradients it was made of."""
+        present = torch.ones(len(bucket), dtype=bucket[0].dtype, device=bucket[0].device)
+        missing = [(i, parameter) for i, parameter in enumerate(bucket) if parameter.grad is None]
+        for i, _ in missing:
+            present[i] = 0
         # As they lie in memory: a gradient lies like its parameter.
-        flat = torch.cat([_in_memory(p.grad if p.grad is not None else torch.zeros_like(p)) for p in bucket])
-        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+        own = [_in_memory(p.grad if p.grad is not None else torch.zeros_like(p)) for p in bucket]
+        flat = torch.cat([*own, present])
+        for parameter, part in zip(
+            bucket, flat.split([*(p.numel() for p in bucket), len(bucket)]), strict=False
+        ):
             parameter.grad = part.as_strided(parameter.shape, parameter.stride())
         self._sums.append(flat)
+        self._missing.append(missing)
         work = torch.distributed.all_reduce(flat, async_op=True)
         assert work is not None
         self._under_way.append(work)

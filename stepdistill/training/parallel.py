@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from stepdistill.errors import UserError
+from stepdistill.losses.objective import Objective
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.networks.shared_tokens import SharedTokens
 from stepdistill.system.processes import Processes
@@ -134,6 +135,19 @@ class Replicated(Parallel):
         return self._means[id(parameters)]
 
 
+def check_shared_heads(objective: Objective, share: int) -> None:
+    """Refuses what is trained beside the networks, which alone ``share`` processes can call together.
+
+    Raises:
+        UserError: a head is.
+    """
+    if heads := [k for k, each in objective.trained.items() if each.extra and list(each.extra.parameters())]:
+        raise UserError(
+            f"train.context_parallel is {share}, which is for networks alone, but {heads[0]} trains a head on a "
+            "network's features: set GAN weights to 0, or train.context_parallel to 1"
+        )
+
+
 class SharedCalls(Replicated):
     """Every process holds the whole run, and ``share`` of them make each call together, on the same samples: see
     stepdistill/networks/shared_tokens.py."""
@@ -157,15 +171,6 @@ class SharedCalls(Replicated):
 
     def spread(self, networks: Iterable[nn.Module]) -> None:
         self._shared += [SharedTokens(net, self._mesh["ring", "ulysses"]) for net in networks]
-
-    def expect(self, parameters: list[nn.Parameter]) -> None:
-        own = {id(each) for shared in self._shared for each in shared.net.parameters()}
-        if any(id(each) not in own for each in parameters):
-            raise UserError(
-                "train.context_parallel is for networks alone, and this run trains a head on a network's features: set "
-                "GAN weights to 0, or train.context_parallel to 1"
-            )
-        super().expect(parameters)
 
     def gather(self, kept: Iterable[nn.Module]) -> None:
         for shared in self._shared:

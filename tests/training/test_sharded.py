@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from run_toy import COMMON, HERE, METHODS
 from safetensors.torch import load_file
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_teacher
 
 from stepdistill.errors import UserError
-from stepdistill.networks.shared_tokens import check_shared_tokens
+from stepdistill.networks.shared_tokens import check_shared_tokens, check_split
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats
 from stepdistill.system.processes import launched
@@ -285,6 +285,28 @@ def test_calls_are_shared_of_networks_alone_that_diffusers_can_split():
     ):
         with pytest.raises(UserError, match=found):
             check_shared_tokens(net, share)
+
+
+def test_calls_that_cannot_be_shared_are_refused_before_training(tmp_path):
+    """Tokens that do not divide, of states, and of prompts, where the network has theirs apart; and heads."""
+    shared = [*COMMON, *RUNS["dmd video"], "train.context_parallel=2"]
+    for more, found in (
+        (
+            ["data.size=[16, 16, 9]"],
+            "not divide the 3 tokens that a WanTransformer3DModel has in .* at 16x16, 9 frames",
+        ),
+        (
+            ["data.size=[32, 16, 1]", "options.gan_weight=0.01", f"data.images={tmp_path}"],
+            "context_parallel is 2, .* but fake trains a head",
+        ),
+    ):
+        recipe = load_recipe(HERE / "empty.yaml", method="dmd", sets=[*shared, *more])
+        with pytest.raises(UserError, match=found):
+            assemble(resolve(recipe), Accelerator(cpu=True), tiny_pipeline("wan"))
+    flux, qwen = tiny_teacher("flux"), tiny_teacher("qwen-image")
+    check_split(flux, 2, [flux.size], "a cat")
+    with pytest.raises(UserError, match=r"which does not divide the 133 tokens .* in pos_embed"):
+        check_split(qwen, 2, [qwen.size], "a cat")
 
 
 def test_the_slurm_script_starts_one_launcher_a_node(tmp_path):
