@@ -1,6 +1,6 @@
 """Every family from its teacher to proven students, as a table: python tests/every_family.py [NAME ...] [--output FILE]
 
-Each tiny pipeline (tests/toys/tiny.py, and Kolors where sentencepiece is there) is written as a folder and
+Each tiny pipeline (tests/toys/tiny*.py; Kolors where sentencepiece is there) is written as a folder and
 
 - compared with its family: one picture on its own scheduler, and the times that its students' pipelines ask for,
 - distilled: two updates of dmd, one of the student and one of the network that follows it, with all weights and with
@@ -34,6 +34,7 @@ from fresh import FreshProcesses
 from run_toy import HERE
 from safetensors.torch import load_file
 from tiny import EMBEDDED, GUIDED, PIPELINES, SIZES, VIDEO, tiny_pipeline, tiny_prompts
+from tiny_hidream import tiny_hidream
 from tiny_kolors import tiny_kolors
 
 from stepdistill.cli.doctor import examine_teacher
@@ -46,7 +47,8 @@ from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 
-KOLORS = "kolors"
+MORE: dict[str, Callable[[Path], Any]] = {"hidream": lambda folder: tiny_hidream(), "kolors": tiny_kolors}
+"""Pipelines beside those of tiny.py, from a folder for their files."""
 HEADS = ("pipeline", "seconds", "teacher check", "grid check", "dmd", "dmd, LoRA", "four steps", "resumed")
 FOUR = {"dit": "pcm", "sana-sprint": "scm"}
 """By what method the four-step student is trained where it is not lcm: DiT's pipeline takes no seed for fresh noise."""
@@ -61,7 +63,7 @@ def sides_of(name: str) -> list[int]:
 
 def recipe_of(name: str, folder: Path, method: str, *more: str) -> Recipe:
     """A run of a few updates on the pipeline in ``folder / "teacher"``."""
-    guided = name in (*GUIDED, *EMBEDDED, KOLORS)
+    guided = name in (*GUIDED, *EMBEDDED, *MORE)
     sets = [
         *("student.output=teacher", "train.batch=2", "train.lr=1e-3", "train.ema=0.5", "evaluate=false"),
         *("train.checkpoint_every=1", "train.sheet_every=0", f"options.guidance={2 if guided else 1}"),
@@ -166,9 +168,9 @@ def row_of(name: str) -> dict[str, str]:
         folder = Path(place)
 
         def build() -> str:
-            pipe: Any = tiny_kolors(folder) if name == KOLORS else tiny_pipeline(name)
+            pipe = MORE[name](folder) if name in MORE else tiny_pipeline(name)
             pipe.save_pretrained(folder / "teacher")
-            prompts = ["a red heart", "blue fish"] if name == KOLORS else tiny_prompts(name, 2)
+            prompts = ["a red heart", "blue fish"] if name in MORE else tiny_prompts(name, 2)
             (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
             row["teacher check"], row["grid check"] = checks_of(name, folder / "teacher")
             return row["teacher check"]
@@ -207,7 +209,9 @@ def main(names: list[str], file: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    every = [*PIPELINES, *([KOLORS] if importlib.util.find_spec("sentencepiece") else [])]
+    every = [*PIPELINES, *MORE]
+    if importlib.util.find_spec("sentencepiece") is None:
+        every.remove("kolors")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(every))
     parser.add_argument("--output", type=Path, help="a JSON file that keeps what was found")

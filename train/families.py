@@ -122,12 +122,14 @@ def text_of(teacher_of: Callable[[str], PipelineTeacher]) -> str:
         teacher_of: the tiny teacher of a name of ``tiny.PIPELINES``.
     """
     import tiny
+    from tiny_hidream import tiny_hidream
 
+    teachers = [(teacher_of(name), tiny.tiny_prompts(name, 1)) for name in tiny.PIPELINES]
+    teachers.append((PipelineTeacher(tiny_hidream()), ["a red heart"]))
     rows: dict[tuple[str, ...], None] = {}
-    for name in tiny.PIPELINES:
-        teacher = teacher_of(name)
+    for teacher, prompts in teachers:
         first = f"{teacher.family.name}: {', '.join(teacher.family.pipelines)}"
-        rows[first, *cells(teacher, tiny.tiny_prompts(name, 1))] = None
+        rows[first, *cells(teacher, prompts)] = None
     lines = [HEADS, ("---",) * len(HEADS), *sorted(rows)]
     return TEXT.format(table="\n".join(f"| {' | '.join(line)} |" for line in lines))
 
