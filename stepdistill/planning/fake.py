@@ -18,18 +18,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 
+from stepdistill.diffusion import philox
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.remembered import forget
 from stepdistill.planning.live_bytes import LiveBytes
 
+aten = torch.ops.aten
+
+KNOWN = 4096
+"""So many numbers a tensor may have that are known all the same: of those code asks for some."""
+
+MADE = frozenset(
+    {
+        *(aten.full, aten.zeros, aten.ones, aten.eye, aten.arange, aten.linspace, aten.logspace),
+        *(
+            aten.scalar_tensor,
+            philox.uniform._opoverload.overloadpacket,
+            philox.integers._opoverload.overloadpacket,
+        ),
+    }
+)
+"""Operators that make known tensors of plain numbers."""
+
 
 class _Mode(FakeTensorMode):
-    """Is one for all copies of its tensors: a copy of the mode would free again what it looks at."""
+    """Is one for all copies of its tensors: a copy of the mode would free again what it looks at. Small tensors on the
+    processor that follow from numbers alone, such as times and tables of them, have numbers, too."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
         return self
+
+    def may_turn_const(self, t: Tensor) -> bool:
+        return t.numel() <= KNOWN and t.device.type == "cpu" and not self.is_our_fake(t)
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in self.lift_fns:
+            args, kwargs = tree_map_only(Tensor, self._known, (args, kwargs))
+        made: Any = super().dispatch(func, types, args, kwargs)
+        if (
+            getattr(func, "overloadpacket", None) in MADE
+            and made.numel() <= KNOWN
+            and made.device.type == "cpu"
+        ):
+            with no_dispatch():
+                real = func(*args, **kwargs)
+            return self._known(real)
+        return made
+
+    def _known(self, value: Tensor) -> Tensor:
+        """A tensor in this mode, with its numbers where they are few; a tensor of this mode as it is."""
+        if type(value) is not Tensor or not self.may_turn_const(value):
+            return value
+        known: Tensor = self.fake_tensor_converter.from_real_tensor(self, value, make_constant=True)
+        return known
 
 
 @contextmanager
@@ -66,6 +111,16 @@ def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorM
         exits[stream] = high
         return 0
 
+    copied: Any = Tensor.__deepcopy__
+
+    def copied_without_numbers(value: Tensor, memo: dict[int, Any]) -> Tensor:
+        if not isinstance(value, FakeTensor):
+            return copied(value, memo)  # type: ignore[no-any-return]
+        numbers, value.constant = value.constant, None
+        copy: Tensor = copied(value, memo)
+        value.constant = numbers
+        return copy
+
     resize = torch.UntypedStorage.resize_
 
     def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
@@ -78,6 +133,7 @@ def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorM
         warnings.catch_warnings(),
         patch.object(nn.Module, "_apply", apply),
         patch.object(Draws, "shared_integer", chosen),
+        patch.object(Tensor, "__deepcopy__", copied_without_numbers),
         patch.object(torch.UntypedStorage, "resize_", resized),
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

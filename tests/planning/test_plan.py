@@ -13,6 +13,7 @@ from stepdistill.errors import UserError
 from stepdistill.planning.fake import fake_tensors
 from stepdistill.planning.from_configs import TEACHERS, pipeline_of
 from stepdistill.planning.live_bytes import LiveBytes
+from stepdistill.planning.table import duration
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium", "flux-dev", "wan21-1.3b"])
@@ -47,3 +48,7 @@ def test_memory_is_said_as_on_a_card() -> None:
     assert bytes_of("24GB") == bytes_of("24 GiB") == 24 * 2**30
     with pytest.raises(UserError, match="give it as 24GB"):
         bytes_of("much")
+
+
+def test_hours_are_said_in_the_unit_in_which_they_are_read() -> None:
+    assert [duration(hours) for hours in (1234.5, 1, 0.5, 0.01)] == ["1,234.5 h", "1.0 h", "30.0 min", "36 s"]
