@@ -185,13 +185,31 @@ class Denoiser:
         return Denoiser(self.trainable_net(), self.path, self.output, self.family, self.shape)
 
 
-def in_bfloat16(net: nn.Module) -> nn.Module:
-    """A copy that holds the weights of its linear layers and convolutions in bfloat16, and all others in float32. Under
-    autocast it computes bit for bit what float32 weights do, from half the memory."""
-    low = copy.deepcopy(net).float()
-    for module in matrices(low):
-        module.to(torch.bfloat16)
-    return low
+def in_bfloat16(net: nn.Module, *, in_place: bool = False) -> nn.Module:
+    """The network with the weights of its linear layers and convolutions in bfloat16, and all others in float32. Under
+    autocast it computes bit for bit what float32 weights do, from half the memory.
+
+    Args:
+        net: the network.
+        in_place: change it, tensor by tensor; else it stays as it is, and this is a copy.
+    """
+    low = {id(value) for module in matrices(net) for value in (*module.parameters(), *module.buffers())}
+
+    def cast(value: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if id(value) in low else torch.float32
+        return value.detach().to(dtype if value.is_floating_point() else value.dtype, copy=not in_place)
+
+    if not in_place:
+        made: dict[int, Any] = {id(v): nn.Parameter(cast(v), v.requires_grad) for v in net.parameters()}
+        return copy.deepcopy(net, made | {id(value): cast(value) for value in net.buffers()})
+    for module in net.modules():
+        for value in module._parameters.values():
+            if value is not None:
+                value.data = cast(value)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = cast(buffer)
+    return net
 
 
 def matrices(net: nn.Module) -> list[nn.Module]:

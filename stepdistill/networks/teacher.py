@@ -37,6 +37,7 @@ class PipelineTeacher:
         guidance: for a network that takes the scale as an input, that of the copies that are trained.
         size: what is drawn; None takes the pipeline's own.
         guidance_2: the scale of guided outputs below the stretch of a teacher's first network; None is the same.
+        owned: nobody else has the pipeline: its networks may be changed.
 
     Raises:
         UserError: for a size that the pipeline does not draw, for a shift or a second scale where there is none, or a
@@ -54,10 +55,11 @@ class PipelineTeacher:
         guidance_rescale: float = 0.0,
         size: Size | None = None,
         guidance_2: float | None = None,
+        owned: bool = False,
     ) -> None:
         self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
-        self.guidance_2 = guidance_2
+        self.guidance_2, self.owned = guidance_2, owned
         self.pipe.set_progress_bar_config(disable=True)
         family = family or known_family(type(pipe).__name__)
         if family is not None:
@@ -116,16 +118,17 @@ class PipelineTeacher:
         self.pipe = copy.copy(self.pipe)
         self.pipe.register_modules(**components)
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def compute_in(self, dtype: torch.dtype, *, in_place: bool = False) -> None:
         """From here on the network computes in float32 or bfloat16, whatever autocast is on around it, and is held for
         that; trainable copies are to be made before. Encoders stay as they are, the VAE is float32.
 
         Args:
             dtype: one of the two.
+            in_place: round the network itself to bfloat16, without a second one in memory.
         """
         net = self.denoiser.net
         if dtype == torch.bfloat16:
-            net = in_bfloat16(net)
+            net = in_bfloat16(net, in_place=in_place)
         elif any(value.dtype != dtype for value in net.parameters()):
             net = copy.deepcopy(net).to(dtype)
         if net is not self.denoiser.net:

@@ -162,6 +162,7 @@ def unit_of(
         guidance_rescale=options.guidance_rescale,
         size=Size(*recipe.data.size) if recipe.data.size else None,
         guidance_2=options.guidance_2,
+        owned=True,
     )
     prompt = "a photograph of a cat" if teacher.family.has_prompts else "0"
     condition = teacher.codec.encode([prompt])

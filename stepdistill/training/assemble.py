@@ -145,6 +145,7 @@ def assemble(
         guidance_rescale=options.guidance_rescale,
         size=Size(*recipe.data.size) if recipe.data.size else None,
         guidance_2=options.guidance_2,
+        owned=pipeline is None,
     )
     if train.parallel == "sharded" and isinstance(teacher.denoiser.net, SwitchedNetworks):
         raise UserError(

@@ -7,11 +7,12 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.diffusion.path import Output, TablePath
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.networks.denoiser import matrices
 from stepdistill.networks.quantized import check_quantized, quantized
 from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.teacher import PipelineTeacher
@@ -75,20 +76,27 @@ def held_for_adapters(
     teacher: PipelineTeacher, train: TrainOptions, base: Literal["auto", "bf16", "int8", "nf4"] = "auto"
 ) -> dict[str, Tensor] | None:
     """Readies the teacher's network for those who share it: in bfloat16 where all compute in it, in float32 elsewhere,
-    its adapted layers as ``student.base`` says. What is exported was never rounded: where it is, the state before that,
-    in float32 on the CPU."""
+    its adapted layers as ``student.base`` says. One that the teacher owns is changed itself. What is exported was never
+    rounded: where it is, the state before that, on the CPU."""
     own, exact = teacher_type(train), None
     low = own == torch.bfloat16 and train.precision == "bf16"
     if base == "int8" or base == "nf4":
         check_quantized(base, teacher.device)
-    if low or base == "int8" or base == "nf4":
-        state = teacher.denoiser.net.state_dict().items()
-        exact = {name: (v.float() if v.is_floating_point() else v).cpu() for name, v in state}
-    teacher.compute_in(torch.bfloat16 if low else torch.float32)
+        exact = exact_state(teacher.denoiser.net)
+    elif low and any(
+        v.dtype != torch.bfloat16 for m in matrices(teacher.denoiser.net) for v in m.parameters()
+    ):
+        exact = exact_state(teacher.denoiser.net)
+    teacher.compute_in(torch.bfloat16 if low else torch.float32, in_place=teacher.owned)
     if base == "int8" or base == "nf4":
         teacher.hold(quantized(teacher.denoiser.net, base, teacher.family.lora_targets))
     teacher.denoiser.compute = own
     return exact
+
+
+def exact_state(net: nn.Module) -> dict[str, Tensor]:
+    """A network's state as it is, on the CPU."""
+    return {name: value.cpu() for name, value in net.state_dict().items()}
 
 
 def _matched(

@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.methods import find_method, method_names
-from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.denoiser import Denoiser, in_bfloat16
 from stepdistill.networks.lora import adapter_on, add_lora, lora_layers, merged_state
 from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.sections import TrainOptions
+from stepdistill.training.roles import held_for_adapters
 
 SHARES: dict[str, Callable[[PipelineTeacher], Roles]] = {
     "copies": Copies,
@@ -409,6 +411,36 @@ def test_a_base_in_bfloat16_trains_as_one_in_float32_under_autocast_and_is_merge
         found.append((x, loss, *gradients(roles), *plain.state_dict().values()))
     assert len(found[0]) == len(found[1])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_base_is_rounded_in_place_as_in_a_copy() -> None:
+    net = teacher_named("sd").denoiser.net
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    own = list(net.parameters())
+    copied = in_bfloat16(net).state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert in_bfloat16(net, in_place=True) is net
+    assert all(one is other for one, other in zip(net.parameters(), own, strict=True))
+    assert {value.dtype for value in net.parameters()} == {torch.bfloat16, torch.float32}
+    for key, value in net.state_dict().items():
+        assert value.dtype == copied[key].dtype and torch.equal(value, copied[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("owned", [False, True])
+def test_what_is_exported_was_never_rounded_and_is_kept_as_it_was(owned: bool, dtype: torch.dtype) -> None:
+    teacher = teacher_named("sd")
+    teacher.owned = owned
+    loaded = teacher.denoiser.net.to(dtype)
+    state = {key: value.clone() for key, value in loaded.state_dict().items()}
+    exact = held_for_adapters(teacher, TrainOptions(precision="bf16"))
+    assert (teacher.denoiser.net is loaded) == owned
+    if dtype == torch.bfloat16:
+        assert exact is None  # nothing was rounded
+    else:
+        assert exact is not None and {value.dtype for value in exact.values()} == {dtype}
+    plain = Adapters(teacher, 2, exact=exact).student.plain_net().state_dict()
+    assert all(torch.equal(value, state[key].float()) for key, value in plain.items())
 
 
 def test_the_plain_network_of_a_role_says_what_the_role_does() -> None:
