@@ -134,7 +134,7 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
     train = recipe.train
     update = max(each.peak.total for each in seen.updates)
     peak = max(update, seen.setup.total)
-    flops = gpus * sum(each.share * each.flops for each in seen.updates)
+    flops = gpus // train.context_parallel * sum(each.share * each.flops for each in seen.updates)
     speeds = {name: speed for name, speed in GPUS.items() if gpu in (None, name)}
     slower = 1.0 if train.precision == "bf16" else 2.0
     seconds = {name: train.steps * flops * slower / (speed * MFU * gpus) for name, speed in speeds.items()}
@@ -170,8 +170,21 @@ def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
     from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
     unable: tuple[type[Exception], ...] = (UnsupportedFakeTensorException, NotImplementedError, RuntimeError)
+    share, base, notes = recipe.train.context_parallel, recipe.student.base, list[str]()
+    if gpus % share:
+        raise UserError(
+            f"train.context_parallel is {share}, which does not divide {gpus} GPUs: set it to a divisor"
+        )
+    if share > 1:
+        notes.append(
+            f"train.context_parallel={share}: activations are counted of all tokens, a GPU holds fewer"
+        )
+    if base in ("int8", "nf4"):
+        notes.append(f"student.base={base} is planned as unquantised layers: those with adapters take less")
+        recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"base": "auto"})})
     try:
-        return trace(recipe, device, gpus, usual)
+        found = trace(recipe, device, gpus // share, usual)
+        return replace(found, notes=[*found.notes, *notes])
     except UserError:
         raise
     except unable as error:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
+from stepdistill.errors import UserError
 from stepdistill.planning.live_bytes import LiveBytes
+from stepdistill.planning.plan import plan
 from stepdistill.planning.trace import Trace, _Tracing, trace
 from stepdistill.recipes.recipe import Recipe, load_recipe
 
@@ -44,3 +46,8 @@ def test_plans_count_the_bytes_of_real_tensors(teacher: str, method: str, sets: 
     assert planned.trained == real.trained
     for one, other in zip(planned.updates, real.updates, strict=True):
         assert (one.flops, one.passes, one.peak) == (other.flops, other.passes, other.peak)
+
+
+def test_processes_that_share_calls_divide_the_gpus(teacher: str) -> None:
+    with pytest.raises(UserError, match="context_parallel is 2, which does not divide 3 GPUs"):
+        plan(recipe_of(teacher, "lcm", "train.batch=6", "train.context_parallel=2"), gpus=3)
