@@ -32,10 +32,10 @@ from stepdistill.networks.sampler import schedule_times
 
 FAMILY = [LCM, Consistency, SCM, TBCM, TCD, PCM, TSCD]
 OF_PAIRS = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
-ELSEWHERE = OF_PAIRS | {"guidance_interval", "guidance_rescale", "fake_lora_rank"}
+ELSEWHERE = OF_PAIRS | {"guidance_2", "guidance_interval", "guidance_rescale", "fake_lora_rank"}
 """Options that these methods do not read: the cache of pairs does (tests/methods/test_options_flow.py), and the teacher
-(tests/losses/test_terms.py: guidance_is_off_outside_its_interval, rescaled_guidance_is_the_teachers); of adapters alone
-(tests/networks/test_roles.py)."""
+(tests/losses/test_terms.py: guidance_is_off_outside_its_interval, rescaled_guidance_is_the_teachers;
+tests/families/test_wan_2_2.py); of adapters alone (tests/networks/test_roles.py)."""
 
 Number = Callable[[Any], Any]
 

@@ -28,9 +28,9 @@ from stepdistill.networks.roles import Copies
 from stepdistill.recipes.sections import TermOptions
 
 ELSEWHERE = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
-ELSEWHERE |= {"guidance_rescale", "fake_lora_rank"}
+ELSEWHERE |= {"guidance_2", "guidance_rescale", "fake_lora_rank"}
 """Options that no method reads: the cache of pairs does (tests/data/test_data.py), and the teacher
-(tests/losses/test_terms.py); of adapters alone (tests/networks/test_roles.py)."""
+(tests/losses/test_terms.py, tests/families/test_wan_2_2.py); of adapters alone (tests/networks/test_roles.py)."""
 
 Number = Callable[[Any], Any]
 

@@ -73,6 +73,7 @@ def toy_teacher(net: torch.nn.Module, output: Output) -> Any:
     teacher: Any = ToyTeacher(net, TABLE, output)
     teacher.codec = Labelled()
     teacher.fingerprint, teacher.guidance_interval, teacher.guidance_rescale = lambda: "toy", (0.0, 1.0), 0.0
+    teacher.guidance_2 = None
     return teacher
 
 
