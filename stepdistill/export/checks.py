@@ -39,7 +39,7 @@ def teacher_check(teacher: PipelineTeacher, prompt: str, steps: int) -> float | 
         steps: of its scheduler; each is two calls of the network.
 
     Raises:
-        UserError: they are two pictures.
+        UserError: they are two pictures, or the pipeline does not draw by itself.
     """
     codec, family, kind = teacher.codec, teacher.family, type(teacher.pipe).__name__
     spelt = family.call_prompts(teacher.pipe, [prompt])
@@ -54,7 +54,16 @@ def teacher_check(teacher: PipelineTeacher, prompt: str, steps: int) -> float | 
     }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # for schedulers that take noise of no generator
-        seen = watch(teacher.pipe, call)
+        try:
+            seen = watch(teacher.pipe, call)
+        except UserError:
+            raise
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(
+                f"a {kind} of these parts does not draw when it is called with a prompt and its own defaults "
+                f"({type(error).__name__}: {first}): give one that does"
+            ) from error
         if any(step.output.shape != step.sample.shape for step in seen.steps):
             return None
         torch.default_generator.manual_seed(0)

@@ -142,6 +142,14 @@ def test_a_wrong_clock_or_sign_is_found_before_training(fault: dict[str, Any]) -
         teacher_check(PipelineTeacher(tiny_pipeline("sd3"), family=wrong), "a red heart", 2)
 
 
+def test_a_pipeline_that_does_not_draw_by_itself_is_told_so() -> None:
+    """Noise with a channel more than its network takes."""
+    pipe = tiny_pipeline("sd3")
+    pipe.transformer.register_to_config(in_channels=pipe.transformer.config.in_channels + 1)
+    with pytest.raises(UserError, match=r"a StableDiffusion3Pipeline of these parts .*RuntimeError"):
+        teacher_check(PipelineTeacher(pipe), "a red heart", 2)
+
+
 def test_a_grid_that_is_not_the_students_is_found_without_calls_of_the_network(teacher_of: Teachers) -> None:
     """FlowMatchEuler wastes its last step where the pipeline passes a number of steps alone."""
     from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
