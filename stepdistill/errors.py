@@ -18,6 +18,12 @@ class OtherProcessError(UserError):
     """Another process of the same work has failed and says why; the command line ends without a second message."""
 
 
+def first_line(error: BaseException) -> str:
+    """``Kind: message`` of an error of other code, on one line of at most 200 characters and its kind."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """``(did you mean X? There are: ...)`` for an unknown name."""
     names = sorted(allowed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.path import Path, TablePath, TrigPath
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families.watching import Draw, frames_of, silent, watch
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
@@ -59,10 +59,9 @@ def teacher_check(teacher: PipelineTeacher, prompt: str, steps: int) -> float | 
         except UserError:
             raise
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
             raise UserError(
                 f"a {kind} of these parts does not draw when it is called with a prompt and its own defaults "
-                f"({type(error).__name__}: {first}): give one that does"
+                f"({first_line(error)}): give one that does"
             ) from error
         if any(step.output.shape != step.sample.shape for step in seen.steps):
             return None

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.export.adapters import (
     called_with,
     check_options,
@@ -104,10 +104,9 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
     except UserError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"a student of this teacher could not be exported, so nothing was trained: {type(teacher.pipe).__name__} "
-            f"does not draw with the student's network and scheduler ({type(error).__name__}: {first})"
+            f"does not draw with the student's network and scheduler ({first_line(error)})"
         ) from error
     with in_float32(pipe):
         own = draw_as_pipeline(student, sampler, replace(teacher.codec, pipe=pipe), [prompt], [0]).cpu()

@@ -18,7 +18,7 @@ from torch import nn
 
 from stepdistill.diffusion.path import Output, Path, TablePath
 from stepdistill.diffusion.shift import shifted
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families._arguments import Calls, Unlike, state_rows
 from stepdistill.families._findings import (
     clock_of,
@@ -73,8 +73,7 @@ def record(
     except UserError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"a draw of its own fails ({type(error).__name__}: {lines[0][:200]})"
+        reason = f"a draw of its own fails ({first_line(error)})"
     raise UserError(
         f"no family for {kind}, and it cannot be recorded: {reason}. A family of your own is one file, see "
         "train/own_family.md: name it in the recipe's family"

@@ -1,4 +1,5 @@
-"""Four kinds of families: around a UNet, around a transformer, of videos, conditioned on class numbers."""
+"""Five kinds of families: around a UNet, around a transformer, the latter with prompts and masks alone, of videos,
+conditioned on class numbers."""
 
 from __future__ import annotations
 
@@ -72,6 +73,30 @@ class TransformerFamily(Family):
         frames = state[-3] if self.video else 1
         height, width = (side // self.patch(net) for side in state[-2:])
         return int(net.config.num_attention_heads * net.config.attention_head_dim), frames * height, width
+
+
+class MaskedTextFamily(TransformerFamily):
+    """Transformers that are told the tokens of a prompt and their mask.
+
+    Class attributes:
+        encoding: arguments of the pipeline's call that it hands on to ``encode_prompt``, at their defaults.
+    """
+
+    encoding: ClassVar[tuple[str, ...]]
+
+    def _conditions(self, pipe: Any, prompts: list[str], guided: bool) -> tuple[Condition, Condition]:
+        own = {name: call_default(pipe, name) for name in self.encoding}
+        embeds, mask, *null = pipe.encode_prompt(prompts, guided, device=pipe.device, **own)
+        return tuple(  # type: ignore[return-value]
+            Condition({"encoder_hidden_states": tokens, "encoder_attention_mask": where})
+            for tokens, where in ((embeds, mask), null)
+        )
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
+        return self._conditions(pipe, prompts, False)[0]
+
+    def null(self, pipe: Any, size: Size) -> Condition | None:
+        return self._conditions(pipe, [""], True)[1]
 
 
 class VideoFamily(TransformerFamily):

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.shift import shift_of
-from stepdistill.families.base import call_default
 from stepdistill.families.condition import Condition
-from stepdistill.families.kinds import TransformerFamily
+from stepdistill.families.kinds import MaskedTextFamily, TransformerFamily
 from stepdistill.families.size import Size
 
 
-class Lumina2(TransformerFamily):
+class Lumina2(MaskedTextFamily):
     name = "Lumina-Image 2.0"
     pipelines = ("Lumina2Pipeline",)
     clock = "t"
     passes = frozenset({"sigmas", "mu"})
     keeps_length = True  # along the width of a picture, as its call does it
     blocks = "layers"
+    encoding = ("max_sequence_length",)  # and an instruction before prompts, but not before none
     lora_targets = (*TransformerFamily.lora_targets, *(f"feed_forward.linear_{i}" for i in (1, 2, 3)))
 
     def default_size(self, pipe: Any) -> Size:
@@ -30,22 +30,6 @@ class Lumina2(TransformerFamily):
     def shift(self, pipe: Any, tokens: int) -> float:
         # Its call takes the channels of its latents for the number of tokens, so that all sizes have one shift.
         return shift_of(pipe.scheduler, pipe.transformer.config.in_channels)
-
-    def _conditions(self, pipe: Any, prompts: list[str], guided: bool) -> tuple[Condition, Condition]:
-        length = call_default(pipe, "max_sequence_length")
-        embeds, mask, *null = pipe.encode_prompt(
-            prompts, guided, device=pipe.device, max_sequence_length=length
-        )
-        return tuple(  # type: ignore[return-value]
-            Condition({"encoder_hidden_states": tokens, "encoder_attention_mask": where})
-            for tokens, where in ((embeds, mask), null)
-        )
-
-    def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-        return self._conditions(pipe, prompts, False)[0]
-
-    def null(self, pipe: Any, size: Size) -> Condition | None:
-        return self._conditions(pipe, [""], True)[1]  # without the instruction that stands before prompts
 
     def call(self, net: Any, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         output: Tensor = net(

@@ -6,36 +6,25 @@ from typing import Any
 
 from torch import Tensor
 
-from stepdistill.families.base import call_default
 from stepdistill.families.condition import Condition
-from stepdistill.families.kinds import TransformerFamily
+from stepdistill.families.kinds import MaskedTextFamily, TransformerFamily
 from stepdistill.families.size import Size
 
 
-class Sana(TransformerFamily):
+class Sana(MaskedTextFamily):
     name = "SANA"
     pipelines = ("SanaPipeline",)
     passes = frozenset({"generator"})
     told_size = True
+    encoding = (
+        "clean_caption",
+        "max_sequence_length",
+        "complex_human_instruction",
+    )  # which stands before prompts alone
     lora_targets = (*TransformerFamily.lora_targets, "ff.conv_inverted", "ff.conv_point")
 
     def unit(self, pipe: Any) -> int:
         return max(32, super().unit(pipe))  # written in its call
-
-    def _conditions(self, pipe: Any, prompts: list[str], guided: bool) -> tuple[Condition, Condition]:
-        names = ("clean_caption", "max_sequence_length", "complex_human_instruction")
-        own = {name: call_default(pipe, name) for name in names}
-        embeds, mask, *null = pipe.encode_prompt(prompts, guided, device=pipe.device, **own)
-        return tuple(  # type: ignore[return-value]
-            Condition({"encoder_hidden_states": tokens, "encoder_attention_mask": where})
-            for tokens, where in ((embeds, mask), null)
-        )
-
-    def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-        return self._conditions(pipe, prompts, False)[0]
-
-    def null(self, pipe: Any, size: Size) -> Condition | None:
-        return self._conditions(pipe, [""], True)[1]  # without the instruction that stands before prompts
 
     def call(self, net: Any, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         output: Tensor = net(

@@ -53,8 +53,7 @@ class SanaSprint(Sana):
             )
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-        names = ("clean_caption", "max_sequence_length", "complex_human_instruction")
-        own = {name: call_default(pipe, name) for name in names}
+        own = {name: call_default(pipe, name) for name in self.encoding}
         embeds, mask = pipe.encode_prompt(prompts, device=pipe.device, **own)
         return Condition({"encoder_hidden_states": embeds, "encoder_attention_mask": mask})
 
