@@ -176,6 +176,7 @@ def export(
         manifest = {
             "call": pipeline_call(type(pipe).__name__, asked, teacher.codec, prompts),
             "seeds": list(seeds),
+            "step_counts": sorted({sampler.steps, *sampler.step_counts}),
             "alone": teacher.family.alone,
             "tolerance": TOLERANCE,
             "files": hashes(place),
