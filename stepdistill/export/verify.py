@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.export.student_folder import VERIFICATION
@@ -112,6 +113,51 @@ class Verification:
         )
 
 
+def student_folder(folder: str | Path) -> Path:
+    """The student folder that is meant by itself, or by the run folder it lies in.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(folder).resolve()
+    if (folder / "student" / VERIFICATION).is_dir():
+        folder = folder / "student"
+    if not (folder / VERIFICATION / "manifest.json").is_file():
+        raise UserError(f"{folder} is not a student folder: it has no {VERIFICATION}/manifest.json")
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a student folder's manifest holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = folder / VERIFICATION / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        for key in ("files", "tolerance", "seeds", "call"):
+            manifest[key]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read ({error}): export the student again") from error
+    return manifest
+
+
+def check_unaltered(folder: Path) -> dict[str, Any]:
+    """The manifest of a student folder, every file of which has the SHA-256 that it had at export.
+
+    Raises:
+        UserError: the manifest cannot be read, or a file is missing or altered.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing since export")
+        if sha256_of(folder / name) != expected:
+            raise UserError(f"{folder}: {name} was altered since export (its SHA-256 is not the manifest's)")
+    return manifest
+
+
 def verify(folder: str | Path, timeout: float = 1800) -> Verification:
     """Checks a student folder.
 
@@ -123,23 +169,9 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
         UserError: when the folder is no student, a file is missing or altered, it carries foreign code, it does not
             load, or its pictures differ.
     """
-    folder = Path(folder).resolve()
-    if (folder / "student" / VERIFICATION).is_dir():
-        folder = folder / "student"
+    folder = student_folder(folder)
+    manifest = check_unaltered(folder)
     file = folder / VERIFICATION / "manifest.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a student folder: it has no {VERIFICATION}/manifest.json")
-    try:
-        manifest = json.loads(file.read_text())
-        files: dict[str, str] = manifest["files"]
-        tolerance, seeds, call = manifest["tolerance"], manifest["seeds"], manifest["call"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{file} cannot be read ({error}): export the student again") from error
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name} is missing since export")
-        if sha256_of(folder / name) != expected:
-            raise UserError(f"{folder}: {name} was altered since export (its SHA-256 is not the manifest's)")
     code = travelling_code(folder)
     for path in code:
         if not is_own_code(path):
@@ -153,14 +185,20 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
     if done.returncode or line is None:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"{folder} does not draw in a process without stepdistill: {reason}")
-    result = json.loads(line.removeprefix("RESULT "))
+    result, tolerance, seeds = (
+        json.loads(line.removeprefix("RESULT ")),
+        manifest["tolerance"],
+        manifest["seeds"],
+    )
     if result["max"] > tolerance["max"] or result["mean"] > tolerance["mean"]:
         raise UserError(
             f"{folder}: its pictures differ from the trainer's by {result['max']:g}/255 at most and "
             f"{result['mean']:.3g}/255 on average; allowed are {tolerance['max']} and {tolerance['mean']}"
         )
-    steps: int = call["num_inference_steps"]
-    return Verification(len(files), len(seeds), steps, result["scheduler"], result["max"], result["mean"])
+    steps: int = manifest["call"]["num_inference_steps"]
+    return Verification(
+        len(manifest["files"]), len(seeds), steps, result["scheduler"], result["max"], result["mean"]
+    )
 
 
 def _base(folder: Path) -> Path:
