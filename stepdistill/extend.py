@@ -1,6 +1,6 @@
 """The face for methods and families of one's own: all that they import, from one place.
 
-What is named here stays where it is; the packages behind it may move. `train/own_method.md` has a worked example.
+What is named here stays where it is; the packages behind it may move. `docs/extend/own_method.md` has a worked example.
 """
 
 from __future__ import annotations

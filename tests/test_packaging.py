@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTENT = ("train", "eval", "pipelines")
+CONTENT = ("docs", "train", "eval", "pipelines")
 NOT_SHIPPED = {"__pycache__", ".mypy_cache", ".ruff_cache"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.cfg").is_file(), reason="needs the checkout")

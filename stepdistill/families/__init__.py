@@ -63,8 +63,8 @@ def family_named(found: str) -> Family:
         return family
     known = "; ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in families())
     raise UserError(
-        f"no family for {found}. There are: {known}. A family of your own is one file, see train/own_family.md: name "
-        "it in the recipe's family"
+        f"no family for {found}. There are: {known}. A family of your own is one file, see "
+        "docs/extend/own_family.md: name it in the recipe's family"
     )
 
 

@@ -76,7 +76,7 @@ def record(
         reason = f"a draw of its own fails ({first_line(error)})"
     raise UserError(
         f"no family for {kind}, and it cannot be recorded: {reason}. A family of your own is one file, see "
-        "train/own_family.md: name it in the recipe's family"
+        "docs/extend/own_family.md: name it in the recipe's family"
     )
 
 

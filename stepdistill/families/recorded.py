@@ -205,7 +205,8 @@ class Recorded(Family):
         if not self.found.plain_vae:
             raise UserError(
                 f"{type(pipe).__name__} was recorded, and its VAE is not enough to say how it encodes images: leave "
-                "out what learns from images (GAN weights, options.source), or write a family, see train/own_family.md"
+                "out what learns from images (GAN weights, options.source), or write a family, see "
+                "docs/extend/own_family.md"
             )
         states = super().to_states(pipe, frames)
         if tuple(states.shape[1:]) != self.found.state:
@@ -237,7 +238,7 @@ class Recorded(Family):
     def features_of(self, net: nn.Module) -> nn.Module:
         raise UserError(
             f"{', '.join(self.pipelines)} was recorded, which does not say where a {type(net).__name__} has its "
-            "features: set GAN weights to 0, or write a family, see train/own_family.md"
+            "features: set GAN weights to 0, or write a family, see docs/extend/own_family.md"
         )
 
     def feature_shape(self, net: nn.Module, state: tuple[int, ...]) -> tuple[int, int, int]:

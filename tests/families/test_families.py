@@ -490,7 +490,7 @@ def test_an_unknown_pipeline_is_told_the_families_in_one_line() -> None:
     with pytest.raises(UserError) as caught:
         family_named("IFPipeline")
     message = str(caught.value)
-    assert "\n" not in message and "IFPipeline" in message and "train/own_family.md" in message
+    assert "\n" not in message and "IFPipeline" in message and "docs/extend/own_family.md" in message
     assert all(family.name in message for family in families())
     assert all(name in message for family in families() for name in family.pipelines)
 

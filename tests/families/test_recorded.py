@@ -124,7 +124,7 @@ def test_what_cannot_be_recorded_is_told_in_one_line() -> None:
     ):
         with pytest.raises(UserError, match=f"cannot be recorded: {reason}") as caught:
             record(pipe, *path_of(pipe.scheduler), size)
-        assert "\n" not in str(caught.value) and "train/own_family.md" in str(caught.value)
+        assert "\n" not in str(caught.value) and "docs/extend/own_family.md" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["unet-ddim", "sd", "sdxl", "sd3", "flux"])

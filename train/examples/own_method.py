@@ -1,7 +1,8 @@
 """Halving: one step of the student lands where two steps of the teacher land.
 
 Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models", 2202.00512, algorithm 2, one
-round: a student of K steps from a teacher of 2K. A method from outside the package, explained in ../own_method.md.
+round: a student of K steps from a teacher of 2K. A method from outside the package, explained in
+docs/extend/own_method.md.
 """
 
 from __future__ import annotations
