@@ -17,9 +17,9 @@ from stepdistill.evaluation.nearest_real import Neighbours, between_real, neares
 from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.evaluation.scores import Report
 from stepdistill.evaluation.suite import Suite, load_suite
-from stepdistill.pages.html import document, table, tile
+from stepdistill.pages.html import document, scrolled, table, tile
 from stepdistill.pages.numbers import with_error
-from stepdistill.pages.plots import Series, line_plot
+from stepdistill.pages.plots import Scale, Series, line_plot
 from stepdistill.system.files import written_whole
 
 NEIGHBOURS = 3
@@ -30,14 +30,11 @@ TILE = 72
 """Width of a picture on the page, CSS pixels."""
 
 _STYLE = (
-    ".cards{display:flex;flex-wrap:wrap;gap:14px}.card{font-size:12px;line-height:1.3;overflow-wrap:anywhere}"
-    ".card img{image-rendering:pixelated;display:block;outline:1px solid #ddd}"
-    ".plots{display:flex;gap:10px}.plots div{flex:1;min-width:0}.plots svg{width:100%;height:auto}"
-    ".row{display:flex;gap:5px;margin-bottom:3px}.row figure{margin:0;text-align:center;color:#555}"
-    ".row figure.drawn{margin-right:8px;color:#000}"
-    ".close,.row figure.close{color:#b00020;font-weight:bold}td:first-child{white-space:nowrap}"
-    "th{text-align:left}table.numbers td:nth-child(n+2),table.numbers th:nth-child(n+2){text-align:right}"
-    "h1,td{overflow-wrap:anywhere}td{vertical-align:top}.warning{background:#fff3cd;padding:.5em 1em}"
+    ".cards{display:flex;flex-wrap:wrap;gap:14px}.card{font-size:13px;line-height:1.3;max-width:100%}"
+    ".card img{image-rendering:pixelated;display:block;outline:1px solid var(--line)}"
+    ".row{display:flex;gap:5px;margin-bottom:3px;overflow-x:auto}"
+    ".row figure{text-align:center;color:var(--muted)}.row figure.drawn{margin-right:8px;color:var(--ink)}"
+    ".close,.row figure.close{color:var(--bad);font-weight:bold}"
 )
 _NAMES = {
     "kid": "KID",
@@ -133,8 +130,9 @@ def _numbers(facts: Mapping[str, Any]) -> str:
         cells = [_cell(key, value, error) for value, error in zip(found, errors, strict=True)]
         name = f"{_name(key, facts)}{f' ({direction})' if (direction := _DIRECTIONS.get(key)) else ''}"
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{_steps(int(steps))}</th>" for steps in columns)
-    return f"<table class=numbers><tr><th></th>{head}</tr>{''.join(lines)}</table><p>± is one standard error.</p>"
+    head = "".join(f"<th scope=col>{_steps(int(steps))}</th>" for steps in columns)
+    whole = f"<table class=numbers><tr><th>score</th>{head}</tr>{''.join(lines)}</table>"
+    return f"{scrolled(whole, 'numbers')}<p class=note>± is one standard error.</p>"
 
 
 def _is_number(value: Any) -> bool:
@@ -165,11 +163,15 @@ def _plots(facts: Mapping[str, Any]) -> str:
         return ""
     parts = []
     for key in ("fd", "clip_score"):
-        points = [(float(n), float(y)) for n in counts if _is_number(y := scores[str(n)].get(key)) and y > 0]
+        found = [(n, scores[str(n)]) for n in counts if _is_number(scores[str(n)].get(key))]
+        points = [(float(n), float(score[key])) for n, score in found]
+        errors = [float(score.get(f"{key}_se") or 0) for _, score in found]
         name = _name(key, facts)
-        plot = line_plot([Series(Path(str(facts["pipeline"])).name, points)], "steps", name, counts)
-        parts.append(f"<div><h3>{html.escape(name)} against steps</h3>{plot}</div>" if plot else "")
-    return f"<div class=plots>{''.join(parts)}</div>"
+        series = Series(Path(str(facts["pipeline"])).name, points, errors=errors if any(errors) else ())
+        title = f"{name} against steps ({_DIRECTIONS[key]})"
+        zero: Scale = "zero" if key == "fd" else "linear"
+        parts.append(line_plot([series], "steps", name, counts, title=title, y_scale=zero))
+    return f"<div class=charts>{''.join(parts)}</div>"
 
 
 def _cards(cards: Sequence[str], width: int) -> str:

@@ -9,11 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
-STYLE = (
-    "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:1150px;padding:0 1em}"
-    "table{border-collapse:collapse;font-size:14px}td,th{padding:.3em .6em;border-bottom:1px solid #ccc}"
-    "img{max-width:100%}code{font-size:13px}pre{background:#f4f4f4;padding:1em;overflow:auto}"
-)
+from stepdistill.pages.style import STYLE
 
 
 def document(title: str, style: str, body: Iterable[str]) -> str:
@@ -26,19 +22,37 @@ def document(title: str, style: str, body: Iterable[str]) -> str:
     """
     return (
         f'<!doctype html><html lang=en><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}{style}</style>{''.join(body)}</html>\n"
+        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        f"<style>{STYLE}{style}</style><body><main>{''.join(body)}</main></html>\n"
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain texts; without a first row where ``head`` is empty."""
-    lines = [("th", head)] if head else []
-    lines += [("td", row) for row in rows]
-    return f"<table>{''.join(_line(kind, row) for kind, row in lines)}</table>"
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table of plain texts in a box of its own that scrolls where it is wider than the screen.
+
+    Args:
+        head: its first row; empty for none.
+        rows: the others.
+        kind: its class in the style sheet; ``numbers`` sets all columns but the first to the right.
+    """
+    lines = [_line("th scope=col", head)] if head else []
+    lines += [_line("td", row) for row in rows]
+    return scrolled(f'<table class="{kind}">{"".join(lines)}</table>', "table")
+
+
+def scrolled(inner: str, name: str) -> str:
+    """HTML in a box of its own that scrolls sideways, by the keyboard too.
+
+    Args:
+        inner: HTML.
+        name: what screen readers call the box, plain text.
+    """
+    return f'<div class=scroll tabindex=0 role=region aria-label="{html.escape(name)}">{inner}</div>'
 
 
 def _line(kind: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
+    end = kind.partition(" ")[0]
+    return f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{end}>' for cell in cells)}</tr>"
 
 
 def embedded_picture(data: bytes, alt: str, *, attributes: str = "", kind: str = "png") -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rows_of_pictures(rows: Sequence[tuple[str, Tensor]], tile: int = 64) -> Image.Image:

@@ -31,7 +31,6 @@ from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.features.load import network_of
 from stepdistill.networks.loading import load_pipeline
 from stepdistill.pages.numbers import with_error
-from stepdistill.pages.plots import Series, line_plot
 from stepdistill.system.emoji import emoji_images, teacher_folder
 from stepdistill.training.run_report import read_report
 
@@ -67,7 +66,7 @@ def test_the_page_holds_every_number_and_fetches_nothing(evaluated: tuple[Report
     for fact in (*report.protocol.values(), *report.versions.values(), report.hardware):
         assert html.escape(str(fact)) in page
     assert "FD-emoji against steps" in page and "CLIP-emoji against steps" in page
-    assert not re.search(r"https?:|<link|<script|url\(|@import", page)
+    assert not re.search(r"https?:|<link|<script|url\((?!#)|@import", page)
     assert set(re.findall(r'src="([^,"]*)', page)) == {"data:image/png;base64"}
     drawn, looked_up, extremes = 2 * 20, 2 * 16 * 4, 2 * 16
     assert page.count("<img") == drawn + looked_up + extremes
@@ -278,8 +277,3 @@ def test_images_without_prompts_have_a_page(evaluated: tuple[Report, Path]) -> N
     gallery = Gallery(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None, torch.zeros(2, 64))
     page = html_page(images, {0: gallery})
     assert "image 1" in page and "against steps" not in page and "name: a" in page and "Best" not in page
-
-
-def test_a_narrow_axis_has_ticks_at_even_steps() -> None:
-    plot = line_plot([Series("a", [(1, 0.503), (2, 0.716), (4, 0.83)])], "steps", "CLIP", (1, 2, 4))
-    assert all(f">{tick}</text>" in plot for tick in ("0.6", "0.7", "0.8")) and "0.503" not in plot
