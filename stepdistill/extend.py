@@ -1,6 +1,7 @@
-"""The face for methods and families of one's own: all that they import, from one place.
+"""The face for your own methods, families and metrics: all that they import, from one place.
 
-What is named here stays where it is; the packages behind it may move. `docs/extend/own_method.md` has a worked example.
+What is named here stays where it is; the packages behind it may move. `docs/extend/own_method.md` and
+`docs/extend/own_metric.md` have worked examples.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, MethodOptions, PairOptions, Trained, Turn
+from stepdistill.metrics.intervals import of_mean
+from stepdistill.metrics.own import DrawnImages, RealImages
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Roles
 from stepdistill.networks.sampler import Sampler
@@ -25,6 +28,7 @@ __all__ = [
     "Batch",
     "Condition",
     "Denoiser",
+    "DrawnImages",
     "Draws",
     "Examples",
     "Family",
@@ -37,6 +41,7 @@ __all__ = [
     "Path",
     "PipelineTeacher",
     "Prediction",
+    "RealImages",
     "Roles",
     "Sampler",
     "Size",
@@ -45,5 +50,6 @@ __all__ = [
     "Trained",
     "TransformerFamily",
     "Turn",
+    "of_mean",
     "per_sample",
 ]

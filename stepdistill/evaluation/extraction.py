@@ -7,6 +7,7 @@ clip_score      [B]        cosine of image and prompt
 clip_embedding  [B, E]     for CMMD, where its network is not that of ``features``
 pick_score      [B]
 aesthetic       [B]
+images          [B, 3, H, W]  uint8, where one of your own metrics needs them
 """
 
 from __future__ import annotations
@@ -92,9 +93,8 @@ class Extraction:
             found = f"{pixels.dtype} {list(pixels.shape)}{nan}"
             raise UserError(f"images are {found}; give batches uint8 [B, 3, H, W] in 0..255")
         if suite.reads_prompts and len(prompts or []) != len(pixels):
-            score = "the CLIP score" if suite.clip_score else "PickScore"
             raise UserError(
-                f"{len(prompts or [])} prompts for {len(pixels)} images; {score} needs one prompt an image"
+                f"{len(prompts or [])} prompts for {len(pixels)} images; suite {suite.label} needs one an image"
             )
         texts = list(prompts or [])
         rows, seen = self._own_rows(pixels), dict[str, Tensor]()
@@ -116,6 +116,8 @@ class Extraction:
             rows["pick_score"] = pick_scores(embedding(network), network.texts(texts), network.logit_scale)
         if self._head is not None and (network := self.network_of("aesthetic")) is not None:
             rows["aesthetic"] = self._head.scores(embedding(network))
+        if any("images" in metric.needs for metric in suite.own_metrics()):
+            rows["images"] = pixels
         return rows
 
     def _own_rows(self, pixels: Tensor) -> Rows:

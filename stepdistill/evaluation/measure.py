@@ -6,12 +6,13 @@ in which they were made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.evaluation.reference_files import Reference
 from stepdistill.evaluation.rows import RowTable
 from stepdistill.evaluation.scores import Scores
@@ -25,6 +26,7 @@ from stepdistill.metrics.frechet_interval import GROUPS, frechet_interval
 from stepdistill.metrics.inception_score import inception_score
 from stepdistill.metrics.intervals import from_leaving_out, of_mean
 from stepdistill.metrics.kid import kernel_distance
+from stepdistill.metrics.own import NEEDS, DrawnImages, OwnMetric, RealImages
 from stepdistill.metrics.prdc import Balls, coverage, density, precision, recall
 
 BLOCK = 400 * GROUPS
@@ -49,6 +51,7 @@ def measure(
     network: FeatureNetwork | None,
     reference: Reference,
     device: torch.device | str = "cpu",
+    prompts: Sequence[str] | None = None,
 ) -> Scores:
     """The scores of images: those that the suite asks and whose rows are there.
 
@@ -58,6 +61,7 @@ def measure(
         network: that made ``features``; None where its weights are missing.
         reference: its statistics of the real images.
         device: where distances are computed, in float64; a device without it leaves them on the CPU.
+        prompts: one an image, for your own metrics that need them.
 
     Raises:
         UserError: fewer than 3 images.
@@ -82,7 +86,51 @@ def measure(
     for name in ("clip_score", "pick_score", "aesthetic"):
         if name in rows:
             found |= _mean(name, rows.whole(name))
-    return Scores(n=count, **found)
+    own, missing = _own_metrics(suite.own_metrics(), rows, reference, prompts)
+    return Scores(n=count, own=own, own_missing=missing, **found)
+
+
+def _own_metrics(
+    metrics: Sequence[OwnMetric], rows: RowTable, reference: Reference, prompts: Sequence[str] | None
+) -> tuple[Found, dict[str, str]]:
+    """Values and errors of your own metrics, and why others have none: an error in one is no end of an evaluation."""
+    found: Found = {}
+    missing: dict[str, str] = {}
+    moments = reference.moments
+    for metric in metrics:
+        drawn = DrawnImages(
+            rows.count,
+            rows.whole("features") if "features" in metric.needs and "features" in rows else None,
+            _Batches(rows, "images") if "images" in metric.needs else None,
+            prompts if "prompts" in metric.needs else None,
+        )
+        known = reference.features if "reference" in metric.needs else None
+        real = RealImages(moments.count, moments.mean, moments.covariance, known)
+        there = {
+            "features": drawn.features,
+            "images": drawn.images,
+            "prompts": drawn.prompts,
+            "reference": known,
+        }
+        if lacking := [need for need in NEEDS if need in metric.needs and there[need] is None]:
+            missing[metric.name] = f"{metric.file.name} needs {', '.join(lacking)}, which are not here"
+            continue
+        try:
+            found[metric.name], found[f"{metric.name}_se"] = metric.compute(drawn, real)
+        except Exception as error:  # whatever the user's file does
+            missing[metric.name] = f"{metric.file.name}: {first_line(error)}"
+    return found, missing
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The rows of a name, some at a time; reading them again starts anew."""
+
+    rows: RowTable
+    name: str
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.rows.blocks(self.name)
 
 
 def too_few_for(suite: Suite, count: int) -> dict[str, str]:

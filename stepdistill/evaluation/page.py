@@ -128,7 +128,9 @@ def _numbers(facts: Mapping[str, Any]) -> str:
             continue  # nothing was drawn
         errors = [scores[steps].get(f"{key}_se") for steps in columns]
         cells = [_cell(key, value, error) for value, error in zip(found, errors, strict=True)]
-        name = f"{_name(key, facts)}{f' ({direction})' if (direction := _DIRECTIONS.get(key)) else ''}"
+        own = facts.get("better", {}).get(key)
+        direction = _DIRECTIONS.get(key) or (f"{own} is better" if own else None)
+        name = f"{_name(key, facts)}{f' ({direction})' if direction else ''}"
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th scope=col>{_steps(int(steps))}</th>" for steps in columns)
     whole = f"<table class=numbers><tr><th>score</th>{head}</tr>{''.join(lines)}</table>"

@@ -23,7 +23,7 @@ from stepdistill.evaluation.rows import Rows
 from stepdistill.evaluation.scores import StepScores
 from stepdistill.evaluation.shards import MANIFEST, Shards, claim
 from stepdistill.evaluation.suite import Suite
-from stepdistill.evaluation.suite_identity import protocol_of
+from stepdistill.evaluation.suite_identity import OWN_METRIC, protocol_of
 from stepdistill.metrics.diversity import Diversity, pairwise_diversity
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.fingerprint import weights_hash
@@ -195,7 +195,16 @@ class Work:
         cost, count = part.images.cost(), part.images.count
         spread = self._spread(part)
         scores = StepScores(
-            **asdict(measure(part.images, self.suite, self.extraction.network, reference, self.pipe.device)),
+            **asdict(
+                measure(
+                    part.images,
+                    self.suite,
+                    self.extraction.network,
+                    reference,
+                    self.pipe.device,
+                    self.prompts,
+                )
+            ),
             seconds_per_image=cost.seconds / cost.timed,
             network_evaluations=cost.passes / count,
             diversity=spread.value if spread else None,
@@ -238,5 +247,11 @@ class Work:
             "trailing": self._trailing,
             "eta": self._eta,
             "diversity": [suite.diversity, suite.diversity_prompts] if suite.diversity else None,
-            **{name: value for name, value in protocol.items() if name.endswith("sha256")},
+            **{
+                name: value
+                for name, value in protocol.items()
+                if name.endswith("sha256")
+                and not name.startswith(OWN_METRIC)  # which reads rows and makes none
+            },
+            **({"images": "kept"} if any("images" in metric.needs for metric in suite.own_metrics()) else {}),
         }

@@ -38,6 +38,8 @@ class Scores:
         cmmd, cmmd_se: 1,000 times the kernel distance of CLIP embeddings.
         pick_score, pick_score_se: mean PickScore.
         aesthetic, aesthetic_se: mean aesthetic score.
+        own: your own metrics: ``NAME`` and, where it is known, ``NAME_se``.
+        own_missing: those that have no value, and why.
     """
 
     n: int
@@ -67,6 +69,14 @@ class Scores:
     pick_score_se: float | None = None
     aesthetic: float | None = None
     aesthetic_se: float | None = None
+    own: Mapping[str, float | None] = field(default_factory=dict)
+    own_missing: Mapping[str, str] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """Every field by name, your own metrics beside the others."""
+        found = asdict(self)
+        del found["own_missing"]
+        return {**found, **found.pop("own")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +114,7 @@ class Report:
         trailing: whether the scheduler was re-configured (see :func:`evaluate`).
         scores: by step count.
         metrics: what the scores are called, ``fd``, ``clip_score`` and those that the suite asks besides.
+        better: of your own metrics: ``lower`` or ``higher``.
         protocol: resize, SHA-256 of networks, references and suite, the rules of the seeds and of standard errors.
         versions, command, hardware, commit: where the numbers come from; commit is None outside a checkout.
         images: of images that were there already: what was used, converted and skipped, and the pixels' SHA-256. Their
@@ -125,13 +136,14 @@ class Report:
     command: str
     hardware: str
     commit: str | None
+    better: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, Any] | None = None
     warnings: Sequence[str] = ()
     not_computed: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: step counts become strings."""
-        return {**asdict(self), "scores": {str(k): asdict(v) for k, v in self.scores.items()}}
+        return {**asdict(self), "scores": {str(k): v.values() for k, v in self.scores.items()}}
 
     def save(self, file: str | Path) -> None:
         """Write the report as JSON."""
@@ -142,22 +154,23 @@ class Report:
         scores = sorted(self.scores.items())
         names = {"fd": "FD", "clip_score": "CLIP", "kid": "KID"}
         names |= {key: name for key, name in self.metrics.items() if name is not None}
-        kept = [
+        kept: list[tuple[str, str | None, str]] = [
             (key, error, form)
             for key, error, form in _COLUMNS
-            if key not in _SOME or any(asdict(found)[key] is not None for _, found in scores)
+            if key not in _SOME or any(found.values()[key] is not None for _, found in scores)
         ]
+        kept += [(key, f"{key}_se", "{:.4g}") for key in self.better]
         titles = [names.get(key, key.replace("_", " ")) for key, *_ in kept]
         heads = ["pipeline", "suite", "steps", "guidance", *titles, "passes", "ms an image"]
         lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
         for steps, found in scores:
-            values = asdict(found)
+            values = found.values()
             cells = [self.pipeline, self.suite, str(steps or "")]
             cells.append("" if self.guidance is None else f"{self.guidance:g}")
             for key, error, form in kept:
-                value = values[key]
+                value = values.get(key)
                 cells.append(
-                    "" if value is None else with_error(value, values[error] if error else None, form)
+                    "" if value is None else with_error(value, values.get(error) if error else None, form)
                 )
             drawn = (f"{found.network_evaluations:g}", f"{1000 * found.seconds_per_image:.1f}")
             cells += drawn if steps else ("", "")
@@ -187,6 +200,7 @@ _SOME = frozenset({"fid_infinity", "sfid", "cmmd", "inception_score", "pick_scor
 
 
 def by_metric(scores: Mapping[int, StepScores]) -> dict[str, dict[str, float | None]]:
-    """Each score of REPORTED by step count, as a run's report.json has them."""
-    every = {str(steps): asdict(found) for steps, found in scores.items()}
-    return {name: {steps: found[name] for steps, found in every.items()} for name in REPORTED}
+    """Each score of REPORTED, and of your own metrics, by step count, as a run's report.json has them."""
+    every = {str(steps): found.values() for steps, found in scores.items()}
+    names = dict.fromkeys([*REPORTED, *(name for found in scores.values() for name in found.own)])
+    return {name: {steps: found.get(name) for steps, found in every.items()} for name in names}

@@ -22,7 +22,7 @@ def statement(
     protocol: Mapping[str, str] | None = None,
     remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The fields ``metrics``, ``protocol``, ``warnings`` and ``not_computed`` of a Report.
+    """The fields ``metrics``, ``better``, ``protocol``, ``warnings`` and ``not_computed`` of a Report.
 
     Args:
         extraction: the suite's networks.
@@ -31,12 +31,13 @@ def statement(
         remarks: warnings of the drawing.
     """
     suite = extraction.suite
-    left_out = {**too_few_for(suite, scores.n), **extraction.not_computed}
+    left_out = {**too_few_for(suite, scores.n), **extraction.not_computed, **scores.own_missing}
     if suite.neighbours and scores.recall is None and "recall" not in left_out:
         why = "the reference holds no features; remake it with stepdistill stats"
         left_out |= dict.fromkeys(("precision", "recall", "density", "coverage"), why)
     return {
         "metrics": metric_names(extraction),
+        "better": {metric.name: metric.better for metric in suite.own_metrics()},
         "protocol": {
             **protocol_of(suite, extraction.network),
             "standard_errors": ERRORS,
@@ -79,7 +80,7 @@ def metric_names(extraction: Extraction) -> dict[str, str | None]:
             names[metric] = re.sub("^(FID|FD(-Inception|-CLIP|-DINOv2)?)", form, own.fd_name)
     if "aesthetic" in names:
         names["aesthetic"] = f"aesthetic score ({suite.aesthetic_file().name})"
-    return names
+    return names | {metric.name: metric.name.replace("_", " ") for metric in suite.own_metrics()}
 
 
 def warnings(extraction: Extraction, scores: Scores) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ resize and reference; a suite fixes them all, and its version changes when any o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from stepdistill.data.prompts import FORMS, read_prompts
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError, did_you_mean
+from stepdistill.evaluation.scores import StepScores
 from stepdistill.evaluation.suite_metrics import MetricKeys
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork, Precision
+from stepdistill.metrics.own import OwnMetric, load_metric
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.system.shipped import cache_folder, content_folder, suite_files
 
@@ -104,7 +107,34 @@ class Suite(MetricKeys):
     @model_validator(mode="after")
     def _metrics_fit(self) -> Suite:
         self.check_metrics(self.features, self.prompts, self.n)
+        self._check_own_metrics()
         return self
+
+    def _check_own_metrics(self) -> None:
+        metrics = self.own_metrics()
+        names = [metric.name for metric in metrics]
+        for metric in metrics:
+            if metric.name in _SCORES or names.count(metric.name) > 1:
+                raise ValueError(f"two metrics are called {metric.name}: rename that of {metric.file.name}")
+            if "prompts" in metric.needs and (self.prompts is None or self.n == 0):
+                raise ValueError(
+                    f"{metric.name} needs prompts: give prompts and n, or leave {metric.file.name} out"
+                )
+            if "images" in metric.needs and self.resolution == 0:
+                raise ValueError(f"{metric.name} needs images of one size: give resolution")
+
+    def own_metrics(self) -> list[OwnMetric]:
+        """The metrics of the files that ``metrics`` names, in that order. Their files are run.
+
+        Raises:
+            UserError: one of them is not there, or not a metric.
+        """
+        return [load_metric(self.folder / Path(name).expanduser()) for name in self.metrics]
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a score needs the prompts of the images."""
+        return super().reads_prompts or any("prompts" in metric.needs for metric in self.own_metrics())
 
     @property
     def label(self) -> str:
@@ -268,6 +298,7 @@ def load_suite(name_or_path: str | Path | Suite) -> Suite:
         raise UserError(f"{file}: {_first_problem(error)}") from None
 
 
+_SCORES = frozenset(field.name for field in fields(StepScores))
 _OWN = frozenset({"folder", "derived"})
 """Fields of a Suite that are not keys of its file."""
 

@@ -17,6 +17,8 @@ MISSING = "missing"
 """Stands for the SHA-256 of weights that are not here, in hashes and protocols."""
 
 
+OWN_METRIC = "metric_"
+"""Begins the keys of a protocol that hold the SHA-256 of the file of your own metric."""
 FILE_KEYS = frozenset({"prompts", "reference", "cmmd_reference", "aesthetic"})
 """Keys of a Suite that name files."""
 
@@ -55,14 +57,15 @@ def protocol_of(suite: Suite, network: FeatureNetwork | None) -> dict[str, str]:
         "neighbours": str(suite.neighbours),
         **networks,
         **_further_files(suite),
+        **{f"{OWN_METRIC}{metric.name}_sha256": metric.sha256 for metric in suite.own_metrics()},
     }
 
 
 def suite_sha256(suite: Suite) -> str:
     """Of everything that moves a score: the protocol (keys at their defaults left out, so that a new key does not
     change old suites), the prompts, the networks' weights and the reference files. What only adds a score of its
-    own, diversity, is not part of it, and neither are intervals."""
-    apart = {"images", "source", "teacher_steps", "diversity", "diversity_prompts", "intervals"}
+    own, diversity and your own metrics, is not part of it, and neither are intervals."""
+    apart = {"images", "source", "teacher_steps", "diversity", "diversity_prompts", "intervals", "metrics"}
     protocol = suite.model_dump(mode="json", exclude_defaults=True, exclude=apart)
     for key in protocol.keys() & FILE_KEYS:  # their content counts, wherever they lie
         protocol[key] = Path(protocol[key]).name

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stepdistill.errors import did_you_mean
 
 AESTHETIC_NETWORK = "clip:openai/clip-vit-large-patch14"
 """The network that LAION's public aesthetic heads read."""
+_SWITCHES = ("kid", "fid_infinity", "inception_score", "sfid", "clip_score")
+"""Metrics that ``metrics`` turns on by their names."""
+_WITH_VALUE = {
+    "cmmd": "cmmd: clip:openai/clip-vit-large-patch14-336",
+    "pick_score": "pick_score: clip:yuvalkirstain/PickScore_v1",
+    "aesthetic": "aesthetic: FILE",
+    "diversity": "diversity: 4",
+    **dict.fromkeys(("precision", "recall", "density", "coverage"), "neighbours: 5"),
+}
+"""Metrics whose key says more than that they are wanted."""
 
 
 class MetricKeys(BaseModel):
     """The metrics of a suite; the Frechet distance in ``features`` is always one of them.
 
     Attributes:
+        metrics: your own metrics, each a Python file such as ``./my_metric.py``, looked for beside the suite's file
+            (docs/extend/own_metric.md); kid, fid_infinity, inception_score, sfid and clip_score can be named here, too.
+            They move no other score.
         kid: also compute the kernel distance (needs a reference with features).
         neighbours: k of precision, recall, density and coverage; 0 leaves them out. They are also left out where the
             reference has no features, or there are not more than k images.
@@ -37,6 +54,7 @@ class MetricKeys(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    metrics: tuple[str, ...] = ()
     kid: bool = True
     neighbours: int = Field(default=5, ge=0)
     fid_infinity: bool = False
@@ -53,6 +71,27 @@ class MetricKeys(BaseModel):
     diversity: int = Field(default=0, ge=0)
     diversity_prompts: int = Field(default=100, ge=1)
     intervals: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        """Metrics that are shipped become their own keys, so that there is one way to say which a suite has."""
+        if not isinstance(content, dict) or not isinstance(content.get("metrics"), (list, tuple)):
+            return content
+        content = dict(content)
+        files = [name for name in content["metrics"] if str(name).endswith(".py")]
+        for name in [name for name in content["metrics"] if name not in files]:
+            if name in _WITH_VALUE:
+                raise ValueError(
+                    f"metrics has {name}, which is a key with a value: write {_WITH_VALUE[name]}"
+                )
+            if name not in _SWITCHES:
+                near = did_you_mean(str(name), [*_SWITCHES, *_WITH_VALUE])
+                raise ValueError(f"metrics has {name} {near}; your own is a file, such as ./my_metric.py")
+            if content.setdefault(name, True) is False:
+                raise ValueError(f"metrics has {name}, and {name} is false: take one of them away")
+            content[name] = True
+        return {**content, "metrics": files}
 
     @property
     def reads_prompts(self) -> bool:

@@ -47,6 +47,7 @@ def key(weights: str, suite: Suite, steps: int, guidance: float) -> str:
         content += [suite.diversity, suite.diversity_prompts]
     if suite.intervals:  # an error of its own, apart as well
         content.append("intervals")
+    content += [f"{metric.name} {metric.sha256}" for metric in suite.own_metrics()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

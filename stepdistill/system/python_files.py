@@ -1,4 +1,4 @@
-"""Python files that a user names: a method or a family of one's own."""
+"""Python files that a user names: your own method, family or metric."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def _run(file: Path, changed_ns: int, what: str) -> ModuleType:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
+    except Exception as error:  # whatever the user's file does
+        del sys.modules[spec.name]
         raise UserError(f"{what} {file}: it cannot be imported: {type(error).__name__}: {error}") from error
     return module

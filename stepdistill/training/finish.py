@@ -132,6 +132,7 @@ def _scores(run: Assembled, student: Path) -> dict[str, Any]:
         "suite": suite.label,
         "n": suite.n,
         "metrics": dict(drawn.metrics),
+        "better": dict(drawn.better),
         "protocol": dict(drawn.protocol),
         "guidance": guidance,
         "teacher": by_metric(teachers),

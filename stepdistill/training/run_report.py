@@ -26,6 +26,7 @@ class Measured(BaseModel):
         guidance: the teacher's guidance scale.
         suite, n: protocol and number of images; None and 0 where nothing was evaluated.
         metrics: what the distances and cosines are called in that protocol.
+        better: of your own metrics, by name: which values are better.
         protocol: everything that a number depends on.
         teacher, student: scores.
         gap_closed: by number of steps, 0 the teacher with one step, 1 with all of its steps.
@@ -47,6 +48,7 @@ class Measured(BaseModel):
     suite: str | None
     n: int
     metrics: dict[str, Any] = Field(default_factory=dict)
+    better: dict[str, Literal["lower", "higher"]] = Field(default_factory=dict)
     protocol: dict[str, Any] = Field(default_factory=dict)
     teacher: Scores = Field(default_factory=dict)
     student: Scores
