@@ -98,7 +98,7 @@ def proof_of(recipe: Recipe, output: Path) -> str:
 
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of it."""
-    files = sorted(checkpoints_in(run / "checkpoints")[-1].glob("*.safetensors"))
+    files = sorted(checkpoints_in(run / "work" / "checkpoints")[-1].glob("*.safetensors"))
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
 
 

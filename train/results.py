@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import RunReport, read_report
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -88,7 +89,7 @@ def put(runs: list[str], folder: Path) -> None:
     for run in runs:
         report = report_of(run)
         shutil.copy(Path(run) / "report.json", store / f"{report.name}.json")
-        shutil.copy(Path(run) / "samples.png", store / f"{report.name}.png")
+        shutil.copy(RunFolder(Path(run)).samples, store / f"{report.name}.png")
     reports = [report_of(file) for file in sorted(store.glob("*.json"))]
     page = folder / "README.md"
     text = page.read_text()

@@ -10,6 +10,7 @@ import typer
 from stepdistill.cli.options import command_line
 from stepdistill.errors import UserError
 from stepdistill.system.processes import told
+from stepdistill.system.run_folder import RunFolder
 
 
 def train(
@@ -40,7 +41,7 @@ def train(
     run = run_recipe(wanted, output=folder, resume=resume, command=command_line())
     if run.report is not None:
         print(f"student: {run.student}")
-        print(f"picture: {folder / 'samples.png'}")
+        print(f"picture: {RunFolder(run.folder).samples}")
         if run.report.gap_closed:
             from stepdistill.comparison.ranking import rank, text_table
 

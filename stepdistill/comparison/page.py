@@ -13,6 +13,7 @@ from stepdistill.comparison.ranking import filled, not_told_apart, rank
 from stepdistill.pages.html import document, embedded_picture, table
 from stepdistill.pages.plots import Series, line_plot
 from stepdistill.system.files import written_whole
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import Measured
 
 _STYLE = "td,th{text-align:right}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
@@ -181,7 +182,7 @@ def _section(report: Measured, folder: Path | None, with_picture: bool) -> str:
     facts = [f"<h2>{html.escape(str(report.name))}</h2>"]
     said = {key: getattr(report, key) for key in FACTS}
     facts += [f"<p>{key}: <code>{html.escape(str(value))}</code></p>" for key, value in said.items() if value]
-    picture = folder / "samples.png" if folder is not None and with_picture else None
+    picture = RunFolder(folder).samples if folder is not None and with_picture else None
     if picture is not None and picture.is_file():
         facts.append(embedded_picture(picture.read_bytes(), f"samples of {report.name}"))
     return "".join(facts)

@@ -27,6 +27,7 @@ from stepdistill.comparison.page import Comparison, write
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.recipe import DEFAULT_TEACHER, Recipe, load_recipe
 from stepdistill.system.log import read_stats, say
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.system.shipped import content_folder, module_summaries, recipe_files
 from stepdistill.training.identity import differences
 from stepdistill.training.preflight import check_recipe
@@ -218,9 +219,10 @@ def _train(entry: Entry, place: Path, label: str) -> str | None:
     """Starts the run, or goes on with it; the error it ended with, or None."""
     from stepdistill.training.checkpoint import checkpoints_in
 
-    resume = bool(checkpoints_in(place / "checkpoints")) and (place / "recipe.yaml").is_file()
+    own = RunFolder(place)
+    resume = bool(checkpoints_in(own.checkpoints)) and (place / "recipe.yaml").is_file()
     if not resume:  # a run that was stopped before its first checkpoint was whole
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        shutil.rmtree(own.checkpoints, ignore_errors=True)
     say(f"{label}: {'going on' if resume else 'training'} with {entry.source}")
     command = [sys.executable, "-m", "stepdistill", "train", entry.source, *entry.arguments]
     command += ["--output", str(place), *(["--resume"] if resume else [])]

@@ -18,6 +18,7 @@ from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.frechet import Moments
 from stepdistill.metrics.sfid import DIMENSION
 from stepdistill.system.emoji import emoji_images
+from stepdistill.system.files import written_whole
 from stepdistill.system.log import bar, say
 from stepdistill.system.prefetch import ahead
 
@@ -164,5 +165,5 @@ def _write(output: Path, tensors: dict[str, Tensor], protocol: dict[str, Any]) -
 
     output.parent.mkdir(parents=True, exist_ok=True)
     # One key, so that the header has one order and equal statistics are equal files.
-    save_file(tensors, output, metadata={"protocol": json.dumps(protocol, sort_keys=True)})
-    output.chmod(0o644)
+    with written_whole(output) as temporary:
+        save_file(tensors, temporary, metadata={"protocol": json.dumps(protocol, sort_keys=True)})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
+from stepdistill.system.files import readable_as_usual
 from stepdistill.system.shipped import is_lfs_pointer
 
 INDEX = "model_index.json"
@@ -125,7 +126,7 @@ def take_over(component: Path, to: Path) -> None:
         target = to / file.relative_to(component)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if file.suffix != ".safetensors":
+            if file.suffix != ".safetensors" or not readable_as_usual(file):
                 raise OSError  # a text may be edited, and its original is not to change
             os.link(file.resolve(), target)
         except OSError:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepdistill.errors import UserError
+from stepdistill.system.files import give_usual_modes
 from stepdistill.system.shipped import cache_folder
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _completed(name: str, shipped: Path) -> Path:
         shutil.copytree(shipped, partial, dirs_exist_ok=True)
         _share(partial)
         try:
-            os.chmod(partial, 0o755)
+            give_usual_modes(partial)
             partial.rename(folder)
         except OSError:  # another process was first
             shutil.rmtree(partial)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -43,6 +44,27 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def give_usual_modes(place: Path) -> None:
+    """Gives a file, or a folder and all in it, the modes that the umask gives to new ones: safetensors and temporary
+    folders are for their owner alone. What is a hard link to another file, or nobody's to change, stays as it is."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in (place, *place.rglob("*")):
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            path.chmod(found.st_mode & stat.S_ISGID | 0o777 & ~mask)
+        elif stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            path.chmod(0o666 & ~mask)
+
+
+def readable_as_usual(file: Path) -> bool:
+    """Whether all those may read a file who may read a new one."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    usual = 0o444 & ~mask
+    return file.stat().st_mode & usual == usual
+
+
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
     """A file beside ``file`` to write to, which takes its place when the block ends: a reader, or a process that is
@@ -50,7 +72,7 @@ def written_whole(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         yield temporary
-        temporary.chmod(0o644)  # safetensors writes for its owner alone
+        give_usual_modes(temporary)
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -74,6 +96,7 @@ def folder_written_whole(folder: Path, writers: Processes = ALONE) -> Iterator[P
 
     def take_place() -> None:
         if writers.main:
+            give_usual_modes(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
 

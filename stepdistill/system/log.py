@@ -1,20 +1,25 @@
-"""What a run writes down while it goes: stats.jsonl, the progress bar, and lines that do not break the bar."""
+"""What a run writes down while it goes: stats.jsonl, log.txt, the progress bar, and lines that do not break the bar."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
 from stepdistill.system.files import written_whole
 
 STATS = "stats.jsonl"
+Value = float | str | Sequence[str]
+"""What a row of stats.jsonl has under a name."""
 
 
 def bar(
@@ -50,6 +55,54 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+class _Kept:
+    """A stream whose lines a file gets, too, each as it stands in a terminal in the end: of a bar its last state.
+
+    Args:
+        stream: what is written to.
+        file: gets the lines, each behind the time.
+    """
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self._stream, self._file, self._line = stream, file, ""
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            shown = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rpartition("\r")[2].rstrip()
+            if shown and not self._file.closed:
+                self._file.write(f"{time.strftime('%H:%M:%S')} {shown}\n")
+                self._file.flush()
+        self._line = self._line.rpartition("\r")[2]
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+@contextlib.contextmanager
+def stderr_kept(file: Path, title: str) -> Iterator[Callable[[str], object]]:
+    """Inside the ``with`` all that this process says on stderr is in a file, too, behind what was there. What it gives
+    writes to that file alone.
+
+    Args:
+        file: log.txt.
+        title: one line before it; the date is put to it.
+    """
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
+        opened.flush()
+        with contextlib.redirect_stderr(cast(TextIO, _Kept(sys.stderr, opened))):
+            yield lambda text: opened.write(text.rstrip() + "\n")
+
+
 class RunLog:
     """stats.jsonl and the bar of one run, as a context manager.
 
@@ -80,14 +133,12 @@ class RunLog:
         if self._file is not None:
             self._file.close()
 
-    def step(
-        self, step: int, values: Mapping[str, float | str], *, shown: tuple[str, ...] = ("loss",)
-    ) -> None:
+    def step(self, step: int, values: Mapping[str, Value], *, shown: tuple[str, ...] = ("loss",)) -> None:
         """Writes one line for the optimiser step ``step`` (from 0) and moves the bar.
 
         Args:
             step: the step that has just ended.
-            values: numbers and short strings (such as whose turn it was); not-finite numbers are written as null.
+            values: numbers and texts (such as whose turn it was); not-finite numbers are written as null.
             shown: the names that stand beside the bar.
         """
         if self._file is not None:
@@ -101,7 +152,7 @@ class RunLog:
     def note(self, text: str) -> None:
         """One line above the bar, on the first process only."""
         if not self._bar.disable:
-            self._bar.write(text)
+            say(text)
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
@@ -113,7 +164,9 @@ def read_stats(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _jsonable(value: float | str) -> float | str | None:
+def _jsonable(value: Value) -> float | str | list[str] | None:
     if isinstance(value, str):
         return value
+    if isinstance(value, Sequence):
+        return list(value)
     return float(value) if math.isfinite(value) else None

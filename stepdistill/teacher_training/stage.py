@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
+from stepdistill.system.files import give_usual_modes
 from stepdistill.teacher_training.settings import StageSettings
 from stepdistill.training.checkpoint import load_optimizer_state, optimizer_state
 
@@ -98,6 +99,7 @@ def _save(folder: Path, step: int, tensors: dict[str, Tensor], history: History)
         )
         state = {"step": step, "seconds": history.seconds, "losses": history.losses}
         (temporary / "state.json").write_text(json.dumps(state))
+        give_usual_modes(temporary)
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
         kept = _numbered(folder)

@@ -48,6 +48,7 @@ from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import Processes
 from stepdistill.system.provenance import provenance
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.buckets import buckets_for, check_calls, check_heads
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.optimizers import check_optimizer
@@ -317,7 +318,7 @@ def training_data(run: Assembled, output: Path) -> Data:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     pairs, remake, main = None, recipe.data.damaged == "remake", processes.main
     if "pairs" in run.needs:
-        folder = Path(recipe.data.pairs) if recipe.data.pairs else output / "pairs"
+        folder = Path(recipe.data.pairs) if recipe.data.pairs else RunFolder(output).pairs
         options = run.options
         if not isinstance(options, PairOptions):  # a term's, beside a method without pairs of its own
             options = PairOptions(guidance=options.guidance)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from stepdistill.networks.averages import Ema, averaged
 from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
@@ -11,6 +10,7 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import rows_of_pictures
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.health import Seen, Vitals
 
 
@@ -18,7 +18,7 @@ class ContactSheets:
     """Draws the same prompts with the student every so often, writes them down and looks whether they are healthy.
 
     Args:
-        folder: where ``step-00000100.png`` go; None keeps nothing.
+        folder: of the run, which keeps them; None keeps nothing.
         student, sampler, teacher: who draws, how, and who decodes.
         prompts: at least 2.
         guidance: of the teacher's pictures they are compared with.
@@ -27,7 +27,7 @@ class ContactSheets:
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: RunFolder | None,
         student: Student,
         sampler: Sampler,
         teacher: PipelineTeacher,
@@ -46,11 +46,13 @@ class ContactSheets:
         with averaged(ema):
             drawn = draw_as_pipeline(self.student, self.sampler, self.teacher.codec, self.prompts, self.seeds)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.pictures.mkdir(parents=True, exist_ok=True)
             label = f"student, {self.sampler.steps} step(s), after {step} updates"
             sheet = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])
-            sheet.save(self.folder / f"step-{step:08d}.png")
+            sheet.save(self.folder.preview(step))
         vitals = Vitals.of(drawn)
-        return Seen(
-            {"diversity": vitals.diversity, "saturation": vitals.saturation}, vitals.worries(self.reference)
-        )
+        numbers = {
+            **{"diversity": vitals.diversity, "teacher_diversity": self.reference.diversity},
+            **{"saturation": vitals.saturation, "teacher_saturation": self.reference.saturation},
+        }
+        return Seen(numbers, vitals.worries(self.reference))

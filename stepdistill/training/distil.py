@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, cast
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
 from stepdistill.system.processes import launched, told
-from stepdistill.training.identity import resolve, resolved_yaml
+from stepdistill.system.run_folder import RunFolder, RunStatus
+from stepdistill.training.identity import ResolvedRecipe, resolve, resolved_yaml
 from stepdistill.training.launcher import as_launched
 from stepdistill.training.preflight import check_output, check_recipe
+from stepdistill.training.record import recorded
 from stepdistill.training.run_report import RunReport
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def run_recipe(
     Raises:
         UserError: for anything the caller can mend.
     """
+    output = output.resolve() if output.is_symlink() else output
     if told().main:
         check_output(output, resume=resume)
     if pipeline is None:
@@ -103,6 +106,22 @@ def run_recipe(
             "sharded ones are called by all processes together: set train.parallel=replicated"
         )
 
+    if not told().main:
+        return _run(resolved, output, resume, command, pipeline, None)
+    status = RunStatus(output, recipe.train.steps, recipe.train.budget_seconds)
+    with recorded(output, status, command or "stepdistill.distill()"):
+        return _run(resolved, output, resume, command, pipeline, status)
+
+
+def _run(
+    resolved: ResolvedRecipe,
+    output: Path,
+    resume: bool,
+    command: str | None,
+    pipeline: DiffusionPipeline | None,
+    status: RunStatus | None,
+) -> Distilled:
+    """The run itself; ``status`` is the main process's."""
     import torch
     from accelerate import Accelerator
 
@@ -114,8 +133,9 @@ def run_recipe(
     from stepdistill.training.parallel import parallel_of
     from stepdistill.training.run import check_resume
 
+    recipe, place = resolved.recipe, RunFolder(output)
     if resume:
-        check_resume(output / "checkpoints", resolved.recipe)
+        check_resume(place.checkpoints, recipe)
     _check_tracker(recipe.train.tracker)
     processes = launched()
     accelerator = Accelerator(
@@ -126,16 +146,20 @@ def run_recipe(
     parallel = parallel_of(
         recipe.train.parallel, processes, accelerator.device, recipe.train.context_parallel
     )
+    if status:
+        status.tell("preparing", "loading the teacher")
     run = assemble(resolved, accelerator, pipeline)
-    if parallel.main:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(resolved_yaml(resolved), encoding="utf-8")
+    if status:
+        place.begin()
+        place.recipe.write_text(resolved_yaml(resolved), encoding="utf-8")
+        status.tell("preparing", "reading prompts and images, drawing pairs")
     data = training_data(run, output)
     preview = None
     if recipe.train.sheet_every and (parallel.main or parallel.calls_together):
-        sheets = output / "sheets"
+        if status:
+            status.tell("preparing", "drawing the teacher's pictures")
         guidance, shown = run.options.guidance, run.shown(16)
-        kept = sheets if parallel.main else None
+        kept = place if parallel.main else None
         preview = ContactSheets(kept, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
     if recipe.train.tracker:
         accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
@@ -148,6 +172,7 @@ def run_recipe(
         parallel=parallel,
         resume=resume,
         preview=preview.look if preview else None,
+        status=status,
     )
     if not parallel.in_parts:
         parallel.gather(())
@@ -160,9 +185,9 @@ def run_recipe(
     accelerator.wait_for_everyone()
     if recipe.train.tracker:
         accelerator.end_training()
-    report = finish(run, output, trained, command) if parallel.main else None
+    report = finish(run, output, trained, command, status) if status else None
     accelerator.wait_for_everyone()
-    return Distilled(output, output / "student", report)
+    return Distilled(output, place.student, report)
 
 
 def _check_tracker(name: str | None) -> None:
@@ -187,6 +212,7 @@ def export_run(run: Path, output: Path | None = None, sets: Sequence[str] = ()) 
     Raises:
         UserError: when there is no run, no checkpoint, or the student does not verify.
     """
+    RunFolder(run).check_layout()
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no recipe.yaml")
 

@@ -22,6 +22,7 @@ from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to
 from stepdistill.pages.sheets import rows_of_pictures
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.memory import peak_memory
+from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.system.shipped import module_summaries
 from stepdistill.training.assemble import TEACHER_STEPS, Assembled
 from stepdistill.training.report import score_table, write_report
@@ -68,13 +69,18 @@ def export_student(run: Assembled, folder: Path, command: str) -> None:
     )
 
 
-def finish(run: Assembled, output: Path, trained: Finished, command: str | None) -> RunReport:
+def finish(
+    run: Assembled, output: Path, trained: Finished, command: str | None, status: RunStatus
+) -> RunReport:
     """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
     recipe, device, origin = run.recipe, run.accelerator.device, run.origin
     command = command or str(origin["command"])
     with averaged(trained.ema):
+        status.tell("finishing", "exporting the student")
         export_student(run, output / "student", command)
+        status.tell("finishing", "drawing its pictures again with plain diffusers")
         proof = verify(output / "student")
+        status.tell("finishing", "measuring")
         scores = _scores(run, output / "student")  # before the time and the memory that it takes are read
         report = RunReport(
             name=output.name,
@@ -90,7 +96,8 @@ def finish(run: Assembled, output: Path, trained: Finished, command: str | None)
             peak_memory_bytes=peak_memory(device),
             **{**scores, **origin, "command": command},
         )
-        _samples(run, output / "samples.png")
+        status.tell("finishing", "drawing samples")
+        _samples(run, RunFolder(output).samples)
     text = for_folder(card(run, command, score_table(report)), output / "student")
     (output / "student" / "README.md").write_text(text, encoding="utf-8")
     write_report(output, report, read_stats(output))
@@ -148,7 +155,7 @@ def _scores(run: Assembled, student: Path) -> dict[str, Any]:
 
 
 def _samples(run: Assembled, file: Path) -> None:
-    """samples.png: the same prompts and seeds by the teacher at full steps, at the student's, and the student."""
+    """The same prompts and seeds by the teacher at full steps, at the student's, and the student."""
     prompts, seeds, steps = run.shown(16), list(range(16)), run.sampler.steps
     guidance = run.options.guidance
     full = teacher_pictures(run.teacher, prompts, seeds, TEACHER_STEPS, guidance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,11 @@ class Vitals:
                 f"{reference.saturation:.0%} in the teacher's"
             )
         return found
+
+
+def verdict_of(worries: Sequence[str]) -> str:
+    """``healthy``, or what such sentences are about."""
+    return ", ".join(worry.partition(":")[0] for worry in worries) or "healthy"
 
 
 @dataclass(frozen=True)

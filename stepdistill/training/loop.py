@@ -23,10 +23,11 @@ from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.compiled import compiled, uncompiled
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.system.log import RunLog
+from stepdistill.system.log import RunLog, Value
 from stepdistill.system.memory import keep_freed_memory
 from stepdistill.system.processes import ALONE
-from stepdistill.training.health import Seen, require_finite
+from stepdistill.system.run_folder import RunStatus
+from stepdistill.training.health import Seen, require_finite, verdict_of
 from stepdistill.training.interruption import Interruption
 from stepdistill.training.out_of_memory import memory_explained
 from stepdistill.training.parallel import OneProcess, Parallel
@@ -46,6 +47,7 @@ def train(
     parallel: Parallel | None = None,
     resume: bool = False,
     preview: Callable[[int, Ema | None], Seen] | None = None,
+    status: RunStatus | None = None,
 ) -> Finished:
     """Trains a method's networks, and those of its terms, in their turns.
 
@@ -53,12 +55,13 @@ def train(
         objective: the method and its terms, their networks on the accelerator's device.
         data: where batches come from.
         recipe: its ``train`` says how; kept in every checkpoint.
-        folder: the run folder; gets ``stats.jsonl`` and ``checkpoints/``.
+        folder: the run folder; gets ``stats.jsonl`` and ``work/checkpoints/``.
         accelerator: device, precision and trackers.
         parallel: how several processes share it; None is one alone.
         resume: go on from the last checkpoint.
         preview: called every ``sheet_every`` steps with the step and the averaged weights; its numbers are logged, its
             worries said above the progress bar.
+        status: told how far the run is.
 
     Raises:
         TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` steps
@@ -123,20 +126,24 @@ def train(
             run.seconds = rows[-1].seconds
             for row in rows:
                 require_finite(row.numbers, row.network, row.step, run.last_good)
-                values: dict[str, float | str] = {"turn": row.network, **row.numbers, "lr": row.rate}
+                values: dict[str, Value] = {"turn": row.network, **row.numbers, "lr": row.rate}
+                health = None
 
                 # Pictures (drawn by every process that was given a preview, kept by the main one).
                 if preview and sheet and row is rows[-1]:
                     with uncompiled():
                         seen = preview(run.step, run.ema)
                     parallel.let_go()
-                    values.update(seen.numbers)
+                    values |= {**seen.numbers, "worries": seen.worries}
+                    health = verdict_of(seen.worries)
                     for worry in seen.worries:
                         log.note(f"step {run.step}: {worry}")
 
                 # How it goes (the main process).
                 values["seconds"] = row.seconds
                 log.step(row.step, values, shown=("turn", "loss"))
+                if status:
+                    status.trained(row.step + 1, row.seconds, health)
                 if options.tracker:
                     plotted = {f"{row.network}/{k}": v for k, v in values.items() if isinstance(v, float)}
                     accelerator.log(plotted, step=row.step)

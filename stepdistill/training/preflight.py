@@ -13,6 +13,7 @@ from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.files import check_folder
+from stepdistill.system.run_folder import RunFolder
 
 
 def check_recipe(recipe: Recipe, resumed: Path | None = None) -> None:
@@ -37,7 +38,7 @@ def check_recipe(recipe: Recipe, resumed: Path | None = None) -> None:
 
 def _begun_in(run: Path) -> str | None:
     """The working directory of the process that wrote the run's last checkpoint, where it says so."""
-    states = sorted(run.glob("checkpoints/step-*/state.json"))
+    states = sorted(RunFolder(run).checkpoints.glob("step-*/state.json"))
     try:
         return cast("str | None", json.loads(states[-1].read_text()).get("folder"))
     except (IndexError, OSError, ValueError):
@@ -58,9 +59,11 @@ def check_output(folder: Path, *, resume: bool) -> None:
     Raises:
         UserError: it cannot be written to, or it holds a run and ``resume`` is off, or none and ``resume`` is on.
     """
-    begun = (folder / "recipe.yaml").is_file()
+    place = RunFolder(folder)
+    place.check_layout()
+    begun = place.recipe.is_file()
     # A run that failed before its first checkpoint left nothing worth keeping.
-    holds_run = begun and any((folder / name).exists() for name in ("checkpoints", "student", "report.json"))
+    holds_run = begun and any(part.exists() for part in (place.checkpoints, place.student, place.report))
     if resume and not begun:
         raise UserError(
             f"--resume: {folder.absolute()} holds no run (it has no recipe.yaml); give the run's folder as --output"

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from stepdistill.pages.html import document, embedded_picture, table
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import RunReport
 
 FACTS = {
@@ -19,13 +20,13 @@ FACTS = {
 
 
 def write_report(folder: Path, report: RunReport, stats: Sequence[Mapping[str, Any]]) -> None:
-    """Writes report.json and report.html into a run folder that holds samples.png and recipe.yaml."""
+    """Writes report.json and report.html into a run folder that holds pictures/samples.png and recipe.yaml."""
     (folder / "report.json").write_text(report.text(), encoding="utf-8")
     facts = report.model_dump(include=FACTS)
     body = [
         f"<h1>{html.escape(report.name)}</h1>",
         f"<p>{html.escape(report.summary or '')}</p>",
-        embedded_picture((folder / "samples.png").read_bytes(), "samples"),
+        embedded_picture(RunFolder(folder).samples.read_bytes(), "samples"),
         _html_table(score_table(report)),
         *(_curve(stats, turn) for turn in dict.fromkeys(str(row["turn"]) for row in stats)),
         f"<h2>Run</h2><pre>{html.escape(yaml.safe_dump(facts, sort_keys=False, width=110))}</pre>",

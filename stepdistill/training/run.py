@@ -14,6 +14,7 @@ from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.processes import ALONE
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.checkpoint import (
     check_files,
     checkpoints_in,
@@ -69,7 +70,7 @@ class Run:
     ) -> None:
         self.parallel = parallel or OneProcess(ALONE, torch.device("cpu"))
         self.objective, self.recipe, self.options, self.inputs = objective, recipe, recipe.train, inputs
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = RunFolder(folder).checkpoints
         options = recipe.train
         self.trained = {name: objective.weights(name) for name in objective.trained}
         self.weights = in_training(objective, options)

@@ -139,7 +139,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(tmp_path: Path) -
     checks.check_output(
         tmp_path, resume=False
     )  # one that failed before its first checkpoint left nothing to keep
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "work" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a run already: add --resume"):
         checks.check_output(tmp_path, resume=False)
     checks.check_output(tmp_path, resume=True)
@@ -153,8 +153,8 @@ def test_resuming_elsewhere_names_the_folder_that_the_paths_of_the_run_start_at(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    (run / "checkpoints" / "step-00000005").mkdir(parents=True)
-    (run / "checkpoints" / "step-00000005" / "state.json").write_text('{"folder": "/first"}')
+    (run / "work" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (run / "work" / "checkpoints" / "step-00000005" / "state.json").write_text('{"folder": "/first"}')
     recipe = Recipe(teacher="emoji", method="dmd", data=DataOptions(prompts="gone.txt"))
     with pytest.raises(
         UserError, match=r"gone.txt not found: .*; relative paths of the run .*/run start at /first, "

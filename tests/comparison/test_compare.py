@@ -69,7 +69,8 @@ def test_compare_ranks_by_steps_then_distance_and_writes_page_and_numbers(
 ) -> None:
     a = write_report(tmp_path / "a", {"1": 3.0, "4": 1.5})
     b = write_report(tmp_path / "b", {"1": 2.0})
-    Image.new("RGB", (2, 2)).save(tmp_path / "b" / "samples.png")
+    (tmp_path / "b" / "pictures").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "b" / "pictures" / "samples.png")
     lines = command(capsys, monkeypatch, "compare", a, b, "--output", str(tmp_path / "out"))
     same = ["0.800", "0.800", "(95%)", "2.0", "61", "s", "90", "of", "100", "3", "MiB"]
     assert [line.split() for line in lines[1:4]] == [
@@ -128,7 +129,8 @@ def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
     }
     more |= {"hardware": "a machine", "teacher": {"fd": {"1": 7.5, "25": 2.25}, "clip_score": {"25": 0.5}}}
     run = write_report(tmp_path / "run", {"2": 3.0}, **more)
-    Image.new("RGB", (2, 2)).save(tmp_path / "run" / "samples.png")
+    (tmp_path / "run" / "pictures").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "run" / "pictures" / "samples.png")
     results.put([run], tmp_path)
     assert page.read_text().startswith(before.split(results.END)[0].rstrip())
     added = page.read_text().split("Suite ")[-1]

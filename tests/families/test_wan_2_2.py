@@ -165,10 +165,10 @@ def test_a_phased_student_is_a_wan_pipeline_that_switches_where_its_phases_meet(
     # It can teach: as two networks again.
     assert isinstance(PipelineTeacher(pipe, size=SIZE).denoiser.net, SwitchedNetworks)
 
-    last = [load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004")[0]]
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    last = [load_checkpoint(tmp_path / "run" / "work" / "checkpoints" / "step-00000004")[0]]
+    shutil.rmtree(tmp_path / "run" / "work" / "checkpoints" / "step-00000004")
     run.again(resume=True)
-    last.append(load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004")[0])
+    last.append(load_checkpoint(tmp_path / "run" / "work" / "checkpoints" / "step-00000004")[0])
     assert last[0].keys() == last[1].keys()
     for part, tensors in last[0].items():
         assert all(torch.equal(value, last[1][part][key]) for key, value in tensors.items()), part

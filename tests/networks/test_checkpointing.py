@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_checkpointing_as_without(
 
 def kept_in(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a run's last checkpoint."""
-    files = sorted(checkpoints_in(folder / "checkpoints")[-1].glob("*.safetensors"))
+    files = sorted(checkpoints_in(folder / "work" / "checkpoints")[-1].glob("*.safetensors"))
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,31 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
         temporary.write_text("new")
         assert file.read_text() == "old" and temporary.parent == tmp_path
     assert file.read_text() == "new" and [place.name for place in tmp_path.iterdir()] == ["report.json"]
-    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_is_written_has_the_modes_of_the_umask(tmp_path: Path) -> None:
+    """Whatever wrote it; a hard link keeps what its other name has."""
+    for mask in (0o022, 0o002, 0o027):
+        before = os.umask(mask)
+        try:
+            with folder_written_whole(tmp_path / f"{mask}") as temporary:
+                (temporary / "inner").mkdir(mode=0o700)
+                (temporary / "inner" / "weights").touch(mode=0o600)
+                (tmp_path / f"own-{mask}").touch(mode=0o600)
+                os.link(tmp_path / f"own-{mask}", temporary / "linked")
+            with written_whole(tmp_path / f"file-{mask}") as temporary:
+                temporary.touch(mode=0o600)
+        finally:
+            assert os.umask(before) == mask
+        folder = tmp_path / f"{mask}"
+        for place, kind in (
+            (folder, 0o777),
+            (folder / "inner", 0o777),
+            (folder / "inner" / "weights", 0o666),
+        ):
+            assert place.stat().st_mode & 0o777 == kind & ~mask
+        assert (tmp_path / f"file-{mask}").stat().st_mode & 0o777 == 0o666 & ~mask
+        assert (folder / "linked").stat().st_mode & 0o777 == 0o600
 
 
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -39,5 +39,5 @@ def run(folder: Path, *more: str, last: int = 4, resume: bool = False) -> tuple[
 
     data = training_data(job, folder)
     train(job.objective, data, recipe, folder, accelerator, resume=resume, preview=preview)
-    files = sorted(checkpoints_in(folder / "checkpoints")[-1].glob("*.safetensors"))
+    files = sorted(checkpoints_in(folder / "work" / "checkpoints")[-1].glob("*.safetensors"))
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}, job

@@ -66,7 +66,7 @@ def start(
 
 def kept(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the last checkpoint."""
-    files = sorted(checkpoints_in(folder / "checkpoints")[-1].glob("*.safetensors"))
+    files = sorted(checkpoints_in(folder / "work" / "checkpoints")[-1].glob("*.safetensors"))
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
 
 

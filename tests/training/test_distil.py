@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -20,6 +21,7 @@ from stepdistill.export.student_folder import check_export
 from stepdistill.export.verify import verify
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
+from stepdistill.system.run_folder import RunFolder, read_status
 from stepdistill.training.distil import export_run
 from stepdistill.training.run_report import read_report
 
@@ -35,6 +37,17 @@ SHORT = [
 def saved(name, folder):
     tiny_pipeline(name).save_pretrained(folder)
     return folder
+
+
+def assert_usual_modes(folder):
+    """Everybody who may read a new file may read these."""
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [file for file in folder.rglob("*") if not file.is_symlink()]
+    odd = [
+        file for file in files if file.stat().st_mode & 0o777 != (0o777 if file.is_dir() else 0o666) & ~mask
+    ]
+    assert len(files) > 30 and not odd
 
 
 @pytest.fixture
@@ -107,13 +120,20 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert [row["step"] for row in rows] == list(range(8))
     assert [row["turn"] for row in rows] == ["fake", "student"] * 4
     assert "diversity" in rows[3] and "diversity" in rows[7]
-    assert sorted(file.name for file in (run.folder / "sheets").iterdir()) == [
-        "step-00000004.png",
-        "step-00000008.png",
+    place = RunFolder(run.folder)
+    assert sorted(file.name for file in run.folder.iterdir()) == [
+        *("log.txt", "pictures", "recipe.yaml", "report.html", "report.json"),
+        *("stats.jsonl", "status.json", "student", "work"),
     ]
+    assert_usual_modes(run.folder)
+    assert list(place.previews()) == [4, 8] and place.previews()[8].name == "000008.png"
+    assert sorted(file.name for file in place.work.iterdir()) == ["README.txt", "checkpoints"]
+    done = read_status(run.folder)
+    assert done is not None and (done.state, done.update, done.updates) == ("done", 8, 8)
+    assert done.health == "healthy" and not done.going and done.eta_seconds is None
     recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
     assert recipe["options"]["fake_steps"] == 1 and recipe["options"]["score_times"] == [0.02, 0.98]
-    with Image.open(run.folder / "samples.png") as picture:
+    with Image.open(place.samples) as picture:
         assert picture.width > 16 * 32
     report = json.loads((run.folder / "report.json").read_text())
     assert run.report is not None and read_report(run.folder) == run.report and report["schema"] == 1
@@ -140,6 +160,7 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
             "student.times=[1.0, 0.5]", "options.pairs=4", "options.pair_steps=2", "options.guidance=2"]  # fmt: skip
     run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
     assert "drawn in 2 step(s) of" in run.report.verification
+    assert_usual_modes(run.folder)
     again = export_run(run.folder, tmp_path / "again")
     for name in ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"):
         first, second = load_file(run.student / name), load_file(again / name)
@@ -216,7 +237,7 @@ def refused(tmp_path, match, *sets, teacher="sd", method="dmd", **more):
         saved(teacher, folder)
     with pytest.raises(UserError, match=match):
         stepdistill.distill(folder, method, tmp_path / "run", sets=[*SHORT, *sets], **more)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "work" / "checkpoints").exists()
 
 
 def test_a_teacher_that_draws_from_prompts_needs_prompts(tmp_path):

@@ -54,7 +54,7 @@ def start(recipe, folder, resume=False, preview=None):
 
 
 def final_tensors(folder):
-    files = sorted(checkpoints_in(folder / "checkpoints")[-1].glob("*.safetensors"))
+    files = sorted(checkpoints_in(folder / "work" / "checkpoints")[-1].glob("*.safetensors"))
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
 
 
@@ -81,7 +81,9 @@ def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_pa
     recipe = recipe_of(method, 10, "train.sheet_every=1")
     with pytest.raises(Killed):
         start(recipe, tmp_path / "parts", preview=kill)
-    assert [path.name for path in checkpoints_in(tmp_path / "parts" / "checkpoints")][-1] == "step-00000005"
+    assert [path.name for path in checkpoints_in(tmp_path / "parts" / "work" / "checkpoints")][
+        -1
+    ] == "step-00000005"
     _, trained = start(recipe, tmp_path / "parts", resume=True)
     assert trained.step == 10
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
@@ -109,7 +111,7 @@ def test_an_optimiser_that_starts_anew_resumes_bit_for_bit(tmp_path):
     recipe = load_recipe(HERE / "empty.yaml", method="phased_dmd", sets=[*sets, "train.sheet_every=1"])
     with pytest.raises(Killed):
         start(recipe, tmp_path / "parts", preview=kill)
-    folder = checkpoints_in(tmp_path / "parts" / "checkpoints")[-1]
+    folder = checkpoints_in(tmp_path / "parts" / "work" / "checkpoints")[-1]
     assert folder.name == "step-00000004" and not load_file(folder / "optimizer-fake.safetensors")
     start(recipe, tmp_path / "parts", resume=True)
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
@@ -322,7 +324,7 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
     (tmp_path / "parts").mkdir()
     with pytest.raises(KeyboardInterrupt):
         train(job.objective, training_data(job, tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
-    assert checkpoints_in(tmp_path / "parts" / "checkpoints")[-1].name == "step-00000007"
+    assert checkpoints_in(tmp_path / "parts" / "work" / "checkpoints")[-1].name == "step-00000007"
     assert len(curve(tmp_path / "parts")) == 7
     start(recipe, tmp_path / "parts", resume=True)
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
@@ -430,7 +432,7 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
     """The frozen base is the teacher's, in the target network too; what is kept restores every tensor."""
     recipe = recipe_of("lcm", 5, "student.lora_rank=4")
     job, _ = start(recipe, tmp_path)
-    kept = load_file(checkpoints_in(tmp_path / "checkpoints")[-1] / "roles.safetensors")
+    kept = load_file(checkpoints_in(tmp_path / "work" / "checkpoints")[-1] / "roles.safetensors")
     assert {name.split(".")[0] for name in kept} == {"student", "target"}
     assert all(".lora_" in name for name in kept)
     roles = job.method.roles
@@ -459,7 +461,7 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(sheets, reads
         TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"
     ):
         train(job.objective, training_data(job, tmp_path), recipe, tmp_path, accelerator, preview=poison)
-    assert checkpoints_in(tmp_path / "checkpoints")[-1].name == "step-00000005"
+    assert checkpoints_in(tmp_path / "work" / "checkpoints")[-1].name == "step-00000005"
     assert [row["step"] for row in curve(tmp_path)] == list(range(7))
 
 
@@ -480,7 +482,7 @@ def test_resume_refuses_another_recipe_and_names_the_key(tmp_path):
 
 def altered(folder, key):
     """The last checkpoint with another hash of one input, or without the name of its random numbers."""
-    state = checkpoints_in(folder / "checkpoints")[-1] / "state.json"
+    state = checkpoints_in(folder / "work" / "checkpoints")[-1] / "state.json"
     content = json.loads(state.read_text())
     if key is None:
         assert content.pop("draws") == "philox4x32-10"
@@ -494,9 +496,9 @@ def test_resume_refuses_other_inputs_under_the_same_names_and_other_random_numbe
     prompts.write_text((HERE / "prompts.txt").read_text())
     recipe = recipe_of("lcm", 5, f"data.prompts={prompts}")
     job, _ = start(recipe, tmp_path / "run")
-    kept = json.loads((checkpoints_in(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())[
-        "inputs"
-    ]
+    kept = json.loads(
+        (checkpoints_in(tmp_path / "run" / "work" / "checkpoints")[-1] / "state.json").read_text()
+    )["inputs"]
     assert checks._begun_in(tmp_path / "run") == str(Path.cwd())
     assert kept["teacher"] == job.teacher.fingerprint() and set(kept) == {"teacher", "data.prompts"}
     data = training_data(job, tmp_path / "run")
@@ -530,7 +532,7 @@ def test_resume_takes_what_cannot_move_a_weight(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_resume_refuses_a_damaged_checkpoint(damage, tmp_path):
     start(recipe_of("lcm", 5), tmp_path)
-    file = checkpoints_in(tmp_path / "checkpoints")[-1] / "roles.safetensors"
+    file = checkpoints_in(tmp_path / "work" / "checkpoints")[-1] / "roles.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[-1] ^= 1
@@ -546,7 +548,7 @@ def test_resume_refuses_a_damaged_checkpoint(damage, tmp_path):
 def test_resume_refuses_a_checkpoint_without_a_part_of_the_run(tmp_path):
     """Also one whose state.json does not miss it: an optimiser would start anew without a word."""
     start(recipe_of("dmd", 2, "train.checkpoint_every=2"), tmp_path / "run")
-    last = checkpoints_in(tmp_path / "run" / "checkpoints")[-1]
+    last = checkpoints_in(tmp_path / "run" / "work" / "checkpoints")[-1]
     state = json.loads((last / "state.json").read_text())
     del state["files"]["optimizer-fake.safetensors"]
     (last / "state.json").write_text(json.dumps(state))
@@ -619,7 +621,7 @@ def test_a_run_goes_back_to_the_checkpoint_that_is_asked_for(tmp_path):
     job = assemble(resolve(recipe), Accelerator(cpu=True), None)
     run = Run(job.objective, recipe, tmp_path)
     run.restore()
-    spent, (first, last) = run.seconds, checkpoints_in(tmp_path / "checkpoints")
+    spent, (first, last) = run.seconds, checkpoints_in(tmp_path / "work" / "checkpoints")
     assert run.last_good == last and set(run.parts) == {
         "roles",
         "optimizer-student",
@@ -657,7 +659,7 @@ def test_two_updates_are_adams_with_the_options_of_train(more, rates, tmp_path):
     rows = curve(tmp_path)
     assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-3)
     (b1, b2), clip = options.betas, options.clip or math.inf
-    first, second = checkpoints_in(tmp_path / "checkpoints")
+    first, second = checkpoints_in(tmp_path / "work" / "checkpoints")
     for folder in (first, second):
         state = load_file(folder / "roles.safetensors")
         weights.append({name: state[f"student.{name}"] for name in names})
@@ -731,4 +733,4 @@ def test_where_memory_ends_one_line_says_what_holds_it_and_the_checkpoint_stays(
         UserError, match=r"train\.batch=4 train\.accumulate=1 .*`stepdistill plan .*recipe.yaml` says"
     ):
         start(recipe, tmp_path, preview=full)
-    assert checkpoints_in(tmp_path / "checkpoints")[-1].name == "step-00000001"
+    assert checkpoints_in(tmp_path / "work" / "checkpoints")[-1].name == "step-00000001"

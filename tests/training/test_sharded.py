@@ -165,11 +165,11 @@ def killed_while_saving(root):
 def cut(run, to):
     """What the run had left at step 2."""
     shutil.copytree(run, to)
-    shutil.rmtree(to / "checkpoints" / "step-00000004")
+    shutil.rmtree(to / "work" / "checkpoints" / "step-00000004")
 
 
 def last(run):
-    return checkpoints_in(run / "checkpoints")[-1]
+    return checkpoints_in(run / "work" / "checkpoints")[-1]
 
 
 def assert_equal(one, two):
@@ -223,7 +223,7 @@ def test_two_and_three_processes_that_share_their_networks_are_one(tmp_path):
 
     killed = tmp_path / "killed"
     assert last(killed).name == "step-00000002"
-    assert list((killed / "checkpoints" / ".step-00000004.part").rglob("*.safetensors"))
+    assert list((killed / "work" / "checkpoints" / ".step-00000004.part").rglob("*.safetensors"))
     loop(recipe_of("dmd", tmp_path), killed, resume=True)
     runs = [*(two / name for name in RUNS), three / "dmd", three / "dmd lora"]
     for run in (*runs, two / "resumed", three / "resumed", killed):

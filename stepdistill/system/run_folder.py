@@ -1,0 +1,266 @@
+"""The folder of a run: what lies where in it, and what it says of itself while it goes. Imports no torch.
+
+report.html report.json recipe.yaml log.txt stats.jsonl status.json
+method.py                     where the method was a file of your own
+pictures/samples.png          the teacher, the teacher at few steps, the student
+pictures/000500.png           previews, by update
+student/                      the pipeline
+work/pairs/ work/checkpoints/ may be deleted when the run is done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from stepdistill.errors import UserError
+from stepdistill.system.files import written_whole
+
+LATEST = "latest"
+"""In a folder called ``runs``: a link to the newest run."""
+ABOUT_WORK = (
+    "What this run works with: pairs of the teacher, and checkpoints. It needs them while it trains. When it is done\n"
+    "this folder may be deleted; `stepdistill export` and `--resume` then have nothing to start from.\n"
+)
+_OLD = ("checkpoints", "pairs", "sheets", "samples.png")
+
+State = Literal["preparing", "training", "finishing", "done", "stopped"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places in a run's folder.
+
+    Attributes:
+        root: the folder.
+    """
+
+    root: Path
+
+    @property
+    def page(self) -> Path:
+        """What the run came to, for people."""
+        return self.root / "report.html"
+
+    @property
+    def report(self) -> Path:
+        """The same, for programs."""
+        return self.root / "report.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe with every default written out."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def log(self) -> Path:
+        """All that was said on stderr."""
+        return self.root / "log.txt"
+
+    @property
+    def status(self) -> Path:
+        """Where the run is, see :class:`Status`."""
+        return self.root / "status.json"
+
+    @property
+    def student(self) -> Path:
+        """The student's diffusers folder."""
+        return self.root / "student"
+
+    @property
+    def pictures(self) -> Path:
+        """Samples and previews."""
+        return self.root / "pictures"
+
+    @property
+    def samples(self) -> Path:
+        """The teacher's pictures and the student's, made at the end."""
+        return self.pictures / "samples.png"
+
+    def preview(self, update: int) -> Path:
+        """The pictures after so many updates."""
+        return self.pictures / f"{update:06d}.png"
+
+    def previews(self) -> dict[int, Path]:
+        """The previews that are there, by update."""
+        found = {int(file.stem): file for file in self.pictures.glob("*.png") if file.stem.isdecimal()}
+        return dict(sorted(found.items()))
+
+    @property
+    def work(self) -> Path:
+        """What the run works with; may be deleted when it is done."""
+        return self.root / "work"
+
+    @property
+    def pairs(self) -> Path:
+        """Noises and the teacher's samples of them, where the recipe gives no other place."""
+        return self.work / "pairs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run goes on from."""
+        return self.work / "checkpoints"
+
+    def begin(self) -> None:
+        """Makes what every run has, and in a folder called ``runs`` the link to the newest."""
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(exist_ok=True)
+        (self.work / "README.txt").write_text(ABOUT_WORK, encoding="utf-8")
+        runs = self.root.absolute().parent
+        link = runs / LATEST
+        if runs.name == "runs" and (link.is_symlink() or not link.exists()):
+            with contextlib.suppress(OSError):  # some file systems have no links
+                beside = runs / f".{LATEST}.{os.getpid()}"
+                beside.symlink_to(self.root.name)
+                beside.replace(link)
+
+    def check_layout(self) -> None:
+        """It is not the folder of a run of an earlier version, whose files lay elsewhere.
+
+        Raises:
+            UserError: it is.
+        """
+        found = next((name for name in _OLD if (self.root / name).exists()), None)
+        if self.recipe.is_file() and found is not None and not self.work.exists():
+            raise UserError(
+                f"{self.root} is a run of an earlier version ({found} lies at its top, and not in work/ or pictures/): "
+                "finish it with that version, or train into another --output; its student/ and report.json are still "
+                "read by sample, eval, verify and compare"
+            )
+
+
+@dataclass(frozen=True)
+class Status:
+    """status.json: where a run is.
+
+    Attributes:
+        state: what it does.
+        phase: the same in words; of a run that stopped, why.
+        update, updates: optimiser updates done, and of the whole run.
+        eta_seconds: until training ends; None where it is not known.
+        health: of the last preview; None before it.
+        pid, host: the process, and its machine.
+        written: when this was, UTC, ISO 8601.
+    """
+
+    state: State
+    phase: str
+    update: int
+    updates: int
+    eta_seconds: float | None = None
+    health: str | None = None
+    pid: int = field(default_factory=os.getpid)
+    host: str = field(default_factory=platform.node)
+    written: str = ""
+
+    @property
+    def going(self) -> bool:
+        """Whether it says that the run goes on, which one that was killed says for ever."""
+        return self.state not in ("done", "stopped")
+
+    @property
+    def killed(self) -> bool:
+        """Whether it says that the run goes on, of a process of this machine that is gone."""
+        return self.going and self.host == platform.node() and not _alive(self.pid)
+
+
+def read_status(folder: Path) -> Status | None:
+    """Of a run's folder; None where there is none that can be read."""
+    try:
+        found = json.loads(RunFolder(folder).status.read_text(encoding="utf-8"))
+        return Status(**{name: found[name] for name in Status.__dataclass_fields__})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class RunStatus:
+    """Keeps status.json, which is replaced whole at each change.
+
+    Args:
+        folder: of the run.
+        updates: of the whole run.
+        budget_seconds: of training; 0 sets no limit.
+    """
+
+    SECONDS = 1.0
+    """Between two times that the update is written down."""
+
+    def __init__(self, folder: Path, updates: int, budget_seconds: float = 0.0) -> None:
+        self._file, self._budget, self._last = RunFolder(folder).status, budget_seconds, 0.0
+        self.now = Status("preparing", "starting", 0, updates)
+
+    def tell(self, state: State, phase: str, *, health: str | None = None) -> None:
+        """What the run does from now on.
+
+        Args:
+            state, phase: see :class:`Status`.
+            health: where there is something new to say of it.
+        """
+        self.now = replace(
+            self.now, state=state, phase=phase, health=health or self.now.health, eta_seconds=None
+        )
+        self._write()
+
+    def trained(self, update: int, seconds: float, health: str | None = None) -> None:
+        """So many updates are done.
+
+        Args:
+            update: how many.
+            seconds: the time that they took.
+            health: where there is something new to say of it.
+        """
+        left = (self.now.updates - update) * seconds / max(update, 1)
+        left = min(left, self._budget - seconds) if self._budget else left
+        self.now = replace(
+            self.now,
+            state="training",
+            phase="training",
+            update=update,
+            eta_seconds=round(max(left, 0.0), 1),
+            health=health or self.now.health,
+        )
+        if health or time.monotonic() - self._last >= self.SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        self._last = time.monotonic()
+        self.now = replace(self.now, written=datetime.now(UTC).isoformat(timespec="seconds"))
+        with written_whole(self._file) as temporary:
+            temporary.write_text(json.dumps(asdict(self.now), indent=1) + "\n", encoding="utf-8")
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Where the block ends with a UserError before the run has a recipe, its log and status go, and the folders that
+    were not there before: a mistake leaves nothing behind."""
+    place = RunFolder(folder)
+    made = [each for each in (folder, *folder.absolute().parents) if not each.exists()]
+    try:
+        yield
+    except UserError:
+        if not place.recipe.exists():
+            place.log.unlink(missing_ok=True)
+            place.status.unlink(missing_ok=True)
+            for each in made:
+                with contextlib.suppress(OSError):  # another run may be in it by now
+                    each.rmdir()
+        raise
