@@ -8,25 +8,86 @@ from typing import Annotated
 import typer
 
 from stepdistill.cli.options import Guidance, Pipeline
+from stepdistill.errors import UserError
+
+Steps = Annotated[
+    int | None, typer.Option(help="Network calls per picture. [default: a student's own; 25 of a teacher]")
+]
 
 
 def sample(
     student: Pipeline,
-    prompt: Annotated[list[str], typer.Option(help="Text of one picture; may repeat.")],
-    steps: Annotated[int, typer.Option(help="Network evaluations per picture.")] = 1,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="Texts, one a picture; or class numbers."),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="The same as PROMPT; may repeat.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Their file: .txt, .jsonl, .json, .csv, .tsv or .tar; needs --into.")
+    ] = None,
+    steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from seed + i.")] = 0,
     output: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Folder for one PNG per picture and an index; a begun one is finished."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Pictures to draw into it; by default one per prompt.")
+    ] = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Into it, also the teacher's pictures from the same seeds.")
+    ] = False,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 25,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once into it.")] = 8,
 ) -> None:
-    """Draw pictures from prompts, on one grid."""
-    from stepdistill.system.files import check_file
+    """Draw pictures from prompts: on one grid, or each into a folder.
 
-    check_file(output)
-    from stepdistill.evaluation.sample import sample as draw
-    from stepdistill.pages.sheets import grid
+    stepdistill sample RUN "red apple" "a dog"
 
-    grid(draw(student, prompt, steps=steps, guidance=guidance, seed=seed)).save(output)
-    print(output)
+    stepdistill sample RUN --prompts FILE --into DIR --teacher
+    """
+    given = [*(texts or ()), *(prompt or ())]
+    if into is None:
+        asked = {"--prompts": prompts, "--count": count, "--teacher": teacher or None}
+        wanting = [name for name, value in asked.items() if value is not None]
+        if wanting:
+            raise UserError(f"{wanting[0]} is for pictures in a folder: add --into DIR")
+        from stepdistill.system.files import check_file
+
+        check_file(output)
+        from stepdistill.evaluation.sample import sample as draw
+
+        drawn = draw(student, given, steps=steps, guidance=guidance, seed=seed)
+        from stepdistill.pages.sheets import grid
+
+        grid(drawn).save(output)
+        print(output)
+        return
+    from stepdistill.system.processes import launched
+
+    processes = launched()
+    from stepdistill.data.prompts import read_prompts
+    from stepdistill.evaluation.draw_into import as_named, draw_into, teacher_of
+
+    if prompts is not None:
+        given += read_prompts(prompts, "--prompts")
+    if not given and count is None:
+        raise UserError("give prompts, --prompts FILE, or, of a pipeline that takes none, --count")
+    drawers = [as_named(student, steps, guidance)]
+    if teacher and drawers[0].label == "teacher":
+        raise UserError(f"--teacher: {student} is no student, and draws for itself: leave --teacher out")
+    drawers += [teacher_of(student, teacher_steps)] if teacher else []
+    if processes.main:
+        from stepdistill.system.files import check_folder
+
+        check_folder(into)
+    draw_into(into, drawers, given or None, count or len(given), seed=seed, batch=batch, processes=processes)
+    processes.part()
+    if processes.main:
+        for drawer in drawers:
+            print(into / drawer.label)
 
 
 def geneval(
@@ -35,7 +96,7 @@ def geneval(
         Path, typer.Option(help="GenEval's evaluation_metadata.jsonl; also GenEval 2's file.")
     ],
     output: Annotated[Path, typer.Option(help="Folder to write to; a begun one is finished.")],
-    steps: Annotated[int, typer.Option(min=1, help="Network evaluations per picture.")] = 4,
+    steps: Steps = None,
     samples: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures of each prompt.")] = 4,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture j of prompt i: seed + samples * i + j.")] = 0,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from stepdistill.errors import UserError
-from stepdistill.networks.find import find_pipeline
+from stepdistill.networks.find import check_no_runs, find_pipeline
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.suite import Suite
@@ -26,7 +26,10 @@ def evaluate_pipeline(
         ),
     ],
     suite: Annotated[str, typer.Option(help="Evaluation suite: a shipped name or a .yaml file.")] = "emoji",
-    steps: Annotated[str, typer.Option(help="Step counts, separated by commas.")] = "1",
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Step counts, separated by commas. [default: a student's own; 1 of a teacher]"),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 100,
     trailing: Annotated[
@@ -63,10 +66,12 @@ def evaluate_pipeline(
 
     processes = launched()
 
-    def check() -> tuple[tuple[int, ...], Path | None, Suite]:
-        counts = _step_counts(steps)
+    def check() -> tuple[tuple[int, ...] | None, Path | None, Suite]:
+        counts = None if steps is None else _step_counts(steps)
         folder = pipeline_or_images(pipeline)
-        if folder is None and (counts != (1,) or guidance is not None or trailing or diversity):
+        if folder is not None and not trailing:
+            _check_student(folder, counts, guidance)
+        if folder is None and (counts is not None or guidance is not None or trailing or diversity):
             raise UserError(
                 f"{pipeline} holds images: --steps, --guidance, --trailing and --diversity are of pipelines"
             )
@@ -178,6 +183,19 @@ def _check_output(output: Path) -> None:
         check_folder(output)
 
 
+def _check_student(folder: Path, counts: tuple[int, ...] | None, guidance: float | None) -> None:
+    """A student was trained for the step counts; a scale that it does not want is told."""
+    from stepdistill.networks.own_call import own_call, steps_of
+    from stepdistill.system.log import say
+    from stepdistill.system.processes import told
+
+    own = own_call(folder)
+    for count in counts or ():
+        steps_of(own, count)
+    if own is not None and told().main and (warning := own.warning(guidance)) is not None:
+        say(warning)
+
+
 def _step_counts(text: str) -> tuple[int, ...]:
     counts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in counts):
@@ -196,6 +214,24 @@ def pipeline_or_images(name: str | Path) -> Path | None:
     except UserError:
         from stepdistill.data.image_archives import is_source
 
-        if is_source(name) and not (Path(name).expanduser() / "recipe.yaml").is_file():
-            return None
-        raise
+        if not is_source(name):
+            raise
+        place = Path(name).expanduser()
+        if place.is_dir():
+            check_no_runs(place)
+            _check_images(place)
+        return None
+
+
+def _check_images(folder: Path) -> None:
+    """A folder that is no pipeline holds images."""
+    import os
+
+    from stepdistill.data.image_names import is_image
+
+    for _, _, files in os.walk(folder):
+        if any(map(is_image, files)):
+            return
+    raise UserError(
+        f"{folder} is neither a pipeline (it has no model_index.json) nor a run, and holds no images: give one of these"
+    )

@@ -12,9 +12,9 @@ import torch
 
 from stepdistill.comparison.page import Comparison
 from stepdistill.evaluation.gallery import load_galleries
-from stepdistill.export.student_folder import VERIFICATION
 from stepdistill.families.watching import frames_of
 from stepdistill.networks.loading import load_pipeline, load_teacher
+from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import strip, teacher_pictures, to_uint8
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import rows_of_pictures

@@ -31,6 +31,7 @@ class Drawing:
         guidance: guidance_scale; None is no guidance.
         trailing: see :func:`stepdistill.evaluation.evaluate.evaluate`.
         eta: passed to the call where given.
+        own: further arguments of a student's own call; the suite's size comes before theirs.
 
     Attributes:
         guidance: the guidance_scale that is passed, None where the call takes none.
@@ -49,11 +50,13 @@ class Drawing:
         guidance: float | None,
         trailing: bool,
         eta: float | None = None,
+        own: Mapping[str, Any] | None = None,
     ) -> None:
+        self._own = dict(own or {})
         self._pipe, self._suite, self._prompts, self._trailing = pipe, suite, prompts, trailing
         self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
         _check_fit(pipe, self._takes, suite, prompts)
-        self._labels = _labels(_classes(pipe), suite) if "class_labels" in self._takes else None
+        self._labels = _labels(classes_of(pipe), suite) if "class_labels" in self._takes else None
         if eta is not None and "eta" not in self._takes:
             raise UserError(f"eta is {eta:g}, but the call of {type(pipe).__name__} takes no eta")
         self._eta = eta
@@ -90,6 +93,7 @@ class Drawing:
             "num_inference_steps": steps,
             "generator": [torch.Generator("cpu").manual_seed(self._suite.seed(i)) for i in rows],
             "output_type": "pt",
+            **self._own,
             **given,
         }
         if "prompt" in takes and self._prompts is not None:
@@ -181,7 +185,7 @@ def _denoiser(pipe: Any) -> Any:
     )
 
 
-def _classes(pipe: Any) -> int:
+def classes_of(pipe: Any) -> int:
     """How many classes a pipeline's network is conditioned on; 0 for none."""
     config = _denoiser(pipe).config  # DiT counts its classes in the one, UNet2DModel in the other
     return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
@@ -196,7 +200,7 @@ def _check_fit(pipe: Any, takes: frozenset[str], suite: Suite, prompts: Sequence
                 f"{name} draws from prompts, suite {suite.label} has none: take one that has, or give --prompts FILE"
             )
         return
-    classes = _classes(pipe)
+    classes = classes_of(pipe)
     if prompts is not None:
         kind = f"draws from {classes} class labels" if classes else "draws without a condition"
         raise UserError(

@@ -19,6 +19,8 @@ from stepdistill.evaluation.reference import load_reference
 from stepdistill.evaluation.scores import Report
 from stepdistill.evaluation.statement import statement, tell
 from stepdistill.evaluation.suite import Suite, load_suite
+from stepdistill.networks.find import find_pipeline
+from stepdistill.networks.own_call import own_call
 from stepdistill.system.processes import ALONE, Processes
 from stepdistill.system.provenance import provenance
 
@@ -27,7 +29,7 @@ def evaluate(
     pipeline: Any,
     suite: str | Path | Suite = "emoji",
     *,
-    steps: int | Sequence[int] = 1,
+    steps: int | Sequence[int] | None = None,
     guidance: float | None = None,
     batch: int = 100,
     device: torch.device | str | None = None,
@@ -43,29 +45,41 @@ def evaluate(
         pipeline: a diffusers pipeline object (its own progress bars are off afterwards), a diffusers folder, a run
             folder (its student), or the name of an embedded teacher.
         suite: the protocol: a name in eval/suites, a YAML file, or a Suite.
-        steps: step count, or several; each draws all images.
-        guidance: guidance_scale; None is no guidance. Ignored by pipelines whose call does not take it.
+        steps: step count, or several; each draws all images. None is a student's own, and 1 of any other pipeline.
+        guidance: guidance_scale; None is that of a student's own call, and none of any other pipeline. Ignored by
+            pipelines whose call does not take it.
         batch: images drawn at a time. Scores do not depend on it.
         device: where to draw; None leaves an object where it is, and puts a folder on CUDA if there is one.
         progress: show a bar.
         trailing: let n steps start at the noisiest timestep, as comparisons at few steps need: discrete schedulers get
             timestep_spacing "trailing" (PNDM, which warms up with extra passes, becomes DDIM), flow schedulers the
             times 1, (n-1)/n, ..., 1/n before their shift. For teachers; a student's grid is its own.
-        eta: passed to the call where given: the gamma of a TCD student.
+        eta: passed to the call where given: the gamma of a TCD student; None is that of a student's own call.
         output: folder for report.json, report.md, report.html and what they are made of. An evaluation that was stopped
             goes on from the images that it had drawn when it is called again.
         processes: those that draw together, each its part; all of them must call this, and all get the report. Give
             ``stepdistill.system.processes.launched()``. None is this process alone, whatever others there are.
 
     Raises:
-        UserError: no such pipeline or suite, the pipeline and the suite do not fit, an image is not finite (the message
-            names the prompt), or ``output`` holds another evaluation or a damaged file.
+        UserError: no such pipeline or suite, the pipeline and the suite do not fit, a student was not trained for a
+            step count, an image is not finite (the message names the prompt), or ``output`` holds another evaluation or
+            a damaged file.
         OtherProcessError: another process ended with an error.
     """
     suite = load_suite(suite)
+    own = None
+    if isinstance(pipeline, (str, Path)) and not trailing:
+        own = own_call(find_pipeline(pipeline))
+    if steps is None:
+        steps = 1 if own is None else own.steps
     counts = [steps] if isinstance(steps, int) else list(dict.fromkeys(steps))
     if not counts or min(counts) < 1:
         raise UserError(f"steps is {steps}; every step count must be at least 1")
+    if own is not None:
+        for count in counts:
+            own.check_steps(count)
+        guidance = own.input_guidance if guidance is None else guidance
+        eta = own.arguments.get("eta") if eta is None else eta
     if not (suite.n and suite.resolution):
         raise UserError(
             f"suite {suite.label} leaves n or resolution open: it measures images; a pipeline needs both"
@@ -74,7 +88,8 @@ def evaluate(
     processes.together(suite.reference_file)  # its absence is told before anything is loaded
     folder = None if output is None else Path(output)
     device = processes.device if device is None else device
-    work = processes.together(lambda: Work(pipeline, suite, device, guidance, trailing, eta))
+    told = own.arguments if own else {}
+    work = processes.together(lambda: Work(pipeline, suite, device, guidance, trailing, eta, told))
     main, extraction, drawing = processes.main, work.extraction, work.drawing
     if folder is not None:  # before features of a reference's images are computed
         processes.together(lambda: work.refuse_another(folder) if main else None)

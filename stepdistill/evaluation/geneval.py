@@ -12,24 +12,22 @@ An export that was stopped goes on: pictures that are there are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
-from stepdistill.system.files import written_whole
+from stepdistill.evaluation.picture_folder import read_settings, refuse_other, saver, write_text
+from stepdistill.networks.find import find_pipeline
+from stepdistill.networks.own_call import own_call, steps_of
+from stepdistill.system.log import say
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
 
 SETTINGS = "export.json"
 GENEVAL_2 = "vqa_list"
 """What a line of GenEval 2's prompts has and one of GenEval's has not."""
-SAVERS = 4
-"""Threads that write pictures."""
 
 
 def read_metadata(file: Path) -> list[tuple[str, str]]:
@@ -66,17 +64,7 @@ def check_export(output: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is a file, or a folder that holds something else.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
-    file = output / SETTINGS
-    if file.is_file():
-        try:
-            return dict(json.loads(file.read_text("utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, ValueError):
-            raise UserError(f"{file} is damaged: remove {output}, or give another --output") from None
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"--output {output} holds other files (it has no {SETTINGS}): give a new folder")
-    return None
+    return read_settings(output, SETTINGS)
 
 
 def export_geneval(
@@ -84,7 +72,7 @@ def export_geneval(
     prompts: Path,
     output: Path,
     *,
-    steps: int = 4,
+    steps: int | None = None,
     samples: int = 4,
     guidance: float | None = None,
     seed: int = 0,
@@ -99,10 +87,10 @@ def export_geneval(
         pipeline: a pipeline object, or a folder or name as :func:`stepdistill.evaluation.evaluate.evaluate` takes it.
         prompts: evaluation_metadata.jsonl, an object with a prompt a line; GenEval 2's file does as well.
         output: the folder.
-        steps: network evaluations per picture.
+        steps: network calls per picture; None is a student's own count, and 25 of any other pipeline.
         samples: pictures of each prompt; picture j of prompt i is drawn with
             torch.Generator("cpu").manual_seed(seed + samples * i + j), at the pipeline's own size.
-        guidance: guidance_scale; None is no guidance.
+        guidance: guidance_scale; None is that of a student's own call, and none of any other pipeline.
         seed: see ``samples``.
         batch: pictures drawn at a time.
         trailing: as in ``evaluate``: for teachers.
@@ -118,6 +106,12 @@ def export_geneval(
     """
     rows = read_metadata(prompts)
     begun = check_export(output)
+    own = own_call(find_pipeline(pipeline)) if isinstance(pipeline, (str, Path)) else None
+    steps = steps_of(own, steps)
+    if own is not None:
+        if (warning := own.warning(guidance)) is not None:
+            say(warning)
+        guidance = own.input_guidance if guidance is None else guidance
     from stepdistill.evaluation.drawing import Drawing
     from stepdistill.evaluation.suite import Suite
     from stepdistill.networks.fingerprint import weights_hash
@@ -132,7 +126,7 @@ def export_geneval(
         reference="", kid=False, clip_score=False, teacher_steps=1,
     )  # fmt: skip
     texts = [prompt for _, prompt in rows for _ in range(samples)]
-    drawing = Drawing(pipe, suite, texts, guidance, trailing)
+    drawing = Drawing(pipe, suite, texts, guidance, trailing, own=own.arguments if own else None)
     settings = {
         "weights_sha256": weights,
         "prompts_sha256": sha256_of(prompts),
@@ -142,36 +136,28 @@ def export_geneval(
         "seed": seed,
         "trailing": trailing,
     }
-    _check_same(output, begun, settings)
+    refuse_other(output, begun, settings)
     output.mkdir(parents=True, exist_ok=True)
     if begun is None:
-        _write(output / SETTINGS, json.dumps({"pipeline": label, **settings}, indent=1))
+        write_text(output / SETTINGS, json.dumps({"pipeline": label, **settings}, indent=1))
     pictures = [
         output / f"{i:05}" / "samples" / f"{j:04}.png" for i in range(len(rows)) for j in range(samples)
     ]
     missing = [k for k, picture in enumerate(pictures) if not picture.is_file()]
     with bar(len(missing), f"GenEval, {len(rows)} prompts", unit="image", shown=progress) as shown:
-        done, saving = 0, list[Future[None]]()
-        with ThreadPoolExecutor(SAVERS) as pool:  # a batch is written while the next is drawn
+        done = 0
+        with saver() as saving:  # a batch is written while the next is drawn
             for pixels in drawing.batches(steps, batch, missing):
-                _finish(saving)
+                saving.settle()
                 for k, image in zip(missing[done:], pixels.permute(0, 2, 3, 1).numpy(), strict=False):
                     _make_place(pictures[k], rows[k // samples][0])
-                    saving.append(pool.submit(_save, pictures[k], image))
+                    saving.put(pictures[k], image)
                 done += len(pixels)
                 shown.update(len(pixels))
-            _finish(saving)
     if GENEVAL_2 in json.loads(rows[0][0]):
         paths = {prompt: str(pictures[samples * i]) for i, (_, prompt) in enumerate(rows)}
-        _write(output / "image_paths.json", json.dumps(paths, indent=1))
+        write_text(output / "image_paths.json", json.dumps(paths, indent=1))
     return len(missing)
-
-
-def _check_same(output: Path, begun: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
-    other = [key for key, value in settings.items() if begun is not None and begun.get(key) != value]
-    if begun is not None and other:
-        told = ", ".join(f"{key} {begun.get(key)}, not {settings[key]}" for key in other)
-        raise UserError(f"{output} holds an export with {told}: give another --output")
 
 
 def _make_place(picture: Path, metadata: str) -> None:
@@ -179,24 +165,4 @@ def _make_place(picture: Path, metadata: str) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     line = picture.parent.parent / "metadata.jsonl"
     if not line.is_file():
-        _write(line, metadata + "\n")
-
-
-def _save(picture: Path, image: NDArray[Any]) -> None:
-    """A picture that is there is whole. The fastest compression loses nothing either."""
-    from PIL import Image
-
-    with written_whole(picture) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", compress_level=1)
-
-
-def _finish(saving: list[Future[None]]) -> None:
-    """Waits for pictures to be written; what failed is raised."""
-    for picture in saving:
-        picture.result()
-    saving.clear()
-
-
-def _write(file: Path, text: str) -> None:
-    with written_whole(file) as temporary:
-        temporary.write_text(text, "utf-8")
+        write_text(line, metadata + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,7 @@ class Work:
 
     Args:
         pipeline, suite, device, guidance, trailing, eta: see :func:`stepdistill.evaluation.evaluate.evaluate`.
+        own: further arguments of a student's own call.
 
     Raises:
         UserError: they do not fit.
@@ -84,11 +85,12 @@ class Work:
         guidance: float | None,
         trailing: bool,
         eta: float | None,
+        own: Mapping[str, Any] | None = None,
     ) -> None:
         self.suite, self.prompts = suite, suite.prompt_list()
         self._pipeline, self._trailing, self._eta = pipeline, trailing, eta
         self.pipe, self.label = load_pipeline(pipeline, device)
-        self.drawing = Drawing(self.pipe, suite, self.prompts, guidance, trailing, eta)
+        self.drawing = Drawing(self.pipe, suite, self.prompts, guidance, trailing, eta, own)
         self.extraction = Extraction(suite, self.pipe.device)
         self._sampled: Drawing | None = None
         self._repeated: list[str] = []
@@ -97,7 +99,7 @@ class Work:
             first = (self.prompts or [])[: suite.diversity_prompts]
             self._repeated = [prompt for prompt in first for _ in range(suite.diversity)]
             more = suite.model_copy(update={"n": len(self._repeated), "first_seed": suite.seed(suite.n)})
-            self._sampled = Drawing(self.pipe, more, self._repeated, guidance, trailing, eta)
+            self._sampled = Drawing(self.pipe, more, self._repeated, guidance, trailing, eta, own)
 
     def refuse_another(self, folder: Path) -> None:
         """The folder holds nothing of another evaluation, at whatever step count.

@@ -1,13 +1,14 @@
-"""Pictures from any text-to-image pipeline folder, on one grid."""
+"""Pictures from any pipeline folder, one a prompt, as a user of the folder would draw them."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stepdistill.errors import UserError
 from stepdistill.networks.find import find_pipeline
+from stepdistill.networks.own_call import own_call, steps_of
+from stepdistill.system.log import say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,7 +18,7 @@ def sample(
     pipeline: str,
     prompts: Sequence[str],
     *,
-    steps: int,
+    steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -25,46 +26,63 @@ def sample(
     """One image per prompt; of a video its middle frame.
 
     Args:
-        pipeline: an embedded teacher, a diffusers folder or a run folder (its student).
+        pipeline: an embedded teacher, a diffusers folder, a student's, or a run folder (its student).
         prompts: the prompts; for a class-conditional pipeline, numbers of classes; for an unconditional one, any
             text, of which only the number counts.
-        steps: network evaluations per image.
-        guidance: classifier-free guidance scale; None is 1, none: what a student wants.
+        steps: network calls per image; None is a student's own count, and 25 of any other pipeline.
+        guidance: classifier-free guidance scale; None is that of a student's own call, and the default of any other
+            pipeline's.
         seed: image i is drawn from seed + i, whatever the other prompts are.
         device: None takes a GPU where there is one.
 
     Raises:
-        UserError: no such pipeline, no prompts, or it takes neither prompts nor class numbers.
+        UserError: no such pipeline, no prompts, a step count that the student was not trained for, or it takes neither
+            prompts nor class numbers.
     """
     if not prompts:
-        raise UserError("sample: there is no prompt; give --prompt TEXT")
-    if steps < 1:
-        raise UserError(f"--steps is {steps}, and must be 1 or more")
+        raise UserError(
+            f'sample: there is no prompt; give one, such as: stepdistill sample {pipeline} "red apple"'
+        )
     folder = find_pipeline(pipeline)
-    import torch
-    from diffusers import DiTPipeline
+    own = own_call(folder)
+    steps = steps_of(own, steps)
+    if own is not None and (warning := own.warning(guidance)) is not None:
+        say(warning)
+    import inspect
 
+    import torch
+
+    from stepdistill.evaluation.drawing import classes_of
     from stepdistill.networks.loading import load_pipeline
 
     pipe, _ = load_pipeline(folder, device, filters=True)
+    takes = inspect.signature(pipe.__call__).parameters
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    arguments: dict[str, object] = {"num_inference_steps": steps, "generator": generators}
-    if isinstance(pipe, DiTPipeline):
-        arguments |= {"class_labels": _classes(prompts), "guidance_scale": guidance or 1.0}
-    elif "text_encoder" in pipe.config:
-        arguments |= {"prompt": list(prompts), "guidance_scale": guidance or 1.0}
-    elif guidance is None:
-        arguments |= {"batch_size": len(prompts)}
+    arguments: dict[str, object] = {**(own.arguments if own else {}), "num_inference_steps": steps}
+    if "class_labels" in takes and classes_of(pipe):
+        arguments["class_labels"] = _classes(prompts)
+    elif "prompt" in takes:
+        arguments["prompt"] = list(prompts)
     else:
-        raise UserError(f"--guidance {guidance}: {type(pipe).__name__} has no guidance; leave it out")
-    if steps != 2 and "intermediate_timesteps" in inspect.signature(pipe.__call__).parameters:
+        arguments["batch_size"] = len(prompts)
+    if "guidance_scale" in takes:
+        scale = guidance if guidance is not None or own is None else own.guidance
+        arguments |= {} if scale is None else {"guidance_scale": scale}
+    elif guidance is not None:
+        raise UserError(f"--guidance {guidance:g}: {type(pipe).__name__} has no guidance; leave it out")
+    if steps != 2 and "intermediate_timesteps" in takes:
         arguments["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
-    drawn = pipe(**arguments, output_type="pil", return_dict=False)[0]
+    try:
+        drawn = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)[0]
+    except ValueError as error:  # a scheduler that is pinned to a grid says so
+        raise UserError(
+            f"{type(pipe).__name__} cannot draw with {steps} steps: {' '.join(str(error).split())}"
+        ) from None
     return [item[len(item) // 2] if isinstance(item, list) else item for item in drawn]
 
 
 def _classes(prompts: Sequence[str]) -> list[int]:
     for prompt in prompts:
         if not prompt.strip().isdigit():
-            raise UserError(f"--prompt {prompt}: this pipeline is class-conditional; give a class number")
+            raise UserError(f"{prompt}: this pipeline is class-conditional; give a class number")
     return [int(prompt) for prompt in prompts]

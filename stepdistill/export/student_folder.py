@@ -38,6 +38,7 @@ from stepdistill.export.original import Original, held_in, in_float32, round_to
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
+from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
@@ -47,7 +48,6 @@ from stepdistill.recipes.sections import ExportOptions
 from stepdistill.system.files import folder_written_whole, sha256_of
 from stepdistill.system.float32 import full_float32
 
-VERIFICATION = "verification"
 TOLERANCE = {"max": 4, "mean": 0.5}
 """Allowed difference between a student's pictures and the trainer's, in steps of 1/255."""
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
-from stepdistill.export.student_folder import VERIFICATION
 from stepdistill.networks.find import local_folder
 from stepdistill.networks.fingerprint import weights_hash
+from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pipeline_files import ADAPTER
 from stepdistill.system.files import sha256_of
 from stepdistill.system.travelling import is_own_code, travelling_code

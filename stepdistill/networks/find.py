@@ -10,6 +10,8 @@ from stepdistill.errors import UserError, did_you_mean
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, check_files
 from stepdistill.system.emoji import embedded_teachers, teacher_folder
 
+RECIPE = "recipe.yaml"
+"""In the folder of every run."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -32,10 +34,34 @@ def find_pipeline(name: str | Path) -> Path:
     """
     if (found := _local_pipeline(name, INDEX, ADAPTER)) is not None:
         return found
-    if Path(name).is_dir():
+    if Path(name).expanduser().is_dir():
+        check_no_runs(name)
         raise UserError(f"{name} is not a diffusers pipeline: the folder has no model_index.json")
     known = did_you_mean(str(name), embedded_teachers())
     raise UserError(f"pipeline {name} does not exist {known}; or give a folder")
+
+
+def check_no_runs(name: str | Path) -> None:
+    """A folder is neither a run without a student nor a folder of runs: which one is meant, its user must say.
+
+    Raises:
+        UserError: it is one of them.
+    """
+    folder = Path(name).expanduser()
+    if (folder / RECIPE).is_file():
+        raise UserError(
+            f"{name} is a run without a student so far: wait for its end, go on with `stepdistill train --resume "
+            f"--output {name}`, or write one with `stepdistill export {name}`"
+        )
+    runs = sorted(
+        place.name for place in folder.iterdir() if (place / RECIPE).is_file() and not place.is_symlink()
+    )
+    if runs:
+        shown = ", ".join(runs[:8]) + ", ..." * (len(runs) > 8)
+        raise UserError(
+            f"{name} holds {len(runs)} run{'s' * (len(runs) > 1)}: {shown}: give one of them, such as "
+            f"{folder / runs[0]}"
+        )
 
 
 def _local_pipeline(name: str | Path, *marks: str) -> Path | None:

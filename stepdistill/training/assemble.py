@@ -61,10 +61,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-TEACHER_STEPS = 25
-"""Steps of the teacher's pictures where no suite says otherwise."""
-
-
 @dataclass(frozen=True)
 class Assembled:
     """A recipe's teacher, student, method and sampler, loaded and checked against each other.

@@ -126,7 +126,8 @@ def _run(
     from accelerate import Accelerator
 
     from stepdistill.networks.averages import averaged
-    from stepdistill.training.assemble import TEACHER_STEPS, assemble, training_data
+    from stepdistill.networks.own_call import TEACHER_STEPS
+    from stepdistill.training.assemble import assemble, training_data
     from stepdistill.training.contact_sheets import ContactSheets
     from stepdistill.training.finish import finish
     from stepdistill.training.loop import train

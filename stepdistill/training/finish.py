@@ -18,13 +18,14 @@ from stepdistill.export.schedulers import stock_scheduler
 from stepdistill.export.student_folder import export, pipeline_call
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
+from stepdistill.networks.own_call import TEACHER_STEPS
 from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
 from stepdistill.pages.sheets import rows_of_pictures
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.memory import peak_memory
 from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.system.shipped import module_summaries
-from stepdistill.training.assemble import TEACHER_STEPS, Assembled
+from stepdistill.training.assemble import Assembled
 from stepdistill.training.report import score_table, write_report
 from stepdistill.training.run import Finished
 from stepdistill.training.run_report import RunReport

@@ -81,7 +81,7 @@ def test_an_export_that_was_stopped_is_finished_and_nothing_is_drawn_twice(
     for path in whole.rglob("*"):
         if path.is_file():
             assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
-    with pytest.raises(UserError, match=r"holds an export with steps 1, not 2, seed 0, not 3: give another"):
+    with pytest.raises(UserError, match=r"holds pictures with steps 1, not 2, seed 0, not 3: give another"):
         export_geneval(pipe, prompts, out, steps=2, samples=2, seed=3, progress=False)
     with pytest.raises(UserError, match=r"takes no prompts \(it draws from 1000 class labels"):
         export_geneval(tiny_pipeline("dit"), prompts, tmp_path / "other", progress=False)

@@ -1,0 +1,202 @@
+"""Pictures of a prompts file by a student, and by its teacher with the same seeds, each into a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepdistill.data.texts import rows_sha256
+from stepdistill.errors import UserError
+from stepdistill.evaluation.picture_folder import PictureFolder, saver
+from stepdistill.networks.find import RECIPE, find_pipeline, find_teacher
+from stepdistill.networks.own_call import TEACHER_STEPS, own_call, steps_of
+from stepdistill.system.log import bar, say
+from stepdistill.system.processes import ALONE, FAILED, Processes
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Who draws, and how it is called.
+
+    Attributes:
+        folder: of the pipeline; a Hub name of a teacher's.
+        label: what it is called in messages.
+        steps: network calls per picture.
+        guidance: guidance_scale; None is no guidance.
+        trailing: see :func:`stepdistill.evaluation.evaluate.evaluate`.
+        arguments: further arguments of its call.
+    """
+
+    folder: str | Path
+    label: str
+    steps: int
+    guidance: float | None
+    trailing: bool
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def as_named(pipeline: str, steps: int | None = None, guidance: float | None = None) -> Drawer:
+    """The pipeline of a name, a student's as its own call has it, or any other.
+
+    Args:
+        pipeline: as :func:`stepdistill.networks.find.find_pipeline` takes it.
+        steps: None is a student's own count, and 25 of any other pipeline.
+        guidance: None is that of a student's own call, and none of any other pipeline.
+
+    Raises:
+        UserError: no such pipeline, or a step count that the student was not trained for.
+    """
+    folder = find_pipeline(pipeline)
+    own = own_call(folder)
+    count = steps_of(own, steps)
+    if own is None:
+        return Drawer(folder, "teacher", count, guidance, True)
+    if (warning := own.warning(guidance)) is not None:
+        say(warning)
+    scale = own.input_guidance if guidance is None else guidance
+    return Drawer(folder, "student", count, scale, False, own.arguments)
+
+
+def teacher_of(pipeline: str, steps: int = TEACHER_STEPS) -> Drawer:
+    """The teacher of a run, with the guidance and the size that the run learnt.
+
+    Args:
+        pipeline: a run folder, or the student in it.
+        steps: network calls per picture, at each of which guidance may make two.
+
+    Raises:
+        UserError: it is of no run, or its teacher is not to be found.
+    """
+    place = Path(pipeline).expanduser()
+    run = next((folder for folder in (place, place.absolute().parent) if (folder / RECIPE).is_file()), None)
+    if run is None:
+        raise UserError(
+            f"--teacher: {pipeline} is no run folder nor a student in one (there is no {RECIPE}), so its teacher is "
+            "not known: draw the teacher by its own name"
+        )
+    recipe: dict[str, Any] = yaml.safe_load((run / RECIPE).read_text("utf-8")) or {}
+    guidance = (recipe.get("options") or {}).get("guidance")
+    size = (recipe.get("data") or {}).get("size")
+    told = dict(zip(("height", "width", "num_frames"), size or (), strict=False))
+    name = find_teacher(str(recipe.get("teacher")))
+    return Drawer(name, "teacher", steps, guidance, True, told)
+
+
+def draw_into(
+    folder: Path,
+    drawers: Sequence[Drawer],
+    prompts: Sequence[str] | None,
+    count: int,
+    *,
+    seed: int = 0,
+    batch: int = 8,
+    processes: Processes = ALONE,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Draws the same ``count`` pictures by each drawer into ``folder/LABEL``; those that are there are kept.
+
+    Picture i is of prompt i (they begin again where there are fewer), from
+    ``torch.Generator("cpu").manual_seed(seed + i)``, at the pipeline's own size.
+
+    Args:
+        folder: where to.
+        drawers: with labels of their own.
+        prompts: None for pipelines that take none; class-conditional ones draw all classes in turn.
+        count: pictures of each.
+        seed: of the first.
+        batch: pictures drawn at a time.
+        processes: those that draw together, each its part; all of them must call this.
+        progress: show a bar.
+
+    Returns:
+        How many pictures this process drew now, by label.
+
+    Raises:
+        UserError: a pipeline does not load or takes no prompts, or a folder holds other pictures.
+        OtherProcessError: another process ended with an error.
+    """
+    if count < 1:
+        raise UserError(f"--count is {count}, and must be 1 or more")
+    drawn: dict[str, int] = {}
+    for drawer in drawers:
+        make = partial(_Work, folder / drawer.label, drawer, prompts, count, seed, processes)
+        work = processes.together(make)
+        drawn[drawer.label] = work.draw(batch, processes, shown=progress and processes.main)
+        processes.gather(None)
+        if processes.main:
+            work.pictures.index()
+    return drawn
+
+
+class _Work:
+    """One drawer's pictures, and what of them this process draws."""
+
+    def __init__(
+        self,
+        folder: Path,
+        drawer: Drawer,
+        prompts: Sequence[str] | None,
+        count: int,
+        seed: int,
+        processes: Processes,
+    ) -> None:
+        from stepdistill.evaluation.drawing import Drawing
+        from stepdistill.evaluation.suite import Suite
+        from stepdistill.networks.fingerprint import weights_hash
+        from stepdistill.networks.loading import load_pipeline, load_teacher
+
+        texts = None if prompts is None else [prompts[i % len(prompts)] for i in range(count)]
+        if Path(drawer.folder).is_dir():
+            pipe, _ = load_pipeline(drawer.folder, processes.device)
+            weights = weights_hash(drawer.folder)
+        else:  # of the Hub
+            pipe, _ = load_pipeline(load_teacher(str(drawer.folder)), processes.device)
+            weights = weights_hash(pipe)
+        suite = Suite(
+            name="sample", version=1, n=0, first_seed=seed, resolution=0, draw_resolution="own",
+            reference="", kid=False, clip_score=False, teacher_steps=1,
+        )  # fmt: skip
+        suite = suite.model_copy(update={"n": count})  # of a picture or two no distance is asked
+        self._drawing = Drawing(pipe, suite, texts, drawer.guidance, drawer.trailing, own=drawer.arguments)
+        self._steps, self._label = drawer.steps, drawer.label
+        settings = {
+            "weights_sha256": weights,
+            "prompts_sha256": rows_sha256(prompts or ()),
+            "first_seed": seed,
+            "steps": drawer.steps,
+            "guidance": self._drawing.guidance,
+            "trailing": drawer.trailing,
+            "arguments": dict(drawer.arguments),
+        }
+        self.pictures = PictureFolder(folder, texts, range(seed, seed + count), settings)
+        if processes.main:
+            self.pictures.claim()
+            (folder / FAILED).unlink(missing_ok=True)
+
+    def draw(self, batch: int, processes: Processes, *, shown: bool) -> int:
+        """Draws what is missing of this process's part, every n-th picture."""
+        count, place = len(self.pictures.seeds), self.pictures.folder
+        own = [number for number in self.pictures.missing() if number % processes.count == processes.rank]
+        label = f"{self._label}, {self._steps} step{'s' * (self._steps > 1)}"
+        with (
+            processes.sharing(place),
+            bar(
+                len(range(processes.rank, count, processes.count)), label, unit="image", shown=shown
+            ) as moving,
+            saver() as saving,
+        ):
+            moving.update(moving.total - len(own))
+            done = 0
+            for pixels in self._drawing.batches(self._steps, batch, own):
+                processes.go_on(place)
+                saving.settle()
+                for number, image in zip(own[done:], pixels.permute(0, 2, 3, 1).numpy(), strict=False):
+                    saving.put(self.pictures.file(number), image)
+                done += len(pixels)
+                moving.update(len(pixels))
+        return len(own)

@@ -1,0 +1,101 @@
+"""How a student is called: what its folder's proof was drawn with. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import UserError
+
+VERIFICATION = "verification"
+"""The folder of a student's proof; its manifest.json says with which call the pictures beside it were drawn."""
+TEACHER_STEPS = 25
+"""Steps of a pipeline that is no student, where nobody says otherwise."""
+_GUIDANCE = "guidance_scale"
+_GIVEN_ANEW = frozenset({"prompt", "class_labels", "batch_size", "num_inference_steps", _GUIDANCE})
+
+
+@dataclass(frozen=True)
+class OwnCall:
+    """A student's own call.
+
+    Attributes:
+        steps: network calls a picture takes.
+        counts: the fewest and the most steps that it was trained for; None: not known.
+        guidance: the ``guidance_scale`` of its call; None where the call takes none.
+        arguments: the call's further arguments, such as height, width and eta.
+    """
+
+    steps: int
+    counts: tuple[int, int] | None
+    guidance: float | None
+    arguments: Mapping[str, Any]
+
+    @property
+    def input_guidance(self) -> float | None:
+        """The scale that a student takes as an input; None where guidance is in its weights."""
+        return self.guidance if self.guidance is not None and self.guidance > 1 else None
+
+    def check_steps(self, steps: int) -> None:
+        """Refuses a step count that the student was not trained for.
+
+        Raises:
+            UserError: it was not.
+        """
+        if self.counts is not None and not self.counts[0] <= steps <= self.counts[1]:
+            able = " to ".join(map(str, dict.fromkeys(self.counts)))
+            raise UserError(
+                f"--steps is {steps}, but this student draws in {able} step{'s' * (self.counts[1] > 1)}: leave "
+                f"--steps out, or train one with student.steps={steps}"
+            )
+
+    def warning(self, guidance: float | None) -> str | None:
+        """What is to be said of a guidance scale; None where there is nothing."""
+        if guidance is None or guidance <= 1 or self.input_guidance is not None:
+            return None
+        return (
+            f"--guidance {guidance:g}: guidance is in this student's weights, and guiding it again spoils its "
+            "pictures; leave --guidance out"
+        )
+
+
+def steps_of(own: OwnCall | None, wanted: int | None) -> int:
+    """The step count to draw with: what is wanted, or the student's own, or TEACHER_STEPS.
+
+    Raises:
+        UserError: less than 1, or none that the student was trained for.
+    """
+    if wanted is None:
+        return TEACHER_STEPS if own is None else own.steps
+    if wanted < 1:
+        raise UserError(f"--steps is {wanted}, and must be 1 or more")
+    if own is not None:
+        own.check_steps(wanted)
+    return wanted
+
+
+def own_call(folder: Path) -> OwnCall | None:
+    """The own call of the student in a folder; None of a pipeline that is no student.
+
+    Raises:
+        UserError: its manifest is damaged.
+    """
+    file = folder / VERIFICATION / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+        call = dict(manifest["call"])
+        steps = int(call["num_inference_steps"])
+        counts = manifest.get("step_counts")
+        return OwnCall(
+            steps,
+            None if counts is None else (int(min(counts)), int(max(counts))),
+            call.get(_GUIDANCE),
+            {key: value for key, value in call.items() if key not in _GIVEN_ANEW},
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): export the student again") from None

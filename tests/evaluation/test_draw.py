@@ -1,0 +1,182 @@
+"""Pictures by a student's own call, on a grid and into folders, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_pipeline
+
+from stepdistill.cli import main
+from stepdistill.data.captions import read_metadata
+from stepdistill.errors import UserError
+from stepdistill.evaluation.draw_into import as_named, draw_into, teacher_of
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.sample import sample
+from stepdistill.networks.own_call import OwnCall, own_call
+
+PROMPTS = ("red apple", "a dog")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two runs: ``done``, whose student draws 16 x 16 pixels in 2 steps, and ``begun`` without one."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("done", "begun"):
+        (folder / name).mkdir()
+        recipe = "teacher: emoji\noptions: {guidance: 2.5}\ndata: {size: [16, 24]}\n"
+        (folder / name / "recipe.yaml").write_text(recipe)
+    student = folder / "done" / "student"
+    tiny_pipeline("sd").save_pretrained(student)
+    call = {"prompt": ["x"], "guidance_scale": 0.0, "num_inference_steps": 2, "height": 16, "width": 16}
+    (student / "verification").mkdir()
+    manifest = {"call": call, "seeds": [0], "step_counts": [2]}
+    (student / "verification" / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["stepdistill", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.parametrize("place", ["done", "done/student"])
+def test_a_student_draws_as_its_proof_was_drawn(runs: Path, place: str) -> None:
+    own = own_call(runs / "done" / "student")
+    assert own is not None and (own.steps, own.counts, own.guidance) == (2, (2, 2), 0.0)
+    pipe = tiny_pipeline("sd")
+    calls: list[float] = []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    pictures = sample(str(runs / place), PROMPTS, seed=3)
+    by_hand = pipe(
+        PROMPTS[1], num_inference_steps=2, guidance_scale=0.0, height=16, width=16,
+        generator=torch.Generator().manual_seed(4),
+    ).images[0]  # fmt: skip
+    assert len(calls) == 2 and pictures[1].size == (16, 16)
+    assert np.abs(np.asarray(pictures[1]).astype(int) - np.asarray(by_hand).astype(int)).max() <= 2
+
+
+def test_eval_takes_a_students_own_count_and_refuses_others(runs: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "{name: s, version: 1, n: 3, prompts: emoji, resolution: 32, reference: emoji.safetensors, kid: false, "
+        "neighbours: 0, teacher_steps: 4, draw_resolution: own}"
+    )
+    with pytest.raises(
+        UserError, match=r"--steps is 4, but this student draws in 2 steps: leave --steps out"
+    ):
+        evaluate(runs / "done", suite, steps=[2, 4])
+    report = evaluate(runs / "done", suite, progress=False)
+    assert list(report.scores) == [2] and report.guidance == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("sample {runs} apple", "{runs} holds 2 runs: begun, done: give one of them, such as {runs}/begun"),
+        ("eval {runs}", "{runs} holds 2 runs: begun, done: give one of them"),
+        ("eval {runs}/begun", "{runs}/begun is a run without a student so far: wait for its end, "),
+        (
+            "eval {foreign}",
+            "{foreign} is neither a pipeline (it has no model_index.json) nor a run, and holds no ",
+        ),
+        (
+            "sample {runs}/done apple --steps 4",
+            "--steps is 4, but this student draws in 2 steps: leave --steps out",
+        ),
+        ("eval {runs}/done --steps 2,4", "--steps is 4, but this student draws in 2 steps"),
+        (
+            "geneval {runs}/done --steps 4 --prompts {file} --output {foreign}/o",
+            "--steps is 4, but this student",
+        ),
+        (
+            "sample {runs}/done",
+            "sample: there is no prompt; give one, such as: stepdistill sample {runs}/done",
+        ),
+        ("sample {runs}/done --prompts {file}", "--prompts is for pictures in a folder: add --into DIR"),
+        (
+            "sample {runs}/done x --into {foreign}",
+            "{foreign}/student holds other files (it has no drawn.json)",
+        ),
+        (
+            "sample emoji x --into {foreign}/new --teacher",
+            "--teacher: emoji is no student, and draws for itself",
+        ),
+    ],
+)
+def test_wrong_calls_are_one_line(
+    arguments: str,
+    says: str,
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, foreign = tmp_path / "geneval.jsonl", tmp_path / "foreign"
+    file.write_text('{"prompt": "a dog"}\n')
+    (foreign / "student").mkdir(parents=True)
+    (foreign / "student" / "notes.txt").write_text("x")
+    names = {"runs": runs, "foreign": foreign, "file": file}
+    assert command(monkeypatch, *(part.format(**names) for part in arguments.split())) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"stepdistill: {says.format(**names)}") and told.count("\n") == 1
+
+
+def test_what_a_student_was_trained_for_is_a_range_and_guiding_it_is_warned_of(runs: Path) -> None:
+    own = own_call(runs / "done" / "student")
+    assert own is not None and own.warning(None) is None and own.warning(1.0) is None
+    OwnCall(4, (1, 8), 0.0, {}).check_steps(3)
+    with pytest.raises(UserError, match="draws in 1 to 8 steps"):
+        OwnCall(4, (1, 8), 0.0, {}).check_steps(9)
+    assert "--guidance 7.5: guidance is in this student's weights" in str(own.warning(7.5))
+
+
+def test_pictures_of_student_and_teacher_go_into_folders_and_a_begun_one_is_finished(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, into = tmp_path / "prompts.txt", tmp_path / "into"
+    prompts.write_text("\n".join(PROMPTS))
+    given = ["sample", runs / "done", "--prompts", prompts, "--into", into, "--count", 3, "--seed", 5]
+    assert command(monkeypatch, *given, "--teacher", "--teacher-steps", 2, "--batch", 2) == 0
+    assert capsys.readouterr().out.split() == [str(into / "student"), str(into / "teacher")]
+    rows = [json.loads(line) for line in (into / "student" / "metadata.jsonl").read_text().splitlines()]
+    assert rows[2] == {"file_name": "000002.png", "prompt": "red apple", "seed": 7}
+    captions = read_metadata(into / "teacher")  # as data.images reads them
+    assert captions[into / "teacher" / "000001.png"].text == "a dog"
+    drawn = json.loads((into / "teacher" / "drawn.json").read_text())
+    assert (drawn["guidance"], drawn["steps"], drawn["trailing"]) == (2.5, 2, True)
+    assert Image.open(into / "teacher" / "000000.png").size == (24, 16)  # of the run's data.size
+    (picture,) = sample(str(runs / "done"), [PROMPTS[0]], seed=7)
+    there = np.asarray(Image.open(into / "student" / "000002.png")).astype(int)
+    assert np.abs(there - np.asarray(picture).astype(int)).max() <= 2
+
+    (into / "student" / "000001.png").unlink()
+    drawers = [as_named(str(runs / "done"))]
+    assert draw_into(into, drawers, PROMPTS, 4, seed=5, progress=False) == {
+        "student": 2
+    }  # the lost, and one more
+    with pytest.raises(UserError, match="holds pictures with first_seed 5, not 6: give another folder"):
+        draw_into(into, drawers, PROMPTS, 4, seed=6, progress=False)
+
+
+def test_the_teacher_of_a_folder_outside_a_run_is_not_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run folder nor a student in one"):
+        teacher_of(str(tmp_path))
+
+
+def test_a_class_conditional_pipeline_draws_all_classes_in_turn(tmp_path: Path) -> None:
+    pipe: Any = tiny_pipeline("dit")
+    pipe.save_pretrained(tmp_path / "dit")
+    drawers = [as_named(str(tmp_path / "dit"), steps=1)]
+    assert draw_into(tmp_path / "into", drawers, None, 2, progress=False) == {"teacher": 2}
+    assert len(list((tmp_path / "into" / "teacher").glob("*.png"))) == 2
+    with pytest.raises(UserError, match="takes no prompts"):
+        draw_into(tmp_path / "other", drawers, PROMPTS, 2, progress=False)
