@@ -65,8 +65,8 @@ def recipe_of(name: str, folder: Path, method: str, *more: str) -> Recipe:
     """A run of a few updates on the pipeline in ``folder / "teacher"``."""
     guided = name in (*GUIDED, *EMBEDDED, *MORE)
     sets = [
-        *("student.output=teacher", "train.batch=2", "train.lr=1e-3", "train.ema=0.5", "evaluate=false"),
-        *("train.checkpoint_every=1", "train.sheet_every=0", f"options.guidance={2 if guided else 1}"),
+        *("student.output=teacher", "train.batch=2", "train.lr=1e-3", "train.average=0.5", "evaluate=false"),
+        *("train.checkpoint_every=1", "train.preview_every=0", f"options.guidance={2 if guided else 1}"),
         f"data.prompts={folder / 'prompts.txt'}",
         *([f"data.size={sides_of(name)}"] if sides_of(name) else []),
         *more,
@@ -77,13 +77,13 @@ def recipe_of(name: str, folder: Path, method: str, *more: str) -> Recipe:
 def dmd_of(name: str, folder: Path, *more: str) -> Recipe:
     """Two updates, the second of the student."""
     return recipe_of(
-        name, folder, "dmd", "train.steps=2", "options.fake_steps=1", "options.fake_warm_start=0", *more
+        name, folder, "dmd", "train.updates=2", "options.fake_updates=1", "options.fake_warm_start=0", *more
     )
 
 
 def four_steps_of(name: str, folder: Path) -> Recipe:
     """One update towards four steps."""
-    more = ("train.steps=1", "options.pairs=2", "options.pair_steps=2")
+    more = ("train.updates=1", "options.pairs=2", "options.pair_steps=2")
     return recipe_of(name, folder, FOUR.get(name, "lcm"), "student.times=[1.0,0.75,0.5,0.25]", *more)
 
 
@@ -104,7 +104,7 @@ def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
 
 def resumed(name: str, folder: Path, whole: Path) -> str:
     """Cuts the run off after its first update, goes on, and compares the last checkpoint with that of ``whole``."""
-    recipe, cut = dmd_of(name, folder, "train.sheet_every=1"), folder / "cut"
+    recipe, cut = dmd_of(name, folder, "train.preview_every=1"), folder / "cut"
 
     def go(resume: bool, last: int) -> None:
         accelerator = Accelerator(cpu=True)

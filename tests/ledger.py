@@ -59,9 +59,9 @@ def of_pipeline(name: str) -> list[str]:
         run = Path(folder) / "run"
         sets = [
             *(
-                "train.steps=4",
+                "train.updates=4",
                 "train.batch=2",
-                "train.sheet_every=0",
+                "train.preview_every=0",
                 "evaluate=false",
                 f"data.prompts={prompts}",
             ),

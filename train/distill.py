@@ -1,6 +1,6 @@
 """What ``stepdistill train`` does, as a script: the file to start under torchrun or to copy and change.
 
-python train/distill.py dmd_emoji_quick --output runs/dmd --set train.steps=500
+python train/distill.py dmd_emoji_quick --output runs/dmd --set train.updates=500
 torchrun --nproc_per_node 2 train/distill.py dmd_emoji_quick --output runs/dmd
 """
 

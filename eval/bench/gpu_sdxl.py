@@ -35,7 +35,7 @@ def sdxl(_: str, tiny: bool) -> Iterator[Row]:
                     yield {**row, "failed": "left out: needs more than this card has"}
                     continue
                 sets = [f"data.prompts={prompts}", f"student.lora_rank={rank}", "train.precision=bf16"]
-                job = assembled("random", sdxl_pipeline(tiny), batch, [*sets, "train.ema=0"])
+                job = assembled("random", sdxl_pipeline(tiny), batch, [*sets, "train.average=0"])
                 row["parameters M"] = sum(p.numel() for p in job.teacher.denoiser.net.parameters()) / 1e6
                 row = unit_row(job, batch, row, waits=batch == 1)
                 flops = batch * flops_of_a_unit(job)

@@ -21,11 +21,11 @@ from gpu_device import CUDA, DEVICE, Row, alone
 ASKED = {
     "dmd": "options.warm_start=0 options.fake_warm_start=0",
     "lcm": "options.pairs=128 options.pair_steps=2",
-    "scm": "options.pairs=128 options.pair_steps=2 options.warmup=0 options.derivative=exact",
+    "scm": "options.pairs=128 options.pair_steps=2 options.tangent_warmup=0 options.derivative=exact",
     "meanflow": "options.pairs=128 options.pair_steps=2 options.warm_start=0 options.derivative=exact",
-    "reflow": "options.pairs=128 options.pair_steps=2 options.reflow_steps=10 options.flow_steps=2",
+    "reflow": "options.pairs=128 options.pair_steps=2 options.reflow_updates=10 options.flow_steps=2",
 }
-SHORT = "student.output=teacher train.warmup=0 train.sheet_every=0 train.ema=0.9 evaluate=false"
+SHORT = "student.output=teacher train.warmup=0 train.preview_every=0 train.average=0.9 evaluate=false"
 
 
 def toolkit(method: str, tiny: bool) -> Iterator[Row]:
@@ -55,7 +55,7 @@ def _short_run(method: str, tiny: bool, train: dict[str, str]) -> Row:
     row: Row = {"method": method, **train}
     loop.train = timed
     with tempfile.TemporaryDirectory() as folder:
-        sets = [*SHORT.split(), *ASKED[method].split(), f"train.steps={steps}", f"train.batch={batch}"]
+        sets = [*SHORT.split(), *ASKED[method].split(), f"train.updates={steps}", f"train.batch={batch}"]
         began = time.perf_counter()
         try:
             run = stepdistill.distill(
@@ -106,9 +106,9 @@ def assembled(teacher: str, pipeline: Any, batch: int, sets: list[str]) -> Any:
     from stepdistill.training.assemble import assemble
     from stepdistill.training.identity import resolve
 
-    own = [*SHORT.split(), *ASKED["dmd"].split(), "options.fake_steps=1", f"train.batch={batch}"]
+    own = [*SHORT.split(), *ASKED["dmd"].split(), "options.fake_updates=1", f"train.batch={batch}"]
     recipe = load_recipe(
-        method="dmd", teacher=teacher, sets=[*own, f"train.steps={2 * (WARM + TIMED)}", *sets]
+        method="dmd", teacher=teacher, sets=[*own, f"train.updates={2 * (WARM + TIMED)}", *sets]
     )
     return assemble(resolve(recipe), Accelerator(cpu=not CUDA), pipeline)
 

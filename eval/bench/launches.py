@@ -36,9 +36,9 @@ from stepdistill.training.loop import train
 
 PACKAGE = Path(stepdistill.__file__).parent
 UNITS: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "DMD 1+1": ("dmd", 2, ("options.warm_start=0", "options.fake_warm_start=0", "options.fake_steps=1")),
+    "DMD 1+1": ("dmd", 2, ("options.warm_start=0", "options.fake_warm_start=0", "options.fake_updates=1")),
     "LCM": ("lcm", 1, ("options.pairs=64", "options.pair_steps=4")),
-    "sCM": ("scm", 1, ("options.pairs=64", "options.pair_steps=4", "options.warmup=1")),
+    "sCM": ("scm", 1, ("options.pairs=64", "options.pair_steps=4", "options.tangent_warmup=1")),
     "MeanFlow": ("meanflow", 1, ("options.pairs=64", "options.pair_steps=4", "options.warm_start=0")),
 }
 """What is counted: a method, the steps of its unit and its options, all at the embedded teacher."""
@@ -210,8 +210,8 @@ def count(name: str, batch: int) -> Counts:
         teacher="emoji",
         sets=[
             *sets,
-            *("train.sheet_every=0", "train.ema=0.99", "evaluate=false", f"train.batch={batch}"),
-            *(f"train.steps={steps}", f"train.log_every={steps}"),
+            *("train.preview_every=0", "train.average=0.99", "evaluate=false", f"train.batch={batch}"),
+            *(f"train.updates={steps}", f"train.log_every={steps}"),
         ],
     )
     job = assemble(resolve(recipe), Accelerator(cpu=True), None)

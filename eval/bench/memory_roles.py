@@ -101,7 +101,7 @@ def peak_of(line: str, batch: int, rank: int, checkpoint: bool, tiny: bool) -> d
             own = roles = Adapters(teacher, rank)
         else:
             own = roles = Copies(teacher)
-        method = DMD(roles, (1.0,), DMD.Options(guidance=1.0, fake_steps=1))
+        method = DMD(roles, (1.0,), DMD.Options(guidance=1.0, fake_updates=1))
         if line == "copies":
             trained = {"student": own.parameters("student"), "fake": roles.parameters("fake")}
             held = {name: Weights(name, options, each) for name, each in trained.items()}

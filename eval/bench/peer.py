@@ -83,7 +83,7 @@ class Ours:
 
     def __init__(self, method: str, teacher: str, batch: int, options: Mapping[str, Any]) -> None:
         said = {"method": method, "teacher": teacher, "options": dict(options)}
-        rest = {"student": {"output": "teacher"}, "train": {"ema": 0, "batch": batch}}
+        rest = {"student": {"output": "teacher"}, "train": {"average": 0, "batch": batch}}
         recipe = Recipe.model_validate({**said, **rest})
         self.job: Assembled = assemble(resolve(recipe), Accelerator(cpu=not torch.cuda.is_available()))
         self.size, self._folder = batch, tempfile.TemporaryDirectory()

@@ -17,7 +17,13 @@ GRID, LEAST, MOST, HUBER, DECAY = 50, 3.0, 15.0, 1e-3, 0.95
 
 
 def pairs(batch: int) -> Iterator[Pair]:
-    options = {"guidance_range": (LEAST, MOST), "ema": DECAY, "huber": HUBER, "pairs": batch, "pair_steps": 2}
+    options = {
+        "guidance_range": (LEAST, MOST),
+        "target_decay": DECAY,
+        "huber": HUBER,
+        "pairs": batch,
+        "pair_steps": 2,
+    }
     ours = Ours("lcm", "emoji", batch, options)
     number = ours.batch().draws.integers(
         "time", GRID - 1

@@ -150,7 +150,13 @@ def dmd(batch: int, guidance: float) -> Iterator[Pair]:
 
 def scm(batch: int, guidance: float) -> Iterator[Pair]:
     """At the flow teacher, whose path FastGen knows; its derivative runs on the attention that this package's has."""
-    options = {"guidance": guidance, "pairs": batch, "pair_steps": 2, "warmup": 0, "derivative": "exact"}
+    options = {
+        "guidance": guidance,
+        "pairs": batch,
+        "pair_steps": 2,
+        "tangent_warmup": 0,
+        "derivative": "exact",
+    }
     ours = Ours("scm", "emoji-flow", batch, {**options, "adaptive": False})
     given, method = ours.batch(), ours.method
     pair = given.pairs
@@ -188,7 +194,13 @@ def scm(batch: int, guidance: float) -> Iterator[Pair]:
 def mean_flow(batch: int, guidance: float) -> Iterator[Pair]:
     """At the embedded teacher, read on the straight path by this package on both sides: FastGen's tables have no
     velocity."""
-    asked = {"guidance": guidance, "pairs": batch, "pair_steps": 2, "warmup": 0, "derivative": "exact"}
+    asked = {
+        "guidance": guidance,
+        "pairs": batch,
+        "pair_steps": 2,
+        "tangent_warmup": 0,
+        "derivative": "exact",
+    }
     jumps = {"warm_start": 0, "same": 0.0, "to_data": 0.0, "noise_share": 0.0, "power": 1.0}
     ours = Ours("meanflow", "emoji", batch, {**asked, **jumps})
     given, method = ours.batch(), ours.method

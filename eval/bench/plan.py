@@ -141,7 +141,7 @@ def row_of(
 def _recipe(teacher: str, method: str, sets: Sequence[str]) -> Any:
     from stepdistill.recipes.recipe import load_recipe
 
-    plain = ("evaluate=false", "train.ema=0", "train.warmup=0", "data.prompts=prompts.txt")
+    plain = ("evaluate=false", "train.average=0", "train.warmup=0", "data.prompts=prompts.txt")
     return load_recipe(teacher=teacher, method=method, sets=[*plain, *sets])
 
 

@@ -143,13 +143,13 @@ class Network:
         parameters = sum(p.numel() for p in net.parameters())
         return Network(parameters, ahead, ahead + backward.get_total_flops(), written.elements, guided)
 
-    def unit(self, fake_steps: int, batch: int) -> dict[str, float]:
+    def unit(self, fake_updates: int, batch: int) -> dict[str, float]:
         """Operations and bytes of a unit."""
-        looks = self.guided + 1 + fake_steps
-        graphs = 1 + fake_steps
+        looks = self.guided + 1 + fake_updates
+        graphs = 1 + fake_updates
         return {
             "flops": batch * (looks * self.forward + graphs * self.graph),
-            "weights": self.parameters * (40.0 + 38 * fake_steps),
+            "weights": self.parameters * (40.0 + 38 * fake_updates),
             "activations": batch * self.written * 2 * 2.0 * (looks + 3 * graphs),
         }
 
@@ -168,7 +168,7 @@ def main() -> None:
     print("|---" * 11 + "|")
     for name, (make, guided) in NETWORKS.items():
         net = Network.counted(make, guided)
-        for k in chosen.fake_steps:
+        for k in chosen.fake_updates:
             found = [net.unit(k, batch) for batch in chosen.batch]
             flops, moved = ([one[key] for one in found] for key in ("flops", "weights"))
             limits = [

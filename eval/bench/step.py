@@ -49,8 +49,8 @@ WARM, TIMED = 2, 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "dmd": {},
     "lcm": {},
-    "scm": {"warmup": 0, "derivative": "exact"},
-    "meanflow": {"warmup": 0, "warm_start": 0, "derivative": "exact"},
+    "scm": {"tangent_warmup": 0, "derivative": "exact"},
+    "meanflow": {"tangent_warmup": 0, "warm_start": 0, "derivative": "exact"},
     "reflow": {},
 }
 """By method, with which it does from its first update what it does for most of a run."""
@@ -58,13 +58,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 Trained = dict[str, list[torch.nn.Parameter]]
 
 
-def unit_seconds(job: Assembled, accelerator: Accelerator, folder: Path, fake_steps: int) -> float:
+def unit_seconds(job: Assembled, accelerator: Accelerator, folder: Path, fake_updates: int) -> float:
     """Seconds of a unit of a short run, once the run is under way: the mean of its last ones."""
     data = training_data(job, folder)
     with patch.object(Run, "save", lambda *_: None):  # nothing here is resumed
         train(job.objective, data, job.recipe, folder, accelerator)
     rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-    unit = fake_steps + 1
+    unit = fake_updates + 1
     return float(rows[-1]["seconds"] - rows[WARM * unit - 1]["seconds"]) / TIMED
 
 
@@ -122,7 +122,7 @@ class Bare:
         student = self.role("student")
         directional_derivative(lambda x, t: student.raw(x, t, self.cond, s), (self.x, self.t), moves, "exact")
 
-    def passes(self, method: str, fake_steps: int) -> None:
+    def passes(self, method: str, fake_updates: int) -> None:
         """Those of one unit of a method."""
         s = self.t / 2 if method == "meanflow" else None
         self.learn("student", s)
@@ -132,17 +132,17 @@ class Bare:
             self.derive(s)
         elif method in ("dmd", "lcm"):
             self.look("fake" if method == "dmd" else "target")
-        for _ in range(fake_steps):
+        for _ in range(fake_updates):
             self.look("student")
             self.learn("fake")
 
 
-def bare_seconds(job: Assembled, trained: Trained, batch: int, fake_steps: int) -> float:
+def bare_seconds(job: Assembled, trained: Trained, batch: int, fake_updates: int) -> float:
     """Seconds of the network passes of one unit."""
     bare = Bare(job, trained, batch)
     synchronize(bare.device)
     began = time.perf_counter()
-    bare.passes(job.recipe.method, fake_steps)
+    bare.passes(job.recipe.method, fake_updates)
     synchronize(bare.device)
     seconds = time.perf_counter() - began
     for parameters in trained.values():  # as a run finds them
@@ -151,9 +151,9 @@ def bare_seconds(job: Assembled, trained: Trained, batch: int, fake_steps: int) 
     return seconds
 
 
-def update_stepper(job: Assembled, trained: Trained, fake_steps: int) -> Callable[[], float]:
+def update_stepper(job: Assembled, trained: Trained, fake_updates: int) -> Callable[[], float]:
     """Seconds of clipping and AdamW in one unit, on ready gradients; weights stay as they are."""
-    turns = ["student", *["fake"] * fake_steps]
+    turns = ["student", *["fake"] * fake_updates]
     device = job.accelerator.device
     optimizers = {name: torch.optim.AdamW(trained[name], lr=0.0, fused=True) for name in set(turns)}
 
@@ -232,14 +232,14 @@ def unet60() -> Any:
     )
 
 
-def assembled(method: str, teacher: str, batch: int, fake_steps: int, folder: Path) -> Assembled:
+def assembled(method: str, teacher: str, batch: int, fake_updates: int, folder: Path) -> Assembled:
     """A short run of a method with its default options but for guidance, which all have, and few pairs."""
     options: dict[str, Any] = {"guidance": 3.0, **OPTIONS[method]}
-    options |= {"fake_steps": fake_steps} if method == "dmd" else {"pairs": batch, "pair_steps": 2}
-    steps = (WARM + TIMED) * (fake_steps + 1)
+    options |= {"fake_updates": fake_updates} if method == "dmd" else {"pairs": batch, "pair_steps": 2}
+    steps = (WARM + TIMED) * (fake_updates + 1)
     said: dict[str, Any] = {"method": method, "teacher": teacher, "options": options}
     said["student"] = {"output": "teacher"}
-    said["train"] = {"batch": batch, "steps": steps, "sheet_every": 0, "ema": 0.99}
+    said["train"] = {"batch": batch, "updates": steps, "preview_every": 0, "average": 0.99}
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if teacher == "emoji":
         return assemble(resolve(Recipe.model_validate(said)), accelerator)
@@ -250,18 +250,18 @@ def assembled(method: str, teacher: str, batch: int, fake_steps: int, folder: Pa
         return assemble(resolve(Recipe.model_validate(said)), accelerator, unet60())
 
 
-def measure(method: str, teacher: str, batch: int, fake_steps: int, repeats: int) -> str:
+def measure(method: str, teacher: str, batch: int, fake_updates: int, repeats: int) -> str:
     """A line of the table."""
     units, bares, updates = list[float](), list[float](), list[float]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = assembled(method, teacher, batch, fake_steps, folder)
+        job = assembled(method, teacher, batch, fake_updates, folder)
         trained = trained_parameters(job)
-        update = update_stepper(job, trained, fake_steps)
+        update = update_stepper(job, trained, fake_updates)
         for repeat in range(repeats + 1):
             found = (
-                unit_seconds(job, job.accelerator, folder, fake_steps),
-                statistics.mean(bare_seconds(job, trained, batch, fake_steps) for _ in range(TIMED)),
+                unit_seconds(job, job.accelerator, folder, fake_updates),
+                statistics.mean(bare_seconds(job, trained, batch, fake_updates) for _ in range(TIMED)),
                 statistics.mean(update() for _ in range(TIMED)),
             )
             if repeat:  # the first round warms up
@@ -287,8 +287,8 @@ def main() -> None:
     print(f"{chosen.teacher}, batch {batch}, {repeats} rounds, {provenance()['hardware']}")
     print(f"{'':<10}{'unit ms':>9}{'passes':>9}{'ratio':>8}{'update':>9}{'of both':>8}")
     for method in chosen.method:
-        fake_steps = chosen.fake_steps if method == "dmd" else 0
-        print(measure(method, chosen.teacher, batch, fake_steps, repeats), flush=True)
+        fake_updates = chosen.fake_updates if method == "dmd" else 0
+        print(measure(method, chosen.teacher, batch, fake_updates, repeats), flush=True)
 
 
 if __name__ == "__main__":

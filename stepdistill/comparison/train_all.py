@@ -153,7 +153,7 @@ def _tree(file: Path) -> dict[str, Any]:
 
 def _samples(tree: dict[str, Any]) -> int:
     train = tree.get("train") or {}
-    return int(train.get("steps", 1000)) * int(train.get("batch", 64))
+    return int(train.get("updates", 1000)) * int(train.get("batch", 64))
 
 
 def _measured_seconds(name: str) -> float:
@@ -242,7 +242,7 @@ def _train(entry: Entry, place: Path, label: str) -> str | None:
                     status = child.wait(PROGRESS_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    _tell(place, label, entry.recipe.train.steps)
+                    _tell(place, label, entry.recipe.train.updates)
     if status == 0 and (place / "report.json").is_file():
         return None
     lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text("utf-8")) if line.strip()]
@@ -253,7 +253,7 @@ def _train(entry: Entry, place: Path, label: str) -> str | None:
 def _tell(place: Path, label: str, planned: int) -> None:
     stats = read_stats(place)
     if stats:
-        say(f"{label}: {stats[-1]['step'] + 1} of {planned} updates, {stats[-1]['seconds']:.0f} s")
+        say(f"{label}: {stats[-1]['update'] + 1} of {planned} updates, {stats[-1]['seconds']:.0f} s")
 
 
 @contextmanager

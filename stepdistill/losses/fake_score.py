@@ -38,7 +38,7 @@ class FakeTurnOptions(MethodOptions):
     # x0: what the fields are made of. An eps output would weigh an error in x0 by alpha^2 / sigma^2, which is nearly 0
     # at high noise, where those fields are largest. So do FastGen's recipes (SD 1.5, Flux, Wan); DMD2 on SD: output.
     fake_loss: FakeLoss = "x0"
-    fake_steps: int = 1  # updates of the fake network per student update
+    fake_updates: int = 1  # updates of the fake network per student update
     fake_lr_ratio: float = 1.0  # learning rate of the fake network over train.lr
     fake_warm_start: int = 0  # updates of the fake network before the student's first
 
@@ -69,14 +69,16 @@ class FakeScoreOptions(FakeTurnOptions):
 class ScoreOptions(FakeScoreOptions, WarmStartOptions):
     """Options of every ScoreMethod. Their defaults leave a method without data: no pairs, no images."""
 
-    regression_weight: float = 0.0  # of the regression beside the method's own loss; 0 leaves it out
-    gan_weight: float = 0.0  # of the generator's GAN loss on the fake network's features; 0: no images
-    gan_fake_weight: float = 0.01  # of the discriminator's loss in the fake turn
+    pair_weight: float = 0.0  # of the regression beside the method's own loss; 0 leaves it out
+    adversarial_weight: float = (
+        0.0  # of the generator's GAN loss on the fake network's features; 0: no images
+    )
+    discriminator_weight: float = 0.01  # of the discriminator's loss in the fake turn
 
     @property
     def needs(self) -> frozenset[str]:
-        pairs = {"pairs", "states"} if self.regression_weight else set()
-        return super().needs | pairs | ({"images"} if self.gan_weight else set())
+        pairs = {"pairs", "states"} if self.pair_weight else set()
+        return super().needs | pairs | ({"images"} if self.adversarial_weight else set())
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,12 @@ def views_of(
 
 def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
     """Whose turn the optimiser step is: ``warm_start`` student updates, ``fake_warm_start`` fake ones, then cycles of
-    ``fake_steps`` fake updates and one of the student."""
+    ``fake_updates`` fake updates and one of the student."""
     if step < warm_start:
         return "student"
     # In a cycle the fake network comes first: the student never follows a score that has not seen it.
     matching = step - warm_start - options.fake_warm_start
-    last = matching >= 0 and matching % (options.fake_steps + 1) == options.fake_steps
+    last = matching >= 0 and matching % (options.fake_updates + 1) == options.fake_updates
     return "student" if last else "fake"
 
 
@@ -252,7 +254,7 @@ class ScoreMethod(Method):
 
     def regression(self, batch: Batch) -> Tensor:
         """The distance to x of what the student sees of it from a state of its trajectory, one of K at random."""
-        return regression(self.student, self.times, batch, self.options.regression)
+        return regression(self.student, self.times, batch, self.options.pair_distance)
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         if turn.network == "fake":
@@ -264,10 +266,10 @@ class ScoreMethod(Method):
         logs["x_std"] = x.detach().std()
         if self.gan is not None:
             logs["gan"] = self.gan.for_generator(x, batch)
-            loss = loss + self.options.gan_weight * logs["gan"]
-        if self.options.regression_weight:
+            loss = loss + self.options.adversarial_weight * logs["gan"]
+        if self.options.pair_weight:
             logs["regression"] = self.regression(batch)
-            loss = loss + self.options.regression_weight * logs["regression"]
+            loss = loss + self.options.pair_weight * logs["regression"]
         return Loss(loss, logs, x)
 
     def fake_loss(self, batch: Batch) -> Loss:
@@ -278,5 +280,5 @@ class ScoreMethod(Method):
         logs = {"denoising": loss}
         if self.gan is not None:
             logs["discriminator"] = self.gan.for_discriminator(x, cast(Examples, batch.images), batch)
-            loss = loss + self.options.gan_fake_weight * logs["discriminator"]
+            loss = loss + self.options.discriminator_weight * logs["discriminator"]
         return Loss(loss, logs)

@@ -100,7 +100,7 @@ class JumpOptions(MapOptions):
     offset: float = 0.1  # c of the weight
     # Updates over which the derivative fades in, from the velocity that a teacher's copy has as u; null: 2000, or 0
     # after a warm start, whose end is nearer to u than the velocity is.
-    warmup: int | None = None
+    tangent_warmup: int | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -108,8 +108,8 @@ class JumpOptions(MapOptions):
 
     @property
     def fade(self) -> int:
-        """``warmup``, where it was left open as it follows from ``warm_start``."""
-        return self.warmup if self.warmup is not None else 0 if self.warm_start else 2000
+        """``tangent_warmup``, where it was left open as it follows from ``warm_start``."""
+        return self.tangent_warmup if self.tangent_warmup is not None else 0 if self.warm_start else 2000
 
 
 class FlowMapMethod(Method):
@@ -175,7 +175,7 @@ class FlowMapMethod(Method):
         mean = (x - line.at(s)) / gap.clamp_min(SHORTEST)
         if len(i := (t - s <= SHORTEST).nonzero()[:, 0]):
             mean[i] = teacher_velocity(self.teacher, x[i], t[i], pairs.cond.rows(i), self.options.guidance)
-        return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.options.regression)
+        return distance(self.student.flow_velocity(x, t, s, pairs.cond), mean, self.options.pair_distance)
 
     def _states_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
         """Start and end [B] of the warm start's jumps on the straight path, among the times of the states; those of a

@@ -13,6 +13,13 @@ from stepdistill.losses.contract import Method, Turn
 from stepdistill.losses.terms import Shown, Term
 
 
+def shown_name(network: str) -> str:
+    """What people call a network that is trained, by its name in ``trained``: for stats.jsonl, bars and messages."""
+    if network.startswith("term "):
+        return f"{network.removeprefix('term ')} discriminator"
+    return "fake score" if network == "fake" else network.replace("expert-", "expert ")
+
+
 class Objective(nn.Module):
     """A method with terms beside it.
 

@@ -18,7 +18,7 @@ from stepdistill.networks.student import Student
 class WarmStartOptions(PairOptions):
     """Options of a method that may start by regression alone; without a warm start it asks for no pairs."""
 
-    regression: DistanceName = "l2"  # distance of the regression on pairs
+    pair_distance: DistanceName = "l2"  # distance of the regression on pairs
     warm_start: int = 0  # first updates of the student, by regression alone
     warm_start_lr_ratio: float = 1.0  # their learning rate over train.lr
 

@@ -8,10 +8,10 @@ Consistency Models" (iCT), 2310.14189; Geng et al. 2024, "Consistency Models Mad
   Karras' grid, target weights an EMA of the student's. ``solver: none`` takes x_r from the same x0 and eps (CM's
   consistency training), and a squared residual of the exact map then falls with h^2 instead of h^6 or h^4.
 - f is x0, and the identity at the last level; on a discrete table with the scalings of diffusers' LCMScheduler.
-- iCT: ``solver: none, ema: 0, weight: true, law: lognormal, grid: 10, double_every: K'``: the index by a lognormal law,
+- iCT: ``solver: none, target_decay: 0, weight: true, law: lognormal, grid: 10, double_every: K'``: a lognormal index,
   the weight 1 / (t - r) in levels, the distance sqrt(|r|^2 + c^2) - c with one norm a sample, and a grid that doubles
   every K' = K / (log2(s1 / s0) + 1) of K updates, from s0 = ``grid`` to s1 = ``grid_max``.
-- ECT: ``schedule: ect, ema: 0, weight: true, huber: 0`` and ``solver: none``, or a solver for its distillation: t is
+- ECT: ``curriculum: ect, target_decay: 0, weight: true, huber: 0`` and ``solver: none``, or a solver to distil: t is
   lognormal, r = max(0, t (1 - n(t) / q^(stage+1))). Its late stages never reach clean data and are held by f alone, as
   x0 = x at t = 0: not with networks that return x0.
 
@@ -54,7 +54,7 @@ class Consistency(Method):
 
     class Options(SourceOptions):
         solver: Literal["heun", "ddim", "euler", "none"] = "heun"  # the teacher's step
-        schedule: Literal["karras", "ect"] = "karras"  # pairs of levels
+        curriculum: Literal["karras", "ect"] = "karras"  # pairs of levels
         sigma_min: float = 0.002  # lowest level sigma / alpha, in CM
         sigma_max: float = 80.0  # highest, in CM
         rho: float = 7.0  # of Karras' grid, in CM
@@ -67,17 +67,19 @@ class Consistency(Method):
         q: float = 2.0  # by which ECT's relative gap shrinks in each stage
         weight: bool = False  # by 1 / (t - r) in levels, in iCT and ECT
         huber: float | None = 0.00054  # c over the square root of the dimension in iCT; null: squared
-        ema: float = 0.9  # decay of the target network, in CM with L2; 0: the student itself, in iCT and ECT
+        target_decay: float = (
+            0.9  # decay of the target network, in CM with L2; 0: the student itself, in iCT and ECT
+        )
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
 
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.roles, self.options.ema)
+        self.target = Target(self.roles, self.options.target_decay)
         path = self.student.path
         ends = torch.tensor([last_time(path), 1.0])
         first, last = path.angle(ends).tolist()
-        lowest = self.options.sigma_min if self.options.schedule == "karras" else 0.0
+        lowest = self.options.sigma_min if self.options.curriculum == "karras" else 0.0
         self.low = math.tan(max(first, math.atan(lowest)))
         self.high = math.tan(min(last, math.atan(self.options.sigma_max)))
 
@@ -105,7 +107,7 @@ class Consistency(Method):
         """The upper and the lower level of each sample's pair at the method's step, [B] each."""
         options, draws = self.options, batch.draws
         start = draws.uniform("start") < options.noise_share
-        if options.schedule == "karras":
+        if options.curriculum == "karras":
             grid = self.grid(step).to(start.device)
             i = (draws.uniform("interval") * (len(grid) - 1)).long()
             if options.law == "lognormal":

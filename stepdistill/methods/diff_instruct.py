@@ -33,7 +33,7 @@ class DiffInstruct(ScoreMethod):
     """See the module's text."""
 
     class Options(ScoreOptions):
-        fake_steps: int = 1  # the two networks alternate, the fake one first
+        fake_updates: int = 1  # the two networks alternate, the fake one first
         weight: Literal["x0", "kl"] = (
             "x0"  # w(t): (sigma / alpha)^2 as in the authors' code, or 1, the plain KL
         )

@@ -6,7 +6,7 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
 - Student turn: for x = G(noise), noised by a fresh (t, eps), (x0_fake - x0_real) / mean|x - x0_real| is the gradient
   of KL(student || teacher) (DMD eq. 7, 8; alg. 1 drops the leftover alpha_t, and so does this). The real score is
   guided, the fake one is not.
-- Fake turn: the ordinary diffusion loss on sg[x] (DMD eq. 6), ``fake_steps`` times for each student update, so that
+- Fake turn: the ordinary diffusion loss on sg[x] (DMD eq. 6), ``fake_updates`` times for each student update, so that
   the fake score keeps up (DMD2 4.2, two time-scale update rule).
 - K steps: the student runs through its own first steps without a graph and is trained where it exits (DMD2 4.5,
   backward simulation): it meets in training what it meets in sampling.
@@ -48,9 +48,11 @@ class DMD(ScoreMethod):
 
     class Options(ScoreOptions):
         guidance: float = 1.75  # of the teacher: 1.75 for SD 1.5, 8 for SDXL (DMD2 C.1)
-        fake_steps: int = 5  # updates of the fake network per student update (DMD2 4.2)
-        gan_weight: float = 0.0  # of the generator's GAN loss: 1e-3 for SD 1.5 (DMD2 C.1); 0: no images
-        regression_weight: float = 0.0  # 0.25 in DMD; 0 leaves it out
+        fake_updates: int = 5  # updates of the fake network per student update (DMD2 4.2)
+        adversarial_weight: float = (
+            0.0  # of the generator's GAN loss: 1e-3 for SD 1.5 (DMD2 C.1); 0: no images
+        )
+        pair_weight: float = 0.0  # 0.25 in DMD; 0 leaves it out
         decoupled: bool = False  # guidance at a time of its own
         first_step_weight: float = 0.0  # of the first step's regression: 0.05 in DP-DMD; 0 leaves it out
         first_step_calls: int = 5  # the teacher's steps that make its target

@@ -12,8 +12,8 @@ Each is a regression of u on its equation solved for the leading u, everything e
 teacher's velocity, or with ``velocity: self`` the student's own u(x, t, t) (LSD, ESD). On the share ``same`` of the
 samples s = t, where u is the velocity itself: the teacher's, or with ``diagonal: data`` the conditional one, eps - x0.
 That share (0.75 in 2505.18825, without a teacher) is the semigroup's only tie to v: the identity satisfies the rest.
-``velocity: self`` with ``diagonal: data`` never calls the teacher. The derivatives fade in over ``warmup`` updates; as
-differences they are taken along the teacher's trajectory (``stepdistill/losses/map_equations.py``). With ``first_leg``
+``velocity: self`` with ``diagonal: data`` never calls the teacher. Derivatives fade in over ``tangent_warmup`` updates;
+as differences they are taken along the teacher's trajectory (stepdistill/losses/map_equations.py). With ``first_leg``
 the teacher makes the first of the semigroup's jumps, which ties every sample to v (CTM, Kim et al. 2023, 2310.02279).
 
 Left out: gradients through derivatives and through v; the learnt log-variance, in whose place stands MeanFlow's weight

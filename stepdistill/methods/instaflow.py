@@ -4,11 +4,11 @@ Liu et al. 2023, "InstaFlow: One Step is Enough for High-Quality Diffusion-Based
 on top of Liu et al. 2022, "Flow Straight and Fast" (rectified flow), 2209.03003. Source: method cards 8.1 and 8.2.
 
 - Pairs (z, x): x is the teacher's guided sample from noise z, cached once (2209.03003, alg. 1; prompts only).
-- Reflow, ``rounds`` of ``reflow_steps`` updates: E_t |v(x_t, t) - (z - x)|^2 on x_t = (1 - t) x + t z. The first round
+- Reflow, ``rounds`` of ``reflow_updates``: E_t |v(x_t, t) - (z - x)|^2 on x_t = (1 - t) x + t z. The first round
   learns from the teacher's pairs. Every further one learns from pairs of the flow that the round before ended with,
   frozen and followed for ``flow_steps`` Euler steps from this step's own noise and prompts: the cache is the teacher's.
 - Distillation, the rest: d(z - v(z, 1), x), or for K steps from the K segments' starts; the squared distance for
-  ``l2_steps`` updates, then ``distance`` (the paper: 21,500 of L2, then 18,000 of LPIPS). ``own`` is the share of its
+  ``l2_updates`` updates, then ``distance`` (the paper: 21,500 of L2, then 18,000 of LPIPS). ``own`` is the share of its
   batches whose x is drawn by the reflowed flow, as in the paper; the others take the teacher's pairs.
 
 Differences: the student is read on the straight path from its first update (the paper lets fine-tuning absorb the
@@ -37,8 +37,8 @@ class InstaFlow(Method):
     class Options(PairOptions):
         guidance: float = 5.0  # of the teacher's samples: 5 for SD 1.5, 6 over-saturates
         rounds: int = 1  # of reflow; a third flow gave the paper no gain
-        reflow_steps: int = 1000  # updates of one round
-        l2_steps: int = 1000  # first updates of the distillation, by the squared distance
+        reflow_updates: int = 1000  # updates of one round
+        l2_updates: int = 1000  # first updates of the distillation, by the squared distance
         distance: DistanceName = "huber"  # of the rest of it
         own: float = 1.0  # share in [0, 1] of the distillation's batches drawn by the reflowed flow
         flow_steps: int = 25  # Euler steps of the pairs that the reflowed flow draws
@@ -56,7 +56,9 @@ class InstaFlow(Method):
     def stage(self, step: int) -> int:
         """The round of reflow that an update belongs to, from 0; ``rounds`` in the distillation."""
         options = self.options
-        return min(step // options.reflow_steps, options.rounds) if options.reflow_steps else options.rounds
+        return (
+            min(step // options.reflow_updates, options.rounds) if options.reflow_updates else options.rounds
+        )
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, stage = self.options, self.stage(turn.step)
@@ -67,8 +69,8 @@ class InstaFlow(Method):
         if stage < options.rounds:
             loss = reflow_loss(self.student, z, x, cond, batch.draws.uniform("time", options.t_min, 1.0))
             return Loss(loss, {"reflow": loss})
-        distilled = turn.step - options.rounds * options.reflow_steps
-        name: DistanceName = "l2" if distilled < options.l2_steps else options.distance
+        distilled = turn.step - options.rounds * options.reflow_updates
+        name: DistanceName = "l2" if distilled < options.l2_updates else options.distance
         loss = distillation_loss(self.student, self.times, z, x, cond, batch.draws, name)
         return Loss(loss, {"distillation": loss})
 

@@ -52,7 +52,7 @@ class LCM(Method):
         grid: int = 50  # times on the path
         skip: int = 1  # grid times a teacher step skips: k = 1000 / 50 = 20 timesteps (LCM 4.3)
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
-        ema: float = 0.95  # decay of the target network (LCM 5.1)
+        target_decay: float = 0.95  # decay of the target network (LCM 5.1)
         huber: float = 0.001  # c of the pseudo-Huber loss
 
     options: Options
@@ -61,7 +61,7 @@ class LCM(Method):
         self.embedded = self.options.guidance_range is not None and self.options.embed_guidance
         if self.embedded:
             self.student.add_guidance_input()
-        self.target = Target(self.roles, self.options.ema)
+        self.target = Target(self.roles, self.options.target_decay)
 
     def sampler(self) -> Sampler:
         guidance = self.options.guidance if self.embedded else None

@@ -6,7 +6,7 @@ place of the conditional one; then it is Eulerian map distillation (Boffi et al.
 - The mean velocity u(x, t, s) = (1 / (t - s)) integral_s^t v is the one function with u + (t - s) Du/Dt = v, where
   Du/Dt = d_t u + grad_x u . v is its derivative along the trajectory (MeanFlow identity, eq. 6 and 8).
 - Loss (eq. 9 and 10): |u - sg[v - (t - s) Du/Dt]|^2. The derivative is forward-mode or a difference along the teacher's
-  trajectory (``stepdistill/losses/map_equations.py``), with no gradient through it. It fades in over ``warmup``
+  trajectory (``stepdistill/losses/map_equations.py``), with no gradient through it. It fades in over ``tangent_warmup``
   updates: until then the target is the velocity, which a student without a warm start has at its start.
 - Weights (eq. 22): |e|^2 / sg(|e|^2 + c)^p, with |.|^2 summed over a sample. The paper's p is 1, for targets that are
   noisy everywhere; a teacher's are exact for short jumps, and p = 1 makes outliers of the long ones: here p is 1/2.

@@ -42,15 +42,15 @@ class PCM(Method):
         guidance: float = 5.5  # of the teacher's step: w in [4, 5], and g = 1 + w
         grid: int = 50  # times on the path, shared out evenly among the phases
         start_share: float = 0.0  # share of samples put at their phase's start, where the student is called
-        ema: float = 0.0  # decay of the target network; 0: the student itself
+        target_decay: float = 0.0  # decay of the target network; 0: the student itself
         huber: float = 0.001  # c of the pseudo-Huber loss
-        gan_weight: float = 0.0  # of the adversarial loss: 0.1 in the authors' code; 0 leaves it out
+        adversarial_weight: float = 0.0  # of the adversarial loss: 0.1 in the authors' code; 0 leaves it out
 
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.roles, self.options.ema)
-        self.gan = FeatureGan(self.teacher.denoiser) if self.options.gan_weight else None
+        self.target = Target(self.roles, self.options.target_decay)
+        self.gan = FeatureGan(self.teacher.denoiser) if self.options.adversarial_weight else None
 
     def trained(self) -> dict[str, Trained]:
         gan = {} if self.gan is None else {"discriminator": Trained(extra=self.gan, follows=True)}
@@ -93,7 +93,7 @@ class PCM(Method):
         loss, logs = elementwise_huber(residual, self.options.huber), {"residual": rms(residual)}
         if self.gan is not None:
             logs["gan"] = -self.gan.logits_above(jumped, e, start, cond, batch).mean()
-            loss = loss + self.options.gan_weight * logs["gan"]
+            loss = loss + self.options.adversarial_weight * logs["gan"]
         return Loss(loss, logs)
 
     def discriminator_loss(self, batch: Batch) -> Loss:

@@ -14,8 +14,8 @@ Fan et al. 2025, "Phased DMD: Few-step Distribution Matching Distillation via Sc
 - Experts are full networks, or LoRA on one base; where the teacher has two networks (Wan 2.2), each starts as its
   phase's. Exported as one pipeline that calls the expert of each step: see experts.py.
 
-A phase takes ``warm_start + fake_warm_start + phase_updates (fake_steps + 1)`` optimiser steps, the last phase what is
-left of ``train.steps``. Each expert is a network with an optimiser of its own, ``expert-1``, ..., ``student``: averaged
+A phase takes ``warm_start + fake_warm_start + phase_updates (fake_updates + 1)`` updates, the last phase what is left
+of ``train.updates``. Each expert is a network with an optimiser of its own, ``expert-1``, ..., ``student``: averaged
 weights are those of the last, because the samples that it learnt from were those of the others' plain weights.
 Optional, and not in the paper: every expert's first ``warm_start`` updates are a regression on cached pairs at its own
 times. Left out: a second fake network for low noise.
@@ -57,7 +57,7 @@ class PhasedDMD(Method):
 
     class Options(FakeScoreOptions, WarmStartOptions):
         guidance: float = 4.0  # of the teacher
-        fake_steps: int = 5  # updates of the fake network per update of an expert
+        fake_updates: int = 5  # updates of the fake network per update of an expert
         fake_loss: FakeLoss = "output"  # as eq. 13; the field is of scores, so it weighs alike
         phases: int = 2  # experts; 4 for 4 steps are slightly better and cost more
         # Matching updates of each expert but the last, at the very least: recipes say more.
@@ -88,7 +88,7 @@ class PhasedDMD(Method):
     def place(self, step: int) -> tuple[int, int]:
         """The phase that an optimiser step belongs to, and its number within the phase."""
         own = self.options
-        length = own.warm_start + own.fake_warm_start + own.phase_updates * (own.fake_steps + 1)
+        length = own.warm_start + own.fake_warm_start + own.phase_updates * (own.fake_updates + 1)
         phase = min(step // length, own.phases - 1)
         return phase, step - phase * length
 
@@ -142,7 +142,7 @@ class PhasedDMD(Method):
             loss = subinterval_loss(self.fake, x_s, since, batch, options.clamp, options.fake_loss)
             return Loss(loss, {"denoising": loss})
         if inner < options.warm_start:
-            return Loss(regression(self.student, self.times, batch, options.regression, self.spans[phase]))
+            return Loss(regression(self.student, self.times, batch, options.pair_distance, self.spans[phase]))
         x_s = self.generate(batch, phase)
         with torch.no_grad():
             field = self.field(x_s, batch, since)

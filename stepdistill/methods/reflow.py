@@ -3,7 +3,7 @@
 Liu et al. 2022, "Flow Straight and Fast", 2209.03003; text-conditional in Liu et al. 2023, "InstaFlow", 2309.06380.
 
 - Pairs (z, x) with x the teacher's guided sample from noise z, cached once (alg. 1).
-- Reflow, the first ``reflow_steps`` updates (eq. 1 with the coupling of alg. 1): E |v(x_t, t) - (z - x)|^2 on
+- Reflow, the first ``reflow_updates`` updates (eq. 1 with the coupling of alg. 1): E |v(x_t, t) - (z - x)|^2 on
   x_t = (1 - t) x + t z. The student keeps its own path and output kind: it is read on the straight path, at the
   angle where the signal-to-noise ratios agree, so its weights stay those that diffusers expects.
 - Distillation, the rest (2.2, "distillation"): E |x(z, 1) - x|^2 at the noise end, or for K steps at the K starts of
@@ -34,7 +34,7 @@ class Reflow(Method):
 
     class Options(PairOptions):
         guidance: float = 5.0  # of the teacher's samples (InstaFlow 4.1, for SD 1.5)
-        reflow_steps: int = 1000  # updates of the first stage; the rest of train.steps distils
+        reflow_updates: int = 1000  # updates of the first stage; the rest of train.updates distils
         t_min: float = (
             0.02  # least time of the reflow loss: below it the velocity is the noise of the reading
         )
@@ -52,7 +52,7 @@ class Reflow(Method):
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         pairs = cast(Examples, batch.pairs)
-        first = turn.step < self.options.reflow_steps
+        first = turn.step < self.options.reflow_updates
         return self.reflow_loss(pairs, batch) if first else self.distillation_loss(pairs, batch)
 
     def reflow_loss(self, pairs: Examples, batch: Batch) -> Loss:
@@ -74,5 +74,5 @@ class Reflow(Method):
         return flow_end(self.flow, z, cond, self.options.flow_steps)
 
     def after_step(self, turn: Turn) -> None:
-        if turn.step + 1 == self.options.reflow_steps:
+        if turn.step + 1 == self.options.reflow_updates:
             self.roles.become("flow", "student")

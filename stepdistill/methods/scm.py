@@ -7,7 +7,7 @@ distillation, sCD.
   sin(a) eps, and what a network says of (x0, eps) is F = cos(a) eps - sin(a) x0, the velocity dy/da; its x0 is then
   f = cos(a) y - sin(a) F, and y itself at a = 0. Data deviation 1, as latents have it.
 - Tangent (algorithm 1), cos(a) df/da with v the guided teacher's F and d/da along its trajectory:
-  g = -cos^2(a) (F - v) - r cos(a) sin(a) (y + dF/da), the second part fading in, r = min(1, step / ``warmup``).
+  g = -cos^2(a) (F - v) - r cos(a) sin(a) (y + dF/da), the second part fading in, r = min(1, step / ``tangent_warmup``).
   dF/da is forward-mode or a difference, never with a gradient through it.
 - Normalised: g / (|g| + c), here with the root mean square for |.|, so that c holds at any resolution.
 - Loss (algorithm 1): e^w |F - sg[F + g]|^2 - w per element, with the adaptive weight w(a) learnt alongside.
@@ -63,7 +63,9 @@ class SCM(Method):
         log_mean: float = -0.8  # of the lognormal level, for latents (sCM, ImageNet 512)
         log_deviation: float = 1.6  # its deviation in the logarithm
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
-        warmup: int = 10_000  # updates over which the derivative fades in (H); 0: it is whole from the start
+        tangent_warmup: int = (
+            10_000  # updates over which the derivative fades in (H); 0: it is whole from the start
+        )
         offset: float = 0.1  # c of the normalisation
         adaptive: bool = True  # the learnt weight; rCM (2510.08431) does without
         derivative: Way | None = None  # null: difference on a table, and auto else
@@ -133,7 +135,7 @@ class SCM(Method):
         x_t = noised(path, source.x0, draws.normal("eps", tuple(source.x0.shape[1:])), t)
         now = self.teacher.predict(x_t, t, source.cond, guidance=options.guidance)
         F = trig_velocity(self.student.predict(x_t, t, source.cond))
-        share = min(1.0, turn.step / options.warmup) if options.warmup else 1.0
+        share = min(1.0, turn.step / options.tangent_warmup) if options.tangent_warmup else 1.0
         g = self.tangent(now, F.detach(), source.cond, share)
         size = g.flatten(1).norm(dim=1) / math.sqrt(g[0].numel())  # [B]
         target = F.detach() + g / per_sample(size + options.offset, g)

@@ -42,7 +42,7 @@ class SiD(ScoreMethod):
 
     class Options(ScoreOptions):
         alpha: float = 1.2  # of the correction: 1.2, and 1.0 on AFHQ and for text to image (SiD, SiD-LSG)
-        fake_steps: int = 1  # the two networks alternate, the fake one first
+        fake_updates: int = 1  # the two networks alternate, the fake one first
 
     options: Options
 

@@ -43,7 +43,7 @@ class SIM(ScoreMethod):
         stop_denominator: bool = (
             False  # no gradient through sqrt(|y|^2 + c^2): simpler, and not the theorem's
         )
-        fake_steps: int = 1  # the two networks alternate, the fake one first
+        fake_updates: int = 1  # the two networks alternate, the fake one first
 
     options: Options
 

@@ -5,7 +5,7 @@ card 8.4.
 
 - A network narrower (``width``) or shallower (``depth``) than the teacher's has random weights: it cannot start as the
   teacher, and on reflow's fixed pairs it would first have to learn from nothing what the teacher's flow is.
-- Annealing reflow, the first ``reflow_steps`` updates: pairs (z', x) with z' = sqrt(1 - b^2) z + b xi, xi fresh noise.
+- Annealing reflow, the first ``reflow_updates``: pairs (z', x) with z' = sqrt(1 - b^2) z + b xi, xi fresh noise.
   b falls from 1 (flow matching on the teacher's samples) to 0 (reflow); z' is standard normal at every b. Loss:
   |v(x_t, t) - (z' - x)|^2 on x_t = (1 - t) x + t z'.
 - Flow-guided distillation, the rest: d(G(z), x) + d(G(xi), sg y) with G(z) = z - v(z, 1) and xi fresh noise, which
@@ -49,9 +49,9 @@ class SlimFlow(Method):
     class Options(PairOptions):
         width: Share = 1.0  # channels over the teacher's; 0.5 has about a quarter of the weights
         depth: Share = 1.0  # layers of each resolution over the teacher's
-        reflow_steps: int = 1000  # updates of the first stage; the rest of train.steps distils
+        reflow_updates: int = 1000  # updates of the first stage; the rest of train.updates distils
         anneal: float = 0.6  # share of them over which b falls to 0 (300k of 500k in the paper)
-        schedule: Literal["linear", "cosine"] = "linear"  # how it falls
+        anneal_schedule: Literal["linear", "cosine"] = "linear"  # how it falls
         t_min: float = 0.02  # least time of the reflow loss; below, the velocity is the noise of the reading
         guide_weight: float = 1.0  # of the second term of the distillation; 0 leaves it out
         guide_times: tuple[float, float] = (0.2, 0.8)  # range of m
@@ -71,8 +71,8 @@ class SlimFlow(Method):
 
     def beta(self, step: int) -> float:
         """How much of the pairs' noise is fresh at an update: b in [0, 1], 1 at the first and 0 once annealed."""
-        done = min(1.0, step / max(1.0, self.options.anneal * self.options.reflow_steps))
-        return 1 - done if self.options.schedule == "linear" else annealed(done)
+        done = min(1.0, step / max(1.0, self.options.anneal * self.options.reflow_updates))
+        return 1 - done if self.options.anneal_schedule == "linear" else annealed(done)
 
     def annealed_noise(self, z: Tensor, batch: Batch, step: int) -> Tensor:
         """z' = sqrt(1 - b^2) z + b xi, [B, C, H, W], at the method's step."""
@@ -92,7 +92,7 @@ class SlimFlow(Method):
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, pairs = self.options, cast(Examples, batch.pairs)
         z, x, cond = cast(Tensor, pairs.noise), pairs.x0, pairs.cond
-        if turn.step < options.reflow_steps:
+        if turn.step < options.reflow_updates:
             t = batch.draws.uniform("time", options.t_min, 1.0)
             loss = reflow_loss(self.student, self.annealed_noise(z, batch, turn.step), x, cond, t)
             return Loss(loss, {"reflow": loss})
@@ -104,5 +104,5 @@ class SlimFlow(Method):
         return Loss(loss, logs)
 
     def after_step(self, turn: Turn) -> None:
-        if turn.step + 1 == self.options.reflow_steps:
+        if turn.step + 1 == self.options.reflow_updates:
             self.roles.become("flow", "student")

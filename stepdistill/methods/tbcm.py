@@ -47,12 +47,12 @@ class TBCM(Method):
         route_shift: float = 2.5  # of the reference route, in flow times
         points: int = 16  # pairs of each trajectory that are learned from; all by default
         huber: float = 0.00054  # c over the square root of the dimension (iCT, 2310.14189)
-        ema: float = 0.0  # decay of the target network; 0: the student itself
+        target_decay: float = 0.0  # decay of the target network; 0: the student itself
 
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.roles, self.options.ema)
+        self.target = Target(self.roles, self.options.target_decay)
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, True, SAMPLER_GRID)

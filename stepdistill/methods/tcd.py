@@ -39,7 +39,7 @@ class TCD(Method):
         grid: int = 50  # times on the path
         skip: int = 1  # grid times a teacher step skips: k = 1000 / 50 = 20 timesteps
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
-        ema: float = 0.95  # decay of the target network; 0: the student itself
+        target_decay: float = 0.95  # decay of the target network; 0: the student itself
         huber: float = 0.001  # c of the pseudo-Huber loss
         gamma: float = (
             0.0  # fresh noise between steps: 0 is what a pipeline does without `eta`; TCD has 0.2 to 0.5
@@ -48,7 +48,7 @@ class TCD(Method):
     options: Options
 
     def setup(self) -> None:
-        self.target = Target(self.roles, self.options.ema)
+        self.target = Target(self.roles, self.options.target_decay)
 
     def sampler(self) -> Sampler:
         table, gamma = isinstance(self.student.path, TablePath), self.options.gamma

@@ -53,9 +53,9 @@ class TSCD(Method):
         grid: int = 40  # times on the path, a multiple of each number of segments
         skip: int = 1  # grid times a teacher step skips, within the segment
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
-        ema: float = 0.95  # decay of the target network; 0: the student itself
+        target_decay: float = 0.95  # decay of the target network; 0: the student itself
         huber: float | None = None  # c of the pseudo-Huber loss per element; null: squared
-        gan_weight: float = 0.0  # of the adversarial term; 0 leaves it out
+        adversarial_weight: float = 0.0  # of the adversarial term; 0 leaves it out
         score_weight: float = 0.0  # of the score term; 0 leaves it out
         critic_segments: int = 2  # both terms act in stages of at most so many segments
         gamma: float = 1.0  # fresh noise between steps on a table, a pipeline's `eta`; renoise=false: 0
@@ -70,8 +70,8 @@ class TSCD(Method):
                 f"options.segments is {list(each)}: they must descend, and each divide options.grid={options.grid}"
             )
         self.early = sum(k > options.critic_segments for k in each) * options.stage_updates
-        self.target = Target(self.roles, options.ema)
-        self.gan = FeatureGan(self.teacher.denoiser) if options.gan_weight else None
+        self.target = Target(self.roles, options.target_decay)
+        self.gan = FeatureGan(self.teacher.denoiser) if options.adversarial_weight else None
         self.fake = self.roles.add("fake", rank=self.options.fake_lora_rank) if options.score_weight else None
 
     def trained(self) -> dict[str, Trained]:
@@ -124,7 +124,7 @@ class TSCD(Method):
             return Loss(loss, logs)
         if self.gan is not None:
             logs["gan"] = generator_loss(self.gan.logits_above(jumped, e, start, cond, batch))
-            loss = loss + options.gan_weight * logs["gan"]
+            loss = loss + options.adversarial_weight * logs["gan"]
         if self.fake is not None:
             x = rollout(self.student, ONE_STEP, batch)
             views = views_of(self.fake, self.teacher, x, batch, options, options.score_scale)

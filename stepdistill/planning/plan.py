@@ -137,7 +137,7 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
     flops = gpus // train.context_parallel * sum(each.share * each.flops for each in seen.updates)
     speeds = {name: speed for name, speed in GPUS.items() if gpu in (None, name)}
     slower = 1.0 if train.precision == "bf16" else 2.0
-    seconds = {name: train.steps * flops * slower / (speed * MFU * gpus) for name, speed in speeds.items()}
+    seconds = {name: train.updates * flops * slower / (speed * MFU * gpus) for name, speed in speeds.items()}
     said = {
         "teacher": recipe.teacher,
         "method": recipe.method,
@@ -148,7 +148,7 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
         "weights": train.weights,
         "optimizer": train.optimizer,
         "checkpointing": train.checkpointing,
-        "steps": train.steps,
+        "updates": train.updates,
         "size": str(seen.size),
     }
     return Plan(

@@ -42,7 +42,7 @@ def table(found: Plan) -> str:
             f"of a sample: {calls}"
         )
     hours = ", ".join(f"{name} {duration(value)}" for name, value in found.hours.items())
-    lines.append(f"{said['steps']:,} steps, if a GPU reaches {MFU:.0%} of its peak (assumed): {hours}")
+    lines.append(f"{said['updates']:,} updates, if a GPU reaches {MFU:.0%} of its peak (assumed): {hours}")
     disk = ", ".join(f"{name} {size / 2**30:,.2f} GiB" for name, size in found.disk.items())
     lines += [f"disk: {disk}", *(f"note: {note}" for note in seen.notes)]
     return "\n".join([*lines, *verdict(found)])

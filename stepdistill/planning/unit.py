@@ -107,7 +107,7 @@ class Unit:
         thousand steps; followers first, as in a run."""
         last: dict[str, Turn] = {}
         count: dict[str, int] = {}
-        steps = min(self.recipe.train.steps, LONGEST)
+        steps = min(self.recipe.train.updates, LONGEST)
         for step in range(steps):
             turn = self.objective.turn(step)
             last[turn.network] = turn

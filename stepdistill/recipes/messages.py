@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
+from stepdistill.recipes.renamed import old_names, todays_name, todays_value
+
 
 def source_prefix(path: str, sources: Mapping[str, str]) -> str:
     """``source: `` of the innermost key at or above ``path`` whose origin is known."""
@@ -34,6 +36,8 @@ def explain(
             text = f"{path} is {problem['input']!r} and should be a section of keys"
         else:
             text = f"{path} is {problem['input']!r} and {_lower(problem['msg'])}"
+            if said := todays_value(problem["input"], problem["msg"]):
+                text += f" {said}"
         # The members of a union report one after the other under one path.
         texts = found.setdefault(path, [])
         texts.append(_lower(problem["msg"]).removeprefix("should be ") if texts else text)
@@ -60,10 +64,13 @@ def _locate(loc: Sequence[int | str], model: type[BaseModel], prefix: str) -> tu
 
 
 def _unknown(path: str, section: type[BaseModel], model: type[BaseModel], prefix: str, owner: str) -> str:
+    if said := todays_name(path, owner):
+        return said
     names = list(section.model_fields)
     parent, _, key = path.rpartition(".")
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? It" if near else "it"
+    old = {name: new for name, new in old_names(parent).items() if new in names}
+    near = difflib.get_close_matches(key, [*names, *old], n=1, cutoff=0.5)
+    hint = f"did you mean {old.get(near[0], near[0])}? It" if near else "it"
     kind = "an option" if prefix else "a key"
     where = owner if section is model else parent
     return f"{path} is not {kind} of {where} ({hint} has: {', '.join(names) or 'none'})"

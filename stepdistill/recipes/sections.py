@@ -39,7 +39,7 @@ class StudentOptions(Section):
             data-free stage that turns the teacher's network (stepdistill/training/output_matching.py); ``auto``: v
             where the teacher says eps and a one-step student is called near pure noise.
         output_samples: of the teacher, on which that stage works.
-        output_steps: its updates.
+        output_updates: its updates.
         output_lr: its learning rate.
     """
 
@@ -49,7 +49,7 @@ class StudentOptions(Section):
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
     output: Literal["auto", "teacher", "v", "x0"] = "auto"
     output_samples: _Positive = 1024
-    output_steps: _Positive = 1000
+    output_updates: _Positive = 1000
     output_lr: Annotated[float, Field(gt=0)] = 1e-4
 
     @model_validator(mode="after")
@@ -98,16 +98,16 @@ class TrainOptions(Section):
     """How it is trained.
 
     Attributes:
-        steps: optimiser steps, over all networks.
-        budget_seconds: training time after which the run ends as if its steps were done, exported and measured, the
+        updates: optimiser updates, over all networks.
+        budget_seconds: training time after which the run ends as if its updates were done, exported and measured, the
             rate where its schedule had it; 0 sets no limit.
-        batch: samples per optimiser step, over all processes and accumulation.
-        accumulate: parts a process works through one after the other to make one optimiser step.
+        batch: samples per update, over all processes and accumulation.
+        accumulate: parts a process works through one after the other to make one update.
         lr: learning rate of the student; a method scales it for its other networks.
-        lr_of: what a step of that rate moves: ``weights``, or ``x0``: the student's rate is then divided by how far its
-            clean sample moves with its output, as root mean square over its times, so that a rate means the same for
-            every output kind (14.6 times as much for one step of an eps network on Stable Diffusion's table as for v).
-        warmup: steps over which the rate rises from 0.
+        lr_of: what an update of that rate moves: ``weights``, or ``x0``: the student's rate is then divided by how far
+            its clean sample moves with its output, as root mean square over its times, so that a rate means the same
+            for every output kind (14.6 times as much for one step of an eps network on Stable Diffusion's table as for v).
+        warmup: updates over which the rate rises from 0.
         schedule: the rate after the warm-up: constant, or falling to 0 as a cosine or a line.
         optimizer: ``adamw``, or ``adafactor``, which holds next to nothing for linear layers and two thirds of a number
             a weight for convolutions of 3x3, or ``adamw8bit``, two bytes a weight (needs bitsandbytes). Neither of them
@@ -115,12 +115,12 @@ class TrainOptions(Section):
         betas: of AdamW.
         weight_decay: of the optimiser.
         clip: largest gradient norm of a network; 0 leaves gradients as they are.
-        ema: decay of the averaged weights per step, in (0, 1); 0 exports the last weights.
-        ema_power: instead of one decay, that of a power-function average: after n updates (1 - 1 / n)^(ema_power + 1)
+        average: decay of the averaged weights per update of the student, in (0, 1); 0 exports the last weights.
+        average_power: instead of one decay, that of a power-function average: after n updates (1 - 1 / n)^(power + 1)
             (Karras et al. 2024, 2312.02696, eq. 127), which forgets the start at the pace at which the run gets longer.
-            16.97 and 6.94 are averages of relative width 0.05 and 0.1; 0 takes ``ema``.
-        ema_device: where the average lies: ``same`` as the weights, or ``cpu``, which spares a GPU four bytes a trained
-            weight, and each update of the student then waits for them to be sent there.
+            16.97 and 6.94 are averages of relative width 0.05 and 0.1; 0 takes ``average``.
+        average_device: where the average lies: ``same`` as the weights, or ``cpu``, which spares a GPU four bytes a
+            trained weight, and each update of the student then waits for them to be sent there.
         seed: of every random number of the run.
         weights: how what is trained is held: ``float32``; ``bf16``, matrices and their gradients in bfloat16, rounded
             stochastically at each update; ``master``, the same with a float32 weight beside each, which is what is
@@ -147,11 +147,11 @@ class TrainOptions(Section):
             blocks once more there (diffusers' gradient checkpointing): less memory for one more forward pass, and the
             same numbers to the last bit, so that a run may be resumed with or without it. Student, followers and
             teacher; not with ``compile``.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: updates between checkpoints.
         keep: newest checkpoints that stay on the disk.
-        sheet_every: steps between contact sheets; 0 draws none.
-        log_every: steps whose numbers are read from the device together, written to stats.jsonl and checked; they are
-            read before every contact sheet and checkpoint, too. Each read waits for a GPU; null is 10 there, and 1 on a
+        preview_every: updates between previews (pictures of the same prompts and seeds); 0 draws none.
+        log_every: updates whose numbers are read from the device together, written to stats.jsonl and checked; they are
+            read before every preview and checkpoint, too. Each read waits for a GPU; null is 10 there, and 1 on a
             CPU.
         parallel: how several processes hold the networks: ``replicated``, each all of them; ``sharded``, each a part of
             every one, the frozen teacher too, which is gathered at each call; ``auto`` is replicated.
@@ -162,7 +162,7 @@ class TrainOptions(Section):
         tracker: an experiment tracker that accelerate knows, such as tensorboard or wandb.
     """
 
-    steps: _Positive = 1000
+    updates: _Positive = 1000
     budget_seconds: Annotated[float, Field(ge=0)] = 0.0
     batch: _Positive = 64
     accumulate: _Positive = 1
@@ -174,9 +174,9 @@ class TrainOptions(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(ge=0)] = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ema_power: Annotated[float, Field(ge=0)] = 0.0
-    ema_device: Literal["same", "cpu"] = "same"
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    average_power: Annotated[float, Field(ge=0)] = 0.0
+    average_device: Literal["same", "cpu"] = "same"
     seed: _NotNegative = 0
     weights: Literal["float32", "bf16", "master"] = "float32"
     precision: Literal["float32", "bf16"] = "float32"
@@ -186,7 +186,7 @@ class TrainOptions(Section):
     checkpointing: bool = False
     checkpoint_every: _Positive = 200
     keep: _Positive = 2
-    sheet_every: _NotNegative = 100
+    preview_every: _NotNegative = 100
     log_every: _Positive | None = None
     parallel: Literal["auto", "replicated", "sharded"] = "auto"
     context_parallel: _Positive = 1
@@ -196,12 +196,12 @@ class TrainOptions(Section):
     def _check(self) -> TrainOptions:
         if self.batch % self.accumulate:
             raise ValueError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
-        if self.ema and self.ema_power:
-            raise ValueError("ema and ema_power are two kinds of one average: set one of them to 0")
-        if self.ema_device == "cpu" and self.parallel == "sharded":
+        if self.average and self.average_power:
+            raise ValueError("average and average_power are two kinds of one average: set one of them to 0")
+        if self.average_device == "cpu" and self.parallel == "sharded":
             raise ValueError(
-                "ema_device is cpu and parallel is sharded, whose parts lie beside their weights: set ema_device to "
-                "same, or parallel to replicated"
+                "average_device is cpu and parallel is sharded, whose parts lie beside their weights: set "
+                "average_device to same, or parallel to replicated"
             )
         if self.optimizer != "adamw" and self.parallel == "sharded":
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
+from stepdistill.errors import UserError
 from stepdistill.system.files import written_whole
 
 STATS = "stats.jsonl"
@@ -108,17 +109,17 @@ class RunLog:
 
     Args:
         folder: run folder; stats.jsonl is appended to, one JSON object a line.
-        total: optimiser steps of the whole run.
-        first: the step this process starts at. Lines of later steps, left by a run that was killed after its last
+        total: updates of the whole run.
+        first: the update this process starts at. Lines of later ones, left by a run that was killed after its last
             checkpoint, are dropped, so that a resumed run's file is that of an unbroken one.
         main: False on every process but the first, where nothing is written or shown.
     """
 
     def __init__(self, folder: Path, total: int, *, first: int = 0, main: bool = True) -> None:
-        self._bar = bar(total, "train", unit="step", first=first, shown=main)
+        self._bar = bar(total, "train", unit="update", first=first, shown=main)
         self._file: TextIO | None = None
         if main:
-            kept = [line for line in read_stats(folder) if line["step"] < first]
+            kept = [line for line in read_stats(folder) if line["update"] < first]
             with written_whole(folder / STATS) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             self._file = (folder / STATS).open("a", encoding="utf-8")
@@ -133,16 +134,16 @@ class RunLog:
         if self._file is not None:
             self._file.close()
 
-    def step(self, step: int, values: Mapping[str, Value], *, shown: tuple[str, ...] = ("loss",)) -> None:
-        """Writes one line for the optimiser step ``step`` (from 0) and moves the bar.
+    def update(self, update: int, values: Mapping[str, Value], *, shown: tuple[str, ...] = ("loss",)) -> None:
+        """Writes one line for the update ``update`` (from 0) and moves the bar.
 
         Args:
-            step: the step that has just ended.
-            values: numbers and texts (such as whose turn it was); not-finite numbers are written as null.
+            update: the one that has just ended.
+            values: numbers and texts (such as the updated network's name); not-finite numbers are written as null.
             shown: the names that stand beside the bar.
         """
         if self._file is not None:
-            line = {"step": step} | {name: _jsonable(value) for name, value in values.items()}
+            line = {"update": update} | {name: _jsonable(value) for name, value in values.items()}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         beside = {name: values[name] for name in shown if name in values}
@@ -161,7 +162,12 @@ def read_stats(folder: Path) -> list[dict[str, Any]]:
         return []
     lines = (folder / STATS).read_text(encoding="utf-8").split("\n")
     # The last piece is empty after a whole line, and half a line after a kill.
-    return [json.loads(line) for line in lines[:-1]]
+    rows = [json.loads(line) for line in lines[:-1]]
+    if rows and "update" not in rows[0]:
+        raise UserError(
+            f"{folder / STATS} has the columns of an earlier version (no `update`): train into a new folder"
+        )
+    return rows
 
 
 def _jsonable(value: Value) -> float | str | list[str] | None:

@@ -106,5 +106,5 @@ def check_heads(objective: Objective) -> None:
     if any(isinstance(module, Discriminator) for module in objective.modules()):
         raise UserError(
             "data.buckets is true, but a discriminator's head is made for one size: leave the GAN out "
-            "(gan_weight=0), or set data.buckets to false"
+            "(options.adversarial_weight=0 and terms.gan_weight=0), or set data.buckets to false"
         )

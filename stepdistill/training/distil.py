@@ -55,7 +55,7 @@ def distill(
         method: a method's name or a path to one, ``./my_method.py``; default the recipe's, dmd without a recipe.
         output: the run folder.
         recipe: a shipped recipe or a YAML file; default the method's quick recipe on the embedded teacher.
-        sets: assignments laid over the recipe, such as ``"train.steps=500"``.
+        sets: assignments laid over the recipe, such as ``"train.updates=500"``.
         resume: go on with the run in ``output``.
 
     Raises:
@@ -128,10 +128,10 @@ def _run(
     from stepdistill.networks.averages import averaged
     from stepdistill.networks.own_call import TEACHER_STEPS
     from stepdistill.training.assemble import assemble, training_data
-    from stepdistill.training.contact_sheets import ContactSheets
     from stepdistill.training.finish import finish
     from stepdistill.training.loop import train
     from stepdistill.training.parallel import parallel_of
+    from stepdistill.training.previews import Previews
     from stepdistill.training.run import check_resume
 
     recipe, place = resolved.recipe, RunFolder(output)
@@ -156,12 +156,12 @@ def _run(
         status.tell("preparing", "reading prompts and images, drawing pairs")
     data = training_data(run, output)
     preview = None
-    if recipe.train.sheet_every and (parallel.main or parallel.calls_together):
+    if recipe.train.preview_every and (parallel.main or parallel.calls_together):
         if status:
             status.tell("preparing", "drawing the teacher's pictures")
         guidance, shown = run.options.guidance, run.shown(16)
         kept = place if parallel.main else None
-        preview = ContactSheets(kept, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
+        preview = Previews(kept, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
     if recipe.train.tracker:
         accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
     trained = train(

@@ -91,7 +91,7 @@ def finish(
             teacher_changes=run.changes,
             verification=str(proof),
             updates=trained.step,
-            updates_planned=recipe.train.steps,
+            updates_planned=recipe.train.updates,
             train_seconds=round(trained.seconds, 1),
             wall_seconds=round(time.perf_counter() - run.began, 1),
             peak_memory_bytes=peak_memory(device),

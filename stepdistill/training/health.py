@@ -20,20 +20,20 @@ def require_finite(numbers: Mapping[str, float], network: str, step: int, last_g
     """Stops the run when the ``loss`` or the ``grad_norm`` of a step is NaN or infinite.
 
     Raises:
-        TrainingDiverged: naming the value, the network, the step and the last good checkpoint.
+        TrainingDiverged: naming the value, the network, the update and the last good checkpoint.
     """
     for name, value in {"loss": numbers["loss"], "gradient": numbers["grad_norm"]}.items():
         if not math.isfinite(value):
             resume = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
             raise TrainingDiverged(
-                f"the {name} of {network} is {value} at step {step}; {resume}. Lower train.lr or train.clip, or set "
+                f"the {name} of {network} is {value} at update {step}; {resume}. Lower train.lr or train.clip, or set "
                 "train.precision=float32"
             )
 
 
 @dataclass(frozen=True)
 class Vitals:
-    """What a contact sheet says about the student, for the same prompts and noises each time.
+    """What a preview says about the student, for the same prompts and noises each time.
 
     Attributes:
         diversity: mean absolute pixel difference between pictures of different prompts, in [0, 1].

@@ -1,6 +1,6 @@
 """train(): the one loop. It knows networks that take turns, and no method's name.
 
-A step is one optimiser update of one network. Weights, optimisers, averages and the method's own state are in the
+A step of the loop is one update of one network. Weights, optimisers, averages and the method's own state are in the
 checkpoint; the batch and every random number follow from (seed, step, sample), so a resumed run continues bit for bit.
 Nothing waits for the device but the read of what the steps told, every ``train.log_every`` of them. Each paragraph says
 which processes take part: what is done by all of them is done in the same order, as some of it waits for the others
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from stepdistill.attention.kernels import attention
 from stepdistill.data.batches import Data
 from stepdistill.errors import UserError
-from stepdistill.losses.objective import Objective
+from stepdistill.losses.objective import Objective, shown_name
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.compiled import compiled, uncompiled
 from stepdistill.recipes.recipe import Recipe
@@ -59,12 +59,12 @@ def train(
         accelerator: device, precision and trackers.
         parallel: how several processes share it; None is one alone.
         resume: go on from the last checkpoint.
-        preview: called every ``sheet_every`` steps with the step and the averaged weights; its numbers are logged, its
-            worries said above the progress bar.
+        preview: called every ``preview_every`` updates with their number and the averaged weights; its numbers are
+            logged, its worries said above the progress bar.
         status: told how far the run is.
 
     Raises:
-        TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` steps
+        TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` updates
             after it and before any checkpoint.
         UserError: when the run cannot be resumed, a checkpoint cannot be written, or a GPU's memory ends.
     """
@@ -87,7 +87,7 @@ def train(
     own = share * options.accumulate
     started = time.perf_counter() - run.seconds
     unread = Unread(parallel, lambda: time.perf_counter() - started, options.log_every)
-    batches = data.batches(range(run.step, options.steps), readers.rank * own, own, options.batch)
+    batches = data.batches(range(run.step, options.updates), readers.rank * own, own, options.batch)
     method = objective.method
     with (
         memory_explained(recipe, folder, accelerator.device),
@@ -95,7 +95,7 @@ def train(
         attention(options.attention, accelerator.device, options.precision),
         method.roles.checkpointed() if options.checkpointing else nullcontext(),
         compiled(method.roles.stored().values(), options.compile, same_sizes=method.same_calls) as begin,
-        RunLog(folder, options.steps, first=run.step, main=parallel.main) as log,
+        RunLog(folder, options.updates, first=run.step, main=parallel.main) as log,
         Interruption() as interruption,
     ):
         while not run.done:
@@ -117,42 +117,43 @@ def train(
 
             # Once in a while, and before whatever must not be made of a step that went wrong: what the steps told
             # (every process, at one step, so that all stop together).
-            sheet = bool(options.sheet_every) and run.step % options.sheet_every == 0
+            previewed = bool(options.preview_every) and run.step % options.preview_every == 0
             due = run.step % options.checkpoint_every == 0
             asked = interruption.asked and parallel.count == 1
-            if not (sheet or due or asked or run.done or run.step % unread.every == 0):
+            if not (previewed or due or asked or run.done or run.step % unread.every == 0):
                 continue
             rows, asked = unread.read(interruption.asked)
             run.seconds = rows[-1].seconds
             for row in rows:
-                require_finite(row.numbers, row.network, row.step, run.last_good)
-                values: dict[str, Value] = {"turn": row.network, **row.numbers, "lr": row.rate}
+                said = shown_name(row.network)
+                require_finite(row.numbers, said, row.step, run.last_good)
+                values: dict[str, Value] = {"network": said, **row.numbers, "lr": row.rate}
                 health = None
 
                 # Pictures (drawn by every process that was given a preview, kept by the main one).
-                if preview and sheet and row is rows[-1]:
+                if preview and previewed and row is rows[-1]:
                     with uncompiled():
                         seen = preview(run.step, run.ema)
                     parallel.let_go()
                     values |= {**seen.numbers, "worries": seen.worries}
                     health = verdict_of(seen.worries)
                     for worry in seen.worries:
-                        log.note(f"step {run.step}: {worry}")
+                        log.note(f"update {run.step}: {worry}")
 
                 # How it goes (the main process).
                 values["seconds"] = row.seconds
-                log.step(row.step, values, shown=("turn", "loss"))
+                log.update(row.step, values, shown=("network", "loss"))
                 if status:
                     status.trained(row.step + 1, row.seconds, health)
                 if options.tracker:
-                    plotted = {f"{row.network}/{k}": v for k, v in values.items() if isinstance(v, float)}
+                    plotted = {f"{said}/{k}": v for k, v in values.items() if isinstance(v, float)}
                     accelerator.log(plotted, step=row.step)
 
             # A checkpoint, now and then and where one was asked to stop (every process: it may hold a part).
             if due or asked or run.done:
                 run.save()
             if asked:
-                log.note(f"stopped after step {step}; --resume goes on from there")
+                log.note(f"stopped after update {step}; --resume goes on from there")
                 raise KeyboardInterrupt
     run.widen()
     return Finished(run.seconds, run.step, run.ema)

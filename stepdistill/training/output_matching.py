@@ -169,7 +169,7 @@ class Matching:
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "guidance": self.guidance,
             "samples": options.output_samples,
-            "steps": options.output_steps,
+            "steps": options.output_updates,
             "lr": options.output_lr,
             "lora": (options.lora_rank, options.lora_alpha, *([START] if options.lora_rank else [])),
             "batch": self.batch,
@@ -237,7 +237,7 @@ def match_output(
         UserError: a damaged or unwritable cache.
         TrainingDiverged: the stage's loss is not finite.
     """
-    folder, steps = cache / matching.key, matching.options.output_steps
+    folder, steps = cache / matching.key, matching.options.output_updates
     copy, trained = matching.network()
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     found = checkpoints_in(folder)

@@ -28,7 +28,7 @@ def write_report(folder: Path, report: RunReport, stats: Sequence[Mapping[str, A
         f"<p>{html.escape(report.summary or '')}</p>",
         embedded_picture(RunFolder(folder).samples.read_bytes(), "samples"),
         _html_table(score_table(report)),
-        *(_curve(stats, turn) for turn in dict.fromkeys(str(row["turn"]) for row in stats)),
+        *(_curve(stats, turn) for turn in dict.fromkeys(str(row["network"]) for row in stats)),
         f"<h2>Run</h2><pre>{html.escape(yaml.safe_dump(facts, sort_keys=False, width=110))}</pre>",
         f"<h2>Recipe</h2><pre>{html.escape((folder / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
     ]
@@ -51,7 +51,9 @@ def _html_table(markdown: str) -> str:
 def _curve(stats: Sequence[Mapping[str, Any]], turn: str, width: int = 520, height: int = 160) -> str:
     """The loss of one network over steps, as inline SVG."""
     rows = [
-        (row["step"], row["loss"]) for row in stats if row["turn"] == turn and row.get("loss") is not None
+        (row["update"], row["loss"])
+        for row in stats
+        if row["network"] == turn and row.get("loss") is not None
     ]
     if len(rows) < 2:
         return ""

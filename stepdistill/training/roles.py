@@ -115,7 +115,7 @@ def _matched(
         )
     train, own = recipe.train, teacher.denoiser.output
     matching = Matching(teacher, output, prompts, options.guidance, recipe.student, train.batch, train.seed)
-    steps, main = recipe.student.output_steps, accelerator.is_main_process
+    steps, main = recipe.student.output_updates, accelerator.is_main_process
     with accelerator.main_process_first():  # the others find it in the cache
         drawn = bar(recipe.student.output_samples, "samples", unit="sample", shown=main, lazy=True)
         shown = bar(steps, f"{own} to {output}", unit="update", shown=main, lazy=True)

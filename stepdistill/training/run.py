@@ -1,4 +1,4 @@
-"""The state of a run between two steps, and how it is saved and restored."""
+"""The state of a run between two updates, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+from pydantic import ValidationError
 
 from stepdistill.diffusion.philox import NAME
 from stepdistill.errors import UserError
@@ -36,7 +37,7 @@ class Finished:
 
     Attributes:
         seconds: time in the loop, over all resumes.
-        step: optimiser steps done.
+        step: updates done.
         ema: the student's averaged weights, or None.
     """
 
@@ -46,7 +47,7 @@ class Finished:
 
 
 class Run:
-    """The state of a run between two steps, and how it is saved and restored.
+    """The state of a run between two updates, and how it is saved and restored.
 
     Args:
         objective: what is trained.
@@ -76,11 +77,11 @@ class Run:
         self.weights = in_training(objective, options)
         self.optimizers = {name: each.optimizer for name, each in self.weights.items()}
         self.roles = objective.method.roles
-        averaged = options.ema or options.ema_power
+        averaged = options.average or options.average_power
         weights = self.roles.weights(objective.trained[objective.averaged].role or "")
         exact = {name: self.weights[objective.averaged].exact(value) for name, value in weights.items()}
-        place = torch.device("cpu") if options.ema_device == "cpu" else None
-        self.ema = Ema(weights, options.ema, options.ema_power, exact, place) if averaged else None
+        place = torch.device("cpu") if options.average_device == "cpu" else None
+        self.ema = Ema(weights, options.average, options.average_power, exact, place) if averaged else None
         # The teacher's own weights are no part of it.
         self.parts: dict[str, Part] = {"roles": self.roles}
         for part, module in (("method", objective.method), ("terms", objective.terms)):
@@ -96,9 +97,9 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are done, or the time for them is spent."""
+        """Whether all updates are done, or the time for them is spent."""
         budget = self.options.budget_seconds
-        return self.step >= self.options.steps or 0 < budget <= self.seconds
+        return self.step >= self.options.updates or 0 < budget <= self.seconds
 
     def save(self) -> None:
         """Writes a checkpoint: the main process all of it, or every process what it holds."""
@@ -186,7 +187,13 @@ def check_resume(
             f"than {NAME}, so it would not go on bit for bit: finish it with the version that began it, or train into "
             "another --output"
         )
-    made_with = Recipe.model_validate(state["recipe"])
+    try:
+        made_with = Recipe.model_validate(state["recipe"])
+    except ValidationError:
+        raise UserError(
+            f"--resume: the recipe in {found[-1]} is that of an earlier version, whose keys have other names: finish "
+            "it with the version that began it, or train into another --output"
+        ) from None
     changed = differences(identity(made_with), identity(recipe))
     if changed:
         raise UserError(

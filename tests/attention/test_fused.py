@@ -376,7 +376,7 @@ def test_scm_with_the_exact_derivative_through_fused_attention_is_that_of_the_pl
     teacher = teacher_of("dit")
     student = Student.from_teacher(teacher)
     differences, method = (
-        SCM(Copies(teacher, student), (1.0,), SCM.Options(guidance=2.0, warmup=0, derivative=way))
+        SCM(Copies(teacher, student), (1.0,), SCM.Options(guidance=2.0, tangent_warmup=0, derivative=way))
         for way in ("difference", "exact")
     )
     assert takes_exact(method) and not takes_exact(differences)

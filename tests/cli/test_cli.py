@@ -69,7 +69,7 @@ def test_help_names_every_verb_and_imports_neither_torch_nor_pydantic(tmp_path: 
         ),
         (
             ["--method", "dmd", "--set", "train.step=3"],
-            "--set: train.step is not a key of train (did you mean steps? ",
+            "--set: train.step is not a key of train (did you mean updates? ",
         ),
         (
             ["--method", "dmd", "--set", "options.guidanc=3"],
@@ -187,11 +187,11 @@ def test_stats_of_a_resumed_run_are_those_of_an_unbroken_one(tmp_path: Path) -> 
         for first, last in spans:
             with RunLog(folder, 6, first=first) as log:
                 for step in range(first, last):
-                    log.step(step, {"turn": "student", "loss": 1 / (step + 1)})
+                    log.update(step, {"network": "student", "loss": 1 / (step + 1)})
         if folder == broken:
             assert read_stats(folder)[2]["loss"] == 1 / 3
     assert (whole / "stats.jsonl").read_bytes() == (broken / "stats.jsonl").read_bytes()
-    assert [line["step"] for line in read_stats(whole)] == list(range(6))
+    assert [line["update"] for line in read_stats(whole)] == list(range(6))
     with (whole / "stats.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
     assert len(read_stats(whole)) == 6

@@ -222,7 +222,7 @@ def test_runs_that_fail_stop_and_go_on(
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(suite))
     recipe = {"teacher": "emoji", "method": "diff_instruct", "options": {"guidance": 2.5}, "evaluate": "small.yaml",
               "student": {"output": "teacher"}, "data": {"prompts": "prompts.txt"},
-              "train": {"steps": 100000, "batch": 2, "sheet_every": 0}}  # fmt: skip
+              "train": {"updates": 100000, "batch": 2, "preview_every": 0}}  # fmt: skip
     (tmp_path / "prompts.txt").write_text("red heart\na fish\nthumbs up\na cat\n")
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe))

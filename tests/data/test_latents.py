@@ -208,14 +208,20 @@ def test_batches_of_buckets_say_their_size_and_do_not_depend_on_the_split(folder
     )
 
 
-IMAGES = ["options.source=images", "options.grid=10", "train.steps=3", "train.batch=2", "train.sheet_every=0"]
+IMAGES = [
+    "options.source=images",
+    "options.grid=10",
+    "train.updates=3",
+    "train.batch=2",
+    "train.preview_every=0",
+]
 
 
 def test_a_run_learns_from_buckets(folder: Path, tmp_path: Path) -> None:
     """The shape is that of the update's bucket."""
     (tmp_path / "p.txt").write_text("a fish\na star\n")
     sets = [*IMAGES, f"data.prompts={tmp_path / 'p.txt'}", f"data.images={folder}", "data.buckets=true"]
-    recipe = load_recipe(None, method="lcm", sets=[*sets, "train.steps=6", "options.guidance=3"])
+    recipe = load_recipe(None, method="lcm", sets=[*sets, "train.updates=6", "options.guidance=3"])
     job = assemble(resolve(recipe), accelerator := Accelerator(cpu=True), tiny_pipeline("sdxl"))
     data, shapes = training_data(job, tmp_path), list[tuple[int, ...]]()
     loss = job.method.loss

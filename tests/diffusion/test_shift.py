@@ -189,7 +189,7 @@ def test_scores_the_follower_and_the_gan_are_read_at_shifted_times() -> None:
             method = find_method("pcm")(
                 Copies(teacher, toy_student(Perceptron(), path, "velocity")),
                 (1.0, 0.5),
-                find_method("pcm").Options(gan_weight=1.0, guidance=1.0),
+                find_method("pcm").Options(adversarial_weight=1.0, guidance=1.0),
             )
             method.gan.for_generator(x, batch)  # type: ignore[union-attr,operator]
         found[s] = torch.stack([views.t, *seen[2:]])

@@ -121,8 +121,8 @@ def test_four_steps_of_scm_and_of_lcm_are_proven(rank: int, tmp_path: Path) -> N
     method = "lcm" if rank else "scm"
     (tmp_path / "prompts.txt").write_text("a red heart\nblue fish\n")
     sets = [
-        *(f"student.lora_rank={rank}", "train.lr=1e-2", "train.batch=1", "train.sheet_every=0"),
-        *("train.steps=2", "train.ema=0", "evaluate=false", "student.times=[1.0,0.75,0.5,0.25]"),
+        *(f"student.lora_rank={rank}", "train.lr=1e-2", "train.batch=1", "train.preview_every=0"),
+        *("train.updates=2", "train.average=0", "evaluate=false", "student.times=[1.0,0.75,0.5,0.25]"),
         *("options.pairs=2", "options.pair_steps=2", "options.guidance=4.5", "data.size=[32, 64]"),
         f"data.prompts={tmp_path / 'prompts.txt'}",
     ]

@@ -114,10 +114,10 @@ def test_a_slim_student_is_a_stock_folder(name: str, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\ndog\ncat face\nsun\n")
     sets = [
-        *("train.batch=4", "train.checkpoint_every=2", "train.sheet_every=0", "evaluate=false"),
-        *("options.pairs=4", "options.pair_steps=2", "options.reflow_steps=2", "options.width=0.5"),
+        *("train.batch=4", "train.checkpoint_every=2", "train.preview_every=0", "evaluate=false"),
+        *("options.pairs=4", "options.pair_steps=2", "options.reflow_updates=2", "options.width=0.5"),
         *([f"data.prompts={prompts}"] if name == "sd" else []),
-        "train.steps=4",
+        "train.updates=4",
     ]
     teacher = tiny_pipeline(name)
     run = stepdistill.distill(teacher, "slimflow", tmp_path / "run", sets=sets)

@@ -133,8 +133,14 @@ def run_of(method: str, rank: int, folder: Path, *more: str) -> Trained:
     folder.mkdir()
     (folder / "prompts.txt").write_text("a red heart\nblue fish\n")
     sets = [
-        *(f"student.lora_rank={rank}", "train.lr=1e-2", "train.batch=1", "train.sheet_every=0"),
-        *("train.steps=4", "train.checkpoint_every=2", "train.ema=0", "options.guidance=2", "evaluate=false"),
+        *(f"student.lora_rank={rank}", "train.lr=1e-2", "train.batch=1", "train.preview_every=0"),
+        *(
+            "train.updates=4",
+            "train.checkpoint_every=2",
+            "train.average=0",
+            "options.guidance=2",
+            "evaluate=false",
+        ),
         f"data.prompts={folder / 'prompts.txt'}",
         f"data.size={[SIZE.height, SIZE.width, SIZE.frames]}",
     ]
@@ -147,7 +153,7 @@ def test_a_phased_student_is_a_wan_pipeline_that_switches_where_its_phases_meet(
     rank: int, tmp_path: Path
 ) -> None:
     """Of stock classes alone, proven in a fresh process; the run resumes bit for bit; adapters load one by one."""
-    phases = ("options.phase_updates=1", "options.fake_steps=1", "options.guidance_2=1.5")
+    phases = ("options.phase_updates=1", "options.fake_updates=1", "options.guidance_2=1.5")
     run = run_of("phased_dmd", rank, tmp_path / "run", *phases, "train.keep=5")
     job = run.job
     student = tmp_path / "student"
@@ -195,7 +201,7 @@ def test_a_phased_student_is_a_wan_pipeline_that_switches_where_its_phases_meet(
 @pytest.mark.parametrize(("method", "rank"), [("dmd", 2), ("lcm", 0)])
 def test_a_student_of_another_method_switches_as_its_teacher(method: str, rank: int, tmp_path: Path) -> None:
     quick = {
-        "dmd": ("options.fake_steps=1", "options.fake_warm_start=0"),
+        "dmd": ("options.fake_updates=1", "options.fake_warm_start=0"),
         "lcm": ("options.pairs=2", "options.pair_steps=2", "options.grid=20"),
     }[method]
     job = run_of(method, rank, tmp_path / "run", *quick, f"student.times={list(FOUR)}").job
@@ -208,7 +214,7 @@ def test_a_student_of_another_method_switches_as_its_teacher(method: str, rank: 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_generator_of_one_step_is_one_network(rank: int, tmp_path: Path) -> None:
-    quick = ("options.fake_steps=1", "options.fake_warm_start=0", "student.times=[1.0]", "train.steps=2")
+    quick = ("options.fake_updates=1", "options.fake_warm_start=0", "student.times=[1.0]", "train.updates=2")
     job = run_of("dmd", rank, tmp_path / "run", *quick).job
     assert isinstance(job.student.net, SwitchedNetworks) == bool(rank)  # adapters lie on both
     check_export(job.student, job.sampler, job.teacher, "a red heart")

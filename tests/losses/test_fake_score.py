@@ -94,7 +94,7 @@ def test_without_guidance_a_teacher_needs_no_unconditional_mode(teacher_of):
 
 
 def test_without_fake_steps_every_turn_is_the_students():
-    assert {turn_at(step, FakeScoreOptions(fake_steps=0), 0) for step in range(4)} == {"student"}
+    assert {turn_at(step, FakeScoreOptions(fake_updates=0), 0) for step in range(4)} == {"student"}
 
 
 # --- every method of the family ----------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_with_eps_heads_on_a_table_the_gradient_of_a_mean_shift_is_the_closed_fo
         DMD: e / size, FDistill: e / size, DiffInstruct: e, SiD: e * part / size,
         SIM: 2 * e * part / (2 * e**2 + c**2).sqrt(), PhasedDMD: (alpha / sigma) ** 2 * e,
     }[kind]  # fmt: skip
-    turn = method.turn(method.options.fake_steps).network
+    turn = method.turn(method.options.fake_updates).network
     net = modules_of(method)[turn].net
     loss_of(method, turn, batch)[0].backward()
     assert float(net.shift.grad) == pytest.approx(float(expected.mean()), rel=2e-3)
@@ -164,7 +164,7 @@ def test_guidance_moves_the_fixed_point_and_score_guidance_goes_first(kind, opti
     sizes = []
     for method in (there, away):
         batch = toy_batch(16)
-        logs = loss_of(method, method.turn(method.options.fake_steps).network, batch)[1]
+        logs = loss_of(method, method.turn(method.options.fake_updates).network, batch)[1]
         sizes.append(float(logs["error" if "error" in logs else "field"]))
     assert sizes[0] < 1e-4 and sizes[1] > 1e-2, sizes
 
@@ -181,9 +181,9 @@ def perceptrons(kind, times=(1.0, 0.5), **options):
 
 
 WEIGHTS = [
-    *((kind, "student", "gan_weight", "gan", 0.0) for kind in FAMILY[:-1]),
-    *((kind, "student", "regression_weight", "regression", 0.0) for kind in FAMILY[:-1]),
-    *((kind, "fake", "gan_fake_weight", "discriminator", 0.0) for kind in FAMILY[:-1]),
+    *((kind, "student", "adversarial_weight", "gan", 0.0) for kind in FAMILY[:-1]),
+    *((kind, "student", "pair_weight", "regression", 0.0) for kind in FAMILY[:-1]),
+    *((kind, "fake", "discriminator_weight", "discriminator", 0.0) for kind in FAMILY[:-1]),
     (DMD, "student", "first_step_weight", "first_step", 0.1),
 ]
 
@@ -192,7 +192,7 @@ WEIGHTS = [
 def test_a_weight_is_what_its_term_is_multiplied_by(kind, turn, option, term, low):
     """loss(w = a) - loss(w = b) = (a - b) term on one batch, and so are the gradients."""
     high, batch = 0.7, full_batch()
-    more = {"gan_weight": 0.2} if option == "gan_fake_weight" else {}
+    more = {"adversarial_weight": 0.2} if option == "discriminator_weight" else {}
     losses, logs, gradients = [], {}, []
     for weight in (low, high):
         method = perceptrons(kind, **{**more, option: weight})

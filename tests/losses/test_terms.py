@@ -346,7 +346,7 @@ def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
     expert's. A GAN, which would have none in an early expert, is refused."""
     times = (1.0, 0.75, 0.5, 0.25)
     kind = find_method("phased_dmd")
-    options = kind.Options(phase_updates=1, fake_steps=1)
+    options = kind.Options(phase_updates=1, fake_updates=1)
 
     def experts():
         teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
@@ -373,10 +373,10 @@ def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
 
 def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
     sets = [
-        f"data.prompts={HERE / 'prompts.txt'}", "train.steps=4", "train.batch=4", "train.sheet_every=0",
+        f"data.prompts={HERE / 'prompts.txt'}", "train.updates=4", "train.batch=4", "train.preview_every=0",
         "options.pairs=8", "options.pair_steps=4", "options.guidance=2.0", "student.times=[1.0, 0.5]", "evaluate=false",
         "terms.regression_weight=0.1", "terms.perceptual_weight=0.1", "terms.gan_weight=0.01",
-        "terms.reward_weight=0.01", "train.ema_power=6.94",
+        "terms.reward_weight=0.01", "train.average_power=6.94",
     ]  # fmt: skip
     accelerator = Accelerator(cpu=True)
     job = assemble(resolve(load_recipe(HERE / "empty.yaml", method="lcm", sets=sets)), accelerator, None)
@@ -384,7 +384,7 @@ def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
     before = {name: value.clone() for name, value in job.teacher.denoiser.net.state_dict().items()}
     trained = train(job.objective, training_data(job, tmp_path), job.recipe, tmp_path, accelerator)
     rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
-    assert [row["turn"] for row in rows] == ["term gan", "student"] * 2
+    assert [row["network"] for row in rows] == ["gan discriminator", "student"] * 2
     assert {"term regression", "term perceptual", "term gan", "term reward"} <= set(rows[1])
     assert 0 < rows[1]["term perceptual"] < 4 and -1 < rows[1]["term reward"] < 1
     after = job.teacher.denoiser.net.state_dict()

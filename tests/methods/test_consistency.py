@@ -60,7 +60,7 @@ def test_distillation_and_training_have_one_expected_gradient_for_a_linear_f():
     path, gradients = FlowPath(), {}
     for solver in ("ddim", "none"):
         method = consistency(
-            path, GaussianMap(path, MU, S), solver=solver, grid=80, rho=3.0, huber=None, ema=0.0
+            path, GaussianMap(path, MU, S), solver=solver, grid=80, rho=3.0, huber=None, target_decay=0.0
         )
         with torch.no_grad():
             method.student.net.deviation.add_(0.2)
@@ -131,7 +131,7 @@ def test_the_schedule_of_ect():
     """Stage 0: r = 0 for small t and t / 2 for large; stage 7: r / t = 0.996 (card 2.3)."""
     path = EDMPath()
     method = consistency(
-        path, GaussianMap(path, MU, S), schedule="ect", double_every=100, log_mean=0.0, log_deviation=3.0
+        path, GaussianMap(path, MU, S), curriculum="ect", double_every=100, log_mean=0.0, log_deviation=3.0
     )
     t, r = method.levels(data_batch(2000, step=0), 0)
     assert bool((r >= 0).all()) and bool((r < t).all())
@@ -159,7 +159,7 @@ def test_levels_of_ect_keep_within_the_path():
     """From twice the boundary's level, so that a lower one is left, to pure noise, where a share of samples is put."""
     path = table_path()
     method = consistency(
-        path, GaussianMap(path, MU, S), schedule="ect", log_mean=0.0, log_deviation=6.0, noise_share=0.25
+        path, GaussianMap(path, MU, S), curriculum="ect", log_mean=0.0, log_deviation=6.0, noise_share=0.25
     )
     upper, lower = method.levels(data_batch(4000), 0)
     assert method.low > 0
@@ -184,7 +184,7 @@ def test_without_a_weight_the_loss_is_the_mean_square_of_the_residual():
 def test_ect_with_the_whole_gap_is_the_denoising_loss():
     path = FlowPath()
     method = consistency(
-        path, Perceptron(), schedule="ect", solver="none", q=1e-6, huber=None, ema=0.0, weight=True
+        path, Perceptron(), curriculum="ect", solver="none", q=1e-6, huber=None, target_decay=0.0, weight=True
     )
     batch = data_batch()
     upper, lower = method.levels(batch, 0)
@@ -202,7 +202,7 @@ def test_weighted_training_residuals_do_not_depend_on_the_grid():
     path, losses = TrigPath(), []
     for grid in (160, 320):
         method = consistency(
-            path, Gaussian(path, MU, S), grid=grid, huber=0.0, weight=True, ema=0.0, law="lognormal"
+            path, Gaussian(path, MU, S), grid=grid, huber=0.0, weight=True, target_decay=0.0, law="lognormal"
         )
         losses.append(float(loss_of(method, "student", data_batch(2000))[0].detach()))
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
@@ -245,22 +245,22 @@ def test_target_is_an_average_or_the_student_without_gradient():
     assert roles.names == ("student", "target")
     # The gradient with the student as its own target is that with the target as a fixed copy.
     gradients = []
-    for ema in (0.0, 0.5):
-        method = consistency(path, Gaussian(path, MU, S), ema=ema)
+    for decay in (0.0, 0.5):
+        method = consistency(path, Gaussian(path, MU, S), target_decay=decay)
         loss_of(method, "student", data_batch())[0].backward()
         gradients.append(method.student.net.deviation.grad)
         assert method.teacher.denoiser.net.mean.grad is None
     assert torch.equal(*gradients)
 
 
-NARROW = {"sigma_max": 10.0, "log_mean": 0.0, "log_deviation": 1.2, "ema": 0.0, "weight": True}
+NARROW = {"sigma_max": 10.0, "log_mean": 0.0, "log_deviation": 1.2, "target_decay": 0.0, "weight": True}
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {**NARROW, "schedule": "ect", "double_every": 100, "solver": "ddim"},
+        {**NARROW, "curriculum": "ect", "double_every": 100, "solver": "ddim"},
         {
             **NARROW,
             "sigma_min": 0.02,

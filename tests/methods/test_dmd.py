@@ -148,7 +148,7 @@ def test_constant_logits_of_zero():
 def gan_method(times=(1.0, 0.75, 0.5, 0.25)):
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
-    options = DMD.Options(gan_weight=0.1, regression_weight=0.25, fake_steps=2)
+    options = DMD.Options(adversarial_weight=0.1, pair_weight=0.25, fake_updates=2)
     return DMD(Copies(teacher, toy_student(Perceptron(seed=1), path, "velocity")), times, options)
 
 
@@ -209,9 +209,9 @@ def test_rollout_meets_the_states_of_the_sampler():
 
 
 def test_turns_follow_the_two_time_scales():
-    """fake_steps fake updates for each of the student's, after the warm starts."""
+    """fake_updates fake updates for each of the student's, after the warm starts."""
     path = FlowPath()
-    options = DMD.Options(fake_steps=4, warm_start=3, fake_warm_start=2)
+    options = DMD.Options(fake_updates=4, warm_start=3, fake_warm_start=2)
     method = DMD(
         Copies(ToyTeacher(Affine(0.0, 1.0), path), toy_student(Affine(0.0, 1.0), path)), (1.0,), options
     )
@@ -226,7 +226,7 @@ def test_gradient_flow_brings_a_gaussian_student_home():
     """A few hundred alternating updates of exact Gaussian students: mean and deviation come within 0.04."""
     path = FlowPath()
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
-    method = DMD(Copies(teacher, toy_student(Affine(-0.5, 0.3), path)), (1.0,), DMD.Options(fake_steps=5))
+    method = DMD(Copies(teacher, toy_student(Affine(-0.5, 0.3), path)), (1.0,), DMD.Options(fake_updates=5))
     method.fake.net = Gaussian(path, MU, S).requires_grad_(True)
     optimizers = {
         name: torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.5, 0.9))

@@ -78,8 +78,8 @@ def full_batch(count=16, step=5):
 @pytest.mark.parametrize("turn", ["student", "fake"])
 def test_the_reverse_kl_is_dmd_with_a_gan(turn):
     """h = 1: loss and gradients equal DMD's bit for bit, also after updates of the running means."""
-    ours = perceptrons(FDistill, divergence="reverse_kl", gan_weight=0.1)
-    dmd = perceptrons(DMD, gan_weight=0.1)
+    ours = perceptrons(FDistill, divergence="reverse_kl", adversarial_weight=0.1)
+    dmd = perceptrons(DMD, adversarial_weight=0.1)
     for step in range(3):
         batch = full_batch(step=step)
         one, other = loss_of(ours, turn, batch)[0], loss_of(dmd, turn, batch)[0]
@@ -221,7 +221,7 @@ def gaussian_method(**options):
 
 def test_the_logit_learns_the_density_ratio():
     """Of a student that stands still, against log p_data(x_t) / p_student(x_t) in closed form at t = 0.7."""
-    method = gaussian_method(gan_fake_weight=1.0)
+    method = gaussian_method(discriminator_weight=1.0)
     parameters = list(modules_of(method)["fake"].parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.01, betas=(0.5, 0.9))
     generator = torch.Generator().manual_seed(1)
@@ -249,7 +249,7 @@ def test_the_logit_learns_the_density_ratio():
 @pytest.mark.parametrize("divergence", ["js", "forward_kl"])
 def test_training_brings_a_gaussian_student_home(divergence):
     """All networks learning, the ratio from the discriminator: mean and deviation close more than half their gaps."""
-    method = gaussian_method(divergence=divergence, fake_steps=2, gan_fake_weight=1.0)
+    method = gaussian_method(divergence=divergence, fake_updates=2, discriminator_weight=1.0)
     trained = {name: list(net.parameters()) for name, net in modules_of(method).items()}
     optimizers = {k: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9)) for k, p in trained.items()}
     generator = torch.Generator().manual_seed(1)

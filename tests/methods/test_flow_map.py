@@ -46,7 +46,7 @@ def flow_map(
     # Jumps to data are closed by the teacher's mean, off by what the last bit of a trajectory bends: in proportion to
     # time_min.
     chosen = FlowMap.Options.model_validate(
-        {"guidance": 1.0, "warmup": 0, "power": 0.0, "time_min": 1e-3, **options}
+        {"guidance": 1.0, "tangent_warmup": 0, "power": 0.0, "time_min": 1e-3, **options}
     )
     return FlowMap(Copies(ToyTeacher(Gaussian(path, MU, deviation), path), student), (1.0,), chosen)
 
@@ -191,12 +191,12 @@ def test_a_leg_by_the_teacher_is_right_at_the_exact_map_and_ties_the_semigroup_t
 @pytest.mark.parametrize("objective", ["lagrangian", "eulerian", "semigroup"])
 def test_a_warm_start_goes_on_with_the_whole_derivative(objective: str) -> None:
     """Its end, here the exact map, is not drawn back to the velocity; without one the derivative fades in."""
-    warm = flow_map(objective=objective, warm_start=10, warmup=None, same=0.0)
+    warm = flow_map(objective=objective, warm_start=10, tangent_warmup=None, same=0.0)
     assert [warm.share(step) for step in (10, 11, 5000)] == [1, 1, 1]
     batch = data(step=10)
     assert float(loss_of(warm, "student", batch)[1]["residual"]) < 1e-4
-    assert [flow_map(warmup=None).share(step) for step in (0, 500, 4000)] == [0, 0.25, 1]
-    assert [flow_map(warm_start=10, warmup=100).share(step) for step in (10, 60)] == [0, 0.5]
+    assert [flow_map(tangent_warmup=None).share(step) for step in (0, 500, 4000)] == [0, 0.25, 1]
+    assert [flow_map(warm_start=10, tangent_warmup=100).share(step) for step in (10, 60)] == [0, 0.5]
 
 
 def shaken(objective: str) -> FlowMap:
@@ -273,7 +273,13 @@ def test_its_own_samples_serve_as_data(objective: str) -> None:
 def test_one_step_moves_from_the_teachers_mean_to_the_trajectories_end(objective: str, steps: int) -> None:
     """The Eulerian objective is MeanFlow's, and is shown to learn there."""
     options = FlowMap.Options.model_validate(
-        {"guidance": 1.0, "warmup": 0, "source": "images", "objective": objective, "derivative": "difference"}
+        {
+            "guidance": 1.0,
+            "tangent_warmup": 0,
+            "source": "images",
+            "objective": objective,
+            "derivative": "difference",
+        }
     )
     start, end = errors(from_the_teacher(FlowMap, options), steps)
     assert end < 0.5 * start, (start, end)

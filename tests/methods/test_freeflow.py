@@ -329,8 +329,8 @@ def test_it_trains_with_no_data_to_load_and_the_network_unplugged(
         method=method,
         sets=[
             f"data.prompts={here / 'prompts.txt'}", f"data.images={tmp_path}/absent",
-            f"data.pairs={tmp_path}/absent", "train.steps=6", "train.batch=4",
-            "train.sheet_every=0", "train.checkpoint_every=6", "train.lr=1e-4", "options.guidance=2.0",
+            f"data.pairs={tmp_path}/absent", "train.updates=6", "train.batch=4",
+            "train.preview_every=0", "train.checkpoint_every=6", "train.lr=1e-4", "options.guidance=2.0",
             "evaluate=false",
         ],
     )  # fmt: skip

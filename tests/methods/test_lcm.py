@@ -162,7 +162,7 @@ def test_guidance_is_folded_into_the_ode(guidance):
 
 def test_target_follows_by_its_decay():
     path = FlowPath()
-    method = lcm(path, GaussianMap(path, MU, S), ema=0.9)
+    method = lcm(path, GaussianMap(path, MU, S), target_decay=0.9)
     with torch.no_grad():
         method.student.net.mean.fill_(MU + 1)
     method.after_step(method.turn(0))

@@ -21,7 +21,7 @@ def meanflow(path=None, net=None, **options):
     teacher = ToyTeacher(Gaussian(path, MU, C), path)
     output = "velocity" if isinstance(path, FlowPath) else "x0"
     net = net or (GaussianFlowMap(MU, C) if output == "velocity" else OnPath(path))
-    chosen = {"warmup": 0, **options}
+    chosen = {"tangent_warmup": 0, **options}
     return MeanFlow(Copies(teacher, toy_student(net, path, output)), (1.0,), MeanFlow.Options(**chosen))
 
 
@@ -59,7 +59,7 @@ def test_the_residual_is_the_errors_root_mean_square():
 
 def test_without_the_derivative_it_is_velocity_matching():
     """At the first step of a warm-up, and where s = t, the target is v itself."""
-    for options in ({"warmup": 10}, {"same": 1.0}):
+    for options in ({"tangent_warmup": 10}, {"same": 1.0}):
         method = meanflow(power=0.0, **options)
         batch = data()
         with torch.no_grad():
@@ -87,7 +87,7 @@ def test_the_guided_map_is_learnt():
     method = MeanFlow(
         Copies(teacher, toy_student(net, path, "velocity")),
         (1.0,),
-        MeanFlow.Options(guidance=3.0, warmup=0, power=0.0),
+        MeanFlow.Options(guidance=3.0, tangent_warmup=0, power=0.0),
     )
     assert float(loss_of(method, "student", data())[1]["residual"]) < 1e-4
 
@@ -106,7 +106,7 @@ def test_jumps_go_towards_data_in_the_shares_that_were_asked():
 def test_one_step_moves_from_the_teachers_mean_to_the_trajectories_end():
     """One step of teacher weights gives the mean; training moves it to mu + c z."""
     options = MeanFlow.Options(
-        guidance=1.0, warmup=0, source="images", derivative="difference", derivative_step=0.1
+        guidance=1.0, tangent_warmup=0, source="images", derivative="difference", derivative_step=0.1
     )
     start, end = errors(from_the_teacher(MeanFlow, options), steps=600)
     assert end < 0.5 * start, (start, end)

@@ -19,10 +19,10 @@ from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods import method_names
 
 # The fake network must keep up with a student that leaves a point within some hundred updates.
-FOLLOW = {"fake_steps": 2, "fake_lr_ratio": 2.0}
+FOLLOW = {"fake_updates": 2, "fake_lr_ratio": 2.0}
 # Short runs: fewer and longer jumps of the teacher, a target close to the student, and every fourth sample where
 # drawings start. Differences are cheaper than the exact derivative, and a wide one is smooth.
-JUMPS = {"grid": 16, "ema": 0.5, "noise_share": 0.25}
+JUMPS = {"grid": 16, "target_decay": 0.5, "noise_share": 0.25}
 SMOOTH = {"derivative": "difference", "derivative_step": 0.05}
 
 TWO = (1.0, 0.5)
@@ -31,23 +31,27 @@ SETTINGS = {
     "diff_instruct": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "dmd": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "f_distill": Setting(options=FOLLOW, steps=1200, lr=7e-3),
-    "flow_map": Setting(options={"warmup": 0, **SMOOTH}, lr=1e-2),
+    "flow_map": Setting(options={"tangent_warmup": 0, **SMOOTH}, lr=1e-2),
     "freeflow": Setting(options=SMOOTH, steps=400),
-    "instaflow": Setting(options={"reflow_steps": 150, "l2_steps": 100, "flow_steps": 8}),
+    "instaflow": Setting(options={"reflow_updates": 150, "l2_updates": 100, "flow_steps": 8}),
     "lcm": Setting(options={"huber": 0.03, **JUMPS}),
-    "meanflow": Setting(options={"warmup": 100, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2),
+    "meanflow": Setting(
+        options={"tangent_warmup": 100, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2
+    ),
     "pcm": Setting(TWO, {"grid": 16, "start_share": 0.25, "huber": 0.03}, steps=400),
     # The plain KL weighs low noise by 1 / sigma^2, which short runs do better without.
     "phased_dmd": Setting(
         (1.0, 0.75), {**FOLLOW, "phase_updates": 80, "score_times": (0.1, 0.98)}, steps=1200, lr=7e-3
     ),
-    "reflow": Setting(options={"reflow_steps": 200}),
+    "reflow": Setting(options={"reflow_updates": 200}),
     "rfpp": Setting(),
-    "scm": Setting(options={"warmup": 50, "adaptive": False, "noise_share": 0.25, **SMOOTH}, steps=400),
+    "scm": Setting(
+        options={"tangent_warmup": 50, "adaptive": False, "noise_share": 0.25, **SMOOTH}, steps=400
+    ),
     # Alpha above 1 goes up the squared gap of the scores, and runs away where the fake one lags behind.
     "sid": Setting(options={**FOLLOW, "alpha": 1.0}, steps=1200, lr=7e-3),
     "sim": Setting(options=FOLLOW, steps=1200, lr=7e-3),
-    "slimflow": Setting(options={"width": 0.5, "reflow_steps": 300}, steps=600, lr=1e-2),
+    "slimflow": Setting(options={"width": 0.5, "reflow_updates": 300}, steps=600, lr=1e-2),
     "tbcm": Setting(options={"route": 8, "points": 4, "huber": 0.03}),
     "tcd": Setting(TWO, {"huber": 0.03, **JUMPS}, steps=500),
     "tscd": Setting(TWO, {"stage_updates": 100, **JUMPS}, steps=500),
@@ -55,7 +59,7 @@ SETTINGS = {
 
 
 # An eps network's x0 is fourteen times as nervous at pure noise: a smaller rate, and a fake network that keeps up.
-EPS: dict[str, Any] = {"options": {"fake_steps": 2, "fake_lr_ratio": 3.0}, "steps": 600, "lr": 1e-3}
+EPS: dict[str, Any] = {"options": {"fake_updates": 2, "fake_lr_ratio": 3.0}, "steps": 600, "lr": 1e-3}
 ON_TABLE = {
     "diff_instruct": Setting(**{**EPS, "steps": 900, "lr": 2e-3}),
     "dmd": Setting(**EPS),
@@ -100,7 +104,7 @@ def test_the_same_training_up_the_loss_does_not(name: str) -> None:
 def test_without_the_network_that_follows_it_a_student_stays(name: str) -> None:
     """A fake score that stays the teacher's sees no difference. (SiD and SIM differentiate through both, which cancels
     up to rounding.)"""
-    setting = Setting(options={"fake_steps": 1, "fake_lr_ratio": 0.0}, steps=20)
+    setting = Setting(options={"fake_updates": 1, "fake_lr_ratio": 0.0}, steps=20)
     method = build(name, setting)
     before = distance(method)
     train(method, setting)

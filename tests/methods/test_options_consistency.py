@@ -57,7 +57,11 @@ def made(kind: Any, path: Path | None = None, **options: Any) -> Any:
     teacher = ToyTeacher(Perceptron(), path, "v", unguided=Perceptron(seed=2))
     student = toy_student(Perceptron(seed=1), path, "v")
     student.family = Told(path)
-    chosen = {"guidance": 2.0, **({"warmup": 0, "derivative": "exact"} if kind is SCM else {}), **options}
+    chosen = {
+        "guidance": 2.0,
+        **({"tangent_warmup": 0, "derivative": "exact"} if kind is SCM else {}),
+        **options,
+    }
     method = kind(Copies(teacher, student), schedule_times(path, 2), kind.Options(**chosen))
     with torch.no_grad():
         for parameter in method.student.net.parameters():
@@ -139,31 +143,31 @@ class Case:
     wanted: Any = None
 
 
-EMA = {"ema": Case(0.4, target, {"ema": 0.8}, wanted=0.4)}
+DECAY = {"target_decay": Case(0.4, target, {"target_decay": 0.8}, wanted=0.4)}
 LEARNT = {
     "noise_share": Case(0.5, loss),
     "source": Case("images", needs, wanted={"noise", "prompts", "images"}),
 }
 ON_GRID = {"grid": Case(100, loss), "skip": Case(4, loss), "huber": Case(0.1, loss), "shift": Case(3.0, loss)}
-ECT = {"schedule": "ect", "sigma_max": 20.0}
+ECT = {"curriculum": "ect", "sigma_max": 20.0}
 ICT = {"law": "lognormal"}
-CRITICS = {"gan_weight": 0.1, "score_weight": 1.0, "segments": (1,)}
+CRITICS = {"adversarial_weight": 0.1, "score_weight": 1.0, "segments": (1,)}
 LATE = {**CRITICS, "segments": (8, 2, 1), "stage_updates": 2}
 LAST = pytest.approx((1.0, 0.9, 0.75, 0.5))  # s u / (1 + (s - 1) u) for s = 3
 CASES: dict[Any, dict[str, Case]] = {
     LCM: {
-        **EMA, **LEARNT, **ON_GRID,
+        **DECAY, **LEARNT, **ON_GRID,
         "guidance": Case(3.0, loss),
         "step_guidance": Case(3.0, loss),
         "guidance_range": Case((3.0, 15.0), loss),
         "embed_guidance": Case(False, drawing, {"guidance_range": (3.0, 15.0)}, wanted=(True, 50, None, None, {})),
     },
     Consistency: {
-        **EMA, **LEARNT,
+        **DECAY, **LEARNT,
         "guidance": Case(3.0, loss),
         "shift": Case(3.0, drawn_times, wanted=LAST),
         "solver": Case("ddim", loss),
-        "schedule": Case("ect", loss),
+        "curriculum": Case("ect", loss),
         "sigma_min": Case(0.1, levels),
         "sigma_max": Case(10.0, levels),
         "rho": Case(3.0, levels),
@@ -183,14 +187,14 @@ CASES: dict[Any, dict[str, Case]] = {
         "shift": Case(3.0, drawn_times, wanted=LAST),
         "log_mean": Case(0.5, loss),
         "log_deviation": Case(0.5, loss),
-        "warmup": Case(20, loss),
+        "tangent_warmup": Case(20, loss),
         "offset": Case(0.5, loss),
         "adaptive": Case(False, lambda method: len(list(modules_of(method)["student"].parameters())), wanted=8),
         "derivative": Case("difference", way, wanted="difference"),
         "derivative_step": Case(0.2, loss, {"derivative": "difference"}),
     },
     TBCM: {
-        **EMA,
+        **DECAY,
         "guidance": Case(3.0, loss),
         "shift": Case(3.0, drawn_times, wanted=LAST),
         "route": Case(8, lambda method: method.route(full_batch()).shape[1], wanted=9),
@@ -199,28 +203,28 @@ CASES: dict[Any, dict[str, Case]] = {
         "huber": Case(0.1, loss),
     },
     TCD: {
-        **EMA, **LEARNT, **ON_GRID,
+        **DECAY, **LEARNT, **ON_GRID,
         "guidance": Case(3.0, loss),
         "guidance_range": Case((3.0, 15.0), loss),
         "gamma": Case(0.3, drawing, {"path": TABLE}, wanted=(True, 50, None, 0.3, {"eta": 0.3})),
     },
     PCM: {
-        **EMA,
+        **DECAY,
         "source": LEARNT["source"],
         "guidance": Case(3.0, loss),
         "shift": Case(3.0, loss),
         "grid": Case(8, loss),
         "start_share": Case(0.5, loss),
         "huber": Case(0.1, loss),
-        "gan_weight": Case(0.3, loss, {"gan_weight": 0.1}),
+        "adversarial_weight": Case(0.3, loss, {"adversarial_weight": 0.1}),
     },
     TSCD: {
-        **EMA, **LEARNT, **ON_GRID,
+        **DECAY, **LEARNT, **ON_GRID,
         "guidance": Case(3.0, loss),
         "grid": Case(80, loss),
         "segments": Case((4, 1), segments, {"stage_updates": 3}, wanted=[4, 4, 4, 1, 1, 1]),
         "stage_updates": Case(2, segments, {"stage_updates": 1}, wanted=[8, 8, 4, 4, 2, 2]),
-        "gan_weight": Case(0.3, loss, CRITICS),
+        "adversarial_weight": Case(0.3, loss, CRITICS),
         "score_weight": Case(2.0, loss, CRITICS),
         "critic_segments": Case(1, turns, LATE, wanted="ssss" + "fs" * 18),
         "gamma": Case(0.3, drawing, {"path": TABLE}, wanted=(True, 40, None, 0.3, {"eta": 0.3})),
@@ -229,7 +233,7 @@ CASES: dict[Any, dict[str, Case]] = {
         "score_guidance_interval": Case((0.0, 0.4), loss, CRITICS),
         "score_times": Case((0.4, 0.6), loss, CRITICS),
         "fake_loss": Case("output", loss_of_fake, CRITICS),
-        "fake_steps": Case(3, turns, CRITICS, wanted="fffs" * 10),
+        "fake_updates": Case(3, turns, CRITICS, wanted="fffs" * 10),
         "fake_lr_ratio": Case(7.0, rates, CRITICS, wanted=[1.0, 7.0]),
         "fake_warm_start": Case(2, turns, CRITICS, wanted="ff" + "fs" * 19),
     },
@@ -284,13 +288,13 @@ def test_how_the_students_of_the_family_are_drawn(kind: Any) -> None:
         assert sampler.gamma == (float(kind is TSCD) if jumps and path is TABLE else None)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILY if "ema" in kind.Options.model_fields])
+@pytest.mark.parametrize("kind", [kind for kind in FAMILY if "target_decay" in kind.Options.model_fields])
 def test_a_target_is_a_number_to_the_gradient(kind: Any) -> None:
     """The student as its own target teaches what a frozen copy of it does, and the copy has no gradient."""
     found = []
-    for ema in (0.0, 0.5):
-        method = made(kind, ema=ema)
-        method.target = type(method.target)(Copies(method.teacher, method.student), ema)
+    for decay in (0.0, 0.5):
+        method = made(kind, target_decay=decay)
+        method.target = type(method.target)(Copies(method.teacher, method.student), decay)
         loss_of(method, "student", full_batch(step=7))[0].backward()
         found.append([p.grad for p in method.student.net.parameters()])
     assert all(p.grad is None for p in method.target.denoiser.net.parameters())
@@ -305,7 +309,7 @@ def test_a_teacher_step_is_k_timesteps_long_and_starts_on_the_grid(kind: Any, pa
     noise is what was asked for."""
     more = {"segments": (1,)} if kind is TSCD else {}
     for share, skip in ((0.0, 3), (0.3, 3), (0.0, 40)):
-        method = made(kind, path, grid=50, skip=skip, noise_share=share, ema=0.5, **more)
+        method = made(kind, path, grid=50, skip=skip, noise_share=share, target_decay=0.5, **more)
         seen, then = (
             test_options_flow.Calls(net) for net in (method.student.net, method.target.denoiser.net)
         )

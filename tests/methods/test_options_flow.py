@@ -141,7 +141,7 @@ def time_min() -> None:
 @covers("MapOptions.derivative", "MapOptions.derivative_step")
 def derivative() -> None:
     """Exact, the exact map is a zero and the teacher read once; a difference reads it at both ends of two steps."""
-    chosen = {"objective": "eulerian", "same": 0.0, "to_data": 1.0, "noise_share": 1.0, "warmup": 0}
+    chosen = {"objective": "eulerian", "same": 0.0, "to_data": 1.0, "noise_share": 1.0, "tangent_warmup": 0}
     for way, residual, times in (
         ("exact", (0, 1e-5), [1.0]),
         ("difference", (1e-5, 1e-3), [1.0, 0.95, 0.95, 0.9]),
@@ -178,13 +178,13 @@ def weight() -> None:
     assert loss(power=0.5, offset=2.0) == pytest.approx(size / (size + 2.0) ** 0.5, rel=1e-4)
 
 
-@covers("JumpOptions.warmup", "WarmStartOptions.warm_start")
+@covers("JumpOptions.tangent_warmup", "WarmStartOptions.warm_start")
 def warm_up() -> None:
     shares = {
         (0, None): [0.0, 0.25, 1.0], (0, 1000): [0.0, 0.5, 1.0], (0, 0): [1.0] * 3, (100, None): [1.0] * 3,
     }  # fmt: skip
     for (warm, fade), wanted in shares.items():
-        method = build(MeanFlow, warm_start=warm, warmup=fade)
+        method = build(MeanFlow, warm_start=warm, tangent_warmup=fade)
         assert [method.share(warm + step) for step in (0, 500, 4000)] == wanted
     assert not logs(method, batch_of(8, 99))  # by regression alone
     assert "residual" in logs(method, batch_of(8, 100))
@@ -198,7 +198,7 @@ def warm_start_lr_ratio() -> None:
     assert [method.lr_ratio(Turn("student", step)) for step in (0, 5, 10)] == pytest.approx([30, 15, 1])
 
 
-@covers("WarmStartOptions.regression")
+@covers("WarmStartOptions.pair_distance")
 def regression() -> None:
     """Data at 0: every mean velocity is the noise z, and a student that says 0 is off by it."""
     net = Perceptron()
@@ -208,7 +208,7 @@ def regression() -> None:
     assert batch.pairs is not None and batch.pairs.noise is not None
     z = batch.pairs.noise
     for name, wanted in (("l2", z.square().mean()), ("l1", z.abs().mean())):
-        method = build(FlowMap, net, warm_start=5, regression=name)
+        method = build(FlowMap, net, warm_start=5, pair_distance=name)
         assert value(method, batch) == pytest.approx(float(wanted), rel=1e-4)
 
 
@@ -349,9 +349,9 @@ def correction_guidance() -> None:
         assert float(method.field(x, r * one, x.flip(0), Condition())[0].abs().max()) < 1e-4
 
 
-@covers("FakeTurnOptions.fake_steps", "FakeTurnOptions.fake_warm_start", "FakeTurnOptions.fake_lr_ratio")
+@covers("FakeTurnOptions.fake_updates", "FakeTurnOptions.fake_warm_start", "FakeTurnOptions.fake_lr_ratio")
 def fake_turns() -> None:
-    method = build(FreeFlow, fake_steps=2, fake_warm_start=3, fake_lr_ratio=7.0, warm_start=2)
+    method = build(FreeFlow, fake_updates=2, fake_warm_start=3, fake_lr_ratio=7.0, warm_start=2)
     assert "".join(method.turn(step).network[0] for step in range(12)) == "ss" + "fff" + "ffs" * 2 + "f"
     assert [method.lr_ratio(Turn(turn, 5)) for turn in ("student", "fake")] == [1.0, 7.0]
 
@@ -369,16 +369,16 @@ def fake_loss() -> None:
         assert float(loss_of(method, "fake", batch)[0].detach()) == pytest.approx(wanted, rel=1e-3)
 
 
-@covers("Reflow.reflow_steps", "Reflow.distance", "InstaFlow.reflow_steps", "InstaFlow.distance")
-@covers("InstaFlow.l2_steps", "InstaFlow.rounds", "SlimFlow.reflow_steps", "SlimFlow.distance")
+@covers("Reflow.reflow_updates", "Reflow.distance", "InstaFlow.reflow_updates", "InstaFlow.distance")
+@covers("InstaFlow.l2_updates", "InstaFlow.rounds", "SlimFlow.reflow_updates", "SlimFlow.distance")
 def stages() -> None:
     """An x0 that is off by 0.5 is at a squared distance of 0.25 and an absolute one of 0.5."""
     cases: list[tuple[type[Method], dict[str, Any], list[float | None]]] = [
-        (Reflow, {"reflow_steps": 2, "distance": "l1"}, [None, None, 0.5]),
-        (SlimFlow, {"reflow_steps": 1, "distance": "l1", "guide_weight": 0.0}, [None, 0.5]),
+        (Reflow, {"reflow_updates": 2, "distance": "l1"}, [None, None, 0.5]),
+        (SlimFlow, {"reflow_updates": 1, "distance": "l1", "guide_weight": 0.0}, [None, 0.5]),
         (
             InstaFlow,
-            {"rounds": 2, "reflow_steps": 1, "l2_steps": 1, "distance": "l1", "own": 0.0},
+            {"rounds": 2, "reflow_updates": 1, "l2_updates": 1, "distance": "l1", "own": 0.0},
             [None, None, 0.25, 0.5],
         ),
     ]
@@ -405,7 +405,7 @@ def least_times() -> None:
 def own_pairs() -> None:
     """The share of batches that start from this step's noise, and how often their flow is called."""
     for kind, name in ((Reflow, "fresh"), (InstaFlow, "own")):
-        method = build(kind, **{name: 0.3, "reflow_steps": 0, "flow_steps": 7})
+        method = build(kind, **{name: 0.3, "reflow_updates": 0, "flow_steps": 7})
         seen, flow = Calls(method.student.net), Calls(method.flow.net)
         own = 0
         for step in range(60):
@@ -416,7 +416,7 @@ def own_pairs() -> None:
         assert len(flow.t) == 7 * own
         drawn = [Draws(0, step, 0, 2).shared_integer(name, 1000) for step in range(6000)]
         for share, wanted in ((0.0, {0: False}), (0.5, {499: True, 500: False}), (1.0, {999: True})):
-            method = build(kind, **{name: share, "reflow_steps": 0, "flow_steps": 1})
+            method = build(kind, **{name: share, "reflow_updates": 0, "flow_steps": 1})
             seen = Calls(method.student.net)
             for number, said in wanted.items():
                 for step in [step for step, value in enumerate(drawn) if value == number][:4]:
@@ -489,18 +489,18 @@ def slimmer() -> None:
     assert asked == [(0.25, 1.0), (1.0, 0.5)]
 
 
-@covers("SlimFlow.anneal", "SlimFlow.schedule")
+@covers("SlimFlow.anneal", "SlimFlow.anneal_schedule")
 def anneal() -> None:
     for schedule, quarter in (("linear", 0.75), ("cosine", 0.5 + 0.5 * math.cos(math.pi / 4))):
-        method = build(SlimFlow, reflow_steps=100, anneal=0.4, schedule=schedule)
+        method = build(SlimFlow, reflow_updates=100, anneal=0.4, anneal_schedule=schedule)
         assert [method.beta(step) for step in (0, 10, 20, 40, 60)] == pytest.approx([1, quarter, 0.5, 0, 0])
-    assert [build(SlimFlow, reflow_steps=10, anneal=0.0).beta(step) for step in (0, 1)] == [1, 0]
+    assert [build(SlimFlow, reflow_updates=10, anneal=0.0).beta(step) for step in (0, 1)] == [1, 0]
 
 
 @covers("SlimFlow.guide_weight", "SlimFlow.guide_times")
 def guide() -> None:
     batch = batch_of(64)
-    method = build(SlimFlow, reflow_steps=0, guide_weight=3.0, guide_times=(0.3, 0.4))
+    method = build(SlimFlow, reflow_updates=0, guide_weight=3.0, guide_times=(0.3, 0.4))
     with torch.no_grad():
         method.student.net.error.fill_(0.5)
     flow = Calls(method.flow.net)

@@ -132,18 +132,18 @@ EVERY: dict[str, Case] = {
     "shift": Case(3.0, loss_of_student),
     "score_times": Case((0.4, 0.6), loss_of_student),
     "fake_loss": Case("other", loss_of_fake),
-    "fake_steps": Case(3, turns),
+    "fake_updates": Case(3, turns),
     "fake_lr_ratio": Case(7.0, rates),
     "fake_warm_start": Case(5, turns),
     "renoise": Case(True, renoise),
     "warm_start": Case(3, needs),
     "warm_start_lr_ratio": Case(9.0, rates, WARM),
-    "regression": Case("l1", loss_of_warm_start, WARM),
+    "pair_distance": Case("l1", loss_of_warm_start, WARM),
 }
 SCORE: dict[str, Case] = {
-    "regression_weight": Case(0.3, loss_of_student),
-    "gan_weight": Case(0.3, loss_of_student),
-    "gan_fake_weight": Case(0.3, loss_of_fake, {"gan_weight": 0.1}),
+    "pair_weight": Case(0.3, loss_of_student),
+    "adversarial_weight": Case(0.3, loss_of_student),
+    "discriminator_weight": Case(0.3, loss_of_fake, {"adversarial_weight": 0.1}),
 }
 OWN: dict[Any, dict[str, Case]] = {
     DMD: {
@@ -210,7 +210,7 @@ def with_terms(
     kind = DMD
     teacher = ToyTeacher(Perceptron(), FlowPath(), "velocity")
     student = toy_student(Perceptron(seed=1), FlowPath(), "velocity")
-    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(guidance=1.0, fake_steps=1))
+    method = kind(Copies(teacher, student), (1.0, 0.5), kind.Options(guidance=1.0, fake_updates=1))
     terms = [
         RegressionTerm(regression_weight, regression),
         PerceptualTerm(perceptual_weight, lambda x: torch.nn.functional.normalize(x.flatten(1) + 2, dim=1)),

@@ -152,7 +152,7 @@ def gan_method():
     path = FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
     student = toy_student(Perceptron(seed=1), path, "velocity")
-    return PCM(Copies(teacher, student), FOUR, PCM.Options(gan_weight=0.1, guidance=1.0))
+    return PCM(Copies(teacher, student), FOUR, PCM.Options(adversarial_weight=0.1, guidance=1.0))
 
 
 @pytest.mark.parametrize("turn", ["student", "discriminator"])
@@ -209,7 +209,7 @@ def test_the_discriminator_cannot_tell_a_consistent_student():
     student = toy_student(
         Perceptron(), path, "velocity"
     )  # equal weights; with one grid time a phase it is exact
-    method = PCM(Copies(teacher, student), FOUR, PCM.Options(gan_weight=0.1, guidance=1.0, grid=4))
+    method = PCM(Copies(teacher, student), FOUR, PCM.Options(adversarial_weight=0.1, guidance=1.0, grid=4))
     assert float(loss_of(method, "discriminator", data_batch(64))[0]) == pytest.approx(2.0, abs=1e-6)
 
 

@@ -191,13 +191,13 @@ FOUR = (1.0, 0.75, 0.5, 0.25)
 
 
 def test_phases_take_turns_and_the_fake_network_starts_anew():
-    method = phased(times=FOUR, phase_updates=2, fake_steps=2, warm_start=1)
+    method = phased(times=FOUR, phase_updates=2, fake_updates=2, warm_start=1)
     turns = [method.turn(step).network for step in range(16)]
     fake = ["fake"] * 2
     assert turns[:7] == ["expert-1", *fake, "expert-1", *fake, "expert-1"]
     assert turns[7:14] == [turn.replace("expert-1", "student") for turn in turns[:7]]
     assert turns[14:] == fake  # the last phase goes on
-    ahead = phased(times=FOUR, phase_updates=2, fake_steps=2, warm_start=1, fake_warm_start=3)
+    ahead = phased(times=FOUR, phase_updates=2, fake_updates=2, warm_start=1, fake_warm_start=3)
     assert [ahead.turn(step).network for step in range(4)] == ["expert-1", "fake", "fake", "fake"]
     assert [ahead.place(step) for step in (9, 10, 20)] == [(0, 9), (1, 0), (1, 10)]  # 1 + 3 + 2 * 3 a phase
     assert list(modules_of(method)) == ["expert-1", "student", "fake"]
@@ -272,7 +272,7 @@ def test_warm_start_regresses_each_expert_at_its_own_times():
 
 def test_training_phase_after_phase_brings_a_gaussian_student_home():
     """Each expert closes at least half the gap of the mean and deviation of its states to the teacher's."""
-    method = phased(net=Affine(-0.5, 0.9), phase_updates=100, fake_steps=2)
+    method = phased(net=Affine(-0.5, 0.9), phase_updates=100, fake_updates=2)
     optimizers = {
         name: torch.optim.Adam(net.parameters(), lr=0.03, betas=(0.5, 0.9))
         for name, net in modules_of(method).items()

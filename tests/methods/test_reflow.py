@@ -111,7 +111,7 @@ def test_training_finds_the_straight_velocity():
 
 def test_distillation_is_zero_at_the_map_and_begins_after_the_first_stage():
     path = FlowPath()
-    method = reflow(path, Straight(path), reflow_steps=2)
+    method = reflow(path, Straight(path), reflow_updates=2)
     assert "reflow" in loss_of(method, "student", pair_batch())[1]
     method.after_step(method.turn(0))
     assert "reflow" in loss_of(method, method.turn(1), pair_batch())[1]
@@ -132,7 +132,7 @@ def test_distillation_is_zero_at_the_map_and_begins_after_the_first_stage():
 def test_fresh_pairs_come_from_the_frozen_flow():
     """With fresh = 1 the target is the end of the reflowed student's own Euler trajectory from the batch's noise."""
     path = FlowPath()
-    method = reflow(path, Straight(path), reflow_steps=0, fresh=1.0, flow_steps=3)
+    method = reflow(path, Straight(path), reflow_updates=0, fresh=1.0, flow_steps=3)
     with torch.no_grad():
         method.flow.net.error.fill_(0.2)
     batch = pair_batch(64)
@@ -145,7 +145,7 @@ def test_fresh_pairs_come_from_the_frozen_flow():
 
 def test_a_batch_is_its_two_halves():
     path = FlowPath()
-    for options in ({"reflow_steps": 5}, {"reflow_steps": 0, "fresh": 0.5}):
+    for options in ({"reflow_updates": 5}, {"reflow_updates": 0, "fresh": 0.5}):
         torch.manual_seed(0)
         method = reflow(path, Perceptron(), output="velocity", times=(1.0, 0.5), **options)
         whole = loss_of(method, "student", pair_batch(16))[0]

@@ -179,7 +179,7 @@ def test_rfpp_compares_features_of_the_frozen_teacher():
 
 
 def test_instaflow_goes_through_its_rounds_and_stages():
-    method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_steps=3, l2_steps=2, flow_steps=2)
+    method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_updates=3, l2_updates=2, flow_steps=2)
     assert [method.stage(step) for step in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     seen = []
     for step in range(10):
@@ -204,13 +204,13 @@ def test_instaflow_goes_through_its_rounds_and_stages():
 @pytest.mark.parametrize("path", PATHS)
 def test_instaflow_loss_is_zero_at_the_straight_flow_in_every_stage(path):
     """The reflowed Gaussian is a fixed point of reflow: its own pairs are those it was made from."""
-    method = build(InstaFlow, Straight(path), path, rounds=3, reflow_steps=1, l2_steps=1, flow_steps=4)
+    method = build(InstaFlow, Straight(path), path, rounds=3, reflow_updates=1, l2_updates=1, flow_steps=4)
     for step in range(5):
         assert value(method, pair_batch(64, step)) < 1e-9
 
 
 def test_the_first_round_alone_reads_the_teachers_samples():
-    method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_steps=1, flow_steps=2)
+    method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_updates=1, flow_steps=2)
     exact, other = (toy_batch(16, pairs=lambda z, by=by: MU + by + S * z) for by in (0.0, 1.0))
     assert value(method, exact) < 1e-9 < 0.1 < value(method, other)
     for step in (1, 2):
@@ -219,7 +219,7 @@ def test_the_first_round_alone_reads_the_teachers_samples():
 
 def test_further_rounds_learn_from_the_flows_own_pairs():
     """With a flow that is off by e, the pairs of round two are its Euler ends, not the teacher's samples."""
-    method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_steps=1, flow_steps=5)
+    method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_updates=1, flow_steps=5)
     with torch.no_grad():
         method.student.net.error.fill_(0.2)
     method.after_step(method.turn(0))
@@ -253,7 +253,7 @@ def test_a_straight_flow_ends_at_the_same_place_in_any_number_of_steps():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_annealing_keeps_the_noise_standard_and_lets_its_pair_in(schedule):
     """b goes from 1 to 0 over the share; z' has variance (1 - b^2) + b^2 = 1, covariance sqrt(1 - b^2) with z."""
-    method = build(SlimFlow, Straight(STRAIGHT), reflow_steps=1000, anneal=0.6, schedule=schedule)
+    method = build(SlimFlow, Straight(STRAIGHT), reflow_updates=1000, anneal=0.6, anneal_schedule=schedule)
     betas = [method.beta(step) for step in range(0, 1000, 50)]
     assert betas[0] == 1 and betas[12] == pytest.approx(0, abs=1e-12) and betas == sorted(betas, reverse=True)
     assert method.beta(300) == pytest.approx(0.5)
@@ -273,7 +273,7 @@ def test_annealing_goes_from_flow_matching_to_reflow():
     losses = {}
     for name in ("curved", "straight"):
         net = Gaussian(STRAIGHT, MU, S) if name == "curved" else Straight(STRAIGHT)
-        method = build(SlimFlow, net, reflow_steps=1000)
+        method = build(SlimFlow, net, reflow_updates=1000)
         losses[name] = [value(method, pair_batch(2000, step)) for step in (0, 999)]
         if name == "curved":  # the gradient at b = 1 vanishes in the mean: this is the minimiser
             slope = [
@@ -293,7 +293,7 @@ def test_annealing_goes_from_flow_matching_to_reflow():
 @pytest.mark.parametrize("path", PATHS)
 def test_flow_guided_target_is_the_exact_sample_of_a_straight_flow(path):
     """With a straight frozen flow and the exact student, y = mu + s xi: both terms of the distillation vanish."""
-    method = build(SlimFlow, Straight(path), path, reflow_steps=0)
+    method = build(SlimFlow, Straight(path), path, reflow_updates=0)
     logs = loss_of(method, "student", pair_batch())[1]
     assert logs["distillation"].item() < 1e-10
     assert logs["guide"].item() < 1e-10
@@ -302,7 +302,7 @@ def test_flow_guided_target_is_the_exact_sample_of_a_straight_flow(path):
 def test_flow_guided_target_by_hand():
     """A student off by e is at x_m = m xi + (1 - m)(mu + s xi + e); the flow reads z back from it and lands on y."""
     error, batch = 0.5, pair_batch(64)
-    method = build(SlimFlow, Straight(STRAIGHT), reflow_steps=0)
+    method = build(SlimFlow, Straight(STRAIGHT), reflow_updates=0)
     with torch.no_grad():
         method.student.net.error.fill_(error)
     m = batch.draws.uniform("guide time", 0.2, 0.8)
@@ -322,7 +322,7 @@ def test_flow_guided_target_by_hand():
 
 
 def test_slimflow_begins_its_distillation_with_the_annealed_flow():
-    method = build(SlimFlow, Straight(STRAIGHT), reflow_steps=2)
+    method = build(SlimFlow, Straight(STRAIGHT), reflow_updates=2)
     with torch.no_grad():
         method.student.net.error.fill_(0.3)
     method.after_step(method.turn(0))
@@ -353,8 +353,8 @@ def test_slimflow_swaps_in_the_familys_smaller_network():
     ("kind", "options", "steps"),
     [
         (RFPP, {"clean": "features"}, (0,)),
-        (InstaFlow, {"rounds": 2, "reflow_steps": 2, "l2_steps": 2, "own": 0.5}, (1, 2, 4, 5, 6, 7, 8)),
-        (SlimFlow, {"reflow_steps": 2}, (1, 2)),
+        (InstaFlow, {"rounds": 2, "reflow_updates": 2, "l2_updates": 2, "own": 0.5}, (1, 2, 4, 5, 6, 7, 8)),
+        (SlimFlow, {"reflow_updates": 2}, (1, 2)),
     ],
 )
 def test_in_every_stage_a_batch_is_its_two_halves(kind, options, steps):
@@ -398,9 +398,9 @@ def energy_distance(a, b):
 
 LEARNING = {
     "rfpp": (RFPP, 600, {}),
-    "instaflow": (InstaFlow, 600, {"rounds": 2, "reflow_steps": 200, "l2_steps": 100, "flow_steps": 8}),
-    "slimflow": (SlimFlow, 600, {"reflow_steps": 350}),
-    "slimflow-table": (SlimFlow, 600, {"reflow_steps": 350, "width": 0.5}),
+    "instaflow": (InstaFlow, 600, {"rounds": 2, "reflow_updates": 200, "l2_updates": 100, "flow_steps": 8}),
+    "slimflow": (SlimFlow, 600, {"reflow_updates": 350}),
+    "slimflow-table": (SlimFlow, 600, {"reflow_updates": 350, "width": 0.5}),
 }
 
 

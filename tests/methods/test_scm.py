@@ -35,7 +35,7 @@ NAMES = ["flow", "trig", "edm", "table"]
 
 def scm(path, student, unguided=None, deviation=S, mean=MU, output="x0", **options):
     teacher = ToyTeacher(Gaussian(path, mean, deviation), path, unguided=unguided)
-    chosen = {"guidance": 1.0, "warmup": 0, "derivative": "exact", **options}
+    chosen = {"guidance": 1.0, "tangent_warmup": 0, "derivative": "exact", **options}
     return SCM(Copies(teacher, toy_student(student, path, output)), (1.0,), SCM.Options(**chosen))
 
 
@@ -157,7 +157,7 @@ def test_a_network_that_returns_x0_has_finite_losses_at_the_defaults(path):
     """Read at clean data its noise would be 0 / 0."""
     teacher = ToyTeacher(Gaussian(path, MU, S), path)
     method = SCM(
-        Copies(teacher, toy_student(Perceptron(), path)), (1.0,), SCM.Options(guidance=1.0, warmup=0)
+        Copies(teacher, toy_student(Perceptron(), path)), (1.0,), SCM.Options(guidance=1.0, tangent_warmup=0)
     )
     for step in range(20):
         loss = loss_of(method, "student", data(64, step))[0]
@@ -173,7 +173,7 @@ def test_the_tangent_of_the_exact_map_vanishes_at_the_clean_end_of_a_table_too(t
     path, left = table_path(), {}
     for name, net in (("map", GaussianMap), ("teacher", Gaussian)):
         teacher = ToyTeacher(Gaussian(path, MU, 0.1), path)
-        options = SCM.Options(guidance=1.0, warmup=0)
+        options = SCM.Options(guidance=1.0, tangent_warmup=0)
         method = SCM(Copies(teacher, toy_student(net(path, MU, 0.1), path)), (1.0,), options)
         t = torch.full((256,), (timestep + 1) / 1000)
         batch = toy_batch(256, pairs=lambda z: MU + 0.1 * z)
@@ -188,10 +188,10 @@ def test_the_tangent_of_the_exact_map_vanishes_at_the_clean_end_of_a_table_too(t
 def test_without_the_derivative_it_is_velocity_matching():
     """At step 0 of a warm-up a student that starts as its teacher has no gradient; under guidance g = cos^2 (v - F)."""
     path = TrigPath()
-    method = scm(path, Gaussian(path, MU, S), warmup=10, adaptive=False)
+    method = scm(path, Gaussian(path, MU, S), tangent_warmup=10, adaptive=False)
     loss_of(method, "student", data())[0].backward()
     assert abs(float(method.student.net.mean.grad)) < 1e-6
-    method = scm(path, Gaussian(path, MU, S), Gaussian(path, 0.2, S), warmup=10, guidance=3.0)
+    method = scm(path, Gaussian(path, MU, S), Gaussian(path, 0.2, S), tangent_warmup=10, guidance=3.0)
     g, now, a = at(method, share=0.0)
     plain = trig_velocity(method.student.predict(now.at(now.t), now.t, Condition())).detach()
     torch.testing.assert_close(g, torch.cos(a).square() * (trig_velocity(now) - plain))
@@ -242,8 +242,8 @@ def test_the_learnt_weight_scales_each_error_and_pays_for_itself():
 
 def test_the_derivative_is_whole_after_its_warm_up_and_without_one():
     """At the exact map the whole tangent is 0, and no other share of it; the log states its root mean square."""
-    for warmup, step, whole in [(0, 0, True), (10, 5, False), (10, 10, True), (10, 15, True)]:
-        method = scm(FlowPath(), GaussianMap(FlowPath(), MU, S), warmup=warmup)
+    for tangent_warmup, step, whole in [(0, 0, True), (10, 5, False), (10, 10, True), (10, 15, True)]:
+        method = scm(FlowPath(), GaussianMap(FlowPath(), MU, S), tangent_warmup=tangent_warmup)
         _, logs = loss_of(method, "student", data(step=step))
         assert (float(logs["tangent"]) < 1e-4) == whole
         assert not any(value.requires_grad for value in logs.values())
@@ -274,7 +274,9 @@ def test_a_student_of_a_table_is_drawn_by_lcm_scheduler_from_the_same_weights(te
 
     teacher = teacher_of("sd")
     student = Student.from_teacher(teacher)
-    method = SCM(Copies(teacher, student), (1.0, 0.5), SCM.Options(guidance=2.5, warmup=1, noise_share=0.5))
+    method = SCM(
+        Copies(teacher, student), (1.0, 0.5), SCM.Options(guidance=2.5, tangent_warmup=1, noise_share=0.5)
+    )
     optimizer = torch.optim.Adam([p for net in modules_of(method).values() for p in net.parameters()], 1e-3)
     prompts = tiny_prompts("sd", 4)
     for step in (1, 2):
@@ -316,7 +318,12 @@ def test_one_step_moves_from_the_teachers_mean_towards_the_trajectorys_end():
     path = TrigPath()
     student = toy_student(Velocity(), path, "v")
     options = SCM.Options(
-        guidance=1.0, log_mean=0.0, log_deviation=1.4, warmup=50, adaptive=False, derivative="difference"
+        guidance=1.0,
+        log_mean=0.0,
+        log_deviation=1.4,
+        tangent_warmup=50,
+        adaptive=False,
+        derivative="difference",
     )
     method = SCM(Copies(ToyTeacher(Velocity(), path, "v"), student), (1.0,), options)
     z = torch.randn(500, *SHAPE, generator=torch.Generator().manual_seed(5))

@@ -164,7 +164,9 @@ def test_the_sampler_of_the_method():
 
 
 def test_training_brings_one_and_four_steps_to_the_end_of_the_ode():
-    method = mixture_method(TCD, source="images", guidance=1.0, noise_share=0.2, grid=16, ema=0.5, huber=0.03)
+    method = mixture_method(
+        TCD, source="images", guidance=1.0, noise_share=0.2, grid=16, target_decay=0.5, huber=0.03
+    )
     before = {steps: error(method, steps) for steps in (1, 4)}
     train(method, 500, lr=5e-3, batch=48)
     after = {steps: error(method, steps) for steps in (1, 4)}

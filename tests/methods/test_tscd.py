@@ -131,7 +131,7 @@ def test_ends_stay_in_the_segment_and_the_lowest_is_timestep_0():
 def with_critics(path=None, **options):
     path = path or FlowPath()
     teacher = ToyTeacher(Perceptron(), path, "velocity")
-    chosen = {"guidance": 1.0, "gan_weight": 0.1, "score_weight": 1.0, "stage_updates": 10, **options}
+    chosen = {"guidance": 1.0, "adversarial_weight": 0.1, "score_weight": 1.0, "stage_updates": 10, **options}
     return TSCD(Copies(teacher, toy_student(Perceptron(), path, "velocity")), (1.0,), TSCD.Options(**chosen))
 
 
@@ -154,22 +154,22 @@ def test_the_optional_terms_begin_with_their_stage_and_reach_only_whose_turn_it_
         for name, parameters in trained.items():
             assert any(p.grad is not None and bool(p.grad.any()) for p in parameters) == (name == turn)
     assert all(p.grad is None for p in method.teacher.denoiser.net.parameters())
-    assert set(modules_of(with_critics(gan_weight=0.0, score_weight=0.0))) == {"student"}
+    assert set(modules_of(with_critics(adversarial_weight=0.0, score_weight=0.0))) == {"student"}
 
 
 def test_each_term_is_added_at_its_weight():
     """The squared residual, beside it the generator's loss, and the pull against DMD's field on one-step samples."""
-    batch, plain = data(step=40), with_critics(gan_weight=0.0, score_weight=0.0)
+    batch, plain = data(step=40), with_critics(adversarial_weight=0.0, score_weight=0.0)
     alone, logs = loss_of(plain, "student", batch)
     assert alone.item() == pytest.approx(float(logs["residual"]) ** 2, rel=1e-5)
 
-    method = with_critics(gan_weight=0.3, score_weight=0.0)
+    method = with_critics(adversarial_weight=0.3, score_weight=0.0)
     loss, logs = loss_of(method, "student", batch)
     jumped, _, e, start, cond = method.two_jumps(batch, batch.draws.step)
     generator = nn.functional.softplus(-method.gan.logits_above(jumped, e, start, cond, batch)).mean()
     assert (loss - alone).item() == pytest.approx(0.3 * generator.item(), rel=1e-4)
 
-    method = with_critics(gan_weight=0.0, score_weight=0.2, score_guidance=2.0)
+    method = with_critics(adversarial_weight=0.0, score_weight=0.2, score_guidance=2.0)
     method.teacher.unguided = toy_student(Perceptron(seed=3), FlowPath(), "velocity")
     loss, logs = loss_of(method, "student", batch)
     x = method.student.predict(batch.noise, torch.ones(64), batch.cond).x0
@@ -229,7 +229,14 @@ def test_training_through_the_stages_brings_few_steps_to_the_end_of_the_ode():
     """One step loses a third of its error and more (of three seeds, 0.46 to 0.54 of it); four steps are at their floor
     before, and stay there."""
     method = mixture_method(
-        TSCD, source="images", guidance=1.0, noise_share=0.2, grid=16, stage_updates=90, ema=0.5, huber=0.03
+        TSCD,
+        source="images",
+        guidance=1.0,
+        noise_share=0.2,
+        grid=16,
+        stage_updates=90,
+        target_decay=0.5,
+        huber=0.03,
     )
     before = {steps: error(method, steps) for steps in (1, 4)}
     train(method, 480, lr=5e-3, batch=32)

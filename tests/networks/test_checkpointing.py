@@ -22,10 +22,10 @@ from stepdistill.networks.checkpointing import check_checkpointing, checkpointed
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.checkpoint import checkpoints_in
-from stepdistill.training.contact_sheets import ContactSheets
 from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.previews import Previews
 
 
 def unet() -> Any:
@@ -102,11 +102,16 @@ class Killed(Exception):
     pass
 
 
-COMMON = ("student.output=teacher", "train.steps=4", "train.batch=2", "train.lr=1e-2", "train.ema=0.5",
-          "train.checkpoint_every=2", "train.sheet_every=1", "evaluate=false", "student.times=[1.0, 0.5]")  # fmt: skip
+COMMON = ("student.output=teacher", "train.updates=4", "train.batch=2", "train.lr=1e-2", "train.average=0.5",
+          "train.checkpoint_every=2", "train.preview_every=1", "evaluate=false", "student.times=[1.0,0.5]")  # fmt: skip
 # Graphs that end at a discriminator's features, of the fake network and of the teacher; the same on one network; a
 # derivative in forward mode.
-DMD = ("options.fake_steps=1", "options.gan_weight=0.01", "terms.gan_weight=0.01", "options.guidance=2.0")
+DMD = (
+    "options.fake_updates=1",
+    "options.adversarial_weight=0.01",
+    "terms.gan_weight=0.01",
+    "options.guidance=2.0",
+)
 RUNS = {
     "copies": ("sd", "dmd", *DMD),
     "adapters": ("sd3", "dmd", *DMD, "student.lora_rank=2"),
@@ -138,7 +143,7 @@ def test_a_run_goes_on_with_checkpointing_as_without(
         folder.mkdir(exist_ok=True)
         accelerator = Accelerator(cpu=True)
         job = assemble(resolve(recipe), accelerator, tiny_pipeline(pipeline))
-        sheets = ContactSheets(None, job.student, job.sampler, job.teacher, job.prompts[:2], 1.0, 2)
+        sheets = Previews(None, job.student, job.sampler, job.teacher, job.prompts[:2], 1.0, 2)
         plain = [dict(vars(module)) for net in job.method.roles.stored().values() for module in net.modules()]
 
         def preview(step: int, ema: Ema | None) -> Seen:

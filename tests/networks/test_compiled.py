@@ -185,9 +185,9 @@ def test_a_run_is_compiled_while_it_trains(tmp_path: Path) -> None:
         folder = tmp_path / kind
         sets = [
             f"data.prompts={tmp_path}/prompts.txt",
-            "train.steps=2",
+            "train.updates=2",
             "train.batch=2",
-            "train.sheet_every=1",
+            "train.preview_every=1",
         ]
         sets += ["options.fake_warm_start=0", f"train.compile={kind}", "evaluate=false", "train.keep=1"]
         recipe = load_recipe(HERE / "empty.yaml", method="dmd", sets=sets)

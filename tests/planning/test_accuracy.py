@@ -36,7 +36,7 @@ def counted(recipe: Recipe) -> Trace:
     [
         ("dmd", ("train.batch=1",)),  # weights dominate
         ("dmd", ("student.lora_rank=4", "train.batch=64", "train.checkpointing=true")),  # activations do
-        ("lcm", ("train.batch=8", "train.ema=0.9")),
+        ("lcm", ("train.batch=8", "train.average=0.9")),
         ("consistency", ("train.batch=8",)),  # asks for numbers: of a path, of a grid
     ],
 )

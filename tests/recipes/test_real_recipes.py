@@ -23,12 +23,12 @@ from stepdistill.training.loop import train
 from stepdistill.training.preflight import check_recipe
 
 PAIRS = ("options.pairs=2", "options.pair_steps=2")
-FAKE = ("options.fake_steps=1",)
+FAKE = ("options.fake_updates=1",)
 # The tiny teacher, and what of the recipe is made smaller beside its length.
 REAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "dmd2_sdxl_4step": ("sdxl", FAKE),
     "dmd2_sdxl_lora": ("sdxl", FAKE),
-    "dmd2_sdxl_1step": ("sdxl", (*PAIRS, *FAKE, "options.warm_start=1", "train.steps=3")),
+    "dmd2_sdxl_1step": ("sdxl", (*PAIRS, *FAKE, "options.warm_start=1", "train.updates=3")),
     "lcm_lora_sdxl": ("sdxl", ()),
     "tcd_sdxl": ("sdxl", ()),
     "pcm_sd15": ("sd", ()),
@@ -36,16 +36,16 @@ REAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "scm_sana": ("sana", ()),
     "dmd2_sd35_medium": ("sd3", FAKE),
     "dmd2_flux_lora": ("flux", FAKE),
-    "phased_dmd_qwen_image_lora": ("qwen-image", (*FAKE, "options.phase_updates=1", "train.steps=4")),
-    "phased_dmd_wan22": ("wan-2.2", (*FAKE, "options.phase_updates=1", "train.steps=4")),
+    "phased_dmd_qwen_image_lora": ("qwen-image", (*FAKE, "options.phase_updates=1", "train.updates=4")),
+    "phased_dmd_wan22": ("wan-2.2", (*FAKE, "options.phase_updates=1", "train.updates=4")),
     "sim_pixart": ("pixart-alpha", FAKE),
     "instaflow_sd15": (
         "sd",
-        (*PAIRS, "options.reflow_steps=1", "options.l2_steps=1", "options.flow_steps=2"),
+        (*PAIRS, "options.reflow_updates=1", "options.l2_updates=1", "options.flow_steps=2"),
     ),
 }
 COMMON = (
-    "train.steps=2 train.batch=1 train.accumulate=1 train.sheet_every=0 train.warmup=0 train.precision=float32 "
+    "train.updates=2 train.batch=1 train.accumulate=1 train.preview_every=0 train.warmup=0 train.precision=float32 "
     "train.teacher_precision=null train.lr=1e-3 evaluate=false"
 ).split()
 

@@ -48,32 +48,34 @@ def message(text: str, **arguments: object) -> str:
 
 
 def test_a_recipe_holds_what_the_file_says_and_defaults_elsewhere(here: Path) -> None:
-    Path("my.yaml").write_text("method: ./mine.py\ntrain: {steps: 7, lr: 1e-5}\nstudent: {times: [1, 0.5]}\n")
+    Path("my.yaml").write_text(
+        "method: ./mine.py\ntrain: {updates: 7, lr: 1e-5}\nstudent: {times: [1, 0.5]}\n"
+    )
     recipe = load_recipe("my.yaml")
-    assert recipe.train.steps == 7
+    assert recipe.train.updates == 7
     assert recipe.train.lr == 1e-5  # YAML 1.1 reads 1e-5 as text
     assert recipe.student.times == (1.0, 0.5)
     assert (recipe.teacher, recipe.train.batch, recipe.train.betas) == ("emoji", 64, (0.9, 0.999))
 
 
 def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Path) -> None:
-    Path("my.yaml").write_text("method: ./nowhere.py\nteacher: a\ntrain: {steps: 7, lr: 1}\n")
+    Path("my.yaml").write_text("method: ./nowhere.py\nteacher: a\ntrain: {updates: 7, lr: 1}\n")
     sets = [
-        "train.steps=8",
-        "train.steps=9",
+        "train.updates=8",
+        "train.updates=9",
         "options.k=[1, {b: 2}]",
         "evaluate=false",
         "data.prompts=my file.txt",
     ]
     recipe = load_recipe("my.yaml", teacher="b", method="./mine.py", sets=sets)
     assert (recipe.teacher, recipe.method) == ("b", "./mine.py")
-    assert (recipe.train.steps, recipe.train.lr) == (9, 1.0)
+    assert (recipe.train.updates, recipe.train.lr) == (9, 1.0)
     assert recipe.options == {"k": [1, {"b": 2}]}
     assert recipe.evaluate is False
     assert recipe.data.prompts == "my file.txt"
 
 
-KEYS_OF_STUDENT = "times, lora_rank, base, lora_alpha, output, output_samples, output_steps, output_lr"
+KEYS_OF_STUDENT = "times, lora_rank, base, lora_alpha, output, output_samples, output_updates, output_lr"
 KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, export, evaluate, output"
 
 
@@ -92,7 +94,7 @@ KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train,
         ("train: 3", "my.yaml: train is 3 and should be a section of keys"),
         ("train: {batch: 0}", "my.yaml: train.batch is 0 and should be greater than or equal to 1"),
         ("train: {lr: .nan}", "my.yaml: train.lr is nan and should be a finite number"),
-        ("train: {ema: 1.0}", "my.yaml: train.ema is 1.0 and should be less than 1"),
+        ("train: {average: 1.0}", "my.yaml: train.average is 1.0 and should be less than 1"),
         ("train: {betas: [0.9, 2]}", "my.yaml: train.betas[1] is 2 and should be less than 1"),
         (
             "train: {schedule: step}",
@@ -107,14 +109,14 @@ KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train,
             "my.yaml: student: times must descend within (0, 1], such as [1.0, 0.5]; found [0.5, 1.0]",
         ),
         ("student: {lora_alpha: 2}", "my.yaml: student: lora_alpha does nothing without lora_rank"),
-        ("train: {steps: 0, keep: 0}", None),
+        ("train: {updates: 0, keep: 0}", None),
     ],
 )
 def test_a_wrong_recipe_is_answered_with_one_line(here: Path, text: str, expected: str | None) -> None:
     found = message(f"method: ./mine.py\n{text}\n")
     if expected is None:
         assert found.split("; ") == [
-            "my.yaml: train.steps is 0 and should be greater than or equal to 1",
+            "my.yaml: train.updates is 0 and should be greater than or equal to 1",
             "my.yaml: train.keep is 0 and should be greater than or equal to 1",
         ]
     else:

@@ -128,7 +128,7 @@ def train(method: Method, setting: Setting, *, sign: float = 1.0, seed: int = 0)
     """A run as the loop's: turns, rates, clipping, the method's own step; ``sign`` is that of the student's loss."""
     # Momentum of a student would carry it past the network that follows it: none, as is usual with adversaries.
     options = TrainOptions(
-        steps=setting.steps, lr=setting.lr, schedule="linear", betas=(0.0, 0.99), seed=seed
+        updates=setting.steps, lr=setting.lr, schedule="linear", betas=(0.0, 0.99), seed=seed
     )
     trained = {k: [p for p in net.parameters() if p.requires_grad] for k, net in modules_of(method).items()}
     optimizers = {

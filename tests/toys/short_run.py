@@ -24,8 +24,14 @@ LOW = "train.precision=bf16"
 def run(folder: Path, *more: str, last: int = 4, resume: bool = False) -> tuple[dict[str, Tensor], Assembled]:
     """Every tensor of the checkpoint after four steps of DMD, or after ``last``, where the run is cut off."""
     sets = [
-        *("student.output=teacher", "train.steps=4", "train.batch=2", "train.lr=1e-3", "train.ema=0.5"),
-        *("train.checkpoint_every=2", "train.sheet_every=1", "evaluate=false", "options.fake_steps=1", *more),
+        *("student.output=teacher", "train.updates=4", "train.batch=2", "train.lr=1e-3", "train.average=0.5"),
+        *(
+            "train.checkpoint_every=2",
+            "train.preview_every=1",
+            "evaluate=false",
+            "options.fake_updates=1",
+            *more,
+        ),
     ]
     recipe = load_recipe(HERE / "empty.yaml", method="dmd", sets=sets)
     folder.mkdir(exist_ok=True)

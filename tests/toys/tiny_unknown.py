@@ -52,7 +52,7 @@ def run_of(name: str, folder: Path, lora_rank: int) -> tuple[str, str]:
     unknown_pipeline(name).save_pretrained(folder / "teacher")
     (folder / "prompts.txt").write_text("a red heart\nblue\n")
     sets = [
-        *("train.steps=2", "train.batch=2", "train.sheet_every=0", "train.precision=float32"),
+        *("train.updates=2", "train.batch=2", "train.preview_every=0", "train.precision=float32"),
         *("options.fake_warm_start=0", "student.output=teacher", "student.times=[1.0,0.5]"),
         *(f"data.prompts={folder / 'prompts.txt'}", "evaluate=false", f"student.lora_rank={lora_rank}"),
     ]

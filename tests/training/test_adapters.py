@@ -43,8 +43,14 @@ def recipe_of(folder: Path, name: str, method: str, *more: str) -> Recipe:
         tiny_pipeline(name).save_pretrained(teacher)
         prompts.write_text("\n".join(tiny_prompts(name, 4)))
     sets = [
-        *("student.lora_rank=2", "student.output=teacher", "train.steps=6", "train.batch=4", "train.lr=1e-2"),
-        *("train.ema=0.5", "train.checkpoint_every=2", "train.sheet_every=1", "evaluate=false"),
+        *(
+            "student.lora_rank=2",
+            "student.output=teacher",
+            "train.updates=6",
+            "train.batch=4",
+            "train.lr=1e-2",
+        ),
+        *("train.average=0.5", "train.checkpoint_every=2", "train.preview_every=1", "evaluate=false"),
         *(f"data.prompts={prompts}", "options.guidance=2.0", "student.times=[1.0, 0.5]", *more),
     ]
     return load_recipe(HERE / "empty.yaml", method=method, teacher=str(teacher), sets=sets)
@@ -70,19 +76,25 @@ def kept(folder: Path) -> dict[str, Tensor]:
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
 
 
-DMD = ("options.fake_steps=1", "options.fake_lora_rank=3")
+DMD = ("options.fake_updates=1", "options.fake_lora_rank=3")
 RUNS = {
     "sd": ("sd", "dmd", *DMD),
     "sd3": ("sd3", "dmd", *DMD),
     "sd in bf16": ("sd", "dmd", *DMD, "train.precision=bf16"),
-    "phases": ("sd", "phased_dmd", "options.fake_steps=1", "options.phase_updates=1", "train.precision=bf16"),
+    "phases": (
+        "sd",
+        "phased_dmd",
+        "options.fake_updates=1",
+        "options.phase_updates=1",
+        "train.precision=bf16",
+    ),
     "target": ("sd", "lcm", "options.pairs=4", "options.pair_steps=2"),
     "flow": (
         "sd",
         "reflow",
         "options.pairs=4",
         "options.pair_steps=2",
-        "options.reflow_steps=3",
+        "options.reflow_updates=3",
         "options.fresh=1",
     ),
 }

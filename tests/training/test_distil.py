@@ -28,7 +28,7 @@ from stepdistill.training.run_report import read_report
 SHORT = [
     "train.batch=4",
     "train.checkpoint_every=4",
-    "train.sheet_every=4",
+    "train.preview_every=4",
     "evaluate=false",
     "student.output=teacher",
 ]
@@ -62,8 +62,8 @@ def test_runs_of_two_precisions_follow_each_other_in_one_process(tmp_path):
     for precision in ("float32", "bf16", "float32"):
         sets = [
             *SHORT,
-            "train.steps=1",
-            "train.sheet_every=0",
+            "train.updates=1",
+            "train.preview_every=0",
             "options.guidance=1",
             f"train.precision={precision}",
         ]
@@ -89,7 +89,7 @@ def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(na
         "options.guidance=2",
         "options.fake_warm_start=0",
     ]
-    sets.append("train.steps=4")
+    sets.append("train.updates=4")
     stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=[*sets, "train.budget_seconds=1e-9"])
     run = stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=sets, resume=True)
     assert run.report is not None and re.search("by [01]/255 at most", run.report.verification)
@@ -106,8 +106,8 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     sets = [
         *SHORT,
         prompts,
-        "train.steps=8",
-        "options.fake_steps=1",
+        "train.updates=8",
+        "options.fake_updates=1",
         "student.times=[1.0, 0.5]",
         "options.guidance=2",
     ]
@@ -117,8 +117,8 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
         "FlowMapEulerDiscreteScheduler"
     )
     rows = [json.loads(line) for line in (run.folder / "stats.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(8))
-    assert [row["turn"] for row in rows] == ["fake", "student"] * 4
+    assert [row["update"] for row in rows] == list(range(8))
+    assert [row["network"] for row in rows] == ["fake score", "student"] * 4
     assert "diversity" in rows[3] and "diversity" in rows[7]
     place = RunFolder(run.folder)
     assert sorted(file.name for file in run.folder.iterdir()) == [
@@ -132,7 +132,7 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert done is not None and (done.state, done.update, done.updates) == ("done", 8, 8)
     assert done.health == "healthy" and not done.going and done.eta_seconds is None
     recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
-    assert recipe["options"]["fake_steps"] == 1 and recipe["options"]["score_times"] == [0.02, 0.98]
+    assert recipe["options"]["fake_updates"] == 1 and recipe["options"]["score_times"] == [0.02, 0.98]
     with Image.open(place.samples) as picture:
         assert picture.width > 16 * 32
     report = json.loads((run.folder / "report.json").read_text())
@@ -156,7 +156,7 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
     from safetensors.torch import load_file
 
     teacher = saved("sd", tmp_path / "sd")
-    sets = [*SHORT, prompts, "train.steps=4", "train.ema=0.5", "train.lr=1e-2", "student.lora_rank=2",
+    sets = [*SHORT, prompts, "train.updates=4", "train.average=0.5", "train.lr=1e-2", "student.lora_rank=2",
             "student.times=[1.0, 0.5]", "options.pairs=4", "options.pair_steps=2", "options.guidance=2"]  # fmt: skip
     run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
     assert "drawn in 2 step(s) of" in run.report.verification
@@ -189,8 +189,8 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
 def test_a_run_with_a_second_time_ends_in_the_stock_class(tmp_path, prompts):
     """MeanFlow on an eps teacher of a table, one step: trained, folded, exported, verified in a fresh process."""
     teacher = saved("sd", tmp_path / "sd")
-    sets = [*SHORT, prompts, "train.steps=3", "train.lr=1e-2", "options.pairs=4", "options.pair_steps=2",
-            "options.guidance=2", "options.warmup=0"]  # fmt: skip
+    sets = [*SHORT, prompts, "train.updates=3", "train.lr=1e-2", "options.pairs=4", "options.pair_steps=2",
+            "options.guidance=2", "options.tangent_warmup=0"]  # fmt: skip
     run = stepdistill.distill(teacher=teacher, method="meanflow", output=tmp_path / "run", sets=sets)
     assert "drawn in 1 step(s) of" in run.report.verification
     config = json.loads((run.student / "unet" / "config.json").read_text())
@@ -209,7 +209,7 @@ def test_a_student_that_starts_below_pure_noise_is_trained_exported_and_verified
 ):
     """The unconditional teacher also has DMD's default guidance, which is none where there is nothing to guide with."""
     teacher = saved(name, tmp_path / "teacher")
-    sets = [*SHORT, *more, *([prompts] if name == "sd" else []), "train.steps=6", f"student.times={times}"]
+    sets = [*SHORT, *more, *([prompts] if name == "sd" else []), "train.updates=6", f"student.times={times}"]
     run = stepdistill.distill(teacher, method, tmp_path / "run", sets=sets)
     assert f"drawn in {len(times)} step(s) of" in run.report.verification
     config = json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())
@@ -223,7 +223,7 @@ def test_a_start_below_pure_noise_is_refused_where_trajectories_are_learnt(tmp_p
 
 def test_a_pipeline_object_and_classes_need_no_prompts(tmp_path):
     """A class-conditional teacher given as an object learns from its own class numbers."""
-    sets = [*SHORT, "train.steps=4", "options.pairs=4", "options.pair_steps=2", "options.reflow_steps=2",
+    sets = [*SHORT, "train.updates=4", "options.pairs=4", "options.pair_steps=2", "options.reflow_updates=2",
             "options.guidance=1"]  # fmt: skip
     run = stepdistill.distill(tiny_pipeline("unet-classes"), "reflow", tmp_path / "run", sets=sets)
     assert "differ from the trainer's by" in run.report.verification
@@ -245,13 +245,18 @@ def test_a_teacher_that_draws_from_prompts_needs_prompts(tmp_path):
 
 
 def test_a_gan_needs_images(tmp_path, prompts):
-    refused(tmp_path, "learns from images: give a folder in data.images", prompts, "options.gan_weight=0.1")
+    refused(
+        tmp_path,
+        "learns from images: give a folder in data.images",
+        prompts,
+        "options.adversarial_weight=0.1",
+    )
 
 
 def test_images_for_a_teacher_of_videos_are_refused(tmp_path, prompts):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / "picture.png")
-    more = ["options.gan_weight=0.1", f"data.images={tmp_path / 'images'}", "data.size=[16, 16, 5]"]
+    more = ["options.adversarial_weight=0.1", f"data.images={tmp_path / 'images'}", "data.size=[16, 16, 5]"]
     refused(
         tmp_path,
         "dmd with these options learns from images, but .* draws videos",

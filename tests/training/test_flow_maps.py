@@ -13,12 +13,17 @@ from tiny import SIZES, VIDEO, WITH_TEXT, tiny_pipeline
 import stepdistill
 
 COMMON = [
-    *("train.batch=2", "train.steps=2", "train.lr=1e-2", "train.ema=0", "train.sheet_every=0"),
+    *("train.batch=2", "train.updates=2", "train.lr=1e-2", "train.average=0", "train.preview_every=0"),
     *("evaluate=false", "student.output=teacher", "options.guidance=2"),
 ]
 METHODS = {
-    "meanflow": ["options.pairs=2", "options.pair_steps=2", "options.warmup=0", "options.derivative=exact"],
-    "freeflow": ["options.fake_steps=1", "options.fake_warm_start=0", "options.derivative=exact"],
+    "meanflow": [
+        "options.pairs=2",
+        "options.pair_steps=2",
+        "options.tangent_warmup=0",
+        "options.derivative=exact",
+    ],
+    "freeflow": ["options.fake_updates=1", "options.fake_warm_start=0", "options.derivative=exact"],
 }
 
 
@@ -82,9 +87,15 @@ def test_a_folder_in_bfloat16_says_what_was_saved(tmp_path: Path) -> None:
 
 def test_the_recipe_for_dit_runs_on_a_tiny_one(tmp_path: Path) -> None:
     """Both networks have their update, the student that of its v; the rest of the recipe is as it stands."""
-    sets = ["train.steps=2", "train.batch=2", "train.accumulate=1", "train.sheet_every=0", "evaluate=false"]
-    sets += ["student.output_steps=1", "student.output_samples=2"]
+    sets = [
+        "train.updates=2",
+        "train.batch=2",
+        "train.accumulate=1",
+        "train.preview_every=0",
+        "evaluate=false",
+    ]
+    sets += ["student.output_updates=1", "student.output_samples=2"]
     run = stepdistill.distill(tiny_pipeline("dit"), None, tmp_path / "run", recipe="freeflow_dit", sets=sets)
     assert "drawn in 1 step(s) of" in run.report.verification
     rows = [json.loads(line) for line in (run.folder / "stats.jsonl").read_text().splitlines()]
-    assert [row["turn"] for row in rows] == ["fake", "student"]
+    assert [row["network"] for row in rows] == ["fake score", "student"]

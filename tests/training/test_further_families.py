@@ -28,8 +28,8 @@ def test_all_weights_or_adapters_are_trained_and_can_be_exported(
     size = SIZES.get(name)
     sets = [
         *(f"student.lora_rank={rank}", "student.output=teacher", "student.times=[1.0]", "train.lr=1e-2"),
-        *(f"train.steps={2 if rank else 4}", "train.batch=1", "train.sheet_every=0", "train.ema=0"),
-        *("options.guidance=2", "options.fake_steps=1", "options.fake_warm_start=0", "evaluate=false"),
+        *(f"train.updates={2 if rank else 4}", "train.batch=1", "train.preview_every=0", "train.average=0"),
+        *("options.guidance=2", "options.fake_updates=1", "options.fake_warm_start=0", "evaluate=false"),
         *(
             f"data.prompts={tmp_path / 'prompts.txt'}",
             *(
@@ -48,5 +48,5 @@ def test_all_weights_or_adapters_are_trained_and_can_be_exported(
     moved = [not torch.equal(old, new) for old, new in zip(before, weights, strict=True)]
     assert sum(moved) > 0.4 * len(moved)
     rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
-    assert [row["turn"] for row in rows] == ["fake", "student"] * (1 if rank else 2)
+    assert [row["network"] for row in rows] == ["fake score", "student"] * (1 if rank else 2)
     check_export(job.student, job.sampler, job.teacher, "a red heart")

@@ -78,7 +78,7 @@ def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_pa
             raise Killed
         return Seen({}, [])
 
-    recipe = recipe_of(method, 10, "train.sheet_every=1")
+    recipe = recipe_of(method, 10, "train.preview_every=1")
     with pytest.raises(Killed):
         start(recipe, tmp_path / "parts", preview=kill)
     assert [path.name for path in checkpoints_in(tmp_path / "parts" / "work" / "checkpoints")][
@@ -97,8 +97,8 @@ def test_an_optimiser_that_starts_anew_resumes_bit_for_bit(tmp_path):
     """Phased DMD's second phase begins after step 3, where its fake network is the teacher again: its optimiser has
     then seen that phase's two updates alone, and a checkpoint of that very step, without moments, goes on exactly."""
     sets = [
-        *COMMON[:2], "train.checkpoint_every=4", *COMMON[3:], "student.times=[1.0, 0.5]", "train.steps=8",
-        "options.phase_updates=2", "options.fake_steps=1",
+        *COMMON[:2], "train.checkpoint_every=4", *COMMON[3:], "student.times=[1.0, 0.5]", "train.updates=8",
+        "options.phase_updates=2", "options.fake_updates=1",
     ]  # fmt: skip
     recipe = load_recipe(HERE / "empty.yaml", method="phased_dmd", sets=sets)
     start(recipe, tmp_path / "whole")
@@ -108,7 +108,7 @@ def test_an_optimiser_that_starts_anew_resumes_bit_for_bit(tmp_path):
             raise Killed
         return Seen({}, [])
 
-    recipe = load_recipe(HERE / "empty.yaml", method="phased_dmd", sets=[*sets, "train.sheet_every=1"])
+    recipe = load_recipe(HERE / "empty.yaml", method="phased_dmd", sets=[*sets, "train.preview_every=1"])
     with pytest.raises(Killed):
         start(recipe, tmp_path / "parts", preview=kill)
     folder = checkpoints_in(tmp_path / "parts" / "work" / "checkpoints")[-1]
@@ -124,9 +124,9 @@ def assert_same_run(one, two):
     """Losses and gradient norms of every step agree to rounding, and the weights moved to the same place. (Adam turns
     the rounding of a gradient near zero into a step of either sign, so single weights may differ by a step.)"""
     for a, b in zip(curve(one), curve(two), strict=True):
-        assert a["turn"] == b["turn"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), a["step"]
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2), a["step"]
+        assert a["network"] == b["network"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), a["update"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2), a["update"]
     first, second = final_tensors(one), final_tensors(two)
     assert first.keys() == second.keys()
     weights = [name for name in first if name.startswith("roles.student.")]
@@ -402,7 +402,7 @@ def test_a_pipeline_object_is_left_in_its_own_precision():
 def test_every_trained_weight_has_a_gradient_in_bf16(method, tmp_path):
     """Also where the network was called without a graph before, in the same step: DMD's first of two calls, and the
     student as its own target. No cast of a weight outlives a call without a graph."""
-    more = {"dmd": ["options.warm_start=0"], "lcm": ["options.ema=0"]}[method]
+    more = {"dmd": ["options.warm_start=0"], "lcm": ["options.target_decay=0"]}[method]
     recipe = recipe_of(method, 4, "train.precision=bf16", *more)
     job = assemble(resolve(recipe), Accelerator(cpu=True), None)
     data, graphs = training_data(job, tmp_path), []
@@ -447,7 +447,7 @@ def test_lora_trains_and_keeps_the_adapter_alone(tmp_path):
 def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(sheets, reads, tmp_path):
     """Where steps are read late it is the first bad one that is named, and no checkpoint is made of it: the next read
     after step 7 is the one before the checkpoint of 10 steps."""
-    recipe = recipe_of("dmd", 20, f"train.sheet_every={sheets}", f"train.log_every={reads}")
+    recipe = recipe_of("dmd", 20, f"train.preview_every={sheets}", f"train.log_every={reads}")
     accelerator = Accelerator(cpu=True)
     job = assemble(resolve(recipe), accelerator, None)
 
@@ -462,7 +462,7 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(sheets, reads
     ):
         train(job.objective, training_data(job, tmp_path), recipe, tmp_path, accelerator, preview=poison)
     assert checkpoints_in(tmp_path / "work" / "checkpoints")[-1].name == "step-00000005"
-    assert [row["step"] for row in curve(tmp_path)] == list(range(7))
+    assert [row["update"] for row in curve(tmp_path)] == list(range(7))
 
 
 def test_resume_needs_a_checkpoint(tmp_path):
@@ -524,7 +524,7 @@ def test_resume_takes_what_cannot_move_a_weight(tmp_path):
     """What is evaluated, kept and drawn may change between two parts of a run."""
     start(recipe_of("lcm", 5), tmp_path)
     _, trained = start(
-        recipe_of("lcm", 5, "evaluate=emoji", "train.keep=5", "train.sheet_every=2"), tmp_path, True
+        recipe_of("lcm", 5, "evaluate=emoji", "train.keep=5", "train.preview_every=2"), tmp_path, True
     )
     assert trained.step == 5
 
@@ -641,8 +641,11 @@ def test_a_run_goes_back_to_the_checkpoint_that_is_asked_for(tmp_path):
     ("more", "rates"),
     [
         (["train.lr=1e-2", "train.weight_decay=0", "train.clip=0", "train.betas=[0.8, 0.95]"], [1e-2, 1e-2]),
-        (["train.weight_decay=0.5", "train.clip=0.01", "train.ema=0", "train.ema_power=1"], [1e-4, 1e-4]),
-        (["train.warmup=4", "train.ema=0.15", "train.betas=[0.0, 0.9]"], [2.5e-5, 5e-5]),
+        (
+            ["train.weight_decay=0.5", "train.clip=0.01", "train.average=0", "train.average_power=1"],
+            [1e-4, 1e-4],
+        ),
+        (["train.warmup=4", "train.average=0.15", "train.betas=[0.0, 0.9]"], [2.5e-5, 5e-5]),
         (["train.schedule=linear", "train.seed=1"], [1e-4, 5e-5]),
         # An eps network called at the end of Stable Diffusion's table, where alphas_cumprod is 0.00466.
         (["train.lr_of=x0", "train.clip=0"], [1e-4 * (0.00466 / 0.99534) ** 0.5] * 2),
@@ -674,9 +677,9 @@ def test_two_updates_are_adams_with_the_options_of_train(more, rates, tmp_path):
     wanted = start_ * (1 - rates[0] * options.weight_decay) - rates[0] * step
     assert float((end - wanted).abs().max()) < 1e-2 * rates[0] + 1e-6
     shadow = load_file(second / "ema.safetensors")
-    decays = [min(options.ema, (1 + n) / (10 + n)) for n in range(2)]
-    if options.ema_power:
-        decays = [(1 - 1 / (n + 1)) ** (options.ema_power + 1) for n in range(2)]
+    decays = [min(options.average, (1 + n) / (10 + n)) for n in range(2)]
+    if options.average_power:
+        decays = [(1 - 1 / (n + 1)) ** (options.average_power + 1) for n in range(2)]
     for name in names:
         average = weights[0][name]
         for decay, now in zip(decays, weights[1:], strict=True):
@@ -694,19 +697,19 @@ def test_a_budget_ends_a_run_and_another_seed_is_another_run(tmp_path):
 def test_an_adapter_has_the_rank_and_the_scale_it_was_given():
     from stepdistill.networks.lora import lora_layers
 
-    job = job_of("lcm", "options.ema=0", "student.lora_rank=4", "student.lora_alpha=6")
+    job = job_of("lcm", "options.target_decay=0", "student.lora_rank=4", "student.lora_alpha=6")
     for layer in lora_layers(job.student.net).values():
         assert layer.scaling == {"student": 6 / 4}
         assert layer.lora_A["student"].weight.shape[0] == 4
 
 
 def test_learning_rates():
-    options = TrainOptions(steps=110, lr=1.0, warmup=10, schedule="cosine")
+    options = TrainOptions(updates=110, lr=1.0, warmup=10, schedule="cosine")
     assert learning_rate(options, 0) == pytest.approx(0.1)
     assert learning_rate(options, 9) == pytest.approx(1.0)
     assert learning_rate(options, 60) == pytest.approx(0.5)
-    assert learning_rate(TrainOptions(steps=100, lr=2.0, schedule="linear"), 75) == pytest.approx(0.5)
-    assert learning_rate(TrainOptions(steps=100, lr=2.0), 99) == 2.0
+    assert learning_rate(TrainOptions(updates=100, lr=2.0, schedule="linear"), 75) == pytest.approx(0.5)
+    assert learning_rate(TrainOptions(updates=100, lr=2.0), 99) == 2.0
 
 
 def test_vitals_see_collapse_and_saturation():
@@ -728,7 +731,7 @@ def test_where_memory_ends_one_line_says_what_holds_it_and_the_checkpoint_stays(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return Seen({}, [])
 
-    recipe = recipe_of("lcm", 3, "train.sheet_every=1", "train.checkpoint_every=1")
+    recipe = recipe_of("lcm", 3, "train.preview_every=1", "train.checkpoint_every=1")
     with pytest.raises(
         UserError, match=r"train\.batch=4 train\.accumulate=1 .*`stepdistill plan .*recipe.yaml` says"
     ):

@@ -115,7 +115,7 @@ def test_other_optimizers_take_no_parts_of_weights(name: str) -> None:
     sets = [f"train.optimizer={name}", "train.parallel=sharded"]
     with pytest.raises(UserError, match=f"{name} and parallel is sharded, whose parts it cannot take"):
         load_recipe(HERE / "empty.yaml", method="dmd", sets=sets)
-    with pytest.raises(UserError, match="ema_device is cpu and parallel is sharded"):
+    with pytest.raises(UserError, match="average_device is cpu and parallel is sharded"):
         load_recipe(
-            HERE / "empty.yaml", method="dmd", sets=["train.ema_device=cpu", "train.parallel=sharded"]
+            HERE / "empty.yaml", method="dmd", sets=["train.average_device=cpu", "train.parallel=sharded"]
         )

@@ -34,7 +34,7 @@ EMPTY = HERE / "empty.yaml"
 
 def matching(teacher: PipelineTeacher, steps: int = 12, **options: Any) -> Matching:
     wanted = StudentOptions(
-        output="v", output_steps=steps, **{"output_lr": 1e-3, "output_samples": 16, **options}
+        output="v", output_updates=steps, **{"output_lr": 1e-3, "output_samples": 16, **options}
     )
     return Matching(teacher, "v", tiny_prompts("sd", 6), 2.0 if teacher.null else 1.0, wanted, 8, 0)
 
@@ -97,7 +97,7 @@ def test_states_are_the_teachers_samples_noised_to_evenly_spread_times(tmp_path:
 
 
 def test_the_turned_network_says_what_the_teacher_says(tmp_path: Path) -> None:
-    options = StudentOptions(output="v", output_steps=600, output_lr=1e-2, output_samples=256)
+    options = StudentOptions(output="v", output_updates=600, output_lr=1e-2, output_samples=256)
     made = Matching(toy_teacher(Perceptron(), "eps"), "v", ["a"], 1.0, options, 64, 0)
     found = run(made, tmp_path)
     assert found.denoiser.output == "v" and not found.adapter
@@ -172,7 +172,7 @@ def job_of(teacher: Any, *sets: str) -> Assembled:
         f"data.prompts={HERE / 'prompts.txt'}",
         "train.batch=4",
         "student.output=v",
-        "student.output_steps=3",
+        "student.output_updates=3",
     ]
     more = ["options.guidance=2.0", "student.output_samples=8", "student.output_lr=1e-3"]
     recipe = load_recipe(EMPTY, method="dmd", sets=[*common, *more, *sets])

@@ -80,7 +80,7 @@ def test_a_recipe_finds_the_family_beside_it_and_gives_a_verified_student(
     pipe.save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a red heart\nblue fish\n")
     sets = [
-        *("train.steps=2", "train.batch=2", "train.sheet_every=0", "train.precision=float32"),
+        *("train.updates=2", "train.batch=2", "train.preview_every=0", "train.precision=float32"),
         *("options.fake_warm_start=0", "student.output=teacher", "student.times=[1.0,0.5]"),
         *("data.size=[32,16]", f"data.prompts={tmp_path / 'prompts.txt'}"),
     ]

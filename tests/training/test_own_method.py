@@ -59,7 +59,7 @@ def test_a_recipe_finds_the_method_beside_it_and_gives_a_verified_student(tmp_pa
     folder = tmp_path / "mine"
     shutil.copytree(EXAMPLE.parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
     tiny_pipeline("unet-classes").save_pretrained(tmp_path / "teacher")
-    sets = ["train.steps=3", "train.batch=4", "train.sheet_every=0", "options.pairs=4", "options.pair_steps=2",
+    sets = ["train.updates=3", "train.batch=4", "train.preview_every=0", "options.pairs=4", "options.pair_steps=2",
             "options.guidance=1", "evaluate=false"]  # fmt: skip
     recipe = load_recipe(folder / "own_method.yaml", teacher=str(tmp_path / "teacher"), sets=sets)
     run = run_recipe(recipe, output=tmp_path / "run")

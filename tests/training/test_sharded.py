@@ -36,20 +36,20 @@ from stepdistill.training.parallel import parallel_of
 RUNS = {
     # A follower with a discriminator on its features; the same as three adapters on one network; a target that averages
     # and a term's critic; a flow that becomes the student; a second phase, in which the follower starts anew.
-    "dmd": [*METHODS["dmd"], "options.gan_weight=0.01"],
-    "dmd lora": [*METHODS["dmd"], "options.gan_weight=0.01", "student.lora_rank=2"],
+    "dmd": [*METHODS["dmd"], "options.adversarial_weight=0.01"],
+    "dmd lora": [*METHODS["dmd"], "options.adversarial_weight=0.01", "student.lora_rank=2"],
     "lcm": [*METHODS["lcm"], "terms.gan_weight=0.01", "student.times=[1.0, 0.5]"],
-    "reflow": [*METHODS["reflow"], "options.reflow_steps=2"],
+    "reflow": [*METHODS["reflow"], "options.reflow_updates=2"],
     "phased_dmd lora": [
         *(
             "student.times=[1.0, 0.5]",
             "options.phase_updates=1",
-            "options.fake_steps=1",
+            "options.fake_updates=1",
             "student.lora_rank=2",
         )
     ],
     # Its calls are shared.
-    "dmd video": ["student.times=[1.0, 0.5]", "options.fake_steps=1", "data.size=[32, 16, 9]"],
+    "dmd video": ["student.times=[1.0, 0.5]", "options.fake_updates=1", "data.size=[32, 16, 9]"],
 }
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 """What ``accelerate launch`` hands on of a config of FSDP2."""
@@ -79,7 +79,7 @@ test_sharded.killed_while_saving(root)
 
 def recipe_of(name, root, *more):
     """The run of RUNS whose first word is its method, on the real images of ``root``."""
-    sets = [*COMMON, *RUNS[name], "train.batch=6", "train.steps=4", "student.output=teacher"]
+    sets = [*COMMON, *RUNS[name], "train.batch=6", "train.updates=4", "student.output=teacher"]
     sets += [f"train.checkpoint_every={2 if name == 'dmd' else 4}", f"data.images={root / 'images'}", *more]
     return load_recipe(HERE / "empty.yaml", method=name.split()[0], sets=sets)
 
@@ -114,7 +114,7 @@ def in_two(root):
         recipe, root / "two" / "dmd video", parallel_of("auto", parallel().processes, torch.device("cpu"), 2)
     )
     os.environ.update(FSDP, FSDP_RESHARD_AFTER_FORWARD="false")
-    recipe = recipe_of("dmd", root, "train.sheet_every=1", "train.checkpointing=true")
+    recipe = recipe_of("dmd", root, "train.preview_every=1", "train.checkpointing=true")
     finish.verify = str  # the test does it, where it costs less
     run_recipe(recipe, output=root / "two" / "resumed", resume=True, pipeline=tiny_pipeline("sd"))
     for name in FSDP:
@@ -174,11 +174,11 @@ def last(run):
 
 def assert_equal(one, two):
     for a, b in zip(read_stats(one), read_stats(two), strict=True):
-        assert a["turn"] == b["turn"]
+        assert a["network"] == b["network"]
         # A matched field is a small difference of two predictions.
         rel = 1e-4 if "video" in two.name else 1e-5
-        assert a["loss"] == pytest.approx(b["loss"], rel=rel), (two, a["step"])
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), (two, a["step"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=rel), (two, a["update"])
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), (two, a["update"])
     (ours, _), (theirs, _) = load_checkpoint(last(one)), load_checkpoint(last(two))
     assert ours.keys() == theirs.keys() and "ema" in ours
     for part in ours:
@@ -312,7 +312,7 @@ def test_calls_that_cannot_be_shared_are_refused_before_training(tmp_path):
             "not divide the 3 tokens that a WanTransformer3DModel has in .* at 16x16, 9 frames",
         ),
         (
-            ["data.size=[32, 16, 1]", "options.gan_weight=0.01", f"data.images={tmp_path}"],
+            ["data.size=[32, 16, 1]", "options.adversarial_weight=0.01", f"data.images={tmp_path}"],
             "context_parallel is 2, .* but fake trains a head",
         ),
     ):

@@ -1,4 +1,4 @@
-"""Pictures of a run: labelled rows of the same prompts and seeds, and the contact sheets drawn while it trains."""
+"""Pictures of a run: labelled rows of the same prompts and seeds, and the previews drawn while it trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.health import Seen, Vitals
 
 
-class ContactSheets:
+class Previews:
     """Draws the same prompts with the student every so often, writes them down and looks whether they are healthy.
 
     Args:
@@ -41,15 +41,15 @@ class ContactSheets:
         self.reference = Vitals.of(drawn)
         self.teacher_row = (f"teacher, {teacher_steps} steps", to_uint8(drawn))
 
-    def look(self, step: int, ema: Ema | None) -> Seen:
-        """Draws the sheet of one step; its numbers go to the log, its worries above the progress bar."""
+    def look(self, update: int, ema: Ema | None) -> Seen:
+        """Draws one preview; its numbers go to the log, its worries above the progress bar."""
         with averaged(ema):
             drawn = draw_as_pipeline(self.student, self.sampler, self.teacher.codec, self.prompts, self.seeds)
         if self.folder is not None:
             self.folder.pictures.mkdir(parents=True, exist_ok=True)
-            label = f"student, {self.sampler.steps} step(s), after {step} updates"
-            sheet = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])
-            sheet.save(self.folder.preview(step))
+            label = f"student, {self.sampler.steps} step(s), after {update} updates"
+            picture = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])
+            picture.save(self.folder.preview(update))
         vitals = Vitals.of(drawn)
         numbers = {
             **{"diversity": vitals.diversity, "teacher_diversity": self.reference.diversity},
