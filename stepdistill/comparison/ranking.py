@@ -36,7 +36,7 @@ class Row:
         recall_of_teachers: recall over that of the teacher at full steps.
         ms_per_image: milliseconds of drawing an image, in the batches and on the machine of the evaluation.
         train_seconds, peak_memory_bytes: what the training took.
-        updates, updates_planned: optimiser steps done, and in the recipe; fewer where a budget ended the training.
+        updates, updates_planned: updates done, and in the recipe; fewer where a budget ended the training.
     """
 
     name: str

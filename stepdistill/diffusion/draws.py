@@ -50,7 +50,7 @@ class Draws:
 
     Attributes:
         seed: the run's seed.
-        step: optimiser step, from 0, below 2^32.
+        step: update, from 0, below 2^32.
         first: index of the first sample in the global batch (over processes and accumulation).
         count: number of samples B; first + count is at most 2^32.
         device: where they are drawn, to the last bit the same on each; one without Triton gets those of the processor.

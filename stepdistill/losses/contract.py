@@ -27,7 +27,7 @@ pairs the states of their trajectories at the method's ``pair_times``, the stude
 
 @dataclass(frozen=True)
 class Turn:
-    """Whose update an optimiser step is, and when.
+    """Whose update is made, and when.
 
     Attributes:
         network: the name in :meth:`Method.trained`.

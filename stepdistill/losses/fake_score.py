@@ -158,7 +158,7 @@ def views_of(
 
 
 def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
-    """Whose turn the optimiser step is: ``warm_start`` student updates, ``fake_warm_start`` fake ones, then cycles of
+    """Whose turn it is: ``warm_start`` student updates, ``fake_warm_start`` fake ones, then cycles of
     ``fake_updates`` fake updates and one of the student."""
     if step < warm_start:
         return "student"

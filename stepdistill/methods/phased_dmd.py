@@ -86,7 +86,7 @@ class PhasedDMD(Method):
         return {**experts, "fake": Trained("fake", follows=True)}
 
     def place(self, step: int) -> tuple[int, int]:
-        """The phase that an optimiser step belongs to, and its number within the phase."""
+        """The phase that an update belongs to, and its number within the phase."""
         own = self.options
         length = own.warm_start + own.fake_warm_start + own.phase_updates * (own.fake_updates + 1)
         phase = min(step // length, own.phases - 1)

@@ -49,7 +49,7 @@ class TSCD(Method):
     class Options(FakeScoreOptions, SourceOptions):
         guidance: float = 7.5  # of the teacher's step, and of the cached samples
         segments: tuple[int, ...] = (8, 4, 2, 1)  # of each stage
-        stage_updates: int = 2000  # optimiser steps of each stage; the last one goes on
+        stage_updates: int = 2000  # updates of each stage; the last one goes on
         grid: int = 40  # times on the path, a multiple of each number of segments
         skip: int = 1  # grid times a teacher step skips, within the segment
         noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
@@ -79,7 +79,7 @@ class TSCD(Method):
         return {**super().trained(), **({"fake": critics} if self.fake or self.gan else {})}
 
     def segments(self, step: int) -> int:
-        """k of the stage that the optimiser step belongs to."""
+        """k of the stage that the update belongs to."""
         return self.options.segments[: step // self.options.stage_updates + 1][-1]
 
     def turn(self, step: int) -> Turn:

@@ -106,7 +106,7 @@ class TrainOptions(Section):
         lr: learning rate of the student; a method scales it for its other networks.
         lr_of: what an update of that rate moves: ``weights``, or ``x0``: the student's rate is then divided by how far
             its clean sample moves with its output, as root mean square over its times, so that a rate means the same
-            for every output kind (14.6 times as much for one step of an eps network on Stable Diffusion's table as for v).
+            for every output kind (14.6 times as much for one step of eps on Stable Diffusion's table as for v).
         warmup: updates over which the rate rises from 0.
         schedule: the rate after the warm-up: constant, or falling to 0 as a cosine or a line.
         optimizer: ``adamw``, or ``adafactor``, which holds next to nothing for linear layers and two thirds of a number

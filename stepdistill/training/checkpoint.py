@@ -51,7 +51,7 @@ def save_checkpoint(
 
     Args:
         folder: the run's ``checkpoints`` folder.
-        step: optimiser steps done.
+        step: updates done.
         tensors: groups of tensors, one file each, or one of every sharer.
         state: what else there is to remember, JSON.
         keep: how many checkpoints stay, at least 1.

@@ -33,7 +33,7 @@ class Measured(BaseModel):
         recall_of_teachers: by number of steps, recall over that of the teacher with all of its steps.
         command, versions, hardware, commit: where the numbers come from.
         verification: what the proof of the student's folder said.
-        updates, updates_planned: optimiser steps done, and in the recipe.
+        updates, updates_planned: updates done, and in the recipe.
         train_seconds, peak_memory_bytes: what the training took.
     """
 

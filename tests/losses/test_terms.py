@@ -188,7 +188,7 @@ def test_a_methods_own_discriminator_and_the_terms_both_train():
     kind = find_method("pcm")
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    objective = gan_beside(kind(Copies(teacher, student), (1.0,), kind.Options(gan_weight=0.1)), 0.1)
+    objective = gan_beside(kind(Copies(teacher, student), (1.0,), kind.Options(adversarial_weight=0.1)), 0.1)
     assert [objective.turn(step).network for step in range(4)] == [
         *("term gan", "discriminator", "term gan", "student")
     ]
