@@ -458,7 +458,7 @@ def test_a_nan_stops_the_run_and_names_network_step_and_checkpoint(sheets, reads
         return Seen({}, [])
 
     with pytest.raises(
-        TrainingDiverged, match=r"the loss of (fake|student) is nan at step 7; .*step-00000005"
+        TrainingDiverged, match=r"the loss of (fake score|student) is nan at update 7; .*step-00000005"
     ):
         train(job.objective, training_data(job, tmp_path), recipe, tmp_path, accelerator, preview=poison)
     assert checkpoints_in(tmp_path / "work" / "checkpoints")[-1].name == "step-00000005"
