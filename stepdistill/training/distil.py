@@ -108,7 +108,7 @@ def run_recipe(
 
     if not told().main:
         return _run(resolved, output, resume, command, pipeline, None)
-    status = RunStatus(output, recipe.train.steps, recipe.train.budget_seconds)
+    status = RunStatus(output, recipe.train.updates, recipe.train.budget_seconds)
     with recorded(output, status, command or "stepdistill.distill()"):
         return _run(resolved, output, resume, command, pipeline, status)
 
