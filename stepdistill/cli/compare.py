@@ -25,7 +25,16 @@ def compare(
     teacher: Annotated[str, typer.Option(help="Teacher of the runs that are trained.")] = "emoji",
     budget: Annotated[
         str | None,
-        typer.Option(help="Training time of each run, such as 90s, 10m or 1h; by default no limit."),
+        typer.Option(
+            help="Training time of each run, such as 90s, 10m or 1.5h; by default no limit. Drawing pairs before it, "
+            "and exporting and measuring after it, do not count."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Training seeds, such as 0,1,2: each method is trained with each, and means are compared."
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None,
@@ -34,40 +43,47 @@ def compare(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for compare.html, compare.json and the runs; trained: runs/compare_TEACHER."
+            help="Folder for compare.html, compare.json and the runs; by default runs/compared, or "
+            "runs/compare_TEACHER of runs that are trained."
         ),
     ] = None,
 ) -> None:
-    """Put runs and evaluations side by side, ranked, or one run for each of several methods, trained first.
+    """Put runs and evaluations side by side, or train one run for each of several methods first.
 
-    The same command goes on where it was stopped: finished runs are kept, unfinished ones resumed, failed ones tried
-    again.
+    What was measured in one way is ranked; what was not stands beside it, with the reason. The same command goes on
+    where it was stopped: finished runs are kept, unfinished ones resumed, failed ones tried again.
     """
     if bool(reports) == bool(methods):
         raise UserError("compare: give either run folders, or --methods (all, or names separated by commas)")
-    if reports and (budget or sets or teacher != "emoji"):
-        raise UserError("compare: --budget, --set and --teacher are of runs that are trained: add --methods")
+    if reports and (budget or sets or seeds or teacher != "emoji"):
+        raise UserError(
+            "compare: --budget, --seeds, --set and --teacher are of runs that are trained: add --methods"
+        )
     folder = output
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
-    from stepdistill.comparison import train_all
+    from stepdistill.comparison import collect, plan, train_all
+    from stepdistill.comparison.table import text_tables
     from stepdistill.system.files import check_writable
+    from stepdistill.system.log import say
 
     if methods:
-        wanted = train_all.plan(methods, teacher, train_all.seconds_of(budget) if budget else 0.0, sets or ())
+        seconds = plan.seconds_of(budget) if budget else 0.0
+        wanted = plan.plan(methods, teacher, seconds, sets or (), plan.seeds_of(seeds) if seeds else ())
         folder = output or Path("runs") / f"compare_{Path(teacher).name}"
         check_writable(folder)
+        for remark in wanted.remarks:
+            say(remark)
         compared = train_all.compare_methods(wanted, folder, command_line())
     else:
-        compared = train_all.collect(reports or [], command_line())
-    from stepdistill.comparison.ranking import rank, text_table
-
-    print(text_table(rank(compared.reports)))
+        compared = collect.collect(reports or [], command_line())
+    if compared.groups:
+        print(text_tables(compared.groups))
     for name, error in compared.failed.items():
-        print(f"{name}: failed: {error}")
+        print(f"{name}: {'failed' if methods else 'left out'}: {error}")
     if compared.without_recipe:
         print(f"no recipe for: {', '.join(compared.without_recipe)}")
-    if folder is not None:
-        print(train_all.write_all(compared, folder))
+    page = collect.write_all(compared, folder or Path("runs") / "compared")
+    print(f"page: {page}")
     if compared.failed and not compared.reports:
         raise typer.Exit(1)

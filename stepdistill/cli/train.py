@@ -43,7 +43,8 @@ def train(
         print(f"student: {run.student}")
         print(f"picture: {RunFolder(run.folder).samples}")
         if run.report.gap_closed:
-            from stepdistill.comparison.ranking import rank, text_table
+            from stepdistill.comparison.ranking import rank
+            from stepdistill.comparison.table import text_table
 
             print(text_table(rank([run.report])))
 

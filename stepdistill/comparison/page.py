@@ -6,23 +6,31 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stepdistill.comparison.ranking import filled, not_told_apart, rank
-from stepdistill.pages.html import document, embedded_picture, table
-from stepdistill.pages.plots import Series, line_plot
+from stepdistill.comparison.ranking import Group, Row, groups
+from stepdistill.comparison.table import SEEDS, filled, not_told_apart
+from stepdistill.pages.html import document, embedded_picture, scrolled, table
+from stepdistill.pages.plots import Scale, Series, line_plot
 from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import Measured
 
-_STYLE = "td,th{text-align:right}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
+_STYLE = (
+    "table.numbers td:nth-child(2),table.numbers th:nth-child(2){text-align:left}"
+    "table.numbers td:first-child{position:sticky;left:0;background:var(--paper)}"
+    ".sheet img{max-width:none}"
+)
 ABOUT_RUNS = (
     " Gap closed: 0 is the teacher with one step, 1 the teacher with all of its steps. Recall in brackets: over that "
     "of the teacher with all of its steps. An update counts for one network; where a budget ended a training, those "
     "done of those planned."
 )
 FACTS = ("pipeline", "summary", "command", "hardware", "commit", "verification")
+FAR = 20.0
+"""Values whose largest is so many times the smallest have a logarithmic axis; others one from 0."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +38,43 @@ class Comparison:
     """What is set side by side.
 
     Attributes:
-        reports: of the finished runs, as ``read_report`` gives them.
+        reports: of the finished runs, as ``read_report`` gives them, each of another name.
         folders: each report's run folder, None where only a file was given.
         failed: what went wrong, by run.
         without_recipe: methods that were asked for as part of ``all`` and have no recipe.
+        repeats: run -> what it is a training of, for runs that differ in their training seed alone.
         origin: command, versions, hardware and commit of the comparison itself.
+        sheets: PNGs of pictures by their title.
+        drawn: the runs whose students are on a sheet.
     """
 
     reports: Sequence[Measured]
     folders: Sequence[Path | None]
     failed: Mapping[str, str] = field(default_factory=dict)
     without_recipe: Sequence[str] = ()
+    repeats: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    sheets: Mapping[str, bytes] = field(default_factory=dict)
+    drawn: frozenset[str] = frozenset()
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The reports whose numbers mean the same, ranked."""
+        return groups(self.reports, self.repeats)
 
 
-def write(comparison: Comparison, folder: Path, picture: bytes | None = None) -> Path:
-    """Writes compare.json, compare.html and, where there is one, compare.png; gives back the page.
+def write(comparison: Comparison, folder: Path) -> Path:
+    """Writes compare.json, compare.html and the sheets as compare.png, compare-2.png ...; gives back the page.
 
     Args:
         comparison: what is compared.
         folder: where to; made where it is missing.
-        picture: PNG of the same prompts drawn by every student.
-
-    Raises:
-        UserError: the reports were measured differently.
     """
     content = json.dumps(as_json(comparison), indent=1) + "\n"
-    page = html_page(comparison, picture)
+    page = html_page(comparison)
     folder.mkdir(parents=True, exist_ok=True)
-    if picture is not None:
-        (folder / "compare.png").write_bytes(picture)
+    for number, picture in enumerate(comparison.sheets.values(), 1):
+        (folder / f"compare{f'-{number}' if number > 1 else ''}.png").write_bytes(picture)
     for name, text in (("compare.json", content), ("compare.html", page)):
         with written_whole(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -67,30 +82,44 @@ def write(comparison: Comparison, folder: Path, picture: bytes | None = None) ->
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """compare.json: one entry a run with its scores by step count, the teacher's scores, and what failed."""
-    rows = rank(comparison.reports)
+    """compare.json: the groups, one entry a run with its scores by step count and its teacher's, and what failed."""
     runs = []
+    rows = [row for group in groups(comparison.reports) for row in group.rows]
     for report, folder in zip(comparison.reports, comparison.folders, strict=True):
         own = {row.steps: asdict(row) for row in rows if row.name == report.name}
-        scores = {str(steps): {key: row[key] for key in SCORES} for steps, row in sorted(own.items())}
         first = next(iter(own.values()), {})
         runs.append(
             {"name": report.name, "method": report.method, "folder": folder and str(folder)}
             | {key: first.get(key) for key in COSTS}
-            | {"scores": scores}
-            | report.model_dump(include={*FACTS, "versions", "teacher_name", "guidance"})
+            | {"scores": {str(steps): _scores(row) for steps, row in sorted(own.items()) if report.student}}
+            | report.model_dump(
+                include={*FACTS, "versions", "teacher_name", "guidance", "suite", "n", "teacher"}
+            )
         )
-    one = comparison.reports[0] if comparison.reports else None
     return {
-        "suite": one and one.suite,
-        "n": one and one.n,
-        "metrics": one and one.metrics,
-        "teacher": _teacher(comparison.reports),
+        "groups": [
+            {
+                "title": group.title,
+                "runs": [report.name for report in group.reports],
+                "not_compared_because": list(group.apart),
+                "metrics": group.reports[0].metrics,
+                "better": group.reports[0].better,
+                "teacher": _teacher(group.reports),
+                "over_seeds": [asdict(row) for row in group.rows if row.seeds is not None],
+            }
+            for group in comparison.groups
+        ],
         "runs": runs,
         "failed": dict(comparison.failed),
         "without_recipe": list(comparison.without_recipe),
         **comparison.origin,
     }
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: value for name, (value, _) in row["own"].items()}
+    errors = {f"{name}_se": error for name, (_, error) in row["own"].items()}
+    return {key: row[key] for key in SCORES} | own | errors
 
 
 SCORES = (
@@ -109,80 +138,120 @@ def _teacher(reports: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def html_page(comparison: Comparison, picture: bytes | None = None) -> str:
-    """A self-contained page: the ranked table, plots, the students' pictures, and each run's command and machine.
-
-    Raises:
-        UserError: the reports were measured differently.
-    """
-    reports = comparison.reports
+def html_page(comparison: Comparison) -> str:
+    """A self-contained page: each group's table and plots, the pictures, and each run's command and machine."""
+    reports, several = comparison.reports, len(comparison.groups) > 1
     runs = any(report.gap_closed for report in reports)
     body = [f"<h1>{'Runs' if runs or not reports else 'Evaluations'} compared</h1>"]
-    if reports:
-        fd = reports[0].metrics.get("fd") or "FD"
-        body += [
-            f"<p>Suite {html.escape(str(reports[0].suite))}, n = {html.escape(str(reports[0].n))}. FD is "
-            f"{html.escape(fd)}: lower is better.{ABOUT_RUNS * runs}</p>",
-            _table(comparison),
-            _plots(comparison, fd),
-        ]
-    if picture is not None:
-        body.append(f"<h2>The same prompts and seeds</h2>{embedded_picture(picture, 'samples')}")
+    if several:
+        body.append(
+            f"<p>{len(comparison.groups)} groups: numbers are compared within each, and not between them.</p>"
+        )
+    for number, group in enumerate(comparison.groups, 1):
+        body += _group(group, number if several else 0)
+    body += [_sheet(title, picture) for title, picture in comparison.sheets.items()]
     if comparison.failed:
         items = "".join(f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in comparison.failed.items())
-        body.append(f"<h2>Failed</h2><ul>{items}</ul>")
+        body.append(f"<h2>Left out</h2><ul>{items}</ul>")
     if comparison.without_recipe:
         body.append(f"<p>No recipe for: {html.escape(', '.join(comparison.without_recipe))}.</p>")
+    body.append("<h2>What was compared</h2>")
     body += [
-        _section(report, folder, picture is None)
+        _section(report, folder, report.name in comparison.drawn)
         for report, folder in zip(reports, comparison.folders, strict=True)
     ]
     return document("stepdistill compare", _STYLE, body)
 
 
-def _table(comparison: Comparison) -> str:
+def _group(group: Group, number: int) -> list[str]:
+    title = f"{number}. {group.title}" if number else group.title
+    parts = [f"<h2>{html.escape(title[0].upper() + title[1:])}</h2>"]
+    if group.apart:
+        parts.append(
+            f"<p class=warning>Not compared with 1, because {html.escape('; '.join(group.apart))}.</p>"
+        )
+    fd = str(group.reports[0].metrics.get("fd") or "FD")
+    if any(row.fd is not None for row in group.rows):
+        about = ABOUT_RUNS * any(report.gap_closed for report in group.reports)
+        parts.append(f"<p>FD is {html.escape(fd)}: lower is better.{about}</p>")
+    if better := group.reports[0].better:
+        said = "; ".join(
+            f"{name.replace('_', ' ')}: {direction} is better" for name, direction in better.items()
+        )
+        parts.append(f"<p>{html.escape(said)}.</p>")
+    return [*parts, _table(group.rows), _plots(group, fd)]
+
+
+def _table(rows: Sequence[Row]) -> str:
     """The ranked rows, with those whose distance is within the standard errors of each other's."""
-    rows = rank(comparison.reports)
     alike = [", ".join(not_told_apart(row, rows)) for row in rows]
     head, *lines = filled(rows)
     if any(alike):
         head = (*head, "FD not told apart from")
         lines = [(*line, names) for line, names in zip(lines, alike, strict=True)]
-    known = any(row.fd_se is not None for row in rows)
-    note = "<p>± is one standard error. FDs are not told apart where they differ by no more than the sum of theirs.</p>"
-    return table(head, lines) + note * known
+    repeated = any(row.seeds for row in rows)
+    plain = "± is one standard error." if any(row.fd_se is not None for row in rows) else ""
+    apart = " FDs are not told apart where they differ by no more than the sum of their standard errors."
+    note = (SEEDS if repeated else plain) + apart * bool(plain)
+    return table(head, lines, "numbers") + (f"<p class=note>{html.escape(note)}</p>" if note else "")
 
 
-def _plots(comparison: Comparison, fd: str) -> str:
+def _plots(group: Group, fd: str) -> str:
     """FD against steps, the teacher's dashed, and FD at each run's best step count against its training time."""
-    rows = rank(comparison.reports)
+    rows = [row for row in group.rows if row.fd]
     by_steps, by_time = [], []
-    for report in comparison.reports:
-        own = [row for row in rows if row.name == report.name and row.fd is not None]
-        by_steps.append(Series(report.name, [(row.steps, row.fd) for row in own if row.fd]))
-        best = min(own, key=lambda row: row.fd or 0.0, default=None)
-        if best is not None and best.fd and best.train_seconds:
-            label = f"{report.name} ({best.steps} step{'s' * (best.steps > 1)})"
-            by_time.append(Series(label, [(best.train_seconds / 60, best.fd)]))
-    teacher = (_teacher(comparison.reports).get("fd") or {}).items()
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        by_steps.append(_series(name, [(row.steps, row) for row in own]))
+        best = min(own, key=lambda row: row.fd or 0.0)
+        if best.train_seconds:
+            label = f"{name} ({best.steps} step{'s' * (best.steps > 1)})"
+            by_time.append(_series(label, [(best.train_seconds / 60, best)]))
+    teacher = (_teacher(group.reports).get("fd") or {}).items()
     points = [(float(steps), float(score)) for steps, score in teacher if score]
     ticks = sorted({row.steps for row in rows} | {steps for steps, _ in points})
     if points:
         by_steps.append(Series("teacher", points, dashed=True))
-    first = line_plot(by_steps, "steps", fd, ticks)
-    second = line_plot(by_time, "training, minutes", fd)
-    return "".join(
-        f"<h2>{html.escape(fd)} against {what}</h2>{plot}"
-        for what, plot in (("steps", first), ("training time", second))
-        if plot
-    )
+    note = "Bars: one standard error." if any(series.errors for series in by_steps) else ""
+    plots = [
+        line_plot(by_steps, "steps", fd, ticks, title=f"{fd} against steps", note=note, y_scale=_scale(by_steps, 1)),
+        line_plot(
+            by_time,
+            "training, minutes",
+            fd,
+            title=f"{fd} against training time",
+            note=note,
+            x_scale=_scale(by_time, 0),
+            y_scale=_scale(by_time, 1),
+        ),
+    ]  # fmt: skip
+    return f"<div class=charts>{''.join(plots)}</div>" if any(plots) else ""
 
 
-def _section(report: Measured, folder: Path | None, with_picture: bool) -> str:
-    facts = [f"<h2>{html.escape(str(report.name))}</h2>"]
+def _series(name: str, points: Sequence[tuple[float, Row]]) -> Series:
+    errors = [row.fd_error or 0.0 for _, row in points]
+    return Series(name, [(x, row.fd or 0.0) for x, row in points], errors=errors if any(errors) else ())
+
+
+def _scale(series: Sequence[Series], axis: int) -> Scale:
+    values = [point[axis] for each in series for point in each.points]
+    return "log" if values and max(values) > FAR * min(values) > 0 else "zero"
+
+
+def _sheet(title: str, picture: bytes) -> str:
+    shown = scrolled(f"<div class=sheet>{embedded_picture(picture, title)}</div>", title)
+    return f"<h2>{html.escape(title)}</h2>{shown}"
+
+
+def _section(report: Measured, folder: Path | None, drawn: bool) -> str:
+    """A run's facts, and its own picture where its student is on no sheet."""
     said = {key: getattr(report, key) for key in FACTS}
-    facts += [f"<p>{key}: <code>{html.escape(str(value))}</code></p>" for key, value in said.items() if value]
-    picture = RunFolder(folder).samples if folder is not None and with_picture else None
+    facts = "".join(
+        f"<p>{key}: <code>{html.escape(str(value))}</code></p>" for key, value in said.items() if value
+    )
+    picture = None if folder is None or drawn else RunFolder(folder).samples
     if picture is not None and picture.is_file():
-        facts.append(embedded_picture(picture.read_bytes(), f"samples of {report.name}"))
-    return "".join(facts)
+        facts += _sheet(f"Pictures of {report.name}", picture.read_bytes())
+    return (
+        f"<details{'' if drawn else ' open'}><summary>{html.escape(report.name)}</summary>{facts}</details>"
+    )

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from stepdistill.comparison.page import Comparison
 from stepdistill.evaluation.gallery import load_galleries
 from stepdistill.families.watching import frames_of
 from stepdistill.networks.loading import load_pipeline, load_teacher
@@ -20,6 +20,7 @@ from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import rows_of_pictures
 from stepdistill.recipes.recipe import DEFAULT_TEACHER
 from stepdistill.system.emoji import emoji_captions
+from stepdistill.training.run_report import Measured
 
 
 def draw_students(
@@ -63,28 +64,34 @@ def draw_students(
             drawn = pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
         steps = call["num_inference_steps"]
         rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(strip(frames_of(drawn)))))
-    file = io.BytesIO()
-    rows_of_pictures(rows).save(file, "PNG")
-    return file.getvalue()
+    return _png(rows)
 
 
-def kept_pictures(compared: Comparison, columns: int = 12) -> bytes | None:
-    """PNG of the first images that evaluations kept in their folders, a row for each step count.
+def kept_sheets(evaluations: Sequence[tuple[Measured, Path]], columns: int = 12) -> dict[str, bytes]:
+    """PNGs of the first images that evaluations kept in their folders, a row a step count, a sheet a size.
 
-    None where none did, or where they are of several sizes.
+    Args:
+        evaluations: reports and their folders.
+        columns: pictures in a row.
+
+    Returns:
+        Title -> PNG.
 
     Raises:
         UserError: what they kept is damaged.
     """
-    rows = [
-        (f"{report.name}{f', {steps} step' if steps else ''}{'s' * (steps > 1)}", gallery.pixels[:columns])
-        for report, place in zip(compared.reports, compared.folders, strict=True)
-        if place is not None
-        for steps, gallery in load_galleries(place).items()
-        if any(str(steps) in scores for scores in report.student.values())
-    ]
-    if len({pixels.shape for _, pixels in rows}) != 1:
-        return None
+    by_size: dict[str, list[tuple[str, Tensor]]] = {}
+    for report, place in evaluations:
+        for steps, gallery in load_galleries(place).items():
+            if any(str(steps) in scores for scores in report.student.values()):
+                label = f"{report.name}{f', {steps} step' if steps else ''}{'s' * (steps > 1)}"
+                height, width = gallery.pixels.shape[-2:]
+                title = f"The first images, {width} x {height}"
+                by_size.setdefault(title, []).append((label, gallery.pixels[:columns]))
+    return {title: _png(rows) for title, rows in by_size.items()}
+
+
+def _png(rows: Sequence[tuple[str, Tensor]]) -> bytes:
     file = io.BytesIO()
     rows_of_pictures(rows).save(file, "PNG")
     return file.getvalue()

@@ -1,15 +1,16 @@
-"""Finished runs and evaluations side by side, ranked only where their numbers mean the same. Reads reports; imports no
-torch."""
+"""Finished runs and evaluations side by side, in groups whose numbers mean the same, each ranked in itself. Reads
+reports; imports no torch."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from stepdistill.errors import UserError
-from stepdistill.pages.numbers import with_error
 from stepdistill.training.run_report import Measured, RunReport
 
 # Numbers under two values of one of these cannot be ranked, nor of any field of the protocol that both reports state.
@@ -37,6 +38,9 @@ class Row:
         ms_per_image: milliseconds of drawing an image, in the batches and on the machine of the evaluation.
         train_seconds, peak_memory_bytes: what the training took.
         updates, updates_planned: updates done, and in the recipe; fewer where a budget ended the training.
+        own: your own metrics: value and standard error by name.
+        seeds: how many trainings of other seeds the row is the mean of; None of one run by itself.
+        deviation: standard deviation between those trainings, by score; empty of one.
     """
 
     name: str
@@ -57,27 +61,78 @@ class Row:
     peak_memory_bytes: int | None
     updates: int | None
     updates_planned: int | None
+    own: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    seeds: int | None = None
+    deviation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def fd_error(self) -> float | None:
+        """Standard error of ``fd``: the evaluation's, and of several trainings that of their mean. The evaluation's
+        counts whole, as all trainings are measured with the same seeds."""
+        if self.fd_se is None or "fd" not in self.deviation:
+            return self.fd_se
+        return math.hypot(self.fd_se, self.deviation["fd"] / math.sqrt(self.seeds or 1))
+
+    def with_own(self, names: Iterable[str]) -> Row:
+        """The row with its own metrics in the order of ``names``, also those that it has not."""
+        return replace(self, own={name: self.own.get(name, (None, None)) for name in names})
 
 
-COLUMNS = (
-    "run",
-    "method",
-    "steps",
-    "gap closed",
-    "FD",
-    "KID",
-    "CLIP",
-    "recall (of teacher's)",
-    "density",
-    "ms/image",
-    "training",
-    "updates",
-    "memory",
-)
+@dataclass(frozen=True)
+class Group:
+    """Reports whose numbers mean the same.
+
+    Attributes:
+        title: the suite and the number of images; of runs without scores, that they have none.
+        reports: whose they are.
+        rows: ranked.
+        apart: why they are not compared with the first group; empty for the first.
+    """
+
+    title: str
+    reports: Sequence[Measured]
+    rows: Sequence[Row]
+    apart: Sequence[str] = ()
 
 
-def rank(reports: Sequence[Measured]) -> list[Row]:
+def groups(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None) -> list[Group]:
+    """The reports, those together that compare, in the order of the first of each group; those without scores last.
+
+    Args:
+        reports: of runs and evaluations.
+        repeats: run -> what it is a training of, for runs that differ in their seed alone: their rows become one.
+    """
+    together: list[list[Measured]] = []
+    for report in reports:
+        if has_scores(report):
+            fitting = (group for group in together if not differences([*group, report]))
+            group = next(fitting, None)
+            together.append([report]) if group is None else group.append(report)
+    found = []
+    for place, group in enumerate(together):
+        one = group[0]
+        apart = differences([together[0][0], one]) if place else []
+        plain = [why for why in apart if not why.startswith("protocol.suite_sha256")]
+        rows = rank(group, repeats)
+        found.append(Group(f"suite {one.suite}, {one.n:,} images", group, rows, plain or apart))
+    if without := [report for report in reports if not has_scores(report)]:
+        rows = [_row(report, "0") for report in without]
+        why = ["they have no scores: set evaluate in the recipe, or use stepdistill eval"]
+        found.append(Group("not measured", without, rows, why if found else []))
+    return found
+
+
+def has_scores(report: Measured) -> bool:
+    """Whether anything was measured."""
+    return any(report.student.values())
+
+
+def rank(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None) -> list[Row]:
     """One row per run and number of steps: by steps, then by Frechet distance, best first.
+
+    Args:
+        reports: that compare.
+        repeats: see :func:`groups`.
 
     Raises:
         UserError: the reports were measured differently; every field that differs is named, with its values.
@@ -85,7 +140,49 @@ def rank(reports: Sequence[Measured]) -> list[Row]:
     if found := differences(reports):
         raise UserError(f"these reports cannot be ranked: {'; '.join(found)}; evaluate them with one suite")
     rows = [row for report in reports for row in _rows(report)]
+    if repeats:
+        together: dict[tuple[str, int], list[Row]] = {}
+        for row in rows:
+            together.setdefault((repeats.get(row.name, row.name), row.steps), []).append(row)
+        rows = [_mean(name, some) for (name, _), some in together.items()]
     return sorted(rows, key=lambda row: (row.steps, row.fd is None, row.fd or 0.0))
+
+
+_SCORES = ("gap_closed", "fd", "kid", "clip_score", "recall", "density", "recall_of_teachers")
+_ERRORS = ("fd_se", "kid_se", "clip_score_se")
+
+
+def _mean(name: str, rows: Sequence[Row]) -> Row:
+    """The mean of trainings of other seeds, their deviation, and the error of an evaluation (root mean square)."""
+
+    def known(key: str) -> list[float]:
+        return [value for row in rows if (value := getattr(row, key)) is not None]
+
+    def error(values: Sequence[float]) -> float | None:
+        return math.sqrt(fmean(value**2 for value in values)) if values else None
+
+    scores = {key: known(key) for key in _SCORES}
+    errors: dict[str, Any] = {key: error(known(key)) for key in _ERRORS}
+    names = dict.fromkeys(own for row in rows for own in row.own)
+    own = {
+        key: [value for row in rows if (value := row.own.get(key, (None, None))[0]) is not None]
+        for key in names
+    }
+    own_errors = {
+        key: [e for row in rows if (e := row.own.get(key, (None, None))[1]) is not None] for key in names
+    }
+    means: dict[str, Any] = {key: fmean(values) if values else None for key, values in scores.items()}
+    means |= {key: fmean(found) for key in ("ms_per_image", "train_seconds") if (found := known(key))}
+    means |= {"updates": round(fmean(found))} if (found := known("updates")) else {}
+    return replace(
+        rows[0],
+        name=name,
+        **means,
+        **errors,
+        own={key: (fmean(values) if values else None, error(own_errors[key])) for key, values in own.items()},
+        seeds=len(rows),
+        deviation={key: stdev(values) for key, values in {**scores, **own}.items() if len(values) > 1},
+    )
 
 
 def differences(reports: Sequence[Measured]) -> list[str]:
@@ -112,7 +209,10 @@ def differences(reports: Sequence[Measured]) -> list[str]:
 
 def _values(field: str, stated: Iterable[tuple[Measured, Any]]) -> str:
     """The values of a field and who has them, where there is more than one; None is not a value."""
-    by_value = {str(value): report.name for report, value in stated if value is not None}
+    by_value: dict[str, str] = {}
+    for report, value in stated:
+        if value is not None:
+            by_value.setdefault(str(value), report.name)
     if len(by_value) < 2:
         return ""
     return f"{field} differs: " + ", ".join(f"{_short(value)} ({name})" for value, name in by_value.items())
@@ -124,99 +224,32 @@ def _short(value: str) -> str:
 
 
 def _rows(report: Measured) -> list[Row]:
-    student = report.student
-
-    def of(metric: str, steps: str) -> Any:
-        return (student.get(metric) or {}).get(steps)
-
-    steps_seen = dict.fromkeys([*(student.get("fd") or {}), *(student.get("clip_score") or {})])
-    return [
-        Row(
-            name=report.name,
-            method=report.method,
-            steps=int(steps),
-            gap_closed=report.gap_closed.get(steps),
-            fd=of("fd", steps),
-            fd_se=of("fd_se", steps),
-            kid=of("kid", steps),
-            kid_se=of("kid_se", steps),
-            clip_score=of("clip_score", steps),
-            clip_score_se=of("clip_score_se", steps),
-            recall=of("recall", steps),
-            density=of("density", steps),
-            recall_of_teachers=report.recall_of_teachers.get(steps),
-            ms_per_image=1000 * s if (s := of("seconds_per_image", steps)) else None,  # 0: nothing was drawn
-            train_seconds=report.train_seconds,
-            peak_memory_bytes=report.peak_memory_bytes,
-            updates=report.updates,
-            updates_planned=report.updates_planned,
-        )
-        for steps in steps_seen
-    ]
+    steps_seen = dict.fromkeys(steps for scores in report.student.values() for steps in scores)
+    return [_row(report, steps) for steps in steps_seen]
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """The row as text, in the order of COLUMNS."""
-    share = "" if row.recall_of_teachers is None else f" ({row.recall_of_teachers:.0%})"
-    cut = row.updates is not None and row.updates_planned is not None and row.updates < row.updates_planned
-    return (
-        row.name,
-        row.method,
-        str(row.steps) if row.steps else "-",
-        _number(row.gap_closed, "{:.3f}"),
-        _number(row.fd, "{:.3f}", row.fd_se),
-        _number(row.kid, "{:.4f}", row.kid_se),
-        _number(row.clip_score, "{:.3f}", row.clip_score_se),
-        _number(row.recall, "{:.3f}") + share,
-        _number(row.density, "{:.3f}"),
-        _number(row.ms_per_image, "{:.1f}"),
-        _number(row.train_seconds, "{:.0f} s"),
-        f"{row.updates} of {row.updates_planned}" if cut else _number(row.updates, "{:.0f}"),
-        _number(row.peak_memory_bytes and row.peak_memory_bytes / 2**20, "{:.0f} MiB"),
+def _row(report: Measured, steps: str) -> Row:
+    def of(metric: str) -> Any:
+        return (report.student.get(metric) or {}).get(steps)
+
+    return Row(
+        name=report.name,
+        method=report.method,
+        steps=int(steps),
+        gap_closed=report.gap_closed.get(steps),
+        fd=of("fd"),
+        fd_se=of("fd_se"),
+        kid=of("kid"),
+        kid_se=of("kid_se"),
+        clip_score=of("clip_score"),
+        clip_score_se=of("clip_score_se"),
+        recall=of("recall"),
+        density=of("density"),
+        recall_of_teachers=report.recall_of_teachers.get(steps),
+        ms_per_image=1000 * s if (s := of("seconds_per_image")) else None,  # 0: nothing was drawn
+        train_seconds=report.train_seconds,
+        peak_memory_bytes=report.peak_memory_bytes,
+        updates=report.updates,
+        updates_planned=report.updates_planned,
+        own={name: (of(name), of(f"{name}_se")) for name in report.better},
     )
-
-
-def _number(value: float | None, form: str, error: float | None = None) -> str:
-    return "-" if value is None else with_error(value, error, form)
-
-
-def not_told_apart(row: Row, rows: Sequence[Row]) -> list[str]:
-    """Names of the other rows at this number of steps whose distance is within the standard errors of this row's: the
-    difference is at most the sum of the two. Where a standard error is not known nothing is said."""
-    return [
-        other.name
-        for other in rows
-        if other is not row
-        and other.steps == row.steps
-        and None not in (row.fd, row.fd_se, other.fd, other.fd_se)
-        and abs((row.fd or 0) - (other.fd or 0)) <= (row.fd_se or 0) + (other.fd_se or 0)
-    ]
-
-
-def filled(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """COLUMNS and the rows' cells, without the columns in which no row has anything."""
-    lines = [COLUMNS, *(cells(row) for row in rows)]
-    kept = [i for i in range(len(COLUMNS)) if i < 3 or any(line[i] != "-" for line in lines[1:])]
-    return [tuple(line[i] for i in kept) for line in lines]
-
-
-def text_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned columns for a terminal: names to the left, numbers to the right. Below them stands whose
-    distances are not told apart by their standard errors."""
-    table = filled(rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
-    for i, row in enumerate(rows):
-        if better := not_told_apart(row, rows[:i]):
-            at = f"{row.steps} step{'s' * (row.steps > 1)}: " if row.steps else ""
-            lines.append(
-                f"{at}the FD of {row.name} is not told apart from that of {', '.join(better)}: they lie within their "
-                "standard errors"
-            )
-    return "\n".join(lines)

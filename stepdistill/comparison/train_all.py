@@ -6,7 +6,6 @@ that have a report are kept, interrupted ones go on from their last checkpoint, 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,153 +13,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from stepdistill.comparison.page import Comparison, write
-from stepdistill.errors import UserError, did_you_mean
-from stepdistill.recipes.recipe import DEFAULT_TEACHER, Recipe, load_recipe
+from stepdistill.comparison.plan import Entry, Plan, with_shared_pools
+from stepdistill.errors import UserError
+from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.run_folder import RunFolder
-from stepdistill.system.shipped import content_folder, module_summaries, recipe_files
 from stepdistill.training.identity import differences
-from stepdistill.training.preflight import check_recipe
-from stepdistill.training.run_report import Measured, RunReport, read_report
+from stepdistill.training.run_report import Measured, read_report
+
+POOLS = "pairs"
+"""In the folder of the comparison: the pairs that its runs share."""
 
 PROGRESS_SECONDS = 60
 """Time between two lines on a run that is under way."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One run that is to be there.
-
-    Attributes:
-        name: of its folder.
-        source: what ``stepdistill train`` is given: a shipped recipe's name or a file.
-        arguments: what follows it.
-        recipe: what that gives.
-    """
-
-    name: str
-    source: str
-    arguments: tuple[str, ...]
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The runs of a comparison, and the methods of ``all`` that have no recipe."""
-
-    entries: tuple[Entry, ...]
-    without_recipe: tuple[str, ...]
-
-
-def seconds_of(text: str) -> float:
-    """A time such as 90s, 10m or 1.5h; a plain number is seconds.
-
-    Raises:
-        UserError: anything else, or nothing at all.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if seconds <= 0:
-        raise UserError(f"--budget {text}: give a time such as 90s, 10m or 1h")
-    return seconds
-
-
-def plan(methods: str, teacher: str, budget: float = 0.0, sets: Sequence[str] = ()) -> Plan:
-    """What is to be trained; reads recipes alone.
-
-    Args:
-        methods: ``all``, or names of methods or shipped recipes and recipe files, separated by commas.
-        teacher: of every run.
-        budget: seconds of training of each run; 0 sets no limit.
-        sets: assignments laid over every recipe.
-
-    Raises:
-        UserError: a name that is neither, a method without a recipe, or a recipe that is not valid.
-    """
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    known, shipped = module_summaries("methods"), recipe_files()
-    everything = names == ["all"]
-    sources: list[str] = []
-    without: list[str] = []
-    for name in known if everything else dict.fromkeys(names):
-        if name.endswith((".yaml", ".yml")) or name in shipped:
-            sources.append(name)
-        elif name not in known:
-            raise UserError(
-                f"--methods: {name} is neither a method nor a recipe {did_you_mean(name, [*known, *shipped])}; a "
-                "method of your own is given by its recipe file, such as my_recipe.yaml"
-            )
-        elif (found := recipe_of(name, teacher, budget)) is not None:
-            sources.append(found)
-        else:
-            without.append(name)
-    if (without and not everything) or not sources:
-        able = [name for name in known if recipe_of(name, teacher, budget) is not None]
-        raise UserError(
-            f"--methods: no recipe is shipped for {', '.join(without) or 'nothing'}: write one (train/recipes has "
-            f"examples) and give its file; there are recipes for {', '.join(able) or 'no method'}"
-        )
-    more = [*sets, *([f"train.budget_seconds={budget:g}"] if budget else [])]
-    entries = []
-    for source in sources:
-        recipe = load_recipe(source, teacher=teacher, sets=more)
-        check_recipe(recipe)
-        arguments = ["--teacher", teacher, *(part for one in more for part in ("--set", one))]
-        entries.append(Entry(Path(source).stem, source, tuple(arguments), recipe))
-    twice = {entry.name for entry in entries if [other.name for other in entries].count(entry.name) > 1}
-    if twice:
-        raise UserError(f"--methods: two recipes are called {sorted(twice)[0]}; rename one")
-    return Plan(tuple(entries), tuple(without))
-
-
-def recipe_of(method: str, teacher: str, budget: float = 0.0) -> str | None:
-    """The shipped recipe that stands for a method on a teacher, or None.
-
-    Of the recipes of that method on that teacher: METHOD_TEACHER before others, the larger before the smaller; with a
-    budget, the first whose training took no longer when its result in train/results was made (the smallest where none
-    did). Teachers without recipes of their own take those of the embedded one.
-    """
-    shipped = recipe_files()
-    for place in dict.fromkeys((Path(teacher).name, DEFAULT_TEACHER)):
-        trees = {name: _tree(file) for name, file in shipped.items()}
-        sizes = {
-            name: _samples(tree)
-            for name, tree in trees.items()
-            if (tree.get("method"), tree.get("teacher")) == (method, place)
-        }
-        if sizes:
-            ranked = sorted(sizes, key=lambda name: (name != f"{method}_{place}", -sizes[name]))
-            fitting = [name for name in ranked if not budget or _measured_seconds(name) <= budget]
-            return fitting[0] if fitting else min(ranked, key=lambda name: sizes[name])
-    return None
-
-
-@cache
-def _tree(file: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    return tree
-
-
-def _samples(tree: dict[str, Any]) -> int:
-    train = tree.get("train") or {}
-    return int(train.get("updates", 1000)) * int(train.get("batch", 64))
-
-
-def _measured_seconds(name: str) -> float:
-    """Training time of a recipe's shipped result; 0 where there is none."""
-    file = content_folder("train") / "results" / f"{name}.json"
-    seconds = json.loads(file.read_text(encoding="utf-8")).get("train_seconds", 0) if file.is_file() else 0
-    return float(seconds)
 
 
 def train_all(
@@ -176,11 +46,12 @@ def train_all(
     Raises:
         UserError: a finished run in the folder is of another recipe.
     """
-    for entry in wanted.entries:
+    entries = with_shared_pools(wanted.entries, folder / POOLS)
+    for entry in entries:
         _check_same_recipe(entry, folder / entry.name)
     reports: dict[str, Measured] = {}
     failed: dict[str, str] = {}
-    for number, entry in enumerate(wanted.entries, 1):
+    for number, entry in enumerate(entries, 1):
         label = f"[{number}/{len(wanted.entries)}] {entry.name}"
         place = folder / entry.name
         if (place / "report.json").is_file():
@@ -191,15 +62,10 @@ def train_all(
                 failed[entry.name] = error
                 say(f"{label}: failed: {error} (all it said: {place}.log)")
         if entry.name not in failed:
-            report = read_report(place)
-            if report.student.get("fd"):
-                reports[entry.name] = report
-                gaps = (f"{gap:.3f} at {steps}" for steps, gap in report.gap_closed.items())
-                say(
-                    f"{label}: gap closed {', '.join(gaps)} step(s), trained {report.train_seconds or 0:.0f} s"
-                )
-            else:
-                failed[entry.name] = "it was not evaluated: set evaluate to a suite (--set evaluate=SUITE)"
+            report = reports[entry.name] = read_report(place).model_copy(update={"name": entry.name})
+            gaps = ", ".join(f"{gap:.3f} at {steps}" for steps, gap in report.gap_closed.items())
+            scores = f"gap closed {gaps} step(s), " if gaps else ""
+            say(f"{label}: {scores}trained {report.train_seconds or 0:.0f} s")
         after_each(reports, failed)
     return reports, failed
 
@@ -207,7 +73,8 @@ def train_all(
 def _check_same_recipe(entry: Entry, place: Path) -> None:
     if not (place / "report.json").is_file() or not (place / "recipe.yaml").is_file():
         return
-    changed = differences(load_recipe(place / "recipe.yaml"), entry.recipe)
+    found = differences(load_recipe(place / "recipe.yaml"), entry.recipe)
+    changed = [key for key in found if key != "data.pairs"]  # where they lie moves no number
     if changed:
         raise UserError(
             f"{place} is a finished run of another recipe ({', '.join(changed)} differ): remove it, or give another "
@@ -282,53 +149,9 @@ def compare_methods(wanted: Plan, folder: Path, command: str) -> Comparison:
 
     def compared(reports: dict[str, Measured], failed: dict[str, str]) -> Comparison:
         folders = [folder / name for name in reports]
+        origin = {"command": command}
         return Comparison(
-            list(reports.values()), folders, failed, wanted.without_recipe, {"command": command}
+            list(reports.values()), folders, failed, wanted.without_recipe, wanted.repeats, origin
         )
 
     return compared(*train_all(wanted, folder, lambda *so_far: write(compared(*so_far), folder)))
-
-
-def collect(paths: Sequence[str], command: str) -> Comparison:
-    """Finished runs and evaluations by their folders or reports.
-
-    Raises:
-        UserError: one of them is none.
-    """
-    reports = [read_report(path) for path in paths]
-    names = [report.name for report in reports]
-    reports = [
-        report.model_copy(update={"name": str(path)}) if names.count(report.name) > 1 else report
-        for report, path in zip(reports, paths, strict=True)
-    ]  # of one name: told apart by where they lie
-    folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in paths]
-    kept = [
-        place if isinstance(report, RunReport) or any(place.glob("steps_*/gallery.safetensors")) else None
-        for report, place in zip(reports, folders, strict=True)
-    ]  # a file of an evaluation may lie anywhere
-    return Comparison(reports, kept, origin={"command": command})
-
-
-def write_all(compared: Comparison, folder: Path) -> Path:
-    """The page with the students' pictures, where all runs have a student of one teacher, or else with those that the
-    evaluations kept; gives back the page."""
-    from stepdistill.comparison import pictures
-
-    rows = [
-        (report.name, place, report)
-        for report, place in zip(compared.reports, compared.folders, strict=True)
-        if place is not None and (place / "student" / "verification" / "manifest.json").is_file()
-    ]
-    teachers = {str(report.teacher_name) for _, _, report in rows}
-    picture = None
-    if len(teachers) == 1:
-        guidance = rows[0][2].guidance or 1.0
-        try:
-            picture = pictures.draw_students(
-                [(name, place) for name, place, _ in rows], teachers.pop(), guidance
-            )
-        except UserError as error:
-            say(f"no pictures: {error}")
-    elif not rows:
-        picture = pictures.kept_pictures(compared)
-    return write(compared, folder, picture)

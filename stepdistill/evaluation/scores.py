@@ -75,8 +75,9 @@ class Scores:
     def values(self) -> dict[str, Any]:
         """Every field by name, your own metrics beside the others."""
         found = asdict(self)
+        own = found.pop("own")
         del found["own_missing"]
-        return {**found, **found.pop("own")}
+        return {**found, **own}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,16 +6,21 @@ import json
 import re
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+from tiny import tiny_pipeline
 
 from stepdistill.cli import main
+from stepdistill.comparison import plan as planning
 from stepdistill.comparison import ranking as compare
-from stepdistill.comparison import train_all as side_by_side
+from stepdistill.comparison.collect import collect, short_names
 from stepdistill.comparison.page import Comparison, as_json, html_page
+from stepdistill.comparison.table import text_tables
+from stepdistill.comparison.train_all import train_all
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import recipe_files
@@ -86,7 +91,7 @@ def test_compare_ranks_by_steps_then_distance_and_writes_page_and_numbers(
     numbers = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [run["name"] for run in numbers["runs"]] == ["a", "b"]
     assert numbers["runs"][0]["scores"]["4"]["fd"] == 1.5 and numbers["runs"][0]["updates"] == 90
-    assert numbers["teacher"]["fd"] == {"1": 5.0, "25": 1.0}
+    assert numbers["groups"][0]["teacher"]["fd"] == {"1": 5.0, "25": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -97,11 +102,99 @@ def test_compare_ranks_by_steps_then_distance_and_writes_page_and_numbers(
         ({"protocol": {"features_sha256": "y"}}, "protocol.features_sha256 differs: x .a., y .b."),
     ],
 )
-def test_different_protocols_are_not_ranked(tmp_path: Path, change: dict[str, object], field: str) -> None:
+def test_different_protocols_stand_side_by_side_and_are_not_ranked_together(
+    tmp_path: Path, change: dict[str, object], field: str
+) -> None:
     first = write_report(tmp_path / "a", {"1": 3.0}, protocol={"features_sha256": "x"})
     other = write_report(tmp_path / "b", {"1": 2.0}, **change)
+    more = write_report(tmp_path / "c", {"1": 2.5}, protocol={"features_sha256": "x"})
+    compared = collect([first, other, more], "command")
     with pytest.raises(UserError, match=field):
-        compare.rank([read_report(first), read_report(other)])
+        compare.rank(compared.reports)
+    assert [[row.name for row in group.rows] for group in compared.groups] == [["c", "a"], ["b"]]
+    assert [bool(group.apart) for group in compared.groups] == [False, True]
+    for text in (text_tables(compared.groups), html_page(compared)):
+        assert re.search(f"Not compared with 1, because {field}", text)
+        assert "2. " in text and text.index("c ") < text.index("Not compared")
+    assert as_json(compared)["groups"][1]["runs"] == ["b"]
+
+
+def test_runs_without_scores_show_their_training_and_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare: dict[str, object] = {"suite": None, "n": 0, "student": {"fd": {}, "clip_score": {}}, "teacher": {}}
+    bare |= {"gap_closed": {}, "recall_of_teachers": {}, "metrics": {}}
+    runs = [write_report(tmp_path / name, {}, **bare) for name in ("x", "y")]
+    picture = tmp_path / "x" / "pictures" / "samples.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (2, 2)).save(picture)
+    monkeypatch.chdir(tmp_path)
+    lines = command(capsys, monkeypatch, "compare", *runs)
+    assert [line.split()[:4] for line in lines[:3]] == [
+        ["run", "method", "training", "updates"],
+        ["x", "dmd", "61", "s"],
+        ["y", "dmd", "61", "s"],
+    ]
+    assert lines[-1] == "page: runs/compared/compare.html"
+    page = (tmp_path / "runs" / "compared" / "compare.html").read_text()
+    assert "Not measured" in page and page.count("data:image/png;base64,") == 1
+    measured = write_report(tmp_path / "z", {"1": 2.0})
+    found = collect([*runs, measured], "c").groups
+    assert [group.title for group in found] == ["suite emoji@1, 2,000 images", "not measured"]
+    assert "set evaluate in the recipe" in found[1].apart[0]
+
+
+def test_runs_that_have_not_ended_are_left_out_and_what_is_given_twice_counts_once(tmp_path: Path) -> None:
+    run = write_report(tmp_path / "a", {"1": 3.0})
+    (tmp_path / "going").mkdir()
+    (tmp_path / "going" / "recipe.yaml").write_text("method: dmd")
+    (tmp_path / "latest").symlink_to("a")
+    compared = collect([run, str(tmp_path / "latest"), str(tmp_path / "going")], "c")
+    assert [report.name for report in compared.reports] == ["a"] and "has not ended" in compared.failed[
+        "going"
+    ]
+    with pytest.raises(UserError, match="compare runs that have ended"):
+        collect([str(tmp_path / "going")], "c")
+    with pytest.raises(UserError, match=r"absent: there is no report.json"):
+        collect([run, str(tmp_path / "absent")], "c")
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    places = [Path(f"/data/long/way/{end}") for end in ("x/run", "y/run", "other", "x/run/eval.json")]
+    assert short_names(["run", "run", "other", "eval"], places) == ["x/run", "y/run", "other", "eval"]
+    assert short_names(["run"] * 2, [Path("/a/b/run"), Path("/c/b/run")]) == ["a/b/run", "c/b/run"]
+
+
+def test_training_seeds_become_a_mean_with_both_errors(tmp_path: Path) -> None:
+    """Distances 2, 3 and 4: mean 3, deviation 1; the evaluation's errors 0.3 and twice 0.6 have the root mean square
+    0.5196, and the error of the mean is the root of 0.27 + 1 / 3."""
+    runs = {
+        f"m-seed{seed}": {"fd": {"1": fd}, "fd_se": {"1": error}, "kid": {"1": None}}
+        for seed, (fd, error) in enumerate(((2.0, 0.3), (3.0, 0.6), (4.0, 0.6)))
+    }
+    for name, student in runs.items():
+        write_report(
+            tmp_path / name,
+            {"1": student["fd"]["1"]},
+            student=student,
+            train_seconds=60.0 + student["fd"]["1"],
+        )
+    reports = [read_report(tmp_path / name) for name in runs]
+    (group,) = compare.groups(reports, dict.fromkeys(runs, "m"))
+    (row,) = group.rows
+    assert (row.name, row.seeds, row.fd, row.deviation["fd"], row.kid) == ("m", 3, 3.0, 1.0, None)
+    assert row.fd_se == pytest.approx((0.27) ** 0.5) and row.fd_error == pytest.approx((0.27 + 1 / 3) ** 0.5)
+    assert (row.gap_closed, row.train_seconds) == (0.5, 63.0)
+    text = text_tables([group])
+    assert "m (3 trainings)" in text and "3.0 ± 1.0 (± 0.52)" in text and "0.50 ± 0.25" in text
+    compared = Comparison(reports, [None] * 3, repeats=dict.fromkeys(runs, "m"))
+    page, numbers = html_page(compared), as_json(compared)
+    assert "3.0 ± 1.0 (± 0.52)" in page and "standard deviation between training seeds" in page
+    assert [run["name"] for run in numbers["runs"]] == list(runs)
+    (over,) = numbers["groups"][0]["over_seeds"]
+    assert over["fd"] == 3.0 and over["deviation"]["fd"] == 1.0
+    one = compare.groups(reports[:1], dict.fromkeys(runs, "m"))[0].rows[0]
+    assert (one.seeds, one.deviation, one.fd_error) == (1, {}, 0.3)
 
 
 def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
@@ -154,7 +247,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
     for place in ("x", "y"):
         (tmp_path / place).mkdir()
         write_report(tmp_path / place / "run", {"1": 2.0}, name="run")
-    compared = side_by_side.collect([str(tmp_path / place / "run") for place in ("x", "y")], "c")
+    compared = collect([str(tmp_path / place / "run") for place in ("x", "y")], "c")
     assert len({row.name for row in compare.rank(compared.reports)}) == 2
     assert [len(run["scores"]) for run in as_json(compared)["runs"]] == [1, 1]
 
@@ -165,18 +258,20 @@ def test_a_page_without_a_finished_run_says_what_failed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("45", 45), ("m", None), ("0s", None)]
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("45", None), ("m", None), ("0s", None)]
 )
 def test_budgets(text: str, seconds: float | None) -> None:
     if seconds is None:
-        with pytest.raises(UserError, match="give a time such as 90s, 10m or 1h"):
-            side_by_side.seconds_of(text)
+        with pytest.raises(
+            UserError, match=r"give a number with its unit, s, m or h, such as 90s, 10m or 1\.5h"
+        ):
+            planning.seconds_of(text)
     else:
-        assert side_by_side.seconds_of(text) == seconds
+        assert planning.seconds_of(text) == seconds
 
 
 def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
-    wanted = side_by_side.plan("all", "emoji", 600, ["train.batch=8"])
+    wanted = planning.plan("all", "emoji", 600, ["train.batch=8"])
     from stepdistill.system.shipped import module_summaries
 
     methods = [entry.recipe.method for entry in wanted.entries]
@@ -188,25 +283,74 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
 
 def test_a_budget_chooses_the_recipe_that_fits_and_without_one_the_methods_own_is_taken() -> None:
     """Of DMD's recipes two trained in ten minutes when the shipped results were made, and the quick one in five."""
-    assert side_by_side.recipe_of("dmd", "emoji") == "dmd_emoji"
-    assert side_by_side.recipe_of("dmd", "emoji", 600) == "dmd_emoji_below_noise"
-    assert side_by_side.recipe_of("dmd", "emoji", 300) == "dmd_emoji_quick"
-    assert side_by_side.recipe_of("dmd", "emoji", 1) == "dmd_emoji_quick"
-    assert side_by_side.recipe_of("dmd", "some/teacher") == "dmd_emoji"
-    assert side_by_side.recipe_of("no_such_method", "emoji") is None
+    assert planning.recipe_of("dmd", "emoji") == "dmd_emoji"
+    assert planning.recipe_of("dmd", "emoji", 600) == "dmd_emoji_below_noise"
+    assert planning.recipe_of("dmd", "emoji", 300) == "dmd_emoji_quick"
+    assert planning.recipe_of("dmd", "emoji", 1) == "dmd_emoji_quick"
+    assert planning.recipe_of("dmd", "some/teacher") == "dmd_emoji"
+    assert planning.recipe_of("no_such_method", "emoji") is None
 
 
 def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"dmdd is neither a method nor a recipe .did you mean dmd"):
-        side_by_side.plan("dmdd", "emoji")
+        planning.plan("dmdd", "emoji")
     only = {"lcm_emoji": recipe_files()["lcm_emoji"]}
-    monkeypatch.setattr(side_by_side, "recipe_files", lambda: only)
+    monkeypatch.setattr(planning, "recipe_files", lambda: only)
     with pytest.raises(UserError, match=r"no recipe is shipped for sim, scm: .* there are recipes for lcm$"):
-        side_by_side.plan("sim,lcm,scm", "emoji")
+        planning.plan("sim,lcm,scm", "emoji")
     mine = tmp_path / "lcm_emoji.yaml"
     mine.write_bytes(only["lcm_emoji"].read_bytes())
     with pytest.raises(UserError, match="two recipes are called lcm_emoji"):
-        side_by_side.plan(f"lcm,{mine}", "emoji")
+        planning.plan(f"lcm,{mine}", "emoji")
+
+
+def test_seeds_and_shared_pairs_are_planned() -> None:
+    wanted = planning.plan("lcm_lora_emoji,reflow,dmd", "emoji", sets=["options.guidance=2.5"], seeds=[0, 7])
+    assert [entry.name for entry in wanted.entries[:2]] == ["lcm_lora_emoji-seed0", "lcm_lora_emoji-seed7"]
+    assert [entry.recipe.train.seed for entry in wanted.entries] == [0, 7] * 3
+    assert wanted.repeats["reflow_emoji-seed7"] == "reflow_emoji"
+    entries = planning.with_shared_pools(wanted.entries, Path("out/pairs"))
+    for entry in entries:  # what the run is given is what was planned
+        sets = [b for a, b in pairwise(entry.arguments) if a == "--set"]
+        assert load_recipe(entry.source, teacher="emoji", sets=sets) == entry.recipe
+    same = ["options.pairs=64", "options.pair_steps=5", "options.guidance=2"]
+    a, b, c, other = (
+        planning.pool_of(load_recipe(name, sets=[*same, *sets]))
+        for name, sets in (
+            ("lcm_emoji", []),
+            ("instaflow_emoji", ["train.batch=3"]),
+            ("lcm_emoji", ["train.seed=7"]),
+            ("lcm_emoji", ["options.pairs=65"]),
+        )
+    )
+    assert a == b and len({a, c, other}) == 3 and a is not None
+    assert planning.pool_of(load_recipe("sid_emoji")) is None  # it draws none
+    assert planning.pool_of(load_recipe("lcm_emoji", sets=["data.pairs=mine"])) is None
+    with pytest.raises(UserError, match=r"--seeds sets train\.seed"):
+        planning.plan("lcm", "emoji", sets=["train.seed=3"], seeds=[0])
+    with pytest.raises(UserError, match="give different whole numbers"):
+        planning.seeds_of("0,1,1")
+    assert planning.seeds_of("0, 2") == (0, 2)
+
+
+def test_what_would_fail_is_said_before_the_first_run(tmp_path: Path) -> None:
+    tiny_pipeline("sd").save_pretrained(tmp_path / "mine")
+    mine, prompts = str(tmp_path / "mine"), tmp_path / "p.txt"
+    prompts.write_text("a cat")
+    given = [f"data.prompts={prompts}"]
+    wanted = planning.plan("lcm,tcd", mine, sets=given)
+    assert wanted.remarks[0].startswith(
+        f"{mine} has no recipes of its own: lcm takes lcm_emoji, tcd takes tcd_emoji."
+    )
+    assert planning.plan("lcm", "emoji").remarks == ("lcm takes lcm_emoji",)
+    for said, methods, sets in (
+        ("lcm_emoji: .*draws from prompts: add --set data.prompts=FILE", "lcm", []),
+        ("tcd_emoji: no suite 'emojy' .did you mean emoji", "tcd", [*given, "evaluate=emojy"]),
+        ("nothing would be measured: evaluate is false in lcm_emoji", "lcm", [*given, "evaluate=false"]),
+        ("lcm_emoji: .*skipp", "lcm", [*given, "options.skipp=3"]),
+    ):
+        with pytest.raises(UserError, match=said):
+            planning.plan(methods, mine, sets=sets)
 
 
 @pytest.mark.slow
@@ -246,13 +390,13 @@ def test_runs_that_fail_stop_and_go_on(
     assert (tmp_path / "out" / "compare.html").read_text().count("data:image/png;base64,") == 1
 
     stamp = (tmp_path / "out" / "good" / "report.json").stat().st_mtime_ns
-    entries = side_by_side.plan("good.yaml", "emoji", 0.2)
-    reports, failed = side_by_side.train_all(entries, tmp_path / "out", lambda *_: None)
+    entries = planning.plan("good.yaml", "emoji", 0.2)
+    reports, failed = train_all(entries, tmp_path / "out", lambda *_: None)
     assert list(reports) == ["good"] and failed == {}
     assert (tmp_path / "out" / "good" / "report.json").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match=r"a finished run of another recipe \(train.lr differ"):
-        other = side_by_side.plan("good.yaml", "emoji", 0.2, ["train.lr=0.5"])
-        side_by_side.train_all(other, tmp_path / "out", lambda *_: None)
+        other = planning.plan("good.yaml", "emoji", 0.2, ["train.lr=0.5"])
+        train_all(other, tmp_path / "out", lambda *_: None)
 
 
 def test_a_budget_is_not_part_of_what_a_run_is() -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.comparison import train_all as side_by_side
+from stepdistill.comparison.collect import collect, write_all
 from stepdistill.comparison.page import html_page as comparison_page
-from stepdistill.comparison.ranking import not_told_apart, rank, text_table
+from stepdistill.comparison.ranking import rank
+from stepdistill.comparison.table import not_told_apart, text_table
 from stepdistill.errors import UserError
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.gallery import FILE, Gallery, load_galleries
@@ -61,7 +62,7 @@ def test_the_page_holds_every_number_and_fetches_nothing(evaluated: tuple[Report
     report, folder = evaluated
     page = write_page(report, folder).read_text()
     for scores in report.scores.values():
-        for name, value in vars(scores).items():
+        for name, value in scores.values().items():
             assert value is None or repr(value) in page, name
     for fact in (*report.protocol.values(), *report.versions.values(), report.hardware):
         assert html.escape(str(fact)) in page
@@ -167,10 +168,10 @@ def test_evaluations_given_by_their_folders_show_their_pictures(
     evaluated: tuple[Report, Path], tmp_path: Path
 ) -> None:
     report, folder = evaluated
-    compared = side_by_side.collect([str(folder), saved(report, tmp_path / "b.json")], "command")
+    compared = collect([str(folder), saved(report, tmp_path / "b.json")], "command")
     assert [row.name for row in rank(compared.reports)] == [folder.name, "b"] * 2
-    page = side_by_side.write_all(compared, tmp_path / "out").read_text()
-    assert page.count("data:image/png") == 1 and "The same prompts and seeds" in page
+    page = write_all(compared, tmp_path / "out").read_text()
+    assert page.count("data:image/png") == 1 and "The first images, 32 x 32" in page
     with Image.open(tmp_path / "out" / "compare.png") as picture:
         assert picture.size == (12 * (64 + 2) + 2, 2 * (64 + 16 + 2) + 2)  # 1 and 2 steps
 
@@ -186,7 +187,7 @@ def test_two_evaluations_are_ranked_and_close_ones_are_not_told_apart(
     a = saved(report, tmp_path / "a.json", fd=3.0, fd_se=0.2)
     b = saved(other, tmp_path / "b.json", fd=2.7, fd_se=0.2, seconds_per_image=9.0)
     c = saved(other, tmp_path / "c.json", fd=2.0, fd_se=0.01)
-    compared = side_by_side.collect([a, b, c], "command")
+    compared = collect([a, b, c], "command")
     rows = rank(compared.reports)
     assert [row.name for row in rows if row.steps == 1] == ["c", "b", "a"]
     assert [not_told_apart(row, rows) for row in rows if row.steps == 1] == [[], ["a"], ["b"]]
@@ -194,7 +195,7 @@ def test_two_evaluations_are_ranked_and_close_ones_are_not_told_apart(
     assert "2.70 ± 0.20" in text and "1 step: the FD of a is not told apart from that of b" in text
     page = comparison_page(compared)
     assert "FD not told apart from" in page and "3.00 ± 0.20" in page and "Gap closed" not in page
-    side_by_side.write_all(compared, tmp_path / "out")
+    write_all(compared, tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert numbers["runs"][0]["scores"]["1"]["fd_se"] == 0.2
 

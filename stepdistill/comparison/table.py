@@ -1,0 +1,124 @@
+"""Rows of a comparison as texts: the cells of a table, and a table for a terminal. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepdistill.comparison.ranking import Group, Row
+from stepdistill.pages.numbers import with_error
+
+COLUMNS = (
+    "run",
+    "method",
+    "steps",
+    "gap closed",
+    "FD",
+    "KID",
+    "CLIP",
+    "recall (of teacher's)",
+    "density",
+    "ms/image",
+    "training",
+    "updates",
+    "memory",
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The row as text, in the order of COLUMNS and then of its own metrics."""
+    share = "" if row.recall_of_teachers is None else f" ({row.recall_of_teachers:.0%})"
+    cut = row.updates is not None and row.updates_planned is not None and row.updates < row.updates_planned
+    trained = "s" * ((row.seeds or 1) > 1)
+    return (
+        row.name + (f" ({row.seeds} training{trained})" if row.seeds is not None else ""),
+        row.method,
+        str(row.steps) if row.steps else "-",
+        _score(row, "gap_closed", row.gap_closed, None, "{:.3f}"),
+        _score(row, "fd", row.fd, row.fd_se, "{:.3f}"),
+        _score(row, "kid", row.kid, row.kid_se, "{:.4f}"),
+        _score(row, "clip_score", row.clip_score, row.clip_score_se, "{:.3f}"),
+        _score(row, "recall", row.recall, None, "{:.3f}") + share,
+        _score(row, "density", row.density, None, "{:.3f}"),
+        _number(row.ms_per_image, "{:.1f}"),
+        _number(row.train_seconds, "{:.0f} s"),
+        f"{row.updates} of {row.updates_planned}" if cut else _number(row.updates, "{:.0f}"),
+        _number(row.peak_memory_bytes and row.peak_memory_bytes / 2**20, "{:.0f} MiB"),
+        *(_score(row, name, value, error, "{:.4g}") for name, (value, error) in row.own.items()),
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _score(row: Row, name: str, value: float | None, error: float | None, form: str) -> str:
+    """A score with the evaluation's standard error; of several trainings with their deviation, that error in
+    brackets."""
+    if value is None:
+        return "-"
+    if row.seeds is None:
+        return with_error(value, error, form)
+    said = with_error(value, row.deviation.get(name), form)
+    return said if error is None else f"{said} (± {error:.2g})"
+
+
+def not_told_apart(row: Row, rows: Sequence[Row]) -> list[str]:
+    """Names of the other rows at this number of steps whose distance is within the standard errors of this row's: the
+    difference is at most the sum of the two. Where a standard error is not known nothing is said."""
+    return [
+        other.name
+        for other in rows
+        if other is not row
+        and other.steps == row.steps
+        and None not in (row.fd, row.fd_error, other.fd, other.fd_error)
+        and abs((row.fd or 0) - (other.fd or 0)) <= (row.fd_error or 0) + (other.fd_error or 0)
+    ]
+
+
+def filled(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """COLUMNS, those of your own metrics, and the rows' cells, without the columns in which no row has anything."""
+    names = dict.fromkeys(name for row in rows for name in row.own)
+    rows = [row.with_own(names) for row in rows]
+    head = (*COLUMNS, *(name.replace("_", " ") for name in names))
+    lines = [head, *(cells(row) for row in rows)]
+    kept = [i for i in range(len(head)) if i < 2 or any(line[i] != "-" for line in lines[1:])]
+    return [tuple(line[i] for i in kept) for line in lines]
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The rows as aligned columns for a terminal: names to the left, numbers to the right. Below them stands whose
+    distances are not told apart by their standard errors."""
+    table = filled(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    if any(row.seeds for row in rows):
+        lines.append(SEEDS)
+    for i, row in enumerate(rows):
+        if better := not_told_apart(row, rows[:i]):
+            at = f"{row.steps} step{'s' * (row.steps > 1)}: " if row.steps else ""
+            lines.append(
+                f"{at}the FD of {row.name} is not told apart from that of {', '.join(better)}: they lie within their "
+                "standard errors"
+            )
+    return "\n".join(lines)
+
+
+SEEDS = (
+    "± is the standard deviation between training seeds; in brackets, one standard error of the evaluation."
+)
+
+
+def text_tables(groups: Sequence[Group]) -> str:
+    """A table for each group, and between them why they are not compared."""
+    parts = []
+    for number, group in enumerate(groups, 1):
+        title = f"{number}. {group.title}\n" if len(groups) > 1 else ""
+        why = f"Not compared with 1, because {'; '.join(group.apart)}\n" if group.apart else ""
+        parts.append(title + why + text_table(group.rows))
+    return "\n\n".join(parts)
