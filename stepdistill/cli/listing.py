@@ -9,11 +9,21 @@ import typer
 
 from stepdistill.errors import UserError
 
-Kind = Literal["all", "teachers", "methods", "recipes", "suites", "families"]
+Kind = Literal["all", "teachers", "methods", "recipes", "suites", "families", "keys"]
 
 
-def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "all") -> None:
-    """List what is shipped: teachers, methods, recipes, suites, families."""
+def list_names(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")] = "all",
+    method: Annotated[
+        str | None, typer.Argument(help="With keys: the method whose options are listed.")
+    ] = None,
+) -> None:
+    """List what is shipped: teachers, methods, recipes, suites, families; or the keys of a recipe."""
+    if method is not None and kind != "keys":
+        raise UserError(f"ls {kind} takes no {method}: `stepdistill ls keys METHOD` lists a method's options")
+    if kind == "keys":
+        _list_keys(method)
+        return
     from stepdistill.networks.pipeline_files import pipeline_class
     from stepdistill.system import shipped
     from stepdistill.system.emoji import embedded_teachers
@@ -48,9 +58,32 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")] = "al
             print(f"  {name.ljust(width)}  {summary}".rstrip())
 
 
+def _list_keys(method: str | None) -> None:
+    """Every key with its default, what it takes and one line."""
+    from stepdistill.recipes.reference import option_keys, recipe_keys
+
+    if method is None:
+        keys = recipe_keys()
+    else:
+        from stepdistill.methods import find_method
+
+        keys = option_keys(find_method(method).Options)
+    paths, defaults, kinds = (
+        max(len(getattr(key, what)) for key in keys) for what in ("path", "default", "kind")
+    )
+    for key in keys:
+        text = f"{key.path.ljust(paths)}  {key.default.ljust(defaults)}  {key.kind.ljust(min(kinds, 28))}  {key.line}"
+        print(text.rstrip())
+    if method is None:
+        print("options.*: the method's own, `stepdistill ls keys METHOD`")
+
+
 def copy_recipe(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
     dest: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="With every key and what it means, defaults too.")
+    ] = False,
 ) -> None:
     """Copy a shipped recipe, to edit it."""
     from stepdistill.errors import did_you_mean
@@ -64,7 +97,25 @@ def copy_recipe(
     if target.exists():
         raise UserError(f"{target} exists already: give another name")
     try:
-        target.write_bytes(shipped[name].read_bytes())
+        target.write_text(_in_full(name) if full else shipped[name].read_text("utf-8"), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     print(target)
+
+
+def _in_full(name: str) -> str:
+    """A shipped recipe with every key written out, under its own head."""
+    from itertools import takewhile
+
+    from stepdistill.methods import find_method
+    from stepdistill.recipes.recipe import load_recipe
+    from stepdistill.recipes.reference import option_keys, recipe_keys, written_out
+    from stepdistill.system.shipped import recipe_files
+    from stepdistill.training.identity import resolve
+
+    recipe, keys = load_recipe(name), recipe_keys()
+    top = [key for key in keys if "." not in key.path]
+    options = option_keys(find_method(recipe.method).Options)
+    head = takewhile(lambda line: line.startswith("#"), recipe_files()[name].read_text("utf-8").splitlines())
+    body = written_out(resolve(recipe).recipe.model_dump(mode="json"), [*top, *options, *keys[len(top) :]])
+    return "\n".join([*head, body])

@@ -114,7 +114,7 @@ class PairOptions(MethodOptions):
 
     pairs: int = 4096  # how many are cached
     pair_steps: int = 25  # network calls of the teacher per pair
-    pair_solver: Literal["euler", "ddim", "heun", "dpm++2m"] = "dpm++2m"
+    pair_solver: Literal["euler", "ddim", "heun", "dpm++2m"] = "dpm++2m"  # with which it makes them
 
     @property
     def needs(self) -> frozenset[str]:

@@ -89,7 +89,7 @@ class FDistill(ScoreMethod):
     class Options(ScoreOptions):
         guidance: float = 1.75  # of the teacher, for SD 1.5; 8 for SDXL
         fake_updates: int = 5  # updates of the fake network per student update; 9 for SD 1.5
-        divergence: Divergence = "js"
+        divergence: Divergence = "js"  # f, between the student and the teacher
         adversarial_weight: float = 1e-3  # of the generator's GAN loss, for SD 1.5; 5e-3 for SDXL
         ratio_range: tuple[float, float] = (0.1, 20.0)  # r is clamped to
         ratio_ema: float = 0.9  # decay of the running means; 0.5 in the authors' code at batches of thousands

@@ -39,7 +39,9 @@ class FlowMap(FlowMapMethod):
 
     class Options(JumpOptions):
         guidance: float = 3.0  # of the teacher's velocity, and of the cached samples
-        objective: Literal["lagrangian", "eulerian", "semigroup"] = "lagrangian"
+        objective: Literal["lagrangian", "eulerian", "semigroup"] = (
+            "lagrangian"  # the equation that u is to fulfil
+        )
         velocity: Literal["teacher", "self"] = "teacher"  # off the diagonal; not asked for by the semigroup
         diagonal: Literal["teacher", "data"] = "teacher"  # what u(x, t, t) is to be
         middle: Literal["half", "uniform"] = "half"  # g of the semigroup: 1/2 (PSD-M), or U(0, 1) (PSD-U)

@@ -98,7 +98,7 @@ class TrainOptions(Section):
     """How it is trained.
 
     Attributes:
-        updates: optimiser updates, over all networks.
+        updates: how many, over all networks.
         budget_seconds: training time after which the run ends as if its updates were done, exported and measured, the
             rate where its schedule had it; 0 sets no limit.
         batch: samples per update, over all processes and accumulation.
@@ -109,9 +109,9 @@ class TrainOptions(Section):
             for every output kind (14.6 times as much for one step of eps on Stable Diffusion's table as for v).
         warmup: updates over which the rate rises from 0.
         schedule: the rate after the warm-up: constant, or falling to 0 as a cosine or a line.
-        optimizer: ``adamw``, or ``adafactor``, which holds next to nothing for linear layers and two thirds of a number
-            a weight for convolutions of 3x3, or ``adamw8bit``, two bytes a weight (needs bitsandbytes). Neither of them
-            with ``parallel: sharded``. See stepdistill/training/optimizers.py.
+        optimizer: AdamW, AdamW with moments of eight bits, or Adafactor. ``adamw8bit`` holds two bytes a weight (needs
+            bitsandbytes), ``adafactor`` next to nothing for linear layers and two thirds of a number a weight for
+            convolutions of 3x3. Neither of them with ``parallel: sharded``. See stepdistill/training/optimizers.py.
         betas: of AdamW.
         weight_decay: of the optimiser.
         clip: largest gradient norm of a network; 0 leaves gradients as they are.
@@ -128,8 +128,8 @@ class TrainOptions(Section):
             bf16``, and are for whole networks: an adapter is small and float32, and what it lies on is held as the
             teacher is. Over ``accumulate`` parts gradients are then summed in bfloat16. Bytes a weight, with gradient
             and AdamW: 16, 12 and 16; see stepdistill/training/weights.py.
-        precision: of the networks' arithmetic. Optimiser and average stay float32, and trained weights but for
-            ``weights``; the VAE computes in it, and what is exported was never rounded; of the frozen teacher, matrices
+        precision: number format of the networks' arithmetic. Optimiser and average stay float32, and trained
+            weights but for ``weights``; the VAE computes in it, and what is exported was never rounded; of the frozen teacher, matrices
             alone are held in bf16.
             Differences for derivatives (scm, meanflow, flow_map) are taken in float32 all the same. Consistency methods
             with short steps may want ``teacher_precision: float32``: near pure noise bf16 moves an eps network's x0 by
@@ -140,13 +140,12 @@ class TrainOptions(Section):
             no UNet, DiT or Stable Diffusion 3). ``auto`` is sdpa. Whatever it is, exact derivatives of continuous-time
             methods take our own where it pays: Triton's on cuda, on a CPU tiles where logits are many. What runs here
             says ``stepdistill doctor``.
-        compile: the networks by torch.compile while they are trained: ``regional``, the blocks that repeat in them;
+        compile: torch.compile of the networks while they are trained. ``regional``, the blocks that repeat in them;
             ``full``, each as a whole; ``graphs``, as a whole and replayed as CUDA graphs, for small networks on cuda.
             Needs a C++ compiler; the first updates take long. See stepdistill/networks/compiled.py.
-        checkpointing: whether networks keep no more than the inputs of their blocks for the backward pass and run the
-            blocks once more there (diffusers' gradient checkpointing): less memory for one more forward pass, and the
-            same numbers to the last bit, so that a run may be resumed with or without it. Student, followers and
-            teacher; not with ``compile``.
+        checkpointing: gradient checkpointing: less memory for one more forward pass. Networks keep the inputs of their
+            blocks alone and run the blocks once more in the backward pass, with the same numbers to the last bit, so
+            that a run may be resumed with or without it. Student, followers and teacher; not with ``compile``.
         checkpoint_every: updates between checkpoints.
         keep: newest checkpoints that stay on the disk.
         preview_every: updates between previews (pictures of the same prompts and seeds); 0 draws none.
