@@ -128,12 +128,11 @@ class TrainOptions(Section):
             bf16``, and are for whole networks: an adapter is small and float32, and what it lies on is held as the
             teacher is. Over ``accumulate`` parts gradients are then summed in bfloat16. Bytes a weight, with gradient
             and AdamW: 16, 12 and 16; see stepdistill/training/weights.py.
-        precision: number format of the networks' arithmetic. Optimiser and average stay float32, and trained
-            weights but for ``weights``; the VAE computes in it, and what is exported was never rounded; of the frozen teacher, matrices
-            alone are held in bf16.
-            Differences for derivatives (scm, meanflow, flow_map) are taken in float32 all the same. Consistency methods
-            with short steps may want ``teacher_precision: float32``: near pure noise bf16 moves an eps network's x0 by
-            as much as such a step does.
+        precision: number format of the networks' arithmetic. Optimiser and average stay float32, and trained weights
+            but for ``weights``; the VAE computes in it, and what is exported was never rounded; of the frozen teacher,
+            matrices alone are held in bf16. Differences for derivatives (scm, meanflow, flow_map) are taken in float32
+            all the same. Consistency methods with short steps may want ``teacher_precision: float32``: near pure noise
+            bf16 moves an eps network's x0 by as much as such a step does.
         teacher_precision: of the teacher's arithmetic where it should differ; float32 then holds it in float32.
         attention: sdpa (torch's fused kernels), triton (our own; cuda alone), xformers, math (the plain product), or a
             backend of diffusers' dispatcher, such as _native_flash or flash, for networks that ask it (Flux, Wan, but
