@@ -14,6 +14,10 @@ class MissingWeights(UserError):
     """A file of weights is not here: what does not need it can still be computed."""
 
 
+class TrainingDiverged(UserError):
+    """A loss or a gradient is not a finite number."""
+
+
 class OtherProcessError(UserError):
     """Another process of the same work has failed and says why; the command line ends without a second message."""
 

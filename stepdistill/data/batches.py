@@ -94,6 +94,11 @@ class Data:
         found = {"teacher": self.teacher.fingerprint(), "data.prompts": self.conditions.sha256}
         return found if self._images is None else {**found, "data.images": self._images.sha256()}
 
+    @property
+    def skipped(self) -> int:
+        """Images that could not be read."""
+        return len(self.images.skipped) if self.images else 0
+
     def remarks(self) -> list[str]:
         """Lines that say what became of the images."""
         if self.images is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +12,8 @@ from safetensors.torch import save_file
 from stepdistill.errors import UserError
 from stepdistill.export.experts import adapter_files
 from stepdistill.export.kohya import kohya_state
-from stepdistill.networks.fingerprint import weights_hash
-from stepdistill.networks.pipeline_files import ADAPTER, LORA
+from stepdistill.networks.adapter_teacher import note_teacher
+from stepdistill.networks.pipeline_files import LORA
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -119,13 +118,7 @@ def save_alone(student: Student, teacher: PipelineTeacher, scheduler: Any, sourc
     """
     save_adapters(student, teacher, folder)
     scheduler.save_pretrained(folder / "scheduler")
-    place = Path(source)
-    of = {
-        "teacher": str(place.absolute()) if place.is_dir() else source,
-        "teacher_sha256": weights_hash(source),
-        "pipeline": type(teacher.pipe).__name__,
-    }
-    (folder / ADAPTER).write_text(json.dumps(of, indent=1) + "\n", encoding="utf-8")
+    note_teacher(source, type(teacher.pipe).__name__, folder)
 
 
 def called_with(sampler: Sampler, student: Student) -> Sampler:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from stepdistill.export.shared import Terms, is_hub_name, loaded_from, shown_name, without_folders
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, tensor_types
 from stepdistill.system.travelling import REASONS, travelling_code
 
@@ -18,9 +22,37 @@ _CALL = 'from_pretrained("path/to/this/folder")'
 PLAIN = f"pipe = DiffusionPipeline.{_CALL}"
 """How a model card loads a folder of which nothing more is to be said."""
 
-ALONE = """pipe = DiffusionPipeline.from_pretrained("{teacher}")
-pipe.load_lora_weights("path/to/this/folder", weight_name="{file}")
-pipe.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")"""
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """Of a student that is one adapter with a file of its own.
+
+    Attributes:
+        rank, scale: of it; the scale is alpha over rank.
+        scheduler: the class that it draws with.
+        module: the file of ours that this travels in; None of diffusers' own.
+    """
+
+    rank: int
+    scale: float
+    scheduler: str
+    module: str | None = None
+
+    def loading(self, teacher: str) -> str:
+        """Python that puts the adapter on the teacher.
+
+        Args:
+            teacher: what that is loaded from.
+        """
+        place = '"path/to/this/folder'
+        load = f"from diffusers import {self.scheduler}\n"
+        if self.module:
+            load = f'import sys\nsys.path.insert(0, {place}/scheduler")\nfrom {self.module} import {self.scheduler}\n'
+        return (
+            f'{load}pipe = DiffusionPipeline.from_pretrained("{teacher}")\n'
+            f'pipe.load_lora_weights({place}", weight_name="{LORA}")\n'
+            f'pipe.scheduler = {self.scheduler}.from_pretrained({place}", subfolder="scheduler")'
+        )
 
 
 def for_folder(card: str, folder: Path) -> str:
@@ -46,12 +78,9 @@ def _of_adapter(card: str, folder: Path) -> str:
     """The card of an adapter alone."""
     of = json.loads((folder / ADAPTER).read_text("utf-8"))
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
-    kind = str(config["_class_name"])
-    if found := travelling_code(folder):
-        load = f'import sys\nsys.path.insert(0, "path/to/this/folder/scheduler")\nfrom {found[0].stem} import {kind}\n'
-    else:
-        load = f"from diffusers import {kind}\n"
-    text = load + ALONE.format(teacher=of["teacher"], file=LORA, scheduler=kind)
+    found = travelling_code(folder)
+    facts = LoraFacts(0, 1.0, str(config["_class_name"]), found[0].stem if found else None)
+    text = facts.loading(loaded_from(of["teacher"]))
     note = (
         _code_note(folder) if found else "It is an adapter for stock diffusers classes, without the teacher."
     )
@@ -72,13 +101,10 @@ def _code_note(folder: Path) -> str:
 
 
 CARD = """---
-library_name: diffusers
-{base}pipeline_tag: {tag}
-tags: [stepdistill, distillation, few-step, {method}]
----
+{metadata}---
 # {title}
 
-A student of `{teacher}` that draws in {steps} step(s), distilled with the method `{method}` of stepdistill.
+{pictures}A student of `{teacher}` that draws in {steps} step(s), distilled with the method `{method}` of stepdistill.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -96,12 +122,22 @@ It is made of stock diffusers classes alone. **Pass `num_inference_steps={steps}
 | teacher's guidance, now in the weights | {guidance} |
 | network calls an image | {steps} |
 | step grid | {grid} |
-| trained with | `{command}` |
+{rows}| trained with | `{command}` |
 
-{changes}{scores}
+{changes}{lora}{scores}
 
 `verification/` holds pictures drawn by the trainer, their prompts and seeds, and the hash of every file;
 `stepdistill verify` draws them again with plain diffusers.
+"""
+
+
+LORA_SECTION = """The adapter lies beside the merged weights; on the teacher it gives the same pictures:
+
+```python
+from diffusers import DiffusionPipeline
+{loading}
+```
+
 """
 
 
@@ -117,6 +153,11 @@ def model_card(
     command: str,
     changes: Sequence[str] = (),
     scores: str = "",
+    terms: Terms | None = None,
+    facts: Mapping[str, str] | None = None,
+    pictures: int = 0,
+    lora: LoraFacts | None = None,
+    alone: bool = False,
 ) -> str:
     """The Markdown of a student's README.md.
 
@@ -130,6 +171,11 @@ def model_card(
         command: what made the student.
         changes: what was changed in the teacher when it was taken.
         scores: a Markdown table of them; empty before evaluation.
+        terms: of the teacher, which hold for the student.
+        facts: what else stands in the table.
+        pictures: how many of the student's own to show.
+        lora: where the student is an adapter.
+        alone: whether it is exported as that alone.
     """
     shown = {k: (v[0] if isinstance(v, list) and k == "prompt" else v) for k, v in call.items()}
     shown.pop("batch_size", None)
@@ -141,20 +187,32 @@ def model_card(
         note = " and **`guidance_scale=0`**: guidance is in the weights, diffusers' default would apply it twice."
     elif scale is not None:
         note = f" and the `guidance_scale` you want, such as {scale:g}: it is an input of the network."
-    hub = teacher.count("/") == 1 and not Path(teacher).exists()
+    name, terms = shown_name(teacher), terms or Terms({}, None, ())
+    base = teacher if is_hub_name(teacher) else terms.base_model
+    metadata = {
+        "library_name": "diffusers",
+        **({"base_model": base} if base else {}),
+        **terms.metadata,
+        "pipeline_tag": "text-to-image" if "prompt" in call else "unconditional-image-generation",
+        "tags": ["stepdistill", "distillation", "few-step", method, *(["lora"] if lora else [])],
+    }
+    more = {"LoRA": f"rank {lora.rank}, scale {lora.scale:g}, `{LORA}`"} if lora else {}
+    shown_pictures = " ".join(f"![{i}](verification/{i}.png)" for i in range(pictures))
     return CARD.format(
-        base=f"base_model: {teacher}\n" if hub else "",
-        tag="text-to-image" if "prompt" in call else "unconditional-image-generation",
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        title=f"{name} in {steps} step{'s' * (steps > 1)} ({method})",
+        pictures=f"{shown_pictures}\n\n" if pictures else "",
+        rows="".join(f"| {key} | {value} |\n" for key, value in {**more, **(facts or {})}.items()),
+        lora=LORA_SECTION.format(loading=lora.loading(loaded_from(teacher))) if lora and not alone else "",
+        teacher=name,
         method=method,
-        title=f"{teacher} in {steps} step{'s' * (steps > 1)} ({method})",
-        teacher=teacher,
         steps=steps,
         call=", ".join(f"{key}={value!r}" for key, value in shown.items()),
         guidance_note=note,
         guidance=f"{guidance:g}",
         summary=summary,
         grid=grid,
-        command=command,
+        command=without_folders(command),
         changes=f"The teacher as it was taken: {' '.join(changes)}\n\n" if changes else "",
         scores=scores,
     )

@@ -36,6 +36,7 @@ from stepdistill.export.checks import grid_check
 from stepdistill.export.experts import one_network, stock_networks
 from stepdistill.export.original import Original, held_in, in_float32, round_to
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
+from stepdistill.export.shared import carry_terms, take_out_folders
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
 from stepdistill.networks.own_call import VERIFICATION
@@ -164,6 +165,8 @@ def export(
             save_adapters(student, teacher, place)
         if options.kohya:
             save_kohya(student, place)
+        carry_terms(source, place)
+        take_out_folders(place)
         (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
+from stepdistill.networks.adapter_teacher import place_note, teacher_named
 from stepdistill.networks.find import local_folder
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.own_call import VERIFICATION
@@ -209,13 +210,13 @@ def _base(folder: Path) -> Path:
     """
     if not (folder / ADAPTER).is_file():
         return folder
-    of = json.loads((folder / ADAPTER).read_text("utf-8"))
-    found = local_folder(of["teacher"])
+    teacher, sha256 = teacher_named(folder)
+    found = local_folder(teacher)
     if found is None:
         raise UserError(
-            f"{folder} is an adapter for {of['teacher']}, which is not there: download it, or write its place into "
-            f"{ADAPTER}"
+            f"{folder} is an adapter for {teacher}, which is not there: download it, or write its folder's path into "
+            f"{place_note(sha256)}"
         )
-    if weights_hash(found) != of["teacher_sha256"]:
-        raise UserError(f"{folder} is an adapter for {of['teacher']}, which was altered since export")
+    if weights_hash(found) != sha256:
+        raise UserError(f"{folder} is an adapter for {teacher}, which was altered since export")
     return found

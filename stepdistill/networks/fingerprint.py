@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA, SAFETY_CHECKER
 from stepdistill.system.files import sha256_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda component: False) -> str:
@@ -33,8 +36,6 @@ def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda componen
     if not isinstance(pipeline, (str, Path)):
         from torch import nn
 
-        from stepdistill.networks.quantized import plain_tensors
-
         for name, component in sorted(pipeline.components.items()):
             if name == SAFETY_CHECKER or without(name):
                 continue
@@ -47,9 +48,7 @@ def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda componen
                 )
                 digest.update(f"{name} {_plain(dict(content))}\n".encode())
             if isinstance(component, nn.Module):
-                for key, value in sorted(plain_tensors(component.state_dict()).items()):
-                    digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
-                    digest.update(_bytes(value))
+                _add(digest, name, component)
         return digest.hexdigest()
     folder = find_pipeline(pipeline)
     named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
@@ -64,6 +63,22 @@ def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda componen
         elif file.suffix == ".json":
             digest.update(f"{name} {_plain(json.loads(file.read_text('utf-8')))}\n".encode())
     return digest.hexdigest()
+
+
+def networks_hash(networks: Sequence[nn.Module]) -> str:
+    """SHA-256 of the tensors of networks with names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for number, network in enumerate(networks):
+        _add(digest, str(number), network)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, network: nn.Module) -> None:
+    from stepdistill.networks.quantized import plain_tensors
+
+    for key, value in sorted(plain_tensors(network.state_dict()).items()):
+        digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(_bytes(value))
 
 
 def _plain(config: dict[str, Any]) -> str:

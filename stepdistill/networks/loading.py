@@ -15,6 +15,7 @@ from torch import nn
 
 from stepdistill.errors import UserError
 from stepdistill.families import Family, family_named, known_family
+from stepdistill.networks.adapter_teacher import teacher_named
 from stepdistill.networks.find import find_pipeline, find_teacher, local_folder
 from stepdistill.networks.pipeline_files import (
     ADAPTER,
@@ -234,8 +235,7 @@ def _load_adapter(folder: Path, what: str) -> Any:
     """The teacher's pipeline with a student that is an adapter alone, and its scheduler."""
     import diffusers
 
-    of = json.loads((folder / ADAPTER).read_text("utf-8"))
-    pipe = load_teacher(of["teacher"])
+    pipe = load_teacher(teacher_named(folder)[0])
     pipe.load_lora_weights(folder, weight_name=LORA)
     place = folder / "scheduler"
     kind = str(json.loads((place / "scheduler_config.json").read_text("utf-8"))["_class_name"])

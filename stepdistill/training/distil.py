@@ -18,7 +18,7 @@ from stepdistill.training.identity import ResolvedRecipe, resolve, resolved_yaml
 from stepdistill.training.launcher import as_launched
 from stepdistill.training.preflight import check_output, check_recipe
 from stepdistill.training.record import recorded
-from stepdistill.training.run_report import RunReport
+from stepdistill.training.run_report import RunReport, read_report
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -128,6 +128,7 @@ def _run(
     from stepdistill.networks.averages import averaged
     from stepdistill.networks.own_call import TEACHER_STEPS
     from stepdistill.training.assemble import assemble, training_data
+    from stepdistill.training.exporting import started_by
     from stepdistill.training.finish import finish
     from stepdistill.training.loop import train
     from stepdistill.training.parallel import parallel_of
@@ -174,6 +175,7 @@ def _run(
         resume=resume,
         preview=preview.look if preview else None,
         status=status,
+        start=started_by(run, command),
     )
     if not parallel.in_parts:
         parallel.gather(())
@@ -186,7 +188,7 @@ def _run(
     accelerator.wait_for_everyone()
     if recipe.train.tracker:
         accelerator.end_training()
-    report = finish(run, output, trained, command, status) if status else None
+    report = finish(run, output, trained, status) if status else None
     accelerator.wait_for_everyone()
     return Distilled(output, place.student, report)
 
@@ -223,7 +225,8 @@ def export_run(run: Path, output: Path | None = None, sets: Sequence[str] = ()) 
     from stepdistill.export.verify import verify
     from stepdistill.networks.averages import averaged
     from stepdistill.training.assemble import assemble
-    from stepdistill.training.finish import export_student
+    from stepdistill.training.exporting import export_student, student_hash
+    from stepdistill.training.report import score_table
     from stepdistill.training.run import Run
 
     resolved = resolve(load_recipe(run / "recipe.yaml", sets=sets))
@@ -232,7 +235,13 @@ def export_run(run: Path, output: Path | None = None, sets: Sequence[str] = ()) 
     state.restore()
     state.widen()
     folder = output or run / "student"
+    report = RunFolder(run).report
+    found = read_report(report) if report.is_file() else None
+    scores, health = "", None
     with averaged(state.ema):
-        export_student(assembled, folder, f"stepdistill export {run}")
+        # What was measured holds for these weights alone, however they are exported.
+        if isinstance(found, RunReport) and found.student_sha256 == student_hash(assembled):
+            scores, health = score_table(found), found.health
+        export_student(assembled, folder, state.starts, scores, health)
     verify(folder)
     return folder

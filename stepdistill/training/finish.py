@@ -12,10 +12,7 @@ from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.scores import by_metric
 from stepdistill.evaluation.suite import load_suite
 from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
-from stepdistill.export.adapters import called_with
-from stepdistill.export.card import for_folder, model_card
-from stepdistill.export.schedulers import stock_scheduler
-from stepdistill.export.student_folder import export, pipeline_call
+from stepdistill.export.card import for_folder
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
 from stepdistill.networks.own_call import TEACHER_STEPS
@@ -24,82 +21,48 @@ from stepdistill.pages.sheets import rows_of_pictures
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.memory import peak_memory
 from stepdistill.system.run_folder import RunFolder, RunStatus
-from stepdistill.system.shipped import module_summaries
 from stepdistill.training.assemble import Assembled
+from stepdistill.training.exporting import card, export_student, prompts_of, student_hash, summary_of
+from stepdistill.training.health import Vitals, health_of
 from stepdistill.training.report import score_table, write_report
 from stepdistill.training.run import Finished
 from stepdistill.training.run_report import RunReport
 
 
-def card(run: Assembled, command: str, scores: str = "") -> str:
-    """The student's model card."""
-    codec = run.teacher.codec
-    pipeline = codec.family.student_pipeline(codec.pipe) or type(codec.pipe).__name__
-    alone = run.recipe.export.what == "adapter"
-    sampler = called_with(run.sampler, run.student) if alone else run.sampler
-    call = pipeline_call(pipeline, sampler, codec, run.shown(1))
-    scheduler = stock_scheduler(
-        run.sampler, run.student.path, run.teacher.pipe.scheduler, run.teacher.family.passes
-    )
-    times = ", ".join(f"{time:.4g}" for time in run.sampler.times)
-    return model_card(
-        teacher=run.recipe.teacher,
-        method=Path(run.recipe.method).stem,
-        summary=module_summaries("methods").get(run.recipe.method, run.recipe.method),
-        steps=run.sampler.steps,
-        guidance=run.options.guidance,
-        call=call,
-        grid=f"`{type(scheduler).__name__}`: t = {times}",
-        command=command,
-        changes=run.changes,
-        scores=scores,
-    )
-
-
-def export_student(run: Assembled, folder: Path, command: str) -> None:
-    """Writes the student folder with the network's present weights."""
-    export(
-        run.student,
-        run.sampler,
-        run.teacher,
-        folder,
-        run.shown(4),
-        card(run, command),
-        source=run.source,
-        options=run.recipe.export,
-    )
-
-
-def finish(
-    run: Assembled, output: Path, trained: Finished, command: str | None, status: RunStatus
-) -> RunReport:
+def finish(run: Assembled, output: Path, trained: Finished, status: RunStatus) -> RunReport:
     """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
-    recipe, device, origin = run.recipe, run.accelerator.device, run.origin
-    command = command or str(origin["command"])
+    recipe, device, starts = run.recipe, run.accelerator.device, trained.starts
     with averaged(trained.ema):
         status.tell("finishing", "exporting the student")
-        export_student(run, output / "student", command)
+        export_student(run, output / "student", starts)
         status.tell("finishing", "drawing its pictures again with plain diffusers")
         proof = verify(output / "student")
         status.tell("finishing", "measuring")
         scores = _scores(run, output / "student")  # before the time and the memory that it takes are read
+        wall, memory = time.perf_counter() - run.began, peak_memory(device)
+        status.tell("finishing", "drawing samples")
+        drawn, teachers = _samples(run, RunFolder(output).samples)
+        health = health_of(read_stats(output), trained.step, drawn, teachers, trained.skipped)
         report = RunReport(
             name=output.name,
             method=recipe.method,
-            summary=module_summaries("methods").get(recipe.method, recipe.method),
+            summary=summary_of(recipe.method),
             teacher_name=recipe.teacher,
             teacher_changes=run.changes,
             verification=str(proof),
             updates=trained.step,
             updates_planned=recipe.train.updates,
             train_seconds=round(trained.seconds, 1),
-            wall_seconds=round(time.perf_counter() - run.began, 1),
-            peak_memory_bytes=peak_memory(device),
-            **{**scores, **origin, "command": command},
+            wall_seconds=round(wall, 1),
+            peak_memory_bytes=memory,
+            resumes=list(starts[1:]),
+            prompts=prompts_of(run),
+            student_sha256=student_hash(run),
+            health=health,
+            **{**scores, **run.origin, "command": starts[0].command},
         )
-        status.tell("finishing", "drawing samples")
-        _samples(run, RunFolder(output).samples)
-    text = for_folder(card(run, command, score_table(report)), output / "student")
+    status.tell("finishing", "writing the report", health=health.verdict)
+    text = for_folder(card(run, starts, score_table(report), health), output / "student")
     (output / "student" / "README.md").write_text(text, encoding="utf-8")
     write_report(output, report, read_stats(output))
     return report
@@ -155,8 +118,9 @@ def _scores(run: Assembled, student: Path) -> dict[str, Any]:
     }
 
 
-def _samples(run: Assembled, file: Path) -> None:
-    """The same prompts and seeds by the teacher at full steps, at the student's, and the student."""
+def _samples(run: Assembled, file: Path) -> tuple[Vitals, Vitals]:
+    """The same prompts and seeds by the teacher at full steps, at the student's, and the student; and how varied and
+    saturated the student's are, and the first teacher's."""
     prompts, seeds, steps = run.shown(16), list(range(16)), run.sampler.steps
     guidance = run.options.guidance
     full = teacher_pictures(run.teacher, prompts, seeds, TEACHER_STEPS, guidance)
@@ -168,3 +132,4 @@ def _samples(run: Assembled, file: Path) -> None:
         (f"student, {steps} step{'s' * (steps > 1)}", to_uint8(own)),
     ]
     rows_of_pictures(rows).save(file)
+    return Vitals.of(own), Vitals.of(full)

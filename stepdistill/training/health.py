@@ -6,14 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from stepdistill.errors import UserError
-
-
-class TrainingDiverged(UserError):
-    """A loss or a gradient is not a finite number."""
+from stepdistill.errors import TrainingDiverged
+from stepdistill.training.run_report import Health, Worry
 
 
 def require_finite(numbers: Mapping[str, float], network: str, step: int, last_good: Path | None) -> None:
@@ -68,6 +66,41 @@ class Vitals:
 def verdict_of(worries: Sequence[str]) -> str:
     """``healthy``, or what such sentences are about."""
     return ", ".join(worry.partition(":")[0] for worry in worries) or "healthy"
+
+
+def health_of(
+    rows: Sequence[Mapping[str, Any]], update: int, drawn: Vitals, teacher: Vitals, skipped: int = 0
+) -> Health:
+    """Of a student at the end of its run.
+
+    Args:
+        rows: of stats.jsonl.
+        update: updates done.
+        drawn, teacher: of pictures of the same prompts and seeds.
+        skipped: images that could not be read.
+    """
+    last: Mapping[str, Any] = next((row for row in reversed(rows) if row["network"] == "student"), {})
+    now = drawn.worries(teacher)
+    found = [(row["update"] + 1, what) for row in rows for what in row.get("worries", ())]
+    found += [(update, what) for what in now if (update, verdict_of([what])) not in _kinds(found)]
+    healthy = "The student's pictures differ from each other about as much as the teacher's, and are no more saturated"
+    before = f"; there was {verdict_of([found[-1][1]])} at update {found[-1][0]}" if found else ""
+    return Health(
+        verdict=verdict_of(now),
+        sentence="; ".join(now) or f"{healthy}{before}.",
+        diversity=drawn.diversity,
+        teacher_diversity=teacher.diversity,
+        saturation=drawn.saturation,
+        teacher_saturation=teacher.saturation,
+        x_std=last.get("x_std"),
+        grad_norm=last.get("grad_norm"),
+        skipped_files=skipped,
+        worries=[Worry(update=at, what=what) for at, what in found],
+    )
+
+
+def _kinds(found: Sequence[tuple[int, str]]) -> set[tuple[int, str]]:
+    return {(at, verdict_of([what])) for at, what in found}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from stepdistill.training.interruption import Interruption
 from stepdistill.training.out_of_memory import memory_explained
 from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.run import Finished, Run
+from stepdistill.training.run_report import Start
 from stepdistill.training.schedule import learning_rate
 from stepdistill.training.unread import Unread
 from stepdistill.training.update import update
@@ -48,6 +49,7 @@ def train(
     resume: bool = False,
     preview: Callable[[int, Ema | None], Seen] | None = None,
     status: RunStatus | None = None,
+    start: Start | None = None,
 ) -> Finished:
     """Trains a method's networks, and those of its terms, in their turns.
 
@@ -62,6 +64,7 @@ def train(
         preview: called every ``preview_every`` updates with their number and the averaged weights; its numbers are
             logged, its worries said above the progress bar.
         status: told how far the run is.
+        start: what started it, kept in every checkpoint.
 
     Raises:
         TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` updates
@@ -74,7 +77,7 @@ def train(
         keep_freed_memory()
     inputs = data.identity()  # of the teacher as it is before it is shared out
     parallel.spread(objective.method.roles.stored().values())
-    run = Run(objective, recipe, folder, inputs, parallel)
+    run = Run(objective, recipe, folder, inputs, parallel, start)
     if resume:
         run.restore()
     readers = parallel.readers
@@ -156,4 +159,4 @@ def train(
                 log.note(f"stopped after update {step}; --resume goes on from there")
                 raise KeyboardInterrupt
     run.widen()
-    return Finished(run.seconds, run.step, run.ema)
+    return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stepdistill.errors import UserError, first_line
+from stepdistill.errors import TrainingDiverged, UserError, first_line
 from stepdistill.system.log import stderr_kept
 from stepdistill.system.run_folder import RunFolder, RunStatus, removed_if_empty
 
@@ -33,7 +33,8 @@ def recorded(folder: Path, status: RunStatus, command: str) -> Iterator[None]:
                 raise
             except UserError as error:
                 log(f"error: {error}")
-                status.tell("stopped", " ".join(str(error).split()))
+                diverged = "diverged" if isinstance(error, TrainingDiverged) else None
+                status.tell("stopped", " ".join(str(error).split()), health=diverged)
                 raise
             except BaseException as error:
                 log(traceback.format_exc())

@@ -28,6 +28,7 @@ from stepdistill.training.checkpoint import (
 from stepdistill.training.identity import differences, identity
 from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.parts import ModulePart, OptimizerPart, Part, held_like_part
+from stepdistill.training.run_report import Start
 from stepdistill.training.weights import in_training
 
 
@@ -39,11 +40,15 @@ class Finished:
         seconds: time in the loop, over all resumes.
         step: updates done.
         ema: the student's averaged weights, or None.
+        starts: of the run, the first and every resume.
+        skipped: images that could not be read.
     """
 
     seconds: float
     step: int
     ema: Ema | None
+    starts: tuple[Start, ...] = ()
+    skipped: int = 0
 
 
 class Run:
@@ -56,9 +61,11 @@ class Run:
         inputs: ``Data.identity``, kept in every checkpoint and compared on resume; None, where nothing is trained,
             compares nothing.
         parallel: who shares the run; None is nobody.
+        start: of this process, kept in every checkpoint behind those of the processes before it; None is told nowhere.
 
     Attributes:
         parts: all that is saved, by name.
+        starts: so far.
     """
 
     def __init__(
@@ -68,7 +75,10 @@ class Run:
         folder: Path,
         inputs: dict[str, str] | None = None,
         parallel: Parallel | None = None,
+        start: Start | None = None,
     ) -> None:
+        self._start = () if start is None else (start,)
+        self.starts: tuple[Start, ...] = self._start
         self.parallel = parallel or OneProcess(ALONE, torch.device("cpu"))
         self.objective, self.recipe, self.options, self.inputs = objective, recipe, recipe.train, inputs
         self.checkpoints = RunFolder(folder).checkpoints
@@ -110,6 +120,7 @@ class Run:
         tensors = {name: part.state() for name, part in self.parts.items()}
         state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
         state |= {"inputs": self.inputs, "folder": str(Path.cwd()), "draws": NAME}
+        state |= {"starts": [each.model_dump() for each in self.starts]}
         sharers = self.parallel.processes if shared else ALONE
         save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep, sharers)
 
@@ -147,6 +158,8 @@ class Run:
             part.load(tensors)
         self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
         self.last_good = at
+        resumed = (each.model_copy(update={"update": self.step}) for each in self._start)
+        self.starts = (*(Start.model_validate(each) for each in state["starts"]), *resumed)
 
     def _check_inputs(self, last: Path) -> None:
         state, inputs = read_state(last), self.inputs or {}

@@ -14,6 +14,90 @@ Scores = dict[str, dict[str, Any]]
 """Metric -> number of steps -> its value, None where it was not measured."""
 
 
+class Worry(BaseModel):
+    """What was out of line with the teacher's pictures, after so many updates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    update: int
+    what: str
+
+
+class Health(BaseModel):
+    """Whether the student's pictures are as varied and as moderate as the teacher's of the same prompts and seeds.
+
+    Attributes:
+        verdict: ``healthy``, or what the student suffers from at the end: ``collapse``, ``oversaturation``.
+        sentence: the same in words.
+        diversity, teacher_diversity: mean absolute difference between pictures of different prompts, in [0, 1].
+        saturation, teacher_saturation: share of the values that are black or white, in [0, 1].
+        x_std: standard deviation of the student's samples at its last update; None where its method does not tell.
+        grad_norm: of the student at its last update, before it was clipped.
+        skipped_files: images that could not be read.
+        worries: what previews and the end found, oldest first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verdict: str
+    sentence: str
+    diversity: float
+    teacher_diversity: float
+    saturation: float
+    teacher_saturation: float
+    x_std: float | None = None
+    grad_norm: float | None = None
+    skipped_files: int = 0
+    worries: list[Worry] = Field(default_factory=list)
+
+    def line(self) -> str:
+        """One line: the verdict and its numbers."""
+        said = [
+            f"{self.verdict}: diversity {self.diversity:.2f} (teacher {self.teacher_diversity:.2f})",
+            f"saturation {self.saturation:.0%} (teacher {self.teacher_saturation:.0%})",
+        ]
+        if self.worries:
+            said.append(f"{len(self.worries)} warning{'s' * (len(self.worries) > 1)} while it trained")
+        if self.skipped_files:
+            said.append(f"{self.skipped_files} image{'s' * (self.skipped_files > 1)} skipped")
+        return ", ".join(said)
+
+
+class Start(BaseModel):
+    """A start of the run, the first or a resume.
+
+    Attributes:
+        command: what was typed.
+        update: updates that were done by then.
+        at: when, UTC, ISO 8601.
+        hardware, commit: where it ran, and by what code.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: str
+    update: int = 0
+    at: str | None = None
+    hardware: str | None = None
+    commit: str | None = None
+
+
+class Prompts(BaseModel):
+    """What the student learnt from.
+
+    Attributes:
+        file: the text file's path; None of the teacher's own, captions or class numbers.
+        count: of prompts.
+        sha256: of the file, or of the texts where there is none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str | None
+    count: int
+    sha256: str
+
+
 class Measured(BaseModel):
     """What was measured, and where the numbers come from: all that runs and evaluations have in common.
 
@@ -31,7 +115,8 @@ class Measured(BaseModel):
         teacher, student: scores.
         gap_closed: by number of steps, 0 the teacher with one step, 1 with all of its steps.
         recall_of_teachers: by number of steps, recall over that of the teacher with all of its steps.
-        command, versions, hardware, commit: where the numbers come from.
+        command, versions, hardware, commit: where the numbers come from; of a run that was resumed, the command that
+            began it, and the rest of the process that ended it.
         verification: what the proof of the student's folder said.
         updates, updates_planned: updates done, and in the recipe.
         train_seconds, peak_memory_bytes: what the training took.
@@ -73,6 +158,10 @@ class RunReport(Measured):
             some of those that may be None or empty here.
         teacher_changes: what was changed in the teacher when it was taken.
         wall_seconds: of the whole run in the process that ended it.
+        resumes: the later starts of the run, oldest first.
+        prompts: what it learnt from.
+        student_sha256: of the student's weights, however they are exported.
+        health: of the student at the end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -82,6 +171,10 @@ class RunReport(Measured):
     verification: str
     train_seconds: float
     wall_seconds: float
+    resumes: list[Start] = Field(default_factory=list)
+    prompts: Prompts | None = None
+    student_sha256: str | None = None
+    health: Health | None = None
     peak_memory_bytes: int
 
     def text(self) -> str:

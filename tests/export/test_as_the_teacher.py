@@ -31,7 +31,7 @@ from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.sections import ExportOptions
-from stepdistill.system.files import sha256_of
+from stepdistill.system.files import give_usual_modes, sha256_of
 from stepdistill.training.distil import distill
 
 BF16 = torch.bfloat16
@@ -71,6 +71,9 @@ def test_types_and_shards_are_the_teachers_and_all_other_parts_its_files(tmp_pat
     for file in (teacher / place).glob("*.safetensors"):
         tensors = {k: v.float() if state[k] == "F32" else v for k, v in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
+    give_usual_modes(teacher)
+    closed = next((teacher / "vae").glob("diffusion_pytorch_model*.safetensors"))
+    closed.chmod(0o600)  # its owner's alone: a link would be, too
     student = exported("sd3", teacher, tmp_path / "s")
     assert tensor_types(student / place) == state
     counts = [len(list((folder / place).glob("*-of-*.safetensors"))) for folder in (teacher, student)]
@@ -83,7 +86,11 @@ def test_types_and_shards_are_the_teachers_and_all_other_parts_its_files(tmp_pat
             assert not (student / name).exists()
             continue
         assert (student / name).read_bytes() == file.read_bytes()
-        assert ((student / name).stat().st_ino == file.stat().st_ino) == (file.suffix == ".safetensors")
+        linked = file.suffix == ".safetensors" and file != closed
+        assert ((student / name).stat().st_ino == file.stat().st_ino) == linked
+        assert (student / name).stat().st_mode & 0o777 == (
+            teacher / "vae" / "config.json"
+        ).stat().st_mode & 0o777
     assert verify(student).worst <= 1
     text = (student / "README.md").read_text()
     assert "import torch\n" in text and "torch_dtype=torch.bfloat16)" in text
@@ -145,7 +152,9 @@ def test_an_adapter_alone_is_proven_with_its_teacher(name: str, tmp_path: Path) 
     plain.scheduler = pipe.scheduler
     assert (drawn(plain, student).float() - kept(student).float()).abs().mean() > 1  # the adapter matters
     text = (student / "README.md").read_text()
-    assert f'from_pretrained("{teacher}")' in text and "load_lora_weights(" in text
+    assert (
+        'from_pretrained("path/to/t")' in text and str(tmp_path) not in text and "load_lora_weights(" in text
+    )
     assert sha256_of(student / LORA) and not list(student.rglob("diffusion_pytorch_model*"))
     config = teacher / "vae" / "config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.6'))

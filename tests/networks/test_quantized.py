@@ -21,8 +21,9 @@ from stepdistill.networks.quantized import LIBRARIES, check_quantized, quantized
 from stepdistill.networks.roles import Adapters
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TrainOptions
-from stepdistill.training.finish import export_student
+from stepdistill.training.exporting import export_student
 from stepdistill.training.roles import held_for_adapters
+from stepdistill.training.run_report import Start
 
 BITS: tuple[Any, ...] = tuple(
     pytest.param(
@@ -116,7 +117,7 @@ def test_a_run_on_a_quantised_base_resumes_exactly_and_is_exported(bits: Any, tm
     parts, _ = run(tmp_path / "parts", *more, resume=True)
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
     assert not any("base_layer" in key for key in whole)
-    export_student(job, tmp_path / "student", "none")
+    export_student(job, tmp_path / "student", [Start(command="none")])
     assert (tmp_path / "student" / "transformer").is_dir()
 
 

@@ -17,10 +17,11 @@ from stepdistill.export.verify import verify
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import of_real_teacher, recipe_files
 from stepdistill.training.assemble import assemble, training_data
-from stepdistill.training.finish import export_student
+from stepdistill.training.exporting import export_student
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.preflight import check_recipe
+from stepdistill.training.run_report import Start
 
 PAIRS = ("options.pairs=2", "options.pair_steps=2")
 FAKE = ("options.fake_updates=1",)
@@ -93,7 +94,7 @@ def test_two_updates_on_a_tiny_teacher_end_in_a_proven_student(
     name: str, inputs: Path, tmp_path: Path
 ) -> None:
     run = run_of(name, inputs, tmp_path)
-    export_student(run, tmp_path / "student", "none")
+    export_student(run, tmp_path / "student", [Start(command="none")])
     found = verify(tmp_path / "student")
     assert found.worst <= 1 and found.steps == len(run.sampler.times)
     if name == "dmd2_sdxl_1step":  # on SDXL's own table

@@ -20,10 +20,11 @@ from stepdistill.networks.lora import lora_layers
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.training.assemble import Assembled, assemble, training_data
 from stepdistill.training.checkpoint import checkpoints_in
-from stepdistill.training.finish import export_student
+from stepdistill.training.exporting import export_student
 from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.run_report import Start
 
 
 class Killed(Exception):
@@ -127,7 +128,7 @@ def test_adapters_train_resume_exactly_and_are_exported(run: str, tmp_path: Path
     assert {value.dtype for value in base.values()} <= {torch.float32, low}
     assert all(torch.equal(value.float(), files[key].to(value.dtype).float()) for key, value in base.items())
 
-    export_student(job, tmp_path / "student", "none")
+    export_student(job, tmp_path / "student", [Start(command="none")])
     assert verify(tmp_path / "student").worst <= 1
     if run != "phases":
         made = load_file(tmp_path / "student" / part / "diffusion_pytorch_model.safetensors")

@@ -21,8 +21,10 @@ from stepdistill.export.student_folder import check_export
 from stepdistill.export.verify import verify
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.files import sha256_of
 from stepdistill.system.run_folder import RunFolder, read_status
-from stepdistill.training.distil import export_run
+from stepdistill.training.distil import export_run, run_recipe
 from stepdistill.training.run_report import read_report
 
 SHORT = [
@@ -90,12 +92,19 @@ def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(na
         "options.fake_warm_start=0",
     ]
     sets.append("train.updates=4")
-    stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=[*sets, "train.budget_seconds=1e-9"])
-    run = stepdistill.distill(teacher, "dmd", tmp_path / "run", sets=sets, resume=True)
+    begun, output = load_recipe(teacher=str(teacher), method="dmd", sets=sets), tmp_path / "run"
+    short = begun.model_copy(update={"train": begun.train.model_copy(update={"budget_seconds": 1e-9})})
+    first = f"stepdistill train --teacher {teacher} --output {output}"
+    run_recipe(short, output=output, command=first)
+    run = run_recipe(begun, output=output, command="stepdistill train --resume", resume=True)
     assert run.report is not None and re.search("by [01]/255 at most", run.report.verification)
     assert run.report.updates == 4
+    assert run.report.command == first
+    assert [(each.command, each.update) for each in run.report.resumes] == [("stepdistill train --resume", 1)]
     card = (run.student / "README.md").read_text()
     assert f"height={size.height}" in card and f"width={size.width}" in card
+    assert f"| `stepdistill train --teacher {name} --output run` |" in card and "--resume" not in card
+    assert "| resumed at update | 1 |" in card
     with Image.open(run.student / "verification" / "0.png") as picture:
         assert picture.size == (size.width * (3 if name == "wan" else 1), size.height)
 
@@ -130,7 +139,14 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert sorted(file.name for file in place.work.iterdir()) == ["README.txt", "checkpoints"]
     done = read_status(run.folder)
     assert done is not None and (done.state, done.update, done.updates) == ("done", 8, 8)
-    assert done.health == "healthy" and not done.going and done.eta_seconds is None
+    assert run.report is not None and run.report.health is not None
+    health = run.report.health
+    assert done.health == health.verdict and not done.going and done.eta_seconds is None
+    assert (rows[7]["teacher_diversity"], rows[7]["teacher_saturation"]) == pytest.approx(
+        (health.teacher_diversity, health.teacher_saturation)
+    )
+    assert health.grad_norm == rows[7]["grad_norm"] and health.x_std == rows[7]["x_std"]
+    assert rows[7]["worries"] == [worry.what for worry in health.worries if worry.update == 8]
     recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
     assert recipe["options"]["fake_updates"] == 1 and recipe["options"]["score_times"] == [0.02, 0.98]
     with Image.open(place.samples) as picture:
@@ -156,18 +172,57 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
     from safetensors.torch import load_file
 
     teacher = saved("sd", tmp_path / "sd")
+    (teacher / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine\nbase_model: some/body\n---\n"
+    )
+    (teacher / "LICENSE.md").write_text("Do as you like.")
     sets = [*SHORT, prompts, "train.updates=4", "train.average=0.5", "train.lr=1e-2", "student.lora_rank=2",
             "student.times=[1.0, 0.5]", "options.pairs=4", "options.pair_steps=2", "options.guidance=2"]  # fmt: skip
-    run = stepdistill.distill(teacher=teacher, method="lcm", output=tmp_path / "run", sets=sets)
+    wanted = load_recipe(teacher=str(teacher), method="lcm", sets=sets)
+    run = run_recipe(wanted, output=tmp_path / "run", command=f"stepdistill train --output {tmp_path}/run")
     assert "drawn in 2 step(s) of" in run.report.verification
     assert_usual_modes(run.folder)
+    measured = {
+        "suite": "of a test",
+        "n": 8,
+        "metrics": {"fd": "FD", "clip_score": "CLIP"},
+        "teacher": {"fd": {}},
+        "student": {"fd": {"2": 1.5}},
+    }
+    report = run.report.model_copy(update=measured)
+    RunFolder(run.folder).report.write_text(report.text())
     again = export_run(run.folder, tmp_path / "again")
+    cards = [(folder / "README.md").read_text() for folder in (run.student, again)]
+    for card in cards:
+        assert card.startswith(
+            "---\nlibrary_name: diffusers\nbase_model: some/body\nlicense: other\nlicense_name: mine"
+        )
+        assert "| trained with | `stepdistill train --output run` |" in card and report.health.line() in card
+        prompt_file = tmp_path / "prompts.txt"
+        assert f"| prompts | `prompts.txt`, 5, SHA-256 `{sha256_of(prompt_file)[:16]}` |" in card
+        assert "![3](verification/3.png)" in card
+        assert "| LoRA | rank 2, scale 1, `pytorch_lora_weights.safetensors` |" in card
+        assert (
+            'pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")'
+            in card
+        )
+        assert (
+            'pipe.scheduler = LCMScheduler.from_pretrained("path/to/this/folder", subfolder="scheduler")'
+            in card
+        )
+    assert "| student | 2 | 1.500 |" in cards[1] and "| student | 2 | 1.500 |" not in cards[0]
+    RunFolder(run.folder).report.write_text(report.model_copy(update={"student_sha256": "other"}).text())
     for name in ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"):
         first, second = load_file(run.student / name), load_file(again / name)
         assert all(torch.equal(first[key], second[key]) for key in first)
     assert verify(again).images == 4
     alone = export_run(run.folder, tmp_path / "alone", ["export.what=adapter"])  # proves it, too
     assert not (alone / "unet").exists() and (alone / "pytorch_lora_weights.safetensors").is_file()
+    assert "1.500" not in (alone / "README.md").read_text()  # what was measured is of other weights
+    for folder in (run.student, again, alone):
+        assert (folder / "LICENSE.md").read_text() == "Do as you like."
+        texts = [file for file in folder.rglob("*") if file.suffix in (".json", ".md", ".txt")]
+        assert len(texts) > 3 and not [file for file in texts if str(tmp_path) in file.read_text()]
 
     manifest = json.loads((run.student / "verification" / "manifest.json").read_text())
     pipe = DiffusionPipeline.from_pretrained(teacher, local_files_only=True)

@@ -20,7 +20,7 @@ from toy import loss_of
 
 from stepdistill.data.batches import Data
 from stepdistill.data.prompts import read_prompts
-from stepdistill.errors import UserError
+from stepdistill.errors import TrainingDiverged, UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TrainOptions
 from stepdistill.system.processes import ALONE
@@ -34,12 +34,13 @@ from stepdistill.training.checkpoint import (
     optimizer_state,
     save_checkpoint,
 )
-from stepdistill.training.finish import export_student
-from stepdistill.training.health import Seen, TrainingDiverged, Vitals
+from stepdistill.training.exporting import export_student
+from stepdistill.training.health import Seen, Vitals
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import OneProcess
 from stepdistill.training.run import Run
+from stepdistill.training.run_report import Start
 from stepdistill.training.schedule import learning_rate
 from stepdistill.training.weights import Weights
 
@@ -366,7 +367,7 @@ def test_bf16_rounds_nothing_that_is_trained_or_exported(tmp_path):
         teacher, fake = (who.predict(*where).x0 for who in (job.teacher, job.method.fake))
     assert torch.equal(teacher, fake)
     assert torch.equal(job.teacher.predict(*where).x0, fake)  # outside of a step as within
-    export_student(job, tmp_path / "student", "none")
+    export_student(job, tmp_path / "student", [Start(command="none")])
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         saved, loaded = load_file(tmp_path / "student" / name), load_file(files / name)
         assert all(torch.equal(saved[key].float(), loaded[key].float()) for key in loaded), name
