@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_map_only
 from stepdistill.diffusion import philox
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.remembered import forget
-from stepdistill.planning.live_bytes import LiveBytes
+from stepdistill.planning.live_bytes import DEVICE, LiveBytes
+from stepdistill.planning.remembered_operators import ANEW, HasNumbers, Result, argument, recipe_of, told
 
 aten = torch.ops.aten
 
@@ -46,10 +47,58 @@ MADE = frozenset(
 
 class _Mode(FakeTensorMode):
     """Is one for all copies of its tensors: a copy of the mode would free again what it looks at. Small tensors on the
-    processor that follow from numbers alone, such as times and tables of them, have numbers, too."""
+    processor that follow from numbers alone, such as times and tables of them, have numbers, too.
+
+    What an operator made of tensors without numbers, of their shapes and types, it makes again without being asked:
+    torch's own memory of that is slower than most operators.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._remembered: dict[tuple[Any, ...], Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
         return self
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper takes longer than an operator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return args[0].device
+        try:
+            asked = (func, torch.get_default_dtype(), told(args), *map(told, (kwargs or {}).items()))
+        except HasNumbers:
+            return self.dispatch(func, types, args, kwargs)
+        recipe = self._remembered.get(asked)
+        if recipe is None:
+            made = self.dispatch(func, types, args, kwargs)
+            self._remembered[asked] = recipe_of(func, made, args, kwargs or {})
+            return made
+        return self.dispatch(func, types, args, kwargs) if recipe is ANEW else self._made(recipe, args)
+
+    def _made(self, recipe: Any, args: Any) -> Any:
+        """What such an operator makes."""
+        if type(recipe) is not Result:
+            return type(recipe)(self._made(each, args) for each in recipe)
+        if recipe.given is not None and recipe.shape is None:
+            return argument(args, recipe.given)
+        if recipe.shape is None:
+            return None
+        if recipe.given is None:
+            plain = torch.empty_strided(recipe.shape, recipe.stride, dtype=recipe.dtype, device="meta")
+        else:
+            plain = torch.empty_strided((), (), dtype=recipe.dtype, device="meta")
+            storage = argument(args, recipe.given).untyped_storage()
+            plain.set_(storage, recipe.offset, recipe.shape, recipe.stride)
+        # FakeTensor(self, plain, recipe.device), without looking at each attribute anew.
+        made = Tensor._make_subclass(
+            FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=recipe.device
+        )
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)  # as a copy asks for it
+        vars(made).update(recipe.attributes)
+        return made
 
     def may_turn_const(self, t: Tensor) -> bool:
         return t.numel() <= KNOWN and t.device.type == "cpu" and not self.is_our_fake(t)
@@ -138,7 +187,7 @@ def fake_tensors(exits: dict[str, int], live: LiveBytes) -> Iterator[FakeTensorM
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         try:
-            yield _Mode(allow_non_fake_inputs=True)
+            yield _Mode()
         finally:
             forget()
 

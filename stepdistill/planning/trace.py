@@ -143,16 +143,15 @@ class _Tracing:
                 f"train.batch is {whole.batch}, which does not split over {gpus} GPUs times train.accumulate="
                 f"{whole.accumulate}: make it a multiple of {gpus * whole.accumulate}"
             )
-        # A second part has all gradients beside it, and further ones are as it is.
-        self.parts = min(2, whole.accumulate)
-        self.repeats = whole.accumulate / self.parts
+        # One part is looked at; of several, one that finds the gradients of those before it.
+        self.parts = whole.accumulate
         self.kernel = "auto" if why_not(whole.attention, CPU) is not None else whole.attention
-        changed = {"batch": share * self.parts, "accumulate": self.parts, "attention": self.kernel}
+        changed = {"batch": share, "accumulate": 1, "attention": self.kernel}
         self.recipe = recipe.model_copy(update={"train": whole.model_copy(update=changed)})
         self._note(recipe)
-        self.scale: dict[str, float] = {}
+        self.scale: dict[str, float] = {"batch": self.parts}
         if whole.parallel == "sharded" and gpus > 1:
-            self.scale = dict.fromkeys(SHARED_OUT, 1 / gpus)
+            self.scale |= dict.fromkeys(SHARED_OUT, 1 / gpus)
             self.notes.append("sharded networks count in equal parts, without the blocks that a call gathers")
 
     def _note(self, recipe: Recipe) -> None:
@@ -174,14 +173,12 @@ class _Tracing:
             del planned  # a run does not hold the network as it was loaded, either
             with patch.object(roles, "exact_state", self._exact_state):
                 unit = unit_of(self.recipe, pipe.pop(), family, CPU, self.mode)
-        setup = self._peak(0)
+        setup = self.live.peak(self.scale)
         with self.mode, self.live:
             run = unit.run()
             self._mark(run, unit)
             batch = unit.batch()
-            for examples in (batch, batch.images, batch.pairs):
-                if examples is not None:
-                    self.live.mark(examples.cond.tensors.values(), "batch")
+            self.live.mark(_given(batch), "batch")
             with unit.training(self.kernel):
                 updates = [self._update(run, turn, share, batch) for turn, share in unit.turns()]
                 held = self.live.held(self.scale)
@@ -221,7 +218,7 @@ class _Tracing:
         """Says what everything is that was made so far."""
         live, roles = self.live, run.roles
         for name in roles.names:
-            live.mark(roles.parameters(name), f"{name} weights", lasting=True)
+            live.mark(roles.parameters(name), f"{name} weights")
         for name, net in roles.stored().items():
             live.mark_network(net, f"{name} weights")
         for name, part in unit.others().items():
@@ -231,11 +228,11 @@ class _Tracing:
             else:
                 live.mark_network(part, "text encoders" if text else "VAE")
         for name, optimizer in run.optimizers.items():
-            live.mark(_tensors(optimizer.state), f"{name} optimiser", lasting=True)
+            live.mark(_tensors(optimizer.state), f"{name} optimiser")
             masters = run.weights[name].state()
-            live.mark(masters.values(), f"{name} optimiser", lasting=True)
+            live.mark(masters.values(), f"{name} optimiser")
         if run.ema:
-            live.mark(run.ema.shadow.values(), "average", lasting=True)
+            live.mark(run.ema.shadow.values(), "average")
         for part in (run.objective.method, run.objective.terms):
             live.mark(part.parameters(), "heads")
 
@@ -250,23 +247,29 @@ class _Tracing:
             live.mark(gradients, f"{turn.network} gradients")
             step(number)
 
+        self._earlier_parts(run, turn.network)
         self.exits.clear()
-        begun, flops = live.place(), live.flops
+        flops = live.flops
+        live.begin()
         with _counted(method.roles) as passes, patch.object(weights, "step", marked):
             update(run, turn, batch, 1e-4)
-        peak, done = self._peak(begun), float(live.flops - flops)
+        peak, done = live.peak(self.scale), float(live.flops - flops)
         samples = len(batch.prompt)
         passes = {name: value / samples for name, value in passes.items()}
         if (exits := self.exits.get("exit", 1)) > 1:
             before, extra = live.flops, (exits - 1) / 2
             with torch.no_grad():
-                part = batch.split(self.parts)[0]
-                method.student.predict(
-                    part.noise, torch.full_like(part.noise[:, 0].flatten(1)[:, 0], 0.5), part.cond
-                )
-            done += extra * self.parts * (live.flops - before)
+                time = torch.full_like(batch.noise[:, 0].flatten(1)[:, 0], 0.5)
+                method.student.predict(batch.noise, time, batch.cond)
+            done += extra * (live.flops - before)
             passes["student"] = passes.get("student", 0.0) + extra
-        return Update(turn.network, share, peak, done * self.repeats, passes)
+        return Update(turn.network, share, peak, done * self.parts, passes)
+
+    def _earlier_parts(self, run: Run, network: str) -> None:
+        """Of several parts of a batch, those before the last have left gradients."""
+        if self.parts > 1:
+            for parameter in run.trained[network]:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _fine_tune(self, run: Run, batch: Batch) -> int:
         """The most that an ordinary update of the student's adapter holds, without other adapters and optimisers."""
@@ -277,18 +280,15 @@ class _Tracing:
             if kind.endswith(("weights", "optimiser"))
             and kind.rsplit(" ", 1)[0] not in ("student", name, TEACHER)
         }
-        begun = self.live.place()
         take_turn(run.trained, name)
-        for part in batch.split(self.parts):
-            with autocast(self.recipe.train.precision, CPU):
-                loss = denoising_loss(roles.student, part.noise, part, "output")
-            loss.backward()
-            del loss
+        self._earlier_parts(run, name)
+        self.live.begin()
+        with autocast(self.recipe.train.precision, CPU):
+            loss = denoising_loss(roles.student, batch.noise, batch, "output")
+        loss.backward()
+        del loss
         run.weights[name].step(0)
-        return self.live.peak(begun, {**self.scale, **others}).total
-
-    def _peak(self, since: int) -> Peak:
-        return self.live.peak(since, self.scale)
+        return self.live.peak({**self.scale, **others}).total
 
 
 def _tensors(state: Any) -> list[Tensor]:
@@ -311,6 +311,15 @@ def _counted(roles: Roles) -> Iterator[dict[str, float]]:
 
     with patch.object(Denoiser, "_called", called):
         yield found
+
+
+def _given(batch: Batch) -> Iterator[Tensor]:
+    """All tensors of a batch that are there before it is used."""
+    yield from batch.cond.tensors.values()
+    for own in (batch.images, batch.pairs):
+        if own is not None:
+            yield from own.cond.tensors.values()
+            yield from (value for value in (own.x0, own.noise, own.states) if value is not None)
 
 
 def _parameters(roles: Roles) -> dict[str, int]:

@@ -29,7 +29,7 @@ def test_bytes_are_counted_from_the_first_operator_to_the_end() -> None:
     with fake_tensors({}, live) as mode, mode, live:
         net = nn.Linear(1000, 1000, bias=False)
         live.mark_network(net, "weights")
-        begun = live.place()
+        live.begin()
         x = torch.zeros(10, 1000)
         y = net(net(x))  # the graph keeps x and the first product
         del x
@@ -37,7 +37,7 @@ def test_bytes_are_counted_from_the_first_operator_to_the_end() -> None:
         assert live.flops == 5 * 2 * 10 * 1000 * 1000  # two products, and three of them backwards
         live.mark([net.weight.grad], "gradients")
         del y
-        peak = live.peak(begun)
+        peak = live.peak()
         assert live.held() == {"weights": 4_000_000, "gradients": 4_000_000}
     assert peak.by_kind["weights"] == 4_000_000
     # Both calls have a gradient of the weight, which are added.
