@@ -1,5 +1,5 @@
-"""``stepdistill doctor``: is this installation able to run, and is this teacher understood? What is broken is said with
-what to do about it."""
+"""``stepdistill doctor``: is this installation able to run, is this teacher understood, how is this run? What is broken
+is said with what to do about it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,20 @@ import platform
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from stepdistill.cli.findings import Finding, State, print_findings
+from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from packaging.requirements import Requirement
 
 
-State = Literal["ok", "note", "broken"]
 LEAST_FREE_GB = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: ``note`` is worth knowing, ``broken`` stops some command from working."""
-
-    state: State
-    subject: str
-    text: str
 
 
 def examine() -> list[Finding]:
@@ -221,7 +213,6 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
     import torch
 
     from stepdistill.diffusion.path import TrigPath
-    from stepdistill.errors import UserError
     from stepdistill.export.checks import grid_check, silent_draw, teacher_check
     from stepdistill.export.schedulers import on_stock_grid
     from stepdistill.export.student_folder import pipeline_call, student_pipeline
@@ -270,6 +261,9 @@ def _line(error: BaseException) -> str:
 
 
 def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(help="Look at this run: finished, under way, stopped or killed.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Check this teacher: embedded, diffusers folder or Hub name.")
     ] = None,
@@ -278,10 +272,15 @@ def doctor(
     ] = None,
     family: Annotated[str | None, typer.Option(help="A family of your own, ./file.py.")] = None,
 ) -> None:
-    """Check the installation (versions, devices, attention kernels, compiler, cache, disk), or a teacher."""
+    """Check the installation (versions, devices, attention kernels, compiler, cache, disk), a teacher, or a run."""
+    if run is not None:
+        if teacher is not None or size is not None or family is not None:
+            raise UserError("doctor looks at a run, or with --teacher at a teacher: give one of them")
+        from stepdistill.cli.doctor_run import examine_run
+
+        print_findings(examine_run(run))
+        return
     findings = examine() if teacher is None else examine_teacher(teacher, size, family)
-    width = max(len(finding.subject) for finding in findings)
-    for finding in findings:
-        print(f"{finding.state.ljust(6)}  {finding.subject.ljust(width)}  {finding.text}")
+    print_findings(findings)
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
