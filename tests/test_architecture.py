@@ -21,7 +21,7 @@ losses
 methods data export
 evaluation extend
 training
-comparison planning
+comparison planning watching
 cli
 """
 LEVEL = {name: level for level, line in enumerate(FLOORS.split("\n")) for name in line.split()}
@@ -76,7 +76,7 @@ def test_files_of_a_package_import_each_other_in_one_direction() -> None:
 
 LIGHT = (
     "cli recipes.recipe networks.find system.files system.shipped data.prompts training.preflight comparison.ranking "
-    "comparison.train_all training.distil"
+    "comparison.train_all training.distil training.run_page watching.server"
 ).split()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from stepdistill.cli import compare, doctor, draw, evaluate, listing, plan, train
+from stepdistill.cli import compare, doctor, draw, evaluate, listing, plan, train, watch
 from stepdistill.errors import OtherProcessError, UserError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -20,6 +20,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "cp": listing.copy_recipe,
     "plan": plan.plan,
     "train": train.train,
+    "watch": watch.watch,
     "sample": draw.sample,
     "eval": evaluate.evaluate_pipeline,
     "geneval": draw.geneval,

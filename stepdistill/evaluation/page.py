@@ -18,6 +18,7 @@ from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.evaluation.scores import Report
 from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.pages.html import document, scrolled, table, tile
+from stepdistill.pages.metric_names import DIRECTIONS, name_of
 from stepdistill.pages.numbers import with_error
 from stepdistill.pages.plots import Scale, Series, line_plot
 from stepdistill.system.files import written_whole
@@ -35,22 +36,6 @@ _STYLE = (
     ".row{display:flex;gap:5px;margin-bottom:3px;overflow-x:auto}"
     ".row figure{text-align:center;color:var(--muted)}.row figure.drawn{margin-right:8px;color:var(--ink)}"
     ".close,.row figure.close{color:var(--bad);font-weight:bold}"
-)
-_NAMES = {
-    "kid": "KID",
-    "clip_score": "CLIP score",
-    "sfid": "sFID",
-    "cmmd": "CMMD",
-    "pick_score": "PickScore",
-    "fid_infinity": "FID-infinity",
-    "inception_score": "Inception score",
-    "inception_score_deviation": "Inception score, deviation between splits",
-    "peak_memory_bytes": "peak memory",
-    "network_evaluations": "denoiser passes per image",
-}
-_LOWER, _HIGHER = "lower is better", "higher is better"
-_DIRECTIONS = dict.fromkeys("fd kid sfid cmmd fid_infinity fd_infinity".split(), _LOWER) | dict.fromkeys(
-    "clip_score precision recall density coverage inception_score pick_score aesthetic".split(), _HIGHER
 )
 
 
@@ -129,7 +114,7 @@ def _numbers(facts: Mapping[str, Any]) -> str:
         errors = [scores[steps].get(f"{key}_se") for steps in columns]
         cells = [_cell(key, value, error) for value, error in zip(found, errors, strict=True)]
         own = facts.get("better", {}).get(key)
-        direction = _DIRECTIONS.get(key) or (f"{own} is better" if own else None)
+        direction = DIRECTIONS.get(key) or (f"{own} is better" if own else None)
         name = f"{_name(key, facts)}{f' ({direction})' if direction else ''}"
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th scope=col>{_steps(int(steps))}</th>" for steps in columns)
@@ -142,7 +127,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _name(key: str, facts: Mapping[str, Any]) -> str:
-    return str((facts.get("metrics") or {}).get(key) or _NAMES.get(key) or key.replace("_", " "))
+    return name_of(key, facts.get("metrics") or {})
 
 
 def _steps(count: int) -> str:
@@ -170,7 +155,7 @@ def _plots(facts: Mapping[str, Any]) -> str:
         errors = [float(score.get(f"{key}_se") or 0) for _, score in found]
         name = _name(key, facts)
         series = Series(Path(str(facts["pipeline"])).name, points, errors=errors if any(errors) else ())
-        title = f"{name} against steps ({_DIRECTIONS[key]})"
+        title = f"{name} against steps ({DIRECTIONS[key]})"
         zero: Scale = "zero" if key == "fd" else "linear"
         parts.append(line_plot([series], "steps", name, counts, title=title, y_scale=zero))
     return f"<div class=charts>{''.join(parts)}</div>"

@@ -185,6 +185,11 @@ class Method(nn.Module, ABC):
         """Whose update the method's step ``step`` (from 0) is."""
         return Turn("student", step)
 
+    def phase(self, step: int) -> str:
+        """What the stretch of training is called that the method's step ``step`` is in, for the curves of its page;
+        empty where one stretch is as the next."""
+        return ""
+
     def lr_ratio(self, turn: Turn) -> float:
         """The learning rate of the turn over that of ``train``."""
         return 1.0

@@ -168,6 +168,13 @@ def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
     return "student" if last else "fake"
 
 
+def phase_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
+    """The stretch that it is in."""
+    if step < warm_start:
+        return "warm start"
+    return "fake score alone" if step < warm_start + options.fake_warm_start else "matching"
+
+
 def sampler_of(student: Student, times: tuple[float, ...], options: FakeScoreOptions) -> Sampler:
     """How the student is sampled: the predicted noise between steps on a flow path, fresh noise on any other."""
     renoise = options.renoise
@@ -231,6 +238,9 @@ class ScoreMethod(Method):
 
     def turn(self, step: int) -> Turn:
         return Turn(turn_at(step, self.options, self.options.warm_start), step)
+
+    def phase(self, step: int) -> str:
+        return phase_at(step, self.options, self.options.warm_start)
 
     def sampler(self) -> Sampler:
         return sampler_of(self.student, self.times, self.options)

@@ -145,6 +145,9 @@ class FlowMapMethod(Method):
             return schedule_times(self.student.path, options.pair_steps)[1:]
         return tuple(sorted({*self.times[1:], *options.warm_times}, reverse=True))
 
+    def phase(self, step: int) -> str:
+        return "warm start" if step < self.options.warm_start else "flow map"
+
     def lr_ratio(self, turn: Turn) -> float:
         return warm_start_rate(turn.step, self.options)
 

@@ -71,6 +71,10 @@ class Objective(nn.Module):
             return Turn(list(self._critics)[place], own)
         return self.method.turn(own)
 
+    def phase(self, step: int) -> str:
+        """What the method calls the stretch of the run that the run's step is in."""
+        return self.method.phase(step // (len(self._critics) + 1))
+
     def lr_ratio(self, turn: Turn) -> float:
         """The learning rate of the turn over that of ``train``."""
         term = self._critics.get(turn.network)

@@ -34,7 +34,13 @@ from stepdistill.diffusion.remembered import at_time
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
-from stepdistill.losses.fake_score import FakeTurnOptions, denoising_loss, loss_with_gradient, turn_at
+from stepdistill.losses.fake_score import (
+    FakeTurnOptions,
+    denoising_loss,
+    loss_with_gradient,
+    phase_at,
+    turn_at,
+)
 from stepdistill.losses.flow_maps import (
     FlowMapMethod,
     MapOptions,
@@ -78,6 +84,9 @@ class FreeFlow(FlowMapMethod):
 
     def turn(self, step: int) -> Turn:
         return Turn(turn_at(step, self.options, self.options.warm_start), step)
+
+    def phase(self, step: int) -> str:
+        return phase_at(step, self.options, self.options.warm_start)
 
     def after_step(self, turn: Turn) -> None:
         self.balance.update()

@@ -128,6 +128,9 @@ class SCM(Method):
         y = torch.cos(a) * now.x0 + torch.sin(a) * now.eps
         return g - share * torch.cos(a) * torch.sin(a) * (y + rate / per_sample(speed, rate))
 
+    def phase(self, step: int) -> str:
+        return "derivative fades in" if step < self.options.tangent_warmup else "whole derivative"
+
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, draws, path = self.options, batch.draws, self.student.path
         source = examples(batch, options.source)

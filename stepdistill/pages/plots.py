@@ -10,7 +10,8 @@ import logging
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def line_plot(
     x_scale: Scale = "log",
     y_scale: Scale = "log",
     phases: Sequence[Phase] = (),
+    x_range: tuple[float, float] | None = None,
 ) -> str:
     """A chart with its legend, as HTML; an empty string where there is no point.
 
@@ -85,13 +87,14 @@ def line_plot(
         title: a heading above it, plain text.
         note: a sentence under it, plain text.
         x_scale, y_scale: of the axes.
-        phases: stretches of x.
+        phases: stretches of x; a line without marks does not go from one to the next.
+        x_range: from where to where x goes; None is as the values do.
     """
     kept = [_drawn(each, x_scale == "log", y_scale == "log") for each in series]
     shown = [(place, each) for place, each in enumerate(kept) if each.points]
     if not shown:
         return ""
-    drawing = _svg(shown, x_label, y_label, x_ticks, x_scale, y_scale, phases)
+    drawing = _svg(shown, x_label, y_label, x_ticks, x_scale, y_scale, phases, x_range)
     said = _in_words([each for _, each in shown], x_label)
     named = f"{title or y_label}. {said}"
     caption = f"<figcaption>{html.escape(title)}</figcaption>" if title else ""
@@ -107,13 +110,11 @@ def _drawn(each: Series, x_log: bool, y_log: bool) -> Series:
         (i for i, (x, y) in enumerate(points) if (x > 0 or not x_log) and (y > 0 or not y_log)),
         key=lambda i: points[i][0],
     )
-    return Series(
-        each.name,
-        [points[i] for i in order],
-        each.dashed,
-        [each.errors[i] for i in order] if each.errors else (),
-        [each.band[i] for i in order] if each.band else (),
-        each.marks,
+    return replace(
+        each,
+        points=[points[i] for i in order],
+        errors=[each.errors[i] for i in order] if each.errors else (),
+        band=[each.band[i] for i in order] if each.band else (),
     )
 
 
@@ -125,6 +126,7 @@ def _svg(
     x_scale: Scale,
     y_scale: Scale,
     phases: Sequence[Phase],
+    x_range: tuple[float, float] | None,
 ) -> str:
     """The drawing from its ``viewBox`` attribute on."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says that it looks for fonts, once
@@ -152,7 +154,8 @@ def _svg(
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         for place, each in shown:
-            _curve(axes, each, place)
+            for piece in _pieces(each, phases):
+                _curve(axes, piece, place)
         if x_scale == "log":
             axes.set_xscale("log")
         if y_scale == "log":
@@ -169,10 +172,25 @@ def _svg(
             axes.xaxis.set_minor_formatter(_few_minor_labels([x for _, s in shown for x, _ in s.points]))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        if x_range is not None:
+            axes.set_xlim(*x_range)
         _shade(axes, phases)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_a_page(file.getvalue())
+
+
+def _pieces(each: Series, phases: Sequence[Phase]) -> list[Series]:
+    """The parts of a curve within each phase."""
+    starts = [phase.start for phase in phases]
+    places = [sum(x >= start for start in starts) for x, _ in each.points]
+    cuts = [0, *(i for i in range(1, len(places)) if places[i] != places[i - 1]), len(places)]
+    if each.dashed or each.marks or len(cuts) == 2:
+        return [each]
+    return [
+        replace(each, points=each.points[a:b], errors=each.errors[a:b], band=each.band[a:b])
+        for a, b in pairwise(cuts)
+    ]
 
 
 def _curve(axes: Axes, each: Series, place: int) -> None:

@@ -1,20 +1,89 @@
-"""Pictures laid out: labelled rows, and a near-square grid."""
+"""Pictures laid out: labelled rows, which a page takes apart again, and a near-square grid."""
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+LABEL, GAP = 16, 2
+"""Height of a row's label, and pixels between pictures."""
+_KEY = "stepdistill rows"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a sheet.
+
+    Attributes:
+        label: what it is.
+        pictures: one a prompt, all of one size.
+    """
+
+    label: str
+    pictures: tuple[Image.Image, ...]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Labelled rows of pictures.
+
+    Attributes:
+        rows: from the top down.
+        prompts: what each column shows; empty where it is not known.
+    """
+
+    rows: tuple[Row, ...]
+    prompts: tuple[str, ...] = ()
+
+
+def png_of_rows(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[str] = (), tile: int = 64) -> bytes:
+    """PNG of :func:`rows_of_pictures` that says what its rows and columns are, for :func:`read_sheet`."""
+    image = rows_of_pictures(rows, tile)
+    height = (image.height - GAP) // len(rows) - LABEL - GAP
+    _, _, own_height, own_width = rows[0][1].shape
+    about = {
+        "rows": [[label, len(pictures)] for label, pictures in rows],
+        "size": [own_width * height // own_height, height],
+        "prompts": list(prompts),
+    }
+    notes, file = PngInfo(), io.BytesIO()
+    notes.add_itxt(_KEY, json.dumps(about, ensure_ascii=False))
+    image.save(file, "PNG", pnginfo=notes)
+    return file.getvalue()
+
+
+def read_sheet(data: bytes) -> Sheet | None:
+    """The rows of such a PNG; None where it is none, or damaged."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            about = json.loads(image.info[_KEY])
+            width, height = about["size"]
+            rows = []
+            for r, (label, count) in enumerate(about["rows"]):
+                top = r * (LABEL + height + GAP) + LABEL
+                places = [GAP + c * (width + GAP) for c in range(count)]
+                pictures = tuple(image.crop((x, top, x + width, top + height)) for x in places)
+                rows.append(Row(str(label), pictures))
+            return Sheet(tuple(rows), tuple(map(str, about["prompts"])))
+    except (UnidentifiedImageError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
 def rows_of_pictures(rows: Sequence[tuple[str, Tensor]], tile: int = 64) -> Image.Image:
     """Rows of images uint8 [B, 3, H, W], each under its label; small ones grow by a whole factor to about ``tile``."""
-    label_height, gap = 16, 2
+    label_height, gap = LABEL, GAP
     _, _, height, width = rows[0][1].shape
     factor = max(1, tile // max(height, width))
     height, width = height * factor, width * factor

@@ -29,6 +29,7 @@ details{margin:.6em 0}summary{cursor:pointer;font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:1.2rem 2rem}
 figure{margin:0}figure.chart{max-width:520px}figcaption{font-weight:600}
 figure.chart>svg{width:100%;height:auto;font-family:system-ui,sans-serif;stroke-linejoin:round;display:block}
+figure.chart .note{margin:.3em 0 0}
 ul.legend{list-style:none;margin:.3em 0;padding:0;display:flex;flex-wrap:wrap;gap:.1em 1.1em;font-size:13px}
 svg.key{width:26px;height:12px;margin-right:.4em;fill:none}
 """

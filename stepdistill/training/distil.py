@@ -14,7 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
 from stepdistill.system.processes import launched, told
 from stepdistill.system.run_folder import RunFolder, RunStatus
-from stepdistill.training.identity import ResolvedRecipe, resolve, resolved_yaml
+from stepdistill.training.identity import ResolvedRecipe, changes, resolve, resolved_yaml
 from stepdistill.training.launcher import as_launched
 from stepdistill.training.preflight import check_output, check_recipe
 from stepdistill.training.record import recorded
@@ -134,16 +134,17 @@ def _run(
     from stepdistill.training.parallel import parallel_of
     from stepdistill.training.previews import Previews
     from stepdistill.training.run import check_resume
+    from stepdistill.training.tracking import Tracking, check_tracker
 
     recipe, place = resolved.recipe, RunFolder(output)
     if resume:
         check_resume(place.checkpoints, recipe)
-    _check_tracker(recipe.train.tracker)
+    check_tracker(recipe.train.tracker)
     processes = launched()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=recipe.train.tracker,
-        project_dir=str(output),
+        project_dir=str(output / "tracker"),
     )
     parallel = parallel_of(
         recipe.train.parallel, processes, accelerator.device, recipe.train.context_parallel
@@ -163,8 +164,10 @@ def _run(
         guidance, shown = run.options.guidance, run.shown(16)
         kept = place if parallel.main else None
         preview = Previews(kept, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
+    tracking = None
     if recipe.train.tracker:
-        accelerator.init_trackers("stepdistill", config={"method": recipe.method, "teacher": recipe.teacher})
+        named = {"method": recipe.method, "teacher": recipe.teacher}
+        tracking = Tracking(accelerator, place, named | changes(resolved))
     trained = train(
         run.objective,
         data,
@@ -176,6 +179,7 @@ def _run(
         preview=preview.look if preview else None,
         status=status,
         start=started_by(run, command),
+        track=tracking.row if tracking else None,
     )
     if not parallel.in_parts:
         parallel.gather(())
@@ -186,22 +190,11 @@ def _run(
             parallel.gather([each.net for each in (*students, run.teacher.denoiser)])
         trained = replace(trained, ema=None)
     accelerator.wait_for_everyone()
-    if recipe.train.tracker:
-        accelerator.end_training()
     report = finish(run, output, trained, status) if status else None
+    if tracking:
+        tracking.end(report)
     accelerator.wait_for_everyone()
     return Distilled(output, place.student, report)
-
-
-def _check_tracker(name: str | None) -> None:
-    from accelerate.tracking import get_available_trackers
-
-    able = [str(tracker) for tracker in get_available_trackers()]
-    if name is not None and name not in able:
-        raise UserError(
-            f"train.tracker is {name}, which is not installed or not known to accelerate; installed here: "
-            f"{', '.join(able) or 'none'} (stats.jsonl is always written)"
-        )
 
 
 def export_run(run: Path, output: Path | None = None, sets: Sequence[str] = ()) -> Path:

@@ -17,7 +17,7 @@ from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
 from stepdistill.networks.own_call import TEACHER_STEPS
 from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
-from stepdistill.pages.sheets import rows_of_pictures
+from stepdistill.pages.sheets import png_of_rows
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.memory import peak_memory
 from stepdistill.system.run_folder import RunFolder, RunStatus
@@ -64,7 +64,7 @@ def finish(run: Assembled, output: Path, trained: Finished, status: RunStatus) -
     status.tell("finishing", "writing the report", health=health.verdict)
     text = for_folder(card(run, starts, score_table(report), health), output / "student")
     (output / "student" / "README.md").write_text(text, encoding="utf-8")
-    write_report(output, report, read_stats(output))
+    write_report(output, report)
     return report
 
 
@@ -131,5 +131,5 @@ def _samples(run: Assembled, file: Path) -> tuple[Vitals, Vitals]:
         (f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(few)),
         (f"student, {steps} step{'s' * (steps > 1)}", to_uint8(own)),
     ]
-    rows_of_pictures(rows).save(file)
+    file.write_bytes(png_of_rows(rows, prompts))
     return Vitals.of(own), Vitals.of(full)

@@ -56,10 +56,35 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     return ResolvedRecipe(written_out, find_method(recipe.method), options)
 
 
+_CHANGED = "# Other than the defaults: "
+
+
+def changes(recipe: ResolvedRecipe) -> dict[str, Any]:
+    """The keys that are not at their defaults, with their values as JSON has them."""
+    plain = Recipe(teacher=recipe.recipe.teacher, method=recipe.recipe.method)
+    found: dict[str, Any] = {}
+    for key in differences(plain, recipe.recipe):
+        value: Any = recipe.recipe.model_dump(mode="json")
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
+    found.pop("output", None)
+    return found
+
+
 def resolved_yaml(recipe: ResolvedRecipe) -> str:
-    """The recipe with every default written out, as YAML that :func:`load_recipe` reads back to an equal recipe."""
+    """The recipe with every default written out, as YAML that :func:`load_recipe` reads back to an equal recipe. Its
+    first line names the keys that are not at their defaults."""
     content = recipe.recipe.model_dump(mode="json")
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+    return f"{_CHANGED}{', '.join(changes(recipe)) or 'none'}\n{text}"
+
+
+def changed_keys(text: str) -> tuple[str, ...]:
+    """The keys that the first line of such a YAML text names."""
+    line = text.partition("\n")[0]
+    named = line.removeprefix(_CHANGED)
+    return () if named in (line, "none") else tuple(named.split(", "))
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ which processes take part: what is done by all of them is done in the same order
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from stepdistill.networks.averages import Ema
 from stepdistill.networks.compiled import compiled, uncompiled
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import RunLog, Value
-from stepdistill.system.memory import keep_freed_memory
+from stepdistill.system.memory import keep_freed_memory, peak_memory
 from stepdistill.system.processes import ALONE
 from stepdistill.system.run_folder import RunStatus
 from stepdistill.training.health import Seen, require_finite, verdict_of
@@ -50,6 +50,7 @@ def train(
     preview: Callable[[int, Ema | None], Seen] | None = None,
     status: RunStatus | None = None,
     start: Start | None = None,
+    track: Callable[[int, Mapping[str, Value]], None] | None = None,
 ) -> Finished:
     """Trains a method's networks, and those of its terms, in their turns.
 
@@ -58,13 +59,14 @@ def train(
         data: where batches come from.
         recipe: its ``train`` says how; kept in every checkpoint.
         folder: the run folder; gets ``stats.jsonl`` and ``work/checkpoints/``.
-        accelerator: device, precision and trackers.
+        accelerator: device and precision.
         parallel: how several processes share it; None is one alone.
         resume: go on from the last checkpoint.
         preview: called every ``preview_every`` updates with their number and the averaged weights; its numbers are
             logged, its worries said above the progress bar.
         status: told how far the run is.
         start: what started it, kept in every checkpoint.
+        track: called with every update, from 0, and its row of stats.jsonl.
 
     Raises:
         TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` updates
@@ -130,7 +132,8 @@ def train(
             for row in rows:
                 said = shown_name(row.network)
                 require_finite(row.numbers, said, row.step, run.last_good)
-                values: dict[str, Value] = {"network": said, **row.numbers, "lr": row.rate}
+                named = {"phase": phase} if (phase := objective.phase(row.step)) else {}
+                values: dict[str, Value] = {"network": said, **named, **row.numbers, "lr": row.rate}
                 health = None
 
                 # Pictures (drawn by every process that was given a preview, kept by the main one).
@@ -145,12 +148,13 @@ def train(
 
                 # How it goes (the main process).
                 values["seconds"] = row.seconds
+                if row is rows[-1]:
+                    values["memory_bytes"] = float(peak_memory(accelerator.device))
                 log.update(row.step, values, shown=("network", "loss"))
                 if status:
                     status.trained(row.step + 1, row.seconds, health)
-                if options.tracker:
-                    plotted = {f"{said}/{k}": v for k, v in values.items() if isinstance(v, float)}
-                    accelerator.log(plotted, step=row.step)
+                if track:
+                    track(row.step, values)
 
             # A checkpoint, now and then and where one was asked to stop (every process: it may hold a part).
             if due or asked or run.done:

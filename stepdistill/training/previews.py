@@ -9,7 +9,8 @@ from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
-from stepdistill.pages.sheets import rows_of_pictures
+from stepdistill.pages.sheets import png_of_rows
+from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.health import Seen, Vitals
 
@@ -47,9 +48,10 @@ class Previews:
             drawn = draw_as_pipeline(self.student, self.sampler, self.teacher.codec, self.prompts, self.seeds)
         if self.folder is not None:
             self.folder.pictures.mkdir(parents=True, exist_ok=True)
-            label = f"student, {self.sampler.steps} step(s), after {update} updates"
-            picture = rows_of_pictures([self.teacher_row, (label, to_uint8(drawn))])
-            picture.save(self.folder.preview(update))
+            steps = f"{self.sampler.steps} step{'s' * (self.sampler.steps > 1)}"
+            rows = [self.teacher_row, (f"student, {steps}, after {update} updates", to_uint8(drawn))]
+            with written_whole(self.folder.preview(update)) as temporary:
+                temporary.write_bytes(png_of_rows(rows, self.prompts))
         vitals = Vitals.of(drawn)
         numbers = {
             **{"diversity": vitals.diversity, "teacher_diversity": self.reference.diversity},

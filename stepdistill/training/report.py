@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from stepdistill.pages.html import document, embedded_picture, table
+from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder
+from stepdistill.training.run_page import run_page
+from stepdistill.training.run_record import read_run
 from stepdistill.training.run_report import RunReport
 
-FACTS = {
-    *("command", "train_seconds", "wall_seconds", "peak_memory_bytes", "hardware", "commit", "verification"),
-}
-"""What the page says of the run beside its scores."""
 
-
-def write_report(folder: Path, report: RunReport, stats: Sequence[Mapping[str, Any]]) -> None:
-    """Writes report.json and report.html into a run folder that holds pictures/samples.png and recipe.yaml."""
-    (folder / "report.json").write_text(report.text(), encoding="utf-8")
-    facts = report.model_dump(include=FACTS)
-    body = [
-        f"<h1>{html.escape(report.name)}</h1>",
-        f"<p>{html.escape(report.summary or '')}</p>",
-        embedded_picture(RunFolder(folder).samples.read_bytes(), "samples"),
-        _html_table(score_table(report)),
-        *(_curve(stats, turn) for turn in dict.fromkeys(str(row["network"]) for row in stats)),
-        f"<h2>Run</h2><pre>{html.escape(yaml.safe_dump(facts, sort_keys=False, width=110))}</pre>",
-        f"<h2>Recipe</h2><pre>{html.escape((folder / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
-    ]
-    page = document(report.name, "td,th{text-align:left}", body)
-    (folder / "report.html").write_text(page, encoding="utf-8")
-
-
-def _html_table(markdown: str) -> str:
-    """A Markdown table with the text under it, as HTML."""
-    lines = markdown.splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines
-        if line.startswith("|") and "---" not in line
-    ]
-    rest = " ".join(html.escape(line) for line in lines if line and not line.startswith("|"))
-    return f"{table(rows[0], rows[1:])}<p>{rest}</p>" if rows else "<p>Not evaluated.</p>"
-
-
-def _curve(stats: Sequence[Mapping[str, Any]], turn: str, width: int = 520, height: int = 160) -> str:
-    """The loss of one network over steps, as inline SVG."""
-    rows = [
-        (row["update"], row["loss"])
-        for row in stats
-        if row["network"] == turn and row.get("loss") is not None
-    ]
-    if len(rows) < 2:
-        return ""
-    bucket = max(1, len(rows) // 200)
-    groups = [rows[i : i + bucket] for i in range(0, len(rows), bucket)]
-    points = [(group[0][0], sum(loss for _, loss in group) / len(group)) for group in groups]
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    span, last = (high - low) or 1.0, max(x for x, _ in points) or 1
-    line = " ".join(f"{x / last * width:.1f},{height - (y - low) / span * height:.1f}" for x, y in points)
-    return (
-        f"<h2>Loss of {html.escape(turn)}: {low:.4g} to {high:.4g}</h2>"
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" style="background:#f4f4f4">'
-        f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="1.5"/></svg>'
-    )
+def write_report(folder: Path, report: RunReport) -> None:
+    """Writes report.json and report.html into the folder of a run that has all the rest."""
+    place = RunFolder(folder)
+    with written_whole(place.report) as temporary:
+        temporary.write_text(report.text(), encoding="utf-8")
+    with written_whole(place.page) as temporary:
+        temporary.write_text(run_page(read_run(folder)), encoding="utf-8")
 
 
 def score_table(report: RunReport) -> str:

@@ -159,7 +159,10 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert set(needed.split()) <= set(report)
     assert report["peak_memory_bytes"] > 2**26
     page = (run.folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 and "http" not in page.replace("http://www.w3.org", "")
+    assert (
+        page.count("data:image/png;base64,") == 3 + 3 and "http" not in page
+    )  # samples; two previews, the teacher
+    assert "<b>healthy</b>" in page and "Loss of the fake score" in page and rows[0]["phase"] == "matching"
     assert "num_inference_steps=2" in (run.student / "README.md").read_text()
 
 

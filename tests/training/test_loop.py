@@ -61,7 +61,9 @@ def final_tensors(folder):
 
 def curve(folder):
     rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "memory_bytes")} for row in rows
+    ]
 
 
 class Killed(Exception):

@@ -1,0 +1,33 @@
+"""What people call a score, and which of its values are better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_NAMES = {
+    "kid": "KID",
+    "clip_score": "CLIP score",
+    "sfid": "sFID",
+    "cmmd": "CMMD",
+    "pick_score": "PickScore",
+    "fid_infinity": "FID-infinity",
+    "inception_score": "Inception score",
+    "inception_score_deviation": "Inception score, deviation between splits",
+    "peak_memory_bytes": "peak memory",
+    "network_evaluations": "denoiser passes per image",
+}
+_LOWER, _HIGHER = "lower is better", "higher is better"
+DIRECTIONS = dict.fromkeys("fd kid sfid cmmd fid_infinity fd_infinity".split(), _LOWER) | dict.fromkeys(
+    "clip_score precision recall density coverage inception_score pick_score aesthetic".split(), _HIGHER
+)
+"""By key of a report."""
+
+
+def name_of(key: str, given: Mapping[str, str]) -> str:
+    """Of a key of a report.
+
+    Args:
+        key: such as ``fd``.
+        given: what the suite calls some of them.
+    """
+    return str(given.get(key) or _NAMES.get(key) or key.replace("_", " "))
