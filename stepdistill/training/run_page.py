@@ -100,7 +100,7 @@ def _worries(run: RunRecord) -> str:
         ]
     said = [f"update {one.get('update', 0):,}: {one.get('what', '')}" for one in found[-20:]]
     lines = "".join(f"<li>{html.escape(text)}</li>" for text in said)
-    return f"<div class=warning>Worries<ul>{lines}</ul></div>" if lines else ""
+    return f"<div class=warning>Warnings of previews<ul>{lines}</ul></div>" if lines else ""
 
 
 def _strip(run: RunRecord) -> str:
@@ -212,10 +212,14 @@ def _provenance(run: RunRecord) -> str:
     for key in ("command", "commit", "hardware", "verification"):
         if report.get(key):
             rows.append((key, str(report[key])))
-    rows += [("resumed by", str(line)) for line in _lines(report.get("resumes"))]
+    for start in report.get("resumes") or ():
+        rows.append(("resumed", f"after {start['update']:,} updates by {start['command']}"))
+    if prompts := report.get("prompts"):
+        source = prompts.get("file") or "the teacher's own"
+        rows.append(("prompts", f"{source}: {prompts['count']:,}, sha256 {prompts['sha256'][:16]}"))
     if versions := report.get("versions"):
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    rows += [("teacher's changes", str(line)) for line in _lines(report.get("teacher_changes"))]
+    rows += [("teacher's changes", str(line)) for line in report.get("teacher_changes") or ()]
     protocol: Sequence[tuple[str, str]] = [
         (str(key).replace("_", " "), str(value)) for key, value in (report.get("protocol") or {}).items()
     ]
@@ -225,7 +229,3 @@ def _provenance(run: RunRecord) -> str:
         f"<details><summary>How it was measured</summary>{table([], protocol)}</details>" if protocol else ""
     )
     return f"<h2>Where the numbers come from</h2>{table([], rows)}{more}"
-
-
-def _lines(said: Any) -> list[str]:
-    return [str(line) for line in said] if isinstance(said, (list, tuple)) else []

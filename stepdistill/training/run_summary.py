@@ -96,12 +96,15 @@ def _health(run: RunRecord) -> str:
 
 
 def _health_text(health: Mapping[str, Any]) -> str:
-    """The sentence, without the verdict that stands above it, and what was worrying on the way."""
-    verdict, sentence = str(health.get("verdict") or ""), str(health.get("sentence") or "")
-    text = sentence.removeprefix(f"{verdict}:").strip()
-    text = text[:1].upper() + text[1:]
-    worries = health.get("worries") or []
-    return f"{text} {len(worries)} worries on the way, see below." if worries else text
+    """The student's numbers beside the teacher's, what is wrong, and what was on the way."""
+    numbers = (
+        f"Diversity {health['diversity']:.2f} (teacher {health['teacher_diversity']:.2f}), saturation "
+        f"{health['saturation']:.0%} (teacher {health['teacher_saturation']:.0%})."
+    )
+    wrong = "" if health.get("verdict") == "healthy" else f" {health.get('sentence') or ''}"
+    count, skipped = len(health.get("worries") or ()), health.get("skipped_files") or 0
+    warned = f" {count} warning{'s' * (count > 1)} while it trained, see below." if count else ""
+    return f"{numbers}{wrong}{warned}{f' {skipped} images could not be read.' if skipped else ''}"
 
 
 def _costs(run: RunRecord) -> list[str]:

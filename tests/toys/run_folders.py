@@ -98,7 +98,13 @@ REPORT: dict[str, Any] = {
     "student": {"fd": {"1": 2.0}, "fd_se": {"1": 0.125}, "kid": {"1": 0.25}},
     "gap_closed": {"1": 0.75},
     "health": {
-        **{"verdict": "healthy", "sentence": "healthy: diversity 0.25 (the teacher's 0.30)"},
+        **{
+            "verdict": "healthy",
+            "sentence": "As the teacher's.",
+            "diversity": 0.25,
+            "teacher_diversity": 0.3,
+        },
+        **{"saturation": 0.1, "teacher_saturation": 0.2},
         "worries": [{"update": 4, "what": "collapse: too <alike>"}],
     },
     "command": "stepdistill train dmd_emoji_quick",
@@ -106,6 +112,8 @@ REPORT: dict[str, Any] = {
     "hardware": "a <machine>",
     "versions": {"torch": "2.15.0"},
     "verification": "verified: 14 files unaltered",
+    "resumes": [{"command": "stepdistill train --resume", "update": 5}],
+    "prompts": {"file": None, "count": 3781, "sha256": "ab" * 32},
     "updates": 12,
     "updates_planned": 12,
     "train_seconds": 60.0,

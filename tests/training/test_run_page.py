@@ -30,7 +30,7 @@ def test_a_finished_runs_page_says_what_it_came_to_how_it_went_and_what_to_do_ne
     for said in (
         *("0.750", "0 is the teacher with one step, 1 the teacher with 25.", "2 min 56 s", "3.0 GiB"),
         *(
-            "Diversity 0.25 (the teacher&#x27;s 0.30)",
+            "Diversity 0.25 (teacher 0.30), saturation 10% (teacher 20%). 1 warning while it trained",
             "14 files unaltered",
             "2.00 ± 0.12",
             "a &lt;machine&gt;",
@@ -40,6 +40,8 @@ def test_a_finished_runs_page_says_what_it_came_to_how_it_went_and_what_to_do_ne
             "update 4: collapse: too &lt;alike&gt;",
             "What is not at its default: 2 keys",
         ),
+        "after 5 updates by stepdistill train --resume",
+        "the teacher&#x27;s own: 3,781, sha256 abababababababab",
         "warm start, updates 0 to 4; matching, updates 4 to 12",
         "warm start: 1 at its start, 0.7 at its end; matching: 2 at its start, 2 at its end.",
         "stepdistill sample &#x27;runs/my run&#x27; --prompt &#x27;a &lt;red&gt; apple&#x27;",
