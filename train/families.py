@@ -1,4 +1,4 @@
-"""Writes train/families.md, what each family supports, from tiny pipelines of its classes: python train/families.py
+"""Writes docs/reference/families.md, what each family supports, from tiny pipelines: python train/families.py
 
 Every cell is tried on the code: adapters and a second time are added, schedulers chosen, derivatives taken. What is
 refused stands there with the reason that a run would be given.
@@ -25,7 +25,7 @@ from stepdistill.networks.switched import networks_in
 from stepdistill.networks.teacher import PipelineTeacher
 
 TOYS = Path(__file__).resolve().parents[1] / "tests" / "toys"
-FILE = Path(__file__).with_name("families.md")
+FILE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "families.md"
 HEADS = (
     "family, pipelines",
     "guidance",

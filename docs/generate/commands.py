@@ -1,8 +1,8 @@
 """The commands of the documents: every `sh` block, what stands before it in words, and whether the tool takes it.
 
-    python docs/generate/commands.py FOLDER     runs what takes seconds in FOLDER, which has a finished run in runs/dmd_emoji
+    python docs/generate/commands.py FOLDER     runs what takes seconds, beside a finished run in FOLDER/runs/dmd_emoji
 
-A block without a mark is run by the tests. Else the line before it says in italics why not, in one of the forms of MARK.
+A block without a mark is run by the tests. Else the line before it says in italics why not, in a form of MARK.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import repository_pages
 import typer
 
 from stepdistill.cli import app
@@ -66,6 +67,14 @@ def blocks(file: Path, root: Path = ROOT) -> Iterator[Block]:
             inside.append(line)
 
 
+def inline(file: Path) -> Iterator[tuple[str, ...]]:
+    """The commands that stand in a page's sentences and tables, which are checked, too."""
+    prose = "".join(line for plain, line in repository_pages.outside_fences(file.read_text("utf-8")) if plain)
+    for found in re.finditer(r"`(stepdistill [^`]*)`", prose):
+        if "..." not in found[1]:
+            yield from commands(" ".join(found[1].split()))
+
+
 def commands(text: str) -> Iterator[tuple[str, ...]]:
     """The words behind `stepdistill` of every call in a block, however it is launched."""
     for line in text.replace("\\\n", " ").splitlines():
@@ -80,7 +89,7 @@ def check(command: tuple[str, ...]) -> None:
 
     Raises:
         ValueError: no such recipe, method or suite.
-        click.UsageError: no such option, or a value that it does not take.
+        typer's UsageError: no such option, or a value that it does not take.
         UserError: no such key of a recipe.
     """
     group = typer.main.get_command(app)
@@ -113,7 +122,9 @@ def run(folder: Path) -> None:
                 continue
             for command in block.commands:
                 print(f"{block.place}: stepdistill {shlex.join(command)}", flush=True)
-                done = subprocess.run([sys.executable, "-m", "stepdistill", *command], cwd=folder, check=False)
+                done = subprocess.run(
+                    [sys.executable, "-m", "stepdistill", *command], cwd=folder, check=False
+                )
                 if done.returncode:
                     raise SystemExit(f"{block.place}: exit status {done.returncode}")
 

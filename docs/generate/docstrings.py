@@ -45,6 +45,17 @@ def paragraphs(text: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def usage(text: str) -> str:
+    """The help of a verb: its examples, which begin with the command's name, as code."""
+    blocks = re.split(r"\n\s*\n", inspect.cleandoc(text))
+    return (
+        "\n\n".join(
+            f"    {' '.join(b.split())}" if b.startswith("stepdistill ") else plain(b) for b in blocks
+        )
+        + "\n"
+    )
+
+
 def sections(text: str) -> tuple[str, dict[str, str]]:
     """The body of a docstring, and its sections by name, dedented."""
     lines = inspect.cleandoc(text).splitlines()

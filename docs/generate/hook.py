@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[2]
+LOG = logging.getLogger("mkdocs.hooks.generate")
+FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(https?:[^\"]+)\"")
 ALWAYS = ("CHANGELOG.md", "LOG.md", "eval/bench/README.md")
 """Files of the repository that are in the navigation."""
 
@@ -54,6 +58,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 File.generated(config, uri, content=repository_pages.page(ROOT, path), inclusion=level)
             )
     return files
+
+
+def on_post_page(output: str, page: Any, config: MkDocsConfig) -> str:
+    """Warns, which ends a strict build, of what a browser would fetch from elsewhere."""
+    for found in FETCHED.findall(output):
+        LOG.warning("%s fetches %s", page.file.src_uri, found)
+    return output
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:

@@ -7,7 +7,6 @@ import importlib
 import inspect
 from pathlib import Path
 
-import click
 import docstrings
 import options
 import typer
@@ -45,7 +44,6 @@ def pages() -> dict[str, str]:
 def commands() -> str:
     """The command line, verb by verb."""
     group = typer.main.get_command(app)
-    assert isinstance(group, click.Group) or hasattr(group, "commands")
     lines = [
         "# Command line",
         "",
@@ -63,7 +61,7 @@ def commands() -> str:
             "",
             f"`stepdistill {name} {asked}`".replace(" `", "`"),
             "",
-            docstrings.paragraphs(verb.help or ""),
+            docstrings.usage(verb.help or ""),
         ]
         lines += ["| | default | |", "| --- | --- | --- |"]
         for parameter in verb.params:

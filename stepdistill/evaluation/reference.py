@@ -176,7 +176,7 @@ def for_reference(suite: Suite, file: Path) -> Suite:
         if not set(STATED) <= set(reference.protocol):
             raise UserError(
                 f"{file} does not say what made it: write a suite with features, resize, resolution and "
-                "reference_protocol, as eval/README.md shows"
+                "reference_protocol, as docs/measure/images.md shows"
             )
         changed |= {key: reference.protocol[key] for key in ("features", "resolution")}
         changed["precision"] = reference.protocol.get("precision", suite.precision)

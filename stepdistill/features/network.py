@@ -10,7 +10,7 @@ from torch import Tensor
 
 Precision = Literal["float32", "bf16"]
 """Of weights and activations of the network that looks at images; what it gives is float32 in any case, and so are
-texts. bf16 moves features by parts in a hundred and is a protocol of its own (eval/README.md has its error)."""
+texts. bf16 moves features by parts in a hundred and is a protocol of its own: docs/measure/own_suite.md."""
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -207,11 +207,14 @@ def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
     results = module_from_spec(spec)
     spec.loader.exec_module(results)
     shutil.copytree(shipped / "results", tmp_path / "results")
-    page = tmp_path / "README.md"
-    before = (shipped / "README.md").read_text()
+    shutil.copytree(shipped / "recipes", tmp_path / "recipes")
+    page = tmp_path / "results.md"
+    before = (shipped.parent / "docs" / "evidence" / "results.md").read_text()
     page.write_text(before)
-    results.put([], tmp_path)
+    results.put([], tmp_path, page)
     assert page.read_text() == before
+    for recipe in (shipped / "recipes").iterdir():  # what they say that they gave is of the same reports
+        assert (tmp_path / "recipes" / recipe.name).read_text() == recipe.read_text()
 
     more = {
         "name": "mine",
@@ -224,13 +227,14 @@ def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
     run = write_report(tmp_path / "run", {"2": 3.0}, **more)
     (tmp_path / "run" / "pictures").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "run" / "pictures" / "samples.png")
-    results.put([run], tmp_path)
+    results.put([run], tmp_path, page)
     assert page.read_text().startswith(before.split(results.END)[0].rstrip())
-    added = page.read_text().split("Suite ")[-1]
+    added = page.read_text().split("## Teacher ")[-1]
     assert added.startswith(
-        "emoji@1, 2000 images; teacher `other-teacher`, guidance 4: FD-emoji 7.50 at 1 step (at its better guidance), "
-        "2.25 at 25; CLIP-emoji 0.500 at 25.\n\n| run | method |"
+        "other-teacher\n\nSuite emoji@1, 2000 images, guidance 4. The teacher: FD-emoji 7.50 at 1 step (at its better "
+        "guidance), 2.25 at 25; CLIP-emoji 0.500 at 25.\n\n| method | gap closed |"
     )
+    assert "| dmd | **0.500** | 2 | 3.00 |" in added and "`stepdistill train mine` |" in added
     assert "| mine | dmd | 2 | **0.500** | 3.00 |  | 0.800 (160.0%) |" in added and "_emoji |" not in added
     assert "| mine | `stepdistill train <b>` | a machine |" in added
 
