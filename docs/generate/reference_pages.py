@@ -125,7 +125,6 @@ def _is_section(annotation: object) -> bool:
 
 def suite() -> str:
     """Every key of a suite."""
-    keys = {name for name, field in Suite.model_fields.items() if not field.exclude}
     return "\n".join(
         [
             "# Suite keys",
@@ -134,7 +133,7 @@ def suite() -> str:
             "[Your own suite](../measure/own_suite.md). A key without a default must be given.",
             "",
             *options.HEAD,
-            *options.rows(Suite, "", keys),
+            *options.rows(Suite),
             "",
         ]
     )

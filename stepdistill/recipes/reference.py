@@ -67,6 +67,8 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[Key]:
     own = {name for name in vars(model).get("__annotations__", {})}
     plain, below = [], []
     for name, field in model.model_fields.items():
+        if field.exclude:
+            continue  # what a model knows beside its file
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             below += keys_of(field.annotation, f"{prefix}{name}.")
         else:
