@@ -4,9 +4,9 @@ it computes.
     python tests/ledger.py record        # write them down, before
     python tests/ledger.py check         # compare, after
 
-Every method between the perceptrons of tests/toys/contract_toy.py, then two updates of each network by DMD on every
-tiny pipeline of tests/toys/tiny.py, through recipe, loop, export and proof. Bits differ between processors and versions
-of torch, so both are to be run on one machine, and the suite does not run this.
+Every method between the perceptrons of stepdistill/testing, then two updates of each network by DMD on every tiny
+pipeline of tests/toys/tiny.py, through recipe, loop, export and proof. Bits differ between processors and versions of
+torch, so both are to be run on one machine, and the suite does not run this.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from stepdistill.methods import method_names
 from stepdistill.training.parallel import take_turn
 
 sys.path.insert(0, str(Path(__file__).parent / "toys"))
-from contract_toy import batch_for, build
 from tiny import PIPELINES, SIZES, tiny_pipeline, tiny_prompts
-from toy import clear
+
+from stepdistill.testing.contract import batch_for, build
+from stepdistill.testing.toys import clear
 
 LEDGER = Path(__file__).with_name("ledger.json")
 UPDATES = 3

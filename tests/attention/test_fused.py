@@ -19,7 +19,6 @@ from tiny import tiny_prompts
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from toy import loss_of, toy_batch
 
 from stepdistill.attention import forward_mode, fused_attention, operators, rerouted
 from stepdistill.attention.forward_mode import ForwardMode
@@ -33,6 +32,7 @@ from stepdistill.networks.derivative import directional_derivative, takes_exact
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.testing.toys import loss_of, toy_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "eval" / "bench" / "attention.py"

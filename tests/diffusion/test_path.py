@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import Gaussian, ToyFamily, ToyTeacher
 
 from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled
 from stepdistill.diffusion.path import (
@@ -26,6 +25,7 @@ from stepdistill.diffusion.path import (
 from stepdistill.diffusion.solvers import SOLVERS, solve
 from stepdistill.families.condition import Condition
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.testing.toys import Gaussian, ToyFamily, ToyTeacher
 
 KINDS: tuple[Output, ...] = ("x0", "eps", "v", "velocity")
 

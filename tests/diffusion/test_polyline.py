@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from flow_toy import OnPath
-from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.change_of_path import on_straight
 from stepdistill.diffusion.path import FlowPath, TablePath
@@ -17,6 +16,15 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Examples
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    GaussianFlowMap,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 PATHS = [FlowPath(), TablePath.from_alphas_cumprod(torch.cumprod(1 - BETAS, 0))]

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from contract_toy import batch_for
 from tiny import tiny_pipeline, tiny_prompts
 from torch import Tensor
-from toy import Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.data.pairs import PairCache
 from stepdistill.diffusion.path import FlowPath
@@ -31,6 +29,8 @@ from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.testing.contract import batch_for
+from stepdistill.testing.toys import Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from sampler_toy import teacher_scheduler
-from toy import ToyFamily
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.export.schedulers import check_sampler, on_stock_grid, stock_scheduler, times_of
 from stepdistill.networks.sampler import Sampler
+from stepdistill.testing.toys import ToyFamily
 
 TABLE = TablePath.from_alphas_cumprod(teacher_scheduler().alphas_cumprod)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy import SHAPE, Perceptron, ToyFamily, toy_batch
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.batch import Examples
 from stepdistill.losses.gan import Discriminator, FeatureGan
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.testing.toys import SHAPE, Perceptron, ToyFamily, toy_batch
 
 
 def convolutions(*shape):

@@ -8,7 +8,6 @@ from matching_toy import FAMILY, MU, S, full_batch
 from table_toy import TABLE, Eps, eps_teacher, gaussian_eps
 from tiny import shaken, tiny_prompts
 from torch import nn
-from toy import SHAPE, Affine, Perceptron, ToyTeacher, clear, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath
@@ -24,6 +23,17 @@ from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.student import Student
+from stepdistill.testing.toys import (
+    SHAPE,
+    Affine,
+    Perceptron,
+    ToyTeacher,
+    clear,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 BINS = [(k / 5, (k + 1) / 5) for k in range(5)]
 

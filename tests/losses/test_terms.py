@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from run_toy import HERE
 from torch import nn
-from toy import Gaussian, GaussianFlowMap, Mixture, Perceptron, ToyTeacher, clear, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
@@ -28,6 +27,16 @@ from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.testing.toys import (
+    Gaussian,
+    GaussianFlowMap,
+    Mixture,
+    Perceptron,
+    ToyTeacher,
+    clear,
+    toy_batch,
+    toy_student,
+)
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train

@@ -14,7 +14,6 @@ import pytest
 import torch
 from sampler_toy import Output, teacher_scheduler
 from torch import Tensor, nn
-from toy import SHAPE, Gaussian, GaussianMap, Mixture, ToyFamily, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path, TablePath
 from stepdistill.diffusion.solvers import Predict, solve
@@ -27,6 +26,17 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler, schedule_times
 from stepdistill.networks.scheduler_path import PREDICTION_TYPES, path_of
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    GaussianMap,
+    Mixture,
+    ToyFamily,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 MEAN, DEVIATION = 0.4, 0.6
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
-from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath
@@ -17,6 +16,16 @@ from stepdistill.losses.consistency import Target, consistency_function, last_ti
 from stepdistill.losses.distances import pseudo_huber
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    GaussianMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]

@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract_toy import batch_for, build
-from toy import SHAPE, clear, loss_of, modules_of
 
 import stepdistill
 from stepdistill.diffusion.solvers import uniform_times
-from stepdistill.losses.contract import NEEDS
 from stepdistill.methods import find_method, method_names
-from stepdistill.training.parallel import take_turn
+from stepdistill.testing import BrokenContract, check_method
+from stepdistill.testing.contract import (
+    batch_for,
+    build,
+    check_halves,
+    check_losses,
+    check_options,
+    check_randomness,
+    check_sampler,
+)
 
 PACKAGE = Path(stepdistill.__file__).parent
-
-
-def turns_of(method):
-    return {method.turn(step).network: step for step in reversed(range(200))}
 
 
 BELOW = [name for name in method_names() if find_method(name).starts_below]
@@ -33,21 +35,7 @@ BELOW = [name for name in method_names() if find_method(name).starts_below]
     ],
 )
 def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, times):
-    method = build(name, times)
-    networks = modules_of(method)
-    assert set(turns_of(method)) == set(networks)
-    trained = {key: list(net.parameters()) for key, net in networks.items()}
-    for turn, step in turns_of(method).items():
-        clear(method)
-        take_turn(trained, turn)
-        loss, logs = loss_of(method, turn, batch_for(method, step=step))
-        loss.backward()
-        assert loss.ndim == 0 and bool(torch.isfinite(loss))
-        assert all(bool(torch.isfinite(value)) for value in logs.values())
-        for other, parameters in trained.items():
-            reached = [p.grad is not None and bool(p.grad.any()) for p in parameters]
-            assert all(reached) if other == turn else not any(reached), (turn, other, reached)
-    assert all(p.grad is None for p in method.teacher.denoiser.net.parameters())
+    check_losses(name, times)
 
 
 def test_methods_that_match_distributions_start_below_pure_noise():
@@ -67,42 +55,81 @@ def test_methods_that_match_distributions_start_below_pure_noise():
 
 @pytest.mark.parametrize("name", method_names())
 def test_the_same_seed_gives_the_same_loss_and_another_step_another(name):
-    first, second = build(name), build(name)
-    for turn, step in turns_of(first).items():
-        one = loss_of(first, turn, batch_for(first, step=step))[0]
-        assert torch.equal(one, loss_of(second, turn, batch_for(second, step=step))[0])
-        assert not torch.equal(one, loss_of(first, turn, batch_for(first, step=step + 1000))[0])
+    check_randomness(name)
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_a_batch_is_the_mean_of_its_halves_in_loss_and_gradient(name):
-    method = build(name)
-    for turn, step in turns_of(method).items():
-        parameters = list(modules_of(method)[turn].parameters())
-        batch = batch_for(method, step=step)
-        whole = torch.autograd.grad(loss_of(method, turn, batch)[0], parameters)
-        halves = [torch.autograd.grad(loss_of(method, turn, part)[0], parameters) for part in batch.split(2)]
-        for all_of_it, one, two in zip(whole, *halves, strict=True):
-            torch.testing.assert_close(all_of_it, (one + two) / 2, rtol=1e-4, atol=1e-6)
+    check_halves(name)
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_options_and_needs_are_declared(name):
+    check_options(name)
     kind = find_method(name)
-    options = kind.Options()
-    assert options.model_config["frozen"] and options.model_config["extra"] == "forbid"
-    assert options.needs <= set(NEEDS)
-    assert kind.default_times[0] == 1.0
     assert kind.default_times == uniform_times(len(kind.default_times))
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_the_sampler_draws_with_the_methods_own_student(name):
-    method = build(name, (1.0, 0.5))
-    batch = batch_for(method)
-    drawn = method.sampler().draw(method.student, batch.noise, batch.cond, batch.fresh)
-    assert drawn.shape == (8, *SHAPE)
-    assert bool(torch.isfinite(drawn).all())
+    check_sampler(name, (1.0, 0.5))
+
+
+OWN = """import torch
+from stepdistill import extend as sd
+
+
+class Own(sd.Method):
+    class Options(sd.MethodOptions):
+        pass
+
+    def sampler(self):
+        return sd.Sampler(self.times, renoise=False)
+
+    def loss(self, turn, batch):
+        t = batch.draws.uniform("t")
+        x = batch.draws.normal("x", batch.shape)
+        target = self.teacher.predict(x, t, batch.cond).x0
+        error = (self.student.predict(x, t, batch.cond).x0 - target).square()
+        return sd.Loss(error.mean(), {"error": error.mean()})
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "broken", "says"),
+    [
+        ("", "", None),
+        ('batch.draws.uniform("t")', "torch.rand(batch.draws.count)", "draw from batch.draws alone"),
+        ("error.mean(), {", "error.sum(), {", "not the mean of those of the batch's halves"),
+        ("error.mean(), {", "error, {", r"the loss of student has the shape \(8, 2, 1, 1\)"),
+        ("error.mean(), {", "0 * error.mean(), {", "leaves 8 of its own weights alone"),
+        (
+            '{"error": error.mean()}',
+            '{"error": error.mean().log() * 0 / 0}',
+            "logs error, which is no finite",
+        ),
+        ("self.times, renoise", "(1.0,), renoise", None),
+        (
+            "class Options(sd.MethodOptions):\n        pass",
+            "class Options(sd.MethodOptions):\n        model_config = {'extra': 'allow'}",
+            "keys that they do not know",
+        ),
+        (
+            "def sampler",
+            "def turn(self, step):\n        return sd.Turn('other', step)\n\n    def sampler",
+            "trained\\(\\) names student, and turn",
+        ),
+    ],
+)
+def test_a_method_of_ones_own_is_told_what_it_breaks(line, broken, says, tmp_path):
+    file = tmp_path / "own.py"
+    assert line in OWN
+    file.write_text(OWN.replace(line, broken) if line else OWN)
+    if says is None:
+        check_method(file)
+        return
+    with pytest.raises(BrokenContract, match=says):
+        check_method(file)
 
 
 def test_a_method_from_a_file_is_found(tmp_path):

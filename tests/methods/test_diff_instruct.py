@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.losses.contract import Turn
@@ -15,6 +14,17 @@ from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]

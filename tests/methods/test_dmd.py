@@ -9,7 +9,6 @@ import torch
 from mixture_toy import Batched
 from table_toy import TABLE, gaussian_eps
 from torch import nn
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.errors import UserError
@@ -21,6 +20,17 @@ from stepdistill.losses.first_step import first_step_loss, x0_of_jump
 from stepdistill.losses.gan import discriminator_loss, generator_loss
 from stepdistill.methods.dmd import DMD
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 MU, S = 0.7, 0.8
 PATHS = [FlowPath(), TrigPath()]

@@ -5,12 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import BINS, WEIGHTS, FDistill, RatioWeight
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8

@@ -7,7 +7,13 @@ import torch
 from consistency_toy import table_path
 from flow_toy import MU, C, OnPath, errors, from_the_teacher
 from torch import Tensor
-from toy import (
+
+from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.methods.flow_map import FlowMap
+from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
     SHAPE,
     Gaussian,
     GaussianFlowMap,
@@ -18,12 +24,6 @@ from toy import (
     toy_student,
     weights_of,
 )
-
-from stepdistill.diffusion.path import FlowPath, Path, TablePath, TrigPath, per_sample
-from stepdistill.families.condition import Condition
-from stepdistill.losses.batch import Batch
-from stepdistill.methods.flow_map import FlowMap
-from stepdistill.networks.roles import Copies
 
 OBJECTIVES = ("lagrangian", "eulerian", "semigroup")
 

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from flow_toy import MU, C, Velocity, errors, from_the_teacher
 from run_toy import HERE
 from tiny import tiny_pipeline
-from toy import SHAPE, Gaussian, GaussianFlowMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
@@ -28,6 +27,16 @@ from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.networks.roles import Copies
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    GaussianFlowMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train

@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny import shaken, tiny_pipeline, tiny_prompts
-from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
@@ -19,6 +18,16 @@ from stepdistill.methods.lcm import LCM
 from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    GaussianMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 MU, S = 0.7, 0.4
 

@@ -6,13 +6,21 @@ import pytest
 import torch
 from consistency_toy import table_path
 from flow_toy import MU, C, OnPath, errors, from_the_teacher
-from toy import Gaussian, GaussianFlowMap, ToyTeacher, clear, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.families.condition import Condition
 from stepdistill.losses.flow_maps import teacher_velocity
 from stepdistill.methods.meanflow import MeanFlow
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    Gaussian,
+    GaussianFlowMap,
+    ToyTeacher,
+    clear,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 
 def meanflow(path=None, net=None, **options):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from mixture_toy import SAMPLES, Setting, build, distance, energy_distance, train
 from table_toy import eps_teacher
-from toy import SHAPE, Mixture
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods import method_names
+from stepdistill.testing.toys import SHAPE, Mixture
 
 # The fake network must keep up with a student that leaves a point within some hundred updates.
 FOLLOW = {"fake_updates": 2, "fake_lr_ratio": 2.0}

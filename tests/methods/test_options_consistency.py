@@ -13,7 +13,6 @@ import test_options_matching
 import torch
 from matching_toy import full_batch
 from table_toy import TABLE
-from toy import Perceptron, ToyFamily, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Path
 from stepdistill.export.schedulers import on_stock_grid
@@ -29,6 +28,15 @@ from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import schedule_times
+from stepdistill.testing.toys import (
+    Perceptron,
+    ToyFamily,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 FAMILY = [LCM, Consistency, SCM, TBCM, TCD, PCM, TSCD]
 OF_PAIRS = set(PairOptions.model_fields) - set(MethodOptions.model_fields)

@@ -12,18 +12,6 @@ import torch
 from flow_toy import MU, C, Velocity
 from reflow_toy import Slimming, Straight
 from torch import Tensor, nn
-from toy import (
-    SHAPE,
-    Affine,
-    Gaussian,
-    GaussianFlowMap,
-    Perceptron,
-    ToyFamily,
-    ToyTeacher,
-    loss_of,
-    toy_batch,
-    toy_student,
-)
 
 from stepdistill.data.pairs import PairCache
 from stepdistill.diffusion.draws import Draws
@@ -45,6 +33,18 @@ from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.testing.toys import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    GaussianFlowMap,
+    Perceptron,
+    ToyFamily,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 PATH = FlowPath()
 SAID = [MapOptions, JumpOptions, WarmStartOptions, PairOptions, FakeTurnOptions]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from matching_toy import FAMILY, full_batch
-from toy import SHAPE, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.contract import MethodOptions, PairOptions, Turn
@@ -26,6 +25,7 @@ from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
 from stepdistill.networks.roles import Copies
 from stepdistill.recipes.sections import TermOptions
+from stepdistill.testing.toys import SHAPE, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_student
 
 ELSEWHERE = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
 ELSEWHERE |= {"guidance_2", "guidance_rescale", "fake_lora_rank"}

@@ -8,13 +8,22 @@ import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
 from torch import nn
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.consistency import consistency_function
 from stepdistill.methods.pcm import PCM
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.4

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from tiny import shaken, tiny_prompts
 from torch import nn
-from toy import SHAPE, Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import EDMPath, FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
@@ -27,6 +26,17 @@ from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.system.files import sha256_of
+from stepdistill.testing.toys import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8

@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath, per_sample
@@ -16,6 +15,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.methods.reflow import Reflow
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
+from stepdistill.testing.toys import SHAPE, Gaussian, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 MU, S = 0.7, 0.4
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from reflow_toy import MU, S, Slimmable, Straight
 from torch import nn
-from toy import SHAPE, Gaussian, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.draws import Draws
@@ -24,6 +23,17 @@ from stepdistill.methods.rfpp import RFPP, u_shaped
 from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    Mixture,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 PATHS = [FlowPath(), TrigPath()]
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)

@@ -9,7 +9,14 @@ import pytest
 import torch
 from consistency_toy import table_path
 from torch import nn
-from toy import (
+
+from stepdistill.diffusion.path import EDMPath, FlowPath, Prediction, TrigPath, per_sample
+from stepdistill.export.schedulers import on_stock_grid
+from stepdistill.families.condition import Condition
+from stepdistill.losses.consistency import noised
+from stepdistill.methods.scm import SCM, Weight, trig_velocity
+from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
     SHAPE,
     Gaussian,
     GaussianMap,
@@ -20,13 +27,6 @@ from toy import (
     toy_batch,
     toy_student,
 )
-
-from stepdistill.diffusion.path import EDMPath, FlowPath, Prediction, TrigPath, per_sample
-from stepdistill.export.schedulers import on_stock_grid
-from stepdistill.families.condition import Condition
-from stepdistill.losses.consistency import noised
-from stepdistill.methods.scm import SCM, Weight, trig_velocity
-from stepdistill.networks.roles import Copies
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), EDMPath(), table_path()]

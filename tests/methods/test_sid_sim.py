@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import (
+
+from stepdistill.diffusion.path import FlowPath, TrigPath
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch
+from stepdistill.losses.fake_score import Views
+from stepdistill.methods.dmd import DMD
+from stepdistill.methods.sid import SiD, numerator
+from stepdistill.methods.sim import SIM
+from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
     SHAPE,
     Affine,
     Gaussian,
@@ -16,15 +25,6 @@ from toy import (
     toy_batch,
     toy_student,
 )
-
-from stepdistill.diffusion.path import FlowPath, TrigPath
-from stepdistill.families.condition import Condition
-from stepdistill.losses.batch import Batch
-from stepdistill.losses.fake_score import Views
-from stepdistill.methods.dmd import DMD
-from stepdistill.methods.sid import SiD, numerator
-from stepdistill.methods.sim import SIM
-from stepdistill.networks.roles import Copies
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.8

@@ -8,12 +8,20 @@ from itertools import pairwise
 import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
-from toy import Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.losses.consistency import last_time
 from stepdistill.methods.tbcm import TBCM
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    Gaussian,
+    GaussianMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]

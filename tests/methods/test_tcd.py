@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
-from toy import SHAPE, Gaussian, GaussianMap, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.diffusion.solvers import uniform_times
@@ -17,6 +16,16 @@ from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    GaussianMap,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 MU, S = 0.7, 0.4
 PATHS = [FlowPath(), TrigPath(), table_path()]

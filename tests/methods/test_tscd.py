@@ -8,7 +8,6 @@ import pytest
 import torch
 from consistency_toy import error, mixture_method, table_path, train
 from torch import nn
-from toy import SHAPE, Gaussian, Perceptron, ToyTeacher, clear, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TrigPath, per_sample
 from stepdistill.errors import UserError
@@ -18,6 +17,17 @@ from stepdistill.losses.fake_score import views_of
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    clear,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 from stepdistill.training.parallel import take_turn
 
 MU, S = 0.7, 0.4

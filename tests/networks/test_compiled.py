@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from contract_toy import batch_for, build
 from run_toy import HERE
 from tiny import shaken, tiny_pipeline, tiny_prompts, tiny_teacher
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.cpp_builder import cpp_compiler_search
-from toy import SHAPE, ToyFamily
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
@@ -28,6 +26,8 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.derivative import directional_derivative
 from stepdistill.networks.lora import SharedNetwork
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.testing.contract import batch_for, build
+from stepdistill.testing.toys import SHAPE, ToyFamily
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train

@@ -10,7 +10,6 @@ import pytest
 import torch
 from sampler_toy import DEVIATION, MEAN, Output, teacher_scheduler
 from torch import Tensor, nn
-from toy import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 
 from stepdistill.diffusion.path import EDMPath, FlowPath, Path, TablePath, TrigPath
 from stepdistill.diffusion.solvers import uniform_times
@@ -22,6 +21,7 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.system.travelling import travelling_module
+from stepdistill.testing.toys import SHAPE, Gaussian, GaussianMap, ToyFamily, ToyTeacher, toy_student
 
 TABLE = TablePath.from_alphas_cumprod(teacher_scheduler().alphas_cumprod)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import EMBEDDED, PIPELINES, shaken, tiny_prompts
 from torch import Tensor, nn
-from toy import SHAPE, GaussianFlowMap, Perceptron, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT, on_other_path
 from stepdistill.diffusion.path import FlowPath, TablePath
@@ -27,6 +26,7 @@ from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.testing.toys import SHAPE, GaussianFlowMap, Perceptron, toy_student
 
 Teachers = Callable[[str], PipelineTeacher]
 SLOTS = {"dit": 2, "hunyuan-video": 2, "wan-2.2": 2}

@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from toy import SHAPE, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, TablePath, per_sample
 from stepdistill.diffusion.solvers import solve, uniform_times
 from stepdistill.families.condition import Condition
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Mixture,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 from stepdistill.training.parallel import take_turn
 
 PATH = FlowPath()

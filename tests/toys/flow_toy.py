@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from toy import SHAPE, Gaussian, GaussianFlowMap, ToyTeacher, loss_of, modules_of, toy_student
 
 from stepdistill.diffusion.change_of_path import STRAIGHT, on_other_path
 from stepdistill.diffusion.draws import Draws, generator_for
@@ -13,6 +12,15 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.flow_maps import FlowMapMethod, MapOptions
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    SHAPE,
+    Gaussian,
+    GaussianFlowMap,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_student,
+)
 from stepdistill.training.parallel import take_turn
 
 MU, C = 0.7, 0.4

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from toy import SHAPE, toy_batch
 
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.dmd import DMD
@@ -13,6 +12,7 @@ from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
+from stepdistill.testing.toys import SHAPE, toy_batch
 
 MU, S = 0.7, 0.8
 

@@ -11,7 +11,16 @@ import torch
 from consistency_toy import PATH, Corrected
 from flow_toy import Quick
 from torch import Tensor, nn
-from toy import (
+
+from stepdistill.diffusion.draws import generator_for
+from stepdistill.diffusion.solvers import trajectory, uniform_times
+from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import Method, Turn
+from stepdistill.methods import find_method
+from stepdistill.networks.roles import Copies
+from stepdistill.recipes.sections import TrainOptions
+from stepdistill.testing.toys import (
     SHAPE,
     Mixture,
     Perceptron,
@@ -22,15 +31,6 @@ from toy import (
     modules_of,
     toy_student,
 )
-
-from stepdistill.diffusion.draws import generator_for
-from stepdistill.diffusion.solvers import trajectory, uniform_times
-from stepdistill.families.condition import Condition
-from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, Turn
-from stepdistill.methods import find_method
-from stepdistill.networks.roles import Copies
-from stepdistill.recipes.sections import TrainOptions
 from stepdistill.training.parallel import take_turn
 from stepdistill.training.schedule import learning_rate
 

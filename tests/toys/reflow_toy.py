@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from toy import Perceptron, ToyChanges, ToyFamily
 
 from stepdistill.diffusion.path import per_sample
+from stepdistill.testing.toys import Perceptron, ToyChanges, ToyFamily
 
 MU, S = 0.7, 0.4
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from toy import Gaussian
 
 from stepdistill.diffusion.path import Path
 from stepdistill.families.condition import Condition
+from stepdistill.testing.toys import Gaussian
 
 MEAN, DEVIATION = 0.4, 0.6
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from consistency_toy import table_path
 from mixture_toy import CorrectedFamily
 from torch import Tensor, nn
-from toy import Gaussian, Mixture, Perceptron, ToyTeacher
 
 from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
+from stepdistill.testing.toys import Gaussian, Mixture, Perceptron, ToyTeacher
 
 TABLE = table_path()
 

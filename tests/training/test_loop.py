@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from run_toy import COMMON, HERE, METHODS, recipe_of
 from safetensors.torch import load_file, save_file
-from toy import loss_of
 
 from stepdistill.data.batches import Data
 from stepdistill.data.prompts import read_prompts
@@ -24,6 +23,7 @@ from stepdistill.errors import TrainingDiverged, UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TrainOptions
 from stepdistill.system.processes import ALONE
+from stepdistill.testing.toys import loss_of
 from stepdistill.training import gradient_means
 from stepdistill.training import preflight as checks
 from stepdistill.training.assemble import assemble, training_data

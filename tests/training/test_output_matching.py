@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from run_toy import HERE
 from tiny import tiny_pipeline, tiny_prompts
-from toy import Gaussian, Perceptron, ToyCodec, ToyTeacher
 
 from stepdistill.diffusion.path import Output, TablePath
 from stepdistill.errors import UserError
@@ -24,6 +23,7 @@ from stepdistill.networks.roles import Adapters
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import StudentOptions
+from stepdistill.testing.toys import Gaussian, Perceptron, ToyCodec, ToyTeacher
 from stepdistill.training import output_matching
 from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.identity import resolve

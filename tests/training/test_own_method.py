@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_pipeline
-from toy import Gaussian, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
@@ -17,6 +16,7 @@ from stepdistill.methods import find_method, needs
 from stepdistill.networks.roles import Copies
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import content_folder
+from stepdistill.testing.toys import Gaussian, ToyTeacher, loss_of, toy_batch, toy_student
 from stepdistill.training.distil import run_recipe
 
 EXAMPLE = content_folder("train") / "examples" / "own_method.py"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.guidance import extrapolate
 from stepdistill.diffusion.path import Output, Path, Prediction, TablePath, per_sample
 from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition
@@ -181,7 +182,9 @@ class ToyTeacher:
     ) -> None:
         family = ToyFamily(path)
         self.denoiser = Denoiser(net.requires_grad_(False), path, output, family)
-        self.unguided = unguided and Denoiser(unguided.requires_grad_(False), path, output, family)
+        self.unguided: Denoiser | None = None
+        if unguided is not None:
+            self.unguided = Denoiser(unguided.requires_grad_(False), path, output, family)
 
     @property
     def start(self) -> Denoiser:
@@ -200,8 +203,6 @@ class ToyTeacher:
     def predict_with_input_gradient(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
     ) -> Prediction:
-        from stepdistill.diffusion.guidance import extrapolate
-
         out = self.denoiser.raw(x_t, t, cond)
         if self.unguided is not None:
             out = extrapolate(self.unguided.raw(x_t, t, cond), out, guidance)
