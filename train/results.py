@@ -1,8 +1,8 @@
-"""Puts finished runs into the tables of docs/evidence/results.md: python train/results.py RUN...
+"""Puts finished runs into the tables of train/README.md: python train/results.py RUN...
 
-Each run's report.json and samples.png are kept as train/results/NAME.* (earlier ones of the same name are replaced),
-and what stands between the two markers of that page is written anew from all of them: for each teacher the best row of
-each method, then all rows, and the commands. The `# Gave:` line of each run's recipe is written, too.
+Each run's report.json and samples.png are kept as train/results/NAME.* (earlier ones of the same name are replaced).
+From all that are kept are written anew: the tables between the two markers of train/README.md, one for each teacher;
+the plot train/results/gap_by_time.png; and the line ``Gave:`` that opens each recipe.
 """
 
 from __future__ import annotations
@@ -10,108 +10,230 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import RunReport, read_report
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+PLOT = "gap_by_time.png"
+NOT_MEASURED = "# Not measured."
+
+WENT_ON = {
+    **dict.fromkeys(("diff_instruct_emoji", "sim_emoji"), ("sid_emoji", 3000)),
+    **dict.fromkeys(
+        ("flow_map_eulerian_emoji", "flow_map_lagrangian_emoji", "meanflow_emoji"),
+        ("flow_map_semigroup_emoji", 4000),
+    ),
+}
+"""Runs that share everything up to an update with another run, whose checkpoint there they went on from."""
+
+SCORE_METHODS = "2026-11-22: the score methods stand on the same warm start"
+FLOW_MAPS = (
+    "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
+    "start's"
+)
+TRIED = {
+    "consistency": "2026-11-22: consistency distillation wants levels at every time, and jumps neither long nor short",
+    "diff_instruct": SCORE_METHODS,
+    "dmd": "2026-11-22: one-step DMD runs away from a plain start, and stands on a warm start",
+    "dmd_emoji_4step": "2026-11-22: four-step DMD starts from states of the teacher's trajectories",
+    "dmd_emoji_below_noise": "2026-11-27: bf16 and starts below pure noise",
+    "f_distill": "2026-11-22: TSCD, f-distill, rf++",
+    "flow_map": FLOW_MAPS,
+    "freeflow": "2026-11-22: FreeFlow runs away after its warm start",
+    "instaflow": "2026-11-22: reflow and one-step distillation",
+    "lcm": "2026-11-22: LCM needs longer skips and pure noise at the top",
+    "lcm_lora_emoji": "2026-11-22: LCM as an adapter",
+    "meanflow": "2026-11-22: MeanFlow learns slowly",
+    "pcm": "2026-11-22: consistency methods on a pool of 12 steps",
+    "phased_dmd": "2026-11-22: Phased DMD beats its teacher",
+    "reflow": "2026-11-22: reflow and one-step distillation",
+    "rfpp": "2026-11-22: rf++ with the clean distance over t spends its gradient where nothing is left to learn",
+    "scm": "2026-11-22: twenty seconds of every method, and sCM was trained too long",
+    "sid": SCORE_METHODS,
+    "sim": SCORE_METHODS,
+    "sim_emoji_below_noise": "2026-11-27: bf16 and starts below pure noise",
+    "slimflow": "2026-11-22: SlimFlow with 15 % of the teacher's parameters",
+    "tbcm": "2026-11-22: TBCM loses with steps",
+    "tcd": "2026-11-22: consistency methods on a pool of 12 steps",
+    "tscd": "2026-11-22: TSCD, f-distill, rf++",
+    "emoji-flow": "2026-11-27: emoji-flow's recipes, and changes that no test noticed",
+}
+"""Headings of LOG.md, by run, else by teacher, else by method: what was tried on the way."""
 
 
-def rows(report: RunReport) -> list[str]:
-    """One row for each step count of a report."""
+@dataclass(frozen=True)
+class Row:
+    """A run at one number of steps."""
+
+    report: RunReport
+    steps: str
+
+    @property
+    def gap(self) -> float:
+        return self.report.gap_closed[self.steps]
+
+
+def tried(report: RunReport) -> str:
+    """A link to the heading of LOG.md that tells of a run; empty where there is none."""
+    known = (report.name, str(report.teacher_name), report.method)
+    heading = next((TRIED[name] for name in known if name in TRIED), None)
+    return f"[tried](../LOG.md#{anchor(heading)})" if heading else ""
+
+
+def anchor(heading: str) -> str:
+    """Of a Markdown heading."""
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()))
+
+
+def whole_run(report: RunReport) -> str:
+    """Minutes from start to report, or whose checkpoint the run went on from."""
+    if report.name in WENT_ON:
+        source, update = WENT_ON[report.name]
+        return f"went on from {source}, update {update:,}"
+    return f"{report.wall_seconds / 60:.1f}"
+
+
+def cells(row: Row, rank: str) -> str:
+    """A row of the table."""
+    report, steps = row.report, row.steps
     teacher, student = report.teacher, report.student
-    steps_full = max(teacher["fd"], key=int)
-    written = []
-    for steps in student["fd"]:
-        clip, full_clip = student["clip_score"][steps], teacher["clip_score"][steps_full]
-        few = teacher["fd"].get(steps)
-        recall, share = (
-            student.get("recall", {}).get(steps),
-            report.recall_of_teachers.get(steps),
-        )
-        cells = [
-            report.name,
-            report.method,
-            steps,
-            f"**{report.gap_closed[steps]:.3f}**",
-            f"{student['fd'][steps]:.2f}",
-            "" if few is None else f"{few:.2f}",
-            f"{clip:.3f} ({clip / full_clip:.1%})",
-            "" if recall is None or share is None else f"{recall:.3f} ({share:.1%})",
-            f"{report.train_seconds / 60:.1f}",
-            # Shorter than its training where a run went on from the checkpoint of another.
-            f"{report.wall_seconds / 60:.1f}" if report.wall_seconds >= report.train_seconds else "went on",
-            f"{report.peak_memory_bytes / 2**30:.1f}",
-            (report.commit or "")[:8] + "+" * (report.commit or "").endswith("+"),
-        ]
-        written.append(f"| {' | '.join(cells)} |")
-    return written
-
-
-def best(reports: list[RunReport]) -> list[str]:
-    """The best row of each method, the largest gap first."""
-    found: dict[str, tuple[float, str, RunReport]] = {}
-    for report in reports:
-        for steps, gap in report.gap_closed.items():
-            found[report.method] = max(
-                found.get(report.method, (gap, steps, report)), (gap, steps, report), key=_gap
-            )
-    lines = [
-        "| method | gap closed | steps | FD-emoji | training, min | command |",
-        "| --- | --- | --- | --- | --- | --- |",
+    clip, full_clip = student["clip_score"][steps], teacher["clip_score"][max(teacher["fd"], key=int)]
+    few = teacher["fd"].get(steps)
+    recall, share = student.get("recall", {}).get(steps), report.recall_of_teachers.get(steps)
+    texts = [
+        *([rank] if rank else []),
+        f"`stepdistill train {report.name}`",
+        steps,
+        f"{row.gap:.3f}",
+        f"{student['fd'][steps]:.2f}",
+        "" if few is None else f"{few:.2f}",
+        f"{clip:.3f} ({clip / full_clip:.1%})",
+        "" if recall is None or share is None else f"{recall:.3f} ({share:.1%})",
+        f"{report.train_seconds / 60:.1f}",
+        whole_run(report),
+        f"{report.peak_memory_bytes / 2**30:.1f}",
+        (report.commit or "")[:8] + "+" * (report.commit or "").endswith("+"),
+        tried(report),
     ]
-    for method, (gap, steps, report) in sorted(found.items(), key=lambda item: -item[1][0]):
-        lines.append(
-            f"| {method} | **{gap:.3f}** | {steps} | {report.student['fd'][steps]:.2f} "
-            f"| {report.train_seconds / 60:.1f} | `stepdistill train {report.name}` |"
-        )
-    return lines
+    return f"| {' | '.join(texts)} |"
 
 
-def _gap(row: tuple[float, str, RunReport]) -> float:
-    return row[0]
+HEAD = (
+    "command | steps | gap closed | FD-emoji | teacher's at these steps | CLIP-emoji (of the teacher's) "
+    "| recall (of the teacher's) | training, min | whole run, min | memory, GiB | commit | log |"
+)
+
+
+def best_of_each_method(reports: list[RunReport]) -> tuple[list[Row], list[Row]]:
+    """The best row of each method, ranked, and the other rows, by name and steps."""
+    rows = [Row(report, steps) for report in reports for steps in report.student["fd"]]
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: -row.gap):
+        best.setdefault(row.report.method, row)
+    first = list(best.values())
+    return first, [row for row in rows if row not in first]
 
 
 def table(reports: list[RunReport]) -> str:
-    """One teacher's part: the best rows, all rows, and the commands and machines."""
+    """One teacher's table: the best row of each method, and the other rows folded."""
     teacher = reports[0].teacher
     full = max(teacher["fd"], key=int)
+    first, others = best_of_each_method(reports)
     lines = [
-        f"## Teacher {reports[0].teacher_name}",
+        f"### Teacher `{reports[0].teacher_name}`",
         "",
-        f"Suite {reports[0].suite}, {reports[0].n} images, guidance {reports[0].guidance:g}. The teacher: "
-        f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance), {teacher['fd'][full]:.2f} at {full}; "
-        f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}.",
+        f"Suite {reports[0].suite}, {reports[0].n:,} images, guidance {reports[0].guidance:g}. The teacher: "
+        f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance) and {teacher['fd'][full]:.2f} at {full}, "
+        f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}. "
+        f"Hardware: {', '.join(sorted({str(report.hardware) for report in reports}))}.",
         "",
-        *best(reports),
-        "",
-        '<details markdown="1"><summary>All step counts</summary>',
-        "",
-        "| run | method | steps | gap closed | FD-emoji | teacher's at these steps | CLIP-emoji (of the teacher's) "
-        "| recall (of the teacher's) | training, min | whole run, min | memory, GiB | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| | {HEAD}",
+        f"| --- {'| --- ' * HEAD.count('|')}|",
+        *(cells(row, str(place)) for place, row in enumerate(first, 1)),
     ]
-    for report in reports:
-        lines += rows(report)
-    lines += [
-        "",
-        "</details>",
-        "",
-        '<details markdown="1"><summary>Commands as they were given</summary>',
-        "",
-    ]
-    lines += ["| run | command | hardware |", "| --- | --- | --- |"]
-    lines += [f"| {report.name} | `{report.command}` | {report.hardware} |" for report in reports]
-    return "\n".join([*lines, "", "</details>"])
+    if others:
+        lines += [
+            "",
+            '<details markdown="1">',
+            f"<summary>All other rows ({len(others)})</summary>",
+            "",
+            f"| {HEAD}",
+            f"{'| --- ' * HEAD.count('|')}|",
+            *(cells(row, "") for row in others),
+            "",
+            "</details>",
+        ]
+    return "\n".join(lines)
 
 
 def tables(reports: list[RunReport]) -> str:
-    """A part for each teacher, that of ``emoji`` first."""
+    """A table for each teacher, that of ``emoji`` first."""
     teachers = sorted({report.teacher_name for report in reports}, key=lambda name: (name != "emoji", name))
     return "\n\n".join(
         table([report for report in reports if report.teacher_name == teacher]) for teacher in teachers
     )
+
+
+def plot(reports: list[RunReport], file: Path) -> None:
+    """Gap closed against training time: the best row of each method on ``emoji``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, _ = best_of_each_method([report for report in reports if report.teacher_name == "emoji"])
+    figure = Figure(figsize=(9, 5.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for steps, colour in (("1", "#0b62a4"), ("2", "#2e8b57"), ("4", "#b86e00"), ("8", "#6a4c93")):
+        points = [(row.report.train_seconds / 60, row.gap) for row in rows if row.steps == steps]
+        if points:
+            name = f"{steps} step{'s' * (steps != '1')}"
+            axes.plot(*zip(*points, strict=True), "o", color=colour, label=name, markeredgecolor="white")
+    axes.axhline(1, color="#57606a", linewidth=1, linestyle="--")
+    axes.set_xlabel("training on one CPU thread, minutes")
+    axes.set_ylabel("gap closed (1: the teacher with 25 steps)")
+    axes.set_xlim(0, max(row.report.train_seconds for row in rows) / 60 + 4)
+    axes.set_ylim(min(row.gap for row in rows) - 0.03, max(row.gap for row in rows) + 0.02)
+    axes.grid(color="#d5dbe1")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", frameon=False)
+    high, wide = (end - start for start, end in (axes.get_ylim(), axes.get_xlim()))
+    taken: list[tuple[float, float, float]] = []
+    for row in rows:  # names beside their points, moved down where others are
+        x, name = row.report.train_seconds / 60, row.report.method
+        left, right, y = x + 0.008 * wide, x + (0.02 + 0.0105 * len(name)) * wide, row.gap
+        while any(start < right and left < end and abs(y - at) < 0.036 * high for start, end, at in taken):
+            y -= 0.006 * high
+        taken.append((left, right, y))
+        axes.annotate(name, (x, row.gap), (left, y), fontsize=9, va="center",
+                      arrowprops={"arrowstyle": "-", "color": "#a3adb8", "shrinkA": 0, "shrinkB": 3})  # fmt: skip
+    figure.savefig(file, metadata={"Software": None})
+
+
+def gave(report: RunReport | None) -> str:
+    """The line of a recipe's header that says what it gave."""
+    if report is None:
+        return NOT_MEASURED
+    steps = max(report.gap_closed, key=lambda count: report.gap_closed[count])
+    at = f"{report.gap_closed[steps]:.3f} at {steps} step{'s' * (steps != '1')}"
+    return f"# Gave: gap closed {at}, {report.train_seconds / 60:.1f} min ({(report.commit or '')[:8]})."
+
+
+def write_headers(recipes: Path, reports: list[RunReport]) -> None:
+    """The line of every recipe's header; of one that was not measured what follows ``Not measured.`` stays."""
+    known = {report.name: report for report in reports}
+    for file in sorted(recipes.glob("*.yaml")):
+        text, line = file.read_text(encoding="utf-8"), gave(known.get(file.stem))
+        if file.stem not in known and f"\n{NOT_MEASURED}" in text:
+            continue
+        said, count = re.subn(r"^# (Gave:|Not measured\.).*$", line, text, count=1, flags=re.MULTILINE)
+        if not count:
+            raise SystemExit(f"{file} has no line Gave: in its header")
+        if said != text:
+            file.write_text(said, encoding="utf-8")
 
 
 def report_of(run: str | Path) -> RunReport:
@@ -122,36 +244,22 @@ def report_of(run: str | Path) -> RunReport:
     return report
 
 
-def gave(report: RunReport) -> str:
-    """What the head of a recipe says that it gave: its best step count."""
-    gap, steps = max((gap, steps) for steps, gap in report.gap_closed.items())
-    return (
-        f"# Gave: gap closed {gap:.3f} at {steps} step{'s' * (steps != '1')} "
-        f"(FD-emoji {report.student['fd'][steps]:.2f}), {report.train_seconds / 60:.1f} minutes of training "
-        f"({(report.commit or '')[:8]})."
-    )
-
-
-def put(runs: list[str], folder: Path, page: Path) -> None:
-    """Keeps the runs' reports in ``folder/results`` and writes the tables of ``page`` anew."""
+def put(runs: list[str], folder: Path) -> None:
+    """Keeps the runs' reports in ``folder/results`` and writes tables, plot and recipes' headers anew."""
     store = folder / "results"
     store.mkdir(exist_ok=True)
     for run in runs:
-        report = report_of(run)
-        shutil.copy(Path(run) / "report.json", store / f"{report.name}.json")
-        shutil.copy(RunFolder(Path(run)).samples, store / f"{report.name}.png")
+        report, place = report_of(run), RunFolder(Path(run))
+        shutil.copy(place.report, store / f"{report.name}.json")
+        shutil.copy(place.samples, store / f"{report.name}.png")
     reports = [report_of(file) for file in sorted(store.glob("*.json"))]
-    for report in reports:
-        recipe = folder / "recipes" / f"{report.name}.yaml"
-        if recipe.is_file():
-            recipe.write_text(
-                re.sub(r"^# Gave: .*$", gave(report), recipe.read_text(), count=1, flags=re.MULTILINE)
-            )
-    text = page.read_text()
+    page = folder / "README.md"
+    text = page.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{tables(reports)}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{tables(reports)}\n{END}{after}", encoding="utf-8")
+    write_headers(folder / "recipes", reports)
+    plot(reports, store / PLOT)
 
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    put(sys.argv[1:], here, here.parent / "docs" / "evidence" / "results.md")
+    put(sys.argv[1:], Path(__file__).parent)
