@@ -1,8 +1,9 @@
-"""Puts finished runs into the tables of train/README.md: python train/results.py RUN...
+"""Puts finished runs into the tables of docs/evidence/results.md: python train/results.py RUN...
 
 Each run's report.json and samples.png are kept as train/results/NAME.* (earlier ones of the same name are replaced).
-From all that are kept are written anew: the tables between the two markers of train/README.md, one for each teacher;
-the plot train/results/gap_by_time.png; and the line ``Gave:`` that opens each recipe.
+From all that are kept are written anew: what stands between the two markers of that page, for each teacher the best row
+of each method, all other rows, and the commands; the plot train/results/gap_by_time.png; and the line ``Gave:`` that
+opens each recipe.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def tried(report: RunReport) -> str:
     """A link to the heading of LOG.md that tells of a run; empty where there is none."""
     known = (report.name, str(report.teacher_name), report.method)
     heading = next((TRIED[name] for name in known if name in TRIED), None)
-    return f"[tried](../LOG.md#{anchor(heading)})" if heading else ""
+    return f"[tried](../../LOG.md#{anchor(heading)})" if heading else ""
 
 
 def anchor(heading: str) -> str:
@@ -143,11 +144,11 @@ def table(reports: list[RunReport]) -> str:
     full = max(teacher["fd"], key=int)
     first, others = best_of_each_method(reports)
     lines = [
-        f"### Teacher `{reports[0].teacher_name}`",
+        f"## Teacher {reports[0].teacher_name}",
         "",
         f"Suite {reports[0].suite}, {reports[0].n:,} images, guidance {reports[0].guidance:g}. The teacher: "
-        f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance) and {teacher['fd'][full]:.2f} at {full}, "
-        f"CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}. "
+        f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance) and {teacher['fd'][full]:.2f} at "
+        f"{full}, CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}. "
         f"Hardware: {', '.join(sorted({str(report.hardware) for report in reports}))}.",
         "",
         f"| | {HEAD}",
@@ -157,8 +158,7 @@ def table(reports: list[RunReport]) -> str:
     if others:
         lines += [
             "",
-            '<details markdown="1">',
-            f"<summary>All other rows ({len(others)})</summary>",
+            f'<details markdown="1"><summary>All other rows ({len(others)})</summary>',
             "",
             f"| {HEAD}",
             f"{'| --- ' * HEAD.count('|')}|",
@@ -166,11 +166,14 @@ def table(reports: list[RunReport]) -> str:
             "",
             "</details>",
         ]
-    return "\n".join(lines)
+    lines += ["", '<details markdown="1"><summary>Commands as they were given</summary>', ""]
+    lines += ["| run | command |", "| --- | --- |"]
+    lines += [f"| {report.name} | `{report.command}` |" for report in reports]
+    return "\n".join([*lines, "", "</details>"])
 
 
 def tables(reports: list[RunReport]) -> str:
-    """A table for each teacher, that of ``emoji`` first."""
+    """A part for each teacher, that of ``emoji`` first."""
     teachers = sorted({report.teacher_name for report in reports}, key=lambda name: (name != "emoji", name))
     return "\n\n".join(
         table([report for report in reports if report.teacher_name == teacher]) for teacher in teachers
@@ -244,8 +247,8 @@ def report_of(run: str | Path) -> RunReport:
     return report
 
 
-def put(runs: list[str], folder: Path) -> None:
-    """Keeps the runs' reports in ``folder/results`` and writes tables, plot and recipes' headers anew."""
+def put(runs: list[str], folder: Path, page: Path) -> None:
+    """Keeps the runs' reports in ``folder/results`` and writes the tables of ``page`` and the recipes' headers anew."""
     store = folder / "results"
     store.mkdir(exist_ok=True)
     for run in runs:
@@ -253,13 +256,13 @@ def put(runs: list[str], folder: Path) -> None:
         shutil.copy(place.report, store / f"{report.name}.json")
         shutil.copy(place.samples, store / f"{report.name}.png")
     reports = [report_of(file) for file in sorted(store.glob("*.json"))]
-    page = folder / "README.md"
     text = page.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     page.write_text(f"{before}{BEGIN}\n{tables(reports)}\n{END}{after}", encoding="utf-8")
     write_headers(folder / "recipes", reports)
-    plot(reports, store / PLOT)
 
 
 if __name__ == "__main__":
-    put(sys.argv[1:], Path(__file__).parent)
+    here = Path(__file__).resolve().parent
+    put(sys.argv[1:], here, here.parent / "docs" / "evidence" / "results.md")
+    plot([report_of(file) for file in sorted((here / "results").glob("*.json"))], here / "results" / PLOT)

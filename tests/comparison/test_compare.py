@@ -8,6 +8,7 @@ import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -25,6 +26,9 @@ from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import recipe_files
 from stepdistill.training.run_report import RunReport, read_report
+
+TRAIN = Path(__file__).resolve().parents[2] / "train"
+RESULTS = TRAIN.parent / "docs" / "evidence" / "results.md"
 
 
 def write_report(folder: Path, fd: dict[str, float], **changes: object) -> str:
@@ -197,24 +201,31 @@ def test_training_seeds_become_a_mean_with_both_errors(tmp_path: Path) -> None:
     assert (one.seeds, one.deviation, one.fd_error) == (1, {}, 0.3)
 
 
-def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
-    """Each under its own teacher's scores; the shipped reports give the shipped page to the last byte."""
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
     from importlib.util import module_from_spec, spec_from_file_location
 
-    shipped = Path(__file__).resolve().parents[2] / "train"
-    spec = spec_from_file_location("results", shipped / "results.py")
+    spec = spec_from_file_location("results", TRAIN / "results.py")
     assert spec is not None and spec.loader is not None
-    results = module_from_spec(spec)
-    spec.loader.exec_module(results)
-    shutil.copytree(shipped / "results", tmp_path / "results")
-    shutil.copytree(shipped / "recipes", tmp_path / "recipes")
-    page = tmp_path / "results.md"
-    before = (shipped.parent / "docs" / "evidence" / "results.md").read_text()
+    found = sys.modules["results"] = module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_results_have_a_table_for_each_teacher(results: ModuleType, tmp_path: Path) -> None:
+    """Each under its own teacher's scores; the shipped reports give the shipped page and recipes to the last byte."""
+    for folder in ("results", "recipes"):
+        shutil.copytree(TRAIN / folder, tmp_path / folder)
+    page, recipes = tmp_path / "results.md", sorted((tmp_path / "recipes").glob("*.yaml"))
+    before = RESULTS.read_text()
     page.write_text(before)
+    for file in recipes:  # a header that was not written by results.py does not stay
+        file.write_text(file.read_text().replace("# Gave: ", "# Gave: much, "))
     results.put([], tmp_path, page)
     assert page.read_text() == before
-    for recipe in (shipped / "recipes").iterdir():  # what they say that they gave is of the same reports
-        assert (tmp_path / "recipes" / recipe.name).read_text() == recipe.read_text()
+    assert [file.read_text() for file in recipes] == [
+        (TRAIN / "recipes" / f.name).read_text() for f in recipes
+    ]
 
     more = {
         "name": "mine",
@@ -224,19 +235,58 @@ def test_results_have_a_table_for_each_teacher(tmp_path: Path) -> None:
         "commit": "0123456789",
     }
     more |= {"hardware": "a machine", "teacher": {"fd": {"1": 7.5, "25": 2.25}, "clip_score": {"25": 0.5}}}
-    run = write_report(tmp_path / "run", {"2": 3.0}, **more)
+    run = write_report(tmp_path / "run", {"2": 3.0, "4": 2.5}, **more)
     (tmp_path / "run" / "pictures").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "run" / "pictures" / "samples.png")
     results.put([run], tmp_path, page)
     assert page.read_text().startswith(before.split(results.END)[0].rstrip())
     added = page.read_text().split("## Teacher ")[-1]
     assert added.startswith(
-        "other-teacher\n\nSuite emoji@1, 2000 images, guidance 4. The teacher: FD-emoji 7.50 at 1 step (at its better "
-        "guidance), 2.25 at 25; CLIP-emoji 0.500 at 25.\n\n| method | gap closed |"
+        "other-teacher\n\nSuite emoji@1, 2,000 images, guidance 4. The teacher: FD-emoji 7.50 at 1 step (at its "
+        "better guidance) and 2.25 at 25, CLIP-emoji 0.500 at 25. Hardware: a machine.\n\n| | command |"
     )
-    assert "| dmd | **0.500** | 2 | 3.00 |" in added and "`stepdistill train mine` |" in added
-    assert "| mine | dmd | 2 | **0.500** | 3.00 |  | 0.800 (160.0%) |" in added and "_emoji |" not in added
-    assert "| mine | `stepdistill train <b>` | a machine |" in added
+    ranked, folded, commands = added.split("<details")
+    assert "| mine | `stepdistill train <b>` |" in commands
+    assert (
+        "| 1 | `stepdistill train mine` | 4 | 0.625 | 2.50 |  | 0.800 (160.0%) | 0.800 (95.0%) | 1.0 | 1.5 |"
+        in ranked
+    )
+    assert "| `stepdistill train mine` | 2 | 0.500 | 3.00 |" in folded and "_emoji" not in added
+
+
+def test_results_are_of_shipped_recipes_ranked_and_no_run_is_shorter_than_its_training(
+    results: ModuleType, tmp_path: Path
+) -> None:
+    reports = [results.report_of(file) for file in sorted((TRAIN / "results").glob("*.json"))]
+    headings = {
+        line.removeprefix("## ")
+        for line in (TRAIN.parent / "LOG.md").read_text().splitlines()
+        if line.startswith("## ")
+    }
+    assert set(results.TRIED.values()) <= headings
+    assert results.anchor("2026-11-22: TSCD, f-distill, rf++") == "2026-11-22-tscd-f-distill-rf"
+    results.plot(reports, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as drawn, Image.open(TRAIN / "results" / results.PLOT) as shipped:
+        assert drawn.size == shipped.size
+    for report in reports:
+        assert report.name in recipe_files() and results.tried(report)
+        if report.name in results.WENT_ON:
+            source, update = results.WENT_ON[report.name]
+            assert results.whole_run(report) == f"went on from {source}, update {update:,}"
+            assert report.train_seconds > report.wall_seconds  # which is that of the part after it
+        else:
+            assert float(results.whole_run(report)) * 60 >= report.train_seconds - 3
+    first, others = results.best_of_each_method(
+        [report for report in reports if report.teacher_name == "emoji"]
+    )
+    assert [row.gap for row in first] == sorted((row.gap for row in first), reverse=True)
+    assert len({row.report.method for row in first}) == len(first)
+    assert all(
+        any(b.report.method == row.report.method and b.gap >= row.gap for b in first) for row in others
+    )
+    for name, file in recipe_files().items():
+        known = {report.name for report in reports}
+        assert ("\n# Gave: gap closed " if name in known else "\n# Not measured. ") in file.read_text()
 
 
 def test_what_eval_wrote_is_read(tmp_path: Path) -> None:
