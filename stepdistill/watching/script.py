@@ -19,6 +19,7 @@ SCRIPT = """
     if (focus >= 0 && boxes()[focus]) boxes()[focus].focus({preventScroll: true});
     window.scrollTo(window.scrollX, top);
   }
+  const say = () => live.textContent = "Kept up to date every " + seconds + " s.";
   async function look() {
     try {
       const answer = await fetch("?body", {headers: {"If-None-Match": tag}, cache: "no-store"});
@@ -31,12 +32,13 @@ SCRIPT = """
         }
       }
       seconds = Number(answer.headers.get("X-Seconds")) || seconds;
-      live.textContent = "Kept up to date every " + seconds + " s.";
+      say();
     } catch (error) {
       live.textContent = "`stepdistill watch` has ended: this page shows what was last known.";
     }
     setTimeout(look, 1000 * seconds);
   }
+  say();
   setTimeout(look, 1000 * seconds);
 })();
 """
