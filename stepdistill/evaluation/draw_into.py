@@ -13,10 +13,11 @@ import yaml
 from stepdistill.data.texts import rows_sha256
 from stepdistill.errors import UserError
 from stepdistill.evaluation.picture_folder import PictureFolder, saver
-from stepdistill.networks.find import RECIPE, find_pipeline, find_teacher
+from stepdistill.networks.find import find_pipeline, find_teacher
 from stepdistill.networks.own_call import TEACHER_STEPS, own_call, steps_of
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import ALONE, FAILED, Processes
+from stepdistill.system.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ def teacher_of(pipeline: str, steps: int = TEACHER_STEPS) -> Drawer:
         UserError: it is of no run, or its teacher is not to be found.
     """
     place = Path(pipeline).expanduser()
-    run = next((folder for folder in (place, place.absolute().parent) if (folder / RECIPE).is_file()), None)
+    places = (RunFolder(place), RunFolder(place.absolute().parent))
+    run = next((folder for folder in places if folder.recipe.is_file()), None)
     if run is None:
         raise UserError(
-            f"--teacher: {pipeline} is no run folder nor a student in one (there is no {RECIPE}), so its teacher is "
+            f"--teacher: {pipeline} is no run folder nor a student in one (there is no recipe.yaml), so its teacher is "
             "not known: draw the teacher by its own name"
         )
-    recipe: dict[str, Any] = yaml.safe_load((run / RECIPE).read_text("utf-8")) or {}
+    recipe: dict[str, Any] = yaml.safe_load(run.recipe.read_text("utf-8")) or {}
     guidance = (recipe.get("options") or {}).get("guidance")
     size = (recipe.get("data") or {}).get("size")
     told = dict(zip(("height", "width", "num_frames"), size or (), strict=False))

@@ -21,7 +21,7 @@ from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.metrics.own import OwnMetric, load_metric
 from stepdistill.system.emoji import emoji_captions
-from stepdistill.system.shipped import cache_folder, content_folder, suite_files
+from stepdistill.system.shipped import cache_folder, content_folder, suite_file
 
 
 class ReferenceProtocol(BaseModel):
@@ -280,12 +280,7 @@ def load_suite(name_or_path: str | Path | Suite) -> Suite:
     """
     if isinstance(name_or_path, Suite):
         return name_or_path
-    name, shipped = str(name_or_path), suite_files()
-    file = shipped.get(name, Path(name).expanduser())
-    if file.suffix not in (".yaml", ".yml"):
-        raise UserError(f"no suite {name!r} {did_you_mean(name, shipped)}; or give a YAML file")
-    if not file.is_file():
-        raise UserError(f"no suite file {file}; give a YAML file as in eval/suites, or the name of one")
+    file = suite_file(name_or_path)
     try:
         content = yaml.safe_load(file.read_text("utf-8"))
     except yaml.YAMLError as error:

@@ -53,6 +53,18 @@ def load_features(
     return _load(spec, resize, precision, torch.device(device))
 
 
+def check_weights(spec: str) -> None:
+    """The weights of the network that a specification names are here; nothing of them is read.
+
+    Raises:
+        UserError: the specification is unknown, or its file is missing.
+    """
+    if spec.startswith("module:"):
+        load_features(spec)
+    else:
+        _locate(spec)
+
+
 def features_sha256(spec: str) -> str:
     """The ``sha256`` of the network a specification names, without loading it.
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, check_files
 from stepdistill.system.emoji import embedded_teachers, teacher_folder
+from stepdistill.system.run_folder import RunFolder
 
-RECIPE = "recipe.yaml"
-"""In the folder of every run."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -48,13 +47,15 @@ def check_no_runs(name: str | Path) -> None:
         UserError: it is one of them.
     """
     folder = Path(name).expanduser()
-    if (folder / RECIPE).is_file():
+    if RunFolder(folder).recipe.is_file():
         raise UserError(
             f"{name} is a run without a student so far: wait for its end, go on with `stepdistill train --resume "
             f"--output {name}`, or write one with `stepdistill export {name}`"
         )
     runs = sorted(
-        place.name for place in folder.iterdir() if (place / RECIPE).is_file() and not place.is_symlink()
+        place.name
+        for place in folder.iterdir()
+        if RunFolder(place).recipe.is_file() and not place.is_symlink()
     )
     if runs:
         shown = ", ".join(runs[:8]) + ", ..." * (len(runs) > 8)

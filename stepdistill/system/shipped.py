@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from stepdistill.errors import UserError, did_you_mean
+
 Folder = Literal["train", "eval", "pipelines"]
 
 LFS = b"version https://git-lfs"
@@ -46,6 +48,21 @@ def recipe_files() -> dict[str, Path]:
 def suite_files() -> dict[str, Path]:
     """Shipped evaluation suites by name."""
     return {path.stem: path for path in sorted((content_folder("eval") / "suites").glob("*.yaml"))}
+
+
+def suite_file(name: str | Path) -> Path:
+    """The file of a suite: of a shipped name, or the path of a YAML file.
+
+    Raises:
+        UserError: there is no such suite.
+    """
+    shipped = suite_files()
+    file = shipped.get(str(name), Path(name).expanduser())
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"no suite {str(name)!r} {did_you_mean(str(name), shipped)}; or give a YAML file")
+    if not file.is_file():
+        raise UserError(f"no suite file {file}; give a YAML file as in eval/suites, or the name of one")
+    return file
 
 
 def is_lfs_pointer(file: Path) -> bool:

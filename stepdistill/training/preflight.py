@@ -10,10 +10,12 @@ from typing import cast
 from stepdistill.data.captions import read_metadata
 from stepdistill.data.prompts import is_tar, open_prompts
 from stepdistill.errors import UserError
-from stepdistill.networks.find import check_teacher
+from stepdistill.networks.find import check_teacher, local_folder
+from stepdistill.networks.pipeline_files import pipeline_class
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.files import check_folder
 from stepdistill.system.run_folder import RunFolder
+from stepdistill.system.shipped import suite_file
 
 
 def check_recipe(recipe: Recipe, resumed: Path | None = None) -> None:
@@ -51,6 +53,58 @@ def _check_inputs(recipe: Recipe) -> None:
         open_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:
         _check_images(Path(recipe.data.images))
+    if isinstance(recipe.evaluate, str):
+        _check_suite(recipe.evaluate, recipe.teacher)
+
+
+def _check_suite(name: str, teacher: str) -> None:
+    """The suite that a student is measured by at the end of the run is whole, and fits its teacher."""
+    try:
+        suite_file(name)  # a slip of the pen costs no import of torch
+        from stepdistill.errors import MissingWeights
+        from stepdistill.evaluation.suite import load_suite
+        from stepdistill.features.load import check_weights
+
+        suite = load_suite(name)
+        if not (suite.n and suite.resolution):
+            raise UserError(
+                f"suite {suite.label} leaves n or resolution open: it measures images; a student needs both"
+            )
+        suite.prompt_list()
+        suite.reference_file()
+        suite.cmmd_reference_file()
+        missing: list[MissingWeights] = []
+        asked = set(suite.asked(suite.features).values())
+        for network in sorted(asked):
+            try:
+                check_weights(network)
+            except MissingWeights as error:
+                missing.append(error)
+        if len(missing) == len(asked):  # where one is left the others' metrics are left out
+            raise missing[0]
+        folder = local_folder(teacher)
+        kind = folder and pipeline_class(folder)
+        if kind and (reason := _misfit(kind, suite.prompts is not None)) is not None:
+            raise UserError(
+                f"suite {suite.label} {reason}: take another one, true, or false for no evaluation"
+            )
+    except UserError as error:
+        raise UserError(f"evaluate: {error}") from None
+
+
+def _misfit(kind: str, prompts: bool) -> str | None:
+    """Why a suite with or without prompts does not measure what a pipeline of this class draws."""
+    import inspect
+
+    import diffusers
+
+    pipeline = getattr(diffusers, kind, None)
+    if pipeline is None:  # what is said of it when it is loaded says more
+        return None
+    takes = "prompt" in inspect.signature(pipeline.__call__).parameters
+    if takes == prompts:
+        return None
+    return f"has no prompts, from which {kind} draws" if takes else f"has prompts, which {kind} does not take"
 
 
 def check_output(folder: Path, *, resume: bool) -> None:
