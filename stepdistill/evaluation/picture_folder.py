@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
-from stepdistill.system.files import written_whole
+from stepdistill.system.files import check_writable, written_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,8 +53,8 @@ class PictureFolder:
         """
         begun = read_settings(self.folder, SETTINGS)
         refuse_other(self.folder, begun, self.settings)
+        check_writable(self.folder)
         if begun is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / SETTINGS, json.dumps(self.settings, indent=1) + "\n")
 
     def file(self, number: int) -> Path:

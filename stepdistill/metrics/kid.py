@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from stepdistill.metrics.float64 import wide
 from stepdistill.metrics.mmd import KernelDistance, mean_discrepancy
 
 
@@ -27,3 +28,30 @@ def kernel_distance(x: Tensor, y: Tensor, *, gamma: float | None = None, block: 
     """
     scale = 1 / x.shape[1] if gamma is None else gamma
     return mean_discrepancy(x, y, lambda a, b: (scale * a @ b.T + 1).pow(3), block=block)
+
+
+def paired_kernel_distance(x: Tensor, y: Tensor, *, gamma: float | None = None) -> KernelDistance:
+    """The same between features of pairs, which may depend on each other: pictures of one prompt and noise.
+
+    The mean over i != j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) (Gretton et al. 2012, JMLR 13, lemma
+    6): unbiased whatever x_i and y_i have in common, and 0 where all are equal. The standard error is the delete-one
+    jackknife over pairs. It holds [N, N] numbers.
+
+    Args:
+        x, y: features [N, D], N >= 3.
+        gamma: see :func:`kernel_distance`.
+
+    Raises:
+        ValueError: fewer than 3 pairs, or of two numbers.
+    """
+    count = len(x)
+    if count < 3 or len(y) != count:
+        raise ValueError(f"the paired kernel distance needs at least 3 pairs, there are {count} and {len(y)}")
+    x, y = wide(x), wide(y)
+    scale = 1 / x.shape[1] if gamma is None else gamma
+    xx, yy, xy = ((scale * a @ b.T + 1).pow(3) for a, b in ((x, x), (y, y), (x, y)))
+    rows = (xx + yy - xy - xy.T).fill_diagonal_(0).sum(1)  # [N]
+    whole = rows.sum()
+    without = (whole - 2 * rows) / ((count - 1) * (count - 2))  # [N]
+    error = ((count - 1) * without.var(correction=0)).sqrt()
+    return KernelDistance(float(whole / (count * (count - 1))), float(error))

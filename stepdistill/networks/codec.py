@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, TypeVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.families.base import Family
-from stepdistill.families.condition import Condition
+from stepdistill.families.condition import Condition, joined
 from stepdistill.families.size import Size
 
 Part = Literal["text", "vae"]
@@ -86,6 +86,35 @@ class Codec:
         finally:
             for part in away:
                 part.to("cpu")
+
+
+@dataclass(frozen=True)
+class Encoded(Codec):
+    """A codec that has encoded some prompts already: text encoders do not come to the device for each picture.
+
+    Attributes:
+        known: conditions (B = 1) of those prompts.
+    """
+
+    known: Mapping[str, Condition]
+
+    @staticmethod
+    def of(codec: Codec, prompts: Sequence[str], batch: int = 16) -> Encoded:
+        """The codec, with these prompts encoded, ``batch`` at a time."""
+        texts, known = list(dict.fromkeys(prompts)), dict[str, Condition]()
+
+        def encode() -> None:
+            for first in range(0, len(texts), batch):
+                some = texts[first : first + batch]
+                found = codec.family.encode(codec.pipe, some, codec.size)
+                known.update((text, found.rows(slice(i, i + 1))) for i, text in enumerate(some))
+
+        with torch.no_grad():
+            codec._in_place(encode)
+        return Encoded(codec.pipe, codec.family, codec.size, codec.device, known)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        return joined([self.known[prompt] for prompt in prompts])
 
 
 def _device(network: nn.Module) -> torch.device:

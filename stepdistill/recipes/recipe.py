@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.messages import explain, source_prefix
 from stepdistill.recipes.sections import (
+    AgainstTeacherOptions,
     DataOptions,
     ExportOptions,
     Section,
@@ -38,7 +39,8 @@ class Recipe(Section):
         method: a method's name, or ``./file.py`` with one.
         options: the method's own options; ``methods.method_options`` checks them.
         terms: what is added to any method's loss.
-        evaluate: False for no evaluation, True for the teacher's own suite, or a suite's name.
+        evaluate: False for no evaluation, True for that of the teacher: of an embedded one its suite, of any other
+            ``against_teacher``; or a suite's name.
         output: run folder; None lets the command line choose one under runs/.
     """
 
@@ -52,6 +54,7 @@ class Recipe(Section):
     train: TrainOptions = TrainOptions()
     export: ExportOptions = ExportOptions()
     evaluate: bool | str = True
+    against_teacher: AgainstTeacherOptions = AgainstTeacherOptions()
     output: str | None = None
 
     @model_validator(mode="after")

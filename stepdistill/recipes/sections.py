@@ -266,6 +266,33 @@ class TermOptions(Section):
         return frozenset(pairs | ({"images"} if self.gan_weight else set()))
 
 
+class AgainstTeacherOptions(Section):
+    """What ``evaluate: true`` measures of a teacher of your own: the student against the teacher's own pictures of the
+    same prompts and noises, drawn once and kept in the cache. See stepdistill/evaluation/against_teacher.py.
+
+    Attributes:
+        pictures: how many of each; None is 64, or 256 of 256 x 256 pixels or fewer, or 16 videos.
+        steps: of the teacher's pictures.
+        features: the network of the distances, such as ``clip:FOLDER``, ``dinov2:FOLDER`` or ``inception``; ``auto``
+            takes a CLIP, DINOv2 or Inception that lies in the Hub's cache or where FID's tools keep theirs, or else the
+            embedded network, which sees 32 x 32 pixels.
+        texts: the network of the CLIP score, ``clip:FOLDER``; ``auto`` takes one that lies in the Hub's cache, and
+            leaves the score out where there is none, as ``none`` does.
+    """
+
+    pictures: Annotated[int, Field(ge=4)] | None = None
+    steps: _Positive = 25
+    features: str = "auto"
+    texts: str = "auto"
+
+    @field_validator("texts")
+    @classmethod
+    def _has_texts(cls, name: str) -> str:
+        if name not in ("auto", "none", "emoji") and not name.startswith("clip:"):
+            raise ValueError(f"{name} has no texts: give clip:FOLDER, auto or none")
+        return name
+
+
 class ExportOptions(Section):
     """What a student's folder holds.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepdistill.attention.kernels import check_attention, fit_attention, told
 from stepdistill.data.batches import Data
+from stepdistill.data.held_out import hold_out
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import open_prompts
 from stepdistill.data.training_images import EmbeddedImages, Images, find_images
@@ -75,6 +76,7 @@ class Assembled:
         objective: the method with the recipe's terms.
         sampler: how the student draws, on the exported scheduler's grid.
         prompts: all that it learns from; of a file, read where they lie.
+        held_out: prompts of that file that it does not learn from; empty where they are too few.
         buckets: the sizes that images are brought to, the teacher's own first; None brings all to that.
         changes: what was changed in the teacher when it was taken.
         embedded: whether the teacher ships with the package.
@@ -93,6 +95,7 @@ class Assembled:
     objective: Objective
     sampler: Sampler
     prompts: Sequence[str]
+    held_out: list[str]
     buckets: list[Size] | None
     changes: list[str]
     embedded: bool
@@ -168,7 +171,11 @@ def assemble(
         )
     if teacher.null is None and teacher.denoiser.guidance is None:
         options = _without_guidance(options, recipe)
-    prompts = _prompts(recipe, teacher, embedded)
+    held_out, prompts = _prompts(recipe, teacher, embedded)
+    if main and held_out:
+        say(
+            f"data.prompts: {len(held_out)} of {len(held_out) + len(prompts)} are held out, to measure the student by"
+        )
     buckets = buckets_for(recipe, options, teacher, needs) if recipe.data.buckets else None
     for remark in cut_prompts(teacher.pipe, prompts) if main else ():
         say(remark)
@@ -227,6 +234,7 @@ def assemble(
         objective=objective,
         sampler=sampler,
         prompts=prompts,
+        held_out=held_out,
         buckets=buckets,
         changes=changes,
         embedded=embedded,
@@ -244,13 +252,15 @@ def _without_guidance(options: MethodOptions, recipe: Recipe) -> MethodOptions:
     return options.model_copy(update={"guidance": 1.0})
 
 
-def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> Sequence[str]:
+def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[list[str], Sequence[str]]:
+    """Those that are held out, and those to learn from."""
     if recipe.data.prompts is not None:
-        return open_prompts(Path(recipe.data.prompts))
+        prompts = open_prompts(Path(recipe.data.prompts))
+        return ([], prompts) if embedded else hold_out(prompts)
     if embedded:
-        return emoji_captions()
+        return [], emoji_captions()
     if isinstance(teacher.family, LabelFamily):
-        return [str(label) for label in range(max(1, teacher.family.classes(teacher.pipe)))]
+        return [], [str(label) for label in range(max(1, teacher.family.classes(teacher.pipe)))]
     raise UserError(f"{recipe.teacher} draws from prompts: give a text file with one a line in data.prompts")
 
 

@@ -134,6 +134,7 @@ def _run(
     from stepdistill.training.parallel import parallel_of
     from stepdistill.training.previews import Previews
     from stepdistill.training.run import check_resume
+    from stepdistill.training.scores import against_teacher
     from stepdistill.training.tracking import Tracking, check_tracker
 
     recipe, place = resolved.recipe, RunFolder(output)
@@ -155,6 +156,12 @@ def _run(
     if status:
         place.begin()
         place.recipe.write_text(resolved_yaml(resolved), encoding="utf-8")
+    against = against_teacher(run)
+    if against is not None:  # before encoders leave the device
+        if status:
+            status.tell("preparing", "drawing the teacher's pictures that the student is measured against")
+        against.prepare(parallel.processes)
+    if status:
         status.tell("preparing", "reading prompts and images, drawing pairs")
     data = training_data(run, output)
     preview = None
@@ -190,7 +197,7 @@ def _run(
             parallel.gather([each.net for each in (*students, run.teacher.denoiser)])
         trained = replace(trained, ema=None)
     accelerator.wait_for_everyone()
-    report = finish(run, output, trained, status) if status else None
+    report = finish(run, output, trained, status, against) if status else None
     if tracking:
         tracking.end(report)
     accelerator.wait_for_everyone()

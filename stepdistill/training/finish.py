@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
-from typing import Any
 
-from stepdistill.errors import UserError
-from stepdistill.evaluation.evaluate import evaluate
-from stepdistill.evaluation.scores import by_metric
-from stepdistill.evaluation.suite import load_suite
-from stepdistill.evaluation.teacher_scores import gap_closed, teacher_scores
+from stepdistill.evaluation.against_teacher import AgainstTeacher
 from stepdistill.export.card import for_folder
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
 from stepdistill.networks.own_call import TEACHER_STEPS
 from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
 from stepdistill.pages.sheets import png_of_rows
-from stepdistill.system.log import read_stats, say
+from stepdistill.system.log import read_stats
 from stepdistill.system.memory import peak_memory
 from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.training.assemble import Assembled
@@ -27,10 +21,18 @@ from stepdistill.training.health import Vitals, health_of
 from stepdistill.training.report import score_table, write_report
 from stepdistill.training.run import Finished
 from stepdistill.training.run_report import RunReport
+from stepdistill.training.scores import student_scores
 
 
-def finish(run: Assembled, output: Path, trained: Finished, status: RunStatus) -> RunReport:
-    """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any."""
+def finish(
+    run: Assembled,
+    output: Path,
+    trained: Finished,
+    status: RunStatus,
+    against: AgainstTeacher | None = None,
+) -> RunReport:
+    """Exports, verifies, evaluates, draws and reports, with the averaged weights where there are any; ``against`` has
+    the teacher's pictures where the student is measured against them."""
     recipe, device, starts = run.recipe, run.accelerator.device, trained.starts
     with averaged(trained.ema):
         status.tell("finishing", "exporting the student")
@@ -38,7 +40,8 @@ def finish(run: Assembled, output: Path, trained: Finished, status: RunStatus) -
         status.tell("finishing", "drawing its pictures again with plain diffusers")
         proof = verify(output / "student")
         status.tell("finishing", "measuring")
-        scores = _scores(run, output / "student")  # before the time and the memory that it takes are read
+        # Before the time and the memory that it takes are read.
+        scores = student_scores(run, output / "student", against)
         wall, memory = time.perf_counter() - run.began, peak_memory(device)
         status.tell("finishing", "drawing samples")
         drawn, teachers = _samples(run, RunFolder(output).samples)
@@ -66,56 +69,6 @@ def finish(run: Assembled, output: Path, trained: Finished, status: RunStatus) -
     (output / "student" / "README.md").write_text(text, encoding="utf-8")
     write_report(output, report)
     return report
-
-
-def _scores(run: Assembled, student: Path) -> dict[str, Any]:
-    """Teacher and student on the recipe's suite, as report.json has them; empty where there is no suite."""
-    wanted = run.recipe.evaluate
-    if wanted is False or (wanted is True and not run.embedded):
-        return {"suite": None, "n": 0, "student": {"fd": {}, "clip_score": {}}}
-    suite = load_suite("emoji" if wanted is True else str(wanted))
-    counts, guidance = run.sampler.step_counts, run.options.guidance
-    drawn = evaluate(
-        student,
-        suite,
-        steps=counts,
-        guidance=run.sampler.guidance,
-        device=run.accelerator.device,
-        eta=run.sampler.gamma or None,
-    )
-    asked = sorted({1, *counts, suite.teacher_steps})
-    guided = teacher_scores(run.source, suite, steps=asked, guidance=guidance, device=run.accelerator.device)
-    plain = teacher_scores(run.source, suite, steps=1, guidance=1.0, device=run.accelerator.device)
-    # The teacher at one step is taken at its better guidance, so that the gap is not flattered.
-    best = min(guided[1], plain[1], key=lambda scores: math.inf if scores.fd is None else scores.fd)
-    teachers = {**guided, 1: best}
-    full = guided[suite.teacher_steps]
-    try:
-        gaps = {
-            str(k): gap_closed(v.fd, best.fd, full.fd)
-            for k, v in drawn.scores.items()
-            if not (v.fd is None or best.fd is None or full.fd is None)
-        }
-    except UserError as error:  # every other number stands all the same
-        gaps = {}
-        say(f"gap closed is left out: {error}")
-    return {
-        "suite": suite.label,
-        "n": suite.n,
-        "metrics": dict(drawn.metrics),
-        "better": dict(drawn.better),
-        "protocol": dict(drawn.protocol),
-        "guidance": guidance,
-        "teacher": by_metric(teachers),
-        "student": by_metric(drawn.scores),
-        "gap_closed": gaps,
-        # Of the teacher at full steps; a student below 0.9 of it has lost some of what the teacher draws.
-        "recall_of_teachers": {
-            str(k): v.recall / full.recall
-            for k, v in drawn.scores.items()
-            if v.recall is not None and full.recall
-        },
-    }
 
 
 def _samples(run: Assembled, file: Path) -> tuple[Vitals, Vitals]:

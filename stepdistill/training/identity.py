@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.recipes.sections import ExportOptions, TrainOptions
+from stepdistill.recipes.sections import AgainstTeacherOptions, ExportOptions, TrainOptions
 
 if TYPE_CHECKING:
     from stepdistill.losses.contract import Method, MethodOptions
@@ -24,8 +24,9 @@ def identity(recipe: Recipe) -> Recipe:
     free = {name: getattr(plain, name) for name in (*names, "preview_every", "tracker")}
     train_options = recipe.train.model_copy(update=free)
     data = recipe.data.model_copy(update={"damaged": "refuse"})
-    same = {"output": None, "evaluate": True, "data": data, "export": ExportOptions(), "train": train_options}
-    return recipe.model_copy(update=same)
+    same = {"output": None, "data": data, "export": ExportOptions(), "train": train_options}
+    measured = {"evaluate": True, "against_teacher": AgainstTeacherOptions()}
+    return recipe.model_copy(update={**same, **measured})
 
 
 @dataclass(frozen=True)

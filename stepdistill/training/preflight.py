@@ -13,6 +13,8 @@ from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher, local_folder
 from stepdistill.networks.pipeline_files import pipeline_class
 from stepdistill.recipes.recipe import Recipe
+from stepdistill.recipes.sections import AgainstTeacherOptions
+from stepdistill.system.emoji import embedded_teachers
 from stepdistill.system.files import check_folder
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.system.shipped import suite_file
@@ -55,6 +57,20 @@ def _check_inputs(recipe: Recipe) -> None:
         _check_images(Path(recipe.data.images))
     if isinstance(recipe.evaluate, str):
         _check_suite(recipe.evaluate, recipe.teacher)
+    elif recipe.evaluate and recipe.teacher not in embedded_teachers():
+        _check_networks(recipe.against_teacher)
+
+
+def _check_networks(options: AgainstTeacherOptions) -> None:
+    """The networks that a student is measured in at the end of the run are here, where the recipe names them."""
+    for key, name in (("features", options.features), ("texts", options.texts)):
+        if name not in ("auto", "none"):
+            from stepdistill.features.load import check_weights
+
+            try:
+                check_weights(name)
+            except UserError as error:
+                raise UserError(f"against_teacher.{key}: {error}") from None
 
 
 def _check_suite(name: str, teacher: str) -> None:

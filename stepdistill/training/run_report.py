@@ -109,6 +109,8 @@ class Measured(BaseModel):
         teacher_name: the teacher, as the recipe gave it.
         guidance: the teacher's guidance scale.
         suite, n: protocol and number of images; None and 0 where nothing was evaluated.
+        against: what the scores are measured against: ``real images`` or ``the teacher's pictures``.
+        remarks: how the scores are to be read, in sentences.
         metrics: what the distances and cosines are called in that protocol.
         better: of your own metrics, by name: which values are better.
         protocol: everything that a number depends on.
@@ -132,6 +134,8 @@ class Measured(BaseModel):
     guidance: float | None = None
     suite: str | None
     n: int
+    against: str | None = None
+    remarks: list[str] = Field(default_factory=list)
     metrics: dict[str, Any] = Field(default_factory=dict)
     better: dict[str, Literal["lower", "higher"]] = Field(default_factory=dict)
     protocol: dict[str, Any] = Field(default_factory=dict)

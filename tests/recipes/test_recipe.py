@@ -76,7 +76,9 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
 
 
 KEYS_OF_STUDENT = "times, lora_rank, base, lora_alpha, output, output_samples, output_updates, output_lr"
-KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, export, evaluate, output"
+KEYS_OF_RECIPE = (
+    "teacher, family, method, options, terms, student, data, train, export, evaluate, against_teacher, output"
+)
 
 
 @pytest.mark.parametrize(

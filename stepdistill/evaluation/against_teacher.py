@@ -1,0 +1,338 @@
+"""A student measured against its teacher's own pictures: what can be measured of every teacher, without real images.
+
+Student and teacher draw the same prompts from the same noises. The Frechet and the kernel distance compare the two sets
+of pictures, which say nothing of real images: a student that draws what its teacher draws is at 0. The paired distances
+compare picture with picture, and need no large number of them; a student of a method that matches distributions (DMD,
+SiD and others) may well draw another picture of the same prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.evaluation.extraction import Extraction
+from stepdistill.evaluation.measure import ERRORS, measure
+from stepdistill.evaluation.reference_files import Reference
+from stepdistill.evaluation.rows import RowTable
+from stepdistill.evaluation.scores import REPORTED
+from stepdistill.evaluation.suite import Suite
+from stepdistill.evaluation.suite_identity import without_folder
+from stepdistill.evaluation.teacher_pictures import TeacherPictures, batches
+from stepdistill.evaluation.teacher_scores import gap_closed
+from stepdistill.families.kinds import LabelFamily
+from stepdistill.features.at_hand import images_at_hand, texts_at_hand
+from stepdistill.features.load import features_sha256
+from stepdistill.features.network import FeatureNetwork
+from stepdistill.metrics.frechet import Moments, frechet_distance_of_features
+from stepdistill.metrics.intervals import of_mean
+from stepdistill.metrics.kid import paired_kernel_distance
+from stepdistill.networks.codec import Encoded
+from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
+from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.student import Student
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.sections import AgainstTeacherOptions
+from stepdistill.system.log import bar, say
+from stepdistill.system.processes import ALONE, Processes
+
+AGAINST = "the teacher's pictures"
+"""What such scores are measured against, as report.json says it."""
+LABEL = "against-teacher@1"
+FIRST_SEED = 2_000_000
+PAIRED = ("paired_distance", "paired_distance_se", "paired_rmse", "paired_rmse_se")
+
+
+class AgainstTeacher:
+    """The protocol of one run: which pictures, in which networks.
+
+    Args:
+        teacher: the run's.
+        guidance: the scale that the student learnt.
+        counts: the student's step counts.
+        prompts: what is drawn, spread evenly over them and from the start again where they are fewer than the pictures.
+        held_out: whether the student learnt from none of them.
+        options: how many pictures, how many steps, which networks.
+    """
+
+    def __init__(
+        self,
+        teacher: PipelineTeacher,
+        guidance: float,
+        counts: Sequence[int],
+        prompts: Sequence[str],
+        *,
+        held_out: bool,
+        options: AgainstTeacherOptions,
+    ) -> None:
+        self.teacher, self.guidance, self.held_out = teacher, guidance, held_out
+        self.counts, self.full = sorted(counts), options.steps
+        self.count = options.pictures or default_count(teacher)
+        different = min(self.count, len(prompts))
+        self.prompts = [prompts[i % different * len(prompts) // different] for i in range(self.count)]
+        self.different = len(set(self.prompts))
+        self.seeds = range(FIRST_SEED, FIRST_SEED + self.count)
+        labels = isinstance(teacher.family, LabelFamily)
+        self.features = images_at_hand() if options.features == "auto" else options.features
+        texts = None if labels or options.texts == "none" else options.texts
+        if texts == "auto":
+            texts = self.features if self.features.startswith("clip:") else texts_at_hand()
+        self.texts = texts
+        weights = teacher.fingerprint()
+
+        def pictures(steps: int, scale: float) -> TeacherPictures:
+            return TeacherPictures(teacher, weights, self.prompts, self.seeds, steps, scale)
+
+        self.reference = pictures(self.full, guidance)
+        self.few = {steps: pictures(steps, guidance) for steps in sorted({1, *counts} - {self.full})}
+        # The teacher at one step is taken at its better guidance, so that the gap is not flattered.
+        self.plain = pictures(1, 1.0) if guidance != 1 and self.full > 1 else None
+
+    @property
+    def _sets(self) -> list[TeacherPictures]:
+        return [self.reference, *self.few.values(), *([self.plain] if self.plain else [])]
+
+    def prepare(self, processes: Processes = ALONE) -> None:
+        """Draws the teacher's pictures that are not in the cache, and says before what that takes.
+
+        Args:
+            processes: who share the work; all of them must call this.
+        """
+        missing = {each: len(each.pictures.missing()) for each in self._sets}
+        if processes.main:
+            for line in self.plan(missing):
+                say(line)
+        shown = processes.main and any(missing.values())
+        own = -(-sum(missing.values()) // processes.count)
+        with bar(own, "teacher's pictures", unit="image", shown=shown) as moving:
+            for each in self._sets:
+                each.draw(moving.update, processes)
+
+    def plan(self, missing: Mapping[TeacherPictures, int]) -> list[str]:
+        """What is measured, and what it takes, in sentences.
+
+        Args:
+            missing: how many pictures of each set are to be drawn.
+        """
+        size = self.teacher.size
+        kind = (
+            "held out of training"
+            if self.held_out
+            else "of training, from other seeds (too few to hold some out)"
+        )
+        lines = [
+            f"evaluate: the student against {self.count} pictures of the teacher ({self.full} steps, guidance "
+            f"{self.guidance:g}) of {self.different} prompts {kind}"
+        ]
+        samples = sum(count * each.samples for each, count in missing.items())
+        if samples:
+            counts = ", ".join(f"{count} in {each.steps}" for each, count in missing.items() if count)
+            lines.append(
+                f"evaluate: the teacher draws first {counts} steps at {size.height} x {size.width} pixels, {samples:,} "
+                f"network samples in all, once: they are kept in {self.reference.pictures.folder.parent}"
+            )
+        return lines
+
+    def scores(self, student: Student, samplers: Mapping[int, Sampler]) -> dict[str, Any]:
+        """The student's scores beside the teacher's, as report.json has them.
+
+        Args:
+            student: with the weights that were exported.
+            samplers: how it draws, by step count.
+
+        Raises:
+            UserError: a feature network is missing, or what was drawn has NaN or Inf.
+        """
+        extraction = Extraction(self._suite(), self.teacher.device)
+        network = extraction.network
+        assert network is not None  # the suite's one network; where it is missing Extraction raises
+        full = self._rows(extraction, self.reference.read())
+        reference = _reference_of(full, self.reference.sha256)
+        found: dict[str, dict[int, dict[str, float | None]]] = {"teacher": {}, "student": {}}
+
+        def compared(drawn: _Pictures) -> dict[str, float | None]:
+            rows = self._rows(extraction, drawn)
+            values = measure(rows, extraction.suite, network, reference, self.teacher.device).values()
+            return {**values, **_paired(rows, full, network)}
+
+        for steps, each in self.few.items():
+            found["teacher"][steps] = compared(each.read())
+        if self.plain is not None:
+            plain = compared(self.plain.read())
+            found["teacher"][1] = min(found["teacher"][1], plain, key=_distance)
+        clip = of_mean(full.whole("clip_score")) if "clip_score" in full else None
+        found["teacher"][self.full] = {"fd": 0.0, **dict.fromkeys(PAIRED, 0.0)}
+        if clip is not None:
+            found["teacher"][self.full] |= {"clip_score": clip.value, "clip_score_se": clip.standard_error}
+        for steps in self.counts:
+            began = time.perf_counter()
+            drawn = list(self._drawn(student, samplers[steps]))
+            seconds = (time.perf_counter() - began) / self.count
+            found["student"][steps] = {**compared(drawn), "seconds_per_image": seconds}
+        try:
+            one = _distance(found["teacher"][1])
+            gaps = {str(k): gap_closed(_distance(v), one, 0.0) for k, v in found["student"].items()}
+        except UserError as error:
+            gaps = {}
+            say(f"gap closed is left out: {error}")
+        clip_network = extraction.network_of("clip_score")
+        return {
+            "suite": LABEL,
+            "n": self.count,
+            "against": AGAINST,
+            "metrics": {
+                "fd": network.fd_name,
+                "clip_score": clip_network.clip_name if clip_network else None,
+            },
+            "protocol": self._protocol(network),
+            "remarks": self._remarks(network, full.whole("features")),
+            "guidance": self.guidance,
+            "teacher": _by_metric(found["teacher"]),
+            "student": _by_metric(found["student"]),
+            "gap_closed": gaps,
+        }
+
+    def _suite(self) -> Suite:
+        """The metrics; its prompts and its reference are the run's."""
+        texts = self.texts
+        return Suite(
+            name="against-teacher", version=1, n=self.count, prompts="emoji" if texts else None, resolution=0,
+            features=self.features, kid=False, neighbours=0, clip_score=texts is not None,
+            clip_network=None if texts == self.features else texts, reference="", teacher_steps=self.full,
+            intervals=True,
+        )  # fmt: skip
+
+    def _drawn(self, student: Student, sampler: Sampler) -> _Pictures:
+        codec = Encoded.of(self.teacher.codec, self.prompts)
+        for rows in batches(range(self.count), self.teacher):
+            prompts, seeds = [self.prompts[i] for i in rows], [self.seeds[i] for i in rows]
+            drawn = draw_as_pipeline(student, sampler, codec, prompts, seeds)
+            if not drawn.isfinite().all():
+                raise UserError(f"evaluate: the student drew NaN or Inf for one of {prompts} (seeds {seeds})")
+            yield rows, to_uint8(drawn)
+
+    def _rows(self, extraction: Extraction, drawn: _Pictures) -> _Held:
+        """Rows of pictures in their order, and the pictures' own pixels."""
+        found: dict[str, list[Tensor]] = {}
+        for numbers, pixels in drawn:
+            prompts = [self.prompts[i] for i in numbers] if self.texts else None
+            rows = {**extraction(pixels, prompts), "pixels": pixels}
+            for name, value in rows.items():
+                found.setdefault(name, []).append(value.cpu())
+        return _Held({name: torch.cat(some) for name, some in found.items()})
+
+    def _protocol(self, network: FeatureNetwork) -> dict[str, str]:
+        """All that the numbers depend on: two runs compare only where it is equal."""
+        size = self.teacher.size
+        told = {
+            "against": AGAINST,
+            "prompts": f"{self.different}, {'held out of training' if self.held_out else 'of training'}",
+            "seeds": f"picture i: torch.Generator('cpu').manual_seed({FIRST_SEED} + i)",
+            "teacher_steps": str(self.full),
+            "guidance": f"{self.guidance:g}",
+            "size": f"{size.height} x {size.width}" + f" x {size.frames}" * (size.frames > 1),
+            "features": without_folder(network.name),
+            "features_sha256": network.sha256,
+            "resize": network.resize,
+            "precision": network.precision,
+            "reference_sha256": self.reference.sha256,
+            "standard_errors": ERRORS,
+        }
+        if self.texts is not None:
+            told |= {"clip_network": without_folder(self.texts), "clip_sha256": features_sha256(self.texts)}
+        own = json.dumps([LABEL, self.count, self.prompts, told], sort_keys=True)
+        return {**told, "suite_sha256": hashlib.sha256(own.encode()).hexdigest()}
+
+    def _remarks(self, network: FeatureNetwork, features: Tensor) -> list[str]:
+        """How the numbers are to be read, in sentences."""
+        halves = frechet_distance_of_features(features[0::2], Moments.of(features[1::2])) * network.fd_scale
+        apart = (1 - F.cosine_similarity(features, features.roll(1, 0))).mean()
+        found = [
+            f"Measured against {AGAINST} ({self.full} steps), not against real images: 0 is what the teacher draws.",
+            f"FD of so few pictures ({self.count}, in {network.dimension} features) is too large by what depends on "
+            "their number: compare it at equal n, and read KID, which is not. For scale: the two halves of the "
+            f"teacher's pictures are FD {halves:.3g} apart.",
+            "Paired distance: 1 - cosine of the features of the student's and the teacher's picture of one prompt and "
+            "noise; paired RMSE: of their pixels in [0, 1]. For scale: the teacher's pictures of different prompts "
+            f"are {apart:.3g} apart. A method that matches distributions (DMD, SiD) may draw another picture of a "
+            "prompt.",
+        ]
+        if self.features == "emoji":
+            found.append(
+                "The embedded network sees pictures at 32 x 32 pixels, layout and colours but no detail: set "
+                "against_teacher.features=clip:FOLDER, dinov2:FOLDER or inception for more."
+            )
+        if not self.held_out:
+            found.append(
+                "The student learnt from the prompts that are measured: they are too few to hold some out."
+            )
+        return found
+
+
+_Pictures = Iterable[tuple[list[int], Tensor]]
+"""Numbers of pictures, and the pictures uint8 [B, 3, H, W]."""
+
+
+class _Held(RowTable):
+    """Rows in memory."""
+
+    def __init__(self, rows: Mapping[str, Tensor]) -> None:
+        self._rows, self.count = rows, len(next(iter(rows.values())))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        yield self._rows[name]
+
+
+def default_count(teacher: PipelineTeacher) -> int:
+    """Pictures where the recipe gives no number: 64, or 256 of 256 x 256 pixels or fewer, or 16 videos."""
+    size = teacher.size
+    return 16 if size.frames > 1 else 256 if size.height * size.width <= 256 * 256 else 64
+
+
+def _reference_of(rows: RowTable, sha256: str) -> Reference:
+    features = rows.whole("features")
+    return Reference(Moments.of(features), features, {}, sha256)
+
+
+def _paired(drawn: RowTable, teachers: RowTable, network: FeatureNetwork) -> dict[str, float | None]:
+    """Distances of the pictures of the same numbers: of both sets by a kernel, which counts no picture with its own
+    other; and of the pairs, in features, and of pixels in [0, 1]."""
+    own, others = drawn.whole("features"), teachers.whole("features")
+    kernel = paired_kernel_distance(own, others, gamma=network.kernel_scale)
+    found: dict[str, float | None] = {"kid": kernel.value, "kid_se": kernel.standard_error}
+    pairs = zip(drawn.whole("pixels"), teachers.whole("pixels"), strict=True)
+    pixels = torch.stack([((a.float() - b.float()) / 255).square().mean().sqrt() for a, b in pairs])  # [N]
+    apart = 1 - F.cosine_similarity(own, others)  # [N]
+    for name, values in (("paired_distance", apart), ("paired_rmse", pixels)):
+        interval = of_mean(values)
+        found |= {name: interval.value, f"{name}_se": interval.standard_error}
+    return found
+
+
+def _distance(scores: Mapping[str, float | None]) -> float:
+    distance = scores["fd"]
+    return math.inf if distance is None else distance
+
+
+def _by_metric(scores: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each score by step count; one that no step count has is left out, but for FD and CLIP score."""
+    table = {
+        name: {str(steps): found.get(name) for steps, found in sorted(scores.items())}
+        for name in (*REPORTED, *PAIRED)
+    }
+    kept = ("fd", "clip_score")
+    return {
+        name: row for name, row in table.items() if name in kept or any(v is not None for v in row.values())
+    }
