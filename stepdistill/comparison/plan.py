@@ -196,7 +196,6 @@ def check_entry(entry: Entry) -> None:
     Raises:
         UserError: something is not, of the recipe named first.
     """
-    from stepdistill.evaluation.suite import load_suite
     from stepdistill.families import known_family
     from stepdistill.families.kinds import LabelFamily
     from stepdistill.networks.find import local_folder
@@ -214,10 +213,6 @@ def check_entry(entry: Entry) -> None:
             family = known_family(pipeline_class(folder))
             if family is not None and not isinstance(family, LabelFamily):
                 raise UserError(f"{recipe.teacher} draws from prompts: add --set data.prompts=FILE")
-        if isinstance(recipe.evaluate, str):
-            suite = load_suite(recipe.evaluate)
-            suite.reference_file()
-            suite.prompt_list()
     except UserError as error:
         raise UserError(f"{entry.name}: {error}") from None
 

@@ -193,6 +193,7 @@ class AgainstTeacher:
                 "fd": network.fd_name,
                 "clip_score": clip_network.clip_name if clip_network else None,
             },
+            "better": {"paired_distance": "lower", "paired_rmse": "lower"},
             "protocol": self._protocol(network),
             "remarks": self._remarks(network, full.whole("features")),
             "guidance": self.guidance,

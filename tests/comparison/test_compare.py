@@ -399,7 +399,7 @@ def test_what_would_fail_is_said_before_the_first_run(tmp_path: Path) -> None:
     assert planning.plan("lcm", "emoji").remarks == ("lcm takes lcm_emoji",)
     for said, methods, sets in (
         ("lcm_emoji: .*draws from prompts: add --set data.prompts=FILE", "lcm", []),
-        ("tcd_emoji: no suite 'emojy' .did you mean emoji", "tcd", [*given, "evaluate=emojy"]),
+        ("tcd_emoji: evaluate: no suite 'emojy' .did you mean emoji", "tcd", [*given, "evaluate=emojy"]),
         ("nothing would be measured: evaluate is false in lcm_emoji", "lcm", [*given, "evaluate=false"]),
         ("lcm_emoji: .*skipp", "lcm", [*given, "options.skipp=3"]),
     ):

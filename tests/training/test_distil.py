@@ -15,6 +15,7 @@ from PIL import Image, ImageChops
 from tiny import SIZES, tiny_pipeline, tiny_teacher
 
 import stepdistill
+from stepdistill.comparison.ranking import rank
 from stepdistill.errors import UserError
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.export.student_folder import check_export
@@ -109,8 +110,10 @@ def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(na
         assert picture.size == (size.width * (3 if name == "wan" else 1), size.height)
 
 
-def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path, prompts):
-    """SD3 folder, own prompts, two Euler steps: student verified, every file of the run there and readable."""
+def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path, prompts, monkeypatch):
+    """SD3 folder, own prompts, two Euler steps: student verified, measured against the teacher's pictures, every file
+    of the run there and readable."""
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     teacher = saved("sd3", tmp_path / "sd3")
     sets = [
         *SHORT,
@@ -119,9 +122,13 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
         "options.fake_updates=1",
         "student.times=[1.0, 0.5]",
         "options.guidance=2",
+        *("evaluate=true", "against_teacher.pictures=4", "against_teacher.steps=3"),
     ]
     run = stepdistill.distill(teacher=teacher, method="dmd", output=tmp_path / "run", sets=sets)
     assert run.student == tmp_path / "run" / "student"
+    log = (run.folder / "log.txt").read_text()
+    assert "against 4 pictures of the teacher (3 steps, guidance 2) of 4 prompts of training" in log
+    assert "4 in 3, 4 in 1, 4 in 2, 4 in 1 steps at 32 x 32 pixels, 52 network samples in all, once" in log
     assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == (
         "FlowMapEulerDiscreteScheduler"
     )
@@ -157,6 +164,12 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
         "suite n teacher student gap_closed train_seconds peak_memory_bytes command hardware commit versions"
     )
     assert set(needed.split()) <= set(report)
+    assert report["against"] == "the teacher's pictures" and report["guidance"] == 2
+    assert list(report["teacher"]["fd"]) == ["1", "2", "3"] and report["teacher"]["fd"]["3"] == 0
+    assert report["student"]["fd"]["2"] > 0 and report["student"]["paired_rmse"]["2"] > 0
+    assert "they are too few to hold some out" in report["remarks"][-1]
+    (row,) = rank([run.report])
+    assert (row.fd, row.gap_closed) == (report["student"]["fd"]["2"], report["gap_closed"]["2"])
     assert report["peak_memory_bytes"] > 2**26
     page = (run.folder / "report.html").read_text()
     assert (
