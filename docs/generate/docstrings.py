@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 SECTIONS = ("Args", "Attributes", "Class attributes", "Returns", "Yields", "Raises")
-ARXIV = re.compile(r"(?<![\d/.])(\d{4}\.\d{5})(?![\d.])")
+ARXIV = re.compile(r"(?<![\d/.])(\d{4}\.\d{5})(?!\d|\.\d)")
 
 
 def plain(text: str) -> str:
