@@ -79,7 +79,8 @@ def page(root: Path, path: PurePosixPath) -> str:
     text = (root / path).read_text("utf-8")
     if path.suffix == ".md":
         return text
-    return f"# {path.name}\n\n`{path}`\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{text.rstrip()}\n````\n"
+    hidden = "---\nsearch:\n  exclude: true\n---\n"
+    return f"{hidden}# {path.name}\n\n`{path}`\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{text.rstrip()}\n````\n"
 
 
 def relinked(text: str, uri: str) -> str:
