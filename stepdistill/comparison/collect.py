@@ -67,8 +67,9 @@ def short_names(names: Sequence[str], places: Sequence[Path]) -> list[str]:
 
 def write_all(compared: Comparison, folder: Path) -> Path:
     """The page with all pictures: of the students of one teacher on the same prompts, a sheet for each teacher, and
-    those that evaluations kept, a sheet for each size; gives back the page."""
-    from stepdistill.comparison.pictures import draw_students, kept_sheets
+    those that evaluations kept, a sheet for each size; gives back the page. Students are drawn only where the runs'
+    own pictures are not of the same prompts."""
+    from stepdistill.comparison.pictures import common_sheet, draw_students, kept_sheets
 
     by_teacher: dict[tuple[str, float], list[tuple[str, Path]]] = {}
     for report, place in zip(compared.reports, compared.folders, strict=True):
@@ -86,7 +87,7 @@ def write_all(compared: Comparison, folder: Path) -> Path:
     for (teacher, guidance), runs in by_teacher.items():
         title = f"The same prompts and seeds, teacher {Path(teacher).name}, guidance {guidance:g}"
         try:
-            sheets[title] = draw_students(runs, teacher, guidance)
+            sheets[title] = common_sheet(runs) or draw_students(runs, teacher, guidance)
             shown |= {name for name, _ in runs}
         except UserError as error:
             say(f"no common pictures: {error}")

@@ -13,7 +13,10 @@ from typing import Any
 from stepdistill.comparison.ranking import Group, Row, groups
 from stepdistill.comparison.table import SEEDS, filled, not_told_apart
 from stepdistill.pages.html import document, embedded_picture, scrolled, table
+from stepdistill.pages.picture_rows import STYLE as ROWS_STYLE
+from stepdistill.pages.picture_rows import picture_rows
 from stepdistill.pages.plots import Scale, Series, line_plot
+from stepdistill.pages.sheets import read_sheet
 from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import Measured
@@ -21,7 +24,6 @@ from stepdistill.training.run_report import Measured
 _STYLE = (
     "table.numbers td:nth-child(2),table.numbers th:nth-child(2){text-align:left}"
     "table.numbers td:first-child{position:sticky;left:0;background:var(--paper)}"
-    ".sheet img{max-width:none}"
 )
 ABOUT_RUNS = (
     " Gap closed: 0 is the teacher with one step, 1 the teacher with all of its steps. Recall in brackets: over that "
@@ -160,7 +162,7 @@ def html_page(comparison: Comparison) -> str:
         _section(report, folder, report.name in comparison.drawn)
         for report, folder in zip(reports, comparison.folders, strict=True)
     ]
-    return document("stepdistill compare", _STYLE, body)
+    return document("stepdistill compare", _STYLE + ROWS_STYLE, body)
 
 
 def _group(group: Group, number: int) -> list[str]:
@@ -239,8 +241,10 @@ def _scale(series: Sequence[Series], axis: int) -> Scale:
 
 
 def _sheet(title: str, picture: bytes) -> str:
-    shown = scrolled(f"<div class=sheet>{embedded_picture(picture, title)}</div>", title)
-    return f"<h2>{html.escape(title)}</h2>{shown}"
+    sheet = read_sheet(picture)
+    if sheet is not None:
+        return f"<h2>{html.escape(title)}</h2>{picture_rows(sheet, name=title)}"
+    return f"<h2>{html.escape(title)}</h2>{scrolled(embedded_picture(picture, title), title)}"
 
 
 def _section(report: Measured, folder: Path | None, drawn: bool) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from stepdistill.evaluation.gallery import load_galleries
@@ -17,10 +18,46 @@ from stepdistill.networks.loading import load_pipeline, load_teacher
 from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import strip, teacher_pictures, to_uint8
 from stepdistill.networks.teacher import PipelineTeacher
-from stepdistill.pages.sheets import rows_of_pictures
+from stepdistill.pages.sheets import png_of_rows, read_sheet
 from stepdistill.recipes.recipe import DEFAULT_TEACHER
 from stepdistill.system.emoji import emoji_captions
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import Measured
+
+
+def common_sheet(runs: Sequence[tuple[str, Path]]) -> bytes | None:
+    """PNG of the pictures that the runs made at their ends: the teacher's rows once, then every student's.
+
+    Args:
+        runs: labels and run folders, of one teacher at one guidance.
+
+    Returns:
+        None where one of them has none, or where they are of other prompts or of another size.
+    """
+    rows: dict[str, Tensor] = {}
+    students: dict[str, Tensor] = {}
+    seen = set()
+    for label, folder in runs:
+        file = RunFolder(folder).samples
+        sheet = read_sheet(file.read_bytes()) if file.is_file() else None
+        if sheet is None or not sheet.prompts:
+            return None
+        for row in sheet.rows:
+            pixels = torch.stack([_tensor(picture) for picture in row.pictures])
+            seen.add((sheet.prompts, pixels.shape))
+            if row.label.startswith("student"):
+                students[row.label.replace("student", label, 1)] = pixels
+            else:
+                rows.setdefault(row.label, pixels)
+    if len(seen) != 1:
+        return None
+    ((prompts, _),) = seen
+    return png_of_rows([*rows.items(), *students.items()], prompts)
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    """uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def draw_students(
@@ -64,7 +101,7 @@ def draw_students(
             drawn = pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
         steps = call["num_inference_steps"]
         rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(strip(frames_of(drawn)))))
-    return _png(rows)
+    return png_of_rows(rows, [str(prompt) for prompt in prompts or ()])
 
 
 def kept_sheets(evaluations: Sequence[tuple[Measured, Path]], columns: int = 12) -> dict[str, bytes]:
@@ -81,6 +118,7 @@ def kept_sheets(evaluations: Sequence[tuple[Measured, Path]], columns: int = 12)
         UserError: what they kept is damaged.
     """
     by_size: dict[str, list[tuple[str, Tensor]]] = {}
+    prompts: dict[str, list[tuple[str, ...]]] = {}
     for report, place in evaluations:
         for steps, gallery in load_galleries(place).items():
             if any(str(steps) in scores for scores in report.student.values()):
@@ -88,10 +126,8 @@ def kept_sheets(evaluations: Sequence[tuple[Measured, Path]], columns: int = 12)
                 height, width = gallery.pixels.shape[-2:]
                 title = f"The first images, {width} x {height}"
                 by_size.setdefault(title, []).append((label, gallery.pixels[:columns]))
-    return {title: _png(rows) for title, rows in by_size.items()}
-
-
-def _png(rows: Sequence[tuple[str, Tensor]]) -> bytes:
-    file = io.BytesIO()
-    rows_of_pictures(rows).save(file, "PNG")
-    return file.getvalue()
+                prompts.setdefault(title, []).append((gallery.prompts or ())[:columns])
+    return {
+        title: png_of_rows(rows, prompts[title][0] if len(set(prompts[title])) == 1 else ())
+        for title, rows in by_size.items()
+    }
