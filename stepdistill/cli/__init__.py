@@ -17,7 +17,7 @@ from stepdistill.errors import OtherProcessError, UserError
 
 VERBS: dict[str, Callable[..., None]] = {
     "ls": listing.list_names,
-    "cp": listing.copy_recipe,
+    "cp": listing.copy_shipped,
     "plan": plan.plan,
     "train": train.train,
     "watch": watch.watch,

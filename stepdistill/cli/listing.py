@@ -78,26 +78,32 @@ def _list_keys(method: str | None) -> None:
         print("options.*: the method's own, `stepdistill ls keys METHOD`")
 
 
-def copy_recipe(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+def copy_shipped(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe or suite.")],
     dest: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
     full: Annotated[
-        bool, typer.Option("--full", help="With every key and what it means, defaults too.")
+        bool, typer.Option("--full", help="A recipe with every key and what it means; a suite always is.")
     ] = False,
 ) -> None:
-    """Copy a shipped recipe, to edit it."""
+    """Copy a shipped recipe or suite, to edit it."""
     from stepdistill.errors import did_you_mean
-    from stepdistill.system.shipped import recipe_files
+    from stepdistill.system.shipped import recipe_files, suite_files
 
-    shipped = recipe_files()
-    name = recipe.removesuffix(".yaml")
-    if name not in shipped:
-        raise UserError(f"{recipe} is not a shipped recipe {did_you_mean(name, shipped)}")
+    recipes, suites = recipe_files(), suite_files()
+    name = name.removesuffix(".yaml")
+    if name not in recipes and name not in suites:
+        raise UserError(f"{name} is not a shipped recipe or suite {did_you_mean(name, [*recipes, *suites])}")
     target = dest / f"{name}.yaml" if dest.is_dir() else dest
     if target.exists():
         raise UserError(f"{target} exists already: give another name")
+    if name in suites:
+        from stepdistill.evaluation.suite_template import suite_template
+
+        text = suite_template(name, target)
+    else:
+        text = _in_full(name) if full else recipes[name].read_text("utf-8")
     try:
-        target.write_text(_in_full(name) if full else shipped[name].read_text("utf-8"), encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     print(target)

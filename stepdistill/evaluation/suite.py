@@ -49,8 +49,8 @@ class Suite(MetricKeys):
         name: its name; scores are reported as ``name@version``.
         version: raised with every change that moves a score.
         n: number of images drawn; 0 leaves it open, for images that are there already: all of them.
-        prompts: ``emoji`` (the embedded captions), a file as :mod:`stepdistill.data.prompts` reads it (absolute, or a
-            name that is looked for as that of the reference is), or None for pipelines that take none.
+        prompts: ``emoji`` (the embedded captions), a file, or None for pipelines that take none. A file is read as
+            :mod:`stepdistill.data.prompts` says; its name is looked for as that of the reference is.
         selection: ``first`` n prompts in order, or ``shuffled``: the first n of torch.randperm over all prompts with
             the generator ``generator_for("suite", "prompts")``, so smaller suites are the beginning of larger ones.
             Fewer prompts than n are repeated in order.
@@ -66,9 +66,9 @@ class Suite(MetricKeys):
         resize: ``clean``, or for Inception also ``tf1`` or ``pytorch``.
         precision: of the networks that look at images: ``float32``, or ``bf16``, faster on a GPU and a protocol of its
             own. The reference is of the same, or of float32.
-        reference: statistics of the real images (safetensors made by ``stepdistill stats``, npz of clean-fid, EDM or
-            ADM, or EDM2's pkl): a path, or a name that is looked for beside the suite's file, in eval/reference and
-            in reference/ of the user's cache.
+        reference: file of statistics of the real images. It is safetensors made by ``stepdistill stats``, npz of
+            clean-fid, EDM or ADM, or EDM2's pkl: a path, or a name that is looked for beside the suite's file, in
+            eval/reference and in reference/ of the user's cache.
         reference_protocol: what made the reference, for files that do not say it themselves (npz, pkl).
         images: what the reference is made of: ``emoji``, or a folder or an archive of images.
         source: where prompts and reference come from, for the message that they are missing. Not part of the protocol.

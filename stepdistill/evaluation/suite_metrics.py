@@ -33,7 +33,7 @@ class MetricKeys(BaseModel):
         neighbours: k of precision, recall, density and coverage; 0 leaves them out. They are also left out where the
             reference has no features, or there are not more than k images.
         fid_infinity: also compute the Frechet distance at n without end.
-        inception_score, sfid: also compute these; they read more layers of Inception, so ``features`` must be
+        inception_score, sfid: also compute it. They read more layers of Inception, so ``features`` must be
             ``inception`` from a state dict, and sFID's reference must have spatial moments (ADM's npz, or
             ``stepdistill stats --spatial``).
         clip_score: also compute the image-text cosine.

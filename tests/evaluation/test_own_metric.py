@@ -11,16 +11,18 @@ import pytest
 import torch
 import yaml
 
+from stepdistill.cli.listing import copy_shipped
 from stepdistill.comparison.ranking import differences
 from stepdistill.errors import UserError
 from stepdistill.evaluation import teacher_scores as teacher_cache
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.given_images import evaluate_images
-from stepdistill.evaluation.suite import load_suite
+from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.evaluation.suite_identity import suite_sha256
 from stepdistill.metrics.frechet import Moments
 from stepdistill.networks.loading import load_pipeline
 from stepdistill.system.emoji import emoji_images, teacher_folder
+from stepdistill.system.shipped import suite_files
 from stepdistill.training.run_report import read_report
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extend" / "own_metric.md").read_text()
@@ -164,6 +166,25 @@ def test_shipped_metrics_are_named_in_the_same_list(tmp_path: Path) -> None:
     assert named == load_suite(suite_of(tmp_path, fid_infinity=True, clip_score=False)).changed(
         {"metrics": ["./sharpness.py"]}
     )
+
+
+def test_a_copied_suite_is_the_shipped_one_under_its_own_name_with_every_key(tmp_path: Path) -> None:
+    for name, file in suite_files().items():
+        copy_shipped(name, tmp_path / f"my_{name}.yaml")
+        text = (tmp_path / f"my_{name}.yaml").read_text()
+        mine, shipped = load_suite(tmp_path / f"my_{name}.yaml"), load_suite(name)
+        assert mine == shipped.model_copy(update={"name": f"my_{name}", "version": 1, "folder": mine.folder})
+        lines = [line for line in text.splitlines() if ": " in line and "  # " in line]
+        keys = set(Suite.model_fields) - {"folder", "derived"}
+        assert {line.removeprefix("# ").partition(":")[0] for line in lines} == keys
+        # A default that is commented in has its own value.
+        plain = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
+        assert {key: plain[key] for key in keys - yaml.safe_load(file.read_text()).keys()} == {
+            key: json.loads(json.dumps(Suite.model_fields[key].default))
+            for key in keys - yaml.safe_load(file.read_text()).keys()
+        }
+    with pytest.raises(UserError, match=r"emojy is not a shipped recipe or suite .did you mean emoji"):
+        copy_shipped("emojy", tmp_path / "x.yaml")
 
 
 def test_the_moments_that_compute_gets_are_those_of_the_reference() -> None:
