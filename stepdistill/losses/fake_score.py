@@ -124,7 +124,7 @@ def denoising_loss(fake: Denoiser, x: Tensor, batch: Batch, kind: FakeLoss) -> T
 
 def views_of(
     fake: Denoiser,
-    teacher: Teacher,
+    teacher: Teacher | Denoiser,
     x: Tensor,
     batch: Batch,
     options: FakeScoreOptions,
@@ -137,7 +137,7 @@ def views_of(
 
     Args:
         fake: the network that follows the student's samples.
-        teacher: the frozen network.
+        teacher: the frozen network; or another that stands in its place, without guidance.
         x: the student's clean samples [B, C, H, W]; its states at ``since`` where that is not 0.
         batch: their draws and conditions.
         options: where the scores are compared, and where guidance is on.
@@ -152,8 +152,11 @@ def views_of(
         eps = batch.draws.normal("score eps", tuple(x.shape[1:]))
         s = at_time(since, x)
         x_t = fake.path.renoise(x, s, t, eps) if since else fake.path.noised(x, eps, t)
-        look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
-        real = look(x_t, t, batch.cond, guidance=guidance)
+        if isinstance(teacher, Denoiser):
+            real = teacher.predict(x_t, t, batch.cond)
+        else:
+            look = teacher.predict_with_input_gradient if through_inputs else teacher.predict
+            real = look(x_t, t, batch.cond, guidance=guidance)
         return Views(x, x_t, t, real, fake.predict(x_t, t, batch.cond))
 
 
