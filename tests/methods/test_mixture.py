@@ -29,6 +29,9 @@ TWO = (1.0, 0.5)
 SETTINGS = {
     "consistency": Setting(),
     "diff_instruct": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "disback": Setting(
+        options={**FOLLOW, "fake_warm_start": 100, "waypoints": 3, "interval": 40}, steps=1200, lr=7e-3
+    ),
     "dmd": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "f_distill": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "flow_map": Setting(options={"tangent_warmup": 0, **SMOOTH}, lr=1e-2),
@@ -55,6 +58,7 @@ SETTINGS = {
     "tbcm": Setting(options={"route": 8, "points": 4, "huber": 0.03}),
     "tcd": Setting(TWO, {"huber": 0.03, **JUMPS}, steps=500),
     "tscd": Setting(TWO, {"stage_updates": 100, **JUMPS}, steps=500),
+    "vdot": Setting(options=FOLLOW, steps=1200, lr=7e-3),
 }
 
 

@@ -137,7 +137,7 @@ def train(method: Method, setting: Setting, *, sign: float = 1.0, seed: int = 0)
         )
         for name, parameters in trained.items()
     }
-    for step in range(options.steps):
+    for step in range(options.updates):
         turn = method.turn(step).network
         take_turn(trained, turn)
         loss, _ = loss_of(method, turn, mixture_batch(method, step, options.batch, options.seed))
