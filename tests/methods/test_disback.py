@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepdistill.testing.toys import Affine, Gaussian, Perceptron, ToyTeacher, loss_of, modules_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
@@ -12,6 +11,16 @@ from stepdistill.losses.contract import Turn
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd import DMD
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import (
+    Affine,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    modules_of,
+    toy_batch,
+    toy_student,
+)
 
 PATH = FlowPath()
 MU, S = 2.0, 0.8

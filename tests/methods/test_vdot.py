@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepdistill.testing.toys import Gaussian, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 from stepdistill.diffusion.path import FlowPath, Prediction
 from stepdistill.losses.fake_score import Views
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.vdot import VDOT
 from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import Gaussian, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
 
 PATH = FlowPath()
 
