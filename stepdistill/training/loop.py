@@ -141,7 +141,7 @@ def train(
                     with uncompiled():
                         seen = preview(run.step, run.ema)
                     parallel.let_go()
-                    values |= {**seen.numbers, "worries": seen.worries}
+                    values |= {**seen.numbers, **({"worries": seen.worries} if seen.worries else {})}
                     health = verdict_of(seen.worries)
                     for worry in seen.worries:
                         log.note(f"update {run.step}: {worry}")
