@@ -79,21 +79,24 @@ def _list_keys(method: str | None) -> None:
 
 
 def copy_shipped(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe or suite.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a shipped recipe or suite, or own_method: a method to start from.")
+    ],
     dest: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
     full: Annotated[
         bool, typer.Option("--full", help="A recipe with every key and what it means; a suite always is.")
     ] = False,
 ) -> None:
-    """Copy a shipped recipe or suite, to edit it."""
+    """Copy a shipped recipe or suite, or the template of a method, to edit it."""
     from stepdistill.errors import did_you_mean
-    from stepdistill.system.shipped import recipe_files, suite_files
+    from stepdistill.system.shipped import recipe_files, suite_files, template_files
 
-    recipes, suites = recipe_files(), suite_files()
+    recipes, suites, templates = recipe_files(), suite_files(), template_files()
     name = name.removesuffix(".yaml")
-    if name not in recipes and name not in suites:
-        raise UserError(f"{name} is not a shipped recipe or suite {did_you_mean(name, [*recipes, *suites])}")
-    target = dest / f"{name}.yaml" if dest.is_dir() else dest
+    known = {**recipes, **suites, **templates}
+    if name not in known:
+        raise UserError(f"{name} is not a shipped recipe or suite {did_you_mean(name, known)}")
+    target = dest / f"{name}{known[name].suffix}" if dest.is_dir() else dest
     if target.exists():
         raise UserError(f"{target} exists already: give another name")
     if name in suites:
@@ -101,7 +104,7 @@ def copy_shipped(
 
         text = suite_template(name, target)
     else:
-        text = _in_full(name) if full else recipes[name].read_text("utf-8")
+        text = _in_full(name) if full and name in recipes else known[name].read_text("utf-8")
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -137,7 +137,7 @@ def load_recipe(
     except ValidationError as error:
         raise UserError(explain(error, Recipe, "", "a recipe", sources)) from None
     recipe._sources.update(sources)
-    _check_method(recipe)
+    _check_method(recipe, path)
     return recipe
 
 
@@ -202,11 +202,13 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     tree[parts[-1]] = value
 
 
-def _check_method(recipe: Recipe) -> None:
+def _check_method(recipe: Recipe, file: Path | None) -> None:
     """The method exists; known from file names alone, so that a slip costs no import of torch."""
     source = source_prefix("method", recipe._sources)
     if recipe.method.endswith(".py"):
         if not Path(recipe.method).is_file():
-            raise UserError(f"{source}method is {recipe.method}, and there is no such file")
+            copy = (file or Path()).parent / "method.py"
+            kept = f"; the run keeps a copy of it: add --set method={copy}" if copy.is_file() else ""
+            raise UserError(f"{source}method is {recipe.method}, and there is no such file{kept}")
     elif recipe.method not in (known := module_summaries("methods")):
         raise UserError(f"{source}{recipe.method} is not a method {did_you_mean(recipe.method, known)}")

@@ -45,6 +45,11 @@ def recipe_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted((content_folder("train") / "recipes").glob("*.yaml"))}
 
 
+def template_files() -> dict[str, Path]:
+    """Shipped Python files to start from, by what they are a template of."""
+    return {"own_method": content_folder("train") / "examples" / "method_template.py"}
+
+
 def suite_files() -> dict[str, Path]:
     """Shipped evaluation suites by name."""
     return {path.stem: path for path in sorted((content_folder("eval") / "suites").glob("*.yaml"))}

@@ -5,6 +5,7 @@ Nothing here imports torch before the cheap checks are made: what is wrong with 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from stepdistill.system.processes import launched, told
 from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.training.identity import ResolvedRecipe, changes, resolve, resolved_yaml
 from stepdistill.training.launcher import as_launched
+from stepdistill.training.own_files import check_own_files, copies, keep_own_files
 from stepdistill.training.preflight import check_output, check_recipe
 from stepdistill.training.record import recorded
 from stepdistill.training.run_report import RunReport, read_report
@@ -95,6 +97,8 @@ def run_recipe(
     output = output.resolve() if output.is_symlink() else output
     if told().main:
         check_output(output, resume=resume)
+        if resume:
+            check_own_files(recipe, output)
     if pipeline is None:
         check_recipe(recipe, output if resume else None)
     recipe = as_launched(recipe)
@@ -139,7 +143,7 @@ def _run(
 
     recipe, place = resolved.recipe, RunFolder(output)
     if resume:
-        check_resume(place.checkpoints, recipe)
+        check_resume(place, recipe)
     check_tracker(recipe.train.tracker)
     processes = launched()
     accelerator = Accelerator(
@@ -155,6 +159,7 @@ def _run(
     run = assemble(resolved, accelerator, pipeline)
     if status:
         place.begin()
+        keep_own_files(recipe, output)
         place.recipe.write_text(resolved_yaml(resolved), encoding="utf-8")
     against = against_teacher(run)
     if against is not None:  # before encoders leave the device
@@ -229,7 +234,8 @@ def export_run(run: Path, output: Path | None = None, sets: Sequence[str] = ()) 
     from stepdistill.training.report import score_table
     from stepdistill.training.run import Run
 
-    resolved = resolve(load_recipe(run / "recipe.yaml", sets=sets))
+    kept = [f"{key}={json.dumps(str(copy))}" for key, copy in copies(run).items()]
+    resolved = resolve(load_recipe(run / "recipe.yaml", sets=[*kept, *sets]))
     assembled = assemble(resolved, Accelerator(cpu=not torch.cuda.is_available()))
     state = Run(assembled.objective, assembled.recipe, run)
     state.restore()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,6 @@ from stepdistill.export.shared import terms_of
 from stepdistill.export.student_folder import export, pipeline_call
 from stepdistill.networks.fingerprint import networks_hash
 from stepdistill.system.files import sha256_of
-from stepdistill.system.shipped import module_summaries
 from stepdistill.training.assemble import Assembled
 from stepdistill.training.run_report import Health, Prompts, Start
 
@@ -38,13 +37,10 @@ def prompts_of(run: Assembled) -> Prompts:
     return Prompts(file=file, count=len(run.prompts), sha256=sha256)
 
 
-def summary_of(method: str) -> str:
-    """The first line of a method's file."""
-    known = module_summaries("methods").get(method)
-    if known is not None or not method.endswith(".py"):
-        return known or method
-    said = ast.get_docstring(ast.parse(Path(method).read_text("utf-8"))) or Path(method).stem
-    return said.partition("\n")[0]
+def summary_of(run: Assembled) -> str:
+    """The first line of its method's file."""
+    said = sys.modules[type(run.method).__module__].__doc__ or Path(run.recipe.method).stem
+    return said.strip().partition("\n")[0]
 
 
 def card(run: Assembled, starts: Sequence[Start], scores: str = "", health: Health | None = None) -> str:
@@ -74,7 +70,7 @@ def card(run: Assembled, starts: Sequence[Start], scores: str = "", health: Heal
     return model_card(
         teacher=run.recipe.teacher,
         method=Path(run.recipe.method).stem,
-        summary=summary_of(run.recipe.method),
+        summary=summary_of(run),
         steps=run.sampler.steps,
         guidance=run.options.guidance,
         call=call,

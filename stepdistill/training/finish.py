@@ -49,7 +49,7 @@ def finish(
         report = RunReport(
             name=output.name,
             method=recipe.method,
-            summary=summary_of(recipe.method),
+            summary=summary_of(run),
             teacher_name=recipe.teacher,
             teacher_changes=run.changes,
             verification=str(proof),

@@ -30,6 +30,7 @@ from stepdistill.system.run_folder import RunStatus
 from stepdistill.training.health import Seen, require_finite, verdict_of
 from stepdistill.training.interruption import Interruption
 from stepdistill.training.out_of_memory import memory_explained
+from stepdistill.training.own_files import own_hashes
 from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.run import Finished, Run
 from stepdistill.training.run_report import Start
@@ -77,7 +78,7 @@ def train(
     parallel = parallel or OneProcess(ALONE, accelerator.device)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    inputs = data.identity()  # of the teacher as it is before it is shared out
+    inputs = data.identity() | own_hashes(recipe)  # of the teacher as it is before it is shared out
     parallel.spread(objective.method.roles.stored().values())
     run = Run(objective, recipe, folder, inputs, parallel, start)
     if resume:

@@ -26,6 +26,7 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
 )
 from stepdistill.training.identity import differences, identity
+from stepdistill.training.own_files import as_begun
 from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.parts import ModulePart, OptimizerPart, Part, held_like_part
 from stepdistill.training.run_report import Start
@@ -81,7 +82,8 @@ class Run:
         self.starts: tuple[Start, ...] = self._start
         self.parallel = parallel or OneProcess(ALONE, torch.device("cpu"))
         self.objective, self.recipe, self.options, self.inputs = objective, recipe, recipe.train, inputs
-        self.checkpoints = RunFolder(folder).checkpoints
+        self.folder = RunFolder(folder)
+        self.checkpoints = self.folder.checkpoints
         options = recipe.train
         self.trained = {name: objective.weights(name) for name in objective.trained}
         self.weights = in_training(objective, options)
@@ -141,7 +143,7 @@ class Run:
             UserError: when there is none, it is damaged, or it is of another recipe, of other inputs or of other random
                 numbers.
         """
-        at = check_resume(self.checkpoints, self.recipe, at, trained_on=self.inputs is not None)
+        at = check_resume(self.folder, self.recipe, at, trained_on=self.inputs is not None)
         if self.inputs is not None:
             self._check_inputs(at)
         state, processes = read_state(at), self.parallel.processes
@@ -165,7 +167,8 @@ class Run:
         state, inputs = read_state(last), self.inputs or {}
         kept = state["inputs"]
         named = {"teacher": self.recipe.teacher, "data.prompts": self.recipe.data.prompts}
-        named["data.images"] = self.recipe.data.images
+        named |= {"data.images": self.recipe.data.images, "method": self.recipe.method}
+        named["family"] = self.recipe.family
         if changed := [name for name in inputs if kept.get(name) != inputs[name]]:
             what = ", ".join(f"{name} ({named[name]})" if named[name] else name for name in changed)
             raise UserError(
@@ -175,12 +178,12 @@ class Run:
 
 
 def check_resume(
-    checkpoints: Path, recipe: Recipe, at: Path | None = None, *, trained_on: bool = True
+    folder: RunFolder, recipe: Recipe, at: Path | None = None, *, trained_on: bool = True
 ) -> Path:
     """The checkpoint ``at``, by default the last one, when it was made with this recipe; reads no weights.
 
     Args:
-        checkpoints: the run's folder of them.
+        folder: of the run.
         recipe: of the run.
         at: which; None is the last.
         trained_on: whether the run goes on from it, and so needs the random numbers that it was made with.
@@ -188,10 +191,10 @@ def check_resume(
     Raises:
         UserError: when there is none, its random numbers are others, or its recipe differs, naming the keys.
     """
-    found = [at] if at else checkpoints_in(checkpoints)
+    found = [at] if at else checkpoints_in(folder.checkpoints)
     if not found:
         raise UserError(
-            f"--resume: there is no checkpoint in {checkpoints}; leave --resume out to start anew"
+            f"--resume: there is no checkpoint in {folder.checkpoints}; leave --resume out to start anew"
         )
     state = read_state(found[-1])
     if trained_on and state.get("draws") != NAME:
@@ -207,7 +210,8 @@ def check_resume(
             f"--resume: the recipe in {found[-1]} is that of an earlier version, whose keys have other names: finish "
             "it with the version that began it, or train into another --output"
         ) from None
-    changed = differences(identity(made_with), identity(recipe))
+    begun, wanted = (as_begun(each, folder.root) for each in (made_with, recipe))
+    changed = differences(identity(begun), identity(wanted))
     if changed:
         raise UserError(
             f"--resume: the recipe differs from the one {found[-1]} was made with, in {', '.join(changed)}: "

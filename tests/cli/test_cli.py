@@ -122,6 +122,8 @@ def test_cp_copies_a_recipe_byte_for_byte_and_keeps_what_is_there(
         refused = cli("cp", name, str(tmp_path), cwd=tmp_path)
         assert (refused.returncode, "exists already" in refused.stderr) == (2, True)
     assert cli("cp", "gone", "x.yaml", cwd=tmp_path).returncode == 2
+    output_of(capsys, monkeypatch, "cp", "own_method", str(tmp_path / "my.py"))
+    assert (tmp_path / "my.py").read_bytes() == content.template_files()["own_method"].read_bytes()
 
 
 def test_run_folders_are_numbered_and_found_again(tmp_path: Path) -> None:

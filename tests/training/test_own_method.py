@@ -15,9 +15,16 @@ from stepdistill.errors import UserError
 from stepdistill.methods import find_method, needs
 from stepdistill.networks.roles import Copies
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.system.shipped import content_folder
-from stepdistill.testing.toys import Gaussian, ToyTeacher, loss_of, toy_batch, toy_student
-from stepdistill.training.distil import run_recipe
+from stepdistill.system.files import sha256_of
+from stepdistill.system.run_folder import RunFolder
+from stepdistill.system.shipped import content_folder, template_files
+from stepdistill.testing import check_method
+from stepdistill.testing.toys import Gaussian, GaussianMap, ToyTeacher, loss_of, toy_batch, toy_student
+from stepdistill.training.checkpoint import read_state
+from stepdistill.training.distil import export_run, run_recipe
+from stepdistill.training.identity import resolve
+from stepdistill.training.own_files import check_own_files, own_hashes
+from stepdistill.training.run import check_resume
 
 EXAMPLE = content_folder("train") / "examples" / "own_method.py"
 
@@ -49,6 +56,22 @@ def test_the_example_is_short_and_one_class() -> None:
     assert needs(str(EXAMPLE)) == "noise, prompts, pairs"
 
 
+@pytest.mark.parametrize("file", [EXAMPLE, template_files()["own_method"]])
+def test_what_ships_to_start_from_keeps_the_contract(file: Path) -> None:
+    check_method(file)
+
+
+def test_the_template_is_zero_where_the_student_is_the_teachers_map() -> None:
+    """And else the squared distance, whose mean is that of the shift."""
+    kind, path = find_method(str(template_files()["own_method"])), FlowPath()
+    teacher = ToyTeacher(Gaussian(path, 0.7, 0.4), path)
+    batch = toy_batch(64, pairs=lambda z: 0.7 + 0.4 * z)
+    for shift in (0.0, 0.5):
+        student = toy_student(GaussianMap(path, 0.7 + shift, 0.4), path)
+        method = kind(Copies(teacher, student), (1.0,), kind.Options())
+        assert loss_of(method, "student", batch)[0].item() == pytest.approx(shift**2, abs=1e-6)
+
+
 def test_needs_tell_what_single_options_add() -> None:
     assert needs("reflow") == "noise, prompts, pairs"
     assert needs("lcm") == "noise, prompts, pairs (+ images)"
@@ -66,6 +89,28 @@ def test_a_recipe_finds_the_method_beside_it_and_gives_a_verified_student(tmp_pa
     assert run.report.method == str(folder / "own_method.py")
     assert "differ from the trainer's by" in run.report.verification
     assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    assert run.report.summary == "Halving: one step of the student lands where two steps of the teacher land."
+
+    # The run keeps what it was begun with: an edited file is refused, the copy goes on, a lost one is not missed.
+    own, copy = folder / "own_method.py", run.folder / "method.py"
+    assert copy.read_bytes() == own.read_bytes()
+    own.write_text(own.read_text() + "\n# edited\n")
+    with pytest.raises(
+        UserError, match=rf"method {own} differs from {copy}.* go on with the copy by --set method="
+    ):
+        run_recipe(recipe, output=run.folder, resume=True)
+    place, again = RunFolder(run.folder), recipe.model_copy(update={"method": str(copy)})
+    check_own_files(again, run.folder)
+    assert check_resume(place, resolve(again).recipe).name == "step-00000003"
+    own.unlink()
+    with pytest.raises(
+        UserError, match=r"there is no such file; the run keeps a copy of it: add --set method="
+    ):
+        load_recipe(place.recipe)
+    assert "Halving: one step" in (export_run(run.folder, tmp_path / "again") / "README.md").read_text()
+    # With what it was begun is in the checkpoint, too, should the copy be edited.
+    kept = read_state(place.checkpoints / "step-00000003")["inputs"]["method"]
+    assert kept == sha256_of(copy) == own_hashes(again)["method"]
 
 
 def test_a_method_file_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
