@@ -89,22 +89,29 @@ def entries(section: str) -> dict[str, str]:
     return {name.strip(): text for names, text in found.items() for name in names.split(",")}
 
 
+def signature(name: str, what: Callable[..., Any]) -> str:
+    """How it is called, one argument a line where they are many."""
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(what)))
+    if len(name) + len(text) <= 88:
+        return name + text
+    inside, _, gives = text.removeprefix("(").rpartition(")")
+    arguments = re.sub(r", (?=(?:\*|\w+)(?:[:=,]|$))", ",\n    ", inside)
+    return f"{name}(\n    {arguments},\n){gives}"
+
+
 def function(name: str, what: Callable[..., Any]) -> str:
     """A function or a class of the public interface as a section of a page."""
-    signature = str(inspect.signature(what)).replace(" -> ", "\n-> ", 1) if callable(what) else ""
-    arguments = re.sub(r", (?=[*\w]+(?::|=|,|\)))", ",\n    ", signature)
-    if len(signature) > 80:
-        arguments = arguments.replace("(", "(\n    ", 1)
     body, parts = sections(inspect.getdoc(what) or "")
-    lines = [
-        f"## {name}",
-        "",
-        "```python",
-        f"{name}{arguments.replace(chr(10) + '-> ', ' -> ')}",
-        "```",
-        "",
-        paragraphs(body),
-    ]
+    lines = [f"## {name}", "", paragraphs(body)]
+    if isinstance(what, type):  # a record: what it has, that of the classes below it first
+        bases = [
+            sections(base.__doc__ or "")[1].get("Attributes", "")
+            for base in reversed(what.__mro__)
+            if base.__module__.startswith("stepdistill")
+        ]
+        parts = {"Attributes": "\n".join(bases)}
+    else:
+        lines[2:2] = ["```python", signature(name, what), "```", ""]
     for section, text in parts.items():
         lines += [f"**{section}**", ""]
         listed = entries(text) if section != "Returns" else {}

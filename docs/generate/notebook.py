@@ -13,4 +13,5 @@ def page(file: Path) -> str:
     for cell in cells:
         source = "".join(cell["source"]).strip()
         texts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    texts.insert(1, f"Download: [{file.name}](../{file.name}).")
     return "\n\n".join(texts) + "\n"
