@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["float32", "bf16"]
+DEFAULT_SUITE, BY_TEACHER = "emoji", "teacher"
 WORKERS = "Processes that decode images; 0 leaves it to threads. Default: by their number and the cores."
 
 
@@ -25,7 +26,13 @@ def evaluate_pipeline(
             help="Embedded teacher, diffusers folder, run folder (its student); or images: a folder, zip, npz or tar."
         ),
     ],
-    suite: Annotated[str, typer.Option(help="Evaluation suite: a shipped name or a .yaml file.")] = "emoji",
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluation suite: a shipped name, a .yaml file, or teacher: a run's student against its teacher's "
+            "pictures. [default: emoji; teacher for a run whose teacher is not embedded]"
+        ),
+    ] = None,
     steps: Annotated[
         str | None,
         typer.Option(help="Step counts, separated by commas. [default: a student's own; 1 of a teacher]"),
@@ -65,6 +72,16 @@ def evaluate_pipeline(
     from stepdistill.system.processes import launched
 
     processes = launched()
+    if (run := _measured_by_teacher(pipeline, suite)) is not None:
+        given = {"--guidance": guidance, "--trailing": trailing or None, "--diversity": diversity or None,
+                 "--reference": reference, "--prompts": prompts, "--precision": precision}  # fmt: skip
+        if foreign := [name for name, value in given.items() if value is not None]:
+            raise UserError(
+                f"{foreign[0]} is of suites, and {run} is measured against its teacher's pictures: give --suite"
+            )
+        if processes.main:
+            _against_teacher(run, steps, n, output)
+        return
 
     def check() -> tuple[tuple[int, ...] | None, Path | None, Suite]:
         counts = None if steps is None else _step_counts(steps)
@@ -81,7 +98,7 @@ def evaluate_pipeline(
             _check_output(output)
         from stepdistill.evaluation.suite import load_suite
 
-        protocol = load_suite(suite).derive(n=n, prompts=prompts, precision=precision)
+        protocol = load_suite(suite or DEFAULT_SUITE).derive(n=n, prompts=prompts, precision=precision)
         if diversity:
             protocol = protocol.with_diversity(diversity)
         if reference is not None:
@@ -181,6 +198,38 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output {output} is a file: give a folder, or a file whose name ends with .json")
     else:
         check_folder(output)
+
+
+def _measured_by_teacher(pipeline: str, suite: str | None) -> Path | None:
+    """The run whose student is to be measured against its teacher's pictures, None where it is by a suite."""
+    from stepdistill.system.emoji import embedded_teachers
+    from stepdistill.system.run_folder import RunFolder
+
+    place = Path(pipeline).expanduser()
+    run = RunFolder(place.parent if place.name == "student" else place)
+    known = run.recipe.is_file() and run.report.is_file()
+    if suite not in (None, BY_TEACHER):
+        return None
+    if suite is None and known:
+        from stepdistill.training.run_report import read_report
+
+        return None if read_report(run.root).teacher_name in embedded_teachers() else run.root
+    if suite == BY_TEACHER and not known:
+        raise UserError(f"--suite {BY_TEACHER}: {pipeline} is no finished run, so its teacher is not known")
+    return run.root if suite == BY_TEACHER else None
+
+
+def _against_teacher(run: Path, steps: str | None, n: int | None, output: Path | None) -> None:
+    if output is not None:
+        _check_output(output)
+        if _is_report(output):
+            raise UserError(f"--output {output}: give a folder; report.json goes there")
+    counts = () if steps is None else _step_counts(steps)
+    from stepdistill.training.measure_again import measure_again
+    from stepdistill.training.report import score_table
+
+    print(score_table(measure_again(run, counts, n, output)))
+    print(output or run)
 
 
 def _check_student(folder: Path, counts: tuple[int, ...] | None, guidance: float | None) -> None:

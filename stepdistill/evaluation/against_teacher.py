@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ AGAINST = "the teacher's pictures"
 """What such scores are measured against, as report.json says it."""
 LABEL = "against-teacher@1"
 FIRST_SEED = 2_000_000
+Pictures = Iterable[tuple[list[int], Tensor]]
+"""Numbers of pictures, and the pictures uint8 [B, 3, H, W]."""
 PAIRED = ("paired_distance", "paired_distance_se", "paired_rmse", "paired_rmse_se")
 
 
@@ -142,12 +144,11 @@ class AgainstTeacher:
             )
         return lines
 
-    def scores(self, student: Student, samplers: Mapping[int, Sampler]) -> dict[str, Any]:
+    def scores(self, draw: Callable[[int], Pictures]) -> dict[str, Any]:
         """The student's scores beside the teacher's, as report.json has them.
 
         Args:
-            student: with the weights that were exported.
-            samplers: how it draws, by step count.
+            draw: the student's pictures in so many steps, such as :meth:`drawn`.
 
         Raises:
             UserError: a feature network is missing, or what was drawn has NaN or Inf.
@@ -159,7 +160,7 @@ class AgainstTeacher:
         reference = _reference_of(full, self.reference.sha256)
         found: dict[str, dict[int, dict[str, float | None]]] = {"teacher": {}, "student": {}}
 
-        def compared(drawn: _Pictures) -> dict[str, float | None]:
+        def compared(drawn: Pictures) -> dict[str, float | None]:
             rows = self._rows(extraction, drawn)
             values = measure(rows, extraction.suite, network, reference, self.teacher.device).values()
             return {**values, **_paired(rows, full, network)}
@@ -175,7 +176,7 @@ class AgainstTeacher:
             found["teacher"][self.full] |= {"clip_score": clip.value, "clip_score_se": clip.standard_error}
         for steps in self.counts:
             began = time.perf_counter()
-            drawn = list(self._drawn(student, samplers[steps]))
+            drawn = list(draw(steps))
             seconds = (time.perf_counter() - began) / self.count
             found["student"][steps] = {**compared(drawn), "seconds_per_image": seconds}
         try:
@@ -212,7 +213,13 @@ class AgainstTeacher:
             intervals=True,
         )  # fmt: skip
 
-    def _drawn(self, student: Student, sampler: Sampler) -> _Pictures:
+    def drawn(self, student: Student, sampler: Sampler) -> Pictures:
+        """The student's pictures, as its trainer draws them.
+
+        Args:
+            student: with the weights that were exported.
+            sampler: how it draws.
+        """
         codec = Encoded.of(self.teacher.codec, self.prompts)
         for rows in batches(range(self.count), self.teacher):
             prompts, seeds = [self.prompts[i] for i in rows], [self.seeds[i] for i in rows]
@@ -221,7 +228,7 @@ class AgainstTeacher:
                 raise UserError(f"evaluate: the student drew NaN or Inf for one of {prompts} (seeds {seeds})")
             yield rows, to_uint8(drawn)
 
-    def _rows(self, extraction: Extraction, drawn: _Pictures) -> _Held:
+    def _rows(self, extraction: Extraction, drawn: Pictures) -> _Held:
         """Rows of pictures in their order, and the pictures' own pixels."""
         found: dict[str, list[Tensor]] = {}
         for numbers, pixels in drawn:
@@ -277,10 +284,6 @@ class AgainstTeacher:
                 "The student learnt from the prompts that are measured: they are too few to hold some out."
             )
         return found
-
-
-_Pictures = Iterable[tuple[list[int], Tensor]]
-"""Numbers of pictures, and the pictures uint8 [B, 3, H, W]."""
 
 
 class _Held(RowTable):

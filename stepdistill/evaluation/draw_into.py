@@ -74,9 +74,8 @@ def teacher_of(pipeline: str, steps: int = TEACHER_STEPS) -> Drawer:
         UserError: it is of no run, or its teacher is not to be found.
     """
     place = Path(pipeline).expanduser()
-    places = (RunFolder(place), RunFolder(place.absolute().parent))
-    run = next((folder for folder in places if folder.recipe.is_file()), None)
-    if run is None:
+    run = RunFolder(place.parent if place.name == "student" else place)
+    if not run.recipe.is_file():
         raise UserError(
             f"--teacher: {pipeline} is no run folder nor a student in one (there is no recipe.yaml), so its teacher is "
             "not known: draw the teacher by its own name"

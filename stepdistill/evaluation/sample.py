@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
 from stepdistill.networks.find import find_pipeline
-from stepdistill.networks.own_call import own_call, steps_of
+from stepdistill.networks.own_call import OwnCall, own_call, steps_of
 from stepdistill.system.log import say
 
 if TYPE_CHECKING:
@@ -48,17 +48,41 @@ def sample(
     steps = steps_of(own, steps)
     if own is not None and (warning := own.warning(guidance)) is not None:
         say(warning)
-    import inspect
-
     import torch
 
-    from stepdistill.evaluation.drawing import classes_of
     from stepdistill.networks.loading import load_pipeline
 
     pipe, _ = load_pipeline(folder, device, filters=True)
-    takes = inspect.signature(pipe.__call__).parameters
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    arguments: dict[str, object] = {**(own.arguments if own else {}), "num_inference_steps": steps}
+    arguments = call_arguments(pipe, own, prompts, steps, guidance)
+    try:
+        drawn = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)[0]
+    except ValueError as error:  # a scheduler that is pinned to a grid says so
+        raise UserError(
+            f"{type(pipe).__name__} cannot draw with {steps} steps: {' '.join(str(error).split())}"
+        ) from None
+    return [item[len(item) // 2] if isinstance(item, list) else item for item in drawn]
+
+
+def call_arguments(
+    pipe: Any, own: OwnCall | None, prompts: Sequence[str], steps: int, guidance: float | None = None
+) -> dict[str, Any]:
+    """Arguments with which a pipeline draws prompts, a student as its own call has them.
+
+    Args:
+        pipe: the pipeline.
+        own: the student's own call; None of any other pipeline.
+        prompts, steps, guidance: see :func:`sample`.
+
+    Raises:
+        UserError: it takes neither prompts nor class numbers, or no guidance.
+    """
+    import inspect
+
+    from stepdistill.evaluation.drawing import classes_of
+
+    takes = inspect.signature(pipe.__call__).parameters
+    arguments: dict[str, Any] = {**(own.arguments if own else {}), "num_inference_steps": steps}
     if "class_labels" in takes and classes_of(pipe):
         arguments["class_labels"] = _classes(prompts)
     elif "prompt" in takes:
@@ -72,13 +96,7 @@ def sample(
         raise UserError(f"--guidance {guidance:g}: {type(pipe).__name__} has no guidance; leave it out")
     if steps != 2 and "intermediate_timesteps" in takes:
         arguments["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
-    try:
-        drawn = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)[0]
-    except ValueError as error:  # a scheduler that is pinned to a grid says so
-        raise UserError(
-            f"{type(pipe).__name__} cannot draw with {steps} steps: {' '.join(str(error).split())}"
-        ) from None
-    return [item[len(item) // 2] if isinstance(item, list) else item for item in drawn]
+    return arguments
 
 
 def _classes(prompts: Sequence[str]) -> list[int]:

@@ -24,13 +24,13 @@ class OwnCall:
 
     Attributes:
         steps: network calls a picture takes.
-        counts: the fewest and the most steps that it was trained for; None: not known.
+        counts: step counts that it was trained for, ascending, and any between them; None: not known.
         guidance: the ``guidance_scale`` of its call; None where the call takes none.
         arguments: the call's further arguments, such as height, width and eta.
     """
 
     steps: int
-    counts: tuple[int, int] | None
+    counts: tuple[int, ...] | None
     guidance: float | None
     arguments: Mapping[str, Any]
 
@@ -45,10 +45,10 @@ class OwnCall:
         Raises:
             UserError: it was not.
         """
-        if self.counts is not None and not self.counts[0] <= steps <= self.counts[1]:
-            able = " to ".join(map(str, dict.fromkeys(self.counts)))
+        if self.counts is not None and not self.counts[0] <= steps <= self.counts[-1]:
+            able = " to ".join(map(str, dict.fromkeys((self.counts[0], self.counts[-1]))))
             raise UserError(
-                f"--steps is {steps}, but this student draws in {able} step{'s' * (self.counts[1] > 1)}: leave "
+                f"--steps is {steps}, but this student draws in {able} step{'s' * (self.counts[-1] > 1)}: leave "
                 f"--steps out, or train one with student.steps={steps}"
             )
 
@@ -93,7 +93,7 @@ def own_call(folder: Path) -> OwnCall | None:
         counts = manifest.get("step_counts")
         return OwnCall(
             steps,
-            None if counts is None else (int(min(counts)), int(max(counts))),
+            None if not counts else tuple(sorted(map(int, counts))),
             call.get(_GUIDANCE),
             {key: value for key, value in call.items() if key not in _GIVEN_ANEW},
         )

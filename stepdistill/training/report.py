@@ -21,20 +21,21 @@ def write_report(folder: Path, report: RunReport) -> None:
 
 
 def score_table(report: RunReport) -> str:
-    """Teacher and student by step count, as a Markdown table; empty where nothing was evaluated."""
+    """Teacher and student by step count, as a Markdown table, and how it is to be read; empty where nothing was
+    evaluated."""
     if not report.student.get("fd"):
         return ""
-    names = report.metrics
-    rows = [
-        f"| who | steps | {names['fd'] or 'FD'} | {names['clip_score'] or 'CLIP score'} | recall | gap closed |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    names = {"fd": "FD", "clip_score": "CLIP score"} | {k: v for k, v in report.metrics.items() if v}
+    asked = ("fd", "kid", "clip_score", "recall", *report.better)
+    shown = [key for key in asked if key == "fd" or any((report.student.get(key) or {}).values())]
+    heads = ["who", "steps", *(names.get(key, key.replace("_", " ")) for key in shown), "gap closed"]
+    rows = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for who, scores in (("teacher", report.teacher), ("student", report.student)):
-        for steps, fd in scores["fd"].items():
-            clip, recall = (scores.get(name, {}).get(steps) for name in ("clip_score", "recall"))
-            gap = report.gap_closed.get(steps) if who == "student" else None
-            cells = ["" if number is None else f"{number:.3f}" for number in (fd, clip, recall, gap)]
+        for steps in scores["fd"]:
+            numbers = [(scores.get(key) or {}).get(steps) for key in shown]
+            numbers.append(report.gap_closed.get(steps) if who == "student" else None)
+            cells = ["" if number is None else f"{number:.3f}" for number in numbers]
             rows.append(f"| {who} | {steps} | {' | '.join(cells)} |")
-    rows.append(f"\nSuite {report.suite}, {report.n} images.")
+    rows.append(f"\nSuite {report.suite}, {report.n} images, against {report.against or 'real images'}.")
     rows.append("Gap closed: 0 is the teacher at one step, 1 at full steps.")
-    return "\n".join(rows)
+    return "\n".join([*rows, *report.remarks])

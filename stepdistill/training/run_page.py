@@ -139,7 +139,9 @@ def _scores(run: RunRecord) -> str:
         f"Suite {report.get('suite')}, {report.get('n'):,} images; ± is one standard error.{against} Gap closed: 0 is "
         "the teacher with one step, 1 with all of its steps."
     )
-    return f"<h2>Scores</h2>{table(head, rows, 'numbers')}<p class=note>{html.escape(note)}</p>"
+    remarks = "".join(f"<li>{html.escape(each)}</li>" for each in report.get("remarks") or ())
+    read = f"<ul class=note>{remarks}</ul>" if remarks else ""
+    return f"<h2>Scores</h2>{table(head, rows, 'numbers')}<p class=note>{html.escape(note)}</p>{read}"
 
 
 def _recipe(run: RunRecord) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ from stepdistill.system.log import say
 from stepdistill.training.assemble import Assembled
 
 
-def against_teacher(run: Assembled) -> AgainstTeacher | None:
-    """How the student is measured against its teacher's pictures; None where it is by a suite, or not at all."""
+def against_teacher(run: Assembled, counts: Sequence[int] = ()) -> AgainstTeacher | None:
+    """How the student is measured against its teacher's pictures; None where it is by a suite, or not at all.
+
+    Args:
+        run: of the student.
+        counts: step counts; none are all that it draws in.
+    """
     if run.recipe.evaluate is not True or run.embedded:
         return None
     return AgainstTeacher(
         run.teacher,
         run.options.guidance,
-        run.sampler.step_counts,
+        counts or run.sampler.step_counts,
         run.held_out or run.prompts,
         held_out=bool(run.held_out),
         options=run.recipe.against_teacher,
@@ -37,7 +43,7 @@ def student_scores(run: Assembled, student: Path, against: AgainstTeacher | None
     nothing is to be measured."""
     wanted = run.recipe.evaluate
     if against is not None:
-        return against.scores(run.student, {steps: _sampler(run, steps) for steps in against.counts})
+        return against.scores(lambda steps: against.drawn(run.student, _sampler(run, steps)))
     if wanted is False:
         return {"suite": None, "n": 0, "student": {"fd": {}, "clip_score": {}}}
     suite = load_suite("emoji" if wanted is True else str(wanted))

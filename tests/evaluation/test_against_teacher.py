@@ -53,7 +53,7 @@ def test_a_student_that_draws_what_its_teacher_draws_is_at_zero(teacher: Pipelin
     samplers = {n: Sampler(schedule_times(teacher.path, n), renoise=False) for n in (2, 3)}
     protocol = against(teacher, (2, 3))
     protocol.prepare()
-    found = protocol.scores(student, samplers)
+    found = protocol.scores(lambda steps: protocol.drawn(student, samplers[steps]))
     own, teachers = found["student"], found["teacher"]
     assert found["against"] == AGAINST and found["n"] == 7 and list(teachers["fd"]) == ["1", "2", "3"]
     assert own["paired_rmse"]["3"] < 1e-4 and own["paired_distance"]["3"] < 1e-6
@@ -115,7 +115,7 @@ def test_what_is_drawn_is_no_number_is_told(teacher: PipelineTeacher) -> None:
     protocol.prepare()
     sampler = Sampler(schedule_times(teacher.path, 2), renoise=False)
     with pytest.raises(UserError, match="the student drew NaN or Inf for one of"):
-        protocol.scores(student, {2: sampler})
+        protocol.scores(lambda steps: protocol.drawn(student, sampler))
 
 
 def test_prompts_are_held_out_of_files_that_have_enough() -> None:

@@ -26,6 +26,7 @@ from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.files import sha256_of
 from stepdistill.system.run_folder import RunFolder, read_status
 from stepdistill.training.distil import export_run, run_recipe
+from stepdistill.training.measure_again import measure_again
 from stepdistill.training.run_report import read_report
 
 SHORT = [
@@ -168,6 +169,12 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert list(report["teacher"]["fd"]) == ["1", "2", "3"] and report["teacher"]["fd"]["3"] == 0
     assert report["student"]["fd"]["2"] > 0 and report["student"]["paired_rmse"]["2"] > 0
     assert "they are too few to hold some out" in report["remarks"][-1]
+    again = measure_again(run.folder, output=tmp_path / "again")  # by the student's own pipeline
+    assert again.student["fd"]["2"] == pytest.approx(report["student"]["fd"]["2"], abs=0.05)
+    assert again.teacher == report["teacher"] and again.protocol == report["protocol"]
+    assert read_report(tmp_path / "again").student == again.student and again.health == run.report.health
+    with pytest.raises(UserError, match="--steps is 3, but this student draws in 2 steps"):
+        measure_again(run.folder, [3])
     (row,) = rank([run.report])
     assert (row.fd, row.gap_closed) == (report["student"]["fd"]["2"], report["gap_closed"]["2"])
     assert report["peak_memory_bytes"] > 2**26
