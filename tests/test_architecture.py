@@ -21,7 +21,7 @@ losses
 methods data export
 evaluation extend
 training
-comparison planning watching testing
+comparison planning sharing watching testing
 cli
 """
 LEVEL = {name: level for level, line in enumerate(FLOORS.split("\n")) for name in line.split()}

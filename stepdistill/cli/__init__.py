@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from stepdistill.cli import compare, doctor, draw, evaluate, listing, plan, train, watch
+from stepdistill.cli import compare, doctor, draw, evaluate, listing, plan, share, train, watch
 from stepdistill.errors import OtherProcessError, UserError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -28,6 +28,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare.compare,
     "export": train.export,
     "verify": train.verify,
+    "push": share.push,
+    "demo": share.demo,
     "doctor": doctor.doctor,
 }
 

@@ -1,0 +1,120 @@
+"""The metadata that the Hub reads from a model card, on top of the card that a student was exported with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA
+
+HERE = "path/to/this/folder"
+"""What stands in a card's snippets for the student's place."""
+LICENCE_KEYS = ("license", "license_name", "license_link")
+PATH = re.compile(r"(?<![\w:/.<-])~?/(?:[\w.@+-]+/)+[\w.@+-]+|(?<!\w)[A-Za-z]:\\[\w\\.@+ -]+")
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """What stands between the first two lines of ``---`` of a card; nothing where that is no table."""
+    import yaml
+
+    parts = card.split("---\n", 2)
+    if parts[0].strip() or len(parts) < 3:
+        return {}
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def licence_of(teacher: Path) -> dict[str, str]:
+    """The licence that a teacher's own card states, in the Hub's keys; empty where none is."""
+    card = teacher / "README.md"
+    found = metadata(card.read_text("utf-8", errors="replace")) if card.is_file() else {}
+    return {key: str(found[key]) for key in LICENCE_KEYS if found.get(key)}
+
+
+def hub_card(
+    card: str,
+    *,
+    repo: str,
+    pipeline: str,
+    call: Mapping[str, Any],
+    files: Mapping[str, object],
+    base_model: str | None,
+    licence: Mapping[str, str],
+) -> str:
+    """The card with the Hub's metadata, and with snippets that load from the repository.
+
+    Args:
+        card: as it was exported.
+        repo: OWNER/NAME.
+        pipeline: class of its pipeline.
+        call: of the verification pictures.
+        files: names of the files that are pushed.
+        base_model: the teacher on the Hub, if it is there.
+        licence: in the Hub's keys.
+    """
+    from huggingface_hub import ModelCard
+
+    alone = ADAPTER in files
+    made = ModelCard(_from_repo(card, repo), ignore_metadata_errors=True)
+    data: dict[str, Any] = made.data.to_dict()
+    kind = _pipeline_tag(pipeline, call)
+    tags = ["diffusers", kind, "stepdistill", *data.get("tags", ()), "few-step"]
+    data |= {
+        "library_name": "diffusers",
+        "pipeline_tag": kind,
+        "tags": list(dict.fromkeys([*tags, "lora"] if LORA in files else tags)),
+        **licence,
+    }
+    if base_model is not None:
+        data |= {"base_model": base_model, "base_model_relation": "adapter" if alone else "finetune"}
+    pictures = [
+        {"text": text, "output": {"url": f"verification/{i}.png"}}
+        for i, text in enumerate(call.get("prompt", ()))
+        if f"verification/{i}.png" in files
+    ]
+    if pictures:
+        data["widget"] = pictures
+    import yaml
+
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return f"---\n{head}---\n{made.text.lstrip()}"
+
+
+def _pipeline_tag(pipeline: str, call: Mapping[str, Any]) -> str:
+    from stepdistill.families import known_family
+
+    if "prompt" not in call:
+        return "unconditional-image-generation"
+    family = known_family(pipeline)
+    return "text-to-video" if family is not None and family.video else "text-to-image"
+
+
+def _from_repo(card: str, repo: str) -> str:
+    """A card whose snippets load from the repository; code that is imported from its place is downloaded first."""
+    inserted = f'sys.path.insert(0, "{HERE}/scheduler")'
+    if inserted in card:
+        fetched = f'sys.path.insert(0, snapshot_download("{repo}") + "/scheduler")'
+        card = card.replace(inserted, f"from huggingface_hub import snapshot_download\n{fetched}")
+    return card.replace(HERE, repo)
+
+
+def local_paths(name: str, text: str) -> list[str]:
+    """Paths of somebody's disk in a file that is pushed: anywhere in a text, and as whole values of a config."""
+    if not name.endswith(".json"):
+        return PATH.findall(text)
+    if Path(name).name not in (INDEX, ADAPTER) and not name.endswith("config.json"):
+        return []
+    return [value for value in _strings(json.loads(text)) if PATH.fullmatch(value)]
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for each in inner for text in _strings(each)]
