@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
 from stepdistill.sharing.drawers import Drawer, Drawing
@@ -28,6 +28,9 @@ from stepdistill.sharing.votes import (
     tally,
 )
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 HOST = "127.0.0.1"
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -36,7 +39,6 @@ POLICY = (
 """What a page may load: nothing from elsewhere."""
 STYLE = """
 .gradio-container {max-width: 1180px !important}
-.picture img {width: 100%; image-rendering: pixelated}
 :focus-visible {outline: 3px solid #c2410c !important; outline-offset: 2px}
 """
 SEEDS = 2**31
@@ -106,6 +108,12 @@ class Demo:
         return tally(read_votes(self._file), list(self.drawers))
 
 
+def enlarged(image: Image) -> Image:
+    """A picture whose longer side has at least 256 pixels: a smaller one is repeated pixel by pixel."""
+    factor = -(-256 // max(image.size))
+    return image if factor == 1 else image.resize((image.width * factor, image.height * factor), 0)
+
+
 def caption(name: str, drawing: Drawing) -> str:
     """One line under a picture."""
     return f"**{name}**: {_steps(drawing.steps)}, {drawing.seconds:.2f} s"
@@ -125,19 +133,20 @@ def verdict(vote: Vote) -> str:
     return f"{whose}. Your vote: {vote.winner or 'no difference'}."
 
 
-def table(counts: Sequence[Tally]) -> str:
-    """A Markdown table of votes."""
-    rows = [
-        "| pair | first better | second better | same | share for the first, 95 % interval |",
-        "| --- | --: | --: | --: | --- |",
-    ]
+def standing(counts: Sequence[Tally]) -> str:
+    """What votes add up to, a Markdown list."""
+    rows = []
     for each in counts:
         low, high = each.interval
-        share = "no votes yet" if each.share is None else f"{each.share:.0%} [{low:.0%}, {high:.0%}]"
-        rows.append(
-            f"| {each.first} / {each.second} | {each.first_better} | {each.second_better} | {each.same} | {share} |"
-        )
-    return "\n".join(rows)
+        pair = f"- **{each.first}** against **{each.second}**"
+        if each.share is None:
+            rows.append(f"{pair}: no vote for either, {each.same} for no difference")
+        else:
+            rows.append(
+                f"{pair}: {each.first_better} to {each.second_better}, and {each.same} for no difference; {each.first} "
+                f"wins {each.share:.0%} [{low:.0%}, {high:.0%}]"
+            )
+    return "\n".join([*rows, "", "In brackets: the 95 % interval of that share."])
 
 
 def build(demo: Demo, prompt: str) -> Any:
@@ -173,7 +182,7 @@ def build(demo: Demo, prompt: str) -> Any:
                 return [
                     part
                     for name, each in zip(demo.drawers, drawn, strict=True)
-                    for part in (each.image, caption(name, each))
+                    for part in (enlarged(each.image), caption(name, each))
                 ]
 
             for event in (draw.click, text.submit):
@@ -201,18 +210,24 @@ def _votes(gr: Any, demo: Demo, text: Any, counts: list[Any]) -> None:
             "right": gr.Button("B is better"),
         }
     said = gr.Markdown("")
-    results = gr.Markdown(table(demo.counts()))
+    results = gr.Markdown(standing(demo.counts()))
 
     def draw_pair(prompt: str, *steps: int) -> list[Any]:
         first, second, pair = _told(gr, lambda: demo.new_pair(prompt, [int(n) for n in steps]))
-        return [first.image, second.image, pair, "Which is better?", table(demo.counts())]
+        return [
+            enlarged(first.image),
+            enlarged(second.image),
+            pair,
+            "Which is better?",
+            standing(demo.counts()),
+        ]
 
     new.click(draw_pair, [text, *counts], [*pictures, waiting, said, results], concurrency_id="draw")
 
     def voted(choice: Choice, pair: Pair | None) -> list[Any]:
         if pair is None:
-            return [None, "Draw a pair first.", table(demo.counts())]
-        return [None, verdict(demo.vote(pair, choice)), table(demo.counts())]
+            return [None, "Draw a pair first.", standing(demo.counts())]
+        return [None, verdict(demo.vote(pair, choice)), standing(demo.counts())]
 
     for choice, button in buttons.items():
         button.click(lambda pair, choice=choice: voted(choice, pair), [waiting], [waiting, said, results])
