@@ -44,7 +44,7 @@ def push(
         check_token()
     with exported(run, what) as (folder, home):
         planned = prepare(
-            folder, repo, home=home, without_adapter=what == "merged", base_model=base_model, licence=licence
+            folder, repo, without_adapter=what == "merged", base_model=base_model, licence=licence
         )
         for warning in planned.warnings:
             typer.echo(f"stepdistill: {warning}", err=True)

@@ -15,11 +15,11 @@ from typing import Literal
 
 from stepdistill.errors import UserError
 from stepdistill.export.adapters import KOHYA
-from stepdistill.export.student_folder import VERIFICATION
+from stepdistill.export.shared import is_hub_name, loaded_from
 from stepdistill.export.verify import check_unaltered, student_folder
-from stepdistill.networks.find import local_folder
+from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, pipeline_class
-from stepdistill.sharing.hub_card import hub_card, licence_of, local_paths, metadata
+from stepdistill.sharing.hub_card import hub_card, local_paths, parted
 from stepdistill.system.files import folder_written_whole, size_text
 
 CARD = "README.md"
@@ -70,7 +70,6 @@ def prepare(
     folder: Path,
     repo: str,
     *,
-    home: Path | None = None,
     without_adapter: bool = False,
     base_model: str | None = None,
     licence: str | None = None,
@@ -80,41 +79,37 @@ def prepare(
     Args:
         folder: of the student.
         repo: OWNER/NAME.
-        home: where the run has its student, beside the recipe that names the teacher; None is the folder.
         without_adapter: leave out the LoRA that lies beside merged weights.
-        base_model: the teacher on the Hub; None is the one of the recipe, if that is on the Hub.
-        licence: of the student, a name that the Hub knows; None is the teacher's.
+        base_model: the teacher on the Hub; None is the one that the card names.
+        licence: of the student, a name that the Hub knows; None is the teacher's, which the card carries.
 
     Raises:
-        UserError: a file was altered, or a path of this disk is in one.
+        UserError: a file was altered, a path of this disk is in one, or nobody would find the teacher of an adapter.
     """
     manifest = check_unaltered(folder)
     names = [name for name in manifest["files"] if not (without_adapter and name in (LORA, KOHYA))]
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(names)}
     manifest["files"] = {name: manifest["files"][name] for name in names}
-    teacher = _teacher_of(home or folder, folder)
-    source = local_folder(teacher) if teacher is not None else None
-    if base_model is None and teacher is not None and not Path(teacher).exists() and teacher.count("/") == 1:
-        base_model = teacher
-    if (folder / ADAPTER).is_file():
+    card = (folder / CARD).read_text("utf-8")
+    told, _ = parted(card)
+    known = base_model or told.get("base_model")
+    if ADAPTER in files:
         of = json.loads((folder / ADAPTER).read_text("utf-8"))
-        pipeline = str(of["pipeline"])
-        if base_model is None:
+        if base_model is None and not is_hub_name(str(of["teacher"])):
             raise UserError(
                 f"{folder} is an adapter for {of['teacher']}, which nobody else finds: give --base-model OWNER/NAME"
             )
-        content = (json.dumps({**of, "teacher": base_model}, indent=1) + "\n").encode()
+        pipeline, known = str(of["pipeline"]), base_model or str(of["teacher"])
+        card = card.replace(loaded_from(str(of["teacher"])), known)
+        content = (json.dumps({**of, "teacher": known}, indent=1) + "\n").encode()
         files[ADAPTER], manifest["files"][ADAPTER] = content, hashlib.sha256(content).hexdigest()
     else:
         pipeline = pipeline_class(folder)
-    told = {"license": licence} if licence else licence_of(source) if source is not None else {}
-    whose = "its teacher" if teacher is None else f"the teacher {teacher}"
-    warnings = () if told else (f"no licence of {whose} is known: give --license NAME",)
-    if source is not None:
-        files |= {file.name: file for file in sorted(source.glob("LICENSE*")) if file.is_file()}
-    card = (folder / CARD).read_text("utf-8")
-    if base_model is not None and teacher is not None:
-        card = card.replace(str(teacher), base_model)
+    warnings = []
+    if licence is None and "license" not in told:
+        warnings.append("no licence of the teacher is known, so the card states none: give --license NAME")
+    if known is None:
+        warnings.append("the card names no base model: give --base-model OWNER/NAME where the teacher is on the Hub")
     files[MANIFEST] = json.dumps(manifest, indent=1).encode()
     files[CARD] = hub_card(
         card,
@@ -122,24 +117,11 @@ def prepare(
         pipeline=pipeline,
         call=manifest["call"],
         files=files,
-        base_model=base_model,
-        licence=told,
+        base_model=known,
+        licence=licence,
     ).encode()
     _check_paths(files)
-    return HubFolder(repo, dict(sorted(files.items())), warnings)
-
-
-def _teacher_of(home: Path, folder: Path) -> str | None:
-    """The teacher as the run's recipe names it, else as the adapter or the card does; None where nobody does."""
-    import yaml
-
-    recipe = home.parent / "recipe.yaml"
-    if recipe.is_file():
-        return str(yaml.safe_load(recipe.read_text("utf-8"))["teacher"])
-    if (folder / ADAPTER).is_file():
-        return str(json.loads((folder / ADAPTER).read_text("utf-8"))["teacher"])
-    found = metadata((folder / CARD).read_text("utf-8")).get("base_model")
-    return None if found is None else str(found)
+    return HubFolder(repo, dict(sorted(files.items())), tuple(warnings))
 
 
 def _check_paths(files: Mapping[str, Path | bytes]) -> None:

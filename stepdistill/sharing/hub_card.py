@@ -12,29 +12,17 @@ from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA
 
 HERE = "path/to/this/folder"
 """What stands in a card's snippets for the student's place."""
-LICENCE_KEYS = ("license", "license_name", "license_link")
 PATH = re.compile(r"(?<![\w:/.<-])~?/(?:[\w.@+-]+/)+[\w.@+-]+|(?<!\w)[A-Za-z]:\\[\w\\.@+ -]+")
 
 
-def metadata(card: str) -> dict[str, Any]:
-    """What stands between the first two lines of ``---`` of a card; nothing where that is no table."""
+def parted(card: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata, which stands before it between two lines of ``---``, and its text."""
     import yaml
 
-    parts = card.split("---\n", 2)
-    if parts[0].strip() or len(parts) < 3:
-        return {}
-    try:
-        found = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def licence_of(teacher: Path) -> dict[str, str]:
-    """The licence that a teacher's own card states, in the Hub's keys; empty where none is."""
-    card = teacher / "README.md"
-    found = metadata(card.read_text("utf-8", errors="replace")) if card.is_file() else {}
-    return {key: str(found[key]) for key in LICENCE_KEYS if found.get(key)}
+    before, _, rest = card.partition("---\n")
+    head, end, text = rest.partition("\n---\n")
+    found = yaml.safe_load(head) if end and not before.strip() else None
+    return (found, text) if isinstance(found, dict) else ({}, card)
 
 
 def hub_card(
@@ -45,7 +33,7 @@ def hub_card(
     call: Mapping[str, Any],
     files: Mapping[str, object],
     base_model: str | None,
-    licence: Mapping[str, str],
+    licence: str | None,
 ) -> str:
     """The card with the Hub's metadata, and with snippets that load from the repository.
 
@@ -56,23 +44,21 @@ def hub_card(
         call: of the verification pictures.
         files: names of the files that are pushed.
         base_model: the teacher on the Hub, if it is there.
-        licence: in the Hub's keys.
+        licence: in place of the one that the card states; None keeps that.
     """
-    from huggingface_hub import ModelCard
+    import yaml
 
-    alone = ADAPTER in files
-    made = ModelCard(_from_repo(card, repo), ignore_metadata_errors=True)
-    data: dict[str, Any] = made.data.to_dict()
-    kind = _pipeline_tag(pipeline, call)
+    (data, text), kind = parted(_from_repo(card, repo)), _pipeline_tag(pipeline, call)
     tags = ["diffusers", kind, "stepdistill", *data.get("tags", ()), "few-step"]
     data |= {
         "library_name": "diffusers",
         "pipeline_tag": kind,
         "tags": list(dict.fromkeys([*tags, "lora"] if LORA in files else tags)),
-        **licence,
     }
+    if licence is not None:
+        data = {key: value for key, value in data.items() if not key.startswith("license")} | {"license": licence}
     if base_model is not None:
-        data |= {"base_model": base_model, "base_model_relation": "adapter" if alone else "finetune"}
+        data |= {"base_model": base_model, "base_model_relation": "adapter" if ADAPTER in files else "finetune"}
     pictures = [
         {"text": text, "output": {"url": f"verification/{i}.png"}}
         for i, text in enumerate(call.get("prompt", ()))
@@ -80,10 +66,8 @@ def hub_card(
     ]
     if pictures:
         data["widget"] = pictures
-    import yaml
-
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
-    return f"---\n{head}---\n{made.text.lstrip()}"
+    return f"---\n{head}---\n{text.lstrip()}"
 
 
 def _pipeline_tag(pipeline: str, call: Mapping[str, Any]) -> str:
