@@ -34,6 +34,7 @@ def push(
     """Push a student and its model card to the Hugging Face Hub."""
     if output is not None and not dry_run:
         raise UserError("--output is for --dry-run; leave it out, or add --dry-run")
+    from stepdistill.export.verify import student_folder
     from stepdistill.sharing.hub import exported, listing, prepare, write
     from stepdistill.sharing.upload import check_repo, check_token, upload
 
@@ -42,15 +43,13 @@ def push(
         check_repo(base_model, "--base-model")
     if not dry_run:
         check_token()
-    with exported(run, what) as (folder, home):
-        planned = prepare(
-            folder, repo, without_adapter=what == "merged", base_model=base_model, licence=licence
-        )
+    with exported(run, what) as folder:
+        planned = prepare(folder, repo, base_model=base_model, licence=licence)
         for warning in planned.warnings:
             typer.echo(f"stepdistill: {warning}", err=True)
         print(listing(planned))
         if dry_run:
-            print(f"not pushed: {write(planned, output or home.parent / 'hub')}")
+            print(f"not pushed: {write(planned, output or student_folder(run).parent / 'hub')}")
         else:
             print(upload(planned, private=private))
 

@@ -9,6 +9,7 @@ import typer
 
 from stepdistill.cli.options import command_line
 from stepdistill.errors import UserError
+from stepdistill.system.packages import check_installed
 from stepdistill.system.processes import told
 from stepdistill.system.run_folder import RunFolder
 
@@ -61,14 +62,39 @@ def export(
     kohya: Annotated[
         bool, typer.Option("--kohya", help="Write the adapter under the names of kohya's scripts, too.")
     ] = False,
+    comfyui: Annotated[
+        bool, typer.Option("--comfyui", help="Write a workflow for ComfyUI beside it.")
+    ] = False,
+    formats: Annotated[
+        list[Literal["torch", "onnx"]] | None,
+        typer.Option(
+            "--format", help="Write a one-step student's network so, and export nothing else; may repeat."
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of its network's files, such as 5GB; by default the teacher's.")
     ] = None,
 ) -> None:
-    """Export the student of a run's last checkpoint again."""
+    """Export the student of a run's last checkpoint again, or its one-step network in another format."""
+    given = {
+        "what": what,
+        "kohya": "true" if kohya else None,
+        "comfyui": "true" if comfyui else None,
+        "max_shard_size": max_shard_size,
+    }
+    if formats:
+        if named := [name for name, value in given.items() if value]:
+            raise UserError(
+                f"--format writes the student that is there, without --{named[0]}: run export twice"
+            )
+        if "onnx" in formats:
+            check_installed("onnx", "onnx", "onnxscript", "onnxruntime")
+        from stepdistill.sharing.one_network import write_network
+
+        print(write_network(run, formats, output))
+        return
     from stepdistill.training.distil import export_run
 
-    given = {"what": what, "kohya": "true" if kohya else None, "max_shard_size": max_shard_size}
     sets = [f"export.{name}={value}" for name, value in given.items() if value]
     print(export_run(run, output, sets))
 

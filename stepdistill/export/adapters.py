@@ -10,6 +10,7 @@ from typing import Any, cast
 from safetensors.torch import save_file
 
 from stepdistill.errors import UserError
+from stepdistill.export.comfyui import StudentFile, check_comfyui, workflow, write_workflow
 from stepdistill.export.experts import adapter_files
 from stepdistill.export.kohya import kohya_state
 from stepdistill.networks.adapter_teacher import note_teacher
@@ -18,6 +19,7 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.sections import ExportOptions
+from stepdistill.system.log import say
 
 KOHYA = LORA.replace(".", "_kohya.")
 
@@ -79,6 +81,10 @@ def check_options(
             why = f"its names are for UNets, and this is a {network}"
         if why:
             raise UserError(f"export.kohya is true, but {why}: set it to false")
+    if options.comfyui:
+        net = getattr(teacher.pipe, teacher.family.network)
+        if (odd := check_comfyui(type(teacher.pipe).__name__, net.config)) is not None:
+            raise UserError(f"export.comfyui is true, but {odd}: set it to false")
     if lora and why and options.what == "both":
         return f"the student is exported with its adapter in its weights alone: {why}"
     return None
@@ -124,3 +130,55 @@ def save_alone(student: Student, teacher: PipelineTeacher, scheduler: Any, sourc
 def called_with(sampler: Sampler, student: Student) -> Sampler:
     """The sampler of an adapter's call: the teacher's network, which has guidance as an input, still takes it."""
     return sampler if student.guidance is None else replace(sampler, guidance=student.guidance)
+
+
+def save_comfyui(
+    student: Student,
+    sampler: Sampler,
+    teacher: PipelineTeacher,
+    scheduler: Any,
+    source: Any,
+    prompt: str,
+    folder: Path,
+) -> None:
+    """Writes a workflow for ComfyUI beside a student's files, and a UNet's adapter under kohya's names, which ComfyUI
+    reads; where ComfyUI cannot draw so, a line says why and nothing is written.
+
+    Args:
+        student: an adapter whose file is in the folder, or the network in the folder.
+        sampler: how it draws.
+        teacher: of whose pipeline.
+        scheduler: with which it draws.
+        source: the teacher's folder, Hub name or pipeline.
+        prompt: the first to draw.
+        folder: of the student.
+    """
+    pipeline, network = type(teacher.pipe).__name__, teacher.family.network
+    file, guidance = StudentFile(f"{network}/diffusion_pytorch_model.safetensors", None), sampler.guidance
+    if (folder / LORA).is_file():
+        ((config, _),) = adapter_files(student).values()
+        file, guidance = StudentFile(LORA, float(config["lora_alpha"] / config["r"])), student.guidance
+        if network == "unet":  # its file of these names says alpha itself
+            save_kohya(student, folder)
+            file = StudentFile(KOHYA, 1.0)
+    try:
+        if not (folder / file.file).is_file():
+            raise UserError(
+                "the student's network is in several files; set export.max_shard_size to more than it has"
+            )
+        nodes = workflow(
+            pipeline=pipeline,
+            student=file,
+            teacher=Path(source).name if isinstance(source, str | Path) else "teacher",
+            sampler=sampler,
+            path=student.path,
+            prediction_type=str(scheduler.config.get("prediction_type", "epsilon")),
+            prompt=prompt,
+            width=teacher.codec.size.width,
+            height=teacher.codec.size.height,
+            guidance=guidance,
+        )
+    except UserError as error:
+        say(f"export.comfyui: no workflow is written: {error}")
+        return
+    write_workflow(folder, nodes)

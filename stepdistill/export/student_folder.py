@@ -29,6 +29,7 @@ from stepdistill.export.adapters import (
     no_adapter_file,
     save_adapters,
     save_alone,
+    save_comfyui,
     save_kohya,
 )
 from stepdistill.export.card import for_folder
@@ -165,6 +166,9 @@ def export(
             save_adapters(student, teacher, place)
         if options.kohya:
             save_kohya(student, place)
+        if options.comfyui:
+            used = scheduler if alone else pipe.scheduler
+            save_comfyui(student, sampler, teacher, used, source, prompts[0], place)
         carry_terms(source, place)
         take_out_folders(place)
         (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")

@@ -302,8 +302,10 @@ class ExportOptions(Section):
             beside it. A student of its own weights is a pipeline, whatever this is, but not ``adapter``.
         max_shard_size: of the files of its network, such as 5GB; None is as the teacher's are.
         kohya: whether the adapter is written once more under the names that kohya's scripts and ComfyUI know.
+        comfyui: whether a workflow for ComfyUI is written that draws with the student, ``comfyui.json``.
     """
 
     what: Literal["adapter", "merged", "both"] = "both"
     max_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")] | None = None
     kohya: bool = False
+    comfyui: bool = False

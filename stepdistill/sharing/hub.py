@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.errors import UserError
-from stepdistill.export.adapters import KOHYA
 from stepdistill.export.shared import is_hub_name, loaded_from
 from stepdistill.export.verify import check_unaltered, student_folder
 from stepdistill.networks.own_call import VERIFICATION
@@ -42,35 +41,32 @@ class HubFolder:
 
 
 @contextlib.contextmanager
-def exported(run: Path, what: Literal["adapter", "merged"] | None) -> Iterator[tuple[Path, Path]]:
-    """The folder of a run's student, and where it lies in the run. An adapter alone, of a student that was exported in
-    another way, is exported anew, for as long as the block lasts.
+def exported(run: Path, what: Literal["adapter", "merged"] | None) -> Iterator[Path]:
+    """The folder of a run's student. One that was exported in another way than ``what`` says is exported anew from the
+    run's last checkpoint, for as long as the block lasts.
 
     Raises:
         UserError: there is no student, or none of that kind.
     """
     folder = student_folder(run)
-    alone = (folder / ADAPTER).is_file()
-    if what is None or (what == "adapter") == alone:
-        yield folder, folder
+    alone, lora = (folder / ADAPTER).is_file(), (folder / LORA).is_file()
+    if what is None or (alone if what == "adapter" else not lora):
+        yield folder
         return
-    if alone:
-        raise UserError(f"{run} holds an adapter alone: run `stepdistill export {run} --what merged` first")
     if not (folder.parent / "recipe.yaml").is_file():
         raise UserError(
-            f"{run} is no run folder, from which the adapter alone could be exported: give that one"
+            f"{run} is no run folder, from which the {what} alone could be exported: give that one"
         )
     from stepdistill.training.distil import export_run
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".adapter-") as place:
-        yield export_run(folder.parent, Path(place) / "student", ["export.what=adapter"]), folder
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{what}-") as place:
+        yield export_run(folder.parent, Path(place) / "student", [f"export.what={what}"])
 
 
 def prepare(
     folder: Path,
     repo: str,
     *,
-    without_adapter: bool = False,
     base_model: str | None = None,
     licence: str | None = None,
 ) -> HubFolder:
@@ -79,7 +75,6 @@ def prepare(
     Args:
         folder: of the student.
         repo: OWNER/NAME.
-        without_adapter: leave out the LoRA that lies beside merged weights.
         base_model: the teacher on the Hub; None is the one that the card names.
         licence: of the student, a name that the Hub knows; None is the teacher's, which the card carries.
 
@@ -87,9 +82,7 @@ def prepare(
         UserError: a file was altered, a path of this disk is in one, or nobody would find the teacher of an adapter.
     """
     manifest = check_unaltered(folder)
-    names = [name for name in manifest["files"] if not (without_adapter and name in (LORA, KOHYA))]
-    files: dict[str, Path | bytes] = {name: folder / name for name in sorted(names)}
-    manifest["files"] = {name: manifest["files"][name] for name in names}
+    files: dict[str, Path | bytes] = {name: folder / name for name in sorted(manifest["files"])}
     card = (folder / CARD).read_text("utf-8")
     told, _ = parted(card)
     known = base_model or told.get("base_model")
@@ -109,7 +102,9 @@ def prepare(
     if licence is None and "license" not in told:
         warnings.append("no licence of the teacher is known, so the card states none: give --license NAME")
     if known is None:
-        warnings.append("the card names no base model: give --base-model OWNER/NAME where the teacher is on the Hub")
+        warnings.append(
+            "the card names no base model: give --base-model OWNER/NAME where the teacher is on the Hub"
+        )
     files[MANIFEST] = json.dumps(manifest, indent=1).encode()
     files[CARD] = hub_card(
         card,

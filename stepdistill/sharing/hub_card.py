@@ -56,9 +56,14 @@ def hub_card(
         "tags": list(dict.fromkeys([*tags, "lora"] if LORA in files else tags)),
     }
     if licence is not None:
-        data = {key: value for key, value in data.items() if not key.startswith("license")} | {"license": licence}
+        data = {key: value for key, value in data.items() if not key.startswith("license")} | {
+            "license": licence
+        }
     if base_model is not None:
-        data |= {"base_model": base_model, "base_model_relation": "adapter" if ADAPTER in files else "finetune"}
+        data |= {
+            "base_model": base_model,
+            "base_model_relation": "adapter" if ADAPTER in files else "finetune",
+        }
     pictures = [
         {"text": text, "output": {"url": f"verification/{i}.png"}}
         for i, text in enumerate(call.get("prompt", ()))
