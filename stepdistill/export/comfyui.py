@@ -1,7 +1,7 @@
 """A workflow for ComfyUI that draws with the student: its sampler, its very noise levels, no guidance.
 
 The file is in ComfyUI's API format (docs.comfy.org, "Workflow API Format"): nodes by number, each with its class and
-its inputs, a value or [node, output]. ``NODES`` has what ComfyUI's documentation of built-in nodes says of those that are
+its inputs, a value or [node, output]. ``NODES`` has what its documentation of built-in nodes says of those that are
 used. Text encoders and VAE are those of the teacher's own files there; the titles say which file of the student goes
 where. It was compared with that documentation, and never run by ComfyUI itself.
 """
