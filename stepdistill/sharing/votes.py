@@ -100,7 +100,7 @@ def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple
     z = NormalDist().inv_cdf((1 + level) / 2)
     middle = (successes + z * z / 2) / (trials + z * z)
     reach = z / (trials + z * z) * math.sqrt(successes * (trials - successes) / trials + z * z / 4)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return (middle - reach if successes else 0.0), (middle + reach if successes < trials else 1.0)
 
 
 def blind_pair(names: Sequence[str], chooser: random.Random) -> tuple[str, str]:

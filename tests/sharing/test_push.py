@@ -24,13 +24,19 @@ def test_the_folder_is_the_student_and_its_card_says_what_the_hub_asks(run: Path
     student = run / "student"
     planned = prepare(student, "me/tiny-dmd")
     assert planned.warnings == ()
-    assert set(planned.files) == {f.relative_to(student).as_posix() for f in student.rglob("*") if f.is_file()}
+    assert set(planned.files) == {
+        f.relative_to(student).as_posix() for f in student.rglob("*") if f.is_file()
+    }
     assert f"{len(planned.files)} files for me/tiny-dmd" in listing(planned)
     written = write(planned, tmp_path / "hub")
     check_unaltered(written)
     data, text = parted((written / CARD).read_text())
     assert data["base_model"] == "someone/tiny-sd" and data["base_model_relation"] == "finetune"
-    assert (data["license"], data["pipeline_tag"], data["library_name"]) == ("openrail++", "text-to-image", "diffusers")
+    assert (data["license"], data["pipeline_tag"], data["library_name"]) == (
+        "openrail++",
+        "text-to-image",
+        "diffusers",
+    )
     assert {"diffusers", "text-to-image", "stepdistill", "dmd", "few-step"} <= set(data["tags"])
     prompts = json.loads((written / MANIFEST).read_text())["call"]["prompt"]
     shown = [(each["text"], each["output"]["url"]) for each in data["widget"]]
@@ -47,7 +53,9 @@ def test_the_folder_is_the_student_and_its_card_says_what_the_hub_asks(run: Path
 
 def test_a_licence_is_the_teachers_or_the_one_given_and_a_warning_otherwise(run: Path) -> None:
     card = run / "student" / CARD
-    card.write_text(card.read_text().replace("license: openrail++\n", "").replace("base_model: someone/tiny-sd\n", ""))
+    card.write_text(
+        card.read_text().replace("license: openrail++\n", "").replace("base_model: someone/tiny-sd\n", "")
+    )
     planned = prepare(run / "student", "me/x")
     assert [line.partition(":")[0] for line in planned.warnings] == [
         "no licence of the teacher is known, so the card states none",
@@ -74,7 +82,7 @@ def test_a_path_of_this_disk_is_refused_wherever_it_stands(run: Path) -> None:
     card = run / "student" / CARD
     plain = card.read_text()
     card.write_text(plain.replace("train dmd", "train dmd --output /home/me/runs/x"))
-    with pytest.raises(UserError, match="README.md names /home/me/runs/x, a path of this disk: edit it"):
+    with pytest.raises(UserError, match=r"README\.md names /home/me/runs/x, a path of this disk: edit it"):
         prepare(run / "student", "me/x")
     card.write_text(plain)
     index = run / "student" / "model_index.json"
@@ -83,7 +91,9 @@ def test_a_path_of_this_disk_is_refused_wherever_it_stands(run: Path) -> None:
     content = json.loads(manifest.read_text())
     content["files"]["model_index.json"] = hashlib.sha256(index.read_bytes()).hexdigest()
     manifest.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="model_index.json names /data/sdxl/tuned.*export the student again"):
+    with pytest.raises(
+        UserError, match=r"model_index\.json names /data/sdxl/tuned.*export the student again"
+    ):
         prepare(run / "student", "me/x")
 
 
@@ -126,13 +136,16 @@ def test_an_adapter_says_whose_it_is_and_cannot_be_without_its_teacher(run: Path
         assert folder == student
     (run / "recipe.yaml").unlink()
     (student / "pytorch_lora_weights.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="no run folder, from which the merged alone"), exported(student, "merged"):
+    with (
+        pytest.raises(UserError, match="no run folder, from which the merged alone"),
+        exported(student, "merged"),
+    ):
         pass
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "a/b c", "a/-b", "a/" + 97 * "x"])
 def test_a_name_that_the_hub_does_not_take_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="--repo is .* and must be OWNER/NAME"):
+    with pytest.raises(UserError, match=r"--repo is .* and must be OWNER/NAME"):
         check_repo(name)
     check_repo("me/my-student.v1")
 

@@ -22,7 +22,15 @@ from stepdistill.sharing.drawers import (
     student_drawer,
     teacher_drawer,
 )
-from stepdistill.sharing.votes import Side, Vote, append_vote, binomial_interval, blind_pair, read_votes, tally
+from stepdistill.sharing.votes import (
+    Side,
+    Vote,
+    append_vote,
+    binomial_interval,
+    blind_pair,
+    read_votes,
+    tally,
+)
 
 
 def vote(left: str, right: str, choice: str) -> Vote:
@@ -84,7 +92,10 @@ def test_a_student_draws_its_own_pictures_and_in_no_other_count(run: Path) -> No
         drawer.draw("apple", 0, 4)
     assert distilled_at(run / "student") == 2.5 and distilled_at(run) is None
     assert caption("tiny", drawn).startswith("**tiny**: 1 step, ")
-    assert enlarged(drawn.image).size == (256, 256) and enlarged(Image.new("RGB", (300, 20))).size == (300, 20)
+    assert enlarged(drawn.image).size == (256, 256) and enlarged(Image.new("RGB", (300, 20))).size == (
+        300,
+        20,
+    )
 
 
 def test_the_teacher_draws_with_the_guidance_it_is_given() -> None:
@@ -109,7 +120,12 @@ def test_a_pair_is_of_one_prompt_and_seed_and_its_vote_says_whose_it_was(run: Pa
     kept = demo.vote(pair, "right")
     assert kept.winner == pair.right.name and f"B was **{pair.right.name}**" in verdict(kept)
     row = json.loads((tmp_path / "votes.jsonl").read_text())
-    assert (row["prompt"], row["seed"], row["choice"], row["left"]["name"]) == ("apple", pair.seed, "right", pair.left.name)
+    assert (row["prompt"], row["seed"], row["choice"], row["left"]["name"]) == (
+        "apple",
+        pair.seed,
+        "right",
+        pair.left.name,
+    )
     assert [each.first_better + each.second_better for each in demo.counts()] == [1]
     with pytest.raises(UserError, match="have one name"):
         Demo([one, one], tmp_path / "votes.jsonl")
