@@ -39,7 +39,7 @@ class RepeatedLastToken:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden_states [B, M, D] and encoder_hidden_states [B, L, D] to the same shapes; counts [B]."""
         if last_token_counts is None and self.count is not None and encoder_hidden_states is not None:
-            last_token_counts = hidden_states.new_full((len(hidden_states),), self.count)
+            last_token_counts = hidden_states.new_full((hidden_states.shape[0],), self.count)
         if last_token_counts is None or encoder_hidden_states is None:
             inputs: Any = (hidden_states, encoder_hidden_states, attention_mask)
             plain: Tensor | tuple[Tensor, Tensor] = self.plain(attn, *inputs)
@@ -58,7 +58,7 @@ class RepeatedLastToken:
             own[i] = own[i] if norm is None else norm(own[i])
             context[i] = context[i] if norm_added is None else norm_added(context[i])
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(own, context, strict=True))
-        bias = query.new_zeros(len(query), 1, 1, key.shape[2])
+        bias = query.new_zeros(query.shape[0], 1, 1, key.shape[2])
         bias[:, 0, 0, -1] = last_token_counts.to(query.dtype).log()
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2)  # [B, M + L, D]

@@ -19,6 +19,7 @@ from stepdistill.errors import UserError, first_line
 from stepdistill.export.schedulers import times_of
 from stepdistill.export.verify import check_unaltered, student_folder
 from stepdistill.families.condition import Condition
+from stepdistill.families.size import Size
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.loading import load_pipeline
 from stepdistill.networks.switched import SwitchedNetworks
@@ -129,7 +130,9 @@ def one_step(student: Path) -> tuple[OneStep, Inputs, dict[str, Any]]:
     pipe, _ = load_pipeline(student, "cpu")
     if type(pipe.components.get("unet") or pipe.components.get("transformer")).__name__ == "PhasedExperts":
         raise UserError(f"{student} is several networks, and --format writes one")
-    teacher = PipelineTeacher(pipe, guidance=float(call.get("guidance_scale", 1.0)))
+    told_size = [int(call[key]) for key in ("height", "width", "num_frames") if key in call]
+    size = Size(*told_size) if told_size else None
+    teacher = PipelineTeacher(pipe, size=size, guidance=float(call.get("guidance_scale", 1.0)))
     denoiser, family = teacher.denoiser, teacher.family
     if isinstance(denoiser.net, SwitchedNetworks):
         raise UserError(f"{student} is several networks, and --format writes one")
@@ -172,12 +175,10 @@ def _seeded(seed: int) -> torch.Generator:
 def _traced(network: OneStep, inputs: Inputs) -> Any:
     """The network as a program of 1 to ``MOST`` samples."""
     batch = torch.export.Dim("batch", min=1, max=MOST)
-    # One entry for the noise, and one for the conditions together.
     first, *others = ({0: batch} for _ in inputs.in_order)
+    shapes = (first, tuple(others)) if others else (first,)  # the conditions are one argument
     try:
-        return torch.export.export(
-            network, inputs.in_order, dynamic_shapes=(first, tuple(others)), strict=False
-        )
+        return torch.export.export(network, inputs.in_order, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise UserError(f"torch.export cannot write this network: {first_line(error)}") from error
 

@@ -16,19 +16,21 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
 
 
-def student_run(teacher: PipelineTeacher, times: tuple[float, ...], folder: Path) -> Path:
-    """A run folder whose student calls its network at these times."""
+def student_run(teacher: PipelineTeacher, times: tuple[float, ...], folder: Path, name: str = "sd") -> Path:
+    """A run folder whose student, of the tiny teacher of this name, calls its network at these times."""
     roles = Copies(teacher)
     shaken(torch.nn.ParameterList(roles.parameters("student")), amount=0.2)
-    sampler = on_stock_grid(Sampler(times, True), teacher.path, teacher.pipe.scheduler)
-    prompts = tiny_prompts("sd", 2)
+    sampler = on_stock_grid(
+        Sampler(times, True), teacher.path, teacher.pipe.scheduler, passes=teacher.family.passes
+    )
+    prompts = tiny_prompts(name, 2)
     card = model_card(
         teacher="someone/tiny-sd",
         method="dmd",
         summary="Matches.",
         steps=len(times),
         guidance=2.5,
-        call=pipeline_call("StableDiffusionPipeline", sampler, teacher.codec, prompts),
+        call=pipeline_call(type(teacher.pipe).__name__, sampler, teacher.codec, prompts),
         grid="one",
         command="stepdistill train dmd",
         terms=Terms({"license": "openrail++"}, None, ()),
