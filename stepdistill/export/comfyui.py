@@ -60,7 +60,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 }
 KINDS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 """diffusers' prediction_type -> what ModelSamplingDiscrete calls it."""
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, list[Any]]] = {
     "StableDiffusionPipeline": {"block_out_channels": [[320, 640, 1280, 1280]], "cross_attention_dim": [768, 1024]},
     "StableDiffusionXLPipeline": {"block_out_channels": [[320, 640, 1280]], "cross_attention_dim": [2048]},
     "StableDiffusion3Pipeline": {"joint_attention_dim": [4096], "attention_head_dim": [64]},
