@@ -19,7 +19,7 @@ from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import strip, teacher_pictures, to_uint8
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows, read_sheet
-from stepdistill.recipes.recipe import DEFAULT_TEACHER
+from stepdistill.recipes.choose import DEFAULT_TEACHER
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import Measured

@@ -7,16 +7,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from stepdistill.errors import UserError, did_you_mean
-from stepdistill.recipes.recipe import DEFAULT_TEACHER, Recipe, load_recipe
+from stepdistill.recipes.choose import recipe_of, tree_of
+from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.system.emoji import embedded_teachers
-from stepdistill.system.shipped import content_folder, module_summaries, recipe_files
+from stepdistill.system.shipped import module_summaries, recipe_files
 from stepdistill.training.identity import resolve
 from stepdistill.training.preflight import check_recipe
 
@@ -174,7 +171,7 @@ def _choose(methods: str, teacher: str, budget: float) -> _Chosen:
 def _remarks(chosen: _Chosen, entries: Sequence[Entry], teacher: str) -> tuple[str, ...]:
     """Which recipe each method takes, and what of it is another teacher's."""
     taken = [f"{name} takes {found}" for name, found in chosen.sources.items() if name != found]
-    foreign = sorted({_tree(recipe_files()[found]).get("teacher", "") for name, found in chosen.sources.items()
+    foreign = sorted({tree_of(recipe_files()[found]).get("teacher", "") for name, found in chosen.sources.items()
                       if found in recipe_files()} - {teacher})  # fmt: skip
     said = []
     if taken and foreign:
@@ -246,43 +243,3 @@ def with_shared_pools(entries: Sequence[Entry], folder: Path) -> list[Entry]:
         entry if pool is None else entry.set("data.pairs", folder / pool)
         for entry, pool in zip(entries, pools, strict=True)
     ]
-
-
-def recipe_of(method: str, teacher: str, budget: float = 0.0) -> str | None:
-    """The shipped recipe that stands for a method on a teacher, or None.
-
-    Of the recipes of that method on that teacher: METHOD_TEACHER before others, the larger before the smaller; with a
-    budget, the first whose training took no longer when its result in train/results was made (the smallest where none
-    did). Teachers without recipes of their own take those of the embedded one.
-    """
-    shipped = recipe_files()
-    trees = {name: _tree(file) for name, file in shipped.items()}
-    for place in dict.fromkeys((teacher, Path(teacher).name, DEFAULT_TEACHER)):
-        sizes = {
-            name: _samples(tree)
-            for name, tree in trees.items()
-            if (tree.get("method"), tree.get("teacher")) == (method, place)
-        }
-        if sizes:
-            ranked = sorted(sizes, key=lambda name: (name != f"{method}_{place}", -sizes[name]))
-            fitting = [name for name in ranked if not budget or _measured_seconds(name) <= budget]
-            return fitting[0] if fitting else min(ranked, key=lambda name: sizes[name])
-    return None
-
-
-@cache
-def _tree(file: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    return tree
-
-
-def _samples(tree: dict[str, Any]) -> int:
-    train = tree.get("train") or {}
-    return int(train.get("updates", 1000)) * int(train.get("batch", 64))
-
-
-def _measured_seconds(name: str) -> float:
-    """Training time of a recipe's shipped result; 0 where there is none."""
-    file = content_folder("train") / "results" / f"{name}.json"
-    seconds = json.loads(file.read_text(encoding="utf-8")).get("train_seconds", 0) if file.is_file() else 0
-    return float(seconds)

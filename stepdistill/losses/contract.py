@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, final
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
+from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.losses.batch import Batch
 from stepdistill.networks.roles import Roles
 from stepdistill.networks.teacher import Teacher
@@ -158,6 +159,12 @@ class Method(nn.Module, ABC):
         self.times = times
         self.options = options
         self.setup()
+
+    @classmethod
+    def usual_times(cls, steps: int | None = None) -> tuple[float, ...]:
+        """The times of a student that draws in so many steps, where a recipe names none: ``default_times`` where that
+        is their number, or none is asked for, and else evenly spaced ones from 1."""
+        return cls.default_times if steps in (None, len(cls.default_times)) else uniform_times(steps or 1)
 
     def setup(self) -> None:
         """Makes what the method has beside the student: further roles, heads, buffers.

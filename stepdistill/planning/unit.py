@@ -168,7 +168,7 @@ def unit_of(
     condition = teacher.codec.encode([prompt])
     if teacher.null is None and teacher.denoiser.guidance is None:
         options = options.model_copy(update={"guidance": 1.0})
-    times = tuple(recipe.student.times or kind.default_times)
+    times = tuple(recipe.student.times or kind.usual_times(recipe.student.steps))
     if not recipe.student.times and kind.shifted_times:
         times = tuple(teacher.path.shifted(time) for time in times)
     with within or nullcontext():

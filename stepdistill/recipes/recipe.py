@@ -6,14 +6,16 @@ checked by the method's own Options class, which means importing it (and torch):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from stepdistill.errors import UserError, did_you_mean
+from stepdistill.recipes.choose import DEFAULT_TEACHER, announcement, recipe_of
 from stepdistill.recipes.messages import explain, source_prefix
 from stepdistill.recipes.sections import (
     AgainstTeacherOptions,
@@ -26,7 +28,6 @@ from stepdistill.recipes.sections import (
 )
 from stepdistill.system.shipped import module_summaries, recipe_files
 
-DEFAULT_TEACHER = "emoji"
 DEFAULT_METHOD = "dmd"
 
 
@@ -71,6 +72,14 @@ class Recipe(Section):
     # Key path -> where it was set: for messages only, so not part of what a recipe is or equals.
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
+    @property
+    def announced(self) -> str:
+        """What is said before it runs, see :func:`announcement`."""
+        source = self._sources.get("")
+        name = source.removesuffix(".yaml") if source and "/" not in source else source
+        changed = not self._sources.keys() <= {"", "method", "teacher", "evaluate", "output"}
+        return announcement(self.method, self.teacher, name, changed)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
@@ -100,11 +109,18 @@ def load_recipe(
     teacher: str | None = None,
     method: str | None = None,
     sets: Sequence[str] = (),
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> Recipe:
     """Reads a recipe, then lays teacher, method and ``a.b=c`` assignments (values in YAML) over it.
 
-    A name without .yaml is a shipped recipe. Without any name the method's recipe for an embedded teacher is taken,
-    the quick one first, and plain defaults where there is none. The method's options are not checked here.
+    A name without .yaml is a shipped recipe. Without any name the method's recipe for the teacher is taken, the quick
+    one first, and plain defaults where there is none. The method's options are not checked here.
+
+    Args:
+        name_or_path, teacher, method: what is read, and what is laid over it.
+        sets: assignments, later ones over earlier ones. ``student.steps`` takes the place of the file's
+            ``student.times``, and these of that.
+        flags: key -> the option that set it, for messages.
 
     Raises:
         UserError: no such file, no valid YAML, or a key or value that a recipe cannot have.
@@ -127,9 +143,11 @@ def load_recipe(
         if value is not None:
             tree[key] = value
             sources[key] = f"--{key}"
-    for assignment in sets:
+    keys = [assignment.partition("=")[0].strip() for assignment in sets]
+    _drop_replaced(tree, keys)
+    for key, assignment in zip(keys, sets, strict=True):
         _assign(tree, assignment)
-        sources[assignment.partition("=")[0].strip()] = "--set"
+        sources[key] = flags.get(key, "--set")
     if not sources.get(""):
         tree.setdefault("method", DEFAULT_METHOD)
     try:
@@ -141,14 +159,22 @@ def load_recipe(
     return recipe
 
 
+def _drop_replaced(tree: dict[str, Any], keys: Sequence[str]) -> None:
+    """Takes a file's ``student.times`` out where a count of steps is set over it, and the other way round."""
+    student = tree.get("student")
+    for one, other in (("steps", "times"), ("times", "steps")):
+        if isinstance(student, dict) and f"student.{one}" in keys and f"student.{other}" not in keys:
+            student.pop(other, None)
+
+
 def _is_path(name: str | Path | None) -> bool:
     return name is not None and (isinstance(name, Path) or name.endswith((".yaml", ".yml")) or "/" in name)
 
 
 def _find_recipe(name: str | Path | None, teacher: str | None, method: str | None) -> Path | None:
     if name is None:
-        shipped, own = recipe_files(), f"{method or DEFAULT_METHOD}_{teacher or DEFAULT_TEACHER}"
-        return shipped.get(f"{own}_quick", shipped.get(own))
+        found = recipe_of(method or DEFAULT_METHOD, teacher or DEFAULT_TEACHER, quick=True, foreign=False)
+        return recipe_files()[found] if found else None
     if _is_path(name):
         if not Path(name).is_file():
             raise UserError(

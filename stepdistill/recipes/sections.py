@@ -26,7 +26,8 @@ class StudentOptions(Section):
     """What the student is.
 
     Attributes:
-        times: where it jumps from, descending in (0, 1]; None takes the method's default. A first time below 1 is for
+        steps: in how many network calls it draws, at the method's usual times. None takes the method's usual number.
+        times: instead of steps, where it jumps from, descending in (0, 1]. A first time below 1 is for
             dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
         lora_rank: rank of the adapter that is trained; 0 trains the whole network. Networks that follow the student
             are then adapters, too, all on the teacher's one network (stepdistill/networks/roles.py).
@@ -43,6 +44,7 @@ class StudentOptions(Section):
         output_lr: its learning rate.
     """
 
+    steps: _Positive | None = None
     times: tuple[float, ...] | None = None
     lora_rank: _NotNegative = 0
     base: Literal["auto", "bf16", "int8", "nf4"] = "auto"
@@ -55,6 +57,8 @@ class StudentOptions(Section):
     @model_validator(mode="after")
     def _check(self) -> StudentOptions:
         times = self.times
+        if times is not None and self.steps is not None:
+            raise ValueError(f"steps is {self.steps} and times is {list(times)}: set one of them")
         if times is not None and (times == () or times[0] > 1 or times[-1] <= 0 or not _descends(times)):
             raise ValueError(f"times must descend within (0, 1], such as [1.0, 0.5]; found {list(times)}")
         if self.lora_alpha is not None and self.lora_rank == 0:

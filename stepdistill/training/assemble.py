@@ -266,7 +266,7 @@ def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[
 
 def _times(recipe: Recipe, kind: type[Method], teacher: PipelineTeacher) -> tuple[float, ...]:
     """The recipe's times, or the method's, as the teacher's schedule spaces them."""
-    times = tuple(recipe.student.times or kind.default_times)
+    times = tuple(recipe.student.times or kind.usual_times(recipe.student.steps))
     if not recipe.student.times and kind.shifted_times:
         times = tuple(teacher.path.shifted(time) for time in times)
     if times[0] < 1 and not kind.starts_below:

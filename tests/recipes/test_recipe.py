@@ -75,10 +75,10 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
     assert recipe.data.prompts == "my file.txt"
 
 
-KEYS_OF_STUDENT = "times, lora_rank, base, lora_alpha, output, output_samples, output_updates, output_lr"
-KEYS_OF_RECIPE = (
-    "teacher, family, method, options, terms, student, data, train, export, evaluate, against_teacher, output"
+KEYS_OF_STUDENT = (
+    "steps, times, lora_rank, base, lora_alpha, output, output_samples, output_updates, output_lr"
 )
+KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, export, evaluate, output"
 
 
 @pytest.mark.parametrize(
