@@ -28,9 +28,24 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def did_you_mean(found: str, allowed: Iterable[str]) -> str:
-    """``(did you mean X? There are: ...)`` for an unknown name."""
+def near_names(found: str, allowed: Iterable[str]) -> list[str]:
+    """At most five of the allowed names that ``found`` may have been meant for, the nearest first."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
+    longer = [name for name in names if name.startswith(found)] if len(found) > 1 else []
+    return list(dict.fromkeys([*difflib.get_close_matches(found, names, n=5, cutoff=0.6), *longer]))[:5]
+
+
+def did_you_mean(found: str, allowed: Iterable[str], listing: str = "") -> str:
+    """``(did you mean X? There are: ...)`` for an unknown name.
+
+    Args:
+        found: the name.
+        allowed: all that there are.
+        listing: the command that lists them, which stands in their place where they are more than five.
+    """
+    names = sorted(allowed)
+    near = near_names(found, names)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    if listing and len(names) > 5:
+        return f"({hint}`{listing}` lists all)"
     return f"({hint}there are: {', '.join(names) or 'none'})"

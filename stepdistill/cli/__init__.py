@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 from stepdistill.cli import compare, doctor, draw, evaluate, listing, plan, share, train, watch
+from stepdistill.cli.usage import epilog, in_one_line
 from stepdistill.errors import OtherProcessError, UserError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -42,13 +43,21 @@ app = typer.Typer(
     add_completion=False,
 )
 for name, verb in VERBS.items():
-    app.command(name)(verb)
+    app.command(name, epilog=epilog(name), no_args_is_help=name == "train")(verb)
+
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""Of typer's own click, or of the package where typer is older."""
 
 
 def main() -> None:
-    """Runs the command line: a UserError is one line on stderr and exit status 2, anything else keeps its traceback."""
+    """Runs the command line: a UserError, and a wrong option, is one line on stderr and exit status 2; anything else
+    keeps its traceback."""
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False, prog_name="stepdistill") or 0)
+    except UsageError as error:
+        said = in_one_line(error)
+        print(f"stepdistill: {said}" if said else cast(Any, error).format_message(), file=sys.stderr)
+        raise SystemExit(2) from None
     except OtherProcessError:
         time.sleep(10)  # a launcher ends all processes when one ends, and that other one has yet to say why
         raise SystemExit(2) from None

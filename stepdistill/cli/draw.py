@@ -42,12 +42,7 @@ def sample(
     teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 25,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once into it.")] = 8,
 ) -> None:
-    """Draw pictures from prompts: on one grid, or each into a folder.
-
-    stepdistill sample RUN "red apple" "a dog"
-
-    stepdistill sample RUN --prompts FILE --into DIR --teacher
-    """
+    """Draw pictures from prompts: on one grid, or each into a folder."""
     given = [*(texts or ()), *(prompt or ())]
     if into is None:
         asked = {"--prompts": prompts, "--count": count, "--teacher": teacher or None}

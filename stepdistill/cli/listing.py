@@ -95,7 +95,8 @@ def copy_shipped(
     name = name.removesuffix(".yaml")
     known = {**recipes, **suites, **templates}
     if name not in known:
-        raise UserError(f"{name} is not a shipped recipe or suite {did_you_mean(name, known)}")
+        near = did_you_mean(name, known, "stepdistill ls")
+        raise UserError(f"{name} is not a shipped recipe or suite {near}")
     target = dest / f"{name}{known[name].suffix}" if dest.is_dir() else dest
     if target.exists():
         raise UserError(f"{target} exists already: give another name")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +16,9 @@ from stepdistill.errors import UserError
 from stepdistill.system.packages import check_installed
 from stepdistill.system.processes import told
 from stepdistill.system.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from stepdistill.training.run_report import RunReport
 
 
 def train(
@@ -22,6 +29,18 @@ def train(
     method: Annotated[str | None, typer.Option(help="A method's name, or ./file.py.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; by default runs/METHOD_TEACHER, numbered.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Network calls in which the student draws: student.steps.")
+    ] = None,
+    lora: Annotated[int | None, typer.Option(help="Rank of a LoRA: student.lora_rank.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts: data.prompts.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="The teacher's, which the student takes over: options.guidance.")
+    ] = None,
+    updates: Annotated[int | None, typer.Option(help="Length of the training: train.updates.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Height and width in pixels: data.size.")
     ] = None,
     sets: Annotated[
         list[str] | None,
@@ -36,18 +55,59 @@ def train(
     source: str | Path | None = recipe
     if resume and recipe is None and output is not None and (output / "recipe.yaml").is_file():
         source = output / "recipe.yaml"  # the run's own recipe, so that --resume --output RUN is enough
-    wanted = load_recipe(source, teacher=teacher, method=method, sets=sets or ())
+    short = _short_flags(steps, lora, prompts, guidance, updates, size)
+    wanted = load_recipe(
+        source,
+        teacher=teacher,
+        method=method,
+        sets=[*(f"{key}={value}" for key, (_, value) in short.items()), *(sets or ())],
+        flags={key: flag for key, (flag, _) in short.items()},
+    )
     given = output or (Path(wanted.output) if wanted.output else None)
     folder = given or _default_run_folder(wanted.method, wanted.teacher, resume)
     run = run_recipe(wanted, output=folder, resume=resume, command=command_line())
     if run.report is not None:
-        print(f"student: {run.student}")
-        print(f"picture: {RunFolder(run.folder).samples}")
-        if run.report.gap_closed:
-            from stepdistill.comparison.ranking import rank
-            from stepdistill.comparison.table import text_table
+        _tell_end(run.report, RunFolder(run.folder))
 
-            print(text_table(rank([run.report])))
+
+def _short_flags(
+    steps: int | None,
+    lora: int | None,
+    prompts: str | None,
+    guidance: float | None,
+    updates: int | None,
+    size: str | None,
+) -> dict[str, tuple[str, str]]:
+    """Key -> the option that sets it, and its value in YAML."""
+    if size is not None and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size):
+        raise UserError(
+            f"--size {size}: give HEIGHTxWIDTH in pixels, such as 1024x1024; of a video, xFRAMES too"
+        )
+    values: dict[str, tuple[str, object]] = {
+        "student.steps": ("--steps", steps),
+        "student.lora_rank": ("--lora", lora),
+        "data.prompts": ("--prompts", prompts),
+        "options.guidance": ("--guidance", guidance),
+        "train.updates": ("--updates", updates),
+        "data.size": ("--size", [int(side) for side in size.split("x")] if size else None),
+    }
+    return {key: (flag, json.dumps(value)) for key, (flag, value) in values.items() if value is not None}
+
+
+def _tell_end(report: RunReport, place: RunFolder) -> None:
+    """The last lines of a run: its scores, its health, and what to look at and to do next."""
+    from stepdistill.comparison.ranking import rank
+    from stepdistill.comparison.table import text_table
+
+    sys.stderr.flush()
+    if report.student.get("fd"):
+        print(text_table(rank([report])))
+    if report.health is not None:
+        print(f"health: {report.health.sentence}")
+    print(f"student: {place.student}")
+    print(f"page: {place.page}")
+    prompt = ' --prompt "..."' if report.prompts is not None else ""
+    print(f"next: stepdistill sample {shlex.quote(str(place.root))}{prompt}")
 
 
 def export(

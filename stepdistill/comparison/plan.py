@@ -151,8 +151,9 @@ def _choose(methods: str, teacher: str, budget: float) -> _Chosen:
         if name.endswith((".yaml", ".yml")) or name in shipped:
             chosen.sources[name] = name
         elif name not in known:
+            near = did_you_mean(name, [*known, *shipped], "stepdistill ls")
             raise UserError(
-                f"--methods: {name} is neither a method nor a recipe {did_you_mean(name, [*known, *shipped])}; a "
+                f"--methods: {name} is neither a method nor a recipe {near}; a "
                 "method of your own is given by its recipe file, such as my_recipe.yaml"
             )
         elif (found := recipe_of(name, teacher, budget)) is not None:

@@ -37,9 +37,8 @@ def find_method(name: str) -> type[Method]:
     elif name in method_names():
         module = importlib.import_module(f"stepdistill.methods.{name}")
     else:
-        raise UserError(
-            f"method {name} is unknown {did_you_mean(name, method_names())}; or give a path, ./my_method.py"
-        )
+        near = did_you_mean(name, method_names(), "stepdistill ls methods")
+        raise UserError(f"method {name} is unknown {near}; or give a path, ./my_method.py")
     found = [
         value
         for value in vars(module).values()
@@ -79,4 +78,4 @@ def method_options(recipe: Recipe) -> MethodOptions:
         return schema.model_validate(recipe.options)
     except ValidationError as error:
         name = Path(recipe.method).stem
-        raise UserError(explain(error, schema, "options", name, recipe._sources)) from None
+        raise UserError(explain(error, schema, "options", name, recipe._sources, recipe.method)) from None

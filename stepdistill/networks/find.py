@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from stepdistill.errors import UserError, did_you_mean
+from stepdistill.networks.hub import SINGLE, of_single_file
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, check_files
 from stepdistill.system.emoji import embedded_teachers, teacher_folder
 from stepdistill.system.run_folder import RunFolder
@@ -88,6 +89,8 @@ def check_teacher(name: str) -> None:
                 f"teacher {name} is a student that is an adapter alone: export it again with --what merged"
             )
         raise UserError(f"teacher {name} is not a diffusers pipeline: the folder has no model_index.json")
+    if Path(name).is_file() and Path(name).suffix in SINGLE:
+        raise UserError(f"teacher {name} {of_single_file(name)}")
     # A path that was mistyped looks like a Hub name unless its first part is a folder here.
     if not _HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
         known = did_you_mean(name, embedded_teachers())

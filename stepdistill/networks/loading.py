@@ -17,6 +17,7 @@ from stepdistill.errors import UserError
 from stepdistill.families import Family, family_named, known_family
 from stepdistill.networks.adapter_teacher import teacher_named
 from stepdistill.networks.find import find_pipeline, find_teacher, local_folder
+from stepdistill.networks.hub import reason_of
 from stepdistill.networks.pipeline_files import (
     ADAPTER,
     LORA,
@@ -280,7 +281,8 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family
         if not local:
             place = DiffusionPipeline.download(place, use_safetensors=True, safety_checker=None)
     except OSError as error:
-        raise UserError(f"{what} could not be loaded: {' '.join(str(error).split())[:400]}") from error
+        why = " ".join(str(error).split())[:400] if local else reason_of(source, error)
+        raise UserError(f"{what} could not be loaded: {why}") from error
     return load_folder(FilePath(place), what, dtype)
 
 

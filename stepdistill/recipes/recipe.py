@@ -183,9 +183,12 @@ def _find_recipe(name: str | Path | None, teacher: str | None, method: str | Non
         return Path(name)
     shipped = recipe_files()
     if str(name) not in shipped:
-        raise UserError(
-            f"{name} is not a shipped recipe {did_you_mean(str(name), shipped)}; a file ends in .yaml"
-        )
+        if name in module_summaries("methods"):
+            raise UserError(
+                f"{name} is a method, not a recipe: give --method {name}, or a name of `stepdistill ls recipes`"
+            )
+        near = did_you_mean(str(name), shipped, "stepdistill ls recipes")
+        raise UserError(f"{name} is not a shipped recipe {near}; a file ends in .yaml")
     return shipped[str(name)]
 
 
@@ -237,4 +240,5 @@ def _check_method(recipe: Recipe, file: Path | None) -> None:
             kept = f"; the run keeps a copy of it: add --set method={copy}" if copy.is_file() else ""
             raise UserError(f"{source}method is {recipe.method}, and there is no such file{kept}")
     elif recipe.method not in (known := module_summaries("methods")):
-        raise UserError(f"{source}{recipe.method} is not a method {did_you_mean(recipe.method, known)}")
+        near = did_you_mean(recipe.method, known, "stepdistill ls methods")
+        raise UserError(f"{source}{recipe.method} is not a method {near}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
+from stepdistill.system.log import say
 from stepdistill.system.processes import launched, told
 from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.training.identity import ResolvedRecipe, changes, resolve, resolved_yaml
@@ -114,6 +115,7 @@ def run_recipe(
         return _run(resolved, output, resume, command, pipeline, None)
     status = RunStatus(output, recipe.train.updates, recipe.train.budget_seconds)
     with recorded(output, status, command or "stepdistill.distill()"):
+        say(recipe.announced)
         return _run(resolved, output, resume, command, pipeline, status)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from stepdistill.errors import UserError
-from stepdistill.methods import method_options
+from stepdistill.methods import find_method, method_options
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.recipes.sections import StudentOptions
 from stepdistill.system import shipped as content
@@ -75,23 +76,35 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
     assert recipe.data.prompts == "my file.txt"
 
 
-KEYS_OF_STUDENT = (
-    "steps, times, lora_rank, base, lora_alpha, output, output_samples, output_updates, output_lr"
-)
-KEYS_OF_RECIPE = "teacher, family, method, options, terms, student, data, train, export, evaluate, output"
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         (
             "student: {lora_ranks: 3}",
-            f"my.yaml: student.lora_ranks is not a key of student (did you mean lora_rank? It has: {KEYS_OF_STUDENT})",
+            "my.yaml: student.lora_ranks is not a key of student (did you mean lora_rank, lora_alpha? "
+            "`stepdistill ls keys` lists all)",
         ),
-        ("student: {zzz: 3}", f"my.yaml: student.zzz is not a key of student (it has: {KEYS_OF_STUDENT})"),
+        (
+            "student: {zzz: 3}",
+            "my.yaml: student.zzz is not a key of student (`stepdistill ls keys` lists all)",
+        ),
+        (
+            "export: {zzz: 3}",
+            "my.yaml: export.zzz is not a key of export (it has: what, max_shard_size, kohya)",
+        ),
+        (
+            "student: {times: 4}",
+            "my.yaml: student.times is 4 and should be a list, such as [1.0, 0.5]; a number of steps is set with "
+            "student.steps",
+        ),
+        ("data: {size: 512}", "my.yaml: data.size is 512 and should be a list, such as [512, 512]"),
+        (
+            "student: {times: [1, 0.5], steps: 2}",
+            "my.yaml: student: steps is 2 and times is [1.0, 0.5]: set one of them",
+        ),
         (
             "trian: {}",
-            f"my.yaml: trian is not a key of a recipe (did you mean train? It has: {KEYS_OF_RECIPE})",
+            "my.yaml: trian is not a key of a recipe (did you mean train? `stepdistill ls keys` lists all)",
         ),
         ("train: 3", "my.yaml: train is 3 and should be a section of keys"),
         ("train: {batch: 0}", "my.yaml: train.batch is 0 and should be greater than or equal to 1"),
@@ -159,7 +172,7 @@ def test_options_are_checked_by_the_method(here: Path) -> None:
         method_options(load_recipe("my.yaml"))
     assert str(caught.value) == (
         "my.yaml: options.critic_step is not an option of mine "
-        "(did you mean critic_steps? It has: guidance, guidance_2, guidance_interval, guidance_rescale, shift, "
+        "(did you mean critic_steps? it has: guidance, guidance_2, guidance_interval, guidance_rescale, shift, "
         "critic_steps)"
     )
     recipe = load_recipe("my.yaml", sets=["options={guidance: high}"])
@@ -228,3 +241,49 @@ def test_nothing_given_takes_the_quick_recipe_of_the_embedded_teacher() -> None:
     assert (recipe.teacher, recipe.method) == ("emoji", "dmd")
     assert recipe == (load_recipe(quick) if quick else Recipe(method="dmd"))
     assert load_recipe(teacher="./mine", method="dmd") == Recipe(teacher="./mine", method="dmd")
+
+
+def test_steps_take_the_place_of_a_files_times_and_times_of_its_steps(here: Path) -> None:
+    Path("my.yaml").write_text("method: ./mine.py\nstudent: {times: [1, 0.5]}\n")
+    student = load_recipe("my.yaml", sets=["student.steps=3"], flags={"student.steps": "--steps"}).student
+    assert (student.steps, student.times) == (3, None)
+    Path("my.yaml").write_text("method: ./mine.py\nstudent: {steps: 3}\n")
+    student = load_recipe("my.yaml", sets=["student.times=[1]"]).student
+    assert (student.steps, student.times) == (None, (1.0,))
+    wrong = message("method: ./mine.py", sets=["student.steps=0"], flags={"student.steps": "--steps"})
+    assert wrong == "--steps: student.steps is 0 and should be greater than or equal to 1"
+
+
+def test_a_number_of_steps_takes_the_methods_usual_times() -> None:
+    lcm, dmd = find_method("lcm"), find_method("dmd")
+    assert lcm.usual_times() == lcm.usual_times(4) == (1.0, 0.75, 0.5, 0.25)
+    assert lcm.usual_times(2) == dmd.usual_times(2) == (1.0, 0.5) and dmd.usual_times() == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"method": "dmd"}, "recipe: dmd_emoji_quick (two to five minutes on two CPU cores)"),
+        ({"method": "lcm"}, "recipe: lcm_emoji (about 5 minutes on two CPU cores)"),
+        (
+            {"method": "lcm", "sets": ["train.updates=9"]},
+            "recipe: lcm_emoji (as shipped: about 5 minutes on two CPU cores)",
+        ),
+        (
+            {"method": "tcd", "teacher": "stabilityai/stable-diffusion-xl-base-1.0"},
+            "recipe: tcd_sdxl",
+        ),
+        (
+            {"method": "lcm", "teacher": "./mine"},
+            "recipe: none is shipped for lcm on ./mine: defaults of lcm and of train are taken; to start from: "
+            "lcm_lora_sdxl (`stepdistill ls keys` lists the keys)",
+        ),
+    ],
+)
+def test_what_will_run_is_said(arguments: dict[str, Any], said: str) -> None:
+    assert load_recipe(**arguments).announced == said
+
+
+def test_a_method_is_not_taken_for_a_recipe() -> None:
+    with pytest.raises(UserError, match=r"^lcm is a method, not a recipe: give --method lcm, or"):
+        load_recipe("lcm")

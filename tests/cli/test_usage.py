@@ -1,0 +1,110 @@
+"""Help with examples, and one line for a wrong verb, option or argument."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from stepdistill.cli import VERBS, app, main
+from stepdistill.cli.usage import EXAMPLES
+from stepdistill.errors import UserError, did_you_mean
+from stepdistill.networks.find import check_teacher
+from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.shipped import recipe_files, suite_files
+
+
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str) -> tuple[int, str]:
+    """Exit status of a command line, and all that it prints."""
+    monkeypatch.setattr(sys, "argv", ["stepdistill", *shlex.split(line)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    answer = capsys.readouterr()
+    return int(stopped.value.code or 0), answer.out + answer.err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("trian", "there is no verb trian (did you mean train?): there are ls, "),
+        ("list", "there is no verb list (did you mean ls?)"),
+        ("train --stepps 4", "train: there is no option --stepps (did you mean --steps?); "),
+        ("train --batch-size 4", "train: there is no option --batch-size: give --set train.batch=VALUE; "),
+        ("train --lora-rank 4", "train: there is no option --lora-rank: give --lora VALUE; "),
+        ("train --lr 1", "train: there is no option --lr: give --set train.lr=VALUE; "),
+        ("train --steps four", "train: invalid value for '--steps': "),
+        ("train --method lcm --size 512", "--size 512: give HEIGHTxWIDTH in pixels, such as 1024x1024"),
+        ("sample", "sample: missing argument "),
+        ("ls foo", "ls: invalid value for "),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, text = said(capsys, monkeypatch, line)
+    assert status == 2 and text.startswith(f"stepdistill: {expected}") and text.count("\n") == 1
+
+
+def test_bare_train_is_its_help_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, text = said(capsys, monkeypatch, "train")
+    assert status == 2 and text.startswith("Usage: stepdistill train ")
+    assert all(f"  stepdistill {line}\n" in text for line in EXAMPLES["train"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_verb_has_three_examples_of_options_that_it_has() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert EXAMPLES.keys() == VERBS.keys() == commands.keys()
+    for verb, lines in EXAMPLES.items():
+        known = {flag for parameter in commands[verb].params for flag in parameter.opts}
+        assert len(lines) == 3
+        for line in lines:
+            words = shlex.split(line)
+            assert words[0] == verb and {word for word in words if word.startswith("--")} <= known, line
+            assert not {w for w in words if w.endswith("_emoji") and "/" not in w} - recipe_files().keys(), (
+                line
+            )
+            if "--suite" in words:
+                suite = words[words.index("--suite") + 1]
+                assert suite in suite_files() or suite.endswith(".yaml")
+
+
+def test_near_names_are_at_most_five_and_then_a_command() -> None:
+    names = [f"run{i}" for i in range(20)]
+    assert did_you_mean("run", names, "ls").count("run") == 5
+    assert did_you_mean("zzz", names, "ls x") == "(`ls x` lists all)"
+    assert did_you_mean("ab", ["ac", "ba"], "ls") == "(there are: ac, ba)"
+
+
+def test_a_teacher_in_one_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+    def of(keys: list[str]) -> str:
+        head = json.dumps({key: {} for key in keys}).encode()
+        file = tmp_path / "tuned.safetensors"
+        file.write_bytes(len(head).to_bytes(8, "little") + head)
+        with pytest.raises(UserError) as caught:
+            check_teacher(str(file))
+        return str(caught.value)
+
+    text = of(["conditioner.embedders.1.model.x", "model.diffusion_model.y"])
+    assert "is a single file" in text and "import StableDiffusionXLPipeline as P; P.from_single_file(" in text
+    assert text.endswith("then give --teacher tuned")
+    assert "import StableDiffusionPipeline as P" in of(["cond_stage_model.transformer.x"])
+    assert "is a LoRA alone" in of(["unet.down.lora_A.weight", "lora_unet_x.alpha"])
+
+
+def test_short_options_are_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from stepdistill.cli.train import _short_flags
+
+    short = _short_flags(4, 64, "my file.txt", 7.5, 2000, "512x768")
+    sets = [f"{key}={value}" for key, (_, value) in short.items()]
+    recipe = load_recipe("lcm_emoji", sets=sets)
+    assert (recipe.student.steps, recipe.student.lora_rank, recipe.student.times) == (4, 64, None)
+    assert (recipe.data.prompts, recipe.data.size) == ("my file.txt", (512, 768))
+    assert (recipe.options["guidance"], recipe.train.updates) == (7.5, 2000)
