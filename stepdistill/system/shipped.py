@@ -64,9 +64,8 @@ def suite_file(name: str | Path) -> Path:
     shipped = suite_files()
     file = shipped.get(str(name), Path(name).expanduser())
     if file.suffix not in (".yaml", ".yml"):
-        raise UserError(
-            f"no suite {str(name)!r} {did_you_mean(str(name), shipped, 'stepdistill ls suites')}; or give a YAML file"
-        )
+        near = did_you_mean(str(name), shipped, "stepdistill ls suites")
+        raise UserError(f"no suite {str(name)!r} {near}; or give a YAML file")
     if not file.is_file():
         raise UserError(f"no suite file {file}; give a YAML file as in eval/suites, or the name of one")
     return file
