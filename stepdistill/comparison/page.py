@@ -23,6 +23,7 @@ from stepdistill.training.run_report import Measured
 
 _STYLE = (
     "table.numbers td:nth-child(2),table.numbers th:nth-child(2){text-align:left}"
+    "table.numbers{border-collapse:separate;border-spacing:0}"
     "table.numbers td:first-child{position:sticky;left:0;background:var(--paper)}"
 )
 ABOUT_RUNS = (
@@ -250,12 +251,11 @@ def _sheet(title: str, picture: bytes) -> str:
 def _section(report: Measured, folder: Path | None, drawn: bool) -> str:
     """A run's facts, and its own picture where its student is on no sheet."""
     said = {key: getattr(report, key) for key in FACTS}
-    facts = "".join(
-        f"<p>{key}: <code>{html.escape(str(value))}</code></p>" for key, value in said.items() if value
-    )
+    facts = table([], [(key, str(value)) for key, value in said.items() if value])
     picture = None if folder is None or drawn else RunFolder(folder).samples
-    if picture is not None and picture.is_file():
+    shown = picture is not None and picture.is_file()
+    if picture is not None and shown:
         facts += _sheet(f"Pictures of {report.name}", picture.read_bytes())
     return (
-        f"<details{'' if drawn else ' open'}><summary>{html.escape(report.name)}</summary>{facts}</details>"
+        f"<details{' open' if shown else ''}><summary>{html.escape(report.name)}</summary>{facts}</details>"
     )

@@ -131,12 +131,12 @@ def plan(
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--methods: two recipes are called {twice[0]}; rename one")
-    for entry in entries:
-        check_entry(entry)
     if not any(entry.recipe.evaluate for entry in entries):
         raise UserError(
             f"nothing would be measured: evaluate is false in {', '.join(names)}; add --set evaluate=true, or a suite"
         )
+    for entry in entries:  # imports torch: last
+        check_entry(entry)
     if seeds:
         seeded = [entry.set("train.seed", seed) for entry in entries for seed in seeds]
         entries = [replace(entry, name=f"{entry.of}-seed{entry.recipe.train.seed}") for entry in seeded]

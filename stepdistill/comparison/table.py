@@ -11,6 +11,7 @@ COLUMNS = (
     "run",
     "method",
     "steps",
+    "trainings",
     "gap closed",
     "FD",
     "KID",
@@ -28,11 +29,11 @@ def cells(row: Row) -> tuple[str, ...]:
     """The row as text, in the order of COLUMNS and then of its own metrics."""
     share = "" if row.recall_of_teachers is None else f" ({row.recall_of_teachers:.0%})"
     cut = row.updates is not None and row.updates_planned is not None and row.updates < row.updates_planned
-    trained = "s" * ((row.seeds or 1) > 1)
     return (
-        row.name + (f" ({row.seeds} training{trained})" if row.seeds is not None else ""),
+        row.name,
         row.method,
         str(row.steps) if row.steps else "-",
+        _number(row.seeds, "{:.0f}"),
         _score(row, "gap_closed", row.gap_closed, None, "{:.3f}"),
         _score(row, "fd", row.fd, row.fd_se, "{:.3f}"),
         _score(row, "kid", row.kid, row.kid_se, "{:.4f}"),

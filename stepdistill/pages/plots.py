@@ -162,6 +162,8 @@ def _svg(
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(_few_minor_labels([y for _, s in shown for _, y in s.points]))
+        if x_scale == "zero":
+            axes.set_xlim(left=0)
         if y_scale == "zero":
             axes.set_ylim(bottom=0)
         if x_ticks:

@@ -190,7 +190,8 @@ def test_training_seeds_become_a_mean_with_both_errors(tmp_path: Path) -> None:
     assert row.fd_se == pytest.approx((0.27) ** 0.5) and row.fd_error == pytest.approx((0.27 + 1 / 3) ** 0.5)
     assert (row.gap_closed, row.train_seconds) == (0.5, 63.0)
     text = text_tables([group])
-    assert "m (3 trainings)" in text and "3.0 ± 1.0 (± 0.52)" in text and "0.50 ± 0.25" in text
+    assert text.split()[3] == "trainings" and text.splitlines()[1].split()[:4] == ["m", "dmd", "1", "3"]
+    assert "3.0 ± 1.0 (± 0.52)" in text and "0.50 ± 0.25" in text
     compared = Comparison(reports, [None] * 3, repeats=dict.fromkeys(runs, "m"))
     page, numbers = html_page(compared), as_json(compared)
     assert "3.0 ± 1.0 (± 0.52)" in page and "standard deviation between training seeds" in page
