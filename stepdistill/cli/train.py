@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +20,13 @@ from stepdistill.system.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from stepdistill.training.run_report import RunReport
+
+
+class NetworkFormat(Enum):
+    """What a one-step network is written for; an Enum, as an option that repeats takes no Literal."""
+
+    torch = "torch"
+    onnx = "onnx"
 
 
 def train(
@@ -126,7 +134,7 @@ def export(
         bool, typer.Option("--comfyui", help="Write a workflow for ComfyUI beside it.")
     ] = False,
     formats: Annotated[
-        list[Literal["torch", "onnx"]] | None,
+        list[NetworkFormat] | None,
         typer.Option(
             "--format", help="Write a one-step student's network so, and export nothing else; may repeat."
         ),
@@ -147,11 +155,11 @@ def export(
             raise UserError(
                 f"--format writes the student that is there, without --{named[0]}: run export twice"
             )
-        if "onnx" in formats:
+        if NetworkFormat.onnx in formats:
             check_installed("onnx", "onnx", "onnxscript", "onnxruntime")
         from stepdistill.sharing.one_network import write_network
 
-        print(write_network(run, formats, output))
+        print(write_network(run, [each.value for each in formats], output))
         return
     from stepdistill.training.distil import export_run
 

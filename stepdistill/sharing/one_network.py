@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,9 @@ from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import folder_written_whole, sha256_of
 
-Format = Literal["torch", "onnx"]
-ALLOWED: dict[Format, float] = {"torch": 1e-6, "onnx": 1e-4}
+ALLOWED = {"torch": 1e-6, "onnx": 1e-4}
 """How far a program's output may be from the network's, over the largest value of that."""
-FILES: dict[Format, str] = {"torch": "network.pt2", "onnx": "network.onnx"}
+FILES = {"torch": "network.pt2", "onnx": "network.onnx"}
 DESCRIPTION = "network.json"
 MOST = 32
 """Samples of a batch; diffusers' UNets take another way from 64 on."""
@@ -74,12 +73,12 @@ class Inputs:
         return tuple(self.tensors.values())
 
 
-def write_network(run: str | Path, formats: Sequence[Format], folder: Path | None = None) -> Path:
+def write_network(run: str | Path, formats: Sequence[str], folder: Path | None = None) -> Path:
     """Writes a one-step student's network, tested, with a description of its inputs and outputs.
 
     Args:
         run: a run folder, or the folder of its student.
-        formats: what to write.
+        formats: what to write, of ``FILES``.
         folder: where to, replaced as a whole; None is ``network`` beside the student.
 
     Returns:
@@ -208,7 +207,7 @@ def _write_onnx(program: Any, inputs: Inputs, file: Path) -> Callable[..., Tenso
     return run
 
 
-def _difference(network: OneStep, inputs: Inputs, run: Callable[..., Tensor], kind: Format) -> float:
+def _difference(network: OneStep, inputs: Inputs, run: Callable[..., Tensor], kind: str) -> float:
     """How far a program is from the network, on other noise and another batch than it was made with.
 
     Raises:

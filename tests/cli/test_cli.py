@@ -20,7 +20,21 @@ from stepdistill.system.emoji import embedded_teachers
 from stepdistill.system.log import RunLog, read_stats
 from stepdistill.training import preflight as checks
 
-VERBS = ["ls", "cp", "train", "sample", "eval", "geneval", "stats", "compare", "export", "verify", "doctor"]
+VERBS = [
+    "ls",
+    "cp",
+    "train",
+    "sample",
+    "eval",
+    "geneval",
+    "stats",
+    "compare",
+    "export",
+    "verify",
+    "push",
+    "demo",
+    "doctor",
+]
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

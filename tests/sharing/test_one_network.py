@@ -38,7 +38,7 @@ def test_what_is_written_computes_the_same_for_any_batch(
 ) -> None:
     run = student_run(teacher_of("dit"), (1.0,), tmp_path / "dit", "dit")
     formats = ["torch", "onnx"] if ONNX else ["torch"]
-    folder = write_network(run, formats)  # type: ignore[arg-type]
+    folder = write_network(run, formats)
     assert folder == run / "network"
     told = json.loads((folder / DESCRIPTION).read_text())["formats"]
     assert told["torch"]["difference"] <= 1e-6
