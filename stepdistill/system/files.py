@@ -47,8 +47,7 @@ def sha256_of(file: Path) -> str:
 def give_usual_modes(place: Path) -> None:
     """Gives a file, or a folder and all in it, the modes that the umask gives to new ones: safetensors and temporary
     folders are for their owner alone. What is a hard link to another file, or nobody's to change, stays as it is."""
-    mask = os.umask(0o022)
-    os.umask(mask)
+    mask = _umask()
     for path in (place, *place.rglob("*")):
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode):
@@ -59,10 +58,14 @@ def give_usual_modes(place: Path) -> None:
 
 def readable_as_usual(file: Path) -> bool:
     """Whether all those may read a file who may read a new one."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    usual = 0o444 & ~mask
+    usual = 0o444 & ~_umask()
     return file.stat().st_mode & usual == usual
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # it is read by being set
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ class Status:
     health: str | None = None
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=platform.node)
-    written: str = ""
+    written: str = field(default_factory=lambda: _now())
 
     @property
     def going(self) -> bool:
@@ -169,7 +169,23 @@ class Status:
     @property
     def killed(self) -> bool:
         """Whether it says that the run goes on, of a process of this machine that is gone."""
-        return self.going and self.host == platform.node() and not _alive(self.pid)
+        return self.going and self.host == platform.node() and not self._alive
+
+    @property
+    def under_way(self) -> bool:
+        """Whether its process is here, and at it."""
+        return self.going and self.host == platform.node() and self._alive
+
+    @property
+    def _alive(self) -> bool:
+        """Whether its process is there: one of that number which began later is another."""
+        import psutil
+
+        try:
+            began = float(psutil.Process(self.pid).create_time())
+        except psutil.Error:
+            return False
+        return began <= datetime.fromisoformat(self.written).timestamp() + 2  # clocks of seconds
 
 
 def read_status(folder: Path) -> Status | None:
@@ -232,20 +248,13 @@ class RunStatus:
 
     def _write(self) -> None:
         self._last = time.monotonic()
-        self.now = replace(self.now, written=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.now = replace(self.now, written=_now())
         with written_whole(self._file) as temporary:
             temporary.write_text(json.dumps(asdict(self.now), indent=1) + "\n", encoding="utf-8")
 
 
-def _alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,7 @@ from stepdistill.recipes.recipe import Recipe
 from stepdistill.recipes.sections import AgainstTeacherOptions
 from stepdistill.system.emoji import embedded_teachers
 from stepdistill.system.files import check_folder
-from stepdistill.system.run_folder import RunFolder
+from stepdistill.system.run_folder import RunFolder, read_status
 from stepdistill.system.shipped import suite_file
 
 
@@ -137,6 +138,12 @@ def check_output(folder: Path, *, resume: bool) -> None:
     if resume and not begun:
         raise UserError(
             f"--resume: {folder.absolute()} holds no run (it has no recipe.yaml); give the run's folder as --output"
+        )
+    status = read_status(folder)
+    if status is not None and status.under_way and status.pid != os.getpid():
+        raise UserError(
+            f"{folder} is the folder of a run that is under way (process {status.pid}, {status.phase}): wait for it, "
+            "stop it, or give another --output"
         )
     if holds_run and not resume:
         raise UserError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from stepdistill.recipes.sections import DataOptions
 from stepdistill.system import shipped as content
 from stepdistill.system.emoji import embedded_teachers
 from stepdistill.system.log import RunLog, read_stats
+from stepdistill.system.run_folder import RunStatus
 from stepdistill.training import preflight as checks
 
 VERBS = [
@@ -164,6 +167,13 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(tmp_path: Path) -
     checks.check_output(tmp_path, resume=True)
     with pytest.raises(UserError, match="holds no run"):
         checks.check_output(tmp_path / "new", resume=True)
+    status = RunStatus(tmp_path, 1)
+    status.now = replace(status.now, pid=os.getppid())
+    status.tell("training", "training")
+    with pytest.raises(UserError, match=rf"a run that is under way \(process {os.getppid()}, training\)"):
+        checks.check_output(tmp_path, resume=True)
+    status.tell("stopped", "it was asked to stop")
+    checks.check_output(tmp_path, resume=True)
     checks.check_output(tmp_path / "new" / "deep", resume=False)
     assert not (tmp_path / "new").exists()
 

@@ -66,7 +66,10 @@ def test_a_run_whose_process_is_gone_was_killed() -> None:
     assert Status("training", "training", 1, 2, pid=gone.pid).killed
     assert not Status("done", "done", 2, 2, pid=gone.pid).killed
     assert not Status("training", "training", 1, 2, pid=gone.pid, host="another machine").killed
-    assert not Status("training", "training", 1, 2).killed
+    own = Status("training", "training", 1, 2)
+    assert not own.killed and own.under_way
+    before = replace(own, written="2020-01-01T00:00:00+00:00")  # this number was another process's then
+    assert before.killed and not before.under_way
 
 
 def test_a_mistake_leaves_no_folder_and_a_run_that_began_stays(tmp_path: Path) -> None:

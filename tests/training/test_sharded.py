@@ -235,7 +235,7 @@ def test_two_and_three_processes_that_share_their_networks_are_one(tmp_path):
     assert len(sizes) == 3 and max(sizes) < 0.4 * sum(sizes)
     # What a network in parts leaves is whole, and the averaged weights.
     ended = two / "resumed"
-    assert (ended / "sheets" / "step-00000004.png").is_file() and (ended / "report.json").is_file()
+    assert (ended / "pictures" / "000004.png").is_file() and (ended / "report.json").is_file()
     verify(ended / "student")
     average = load_checkpoint(last(ended))[0]["ema"]
     student = load_file(ended / "student" / "unet" / "diffusion_pytorch_model.safetensors")
