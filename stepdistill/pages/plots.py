@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 COLOURS = 10
 """Series colours of the style sheet, ``--c0`` to ``--c9``; further series are dashed in the same ones."""
-WIDTH, HEIGHT = 420, 250
+WIDTH, HEIGHT = 400, 240
 """Of a chart, in its own units: about CSS pixels on a phone."""
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1, 1.6), (5, 1.5, 1, 1.5), (8, 2, 2, 2))
 _NAMED = {0x40: "ink", 0x41: "muted", 0x42: "line"}

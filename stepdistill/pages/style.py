@@ -23,11 +23,12 @@ td,th{padding:.35em .7em .35em 0;border-bottom:1px solid var(--line);text-align:
 overflow-wrap:normal}
 td:last-child{overflow-wrap:anywhere}
 table.numbers td:nth-child(n+2),table.numbers th:nth-child(n+2){text-align:right;white-space:nowrap;padding-left:.7em}
-table.numbers td:first-child{min-width:8.5em}
+table.numbers td:first-child,table.numbers th:first-child{min-width:8.5em;position:sticky;left:0;
+background:var(--paper)}
 details{margin:.6em 0}summary{cursor:pointer;font-weight:600}
 .warning{background:var(--warn-soft);color:var(--warn);padding:.5em 1em;border-radius:6px;max-width:none}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:1.2rem 2rem}
-figure{margin:0}figure.chart{max-width:520px}figcaption{font-weight:600}
+figure{margin:0}figure.chart{max-width:500px}figcaption{font-weight:600}
 figure.chart>svg{width:100%;height:auto;font-family:system-ui,sans-serif;stroke-linejoin:round;display:block}
 figure.chart .note{margin:.3em 0 0}
 ul.legend{list-style:none;margin:.3em 0;padding:0;display:flex;flex-wrap:wrap;gap:.1em 1.1em;font-size:13px}

@@ -4,6 +4,7 @@ page is report.html in the run's folder and what ``stepdistill watch`` shows. Im
 from __future__ import annotations
 
 import html
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,21 +170,23 @@ def _commands(run: RunRecord) -> str:
     if run.done:
         sheet = run.samples()
         prompt = sheet.prompts[0] if sheet and sheet.prompts else "a red apple"
-        quoted = "'" + prompt.replace("'", "'\\''") + "'"
         wanted = [
-            ("Draw with the student", f"stepdistill sample {place} --prompt {quoted}"),
+            ("Draw with the student", f"stepdistill sample {place} --prompt {shlex.quote(prompt)}"),
             ("Measure it", f"stepdistill eval {place} --output {place}/eval"),
             ("Set it beside another run", f"stepdistill compare {place} OTHER_RUN --output runs/compared"),
             ("Prove its folder again", f"stepdistill verify {place}/student"),
             ("Export it anew from its last checkpoint", f"stepdistill export {place}"),
         ]
     else:
-        wanted = [
-            ("Go on where it was stopped", f"stepdistill train --resume --output {place}"),
-            ("Export what the last checkpoint has", f"stepdistill export {place}"),
-        ]
-        if run.going:
-            wanted = [("Watch it", f"stepdistill watch {place}"), *wanted[1:]]
+        kept = run.folder.checkpoints.is_dir() and any(run.folder.checkpoints.iterdir())
+        wanted = [("Export what the last checkpoint has", f"stepdistill export {place}")] if kept else []
+        if not run.going and kept:
+            wanted.insert(0, ("Go on where it was stopped", f"stepdistill train --resume --output {place}"))
+        elif not run.going and run.recipe:
+            again = f"stepdistill train {place}/recipe.yaml --output {place}"
+            wanted = [("Start anew, as it has no checkpoint", again)]
+    if not wanted:
+        return ""
     lines = "".join(f"<li>{html.escape(text)}<code>{html.escape(line)}</code></li>" for text, line in wanted)
     return f"<h2>Next</h2><p class=note>A click selects a whole command.</p><ul class=commands>{lines}</ul>"
 

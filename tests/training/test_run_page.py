@@ -88,8 +88,12 @@ def test_a_run_that_is_not_done_says_where_it_is(
     page, (word, sentence) = run_page(run), said.split("|")
     assert run.state == word and sentence in page and "<h2>Scores" not in page
     going = word in ("training", "preparing")
-    assert run.going == going
-    assert ("train --resume" in page) != going and (f"stepdistill watch {folder}" in page) == going
+    again = f"stepdistill train {folder}/recipe.yaml --output {folder}"
+    assert run.going == going and (again in page) != going and "stepdistill export" not in page
+    (folder / "work" / "checkpoints" / "one").mkdir(parents=True)
+    page = run_page(run)
+    assert (f"stepdistill train --resume --output {folder}" in page) != going and again not in page
+    assert f"stepdistill export {folder}" in page
 
 
 def test_a_report_of_before_is_not_shown_as_that_of_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def test_a_folder_of_runs_lists_them_the_latest_first(runs: Path) -> None:
         assert cells[0][:2] == ["training", "8 of 12"] and cells[1][0] == "killed"
         assert cells[2][:4] == ["finished", "8 of 12", "gap closed 0.750 at 1", "healthy"]
         run = ask(port, "/new/")[2].decode()
-        assert "Update 8 of 12" in run and f"stepdistill watch {runs}/new" in run and 'href="../"' in run
+        assert "Update 8 of 12" in run and 'href="../"' in run
+        assert f"stepdistill verify {runs}/old/student" in ask(port, "/old/")[2].decode()
         assert ask(port, "/new")[1]["Location"] == "/new/"
         assert ask(port, "/new/recipe.yaml")[2] == (runs / "new" / "recipe.yaml").read_bytes()
         listed = ask(port, "/new/work/")[2].decode()
