@@ -42,6 +42,12 @@ class FakeTurnOptions(MethodOptions):
     fake_lr_ratio: float = 1.0  # learning rate of the fake network over train.lr
     fake_warm_start: int = 0  # updates of the fake network before the student's first
 
+    def phase(self, step: int, warm_start: int) -> str:
+        """The stretch that the method's step is in, the first of ``warm_start`` updates."""
+        if step < warm_start:
+            return "warm start"
+        return "fake score alone" if step < warm_start + self.fake_warm_start else "matching"
+
 
 class FakeScoreOptions(FakeTurnOptions):
     """Options of a method with a fake score."""
@@ -171,13 +177,6 @@ def turn_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
     return "student" if last else "fake"
 
 
-def phase_at(step: int, options: FakeTurnOptions, warm_start: int) -> str:
-    """The stretch that it is in."""
-    if step < warm_start:
-        return "warm start"
-    return "fake score alone" if step < warm_start + options.fake_warm_start else "matching"
-
-
 def sampler_of(student: Student, times: tuple[float, ...], options: FakeScoreOptions) -> Sampler:
     """How the student is sampled: the predicted noise between steps on a flow path, fresh noise on any other."""
     renoise = options.renoise
@@ -243,7 +242,7 @@ class ScoreMethod(Method):
         return Turn(turn_at(step, self.options, self.options.warm_start), step)
 
     def phase(self, step: int) -> str:
-        return phase_at(step, self.options, self.options.warm_start)
+        return self.options.phase(step, self.options.warm_start)
 
     def sampler(self) -> Sampler:
         return sampler_of(self.student, self.times, self.options)

@@ -38,7 +38,6 @@ from stepdistill.losses.fake_score import (
     FakeTurnOptions,
     denoising_loss,
     loss_with_gradient,
-    phase_at,
     turn_at,
 )
 from stepdistill.losses.flow_maps import (
@@ -86,7 +85,7 @@ class FreeFlow(FlowMapMethod):
         return Turn(turn_at(step, self.options, self.options.warm_start), step)
 
     def phase(self, step: int) -> str:
-        return phase_at(step, self.options, self.options.warm_start)
+        return self.options.phase(step, self.options.warm_start)
 
     def after_step(self, turn: Turn) -> None:
         self.balance.update()

@@ -16,9 +16,8 @@ Fan et al. 2025, "Phased DMD: Few-step Distribution Matching Distillation via Sc
 
 A phase takes ``warm_start + fake_warm_start + phase_updates (fake_updates + 1)`` updates, the last phase what is left
 of ``train.updates``. Each expert is a network with an optimiser of its own, ``expert-1``, ..., ``student``: averaged
-weights are those of the last, because the samples that it learnt from were those of the others' plain weights.
-Optional, and not in the paper: every expert's first ``warm_start`` updates are a regression on cached pairs at its own
-times. Left out: a second fake network for low noise.
+weights are those of the last, which learnt from the others' plain weights. Optional, and not in the paper: an expert's
+first ``warm_start`` updates are a regression on cached pairs at its own times. Left out: a fake network for low noise.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ class PhasedDMD(Method):
         fake_updates: int = 5  # updates of the fake network per update of an expert
         fake_loss: FakeLoss = "output"  # as eq. 13; the field is of scores, so it weighs alike
         phases: int = 2  # experts; 4 for 4 steps are slightly better and cost more
-        # Matching updates of each expert but the last, at the very least: recipes say more.
-        phase_updates: PositiveInt = 30
+        phase_updates: PositiveInt = 30  # matching updates of each expert but the last; recipes say more
         clamp: float = 10.0  # greatest weight of the fake network's loss (eq. 13)
         renoise: bool | None = False  # the paper's steps are Euler steps
 
@@ -77,8 +75,7 @@ class PhasedDMD(Method):
         self.spans = list(pairwise(edges))  # first call of each phase, and of the one after it
         self.names = [*(f"expert-{k + 1}" for k in range(own.phases - 1)), "student"]
         experts = [self.roles.add(name, "student") for name in self.names[:-1]]
-        phases = [times[start:end] for start, end in self.spans]
-        self.student = Student.of_phases([*experts, self.roles.student], phases)
+        self.student = Student.of_phases([*experts, self.roles.student], [times[a:b] for a, b in self.spans])
         self.fake = self.roles.add("fake", restarts=True, rank=own.fake_lora_rank)
 
     def trained(self) -> dict[str, Trained]:
@@ -100,6 +97,9 @@ class PhasedDMD(Method):
         phase, inner = self.place(step)
         whose = turn_at(inner, self.options, self.options.warm_start)
         return Turn("fake" if whose == "fake" else self.names[phase], step)
+
+    def phase(self, step: int) -> str:
+        return f"{self.options.phase(self.place(step)[1], self.options.warm_start)} {self.place(step)[0] + 1}"
 
     def lr_ratio(self, turn: Turn) -> float:
         own = self.options

@@ -37,7 +37,7 @@ def rows(count: int = 12) -> list[dict[str, Any]]:
         }
         if i % 4 == 3:
             row |= {"diversity": 0.25, "teacher_diversity": 0.3, "saturation": 0.1, "teacher_saturation": 0.2}
-            row["worries"] = ["collapse: too <alike>"] if i == 3 else []
+            row |= {"worries": ["collapse: too <alike>"]} if i == 3 else {}
         found.append(row)
     return found
 
