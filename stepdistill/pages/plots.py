@@ -165,7 +165,7 @@ def _svg(
         if x_scale == "zero":
             axes.set_xlim(left=0)
         if y_scale == "zero":
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], 1e-12))
         if x_ticks:
             axes.set_xticks(list(x_ticks), [f"{x:g}" for x in x_ticks])
             axes.xaxis.set_minor_locator(NullLocator())

@@ -93,7 +93,7 @@ def curves(rows: Rows, updates: int = 0) -> list[str]:
         _beside_the_teacher(ground, "saturation", "share of values", "Saturation", SATURATION),
         _by_network(ground, "grad_norm", "norm", "Gradient norm", "log"),
         _time(ground),
-        _by_network(ground, "memory_bytes", "GiB", "Memory at the peak", "zero", 1 / 2**30),
+        _memory(ground),
     )
     return [chart for chart in charts if chart]
 
@@ -178,6 +178,13 @@ def _by_network(ground: _Ground, key: str, unit: str, title: str, scale: Scale, 
         for name in ground.networks
     ]
     return ground.plot(series, unit, title, scale)
+
+
+def _memory(ground: _Ground) -> str:
+    """The most that was held so far."""
+    rows = [row for row in ground.rows if _number(row.get("memory_bytes"))]
+    points = [(float(row["update"]), row["memory_bytes"] / 2**30) for row in rows]
+    return ground.plot([_curve("memory", points, ())], "GiB", "Memory at the peak", "zero")
 
 
 def _time(ground: _Ground) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from run_folders import rows, sheet, write_run, write_status
 
+from stepdistill.methods.dmd import DMD
 from stepdistill.pages.numbers import duration
 from stepdistill.pages.plots import Phase
 from stepdistill.pages.sheets import read_sheet
@@ -207,3 +208,13 @@ def test_texts_and_lines_stand_out_from_their_ground(scheme: str) -> None:
         assert contrast(kind, f"{kind}-soft") >= 4.5, kind
     for i in range(10):
         assert contrast(f"c{i}", "paper") >= 3, i
+
+
+def test_methods_with_two_scores_name_what_each_update_is_for() -> None:
+    options = DMD.Options(warm_start=3, fake_warm_start=2)
+    assert [options.phase(step, options.warm_start) for step in (0, 2, 3, 4, 5, 99)] == [
+        *["warm start"] * 2,
+        *["fake score alone"] * 2,
+        *["matching"] * 2,
+    ]
+    assert DMD.Options().phase(0, 0) == "matching"
