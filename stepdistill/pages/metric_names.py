@@ -16,9 +16,9 @@ _NAMES = {
     "peak_memory_bytes": "peak memory",
     "network_evaluations": "denoiser passes per image",
 }
-_LOWER, _HIGHER = "lower is better", "higher is better"
-DIRECTIONS = dict.fromkeys("fd kid sfid cmmd fid_infinity fd_infinity".split(), _LOWER) | dict.fromkeys(
-    "clip_score precision recall density coverage inception_score pick_score aesthetic".split(), _HIGHER
+LOWER, HIGHER = "lower is better", "higher is better"
+DIRECTIONS = dict.fromkeys("fd kid sfid cmmd fid_infinity fd_infinity".split(), LOWER) | dict.fromkeys(
+    "clip_score precision recall density coverage inception_score pick_score aesthetic".split(), HIGHER
 )
 """By key of a report."""
 

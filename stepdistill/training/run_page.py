@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stepdistill.pages.html import document, table
-from stepdistill.pages.metric_names import name_of
+from stepdistill.pages.metric_names import DIRECTIONS, HIGHER, LOWER, name_of
 from stepdistill.pages.numbers import with_error
 from stepdistill.pages.picture_rows import STYLE as ROWS
 from stepdistill.pages.picture_rows import picture_rows
@@ -135,10 +135,18 @@ def _scores(run: RunRecord) -> str:
             gap = (report.get("gap_closed") or {}).get(steps) if who == "student" else None
             rows.append([*cells[:2], "-" if gap is None else f"{gap:.3f}", *cells[2:]])
     head = ["who", "steps", "gap closed", *(name_of(key, names) for key in keys)]
-    against = f" Measured against {report['against']}." if report.get("against") else ""
+    better = {
+        **DIRECTIONS,
+        **{key: f"{word} is better" for key, word in (report.get("better") or {}).items()},
+    }
+    sides = [
+        f"{word[:1].upper()}{word[1:]}: {', '.join(name_of(key, names) for key in keys if better.get(key) == word)}."
+        for word in (LOWER, HIGHER)
+        if any(better.get(key) == word for key in keys)
+    ]
     note = (
-        f"Suite {report.get('suite')}, {report.get('n'):,} images; ± is one standard error.{against} Gap closed: 0 is "
-        "the teacher with one step, 1 with all of its steps."
+        f"Suite {report.get('suite')}, {report.get('n'):,} images; ± is one standard error. {' '.join(sides)} "
+        "Gap closed: 0 is the teacher with one step, 1 with all of its steps."
     )
     remarks = "".join(f"<li>{html.escape(each)}</li>" for each in report.get("remarks") or ())
     read = f"<ul class=note>{remarks}</ul>" if remarks else ""
@@ -169,10 +177,11 @@ def _commands(run: RunRecord) -> str:
     place = run.quoted
     if run.done:
         sheet = run.samples()
+        suite = "" if str(run.report.get("suite")).startswith("emoji") else " --suite my_suite.yaml"
         prompt = sheet.prompts[0] if sheet and sheet.prompts else "a red apple"
         wanted = [
             ("Draw with the student", f"stepdistill sample {place} --prompt {shlex.quote(prompt)}"),
-            ("Measure it", f"stepdistill eval {place} --output {place}/eval"),
+            ("Measure it", f"stepdistill eval {place}{suite} --output {place}/eval"),
             ("Set it beside another run", f"stepdistill compare {place} OTHER_RUN --output runs/compared"),
             ("Prove its folder again", f"stepdistill verify {place}/student"),
             ("Export it anew from its last checkpoint", f"stepdistill export {place}"),

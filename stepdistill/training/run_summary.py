@@ -63,19 +63,19 @@ def _results(run: RunRecord) -> list[str]:
     gaps: Mapping[str, float] = report.get("gap_closed") or {}
     scores: Mapping[str, float | None] = (report.get("student") or {}).get("fd") or {}
     full = max((report.get("teacher") or {}).get("fd") or {"": None}, key=lambda steps: int(steps or 0))
+    against = f" Measured against {report['against']}." if report.get("against") else ""
     if gaps:
         return [
             _card(
                 f"gap closed, {_steps(steps)}",
                 f"{value:.3f}",
-                f"0 is the teacher with one step, 1 the teacher with {full}.",
+                f"0 is the teacher with one step, 1 the teacher with {full}.{against}",
             )
             for steps, value in gaps.items()
         ]
     name = (report.get("metrics") or {}).get("fd") or "FD"
-    against = f", against {report['against']}" if report.get("against") else ""
     found = [
-        _card(f"{name}, {_steps(steps)}", f"{value:.3f}", f"Lower is better{against}.")
+        _card(f"{name}, {_steps(steps)}", f"{value:.3f}", f"Lower is better.{against}")
         for steps, value in scores.items()
         if value is not None
     ]

@@ -247,7 +247,10 @@ def _table(runs: list[Path], shown: str) -> str:
         run = read_run(folder, with_rows=False)
         status, report = run.status, run.report if run.done else {}
         updates = f"{status.update:,} of {status.updates:,}" if status else str(report.get("updates") or "")
-        gaps = ", ".join(f"{gap:.3f} at {steps}" for steps, gap in (report.get("gap_closed") or {}).items())
+        gaps = ", ".join(
+            f"{gap:.3f} at {steps} step{'s' * (steps != '1')}"
+            for steps, gap in (report.get("gap_closed") or {}).items()
+        )
         health = (report.get("health") or {}).get("verdict") or (status.health if status else "") or ""
         ago = f"{duration(time.time() - _written(folder))} ago"
         cells = (run.state, updates, f"gap closed {gaps}" if gaps else "", health, ago)

@@ -92,6 +92,8 @@ REPORT: dict[str, Any] = {
     "summary": "DMD2: <two> scores.",
     "suite": "emoji@1",
     "n": 2000,
+    "against": "the teacher's pictures",
+    "remarks": ["Read <KID>."],
     "metrics": {"fd": "FD-emoji"},
     "protocol": {"features": "emoji"},
     "teacher": {"fd": {"1": 5.0, "25": 1.0}, "kid": {"1": 0.5, "25": None}},

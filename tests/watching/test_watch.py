@@ -116,7 +116,7 @@ def test_a_folder_of_runs_lists_them_the_latest_first(runs: Path) -> None:
         assert re.findall(r'<tr><td><a href="([^"]*)/">', page) == ["new", "killed", "old"]
         cells = [re.findall(r"<td>([^<]*)</td>", line) for line in page.split("<tr>")[2:]]
         assert cells[0][:2] == ["training", "8 of 12"] and cells[1][0] == "killed"
-        assert cells[2][:4] == ["finished", "8 of 12", "gap closed 0.750 at 1", "healthy"]
+        assert cells[2][:4] == ["finished", "8 of 12", "gap closed 0.750 at 1 step", "healthy"]
         run = ask(port, "/new/")[2].decode()
         assert "Update 8 of 12" in run and 'href="../"' in run
         assert f"stepdistill verify {runs}/old/student" in ask(port, "/old/")[2].decode()
