@@ -39,6 +39,7 @@ MADE = frozenset(
             aten.scalar_tensor,
             philox.uniform._opoverload.overloadpacket,
             philox.integers._opoverload.overloadpacket,
+            philox.normal._opoverload.overloadpacket,
         ),
     }
 )
