@@ -52,6 +52,7 @@ from stepdistill.system.provenance import provenance
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.buckets import buckets_for, check_calls, check_heads
 from stepdistill.training.identity import ResolvedRecipe
+from stepdistill.training.memory_needed import warn_of_memory
 from stepdistill.training.optimizers import check_optimizer
 from stepdistill.training.parallel import check_shared_heads
 from stepdistill.training.rewards import REWARDS
@@ -135,8 +136,10 @@ def assemble(
         )
     source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
     family = family_in(recipe.family) if recipe.family else None
+    loaded = pipeline or load_teacher(recipe.teacher, family=family)
+    warn_of_memory(recipe, loaded, family, accelerator)
     teacher = PipelineTeacher(
-        pipeline or load_teacher(recipe.teacher, family=family),
+        loaded,
         device,
         family,
         guidance_interval=options.guidance_interval,
