@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from packaging.requirements import Requirement
 
+    from stepdistill.networks.denoiser import Denoiser
+    from stepdistill.networks.sampler import Sampler
 
 LEAST_FREE_GB = 5
 
@@ -212,14 +214,12 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
     """
     import torch
 
-    from stepdistill.diffusion.path import TrigPath
     from stepdistill.export.checks import grid_check, silent_draw, teacher_check
-    from stepdistill.export.schedulers import on_stock_grid
     from stepdistill.export.student_folder import pipeline_call, student_pipeline
     from stepdistill.families import family_in
     from stepdistill.families.size import Size
+    from stepdistill.networks.distilled import why_guided_already
     from stepdistill.networks.loading import load_teacher
-    from stepdistill.networks.sampler import Sampler, schedule_times
     from stepdistill.networks.student import Student
     from stepdistill.networks.teacher import PipelineTeacher
 
@@ -233,6 +233,9 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
         pipe = load_teacher(source, family=own)
         teacher = PipelineTeacher(pipe, device, own, size=Size(*sides) if size else None)
         findings.append(Finding("ok", "family", teacher.family.remark or teacher.family.name))
+        if why := why_guided_already(teacher, source):
+            text = f"in the teacher's weights already: {why}; set options.guidance=1"
+            findings.append(Finding("note", "guidance", text))
         prompt = "a photograph of a cat" if teacher.family.has_prompts else "0"
         apart = teacher_check(teacher, prompt, 4)
     except UserError as error:
@@ -243,8 +246,7 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
     student = Student(net.net, net.path, net.output, net.family, net.shape)
     for steps in (1, 2, 4, 8):
         try:
-            uniform = Sampler(schedule_times(net.path, steps), renoise=isinstance(net.path, TrigPath))
-            sampler = on_stock_grid(uniform, net.path, pipe.scheduler, passes=net.family.passes)
+            sampler = _grid_of(net, pipe.scheduler, steps)
             drawn = student_pipeline(student, sampler, teacher)
             call = pipeline_call(type(drawn).__name__, sampler, teacher.codec, [prompt])
             grid_check(silent_draw(drawn, net.family.network, call), sampler, net.path)
@@ -254,6 +256,27 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
         except UserError as error:
             findings.append(Finding("note", "grid check", f"{steps} steps: {error}"))
     return findings
+
+
+def _grid_of(net: Denoiser, scheduler: Any, steps: int) -> Sampler:
+    """Even times, or those of its pipeline's own grid, where that draws so many steps at others alone.
+
+    Raises:
+        UserError: no scheduler has either.
+    """
+    from stepdistill.diffusion.path import TrigPath
+    from stepdistill.export.schedulers import on_stock_grid
+    from stepdistill.networks.sampler import Sampler, schedule_times
+
+    passes, fresh = net.family.passes, isinstance(net.path, TrigPath)
+    try:
+        even = Sampler(schedule_times(net.path, steps), renoise=fresh)
+        return on_stock_grid(even, net.path, scheduler, passes=passes)
+    except UserError:
+        if not fresh:
+            raise
+        one = Sampler(schedule_times(net.path, 1), renoise=True)
+        return on_stock_grid(one, net.path, scheduler, steps, passes)
 
 
 def _line(error: BaseException) -> str:

@@ -47,6 +47,7 @@ def teacher_check(teacher: PipelineTeacher, prompt: str, steps: int) -> float | 
     told = family.call_arguments(kind, spelt, teacher.denoiser.guidance, codec.told_size)
     call = {
         **{name: value for name, value in told.items() if name in takes},  # a student's may take more
+        **family.own_arguments(teacher.pipe),
         "num_inference_steps": steps,
         **family.grid_arguments(steps),
         "generator": [torch.Generator("cpu").manual_seed(0)],

@@ -80,6 +80,7 @@ def pipeline_call(pipeline: str, sampler: Sampler, codec: Codec, prompts: Sequen
     spelt = codec.family.call_prompts(codec.pipe, list(prompts))
     return {
         **codec.family.call_arguments(pipeline, spelt, sampler.guidance, codec.told_size),
+        **codec.family.own_arguments(codec.pipe),
         "num_inference_steps": sampler.steps,
         **codec.family.grid_arguments(sampler.steps),
         **sampler.call_arguments(),

@@ -248,6 +248,10 @@ class Family(ABC):
         frames = {"num_frames": size.frames} if size and self.video else {}
         return {"prompt": prompts, self.guidance_argument: scale, **sides, **frames}
 
+    def own_arguments(self, pipe: Any) -> dict[str, Any]:
+        """What a call of this very pipeline must be told, as its class's defaults are not what its network takes."""
+        return {}
+
     def grid_arguments(self, steps: int) -> dict[str, Any]:
         """What a call of so many steps must be told beside their number."""
         return {}

@@ -54,9 +54,19 @@ class CogVideoX(VideoFamily):
         return super().feature_shape(net, (channels, frames // (net.config.patch_size_t or 1), height, width))
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-        length = call_default(pipe, "max_sequence_length")
+        length = self._length(pipe)
         embeds, _ = pipe.encode_prompt(prompts, None, False, max_sequence_length=length, device=pipe.device)
         return Condition({"encoder_hidden_states": embeds})  # of full length
+
+    def _length(self, pipe: Any) -> int:
+        """Tokens of a prompt: as many as a network with learnt places was made for, and else as the call has them."""
+        config = pipe.transformer.config
+        given = int(call_default(pipe, "max_sequence_length"))
+        return given if config.use_rotary_positional_embeddings else int(config.max_text_seq_length)
+
+    def own_arguments(self, pipe: Any) -> dict[str, Any]:
+        length = self._length(pipe)
+        return {} if length == call_default(pipe, "max_sequence_length") else {"max_sequence_length": length}
 
     def null(self, pipe: Any, size: Size) -> Condition | None:
         return self.encode(pipe, [""], size)

@@ -51,6 +51,7 @@ from stepdistill.system.processes import Processes
 from stepdistill.system.provenance import provenance
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.buckets import buckets_for, check_calls, check_heads
+from stepdistill.training.guidance import with_guidance_of
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.memory_needed import warn_of_memory
 from stepdistill.training.optimizers import check_optimizer
@@ -172,8 +173,7 @@ def assemble(
             f"{recipe.method} with these options learns from images, but {recipe.teacher} draws videos: leave out what "
             "needs images (GAN weights, options.source), or set data.size to one frame"
         )
-    if teacher.null is None and teacher.denoiser.guidance is None:
-        options = _without_guidance(options, recipe)
+    options = with_guidance_of(options, recipe.teacher, teacher, source, told=main)
     held_out, prompts = _prompts(recipe, teacher, embedded)
     if main and held_out:
         say(
@@ -244,15 +244,6 @@ def assemble(
         origin=origin,
         began=began,
     )
-
-
-def _without_guidance(options: MethodOptions, recipe: Recipe) -> MethodOptions:
-    """The options of a teacher that has no unconditional mode: a method's own default guidance is 1 there."""
-    if options.guidance not in (1.0, type(options)().guidance):
-        raise UserError(
-            f"options.guidance is {options.guidance:g}, but {recipe.teacher} has no unconditional mode: set 1"
-        )
-    return options.model_copy(update={"guidance": 1.0})
 
 
 def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[list[str], Sequence[str]]:

@@ -1,0 +1,52 @@
+"""Whether a teacher has guidance in its weights already, which a second one would spoil."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stepdistill.networks.find import local_folder
+from stepdistill.networks.own_call import own_call
+from stepdistill.networks.teacher import PipelineTeacher
+
+OF_FEW_STEPS = frozenset(
+    {"LCMScheduler", "TCDScheduler", "FlowConsistencyScheduler", "FlowMapEulerDiscreteScheduler"}
+)
+"""Schedulers with which students of few steps are published."""
+
+
+def why_guided_already(teacher: PipelineTeacher, source: Any) -> str:
+    """What says that the teacher was distilled from a guided one; empty where nothing does, or where its guidance is an
+    input, or none can be asked for.
+
+    Args:
+        teacher: the teacher.
+        source: a folder or a Hub name; anything else is a pipeline.
+    """
+    if teacher.null is None or teacher.denoiser.guidance is not None:
+        return ""
+    folder = local_folder(source) if isinstance(source, (str, Path)) else None
+    if folder is not None and (own := own_call(folder)) is not None and own.input_guidance is None:
+        return "it is a student whose folder says so"
+    scheduler = teacher.pipe.scheduler
+    name, config = type(scheduler).__name__, scheduler.config
+    if name in OF_FEW_STEPS:
+        return f"its scheduler is {name}, of students of few steps"
+    if name == "EulerAncestralDiscreteScheduler" and config.timestep_spacing == "trailing":
+        return "its scheduler is that of SDXL-Turbo and SD-Turbo"
+    return ""
+
+
+def guidance_warning(teacher: PipelineTeacher, source: Any, guidance: float) -> str | None:
+    """A line where guidance is asked of such a teacher.
+
+    Args:
+        teacher, source: see :func:`why_guided_already`.
+        guidance: the scale; 1 is none.
+    """
+    if guidance == 1.0 or not (why := why_guided_already(teacher, source)):
+        return None
+    return (
+        f"warning: options.guidance is {guidance:g}, but this teacher has guidance in its weights ({why}), and guiding "
+        "it again spoils its pictures: set options.guidance=1"
+    )
