@@ -23,6 +23,7 @@ from stepdistill.comparison.page import Comparison, as_json, html_page
 from stepdistill.comparison.table import text_tables
 from stepdistill.comparison.train_all import train_all
 from stepdistill.errors import UserError
+from stepdistill.recipes import choose
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import recipe_files
 from stepdistill.training.run_report import RunReport, read_report
@@ -287,7 +288,7 @@ def test_results_are_of_shipped_recipes_ranked_and_no_run_is_shorter_than_its_tr
     )
     for name, file in recipe_files().items():
         known = {report.name for report in reports}
-        assert ("\n# Gave: gap closed " if name in known else "\n# Not measured. ") in file.read_text()
+        assert ("\n# Gave: gap closed " if name in known else "\n# Not measured.") in file.read_text()
 
 
 def test_what_eval_wrote_is_read(tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"dmdd is neither a method nor a recipe .did you mean dmd"):
         planning.plan("dmdd", "emoji")
     only = {"lcm_emoji": recipe_files()["lcm_emoji"]}
-    monkeypatch.setattr(planning, "recipe_files", lambda: only)
+    monkeypatch.setattr(choose, "recipe_files", lambda: only)
     with pytest.raises(UserError, match=r"no recipe is shipped for sim, scm: .* there are recipes for lcm$"):
         planning.plan("sim,lcm,scm", "emoji")
     mine = tmp_path / "lcm_emoji.yaml"
@@ -442,7 +443,7 @@ def test_runs_that_fail_stop_and_go_on(
     assert report["recall_of_teachers"]["1"] == pytest.approx(
         report["student"]["recall"]["1"] / report["teacher"]["recall"]["8"]
     )
-    assert (tmp_path / "out" / "compare.html").read_text().count("data:image/png;base64,") == 1
+    assert (tmp_path / "out" / "compare.html").read_text().count("data:image/png;base64,") == 3  # rows
 
     stamp = (tmp_path / "out" / "good" / "report.json").stat().st_mtime_ns
     entries = planning.plan("good.yaml", "emoji", 0.2)

@@ -171,7 +171,7 @@ def test_evaluations_given_by_their_folders_show_their_pictures(
     compared = collect([str(folder), saved(report, tmp_path / "b.json")], "command")
     assert [row.name for row in rank(compared.reports)] == [folder.name, "b"] * 2
     page = write_all(compared, tmp_path / "out").read_text()
-    assert page.count("data:image/png") == 1 and "The first images, 32 x 32" in page
+    assert page.count("data:image/png") == 2 and "The first images, 32 x 32" in page  # a row each
     with Image.open(tmp_path / "out" / "compare.png") as picture:
         assert picture.size == (12 * (64 + 2) + 2, 2 * (64 + 16 + 2) + 2)  # 1 and 2 steps
 
