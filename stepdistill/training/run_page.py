@@ -180,11 +180,13 @@ def _commands(run: RunRecord) -> str:
         suite = "" if str(run.report.get("suite")).startswith("emoji") else " --suite my_suite.yaml"
         prompt = sheet.prompts[0] if sheet and sheet.prompts else "a red apple"
         wanted = [
-            ("Draw with the student", f"stepdistill sample {place} --prompt {shlex.quote(prompt)}"),
+            ("Draw with the student", f"stepdistill sample {place} {shlex.quote(prompt)}"),
+            ("Draw in the browser, and compare by eye", f"stepdistill demo {place}"),
             ("Measure it", f"stepdistill eval {place}{suite} --output {place}/eval"),
             ("Set it beside another run", f"stepdistill compare {place} OTHER_RUN --output runs/compared"),
             ("Prove its folder again", f"stepdistill verify {place}/student"),
             ("Export it anew from its last checkpoint", f"stepdistill export {place}"),
+            ("See what would be published", f"stepdistill push {place} --repo OWNER/NAME --dry-run"),
         ]
     else:
         kept = run.folder.checkpoints.is_dir() and any(run.folder.checkpoints.iterdir())

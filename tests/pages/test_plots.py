@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -74,13 +72,3 @@ def test_phases_are_shaded_and_named_where_there_is_room() -> None:
     plot = line_plot(series, "update", "loss", x_scale="linear", phases=phases)
     assert ">warm start</text>" in plot and ">matching</text>" in plot and ">fake score alone<" not in plot
     assert plot.count("opacity: 0.12") == 2
-
-
-def test_matplotlib_is_imported_by_a_chart_alone_and_torch_by_none() -> None:
-    code = (
-        "import sys; import stepdistill.pages.plots as p, stepdistill.pages.sheets, stepdistill.pages.html; "
-        "a = 'matplotlib' in sys.modules; p.line_plot([p.Series('a', [(1, 1)])], 'x', 'y'); "
-        "print(a, 'matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True", "False", "False"]

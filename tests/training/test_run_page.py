@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shlex
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from run_folders import rows, sheet, write_run, write_status
 
+from stepdistill.cli import app
 from stepdistill.methods.dmd import DMD
 from stepdistill.pages.numbers import duration
 from stepdistill.pages.plots import Phase
@@ -46,7 +50,7 @@ def test_a_finished_runs_page_says_what_it_came_to_how_it_went_and_what_to_do_ne
         "the teacher&#x27;s own: 3,781, sha256 abababababababab",
         "warm start, updates 0 to 4; matching, updates 4 to 12",
         "warm start: 1 at its start, 0.7 at its end; matching: 2 at its start, 2 at its end.",
-        "stepdistill sample &#x27;runs/my run&#x27; --prompt &#x27;a &lt;red&gt; apple&#x27;",
+        "stepdistill sample &#x27;runs/my run&#x27; &#x27;a &lt;red&gt; apple&#x27;",
         "stepdistill compare &#x27;runs/my run&#x27; OTHER_RUN",
     ):
         assert said in text, said
@@ -56,6 +60,13 @@ def test_a_finished_runs_page_says_what_it_came_to_how_it_went_and_what_to_do_ne
     assert not re.search(r"https?:|<link|<script|url\((?!#)|@import", page)
     for name in re.findall(r'<a href="([^"]*)"', page):
         assert (folder / name).exists(), name
+    lines = re.findall(r"<code>(stepdistill [^<]*)</code>", page)
+    assert len(lines) == 7
+    for _, verb, *words in (shlex.split(html.unescape(line)) for line in lines):
+        given = (
+            typer.main.get_command(app).commands[verb].make_context(verb, words).params
+        )  # each is taken as it is
+        assert any("runs/my run" in str(value) for value in given.values())
     boxed = re.sub(r"<div class=scroll .*?</div>", "", page, flags=re.DOTALL)
     assert "<table" in page and "<table" not in boxed  # none is cut on a narrow screen
 
