@@ -7,6 +7,7 @@ A block without a mark is run by the tests. Else the line before it says in ital
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import repository_pages
 import typer
@@ -84,6 +86,13 @@ def commands(text: str) -> Iterator[tuple[str, ...]]:
                 yield tuple(words[words.index("stepdistill") + 1 :])
 
 
+@functools.cache
+def verbs() -> Any:
+    """The tool's command line."""
+    return typer.main.get_command(app)
+
+
+@functools.cache
 def check(command: tuple[str, ...]) -> None:
     """Whether the tool takes a command: its verb, its options, and the names and keys in it.
 
@@ -92,11 +101,11 @@ def check(command: tuple[str, ...]) -> None:
         typer's UsageError: no such option, or a value that it does not take.
         UserError: no such key of a recipe.
     """
-    group = typer.main.get_command(app)
+    group = verbs()
     if command[0].startswith("--"):
         group.make_context("stepdistill", list(command), resilient_parsing=True)
         return
-    verb = group.commands[command[0]]  # type: ignore[attr-defined]
+    verb = group.commands[command[0]]
     given = verb.make_context(command[0], list(command[1:])).params
     known = {"method": module_summaries("methods"), "suite": suite_files(), "recipe": recipe_files()}
     for key, names in known.items():

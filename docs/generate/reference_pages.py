@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import docstrings
 import options
@@ -43,14 +44,14 @@ def pages() -> dict[str, str]:
 
 def commands() -> str:
     """The command line, verb by verb."""
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     lines = [
         "# Command line",
         "",
         "`stepdistill VERB --help` says the same. A mistake of yours is one line on stderr and exit status 2.",
         "",
     ]
-    for name, verb in group.commands.items():  # type: ignore[attr-defined,unused-ignore]
+    for name, verb in group.commands.items():
         arguments = [p for p in verb.params if p.param_type_name == "argument"]
         asked = " ".join(
             (p.metavar or p.name.upper()) if p.required else f"[{p.metavar or p.name.upper()}]"

@@ -1,0 +1,98 @@
+"""What the documents say exists: commands, keys, names, links, and the networks that a method's page counts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="needs the checkout")
+sys.path.insert(0, str(ROOT / "docs" / "generate"))
+import commands  # noqa: E402
+import repository_pages  # noqa: E402
+
+BLOCKS = [block for file in commands.documents() for block in commands.blocks(file)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+def test_the_tool_takes_every_command_of_the_documents(block: commands.Block) -> None:
+    for command in block.commands:
+        commands.check(command)
+
+
+@pytest.mark.parametrize("file", commands.documents(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_tool_takes_every_command_of_a_sentence(file: Path) -> None:
+    """Where a sentence names a command in short, what must be given may be left out."""
+    for command in commands.inline(file):
+        try:
+            commands.check(command)
+        except Exception as error:
+            assert type(error).__name__ in ("MissingParameter", "NoArgsIsHelpError"), error
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if not block.mark], ids=lambda block: block.place
+)
+def test_a_command_without_a_mark_runs(
+    block: commands.Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepdistill.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    for command in block.commands:
+        assert command[0] in commands.RUN_AT_ONCE, (
+            "say what it needs in the line before, see docs/generate/commands.py"
+        )
+        assert not app(list(command), standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train --methode dmd", "--methode"),
+        ("train no_such_recipe", "no recipe"),
+        ("train --set train.stepz=3", "train.stepz"),
+        ("eval RUN --suite emojy", "no suite"),
+        ("train --method dmdd", "no method"),
+    ],
+)
+def test_a_wrong_command_would_be_noticed(command: str, said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        commands.check(tuple(command.split()))
+
+
+def test_marks_are_words_and_continued_lines_are_one_command(tmp_path: Path) -> None:
+    launched = "A=1 accelerate launch -m stepdistill train \\\n  my.yaml  # c"
+    text = f"*Needs a GPU.*\n\n```sh\n{launched}\n```\n\nx\n```sh\nls\n```\n"
+    assert list(commands.commands("cd x && stepdistill ls methods")) == [("ls", "methods")]
+    (tmp_path / "page.md").write_text(text)
+    found = list(commands.blocks(tmp_path / "page.md", tmp_path))
+    assert found == [commands.Block("page.md:3", "Needs a GPU", (("train", "my.yaml"),))]
+
+
+def test_links_between_files_lead_somewhere() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = re.compile(r"^docs/(methods/\w+|reference/\w+|start/notebook)\.md$")
+    lost = []
+    for name in listed.stdout.split():
+        uri = repository_pages.uri_of(PurePosixPath(name))
+        for path in repository_pages.links((ROOT / name).read_text("utf-8"), uri):
+            if not (ROOT / path).exists() and not made.match(str(path)):
+                lost.append(f"{name}: {path}")
+    assert not lost
+
+
+def test_a_methods_page_counts_the_networks_that_it_has() -> None:
+    import yaml
+
+    from stepdistill.methods import method_names
+    from stepdistill.testing.contract import build
+
+    told = yaml.safe_load((ROOT / "docs" / "generate" / "methods.yaml").read_text("utf-8"))
+    assert {name: facts["networks"] for name, facts in told.items()} == {
+        name: list(build(name).roles.names) for name in method_names()
+    }
