@@ -33,7 +33,7 @@ from stepdistill.families.kinds import LabelFamily
 from stepdistill.features.at_hand import images_at_hand, texts_at_hand
 from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork
-from stepdistill.metrics.frechet import Moments, frechet_distance_of_features
+from stepdistill.metrics.frechet import Moments
 from stepdistill.metrics.intervals import of_mean
 from stepdistill.metrics.kid import paired_kernel_distance
 from stepdistill.networks.codec import Encoded
@@ -262,13 +262,11 @@ class AgainstTeacher:
 
     def _remarks(self, network: FeatureNetwork, features: Tensor) -> list[str]:
         """How the numbers are to be read, in sentences."""
-        halves = frechet_distance_of_features(features[0::2], Moments.of(features[1::2])) * network.fd_scale
         apart = (1 - F.cosine_similarity(features, features.roll(1, 0))).mean()
         found = [
             f"Measured against {AGAINST} ({self.full} steps), not against real images: 0 is what the teacher draws.",
             f"FD of so few pictures ({self.count}, in {network.dimension} features) is too large by what depends on "
-            "their number: compare it at equal n, and read KID, which is not. For scale: the two halves of the "
-            f"teacher's pictures are FD {halves:.3g} apart.",
+            "their number: compare it at equal n, beside the teacher's at few steps, and read KID, which is not.",
             "Paired distance: 1 - cosine of the features of the student's and the teacher's picture of one prompt and "
             "noise; paired RMSE: of their pixels in [0, 1]. For scale: the teacher's pictures of different prompts "
             f"are {apart:.3g} apart. A method that matches distributions (DMD, SiD) may draw another picture of a "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _NAMES = {
+    "fd": "FD",
+    "paired_rmse": "paired RMSE",
     "kid": "KID",
     "clip_score": "CLIP score",
     "sfid": "sFID",

@@ -175,7 +175,7 @@ SUITE: dict[str, Any] = {
             {"prompts": None, "clip_score": False},
             "suite own@1 has no prompts, from which StableDiffusionPipeline draws",
         ),
-        ({"resolutoin": 3}, "resolutoin is not a key of a suite (did you mean resolution?"),
+        ({"resolutoin": 3}, "own.yaml: resolutoin is not a key of a suite "),
     ],
 )
 def test_the_suite_is_checked_before_a_run(changes: dict[str, Any], says: str | None, tmp_path: Path) -> None:
