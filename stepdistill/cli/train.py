@@ -111,7 +111,7 @@ def _tell_end(report: RunReport, place: RunFolder) -> None:
     if report.student.get("fd"):
         print(text_table(rank([report])))
     if report.health is not None:
-        print(f"health: {report.health.sentence}")
+        print(report.health.line())
     print(f"student: {place.student}")
     print(f"page: {place.page}")
     prompt = ' --prompt "..."' if report.prompts is not None else ""

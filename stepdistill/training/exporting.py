@@ -30,8 +30,10 @@ def started_by(run: Assembled, command: str | None) -> Start:
     return Start(command=given, at=datetime.now(UTC).isoformat(timespec="seconds"), **kept)
 
 
-def prompts_of(run: Assembled) -> Prompts:
-    """What the student learns from."""
+def prompts_of(run: Assembled) -> Prompts | None:
+    """What the student learns from; None of a teacher that draws classes."""
+    if not run.teacher.family.has_prompts:
+        return None
     file = run.recipe.data.prompts
     sha256 = sha256_of(Path(file)) if file else rows_sha256(run.prompts)
     return Prompts(file=file, count=len(run.prompts), sha256=sha256)
@@ -60,9 +62,10 @@ def card(run: Assembled, starts: Sequence[Start], scores: str = "", health: Heal
         config, module = files[""][0], type(scheduler).__module__
         own = None if module.startswith("diffusers.") else module
         lora = LoraFacts(int(config["r"]), config["lora_alpha"] / config["r"], type(scheduler).__name__, own)
-    prompts = prompts_of(run)
-    learnt = f"`{Path(prompts.file).name}`" if prompts.file else "the teacher's own"
-    facts = {"prompts": f"{learnt}, {prompts.count:,}, SHA-256 `{prompts.sha256[:16]}`"}
+    facts = {}
+    if (prompts := prompts_of(run)) is not None:
+        learnt = f"`{Path(prompts.file).name}`" if prompts.file else "the teacher's own"
+        facts["prompts"] = f"{learnt}, {prompts.count:,}, SHA-256 `{prompts.sha256[:16]}`"
     if health is not None:
         facts["health"] = health.line()
     if starts[1:]:

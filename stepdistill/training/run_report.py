@@ -163,7 +163,7 @@ class RunReport(Measured):
         teacher_changes: what was changed in the teacher when it was taken.
         wall_seconds: of the whole run in the process that ended it.
         resumes: the later starts of the run, oldest first.
-        prompts: what it learnt from.
+        prompts: what it learnt from; None of a teacher that draws classes.
         student_sha256: of the student's weights, however they are exported.
         health: of the student at the end.
     """

@@ -91,6 +91,8 @@ def test_a_recipe_finds_the_method_beside_it_and_gives_a_verified_student(tmp_pa
     assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     assert run.report.summary == "Halving: one step of the student lands where two steps of the teacher land."
 
+    assert run.report.prompts is None and "| prompts |" not in (run.student / "README.md").read_text()
+
     # The run keeps what it was begun with: an edited file is refused, the copy goes on, a lost one is not missed.
     own, copy = folder / "own_method.py", run.folder / "method.py"
     assert copy.read_bytes() == own.read_bytes()
