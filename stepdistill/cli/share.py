@@ -34,7 +34,6 @@ def push(
     """Push a student and its model card to the Hugging Face Hub."""
     if output is not None and not dry_run:
         raise UserError("--output is for --dry-run; leave it out, or add --dry-run")
-    from stepdistill.export.verify import student_folder
     from stepdistill.sharing.hub import exported, listing, prepare, write
     from stepdistill.sharing.upload import check_repo, check_token, upload
 
@@ -43,13 +42,14 @@ def push(
         check_repo(base_model, "--base-model")
     if not dry_run:
         check_token()
+    home = run if (run / "student").is_dir() else run.parent
     with exported(run, what) as folder:
         planned = prepare(folder, repo, base_model=base_model, licence=licence)
         for warning in planned.warnings:
             typer.echo(f"stepdistill: {warning}", err=True)
         print(listing(planned))
         if dry_run:
-            print(f"not pushed: {write(planned, output or student_folder(run).parent / 'hub')}")
+            print(f"not pushed: {write(planned, output or home / 'hub')}")
         else:
             print(upload(planned, private=private))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.errors import UserError
-from stepdistill.export.shared import is_hub_name, loaded_from
+from stepdistill.export.shared import is_hub_name
 from stepdistill.export.verify import check_unaltered, student_folder
 from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, pipeline_class
@@ -93,7 +93,6 @@ def prepare(
                 f"{folder} is an adapter for {of['teacher']}, which nobody else finds: give --base-model OWNER/NAME"
             )
         pipeline, known = str(of["pipeline"]), base_model or str(of["teacher"])
-        card = card.replace(loaded_from(str(of["teacher"])), known)
         content = (json.dumps({**of, "teacher": known}, indent=1) + "\n").encode()
         files[ADAPTER], manifest["files"][ADAPTER] = content, hashlib.sha256(content).hexdigest()
     else:

@@ -12,6 +12,8 @@ from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA
 
 HERE = "path/to/this/folder"
 """What stands in a card's snippets for the student's place."""
+TEACHER = re.compile(r'"path/to/(?!this/folder)[^"]+"')
+"""The same for a teacher that was a folder."""
 PATH = re.compile(r"(?<![\w:/.<-])~?/(?:[\w.@+-]+/)+[\w.@+-]+|(?<!\w)[A-Za-z]:\\[\w\\.@+ -]+")
 
 
@@ -48,6 +50,8 @@ def hub_card(
     """
     import yaml
 
+    if base_model is not None:
+        card = TEACHER.sub(f'"{base_model}"', card)
     (data, text), kind = parted(_from_repo(card, repo)), _pipeline_tag(pipeline, call)
     tags = ["diffusers", kind, "stepdistill", *data.get("tags", ()), "few-step"]
     data |= {
