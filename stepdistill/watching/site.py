@@ -28,6 +28,7 @@ SECONDS = 5
 """Between two looks of an open page; more where a page takes long to make, so that a training is not held up."""
 _SHARE = 10
 """Between two of them lies so many times what one takes of a processor."""
+_STYLE = "table.runs td,table.runs th{white-space:nowrap}"
 _TEXTS = {".yaml", ".yml", ".jsonl", ".json", ".txt", ".md", ".py", ".log"}
 _SCRIPT_SHA = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = (
@@ -190,7 +191,7 @@ class Site:
             if known == body.tag:
                 return Answer(HTTPStatus.NOT_MODIFIED, headers=headers)
             return Answer(HTTPStatus.OK, "text/html; charset=utf-8", body.text, headers=headers)
-        page = document(body.title, STYLE, [body.text])
+        page = document(body.title, STYLE + _STYLE, [body.text])
         live = "<p id=live class=note role=status></p><noscript><p>Reload to see what is new.</p></noscript>"
         page = page.replace("<style>", "<link rel=icon href='data:,'><style>", 1)  # else browsers ask for one
         page = page.replace("<body>", f"<body data-tag='{body.tag}' data-seconds={body.seconds}>{live}", 1)
@@ -259,7 +260,7 @@ def _table(runs: list[Path], shown: str) -> str:
         lines.append(
             f"<tr><td>{link}</td>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)}</tr>"
         )
-    whole = f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    whole = f"<table class=runs><tr>{head}</tr>{''.join(lines)}</table>"
     return f"<h1>Runs in {html.escape(shown)}</h1>{scrolled(whole, 'runs')}"
 
 
