@@ -55,6 +55,10 @@ def train(
         typer.Option("--set", metavar="A.B=C", help="Set one key of the recipe; may repeat."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    dry: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would run, its memory, disk and time, and write nothing."),
+    ] = False,
 ) -> None:
     """Train a student, export it, prove the export and measure it."""
     from stepdistill.recipes.recipe import load_recipe
@@ -71,6 +75,11 @@ def train(
         sets=[*(f"{key}={value}" for key, (_, value) in short.items()), *(sets or ())],
         flags={key: flag for key, (flag, _) in short.items()},
     )
+    if dry:
+        from stepdistill.cli.dry_run import dry_run
+
+        dry_run(wanted)
+        return
     given = output or (Path(wanted.output) if wanted.output else None)
     folder = given or _default_run_folder(wanted.method, wanted.teacher, resume)
     run = run_recipe(wanted, output=folder, resume=resume, command=command_line())

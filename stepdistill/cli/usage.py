@@ -16,7 +16,7 @@ EXAMPLES = {
     "train": (
         "train --method lcm",
         "train lcm_lora_sdxl --teacher my_sdxl --prompts prompts.txt --steps 4 --lora 64",
-        "train my.yaml --updates 2000 --set train.lr=1e-4",
+        "train my.yaml --updates 2000 --set train.lr=1e-4 --dry-run",
     ),
     "watch": ("watch", "watch runs/latest", "watch runs/lcm_emoji"),
     "sample": (

@@ -73,12 +73,20 @@ class Recipe(Section):
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
+    def source(self) -> str | None:
+        """The shipped recipe or the file that it was read from."""
+        source = self._sources.get("")
+        return (
+            source.removesuffix(".yaml")
+            if source and source.removesuffix(".yaml") in recipe_files()
+            else source
+        )
+
+    @property
     def announced(self) -> str:
         """What is said before it runs, see :func:`announcement`."""
-        source = self._sources.get("")
-        name = source.removesuffix(".yaml") if source and "/" not in source else source
         changed = not self._sources.keys() <= {"", "method", "teacher", "evaluate", "output"}
-        return announcement(self.method, self.teacher, name, changed)
+        return announcement(self.method, self.teacher, self.source, changed)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
