@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from stepdistill.attention.kernels import attention
+from stepdistill.data.batches import Data
+from stepdistill.data.pairs import PairCache
+from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.objective import shown_name
 from stepdistill.training.assemble import Assembled, assemble, training_data
@@ -53,7 +58,7 @@ def trial(resolved: ResolvedRecipe) -> Trial:
 
     recipe, options = resolved.recipe, resolved.options
     wanted = options.pairs if isinstance(options, PairOptions) else PairOptions().pairs
-    few = min(wanted, recipe.train.batch)
+    few = min(wanted, 64)
     short = recipe.model_copy(
         update={
             "options": recipe.options | ({"pairs": few} if "pairs" in recipe.options else {}),
@@ -65,10 +70,11 @@ def trial(resolved: ResolvedRecipe) -> Trial:
         run = assemble(resolve(short), Accelerator(cpu=not torch.cuda.is_available()))
         count = recipe.train.updates
         turns = Counter(run.objective.turn(step).network for step in range(count))
-        began = time.perf_counter()
-        seconds = _unit_seconds(run, Path(folder))
-        pairs = wanted if "pairs" in run.needs else 0
-        drawing = (seconds.pop("pairs") - began) * pairs / few
+        data = training_data(run, Path(folder))
+        pairs, drawing = 0, 0.0
+        if data.pairs is not None:
+            pairs, drawing = wanted, _pair_seconds(data.pairs, data.condition) * wanted
+        seconds = _unit_seconds(run, data, Path(folder))
     mean = sum(seconds.values()) / len(seconds)
     return Trial(
         pairs=pairs,
@@ -78,11 +84,19 @@ def trial(resolved: ResolvedRecipe) -> Trial:
     )
 
 
-def _unit_seconds(run: Assembled, folder: Path) -> dict[str, float]:
-    """Network -> seconds of its update, the mean over the units, and as ``pairs`` the clock when these were drawn."""
+def _pair_seconds(pairs: PairCache, condition: Callable[[Tensor], Condition]) -> float:
+    """Time of a pair: the few are drawn once more, as the first time all prompts are encoded, too."""
+    for file in pairs.folder.glob("*.safetensors"):
+        file.unlink()
+    began = time.perf_counter()
+    pairs.make(condition)
+    return (time.perf_counter() - began) / pairs.count
+
+
+def _unit_seconds(run: Assembled, data: Data, folder: Path) -> dict[str, float]:
+    """Network -> seconds of its update, the mean over the units."""
     recipe, objective, device = run.recipe, run.objective, run.accelerator.device
-    data, found = training_data(run, folder), dict[str, list[float]]()
-    drawn, state, options = time.perf_counter(), Run(objective, recipe, folder), recipe.train
+    found, state, options = dict[str, list[float]](), Run(objective, recipe, folder), recipe.train
     last = max(0, options.updates - LONGEST)
     with (
         attention(options.attention, device, options.precision),
@@ -102,6 +116,4 @@ def _unit_seconds(run: Assembled, folder: Path) -> dict[str, float]:
                     found.setdefault(turn.network, []).append(time.perf_counter() - began)
                     if seen >= objective.trained.keys():
                         break
-    return {"pairs": drawn} | {
-        name: sum(each[1:]) / len(each[1:]) if each[1:] else each[0] for name, each in found.items()
-    }
+    return {name: sum(each[1:]) / len(each[1:]) if each[1:] else each[0] for name, each in found.items()}
