@@ -170,7 +170,7 @@ def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
     from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
     unable: tuple[type[Exception], ...] = (UnsupportedFakeTensorException, NotImplementedError, RuntimeError)
-    share, base, notes = recipe.train.context_parallel, recipe.student.base, list[str]()
+    share, notes = recipe.train.context_parallel, list[str]()
     if gpus % share:
         raise UserError(
             f"train.context_parallel is {share}, which does not divide {gpus} GPUs: set it to a divisor"
@@ -179,9 +179,6 @@ def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
         notes.append(
             f"train.context_parallel={share}: activations are counted of all tokens, a GPU holds fewer"
         )
-    if base in ("int8", "nf4"):
-        notes.append(f"student.base={base} is planned as unquantised layers: those with adapters take less")
-        recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"base": "auto"})})
     try:
         found = trace(recipe, device, gpus // share, usual)
         return replace(found, notes=[*found.notes, *notes])
@@ -228,6 +225,8 @@ def _candidates(recipe: Recipe, gpus: int) -> list[tuple[dict[str, Any], int]]:
         found.append(({"train.checkpointing": True}, gpus))
     if train.precision != "bf16":
         found.append(({"train.precision": "bf16"}, gpus))
+    if recipe.student.lora_rank and recipe.student.base not in ("int8", "nf4"):
+        found += [({"student.base": base}, gpus) for base in ("int8", "nf4")]
     if not recipe.student.lora_rank:
         if train.precision == "bf16" and train.weights == "float32" and train.parallel != "sharded":
             found.append(({"train.weights": "bf16"}, gpus))

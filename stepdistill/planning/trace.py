@@ -27,6 +27,7 @@ from stepdistill.networks.roles import TEACHER, Roles
 from stepdistill.planning.fake import ArithmeticOfCuda, fake_tensors
 from stepdistill.planning.from_configs import pipeline_of
 from stepdistill.planning.live_bytes import LiveBytes, Peak
+from stepdistill.planning.quantized_layers import quantised_in_plan
 from stepdistill.planning.unit import Unit, unit_of
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.training import roles
@@ -172,7 +173,7 @@ class _Tracing:
             planned = pipeline_of(self.recipe.teacher, self.mode, family)
             source, family, pipe = planned.source, planned.family, [planned.pipe]
             del planned  # a run does not hold the network as it was loaded, either
-            with patch.object(roles, "exact_state", self._exact_state):
+            with patch.object(roles, "exact_state", self._exact_state), quantised_in_plan():
                 unit = unit_of(self.recipe, pipe.pop(), family, CPU, self.mode)
         setup = self.live.peak(self.scale)
         with self.mode, self.live:

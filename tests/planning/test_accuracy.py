@@ -38,6 +38,8 @@ def counted(recipe: Recipe) -> Trace:
         ("dmd", ("student.lora_rank=4", "train.batch=64", "train.checkpointing=true")),  # activations do
         ("lcm", ("train.batch=8", "train.average=0.9")),
         ("consistency", ("train.batch=8",)),  # asks for numbers: of a path, of a grid
+        ("freeflow", ("train.batch=8",)),  # which samples take which loss
+        ("phased_dmd", ("train.batch=4", "train.accumulate=2", "student.times=[1.0, 0.5]")),  # which expert
     ],
 )
 def test_plans_count_the_bytes_of_real_tensors(teacher: str, method: str, sets: tuple[str, ...]) -> None:

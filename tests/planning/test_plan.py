@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from stepdistill.errors import UserError
 from stepdistill.planning.fake import fake_tensors
 from stepdistill.planning.from_configs import TEACHERS, pipeline_of
 from stepdistill.planning.live_bytes import LiveBytes
+from stepdistill.planning.quantized_layers import quantised_in_plan
 from stepdistill.planning.table import duration
+from stepdistill.training import roles
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium", "flux-dev", "wan21-1.3b"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium", "flux-dev", "wan21-1.3b", "sana15-1.6b"])
 def test_a_shipped_config_has_the_published_number_of_parameters(name: str) -> None:
     planned = pipeline_of(name, torch.device("meta"))
     net = getattr(planned.pipe, planned.family.network)
@@ -42,6 +45,28 @@ def test_bytes_are_counted_from_the_first_operator_to_the_end() -> None:
     assert peak.by_kind["weights"] == 4_000_000
     # Both calls have a gradient of the weight, which are added.
     assert 12_000_000 <= peak.total <= 16_200_000
+
+
+@pytest.mark.parametrize(
+    ("bits", "weight"),
+    [
+        ("int8", 1024 * 1024 + 2 * 1024),
+        ("nf4", 1024 * 1024 // 2 + 1024 * 1024 // 64 + 4 * (64 + 512)),
+    ],
+)
+def test_a_quantised_layer_is_held_packed_and_widened_for_each_product(bits: str, weight: int) -> None:
+    live, wide = LiveBytes(1), 2 * 1024 * 1024
+    with fake_tensors({}, live) as mode, mode, live, quantised_in_plan():
+        net: nn.Module = nn.Sequential(OrderedDict(to_q=nn.Linear(1024, 1024, False, dtype=torch.bfloat16)))
+        net = roles.quantized(net, bits, ["to_q"])  # type: ignore[arg-type]
+        assert sum(live.held().values()) == weight + 2  # and the number that stands for the weight
+        x = torch.zeros(8, 1024, dtype=torch.bfloat16, requires_grad=True)
+        live.begin()
+        y = net(x)
+        assert live.peak().total - sum(live.held().values()) >= wide
+        assert sum(live.held().values()) == weight + 2 + 2 * (2 * 8 * 1024)  # nothing wide is kept
+        y.sum().backward()
+        assert live.flops == 2 * 2 * 8 * 1024 * 1024  # there and back, and none for a weight
 
 
 def test_memory_is_said_as_on_a_card() -> None:
