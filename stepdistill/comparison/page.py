@@ -203,13 +203,14 @@ def _plots(group: Group, fd: str) -> str:
     """FD against steps, the teacher's dashed, and FD at each run's best step count against its training time."""
     rows = [row for row in group.rows if row.fd]
     by_steps, by_time = [], []
+    unit = 60 if max((row.train_seconds or 0 for row in rows), default=0) > 120 else 1
     for name in dict.fromkeys(row.name for row in rows):
         own = [row for row in rows if row.name == name]
         by_steps.append(_series(name, [(row.steps, row) for row in own]))
         best = min(own, key=lambda row: row.fd or 0.0)
         if best.train_seconds:
             label = f"{name} ({best.steps} step{'s' * (best.steps > 1)})"
-            by_time.append(_series(label, [(best.train_seconds / 60, best)]))
+            by_time.append(_series(label, [(best.train_seconds / unit, best)]))
     teacher = (_teacher(group.reports).get("fd") or {}).items()
     points = [(float(steps), float(score)) for steps, score in teacher if score]
     ticks = sorted({row.steps for row in rows} | {steps for steps, _ in points})
@@ -220,7 +221,7 @@ def _plots(group: Group, fd: str) -> str:
         line_plot(by_steps, "steps", fd, ticks, title=f"{fd} against steps", note=note, y_scale=_scale(by_steps, 1)),
         line_plot(
             by_time,
-            "training, minutes",
+            "training, minutes" if unit == 60 else "training, seconds",
             fd,
             title=f"{fd} against training time",
             note=note,

@@ -114,7 +114,8 @@ def groups(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None
         apart = differences([together[0][0], one]) if place else []
         plain = [why for why in apart if not why.startswith("protocol.suite_sha256")]
         rows = rank(group, repeats)
-        found.append(Group(f"suite {one.suite}, {one.n:,} images", group, rows, plain or apart))
+        against = f", against {one.against}" if one.against else ""
+        found.append(Group(f"suite {one.suite}, {one.n:,} images{against}", group, rows, plain or apart))
     if without := [report for report in reports if not has_scores(report)]:
         rows = [_row(report, "0") for report in without]
         why = ["they have no scores: set evaluate in the recipe, or use stepdistill eval"]
