@@ -1,7 +1,7 @@
 """The folder of a run: what lies where in it, and what it says of itself while it goes. Imports no torch.
 
 report.html report.json recipe.yaml log.txt stats.jsonl status.json
-method.py                     where the method was a file of your own
+method.py family.py           where the method or the family was a file of your own
 pictures/samples.png          the teacher, the teacher at few steps, the student
 pictures/000500.png           previews, by update
 student/                      the pipeline

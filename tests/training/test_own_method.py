@@ -14,7 +14,7 @@ from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.methods import find_method, needs
 from stepdistill.networks.roles import Copies
-from stepdistill.recipes.recipe import load_recipe
+from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.system.files import sha256_of
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.system.shipped import content_folder, template_files
@@ -23,7 +23,7 @@ from stepdistill.testing.toys import Gaussian, GaussianMap, ToyTeacher, loss_of,
 from stepdistill.training.checkpoint import read_state
 from stepdistill.training.distil import export_run, run_recipe
 from stepdistill.training.identity import resolve
-from stepdistill.training.own_files import check_own_files, own_hashes
+from stepdistill.training.own_files import as_begun, check_own_files, copies, keep_own_files, own_hashes
 from stepdistill.training.run import check_resume
 
 EXAMPLE = content_folder("train") / "examples" / "own_method.py"
@@ -70,6 +70,24 @@ def test_the_template_is_zero_where_the_student_is_the_teachers_map() -> None:
         student = toy_student(GaussianMap(path, 0.7 + shift, 0.4), path)
         method = kind(Copies(teacher, student), (1.0,), kind.Options())
         assert loss_of(method, "student", batch)[0].item() == pytest.approx(shift**2, abs=1e-6)
+
+
+def test_a_family_of_ones_own_is_kept_as_a_method_is(tmp_path: Path) -> None:
+    own, run = tmp_path / "mine.py", tmp_path / "run"
+    run.mkdir()
+    own.write_text("first")
+    recipe = Recipe(teacher="emoji", method="dmd", family=str(own))
+    keep_own_files(recipe, run)
+    assert {key: file.name for key, file in copies(run).items()} == {"family": "family.py"}
+    check_own_files(recipe, run)
+    own.write_text("second")
+    with pytest.raises(UserError, match=r"family .*mine.py differs from .*--set family=.*family.py"):
+        check_own_files(recipe, run)
+    on_the_copy = recipe.model_copy(update={"family": str(run / "family.py")})
+    check_own_files(on_the_copy, run)
+    keep_own_files(on_the_copy, run)
+    assert (run / "family.py").read_text() == "first"
+    assert as_begun(recipe, run) == as_begun(on_the_copy, run) == on_the_copy
 
 
 def test_needs_tell_what_single_options_add() -> None:
