@@ -83,9 +83,9 @@ class AgainstTeacher:
         self.prompts = [prompts[i % different * len(prompts) // different] for i in range(self.count)]
         self.different = len(set(self.prompts))
         self.seeds = range(FIRST_SEED, FIRST_SEED + self.count)
-        labels = isinstance(teacher.family, LabelFamily)
+        self.labels = isinstance(teacher.family, LabelFamily)
         self.features = images_at_hand() if options.features == "auto" else options.features
-        texts = None if labels or options.texts == "none" else options.texts
+        texts = None if self.labels or options.texts == "none" else options.texts
         if texts == "auto":
             texts = self.features if self.features.startswith("clip:") else texts_at_hand()
         self.texts = texts
@@ -277,7 +277,7 @@ class AgainstTeacher:
                 "The embedded network sees pictures at 32 x 32 pixels, layout and colours but no detail: set "
                 "against_teacher.features=clip:FOLDER, dinov2:FOLDER or inception for more."
             )
-        if not self.held_out:
+        if not (self.held_out or self.labels):
             found.append(
                 "The student learnt from the prompts that are measured: they are too few to hold some out."
             )

@@ -19,7 +19,7 @@ from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.training.identity import ResolvedRecipe, changes, resolve, resolved_yaml
 from stepdistill.training.launcher import as_launched
 from stepdistill.training.own_files import check_own_files, copies, keep_own_files
-from stepdistill.training.preflight import check_output, check_recipe
+from stepdistill.training.preflight import check_evaluation, check_output, check_recipe
 from stepdistill.training.record import recorded
 from stepdistill.training.run_report import RunReport, read_report
 
@@ -102,6 +102,8 @@ def run_recipe(
             check_own_files(recipe, output)
     if pipeline is None:
         check_recipe(recipe, output if resume else None)
+    else:
+        check_evaluation(recipe)
     recipe = as_launched(recipe)
     resolved = resolve(recipe)
 
@@ -140,7 +142,7 @@ def _run(
     from stepdistill.training.parallel import parallel_of
     from stepdistill.training.previews import Previews
     from stepdistill.training.run import check_resume
-    from stepdistill.training.scores import against_teacher
+    from stepdistill.training.scores import against_teacher, check_suite
     from stepdistill.training.tracking import Tracking, check_tracker
 
     recipe, place = resolved.recipe, RunFolder(output)
@@ -159,6 +161,7 @@ def _run(
     if status:
         status.tell("preparing", "loading the teacher")
     run = assemble(resolved, accelerator, pipeline)
+    check_suite(run)
     if status:
         place.begin()
         keep_own_files(recipe, output)

@@ -56,6 +56,16 @@ def _check_inputs(recipe: Recipe) -> None:
         open_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:
         _check_images(Path(recipe.data.images))
+    check_evaluation(recipe)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """What the student is measured by at the end of the run is there.
+
+    Raises:
+        UserError: the suite is none, one of its files is missing, it is of another kind of teacher, or there is no such
+            feature network.
+    """
     if isinstance(recipe.evaluate, str):
         _check_suite(recipe.evaluate, recipe.teacher)
     elif recipe.evaluate and recipe.teacher not in embedded_teachers():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import diffusers
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import AgainstTeacher
@@ -36,6 +39,26 @@ def against_teacher(run: Assembled, counts: Sequence[int] = ()) -> AgainstTeache
         held_out=bool(run.held_out),
         options=run.recipe.against_teacher,
     )
+
+
+def check_suite(run: Assembled) -> None:
+    """The recipe's suite compares pictures of a size that the student's pipeline draws.
+
+    Raises:
+        UserError: it does not, and the pipeline takes no other size.
+    """
+    if not isinstance(run.recipe.evaluate, str):
+        return
+    suite, size, codec = load_suite(run.recipe.evaluate), run.teacher.size, run.teacher.codec
+    name = codec.family.student_pipeline(codec.pipe) or type(codec.pipe).__name__
+    takes = inspect.signature(getattr(diffusers, name).__call__).parameters
+    own = size.height == size.width == suite.resolution
+    if not (own or suite.draw_resolution or {"height", "width"} <= set(takes)):
+        raise UserError(
+            f"evaluate: suite {suite.label} compares {suite.resolution} x {suite.resolution} pixels, and "
+            f"{run.recipe.teacher} draws {size.height} x {size.width}: set its draw_resolution to own, or evaluate to "
+            "another suite, true or false"
+        )
 
 
 def student_scores(run: Assembled, student: Path, against: AgainstTeacher | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tiny import tiny_pipeline
 
+import stepdistill
 from stepdistill.data.held_out import HELD_OUT, LEAST, hold_out
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import AGAINST, FIRST_SEED, AgainstTeacher
@@ -214,3 +215,17 @@ def test_what_a_run_is_measured_in_is_checked_before_it(sets: list[str], says: s
 def test_a_grids_student_is_measured_at_all_its_counts(teacher: PipelineTeacher) -> None:
     sampler = Sampler(schedule_times(teacher.path, 2), renoise=True, grid=10)
     assert against(teacher, sampler.step_counts).counts == [1, 2, 4, 8]
+
+
+def test_a_suite_of_another_size_than_a_pipeline_can_draw_is_told_before_training(tmp_path: Path) -> None:
+    """UNet2D draws 8 x 8 pixels and nothing else."""
+    file = tmp_path / "own.yaml"
+    file.write_text(json.dumps({**SUITE, "prompts": None, "clip_score": False}))
+    sets = [f"evaluate={file}", "options.guidance=1", "student.output=teacher"]
+    with pytest.raises(
+        UserError, match=r"evaluate: suite own@1 compares 32 x 32 pixels, and .* draws 8 x 8: set its"
+    ):
+        stepdistill.distill(tiny_pipeline("unet-classes"), "dmd", tmp_path / "run", sets=sets)
+    with pytest.raises(UserError, match=r"evaluate: no suite 'emojy'"):
+        stepdistill.distill(tiny_pipeline("unet-classes"), "dmd", tmp_path / "run", sets=["evaluate=emojy"])
+    assert not (tmp_path / "run").exists()
