@@ -162,6 +162,13 @@ class FlowMapMethod(Method):
         """Where drawings from ``noise`` [B, ...] start: the state and its time [B] on the straight path."""
         return on_straight(self.student.path, noise, at_time(1.0, noise))
 
+    @torch.no_grad()
+    def starts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's own states [B, ...] and their time [B] on the straight path, at one of ``times``."""
+        calls = batch.draws.shared_integer("exit", len(self.times))
+        x = self.sampler().walk(self.student, batch.noise, batch.cond, batch.fresh, calls)
+        return on_straight(self.student.path, x, at_time(self.times[calls], x))
+
     def regression(self, batch: Batch) -> Tensor:
         """The distance of u to (x_t - x_s) / (t - s) for two points of a pair's trajectory at random; a scalar."""
         pairs = cast(Examples, batch.pairs)

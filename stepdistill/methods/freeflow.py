@@ -27,10 +27,9 @@ import math
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.change_of_path import STRAIGHT, on_straight
+from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.guidance import in_interval
 from stepdistill.diffusion.path import per_sample
-from stepdistill.diffusion.remembered import at_time
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
@@ -89,13 +88,6 @@ class FreeFlow(FlowMapMethod):
 
     def after_step(self, turn: Turn) -> None:
         self.balance.update()
-
-    @torch.no_grad()
-    def starts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The student's own states [B, ...] and their time [B] on the straight path, at one of ``times``."""
-        calls = batch.draws.shared_integer("exit", len(self.times))
-        x = self.sampler().walk(self.student, batch.noise, batch.cond, batch.fresh, calls)
-        return on_straight(self.student.path, x, at_time(self.times[calls], x))
 
     def prediction(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """u [B, ...] of the jumps from x at t to s, and e = dX/ds - v_T(X, s), which has no graph."""

@@ -41,6 +41,11 @@ SETTINGS = {
     "meanflow": Setting(
         options={"tangent_warmup": 100, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2
     ),
+    "mdt_dist": Setting(
+        options={"tangent_warmup": 100, "normalised": False, **SMOOTH, "derivative_step": 0.1},
+        steps=400,
+        lr=1e-2,
+    ),
     "pcm": Setting(TWO, {"grid": 16, "start_share": 0.25, "huber": 0.03}, steps=400),
     # The plain KL weighs low noise by 1 / sigma^2, which short runs do better without.
     "phased_dmd": Setting(

@@ -1,0 +1,108 @@
+"""MDT-dist against the Gaussian's exact map: MeanFlow's identity at s = 0, and a field that brings samples home."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flow_toy import MU, C, errors, from_the_teacher
+
+from stepdistill.diffusion.path import FlowPath, per_sample
+from stepdistill.families.condition import Condition
+from stepdistill.losses.contract import Turn
+from stepdistill.losses.fake_score import loss_with_gradient
+from stepdistill.losses.flow_maps import teacher_velocity
+from stepdistill.methods.mdt_dist import MDTDist
+from stepdistill.methods.meanflow import MeanFlow
+from stepdistill.networks.roles import Copies
+from stepdistill.testing.toys import Gaussian, GaussianFlowMap, ToyTeacher, loss_of, toy_batch, toy_student
+
+PATH = FlowPath()
+
+
+def method_of(kind=MDTDist, mean=MU, times=(1.0,), **options):
+    """From the exact Gaussian teacher to the exact map of a Gaussian elsewhere."""
+    teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH)
+    student = toy_student(GaussianFlowMap(mean, C), PATH, "velocity")
+    return kind(Copies(teacher, student), times, kind.Options(guidance=1.0, tangent_warmup=0, **options))
+
+
+def data(count=64, step=0):
+    return toy_batch(count, step, pairs=lambda z: MU + C * z)
+
+
+def test_matching_is_meanflow_to_clean_data():
+    """On the same draws and without the division its residual is that of MeanFlow whose jumps all end at 0."""
+    times = {"time_mean": 0.3, "time_deviation": 0.8, "same": 0.0, "to_data": 1.0}
+    ours = method_of(mean=1.1, normalised=False, distillation_weight=0.0, **times)
+    theirs = method_of(MeanFlow, mean=1.1, power=0.0, **times)
+    mine, other = (loss_of(each, "student", data()) for each in (ours, theirs))
+    torch.testing.assert_close(mine[1]["residual"], other[1]["residual"])
+    torch.testing.assert_close(
+        mine[0], other[0] / 2
+    )  # a mean over elements, theirs a sum over the two of a sample
+
+
+def test_the_exact_map_is_a_fixed_point_of_both_terms_without_the_division():
+    method = method_of(normalised=False)
+    _, logs = loss_of(method, "student", data())
+    assert float(logs["residual"]) < 2e-5 and float(logs["field"]) < 2e-5
+
+
+def test_divided_the_target_stays_near_the_teachers_velocity():
+    """|u* - v| is below t in the length of a whole sample, and the exact map is no fixed point."""
+    method = method_of()
+    assert float(loss_of(method, "student", data())[1]["residual"]) > 1e-3
+    x, t = torch.randn(32, 2, 1, 1), torch.linspace(0.05, 1, 32)
+    zero = torch.zeros_like(t)
+    now = method.student.flow_velocity(x, t, zero, Condition()).detach()
+    target = method.target(x, t, zero, Condition(), now, 1.0)
+    v = teacher_velocity(method.teacher, x, t, Condition(), 1.0)
+    assert bool(((target - v).flatten(1).norm(dim=1) < t).all())
+    plain = method_of(normalised=False).target(x, t, zero, Condition(), now, 1.0)
+    length = (plain - v).flatten(1).norm(dim=1) / t
+    torch.testing.assert_close(target - v, (plain - v) / per_sample(length + 0.1, x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.5)])
+@pytest.mark.parametrize("shift", [0.4, -0.4])
+def test_distillation_takes_a_shift_of_the_students_samples_back(shift, times):
+    """The gradient in the student's mean has the sign of its shift: descent goes home."""
+    method = method_of(mean=MU + shift, times=times)
+    own, field = method.distillation(toy_batch(256, 3))
+    loss_with_gradient(own, field).backward()
+    assert float(method.student.net.mean.grad) * shift > 0.01
+
+
+def test_distillation_waits_for_its_update():
+    method = method_of(warm_start=2, matching_alone=3)
+    assert [method.distils(step) for step in (4, 5)] == [False, True]
+    assert [method.phase(step) for step in (1, 2, 5)] == [
+        "warm start",
+        "velocity matching",
+        "velocity matching, distillation",
+    ]
+    assert not method_of(distillation_weight=0.0).distils(100)
+    alone, both = (loss_of(method, Turn("student", step), data(step=step)) for step in (4, 5))
+    assert "field" not in alone[1] and "field" in both[1]
+
+
+def test_the_loss_is_the_sum_of_its_terms():
+    plain, half, whole = (
+        loss_of(method_of(mean=1.2, distillation_weight=weight), "student", data())[0]
+        for weight in (0.0, 1.0, 2.0)
+    )
+    torch.testing.assert_close(whole - plain, 2 * (half - plain))
+
+
+def test_one_step_moves_from_the_teachers_mean_to_the_trajectories_end():
+    options = MDTDist.Options(
+        guidance=1.0,
+        tangent_warmup=0,
+        normalised=False,
+        noise_share=0.5,
+        derivative="difference",
+        derivative_step=0.1,
+        source="images",
+    )
+    start, end = errors(from_the_teacher(MDTDist, options), steps=250)
+    assert end < 0.6 * start, (start, end)
