@@ -39,6 +39,7 @@ POLICY = (
 """What a page may load: nothing from elsewhere."""
 STYLE = """
 .gradio-container {max-width: 1180px !important}
+@media (max-width: 500px) {.drawn {flex: 0 0 calc(50% - 8px) !important; min-width: 0 !important}}
 :focus-visible {outline: 3px solid #c2410c !important; outline-offset: 2px}
 """
 SEEDS = 2**31
@@ -140,7 +141,7 @@ def standing(counts: Sequence[Tally]) -> str:
         low, high = each.interval
         pair = f"- **{each.first}** against **{each.second}**"
         if each.share is None:
-            rows.append(f"{pair}: no vote for either, {each.same} for no difference")
+            rows.append(f"{pair}: " + (f"{each.same} for no difference" if each.same else "no votes yet"))
         else:
             rows.append(
                 f"{pair}: {each.first_better} to {each.second_better}, and {each.same} for no difference; {each.first} "
@@ -171,7 +172,7 @@ def build(demo: Demo, prompt: str) -> Any:
             outputs: list[Any] = []
             with gr.Row():
                 for drawer in drawers:
-                    with gr.Column(min_width=140):
+                    with gr.Column(min_width=140, elem_classes="drawn"):
                         outputs += [
                             _picture(gr, f"drawn by {drawer.name}"),
                             gr.Markdown(f"**{drawer.name}**"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -10,13 +11,16 @@ from typing import Any, cast
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from tiny import tiny_prompts
 from torch import Tensor
 
 import stepdistill
 from stepdistill.diffusion.path import FlowPath, Prediction, TablePath
 from stepdistill.diffusion.path import Path as NoisePath
 from stepdistill.errors import UserError
+from stepdistill.export.adapters import KOHYA, check_options, save_adapters, save_comfyui
 from stepdistill.export.comfyui import (
+    COMFYUI,
     PUBLISHED,
     StudentFile,
     check_comfyui,
@@ -26,7 +30,10 @@ from stepdistill.export.comfyui import (
 )
 from stepdistill.families.condition import Condition
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Adapters
 from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.recipes.sections import ExportOptions
 
 TEACHERS = Path(stepdistill.__file__).parent / "planning" / "teachers"
 TABLE = TablePath.from_alphas_cumprod(
@@ -182,3 +189,27 @@ def test_others_are_refused() -> None:
     assert "and this is a WanPipeline" in str(check_comfyui("WanPipeline", {}))
     tiny = {"block_out_channels": (32, 64), "cross_attention_dim": 96}
     assert "this one's block_out_channels is (32, 64)" in str(check_comfyui("StableDiffusionPipeline", tiny))
+
+
+def test_an_adapter_lies_beside_its_workflow_under_the_names_that_comfyui_reads(
+    teacher_of: Callable[[str], PipelineTeacher], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = teacher_of("sd")
+    student = Adapters(teacher, 2, 6.0).student
+    scheduler, prompt = teacher.pipe.scheduler, tiny_prompts("sd", 1)[0]
+    save_adapters(student, teacher, tmp_path)
+    save_comfyui(student, FOUR, teacher, scheduler, "someone/tiny-sd", prompt, tmp_path)
+    nodes = json.loads((tmp_path / COMFYUI).read_text())
+    (lora,) = named(nodes, "LoraLoaderModelOnly")
+    assert lora["strength_model"] == 1.0 and (tmp_path / KOHYA).is_file()  # whose alpha is in the file
+    assert named(nodes, "CheckpointLoaderSimple") == [{"ckpt_name": "tiny-sd.safetensors"}]
+    assert named(nodes, "CLIPTextEncode")[0]["text"] == prompt
+    other = tmp_path / "whole"
+    (other / "unet").mkdir(parents=True)  # and no file of one network in it
+    save_comfyui(student, FOUR, teacher, scheduler, teacher.pipe, prompt, other)
+    assert not (other / COMFYUI).exists()
+    assert "no workflow is written: the student's network is in several files" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"export\.comfyui is true, but ComfyUI knows networks of the published"
+    ):
+        check_options(ExportOptions(comfyui=True), teacher, lora=True, named=True)

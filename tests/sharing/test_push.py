@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stepdistill.cli.share import push
 from stepdistill.errors import UserError
 from stepdistill.export.verify import check_unaltered
 from stepdistill.networks.pipeline_files import ADAPTER
 from stepdistill.sharing.hub import exported, listing, prepare, write
 from stepdistill.sharing.hub_card import local_paths, parted
 from stepdistill.sharing.upload import check_repo, check_token
+from stepdistill.system.packages import check_installed
 
 CARD = "README.md"
 MANIFEST = "verification/manifest.json"
@@ -141,6 +143,18 @@ def test_an_adapter_says_whose_it_is_and_cannot_be_without_its_teacher(run: Path
         exported(student, "merged"),
     ):
         pass
+
+
+def test_the_verb_says_at_once_what_it_cannot_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    push(run, "me/tiny", dry_run=True)
+    assert f"files for me/tiny\nnot pushed: {run / 'hub'}\n" in capsys.readouterr().out
+    assert (run / "hub" / CARD).is_file()
+    with pytest.raises(UserError, match="--output is for --dry-run"):
+        push(run, "me/tiny", output=run / "other")
+    with pytest.raises(UserError, match="--base-model is x, and must be OWNER/NAME"):
+        push(run, "me/tiny", base_model="x", dry_run=True)
+    with pytest.raises(UserError, match=r'no_such is not installed: pip install "stepdistill\[demo\]"'):
+        check_installed("demo", "json", "no_such")
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "a/b c", "a/-b", "a/" + 97 * "x"])

@@ -76,7 +76,7 @@ def test_votes_are_kept_and_counted_whichever_side_they_were_on(tmp_path: Path) 
     assert third.share is None and third.interval == (0, 1)
     text = standing([first, third])
     assert "**a** against **b**: 2 to 1, and 1 for no difference; a wins 67% [21%, 94%]" in text
-    assert "**b** against **c**: no vote for either" in text
+    assert "**b** against **c**: no votes yet" in text
     file.write_text(file.read_text() + "{}\n")
     with pytest.raises(UserError, match=r"votes.jsonl, line 6 is not a vote"):
         read_votes(file)
