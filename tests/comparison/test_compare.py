@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from tiny import tiny_pipeline
@@ -20,11 +21,14 @@ from stepdistill.comparison import plan as planning
 from stepdistill.comparison import ranking as compare
 from stepdistill.comparison.collect import collect, short_names
 from stepdistill.comparison.page import Comparison, as_json, html_page
+from stepdistill.comparison.pictures import common_sheet
 from stepdistill.comparison.table import text_tables
 from stepdistill.comparison.train_all import train_all
 from stepdistill.errors import UserError
+from stepdistill.pages.sheets import png_of_rows, read_sheet
 from stepdistill.recipes import choose
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.run_folder import RunFolder
 from stepdistill.system.shipped import recipe_files
 from stepdistill.training.run_report import RunReport, read_report
 
@@ -168,6 +172,41 @@ def test_names_are_as_short_as_tells_them_apart() -> None:
     places = [Path(f"/data/long/way/{end}") for end in ("x/run", "y/run", "other", "x/run/eval.json")]
     assert short_names(["run", "run", "other", "eval"], places) == ["x/run", "y/run", "other", "eval"]
     assert short_names(["run"] * 2, [Path("/a/b/run"), Path("/c/b/run")]) == ["a/b/run", "c/b/run"]
+
+
+def test_pictures_of_runs_are_put_together_where_their_prompts_are_the_same(tmp_path: Path) -> None:
+    """The teacher's rows once, each student's under its run's name; another prompt, and there is no common sheet."""
+
+    def run(name: str, prompts: list[str], steps: int, value: int) -> tuple[str, Path]:
+        rows = [
+            (f"teacher, {n} steps", torch.full((2, 3, 32, 32), n, dtype=torch.uint8)) for n in (25, steps)
+        ]
+        rows.append((f"student, {steps} steps", torch.full((2, 3, 32, 32), value, dtype=torch.uint8)))
+        file = RunFolder(tmp_path / name).samples
+        file.parent.mkdir(parents=True)
+        file.write_bytes(png_of_rows(rows, prompts))
+        return name, tmp_path / name
+
+    a, b = run("a", ["cat", "dog"], 4, 100), run("b", ["cat", "dog"], 8, 200)
+    png = common_sheet([a, b])
+    sheet = read_sheet(png) if png else None
+    assert sheet is not None and sheet.prompts == ("cat", "dog")
+    labels = ["teacher, 25 steps", "teacher, 4 steps", "teacher, 8 steps", "a, 4 steps", "b, 8 steps"]
+    assert [row.label for row in sheet.rows] == labels
+    assert [row.pictures[1].getpixel((5, 5))[0] for row in sheet.rows] == [25, 4, 8, 100, 200]
+    assert common_sheet([a, run("c", ["cat", "fish"], 4, 1)]) is None
+    assert common_sheet([a, ("none", tmp_path / "none")]) is None
+
+
+def test_your_own_metrics_have_a_column_each_with_their_direction(tmp_path: Path) -> None:
+    student = {"fd": {"1": 2.0}, "sharpness": {"1": 0.25}, "sharpness_se": {"1": 0.031}}
+    write_report(tmp_path / "a", {"1": 2.0}, student=student, better={"sharpness": "higher"})
+    write_report(tmp_path / "b", {"1": 3.0})
+    compared = collect([str(tmp_path / "a"), str(tmp_path / "b")], "c")
+    head, *lines = text_tables(compared.groups).splitlines()
+    assert head.split()[-1] == "sharpness" and lines[0].endswith("0.250 ± 0.031") and lines[1].endswith(" -")
+    assert "sharpness: higher is better" in html_page(compared)
+    assert as_json(compared)["runs"][0]["scores"]["1"]["sharpness_se"] == 0.031
 
 
 def test_training_seeds_become_a_mean_with_both_errors(tmp_path: Path) -> None:
