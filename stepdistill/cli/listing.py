@@ -21,8 +21,8 @@ def list_names(
     """List what is shipped: teachers, methods, recipes, suites, families; or the keys of a recipe."""
     if method is not None and kind != "keys":
         raise UserError(f"ls {kind} takes no {method}: `stepdistill ls keys METHOD` lists a method's options")
-    if kind == "keys":
-        _list_keys(method)
+    if kind in ("keys", "methods"):
+        _list_keys(method) if kind == "keys" else _list_methods()
         return
     from stepdistill.networks.pipeline_files import pipeline_class
     from stepdistill.system import shipped
@@ -33,14 +33,6 @@ def list_names(
         tables["teachers"] = {name: pipeline_class(path) for name, path in embedded_teachers().items()}
     if kind in ("all", "methods"):
         tables["methods"] = shipped.module_summaries("methods")
-    if kind == "methods":  # what a method needs is in its class, so that this alone imports torch
-        from stepdistill.methods import needs
-
-        told = {name: needs(name) for name in tables["methods"]}
-        width = max(map(len, told.values()))
-        tables["methods"] = {
-            name: f"{told[name].ljust(width)}  {text}" for name, text in tables["methods"].items()
-        }
     if kind in ("all", "recipes"):
         real = {name: shipped.of_real_teacher(path) for name, path in shipped.recipe_files().items()}
         for title, wanted in (("recipes for a laptop", False), ("recipes for real teachers", True)):
@@ -56,6 +48,38 @@ def list_names(
         width = max(map(len, table), default=0)
         for name, summary in table.items():
             print(f"  {name.ljust(width)}  {summary}".rstrip())
+
+
+def _list_methods() -> None:
+    """The methods by their kind: what each is for and needs. Its class says it, so that this imports torch."""
+    from stepdistill.methods import find_method, needs
+    from stepdistill.system.shipped import module_summaries
+    from stepdistill.testing.contract import build
+
+    head = ("method", "steps", "needs", "LoRA", "networks", "")
+    groups: dict[str, list[tuple[str, ...]]] = {"": [head]}
+    for name, summary in module_summaries("methods").items():
+        kind, built = find_method(name), build(name)
+        steps = f"{len(kind.default_times)}{', any' * (len(built.sampler().step_counts) > 1)}"
+        lora = "no" if kind.own_network else "merged" if built.student.two_times else "yes"
+        networks = str(1 + len(built.roles.names))
+        asked = needs(name).removeprefix("noise, prompts").removeprefix(", ").strip()
+        asked = asked if asked[:1].isalpha() else f"nothing {asked}".strip()
+        row = (name, steps, asked, lora, networks, summary.partition(": ")[2] or summary)
+        groups.setdefault(kind.Options.group, []).append(row)
+    table = [row for rows in groups.values() for row in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(5)]
+    for title, rows in groups.items():
+        if title:
+            print(f"\n{title}:")
+        for cells in rows:
+            aligned = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+            print("  ".join([*aligned, cells[5]]).rstrip())
+    print(
+        "\nsteps: the usual number; any: a student draws in other numbers, too. needs: beside prompts, and in brackets "
+        "what options add.\nLoRA: yes, merged alone, or no. networks: in memory, with the teacher; with a LoRA all are "
+        "adapters on one.\nStart with lcm (4 steps, LoRA), dmd (1 step) or phased_dmd (best at 4 steps)."
+    )
 
 
 def _list_keys(method: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ Source = Literal["pairs", "images"]
 
 class SourceOptions(PairOptions):
     """Options of a method that learns at noised clean latents."""
+
+    group: ClassVar[str] = "consistency"
 
     source: Source = "pairs"  # where clean latents come from
 

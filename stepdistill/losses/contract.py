@@ -86,6 +86,9 @@ class Trained:
 class MethodOptions(BaseModel):
     """Base of every method's options: frozen, and closed against keys it does not know.
 
+    Class attributes:
+        group: what kind of method has such options; lists of methods are sorted by it.
+
     Attributes:
         guidance: classifier-free guidance of the teacher that the student takes over; 1 is none.
         guidance_2: that of a teacher with a network for high noise and one for low, in the stretch of the second; None
@@ -97,6 +100,7 @@ class MethodOptions(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    group: ClassVar[str] = "other"
 
     guidance: float = 1.0
     guidance_2: float | None = None
@@ -112,6 +116,8 @@ class MethodOptions(BaseModel):
 
 class PairOptions(MethodOptions):
     """Options of a method that learns from pairs."""
+
+    group: ClassVar[str] = "regression on pairs"
 
     pairs: int = 4096  # how many are cached
     pair_steps: int = 25  # network calls of the teacher per pair

@@ -52,6 +52,8 @@ class FakeTurnOptions(MethodOptions):
 class FakeScoreOptions(FakeTurnOptions):
     """Options of a method with a fake score."""
 
+    group: ClassVar[str] = "distribution matching"
+
     score_guidance: float | None = None  # of the real score where it should differ from that of the pairs
     # Times at which that is on, where fewer than in the pairs: far above data a guided x0 can be far too strong.
     score_guidance_interval: tuple[float, float] | None = None

@@ -11,7 +11,7 @@ starts at the table's end from a standard normal state, as diffusers' schedulers
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -72,6 +72,8 @@ def sizes(vectors: Tensor) -> Tensor:
 
 class MapOptions(WarmStartOptions):
     """Options of a method that learns a flow map."""
+
+    group: ClassVar[str] = "flow maps"
 
     # Of the warm start's jumps, beside the student's own; or all steps of the pairs' solver, and any time between them.
     warm_times: tuple[float, ...] | Literal["all"] = ()

@@ -33,12 +33,7 @@ from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
-from stepdistill.losses.fake_score import (
-    FakeTurnOptions,
-    denoising_loss,
-    loss_with_gradient,
-    turn_at,
-)
+from stepdistill.losses.fake_score import FakeTurnOptions, denoising_loss, loss_with_gradient, turn_at
 from stepdistill.losses.flow_maps import (
     FlowMapMethod,
     MapOptions,

@@ -21,6 +21,7 @@ black pictures.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class TBCM(Method):
     default_times = (1.0, 0.75, 0.5, 0.25)
 
     class Options(MethodOptions):
+        group: ClassVar[str] = "consistency"
         guidance: float = 4.5  # of the teacher; the paper draws it from 4, 4.5 and 5 and embeds it
         route: int = 16  # steps of a trajectory
         route_shift: float = 2.5  # of the reference route, in flow times

@@ -46,7 +46,7 @@ class TSCD(Method):
 
     default_times = (1.0, 0.75, 0.5, 0.25)
 
-    class Options(FakeScoreOptions, SourceOptions):
+    class Options(SourceOptions, FakeScoreOptions):
         guidance: float = 7.5  # of the teacher's step, and of the cached samples
         segments: tuple[int, ...] = (8, 4, 2, 1)  # of each stage
         stage_updates: int = 2000  # updates of each stage; the last one goes on
