@@ -5,6 +5,7 @@ A verb is a function of the file of its kind; its line in the table below makes 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -52,6 +53,8 @@ UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 def main() -> None:
     """Runs the command line: a UserError, and a wrong option, is one line on stderr and exit status 2; anything else
     keeps its traceback."""
+    # Else the first import says at length which image processors of transformers lack torchvision.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         raise SystemExit(app(standalone_mode=False, prog_name="stepdistill") or 0)
     except UsageError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_a_mistake_is_one_line_and_status_2(
 ) -> None:
     status, text = said(capsys, monkeypatch, line)
     assert status == 2 and text.startswith(f"stepdistill: {expected}") and text.count("\n") == 1
+
+
+def test_what_transformers_lacks_is_not_told_at_every_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, expected in ((None, "error"), ("info", "info")):
+        monkeypatch.setenv("TRANSFORMERS_VERBOSITY", given or "")
+        if given is None:
+            monkeypatch.delenv("TRANSFORMERS_VERBOSITY")
+        said(capsys, monkeypatch, "--version")
+        assert os.environ["TRANSFORMERS_VERBOSITY"] == expected
 
 
 def test_bare_train_is_its_help_and_trains_nothing(
