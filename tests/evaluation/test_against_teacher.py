@@ -17,6 +17,8 @@ import stepdistill
 from stepdistill.data.held_out import HELD_OUT, LEAST, hold_out
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import AGAINST, FIRST_SEED, AgainstTeacher
+from stepdistill.features.load import load_features
+from stepdistill.metrics.frechet import Moments, frechet_distance_of_features
 from stepdistill.metrics.kid import kernel_distance, paired_kernel_distance
 from stepdistill.networks.pictures import teacher_pictures, to_uint8
 from stepdistill.networks.sampler import Sampler, schedule_times
@@ -90,6 +92,24 @@ def test_pictures_are_the_teachers_and_drawn_once(
     against(teacher, guidance=2.0).prepare()
     assert sum(calls) == 2 * 3
     hook.remove()
+
+
+def test_the_teacher_at_one_step_is_at_its_better_guidance(teacher: PipelineTeacher) -> None:
+    """Its scores are those of the pictures, of both guidances, that are nearer to the teacher's at full steps."""
+    protocol = against(teacher, (1,), guidance=3.0)
+    protocol.prepare()
+    sampler = Sampler((1.0,), renoise=False)
+    found = protocol.scores(lambda steps: protocol.drawn(Student.from_teacher(teacher), sampler))["teacher"]
+    network, every = load_features("emoji"), range(7)
+    full = protocol.reference.pictures.read(every)
+    moments, scores = Moments.of(network.images(full)), []
+    assert protocol.plain is not None
+    for pictures in (protocol.few[1].pictures.read(every), protocol.plain.pictures.read(every)):
+        distance = frechet_distance_of_features(network.images(pictures), moments) * network.fd_scale
+        rmse = ((pictures - full.float()) / 255).square().flatten(1).mean(1).sqrt().mean()
+        scores.append((distance, float(rmse)))
+    assert scores[0][0] != pytest.approx(scores[1][0], rel=1e-3)
+    assert (found["fd"]["1"], found["paired_rmse"]["1"]) == pytest.approx(min(scores), rel=1e-5)
 
 
 def test_other_pictures_have_another_place_and_another_hash(teacher: PipelineTeacher) -> None:
