@@ -116,7 +116,7 @@ def check_losses(name: str, times: tuple[float, ...] | None = None) -> None:
             loss.ndim == 0,
             f"the loss of {turn} has the shape {tuple(loss.shape)}: give the mean over samples",
         )
-        _must(bool(torch.isfinite(loss)), f"the loss of {turn} is {float(loss)}")
+        _must(bool(torch.isfinite(loss)), f"the loss of {turn} is {float(loss.detach())}")
         lost = [key for key, value in logs.items() if value.numel() != 1 or not bool(torch.isfinite(value))]
         _must(not lost, f"{turn} logs {', '.join(lost)}, which is no finite scalar")
         loss.backward()
