@@ -128,7 +128,7 @@ def test_scores_of_equal_rows_do_not_depend_on_batches_or_on_the_order_they_come
         table = writer.table()
         assert table.count == 61 and torch.equal(table.whole("features"), rows["features"])
         assert "clip_score" in table and "logits" not in table
-        scores = asdict(measure(table, suite, network, reference))
+        scores = measure(table, suite, network, reference).values()
         found.append({name: value for name, value in scores.items() if value is not None})
     assert {"fd", "fd_se", "kid", "clip_score", "recall", "coverage"} <= set(found[0])
     for other in found[1:]:
@@ -169,7 +169,7 @@ def test_one_two_and_three_processes_with_uneven_shards_give_one_number_and_one_
         shards, drawn = drawn_by(ranks, tmp_path / str(ranks), teacher, suite, extraction)
         shares.append(drawn)
         assert shards.missing() == [] and shards.cost().passes == 22
-        scores.append(asdict(measure(shards, suite, extraction.network, reference)))
+        scores.append(measure(shards, suite, extraction.network, reference).values())
         galleries.append(make_gallery(shards, shards.pictures(), suite.prompt_list()))
     assert shares == [[5], [3, 2], [2, 2, 1]]
     assert scores[1] == scores[0] and scores[2] == scores[0]
