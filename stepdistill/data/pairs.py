@@ -25,6 +25,7 @@ from stepdistill.diffusion.philox import NAME
 from stepdistill.diffusion.solvers import trajectory
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
+from stepdistill.families.size import STATES_AT_ONCE, at_once
 from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.teacher import PipelineTeacher
@@ -161,7 +162,8 @@ class PairCache:
 
     def _draw(self, rows: Tensor, cond: Condition) -> dict[str, Tensor]:
         device, parts = self.teacher.device, []
-        for chunk in torch.arange(len(rows)).split(64):
+        most = at_once(self.teacher.codec.shape, STATES_AT_ONCE, 64)
+        for chunk in torch.arange(len(rows)).split(most):
             own = cond.rows(chunk.to(device))
 
             def predict(x: Tensor, t: Tensor, own: Condition = own) -> Prediction:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.diffusion.solvers import solve
+from stepdistill.families.size import DECODED_AT_ONCE, at_once
 from stepdistill.networks.codec import Codec
 from stepdistill.networks.sampler import Sampler, schedule_times
 from stepdistill.networks.student import Student
@@ -32,6 +33,8 @@ def draw_as_pipeline(
         prompts: B prompts.
         seeds: B seeds of CPU generators.
     """
+    if parts := _parts(codec, prompts, seeds):
+        return torch.cat([draw_as_pipeline(student, sampler, codec, *part) for part in parts])
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     shape = (1, *codec.shape)
 
@@ -47,6 +50,15 @@ def draw_as_pipeline(
         fresh = lambda call: codec.family.unpack(code.noise_after(keys, call, packed), codec.shape)  # noqa: E731
     states = sampler.draw(student, start, codec.encode(prompts), fresh)
     return strip(codec.to_frames(states))
+
+
+def _parts(
+    codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[tuple[Sequence[str], Sequence[int]]]:
+    """What is drawn one after the other, as all together would not be decoded on a common card; none where it would."""
+    most = at_once(codec.shape, DECODED_AT_ONCE, len(prompts))
+    starts = range(0, len(prompts), most) if most < len(prompts) else ()
+    return [(prompts[i : i + most], seeds[i : i + most]) for i in starts]
 
 
 def strip(frames: Tensor) -> Tensor:
@@ -68,6 +80,8 @@ def teacher_pictures(
 ) -> Tensor:
     """The teacher's pictures, as :func:`strip` lays them out, after ``steps`` DDIM steps on its schedule's grid."""
     codec = teacher.codec
+    if parts := _parts(codec, prompts, seeds):
+        return torch.cat([teacher_pictures(teacher, *part, steps, guidance) for part in parts])
     shape = (1, *codec.shape)
     noise = torch.cat(
         [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]

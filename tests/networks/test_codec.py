@@ -12,9 +12,9 @@ from tiny import tiny_pipeline, tiny_prompts
 
 from stepdistill.errors import UserError
 from stepdistill.export.student_folder import check_export
-from stepdistill.families.size import Size
+from stepdistill.families.size import DECODED_AT_ONCE, STATES_AT_ONCE, Size, at_once
 from stepdistill.families.watching import frames_of
-from stepdistill.networks.pictures import draw_as_pipeline, strip
+from stepdistill.networks.pictures import draw_as_pipeline, strip, teacher_pictures
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -106,6 +106,33 @@ def test_a_strip_is_the_first_the_middle_and_the_last_frame() -> None:
     frames = torch.arange(5.0)[None, :, None, None, None].expand(2, 5, 3, 4, 6)
     assert strip(frames)[0, 0, 0].tolist() == [0.0] * 6 + [2.0] * 6 + [4.0] * 6
     assert torch.equal(strip(frames[:, 3:4]), frames[:, 3])
+
+
+def test_large_pictures_are_drawn_in_parts(teacher_of: Teachers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of SDXL's at 1024 x 1024 four states at once and one to decode; small ones all together. The pictures are the
+    same, fresh noise between steps too."""
+    large, small = (4, 128, 128), (4, 8, 8)
+    assert [at_once(large, numbers, 64) for numbers in (STATES_AT_ONCE, DECODED_AT_ONCE)] == [4, 1]
+    assert at_once(small, DECODED_AT_ONCE, 64) == 64 and at_once((16, 21, 60, 104), STATES_AT_ONCE, 64) == 1
+    teacher = teacher_of("sd")
+    student, sampler = Student.from_teacher(teacher), Sampler((1.0, 0.5), True)
+    prompts, seeds, calls = ["a red heart", "a dog", "a tree"], [3, 1, 2], list[int]()
+    decoded = type(teacher.codec).to_frames
+
+    def to_frames(codec: Any, states: torch.Tensor) -> torch.Tensor:
+        calls.append(len(states))
+        return decoded(codec, states)
+
+    monkeypatch.setattr(type(teacher.codec), "to_frames", to_frames)
+
+    def drawn() -> torch.Tensor:
+        own = draw_as_pipeline(student, sampler, teacher.codec, prompts, seeds)
+        return torch.cat([own, teacher_pictures(teacher, prompts, seeds, 2, 1.5)])
+
+    together = drawn()
+    monkeypatch.setattr("stepdistill.networks.pictures.DECODED_AT_ONCE", 2 * 4 * 8 * 8)
+    torch.testing.assert_close(drawn(), together, atol=1e-5, rtol=0)
+    assert calls == [3, 3, 2, 1, 2, 1]
 
 
 def test_pictures_that_are_compared_are_drawn_in_full_float32(teacher_of: Teachers) -> None:
