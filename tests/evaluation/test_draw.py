@@ -85,6 +85,10 @@ def test_eval_takes_a_students_own_count_and_refuses_others(runs: Path, tmp_path
         ("eval {runs}", "{runs} holds 2 runs: begun, done: give one of them"),
         ("eval {runs}/begun", "{runs}/begun is a run without a student so far: wait for its end, "),
         (
+            "eval emoji --suite teacher",
+            "--suite teacher: emoji is no finished run, so its teacher is not known",
+        ),
+        (
             "eval {foreign}",
             "{foreign} is neither a pipeline (it has no model_index.json) nor a run, and holds no ",
         ),
