@@ -39,8 +39,9 @@ def read_metadata(file: Path) -> list[tuple[str, str]]:
     try:
         lines = [line for line in file.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise UserError(
-            f"--prompts {file} cannot be read ({error}): give GenEval's evaluation_metadata.jsonl"
+            f"--prompts {file} cannot be read: {why}; give GenEval's evaluation_metadata.jsonl"
         ) from None
     rows = []
     for i, line in enumerate(lines, 1):
