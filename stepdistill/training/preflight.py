@@ -22,7 +22,7 @@ from stepdistill.system.shipped import suite_file
 
 
 def check_recipe(recipe: Recipe, resumed: Path | None = None) -> None:
-    """The teacher, the prompts and the images that a recipe names are there.
+    """The teacher, the prompts and the images that a recipe names and reads are there.
 
     Args:
         recipe: what names them.
@@ -55,8 +55,25 @@ def _check_inputs(recipe: Recipe) -> None:
     if recipe.data.prompts is not None:
         open_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:
-        _check_images(Path(recipe.data.images))
+        try:
+            _check_images(Path(recipe.data.images))
+        except UserError as error:
+            _unless_unread(recipe, error)
     check_evaluation(recipe)
+
+
+def _unless_unread(recipe: Recipe, error: UserError) -> None:
+    """Raises what is wrong with the images of a recipe that reads them, with the way to do without, if there is one."""
+    from stepdistill.training.identity import resolve
+
+    options = resolve(recipe).options
+    if "images" not in options.needs | recipe.terms.needs:
+        return
+    without = "source" in type(options).model_fields and "images" not in recipe.terms.needs
+    hint = (
+        "; or without images, from the teacher's own pictures: --set options.source=pairs" if without else ""
+    )
+    raise UserError(f"{error}{hint}") from None
 
 
 def check_evaluation(recipe: Recipe) -> None:

@@ -80,7 +80,10 @@ def test_help_names_every_verb_and_imports_neither_torch_nor_pydantic(tmp_path: 
         (["--method", "dmd", "--teacher", "folder/gone"], "teacher folder/gone does not exist (there are: "),
         (["--method", "dmd", "--teacher", "folder"], "teacher folder is not a diffusers pipeline: "),
         (["--method", "dmd", "--set", "data.prompts=empty.txt"], "data.prompts: empty.txt holds no prompt; "),
-        (["--method", "dmd", "--set", "data.images=gone"], "data.images: gone is not a folder; "),
+        (
+            ["--method", "dmd", "--set", "data.images=gone", "--set", "options.adversarial_weight=1"],
+            "data.images: gone is not a folder; ",
+        ),
         (["--method", "dmd", "--output", "empty.txt/run"], "output folder empty.txt/run cannot be written: "),
         (["--method", "dmd", "--resume"], "--resume: there is no run {here}/runs/dmd_emoji to go on with; "),
         (

@@ -55,7 +55,7 @@ def test_all_real_recipes_are_run_and_say_what_they_are() -> None:
     real = {name: file.read_text() for name, file in recipe_files().items() if of_real_teacher(file)}
     assert real.keys() == {*REAL, "freeflow_dit"}
     for name, text in real.items():
-        assert "not run at full size" in text and "Needs: " in text and load_recipe(name).teacher in text
+        assert "Not measured. Two updates" in text and "Needs: " in text and load_recipe(name).teacher in text
         assert "Memory, by arithmetic" in text or name == "freeflow_dit"
         assert re.search(r"\d{4}\.\d{5}", text), name  # its paper
 
@@ -116,3 +116,7 @@ def test_prompts_and_pictures_must_be_given(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(UserError, match=r"data\.images: images is not a folder"):
         check_recipe(load_recipe("dmd2_sdxl_4step", teacher="emoji"))
+    with pytest.raises(UserError, match=r"or without images, .*: --set options\.source=pairs$"):
+        check_recipe(load_recipe("lcm_lora_sdxl", teacher="emoji"))
+    # What is not read need not be there.
+    check_recipe(load_recipe("lcm_lora_sdxl", teacher="emoji", sets=["options.source=pairs"]))
