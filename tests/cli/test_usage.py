@@ -12,11 +12,14 @@ import pytest
 import typer
 
 from stepdistill.cli import VERBS, app, main
+from stepdistill.cli.train import _short_flags, _tell_end
 from stepdistill.cli.usage import EXAMPLES
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.networks.find import check_teacher
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.system.shipped import recipe_files, suite_files
+from stepdistill.system.run_folder import RunFolder
+from stepdistill.system.shipped import content_folder, recipe_files, suite_files
+from stepdistill.training.run_report import Health, RunReport, read_report
 
 
 def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str) -> tuple[int, str]:
@@ -112,11 +115,24 @@ def test_a_teacher_in_one_file_is_told_how_to_become_a_folder(tmp_path: Path) ->
 
 
 def test_short_options_are_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from stepdistill.cli.train import _short_flags
-
     short = _short_flags(4, 64, "my file.txt", 7.5, 2000, "512x768")
     sets = [f"{key}={value}" for key, (_, value) in short.items()]
     recipe = load_recipe("lcm_emoji", sets=sets)
     assert (recipe.student.steps, recipe.student.lora_rank, recipe.student.times) == (4, 64, None)
     assert (recipe.data.prompts, recipe.data.size) == ("my file.txt", (512, 768))
     assert (recipe.options["guidance"], recipe.train.updates) == (7.5, 2000)
+
+
+def test_a_run_ends_with_its_table_its_health_and_what_to_do_next(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = read_report(content_folder("train") / "results" / "lcm_emoji.json")
+    assert isinstance(report, RunReport)
+    numbers = {"diversity": 0.26, "teacher_diversity": 0.27, "saturation": 0.16, "teacher_saturation": 0.31}
+    health = Health(verdict="healthy", sentence="As varied as the teacher's.", **numbers)
+    _tell_end(report.model_copy(update={"health": health}), RunFolder(Path("runs/my run")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("run ") and lines[1].startswith("lcm_emoji ")
+    assert lines[-4].startswith("healthy: diversity 0.26 (teacher 0.27)")
+    assert lines[-3:-1] == ["student: runs/my run/student", "page: runs/my run/report.html"]
+    assert lines[-1] == "next: stepdistill sample 'runs/my run'"
