@@ -53,9 +53,11 @@ def asked(name: str) -> dict[str, Any]:
     """What of a recipe its plan depends on."""
     from stepdistill.recipes.recipe import load_recipe
 
-    tree = load_recipe(str(RECIPES / f"{name}.yaml")).model_dump(mode="json")
-    found = {key: tree[key] for key in ("teacher", "method", "options", "student", "terms")}
-    return {**found, "size": tree["data"]["size"], "train": {key: tree["train"][key] for key in KEYS}}
+    recipe = load_recipe(str(RECIPES / f"{name}.yaml"))
+    said, train = recipe.model_dump(mode="json", exclude_defaults=True), recipe.train.model_dump(mode="json")
+    found = {key: said.get(key) for key in ("teacher", "method", "options", "student", "terms")}
+    size = list(recipe.data.size) if recipe.data.size else None
+    return {**found, "size": size, "train": {key: train[key] for key in KEYS}}
 
 
 def planned(name: str) -> dict[str, Any]:
