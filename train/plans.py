@@ -1,4 +1,4 @@
-"""Writes train/plans.md, what recipes of real teachers need, from configs alone: python train/plans.py [NAME ...]
+"""Writes docs/reference/plans.md, what recipes of real teachers need: python train/plans.py [NAME ...]
 
 One after the other, each in a process of its own, a minute or so of one core each. What is there and planned for the
 same recipe stays as it is, so that a second call goes on where a first was stopped; a name plans a recipe anew.
@@ -14,7 +14,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 RECIPES = FOLDER / "recipes"
-FILE, ROWS = FOLDER / "plans.md", FOLDER / "plans.json"
+FILE, ROWS = FOLDER.parent / "docs" / "reference" / "plans.md", FOLDER / "plans.json"
 CARDS = (24, 48, 80, 141)
 """GiB of usual ones."""
 
@@ -33,7 +33,7 @@ HEADS = (
 TEXT = """# What the recipes of real teachers need
 
 Written by `python train/plans.py` with `stepdistill plan`, from configs alone: no run at full size stands behind it. Of
-one GPU that does the whole batch. [eval/bench/README.md](../eval/bench/README.md) compares such plans with what is
+one GPU that does the whole batch. [eval/bench/README.md](../../eval/bench/README.md) compares such plans with what is
 measured.
 
 {table}

@@ -25,7 +25,8 @@ def table(found: Plan) -> str:
     lines += ["", f"{'GiB on a GPU, at the peak':<26}" + "".join(f"{name:>18}" for name in columns)]
     for each in [*kinds, OTHER]:
         sizes = [peak.by_kind.get(each, 0) for peak in columns.values()]
-        lines.append(f"{each:<26}" + "".join(f"{size / 2**30:>18,.2f}" for size in sizes))
+        label = "activations, loading" if each == OTHER else each
+        lines.append(f"{label:<26}" + "".join(f"{size / 2**30:>18,.2f}" for size in sizes))
     totals = "".join(f"{peak.total / 2**30:>18,.2f}" for peak in columns.values())
     lines += [f"{'in all':<26}{totals}", ""]
     if found.ratio:

@@ -1,4 +1,4 @@
-"""train/plans.md stands for the recipes as they are."""
+"""docs/reference/plans.md stands for the recipes as they are."""
 
 from __future__ import annotations
 
