@@ -341,7 +341,7 @@ def test_from_two_folders_to_a_report(
         "eval drawn --suite folder": "has no reference: give --reference",
         "eval drawn --suite folder --steps 4": "--steps, --guidance, --trailing and --diversity are of pipelines",
         "eval drawn --suite folder --reference gone.npz": "no reference statistics gone.npz",
-        "eval empty --suite folder": "empty holds no images: it is empty",
+        "eval empty --suite folder": "empty is neither a pipeline (it has no model_index.json) nor a run",
         "eval one --suite folder --reference real.safetensors": "at least 3 images, there are 1",
         "eval drawn --suite folder --reference few.safetensors": "is of 4 images, the suite's metrics need 6",
         "eval drawn --suite emoji --n 2": "a distance needs at least 3 images",

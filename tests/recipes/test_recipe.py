@@ -90,7 +90,7 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
         ),
         (
             "export: {zzz: 3}",
-            "my.yaml: export.zzz is not a key of export (it has: what, max_shard_size, kohya)",
+            "my.yaml: export.zzz is not a key of export (it has: what, max_shard_size, kohya, comfyui)",
         ),
         (
             "student: {times: 4}",
