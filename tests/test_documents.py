@@ -1,4 +1,4 @@
-"""What the documents say exists: commands, keys, names, links, and the networks that a method's page counts."""
+"""What the documents say exists: commands, keys, names and links."""
 
 from __future__ import annotations
 
@@ -86,13 +86,12 @@ def test_links_between_files_lead_somewhere() -> None:
     assert not lost
 
 
-def test_a_methods_page_counts_the_networks_that_it_has() -> None:
+def test_every_method_has_said_what_it_is_for_and_what_not() -> None:
     import yaml
 
     from stepdistill.methods import method_names
-    from stepdistill.testing.contract import build
 
     told = yaml.safe_load((ROOT / "docs" / "generate" / "methods.yaml").read_text("utf-8"))
-    assert {name: facts["networks"] for name, facts in told.items()} == {
-        name: list(build(name).roles.names) for name in method_names()
+    assert {name: set(facts) for name, facts in told.items()} == {
+        name: {"steps", "take", "avoid"} for name in method_names()
     }

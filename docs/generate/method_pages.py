@@ -15,6 +15,7 @@ from markdown.extensions.toc import slugify
 from stepdistill.methods import find_method, needs
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import content_folder, module_summaries, recipe_files
+from stepdistill.testing.contract import build
 
 FACTS = Path(__file__).with_name("methods.yaml")
 HEAD = "| run | steps | gap closed | FD-emoji | CLIP-emoji | training, min |\n| --- | --- | --- | --- | --- | --- |"
@@ -84,7 +85,10 @@ def page(
     kind = find_method(name)
     module = __import__(kind.__module__, fromlist=["__doc__"])
     summary, _, text = (module.__doc__ or "").partition("\n")
-    networks = ["the teacher", *(f"`{role}`" for role in told["networks"])]
+    built = build(name)
+    networks = ["the teacher", *(f"`{role}`" for role in built.roles.names)]
+    alone = "merged alone" if built.student.two_times else "merged, and as a file of its own"
+    lora = "none: its network is a new one" if kind.own_network else alone
     shipped = {recipe: path for recipe, path in recipe_files().items() if load_recipe(recipe).method == name}
     first = next((recipe for recipe in (f"{name}_emoji", *shipped) if recipe in shipped), None)
     lines = [
@@ -98,9 +102,9 @@ def page(
         f"| not for | {told['avoid']} |",
         f"| steps | {told['steps']} |",
         f"| needs | {needs(name)} |",
-        f"| networks in memory | {len(networks)}: {', '.join(networks)}. "
-        "As LoRA: one, and an adapter for each of the others |",
-        f"| LoRA | {told.get('lora', 'merged, and as a file of its own')} |",
+        f"| networks in memory | {len(networks)}: {', '.join(networks)}"
+        f"{'' if kind.own_network else '. As LoRA: one, and an adapter for each of the others'} |",
+        f"| LoRA | {lora} |",
         f"| file | [`stepdistill/methods/{name}.py`](../../stepdistill/methods/{name}.py) |",
         "",
         "## Idea and equations",
