@@ -24,7 +24,8 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     kind = torch.device(device)
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)} of {os.cpu_count()} cores"
     hardware = torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{_processor()}, {threads}"
     return {
         "versions": versions,

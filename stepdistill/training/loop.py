@@ -83,6 +83,8 @@ def train(
     run = Run(objective, recipe, folder, inputs, parallel, start)
     if resume:
         run.restore()
+        if status:
+            status.trained(run.step, run.seconds)
     readers = parallel.readers
     share, left = divmod(options.batch, readers.count * options.accumulate)
     if left or not share:

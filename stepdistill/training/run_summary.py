@@ -112,14 +112,14 @@ def _costs(run: RunRecord) -> list[str]:
     if run.done and report.get("wall_seconds"):
         updates, planned = report.get("updates"), report.get("updates_planned")
         of = f" of {planned:,}" if planned and planned != updates else ""
-        text = f"{duration(report.get('train_seconds') or 0)} of it training"
-        found.append(
-            _card(
-                "time",
-                duration(report["wall_seconds"]),
-                f"{text}, {updates:,}{of} updates." if updates else f"{text}.",
+        whole, training = duration(report["wall_seconds"]), duration(report.get("train_seconds") or 0)
+        done = f", {updates:,}{of} updates" if updates else ""
+        if report.get("resumes"):  # then the whole is of the part after the last one
+            found.append(
+                _card("training time", training, f"In all{done}. The last part of the run took {whole}.")
             )
-        )
+        else:
+            found.append(_card("time", whole, f"{training} of it training{done}."))
         if report.get("peak_memory_bytes"):
             found.append(
                 _card(

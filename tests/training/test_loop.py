@@ -23,6 +23,7 @@ from stepdistill.errors import TrainingDiverged, UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import TrainOptions
 from stepdistill.system.processes import ALONE
+from stepdistill.system.run_folder import RunStatus, read_status
 from stepdistill.testing.toys import loss_of
 from stepdistill.training import gradient_means
 from stepdistill.training import preflight as checks
@@ -45,13 +46,16 @@ from stepdistill.training.schedule import learning_rate
 from stepdistill.training.weights import Weights
 
 
-def start(recipe, folder, resume=False, preview=None):
+def start(recipe, folder, resume=False, preview=None, status=None):
     """One run in this process: the job and what training gave."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True)
     job = assemble(resolve(recipe), accelerator, None)
     data = training_data(job, folder)
-    return job, train(job.objective, data, recipe, folder, accelerator, resume=resume, preview=preview)
+    trained = train(
+        job.objective, data, recipe, folder, accelerator, resume=resume, preview=preview, status=status
+    )
+    return job, trained
 
 
 def final_tensors(folder):
@@ -332,6 +336,14 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
     start(recipe, tmp_path / "parts", resume=True)
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_resumed_run_says_at_once_how_far_it_is(tmp_path):
+    """Also where no update is left, as after a kill while the student was exported."""
+    start(recipe_of("reflow", 2), tmp_path)
+    status = RunStatus(tmp_path, 2)
+    start(recipe_of("reflow", 2), tmp_path, resume=True, status=status)
+    assert status.now.update == read_status(tmp_path).update == 2
 
 
 def test_bf16_starts_where_float32_starts(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shlex
 from datetime import UTC, datetime, timedelta
@@ -35,7 +36,7 @@ def test_a_finished_runs_page_says_what_it_came_to_how_it_went_and_what_to_do_ne
     for said in (
         "0.750",
         "0 is the teacher with one step, 1 the teacher with 25. Measured against the teacher&#x27;s pictures.",
-        "2 min 56 s",
+        "In all, 12 updates. The last part of the run took 2 min 56 s.",
         "3.0 GiB",
         "Diversity 0.25 (teacher 0.30), saturation 10% (teacher 20%). 1 warning while it trained",
         "14 files unaltered",
@@ -116,6 +117,14 @@ def test_a_report_of_before_is_not_shown_as_that_of_a_run_that_goes_on(tmp_path:
     assert "0.750" in run_page(read_run(folder)) and read_run(folder).state == "finished"
     (folder / "status.json").unlink()
     assert read_run(folder).state == "finished"
+
+
+def test_the_time_of_a_run_that_was_not_resumed_is_the_whole_runs(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "done", report=True)
+    report = json.loads((folder / "report.json").read_text()) | {"resumes": []}
+    (folder / "report.json").write_text(json.dumps(report))
+    text = re.sub(r"<[^>]*>", " ", run_page(read_run(folder)))
+    assert "2 min 56 s" in text and "1 min of it training, 12 updates." in text
 
 
 def test_what_is_half_written_or_of_an_earlier_version_is_left_out(tmp_path: Path) -> None:
