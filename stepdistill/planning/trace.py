@@ -22,9 +22,8 @@ from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Turn
 from stepdistill.losses.fake_score import denoising_loss
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.derivative import Derivative
 from stepdistill.networks.roles import TEACHER, Roles
-from stepdistill.planning.fake import ArithmeticOfCuda, fake_tensors
+from stepdistill.planning.fake import ArithmeticOfCuda, derivatives_uncompared, fake_tensors
 from stepdistill.planning.from_configs import pipeline_of
 from stepdistill.planning.live_bytes import LiveBytes, Peak
 from stepdistill.planning.quantized_layers import quantised_in_plan
@@ -181,7 +180,7 @@ class _Tracing:
             self._mark(run, unit)
             batch = unit.batch()
             self.live.mark(_given(batch), "batch")
-            with unit.training(self.kernel), _derivatives_uncompared():
+            with unit.training(self.kernel), derivatives_uncompared():
                 updates = [self._update(run, turn, share, batch) for turn, share in unit.turns()]
                 held = self.live.held(self.scale)
                 usual = self._fine_tune(run, batch) if fine_tune and self.recipe.student.lora_rank else 0
@@ -312,25 +311,6 @@ def _counted(roles: Roles) -> Iterator[dict[str, float]]:
 
     with patch.object(Denoiser, "_called", called):
         yield found
-
-
-@contextmanager
-def _derivatives_uncompared() -> Iterator[None]:
-    """Exact derivatives where they can be had, without the look at differences beside the first, which has numbers."""
-    plain = Derivative.exact
-
-    def exact(self: Derivative, fn: Any, primals: Any, tangents: Any) -> Tensor | None:
-        if self.way != "auto":
-            return plain(self, fn, primals, tangents)
-        self.way = "exact"
-        try:
-            return plain(self, fn, primals, tangents)
-        except (NotImplementedError, RuntimeError):
-            self.way = "difference"
-            return None
-
-    with patch.object(Derivative, "exact", exact):
-        yield
 
 
 def _given(batch: Batch) -> Iterator[Tensor]:
