@@ -137,7 +137,11 @@ class AgainstTeacher:
         ]
         samples = sum(count * each.samples for each, count in missing.items())
         if samples:
-            counts = ", ".join(f"{count} in {each.steps}" for each, count in missing.items() if count)
+            counts = ", ".join(
+                f"{count} in {each.steps}{' (unguided)' if each is self.plain else ''}"
+                for each, count in missing.items()
+                if count
+            )
             lines.append(
                 f"evaluate: the teacher draws first {counts} steps at {size.height} x {size.width} pixels, {samples:,} "
                 f"network samples in all, once: they are kept in {self.reference.pictures.folder.parent}"

@@ -44,6 +44,8 @@ ELSEWHERE = {
     "max_steps": "train.updates",
     "iterations": "train.updates",
     "mixed_precision": "train.precision",
+    "fp16": "train.precision=bf16",
+    "bf16": "train.precision=bf16",
     "dtype": "train.precision",
     "torch_dtype": "train.precision",
     "adam_weight_decay": "train.weight_decay",

@@ -100,5 +100,9 @@ def header(path: Path) -> str:
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#") or line == "#":
             break
-        lines.append(line.lstrip("# ").rstrip())
+        text = line.lstrip("# ").rstrip()
+        if len(lines) > 1 and not lines[-1].endswith("."):  # a sentence goes on
+            lines[-1] += f" {text}"
+        else:
+            lines.append(text)
     return " | ".join(line for line in lines if line)

@@ -131,6 +131,9 @@ def test_ls_lists_what_is_shipped(
     shipped = {*embedded_teachers(), *content.recipe_files(), *content.suite_files()}
     assert shipped | {"dmd", "lcm", "reflow", "stable_diffusion"} <= names
     laptop, real = output_of(capsys, monkeypatch, "ls", "recipes").split("recipes for real teachers:")
+    assert (
+        "(train.weights=bf16: 31 GB), the teacher 5 GB, and activations. | Not" in real
+    )  # sentences are whole
     assert "  dmd_emoji " in laptop and "  dmd2_sdxl_4step " in real and "_emoji" not in real
     teachers = output_of(capsys, monkeypatch, "ls", "teachers").split()
     assert teachers[:2] == ["emoji", "StableDiffusionPipeline"]

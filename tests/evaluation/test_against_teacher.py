@@ -77,6 +77,7 @@ def test_pictures_are_the_teachers_and_drawn_once(
     assert "5 prompts held out of training" in (told := capsys.readouterr().err)
     # 3 and 2 and 1 steps, each with and without the prompt, and 1 step without guidance.
     assert sum(calls) == 7 * 2 * (3 + 2 + 1) + 7 and "91 network samples in all" in told
+    assert "7 in 3, 7 in 1, 7 in 2, 7 in 1 (unguided) steps" in told
     folder = protocol.reference.pictures.folder
     assert folder.parent == cache / "teacher_pictures"
     drawn = to_uint8(teacher_pictures(teacher, [PROMPTS[0]], [FIRST_SEED + 0], 3, 2.0))[0]
