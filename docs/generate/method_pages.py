@@ -87,7 +87,11 @@ def page(
     summary, _, text = (module.__doc__ or "").partition("\n")
     built = build(name)
     networks = ["the teacher", *(f"`{role}`" for role in built.roles.names)]
-    alone = "merged alone" if built.student.two_times else "merged, and as a file of its own"
+    alone = (
+        "merged alone"
+        if built.student.two_times or built.student.experts
+        else "merged, and as a file of its own"
+    )
     lora = "none: its network is a new one" if kind.own_network else alone
     shipped = {recipe: path for recipe, path in recipe_files().items() if load_recipe(recipe).method == name}
     first = next((recipe for recipe in (f"{name}_emoji", *shipped) if recipe in shipped), None)

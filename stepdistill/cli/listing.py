@@ -61,7 +61,13 @@ def _list_methods() -> None:
     for name, summary in module_summaries("methods").items():
         kind, built = find_method(name), build(name)
         steps = f"{len(kind.default_times)}{', any' * (len(built.sampler().step_counts) > 1)}"
-        lora = "no" if kind.own_network else "merged" if built.student.two_times else "yes"
+        lora = (
+            "no"
+            if kind.own_network
+            else "merged"
+            if built.student.two_times or built.student.experts
+            else "yes"
+        )
         networks = str(1 + len(built.roles.names))
         asked = needs(name).removeprefix("noise, prompts").removeprefix(", ").strip()
         asked = asked if asked[:1].isalpha() else f"nothing {asked}".strip()

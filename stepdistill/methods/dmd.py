@@ -13,9 +13,9 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
 - DMD2's one-step SDXL is called at timestep 399, still with pure noise: ``student.times: [0.4]`` (see ``Sampler``).
 - Optional: a GAN on the fake network's features with real images (DMD2 4.3); DMD's regression on cached pairs (DMD
   eq. 9, in latent space instead of LPIPS), beside the rest or as a warm start (DMD2 starts one-step SDXL so).
-- ``decoupled`` (Liu et al. 2025, 2511.22677, see decoupled.py): the guidance in the real score acts at a time of its
-  own, below the one the student was called at; the matching of distributions is unguided, at any time.
-- ``first_step_weight`` (DP-DMD, Wu et al. 2026, 2602.03139, see first_step.py): the first of K >= 2 steps learns from
+- ``decoupled`` (Liu et al. 2025, 2511.22677; decoupled_guidance.py): the guidance in the real score acts at a
+  time of its own, below the one the student was called at; the matching of distributions is unguided, at any time.
+- ``first_step_weight`` (DP-DMD, Wu et al. 2026, 2602.03139; first_step.py): the first of K >= 2 steps learns from
   the teacher's trajectory alone and the others from matching. The paper keeps the graph of all of those; here the
   rollout exits at one of them, as above. Its steps are Euler steps, so that ``renoise`` is then off by default: fresh
   noise would replace the one in which the first step stores its diversity.

@@ -1,6 +1,6 @@
 """FreeFlow: a flow map without data, by prediction along the student's own path from noise, and by correction.
 
-"Flow Map Distillation Without Data", 2025, 2511.19428. Source: method card 4.1, after two summaries that agree.
+"Flow Map Distillation Without Data", 2025, 2511.19428, after two summaries that agree.
 
 - Every jump starts at the noise end, x at t = 1, and ends anywhere: X(s) = x - (t - s) u(x, t, s). There is no image,
   no pair and no noised sample, so states that a guided teacher never visits cannot enter.

@@ -1,7 +1,7 @@
 """InstaFlow: rounds of reflow, each on pairs of the round before, then one-step distillation, all by regression.
 
 Liu et al. 2023, "InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation", 2309.06380,
-on top of Liu et al. 2022, "Flow Straight and Fast" (rectified flow), 2209.03003. Source: method cards 8.1 and 8.2.
+on top of Liu et al. 2022, "Flow Straight and Fast" (rectified flow), 2209.03003.
 
 - Pairs (z, x): x is the teacher's guided sample from noise z, cached once (2209.03003, alg. 1; prompts only).
 - Reflow, ``rounds`` of ``reflow_updates``: E_t |v(x_t, t) - (z - x)|^2 on x_t = (1 - t) x + t z. The first round

@@ -1,6 +1,6 @@
 """rf++: one round of reflow is enough, with times at both ends, a distance that forgives outliers and a good start.
 
-Lee et al. 2024, "Improving the Training of Rectified Flows", 2405.20320. Source: method card 8.3.
+Lee et al. 2024, "Improving the Training of Rectified Flows", 2405.20320.
 
 - Pairs (z, x) as in reflow: x the teacher's sample from noise z, by Heun.
 - Times: density a cosh(a (t - 1/2)) / (2 sinh(a/2)) on [0, 1], U-shaped: after a reflow the lines hardly cross, so the
