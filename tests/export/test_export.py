@@ -70,6 +70,7 @@ CLASSES = {
     "sana-sprint": "SanaSprintPipeline",
     "sd3.5": "StableDiffusion3Pipeline",
     "flux-2": "Flux2Pipeline",
+    "kandinsky5": "Kandinsky5T2VPipeline",
 }
 OWN_GRID = {"cogview4": ["flow_consistency"]}
 """Whose scheduler travels, as no stock one has their grid."""

@@ -48,6 +48,7 @@ SAMPLERS = {
     "sd3.5": Sampler((1.0, 0.75), False),
     "flux-2": Sampler((1.0, 0.75), False),
     "sana-sprint": Sampler((1.0, 0.8276), True),
+    "kandinsky5": Sampler((1.0, 0.9), False),
 }
 
 

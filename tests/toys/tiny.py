@@ -52,10 +52,11 @@ PIPELINES = (
     "cog-video-x-1.5",
     "sd3.5",
     "flux-2",
+    "kandinsky5",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
-NEW_FLOW = ("cogview4", "lumina2", "chroma", "sd3.5", "flux-2")
+NEW_FLOW = ("cogview4", "lumina2", "chroma", "sd3.5", "flux-2", "kandinsky5")
 MORE_FLOW = ("aura-flow", "qwen-image", "z-image", "sana", "klein", "ltx", "hunyuan-video", *NEW_FLOW)
 MORE = (
     "pixart-alpha",
@@ -72,7 +73,7 @@ EMBEDDED = ("flux", "flux-2", "hunyuan-video", "sana-sprint")
 """With guidance as an input of the network."""
 
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", "wan-2.2", *MORE)
-VIDEO = ("wan", "wan-2.2", "ltx", "hunyuan-video", "cog-video-x", "cog-video-x-1.5")
+VIDEO = ("wan", "wan-2.2", "ltx", "hunyuan-video", "cog-video-x", "cog-video-x-1.5", "kandinsky5")
 WITH_VAE = ("dit", *WITH_TEXT)
 FLOW = ("sd3", "flux", "schnell", "wan", "wan-2.2", *MORE_FLOW)
 GUIDED = (
@@ -97,6 +98,7 @@ SIZES = {
     "ltx": Size(32, 64, 9),
     "hunyuan-video": Size(16, 32, 9),
     "sana-sprint": Size(32, 64),
+    "kandinsky5": Size(16, 32, 5),
 }
 """What tiny pipelines draw whose own default is that of the real ones."""
 
@@ -124,6 +126,8 @@ def tiny_prompts(name: str, count: int) -> list[str]:
     captions = ["a red heart", "smiling cat face", "yellow star", "blue fish", "a green leaf", "flag"]
     if name == "cogview4":  # as short as each other: its pipeline reads what pads one to the next
         captions.remove("smiling cat face")
+    if name == "kandinsky5":  # the same, of the first two
+        captions = [*captions[2::2], *captions[:2], *captions[3::2]]
     return captions[:count] if name in WITH_TEXT else [str(i) for i in range(count)]
 
 

@@ -558,6 +558,47 @@ def cog_video_x_of_short_prompts() -> Any:
     return _cog_video_x(max_text_seq_length=16, use_rotary_positional_embeddings=False)
 
 
+def _kandinsky5(visual_cond: bool = False) -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        Kandinsky5T2VPipeline,
+        Kandinsky5Transformer3DModel,
+    )
+
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=16,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 2, 2),
+        visual_cond=visual_cond,
+    )
+    _drawn(transformer)
+    pipe = Kandinsky5T2VPipeline(
+        transformer=transformer,
+        vae=_hunyuan_video().vae,
+        text_encoder=_qwen_image().text_encoder,
+        tokenizer=_qwen_tokenizer(),
+        text_encoder_2=clip_text_encoder(16, projected=False, positions=77),
+        tokenizer_2=clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+    # Of the tokens of its template it drops the first 128: no more than these may stand before the prompt.
+    words = tuple(dict.fromkeys(re.findall("[A-Za-z]+", pipe.prompt_template)))
+    pipe.register_modules(tokenizer=tiny_t5_tokenizer(words))
+    return pipe
+
+
+def kandinsky5_beside_a_picture() -> Any:
+    """With the channels in which its network can be given a picture to start from, as it is published."""
+    return _kandinsky5(visual_cond=True)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart-alpha": _pixart,
     "pixart-sigma": _pixart_sigma,
@@ -576,6 +617,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "hunyuan-dit": _hunyuan_dit,
     "chroma": _chroma,
     "flux-2": _flux_2_dev,
+    "kandinsky5": _kandinsky5,
 }
 
 GEMMA: dict[str, Any] = {

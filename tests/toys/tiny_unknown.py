@@ -69,7 +69,6 @@ def run_of(name: str, folder: Path, lora_rank: int) -> tuple[str, str]:
 SIZES = {
     "AllegroPipeline": Size(16, 32, 5),
     "BriaPipeline": Size(16, 24),
-    "Kandinsky5T2VPipeline": Size(16, 32, 5),
     "LattePipeline": Size(32, 32, 2),
     "MochiPipeline": Size(16, 32, 7),
     "OvisImagePipeline": Size(16, 24),
@@ -366,31 +365,6 @@ def _lcm() -> Any:
     )
 
 
-def _kandinsky5() -> Any:
-
-    base = tiny_more._qwen_image()
-    return diffusers.Kandinsky5T2VPipeline(
-        transformer=diffusers.Kandinsky5Transformer3DModel(
-            in_visual_dim=4,
-            in_text_dim=16,
-            in_text_dim2=16,
-            time_dim=16,
-            out_visual_dim=4,
-            model_dim=16,
-            ff_dim=16,
-            num_text_blocks=1,
-            num_visual_blocks=2,
-            axes_dims=(4, 2, 2),
-        ),
-        vae=tiny_more._hunyuan_video().vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        text_encoder_2=clip_text_encoder(16, projected=False, positions=77),
-        tokenizer_2=clip_tokenizer(),
-        scheduler=_flow(shift=5.0),
-    )
-
-
 def _with_pag(kind: str, base: Callable[[], Any], layers: str) -> Callable[[], Any]:
     def made() -> Any:
         made: Any = getattr(diffusers, kind)
@@ -406,7 +380,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "BriaPipeline": _bria,
     "CogView3PlusPipeline": _cogview3,
     "IFPipeline": _if,
-    "Kandinsky5T2VPipeline": _kandinsky5,
     "LatentConsistencyModelPipeline": _lcm,
     "LattePipeline": _latte,
     "LuminaPipeline": _lumina,
