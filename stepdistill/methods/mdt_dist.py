@@ -30,7 +30,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
 from stepdistill.losses.fake_score import loss_with_gradient
-from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, logit_normal
+from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, logit_normal
 
 
 class MDTDist(FlowMapMethod):
@@ -40,6 +40,7 @@ class MDTDist(FlowMapMethod):
         guidance: float = 3.0  # of the teacher's velocity, and of the cached samples
         same: float = 0.0  # share of samples with s = t: plain velocity matching
         to_data: float = 1.0  # share of samples whose jump ends in clean data
+        power: float = 0.0  # p of the weight of velocity matching, which the paper has not
         time_mean: float = 1.0  # of the logit of the times, of both terms
         time_deviation: float = 1.0  # of the same
         normalised: bool = True  # the derivative over its length
@@ -73,13 +74,13 @@ class MDTDist(FlowMapMethod):
         options, draws = self.options, batch.draws
         if turn.step < options.warm_start:
             return Loss(self.regression(batch))
-        mean, deviation = options.time_mean, options.time_deviation
-        a, b = (logit_normal(draws, name, mean, deviation) for name in ("a", "b"))
-        x, _, t, s, cond = self.points(batch, a, b)
+        start = logit_normal(draws, "t", options.time_mean, options.time_deviation)
+        x, _, t, s, cond = self.points(batch, start, start)
         share = self.share(turn.step)
         now = self.student.flow_velocity(x, t, s, cond)
         error = now - self.target(x, t, s, cond, now.detach(), share)
-        loss, logs = error.square().mean(), {"residual": error.detach().square().mean().sqrt()}
+        loss = adaptive(error, options.power, options.offset) / error[0].numel()
+        logs = {"residual": error.detach().square().mean().sqrt()}
         if self.distils(turn.step):
             own, field = self.distillation(batch, share)
             loss = loss + options.distillation_weight * 2 * loss_with_gradient(own, field)

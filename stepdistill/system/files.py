@@ -27,15 +27,16 @@ class PerProcess(Generic[T]):
 
     def __init__(self, opened: Callable[[], T]) -> None:
         self._opened = opened
-        self._held: tuple[int, T] | None = None
+        self._held: dict[int, T] = {}  # by process
 
     def __call__(self) -> T:
-        if self._held is None or self._held[0] != os.getpid():
-            self._held = os.getpid(), self._opened()
-        return self._held[1]
+        """The one that is open, the same for all threads: of two that open at once, one is taken by both."""
+        process = os.getpid()
+        held = self._held.get(process)
+        return self._held.setdefault(process, self._opened()) if held is None else held
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_opened": self._opened, "_held": None}
+        return {"_opened": self._opened, "_held": {}}
 
 
 def sha256_of(file: Path) -> str:

@@ -85,7 +85,7 @@ def test_features_of_bf16_are_near_and_a_protocol_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("nmae: x", "nmae is not a key of a suite (did you mean name?"),
+        ("nmae: x", "nmae is not a key of a suite (did you mean name"),
         ("name: x\nversion: 1\nn: 5\nreference: r\nresolution: 32", "teacher_steps is missing"),
         ("name: x\nversion: 1\nn: 1\nreference: r\nresolution: 32\nteacher_steps: 2\nprompts: emoji", "n: "),
         (

@@ -12,7 +12,6 @@ from stepdistill.losses.contract import Turn
 from stepdistill.losses.fake_score import loss_with_gradient
 from stepdistill.losses.flow_maps import teacher_velocity
 from stepdistill.methods.mdt_dist import MDTDist
-from stepdistill.methods.meanflow import MeanFlow
 from stepdistill.networks.roles import Copies
 from stepdistill.testing.toys import Gaussian, GaussianFlowMap, ToyTeacher, loss_of, toy_batch, toy_student
 
@@ -30,16 +29,18 @@ def data(count=64, step=0):
     return toy_batch(count, step, pairs=lambda z: MU + C * z)
 
 
-def test_matching_is_meanflow_to_clean_data():
-    """On the same draws and without the division its residual is that of MeanFlow whose jumps all end at 0."""
-    times = {"time_mean": 0.3, "time_deviation": 0.8, "same": 0.0, "to_data": 1.0}
-    ours = method_of(mean=1.1, normalised=False, distillation_weight=0.0, **times)
-    theirs = method_of(MeanFlow, mean=1.1, power=0.0, **times)
-    mine, other = (loss_of(each, "student", data()) for each in (ours, theirs))
-    torch.testing.assert_close(mine[1]["residual"], other[1]["residual"])
-    torch.testing.assert_close(
-        mine[0], other[0] / 2
-    )  # a mean over elements, theirs a sum over the two of a sample
+def test_matching_is_the_eulerian_equation_at_jumps_to_clean_data():
+    """Without the division its residual is u less MeanFlow's target, at times that are logit-normal."""
+    method = method_of(mean=1.1, normalised=False, distillation_weight=0.0)
+    batch = data()
+    start = torch.sigmoid(1.0 + batch.draws.normal("t", ()))
+    x, _, t, s, cond = method.points(batch, start, start)
+    assert float(s.max()) == 0.0 and bool(((t == start) | (t == 1)).all())
+    now = method.student.flow_velocity(x, t, s, cond).detach()
+    error = now - method.equations.eulerian(x, t, s, cond, now)
+    loss, logs = loss_of(method, "student", batch)
+    torch.testing.assert_close(loss.detach(), error.square().mean())
+    torch.testing.assert_close(logs["residual"], error.square().mean().sqrt())
 
 
 def test_the_exact_map_is_a_fixed_point_of_both_terms_without_the_division():

@@ -26,6 +26,7 @@ from stepdistill.losses.regression import WarmStartOptions
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.methods.instaflow import InstaFlow
+from stepdistill.methods.mdt_dist import MDTDist
 from stepdistill.methods.meanflow import MeanFlow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.rfpp import RFPP
@@ -48,7 +49,7 @@ from stepdistill.testing.toys import (
 
 PATH = FlowPath()
 SAID = [MapOptions, JumpOptions, WarmStartOptions, PairOptions, FakeTurnOptions]
-SAID += [kind.Options for kind in (MeanFlow, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)]
+SAID += [kind.Options for kind in (MeanFlow, MDTDist, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -229,12 +230,50 @@ def meanflow_times() -> None:
     assert logit_moments(torch.cat([t, t - gap])) == pytest.approx((0.5, 0.7), abs=0.06)
 
 
-@covers("MeanFlow.guidance", "FlowMap.guidance", "FreeFlow.guidance")
+@covers("MDTDist.time_mean", "MDTDist.time_deviation")
+def times_of_both_terms() -> None:
+    """Those of noised latents, and those at which the student's own samples are noised anew."""
+    method = build(MDTDist, time_mean=-0.7, time_deviation=0.3, noise_share=0.0, time_min=0.01)
+    read = Calls(method.teacher.denoiser.net)
+    logs(method, batch_of(2000))
+    assert len(read.t) >= 2
+    for t in (read.t[0], read.t[-1]):
+        mean, deviation = logit_moments(t)
+        assert mean == pytest.approx(-0.7, abs=0.05) and deviation == pytest.approx(0.3, abs=0.05)
+
+
+@covers("MDTDist.same", "MDTDist.to_data", "MDTDist.power")
+def mdt_shares_and_weight() -> None:
+    options = MDTDist.Options()
+    assert (options.same, options.to_data, options.power) == (0.0, 1.0, 0.0)
+    method, batch = build(MDTDist), batch_of(64)
+    a, b = (batch.draws.uniform(name) for name in ("a", "b"))
+    assert float(method.points(batch, a, b)[3].max()) == 0.0
+    half = build(MDTDist, same=0.5)
+    t, s = half.points(batch_of(1000), *(batch_of(1000).draws.uniform(name) for name in ("a", "b")))[2:4]
+    assert float((t == s).float().mean()) == pytest.approx(0.5, abs=0.05)
+    plain, weighed = (
+        value(build(MDTDist, Perceptron(), power=p, distillation_weight=0.0), batch_of(1)) for p in (0, 1)
+    )
+    assert weighed == pytest.approx(2 * plain / (2 * plain + 0.1) / 2, rel=1e-4)
+
+
+@covers("MDTDist.normalised", "MDTDist.distillation_weight", "MDTDist.matching_alone")
+def mdt_terms() -> None:
+    """At the exact map: a zero of both terms, but for the division by the derivative's length."""
+    exact = logs(build(MDTDist, normalised=False, derivative="exact", tangent_warmup=0), batch_of())
+    assert float(exact["residual"]) < 1e-4 and float(exact["field"]) < 1e-4
+    assert float(logs(build(MDTDist, derivative="exact", tangent_warmup=0), batch_of())["residual"]) > 1e-3
+    assert "field" not in logs(build(MDTDist, distillation_weight=0.0), batch_of())
+    assert "field" not in logs(build(MDTDist, matching_alone=1), batch_of())
+
+
+@covers("MeanFlow.guidance", "MDTDist.guidance", "FlowMap.guidance", "FreeFlow.guidance")
 def guidance() -> None:
     """Of two Gaussians of one deviation the guided velocity is that of the mean m0 + g (m - m0)."""
     x, t = torch.randn(8, *SHAPE), torch.full((8,), 0.6)
     wanted = ToyTeacher(Gaussian(PATH, 0.2 + 3 * (MU - 0.2), C), PATH).predict(x, t, Condition()).velocity
-    for kind in (MeanFlow, FlowMap, FreeFlow):
+    for kind in (MeanFlow, MDTDist, FlowMap, FreeFlow):
         torch.testing.assert_close(build(kind, guidance=3.0).velocity(x, t, Condition()), wanted)
 
 
@@ -509,7 +548,7 @@ def guide() -> None:
     assert value(method, batch) == pytest.approx(float(terms["distillation"] + 3 * terms["guide"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [MeanFlow, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow])
+@pytest.mark.parametrize("kind", [MeanFlow, MDTDist, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow])
 def test_how_the_students_of_the_family_are_drawn(kind: type[Method]) -> None:
     """Without fresh noise, from each time to the next; flow maps are told where a jump ends. A flow that is kept for
     its samples is not trained."""
@@ -554,5 +593,10 @@ def test_an_option_changes_what_it_is_to_change(check: Callable[[], None]) -> No
 
 
 def test_no_option_is_left_out() -> None:
-    declared = {f"{name_of(kind)}.{name}" for kind in SAID for name in kind.__annotations__}
+    declared = {
+        f"{name_of(kind)}.{name}"
+        for kind in SAID
+        for name in kind.__annotations__
+        if name in kind.model_fields
+    }
     assert set(CHECKS) | CACHED == declared

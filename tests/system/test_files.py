@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from stepdistill.system.files import folder_written_whole, sha256_of, written_whole
+from stepdistill.system.files import PerProcess, folder_written_whole, sha256_of, written_whole
 
 
 def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -72,3 +74,17 @@ def test_a_files_hash_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
     assert sha256_of(tmp_path / "abc") == known
+
+
+def test_threads_that_open_at_once_share_one() -> None:
+    """A stream that only one of two threads knew would be closed under it, and its number given to another file."""
+    both = threading.Barrier(2)
+
+    def opened() -> object:
+        both.wait(timeout=10)
+        return object()
+
+    shared = PerProcess(opened)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: shared(), range(2))
+    assert first is second is shared()

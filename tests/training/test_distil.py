@@ -129,7 +129,10 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert run.student == tmp_path / "run" / "student"
     log = (run.folder / "log.txt").read_text()
     assert "against 4 pictures of the teacher (3 steps, guidance 2) of 4 prompts of training" in log
-    assert "4 in 3, 4 in 1, 4 in 2, 4 in 1 steps at 32 x 32 pixels, 52 network samples in all, once" in log
+    assert (
+        "4 in 3, 4 in 1, 4 in 2, 4 in 1 (unguided) steps at 32 x 32 pixels, 52 network samples in all, once"
+        in log
+    )
     assert json.loads((run.student / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == (
         "FlowMapEulerDiscreteScheduler"
     )
