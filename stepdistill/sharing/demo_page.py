@@ -265,12 +265,12 @@ def application(page: Any) -> Any:
 
     app = FastAPI()
 
-    @app.middleware("http")
     async def within(request: Request, call_next: Any) -> Response:
         response: Response = await call_next(request)
         response.headers["Content-Security-Policy"] = POLICY
         return response
 
+    app.middleware("http")(within)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     gr.mount_gradio_app(
