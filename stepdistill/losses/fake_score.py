@@ -117,6 +117,11 @@ class Views:
         """mean|x - x0_real| of each sample, [B, 1, 1, 1]: the normaliser of DMD and SiD."""
         return (self.x - self.real.x0).abs().mean(dim=tuple(range(1, self.x.ndim)), keepdim=True)
 
+    @property
+    def field(self) -> Tensor:
+        """The error over that distance, [B, C, H, W]: where DMD moves x away from (2311.18828, eq. 7 and 8)."""
+        return self.error / (self.distance + 1e-6)
+
 
 def denoising_loss(fake: Denoiser, x: Tensor, batch: Batch, kind: FakeLoss) -> Tensor:
     """The fake network's diffusion loss of samples x [B, C, H, W] at uniform times of the teacher's schedule, squared
@@ -218,11 +223,12 @@ class ScoreMethod(Method):
     with the GAN's and the regression's losses beside it where they have a weight. Fake turns: the diffusion loss on
     sg[x], and the discriminator's.
 
-    Class attributes:
-        through_inputs: whether the loss has a gradient through what both networks see.
+    Attributes:
+        through_inputs: whether the loss has a gradient through what both networks see; of the class, unless an option
+            says it.
     """
 
-    through_inputs: ClassVar[bool] = False
+    through_inputs: bool = False
     starts_below = True
     options: ScoreOptions
     fake: Denoiser

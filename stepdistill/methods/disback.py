@@ -92,8 +92,7 @@ class DisBack(ScoreMethod):
 
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            views = self.views(x, batch)
-            field = views.error / (views.distance + 1e-6)
+            field = self.views(x, batch).field
         return loss_with_gradient(x, field), {"field": field.abs().mean()}
 
 

@@ -87,8 +87,7 @@ class DMD(ScoreMethod):
         """(x0_fake - x0_real) / mean|x - x0_real| at a noised x, [B, C, H, W]: where x should move away from."""
         if self.options.decoupled:
             return self.decoupled_field(x, batch)
-        views = self.views(x, batch)
-        return views.error / (views.distance + 1e-6)
+        return self.views(x, batch).field
 
     def decoupled_field(self, x: Tensor, batch: Batch) -> Tensor:
         """The unguided field, less what guidance adds at another time."""
@@ -96,7 +95,7 @@ class DMD(ScoreMethod):
         call = exit_of(batch, self.first_exit, len(self.times))
         called_at = self.times[call] if call else 1.0  # pure noise settles nothing, wherever it is handed in
         towards = augmentation_field(self.teacher, x, batch, self.options, called_at)
-        return views.error / (views.distance + 1e-6) - towards
+        return views.field - towards
 
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         options = self.options

@@ -29,7 +29,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views, loss_with_gradient, views_of
+from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views, loss_with_gradient
 from stepdistill.losses.transport import (
     displacement,
     from_tokens,
@@ -58,10 +58,9 @@ class VDOT(ScoreMethod):
 
     options: Options
 
-    def views(self, x: Tensor, batch: Batch) -> Views:
-        options, through = self.options, self.options.through_networks
-        scale = options.score_scale
-        return views_of(self.fake, self.teacher, x, batch, options, scale, through_inputs=through)
+    def setup(self) -> None:
+        super().setup()
+        self.through_inputs = self.options.through_networks
 
     @torch.no_grad()
     def plan(self, a: Tensor, b: Tensor, entropy: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,19 +74,19 @@ class VDOT(ScoreMethod):
             entropy = (self.options.entropy * mean).clamp_min(1e-12)
         return sinkhorn(cost, entropy, self.options.iterations), entropy
 
-    def plans(self, views: Views) -> list[tuple[float, Tensor, Tensor, Tensor]]:
-        """The terms of the transport's cost: weight, plan, and the clouds [B, n, C] between which it lies."""
+    def plans(self, views: Views, of_real: bool) -> list[tuple[float, Tensor, Tensor, Tensor]]:
+        """The terms of the transport's cost: weight, plan, and the clouds [B, n, C] between which it lies; without
+        ``of_real`` those alone that x0_fake is in."""
         with torch.autocast(views.x.device.type, enabled=False):
             a, b = tokens(views.fake.x0.float()), tokens(views.real.x0.float())
             forth, entropy = self.plan(a, b, None, views.x)
-            own = [
-                (-0.5, self.plan(c, c, entropy, views.x)[0], c, c) for c in (a, b) if self.options.debiased
-            ]
+            clouds = [a, b][: 1 + of_real] if self.options.debiased else []
+            own = [(-0.5, self.plan(each, each, entropy, views.x)[0], each, each) for each in clouds]
             return [(1.0, forth, a, b), *own]
 
     def transport(self, views: Views) -> Tensor:
         """The transport's field in x0_fake, [B, C, H, W]."""
-        (_, forth, a, b), *own = self.plans(views)
+        (_, forth, a, b), *own = self.plans(views, of_real=False)
         field = displacement(forth, a, b)
         if own:
             field = field - displacement(own[0][1], a, a)
@@ -95,14 +94,14 @@ class VDOT(ScoreMethod):
 
     def transport_cost(self, views: Views) -> Tensor:
         """Half the cost of each sample, [B], with a graph through both clouds: its gradient in x0_fake is the field."""
-        costs = [weight * transported(plan, a, b) for weight, plan, a, b in self.plans(views)]
+        costs = [weight * transported(plan, a, b) for weight, plan, a, b in self.plans(views, of_real=True)]
         return 0.5 * torch.stack(costs).sum(0).reshape(len(views.x), -1).sum(1)
 
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         options, views = self.options, self.views(x, batch)
         with torch.no_grad():
             scale = views.distance + 1e-6
-            field = options.matching_weight * views.error / scale
+            field = options.matching_weight * views.field
         if options.through_networks:
             cost = self.transport_cost(views) / (scale.flatten() * x[0].numel())
             loss = loss_with_gradient(x, field) + options.transport_weight * cost.mean()
