@@ -45,6 +45,7 @@ class Data:
         processes: who share the work; each is to make this.
         remake: whether damaged files of a cache are made again.
         buckets: the sizes that images are brought to; a batch is of one of them. None brings all to the teacher's.
+        group: consecutive samples of a step that are of one prompt.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Data:
         processes: Processes = ALONE,
         remake: bool = False,
         buckets: Sequence[Size] | None = None,
+        group: int = 1,
     ) -> None:
-        self.teacher, self.seed, self.pairs = teacher, seed, pairs
+        self.teacher, self.seed, self.pairs, self.group = teacher, seed, pairs, group
         self.count = len(prompts)
         self.conditions = Conditions(teacher, prompts, "prompts", remake)
         self.images: Latents | None = None
@@ -119,7 +121,7 @@ class Data:
         device = self.teacher.device
         draws = Draws(self.seed, step, first, count, device)
         position = torch.arange(step * size + first, step * size + first + count)
-        prompt = shuffled(position, self.count, self.seed, "prompts")
+        prompt = shuffled(position // self.group, self.count, self.seed, "prompts")
         cond, shape = self.condition(prompt), self.teacher.codec.shape
         examples: dict[str, Examples] = {}
         if self.images is not None:
@@ -144,7 +146,7 @@ class Data:
                 self.pairs.noise(index),
                 None if (states := self.pairs.states(index)) is None else sent(states, device),
             )
-        return Batch(draws, shape, cond, prompt, **examples)
+        return Batch(draws, shape, cond, prompt, **examples, group=self.group)
 
     def batches(self, steps: range, first: int, count: int, size: int) -> Generator[Batch]:
         """:meth:`batch` of the steps, one after the other; each is made while the one before it is used, where that

@@ -93,6 +93,16 @@ class Draws:
         """
         return philox.shared_integer(_key(self.seed, stream), self.step, high)
 
+    def of_groups(self, size: int) -> Draws:
+        """The draws of these samples' groups, one for each ``size`` consecutive samples of the global batch.
+
+        Raises:
+            ValueError: the samples are not whole groups.
+        """
+        if self.first % size or self.count % size:
+            raise ValueError(f"samples {self.first} .. {self.first + self.count - 1} are no groups of {size}")
+        return replace(self, first=self.first // size, count=self.count // size)
+
     def part(self, start: int, count: int) -> Draws:
         """The draws of a slice of these samples."""
         return replace(self, first=self.first + start, count=count)

@@ -44,6 +44,7 @@ class Batch:
         prompt: [B] on the CPU, which of the run's prompts each is: rewards look their texts up by it.
         images: real images, where the method needs them.
         pairs: cached (noise, teacher sample) pairs, where the method needs them.
+        group: consecutive rows that share a prompt, ``train.group``; every part of a batch has whole groups.
     """
 
     draws: Draws
@@ -52,6 +53,7 @@ class Batch:
     prompt: Tensor
     images: Examples | None = None
     pairs: Examples | None = None
+    group: int = 1
 
     @cached_property
     def noise(self) -> Tensor:
@@ -63,12 +65,14 @@ class Batch:
         return self.draws.normal(f"renoise {call}", self.shape)
 
     def split(self, parts: int) -> list[Batch]:
-        """Equal consecutive parts; the mean of their losses is the loss of the whole."""
+        """Equal consecutive parts, of whole groups; the mean of their losses is the loss of the whole."""
         if parts == 1:
             return [self]
         size = self.draws.count // parts
         if size * parts != self.draws.count:
             raise ValueError(f"a batch of {self.draws.count} does not split into {parts} equal parts")
+        if size % self.group:
+            raise ValueError(f"parts of {size} samples would tear groups of {self.group}")
         return [self._part(i * size, size) for i in range(parts)]
 
     def _part(self, start: int, size: int) -> Batch:

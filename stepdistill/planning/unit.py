@@ -100,7 +100,8 @@ class Unit:
             states = zeros(len(method.pair_times())) if "states" in self.needs else None
             pairs = Examples(zeros(), condition(), zeros(), states)
         draws = Draws(0, 0, 0, count, self.device)
-        return Batch(draws, shape, condition(), torch.zeros(count, dtype=torch.int64), images, pairs)
+        prompt, group = torch.zeros(count, dtype=torch.int64), self.recipe.train.group
+        return Batch(draws, shape, condition(), prompt, images, pairs, group)
 
     def turns(self) -> list[tuple[Turn, float]]:
         """The last turn of each network in the run, after warm starts, and its share of the updates of the last

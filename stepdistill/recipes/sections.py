@@ -107,6 +107,8 @@ class TrainOptions(Section):
             rate where its schedule had it; 0 sets no limit.
         batch: samples per update, over all processes and accumulation.
         accumulate: parts a process works through one after the other to make one update.
+        group: consecutive samples of a batch that are of one prompt, each with noise of its own: methods that compare a
+            prompt's samples need several. A batch then has batch / group prompts.
         lr: learning rate of the student; a method scales it for its other networks.
         lr_of: what an update of that rate moves: ``weights``, or ``x0``: the student's rate is then divided by how far
             its clean sample moves with its output, as root mean square over its times, so that a rate means the same
@@ -168,6 +170,7 @@ class TrainOptions(Section):
     budget_seconds: Annotated[float, Field(ge=0)] = 0.0
     batch: _Positive = 64
     accumulate: _Positive = 1
+    group: _Positive = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
     lr_of: Literal["weights", "x0"] = "weights"
     warmup: _NotNegative = 0
@@ -198,6 +201,11 @@ class TrainOptions(Section):
     def _check(self) -> TrainOptions:
         if self.batch % self.accumulate:
             raise ValueError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
+        if self.batch // self.accumulate % self.group:
+            raise ValueError(
+                f"batch over accumulate ({self.batch // self.accumulate}) must be a multiple of group ({self.group}), as "
+                "a prompt's samples stay together"
+            )
         if self.average and self.average_power:
             raise ValueError("average and average_power are two kinds of one average: set one of them to 0")
         if self.average_device == "cpu" and self.parallel == "sharded":

@@ -315,7 +315,7 @@ def training_data(run: Assembled, output: Path) -> Data:
         images = found = find_images(Path(cast(str, recipe.data.images)))
         for remark in found.remarks() if accelerator.is_main_process else ():
             say(remark)
-    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    processes, group = Processes(accelerator.process_index, accelerator.num_processes), recipe.train.group
     pairs, remake, main = None, recipe.data.damaged == "remake", processes.main
     if "pairs" in run.needs:
         folder = Path(recipe.data.pairs) if recipe.data.pairs else RunFolder(output).pairs
@@ -325,7 +325,7 @@ def training_data(run: Assembled, output: Path) -> Data:
         times = run.method.pair_times() if "states" in run.needs else ()
         seed, dtype = recipe.train.seed, recipe.data.pairs_dtype
         pairs = PairCache(folder, run.teacher, run.prompts, options, seed, times, dtype, remake)
-    data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake, run.buckets)
+    data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake, run.buckets, group)
     for remark in data.remarks() if main else ():
         say(remark)
     if pairs is not None:

@@ -92,6 +92,11 @@ def train(
             f"train.batch is {options.batch}, which does not split over {readers.count} processes times "
             f"train.accumulate={options.accumulate}: make it a multiple of {readers.count * options.accumulate}"
         )
+    if share % options.group:
+        raise UserError(
+            f"train.batch is {options.batch}, of which a process takes {share} at a time, and train.group is "
+            f"{options.group}: make the batch a multiple of {readers.count * options.accumulate * options.group}"
+        )
     own = share * options.accumulate
     started = time.perf_counter() - run.seconds
     unread = Unread(parallel, lambda: time.perf_counter() - started, options.log_every)

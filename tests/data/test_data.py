@@ -59,6 +59,23 @@ def test_a_batch_is_the_same_whole_or_in_parts_and_an_epoch_sees_every_prompt(te
             assert torch.equal(data.batch(step, 0, size, size).prompt, expected)
 
 
+def test_a_group_is_of_one_prompt_with_noises_of_its_own_wherever_the_batch_is_cut(teacher):
+    """Two processes that each work through two parts see whole groups; a pass still sees every prompt once."""
+    data = Data(teacher, PROMPTS, seed=1, group=3)
+    whole = data.batch(4, 0, 12, 12)
+    parts = [part for first in (0, 6) for part in data.batch(4, first, 6, 12).split(2)]
+    assert whole.group == 3 and all(part.group == 3 and len(set(part.prompt.tolist())) == 1 for part in parts)
+    assert torch.equal(torch.cat([part.prompt for part in parts]), whole.prompt)
+    assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+    assert len({tuple(row.flatten().tolist()) for row in whole.noise}) == 12
+    key = "encoder_hidden_states"
+    assert all(torch.equal(row, whole.cond[key][3 * (i // 3)]) for i, row in enumerate(whole.cond[key]))
+    plain = Data(teacher, PROMPTS, seed=1).batch(4, 0, 4, 4)
+    assert torch.equal(whole.prompt[::3], plain.prompt)
+    with pytest.raises(ValueError, match="parts of 2 samples would tear groups of 3"):
+        whole.split(6)
+
+
 def test_batches_of_rows_on_the_disk_are_made_ahead_and_are_the_same(teacher, tmp_path, monkeypatch):
     """By a thread that ends with them, and whose error comes at its own step; rows in memory need none."""
     plain = Data(teacher, PROMPTS, seed=1)

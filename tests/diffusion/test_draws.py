@@ -313,3 +313,13 @@ def test_triton_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch
     text = compiled.asm["ptx"]
     assert "fma" not in text and ("sqrt.rn.f64" in text) == ("div.rn.f64" in text) == (name == "normals")
     assert len(compiled.asm["cubin"]) > 1000
+
+
+def test_draws_of_groups_are_one_for_each_and_the_same_in_a_part() -> None:
+    whole = Draws(3, 5, 0, 12)
+    shared = whole.of_groups(4).normal("t", (2,))
+    assert shared.shape == (3, 2)
+    assert torch.equal(whole.part(4, 8).of_groups(4).normal("t", (2,)), shared[1:])
+    assert torch.equal(whole.of_groups(1).normal("t", (2,)), whole.normal("t", (2,)))
+    with pytest.raises(ValueError, match=r"samples 2 \.\. 5 are no groups of 4"):
+        whole.part(2, 4).of_groups(4)

@@ -120,6 +120,11 @@ def test_arguments_lie_over_the_file_and_later_assignments_over_earlier(here: Pa
             "my.yaml: train: batch (10) must be a multiple of accumulate (3)",
         ),
         (
+            "train: {batch: 12, accumulate: 2, group: 4}",
+            "my.yaml: train: batch over accumulate (6) must be a multiple of group (4), as a prompt's samples stay "
+            "together",
+        ),
+        (
             "student: {times: [0.5, 1]}",
             "my.yaml: student: times must descend within (0, 1], such as [1.0, 0.5]; found [0.5, 1.0]",
         ),

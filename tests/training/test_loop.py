@@ -149,6 +149,12 @@ def test_a_batch_in_two_halves_equals_one(method, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_grouped_batch_in_two_halves_equals_one(tmp_path):
+    start(recipe_of("lcm", 4, "train.group=2"), tmp_path / "one")
+    start(recipe_of("lcm", 4, "train.group=2", "train.accumulate=2"), tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
