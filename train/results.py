@@ -97,6 +97,14 @@ def whole_run(report: RunReport) -> str:
     return f"{report.wall_seconds / 60:.1f}"
 
 
+def passes_of(report: RunReport) -> str:
+    """Network passes in millions, pairs included, and the share with a graph; empty where they were not counted."""
+    if report.all_passes is None:
+        return ""
+    graph = sum(each.with_graph for each in report.passes.values())
+    return f"{report.all_passes / 1e6:.2f} ({graph / report.all_passes:.0%})"
+
+
 def cells(row: Row, rank: str) -> str:
     """A row of the table."""
     report, steps = row.report, row.steps
@@ -115,6 +123,7 @@ def cells(row: Row, rank: str) -> str:
         "" if recall is None or share is None else f"{recall:.3f} ({share:.1%})",
         f"{report.train_seconds / 60:.1f}",
         whole_run(report),
+        passes_of(report),
         f"{report.peak_memory_bytes / 2**30:.1f}",
         (report.commit or "")[:8] + "+" * (report.commit or "").endswith("+"),
         tried(report),
@@ -124,7 +133,8 @@ def cells(row: Row, rank: str) -> str:
 
 HEAD = (
     "command | steps | gap closed | FD-emoji | teacher's at these steps | CLIP-emoji (of the teacher's) "
-    "| recall (of the teacher's) | training, min | whole run, min | memory, GiB | commit | log |"
+    "| recall (of the teacher's) | training, min | whole run, min | passes, M (with graph) | memory, GiB | commit "
+    "| log |"
 )
 
 

@@ -129,7 +129,7 @@ SCORES = (
     *"gap_closed fd fd_se kid kid_se clip_score clip_score_se recall density recall_of_teachers".split(),
     "ms_per_image",
 )
-COSTS = "train_seconds peak_memory_bytes updates updates_planned".split()
+COSTS = "train_seconds peak_memory_bytes updates updates_planned passes".split()
 
 
 def _teacher(reports: Sequence[Measured]) -> dict[str, dict[str, Any]]:

@@ -38,6 +38,7 @@ class Row:
         ms_per_image: milliseconds of drawing an image, in the batches and on the machine of the evaluation.
         train_seconds, peak_memory_bytes: what the training took.
         updates, updates_planned: updates done, and in the recipe; fewer where a budget ended the training.
+        passes: network passes of the training, of teacher, student and followers together, its pairs included.
         own: your own metrics: value and standard error by name.
         seeds: how many trainings of other seeds the row is the mean of; None of one run by itself.
         deviation: standard deviation between those trainings, by score; empty of one.
@@ -61,6 +62,7 @@ class Row:
     peak_memory_bytes: int | None
     updates: int | None
     updates_planned: int | None
+    passes: int | None
     own: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     seeds: int | None = None
     deviation: Mapping[str, float] = field(default_factory=dict)
@@ -174,7 +176,7 @@ def _mean(name: str, rows: Sequence[Row]) -> Row:
     }
     means: dict[str, Any] = {key: fmean(values) if values else None for key, values in scores.items()}
     means |= {key: fmean(found) for key in ("ms_per_image", "train_seconds") if (found := known(key))}
-    means |= {"updates": round(fmean(found))} if (found := known("updates")) else {}
+    means |= {key: round(fmean(found)) for key in ("updates", "passes") if (found := known(key))}
     return replace(
         rows[0],
         name=name,
@@ -252,5 +254,6 @@ def _row(report: Measured, steps: str) -> Row:
         peak_memory_bytes=report.peak_memory_bytes,
         updates=report.updates,
         updates_planned=report.updates_planned,
+        passes=report.all_passes,
         own={name: (of(name), of(f"{name}_se")) for name in report.better},
     )

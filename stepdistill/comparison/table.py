@@ -21,6 +21,7 @@ COLUMNS = (
     "ms/image",
     "training",
     "updates",
+    "passes",
     "memory",
 )
 
@@ -43,6 +44,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _number(row.ms_per_image, "{:.1f}"),
         _number(row.train_seconds, "{:.0f} s"),
         f"{row.updates} of {row.updates_planned}" if cut else _number(row.updates, "{:.0f}"),
+        _number(row.passes and row.passes / 1e6, "{:.2f} M"),
         _number(row.peak_memory_bytes and row.peak_memory_bytes / 2**20, "{:.0f} MiB"),
         *(_score(row, name, value, error, "{:.4g}") for name, (value, error) in row.own.items()),
     )

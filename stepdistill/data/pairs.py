@@ -27,6 +27,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.families.size import STATES_AT_ONCE, at_once
 from stepdistill.losses.contract import PairOptions
+from stepdistill.networks.passes import Passes
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import written_whole
@@ -66,7 +67,7 @@ class PairCache:
     ) -> None:
         self.folder, self.teacher, self.options, self.seed = folder, teacher, options, seed
         self.count = options.pairs
-        self.grid = (*schedule_times(teacher.path, options.pair_steps), 0.0)
+        self.grid = _grid(teacher, options)
         wanted = [_position(self.grid, time) for time in times]
         self.made, self.kept = self._claim(
             {
@@ -164,13 +165,8 @@ class PairCache:
         device, parts = self.teacher.device, []
         most = at_once(self.teacher.codec.shape, STATES_AT_ONCE, 64)
         for chunk in torch.arange(len(rows)).split(most):
-            own = cond.rows(chunk.to(device))
-
-            def predict(x: Tensor, t: Tensor, own: Condition = own) -> Prediction:
-                return self.teacher.predict(x, t, own, guidance=self.options.guidance)
-
-            noise = self.noise(rows[chunk])
-            parts.append(list(trajectory(predict, noise, self.grid, self.options.pair_solver)))
+            noise, own = self.noise(rows[chunk]), cond.rows(chunk.to(device))
+            parts.append(_trajectory(self.teacher, noise, own, self.options))
         drawn = {"x0": torch.cat([states[-1] for states in parts])}
         if self.kept:
             # State i + 1 of the grid is the i-th of the trajectory, which leaves out the noise it starts from.
@@ -193,6 +189,36 @@ class PairCache:
             own = self._shards.rows(number, name, [rows[place] % SHARD for place in places]).float()
             found.update(zip(places, own, strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
+
+
+def passes_of_pairs(teacher: PipelineTeacher, cond: Condition, options: PairOptions) -> Passes:
+    """The network passes that drawing all of the pairs takes: one is drawn and counted, as each takes as many.
+
+    Args:
+        teacher: who draws them.
+        cond: any condition (B = 1).
+        options: how many, solver, steps, guidance.
+    """
+    one, found = Passes(), Passes()
+    with teacher.denoiser.counter.counting(one):
+        _trajectory(teacher, torch.zeros(1, *teacher.codec.shape, device=teacher.device), cond, options)
+    found.add(one, options.pairs)
+    return found
+
+
+def _grid(teacher: PipelineTeacher, options: PairOptions) -> tuple[float, ...]:
+    return (*schedule_times(teacher.path, options.pair_steps), 0.0)
+
+
+def _trajectory(
+    teacher: PipelineTeacher, noise: Tensor, cond: Condition, options: PairOptions
+) -> list[Tensor]:
+    """The teacher's states on the grid after the noise [B, ...]."""
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        return teacher.predict(x, t, cond, guidance=options.guidance)
+
+    return list(trajectory(predict, noise, _grid(teacher, options), options.pair_solver))
 
 
 def _position(grid: Sequence[float], time: float) -> int:

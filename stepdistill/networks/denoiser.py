@@ -18,6 +18,7 @@ from stepdistill.families.condition import GAP, GUIDANCE, Condition
 from stepdistill.networks.compiled import called_plainly
 from stepdistill.networks.experts import by_time
 from stepdistill.networks.lora import Adapter
+from stepdistill.networks.passes import Counter
 from stepdistill.networks.sharding import is_sharded
 from stepdistill.networks.switched import SwitchedNetworks
 
@@ -54,6 +55,8 @@ class Denoiser:
         # Where several networks share the times: who is called in the stretches between the bounds, see experts.py.
         self.experts: tuple[Denoiser, ...] = ()
         self.bounds: tuple[float, ...] = ()
+        # Who is told of its calls, and as whose.
+        self.counter, self.who = Counter(), "network"
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Condition, s: Tensor | None = None) -> Tensor:
         """The network's output in its own kind, float32 [B, ...], at x_t [B, ...] and t [B]; s [B] is the end of the
@@ -86,7 +89,9 @@ class Denoiser:
         gap = cond.get(GAP)
         told = nullcontext() if gap is None else jumping(told_of(self.net), gap)
         with self._arithmetic(x_t.device.type), own, told:
-            return self.family.call(self.net, x_t.to(dtype), time, Condition(tensors)).float()
+            said = self.family.call(self.net, x_t.to(dtype), time, Condition(tensors)).float()
+        self.counter.count(self.who, len(x_t), graph=said.requires_grad)
+        return said
 
     def _arithmetic(self, device: str) -> torch.autocast:
         """Autocast as it is on around the call, or as ``compute`` says. A cast of a weight that is made without a graph
@@ -157,7 +162,7 @@ class Denoiser:
             with called_plainly(self.net, place):
                 said = self.raw(x_t, t, cond)
         except _Reached:
-            pass
+            self.counter.count(self.who, len(x_t), graph=seen[-1].requires_grad)
         finally:
             handle.remove()
         if not seen:
@@ -185,7 +190,9 @@ class Denoiser:
 
     def copy(self) -> Denoiser:
         """An independent trainable copy in float32."""
-        return Denoiser(self.trainable_net(), self.path, self.output, self.family, self.shape)
+        made = Denoiser(self.trainable_net(), self.path, self.output, self.family, self.shape)
+        made.counter, made.who = self.counter, self.who
+        return made
 
 
 def in_bfloat16(net: nn.Module, *, in_place: bool = False) -> nn.Module:

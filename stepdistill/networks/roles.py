@@ -36,11 +36,16 @@ class Roles(ABC):
     Attributes:
         teacher: what is distilled; no role.
         student: the role "student".
+        counter: told of every call of their networks.
     """
 
     def __init__(self, teacher: Teacher, student: Student) -> None:
         self.teacher, self.student = teacher, student
         self._denoisers: dict[str, Denoiser] = {STUDENT: student}
+        self.counter = teacher.denoiser.counter
+        named = ((TEACHER, teacher.denoiser), (TEACHER, teacher.start), (STUDENT, student))
+        for name, each in named:
+            each.counter, each.who = self.counter, name
 
     def __getitem__(self, name: str) -> Denoiser:
         """A role's network."""
@@ -75,6 +80,7 @@ class Roles(ABC):
         if name in (*self._denoisers, TEACHER):
             raise ValueError(f"there is a role {name!r} already")
         self._denoisers[name] = made = self._made(name, source, trained, restarts, rank)
+        made.counter, made.who = self.counter, name
         return made
 
     @abstractmethod

@@ -57,6 +57,7 @@ class Student(Denoiser):
         last = experts[-1]
         made = Student(last.net, last.path, last.output, last.family, last.shape)
         made.adapter, made.guidance, made.compute = last.adapter, last.guidance, last.compute
+        made.counter, made.who = last.counter, last.who
         made.experts, made.bounds = tuple(experts), tuple(bounds)
         return made
 

@@ -136,6 +136,7 @@ def _run(
     from stepdistill.networks.averages import averaged
     from stepdistill.networks.own_call import TEACHER_STEPS
     from stepdistill.training.assemble import assemble, training_data
+    from stepdistill.training.cost import passes_before
     from stepdistill.training.exporting import started_by
     from stepdistill.training.finish import finish
     from stepdistill.training.loop import train
@@ -196,6 +197,7 @@ def _run(
         preview=preview.look if preview else None,
         status=status,
         start=started_by(run, command),
+        before=None if resume or not parallel.main else passes_before(run, data),
         track=tracking.row if tracking else None,
     )
     if not parallel.in_parts:

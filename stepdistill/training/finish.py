@@ -20,7 +20,7 @@ from stepdistill.training.exporting import card, export_student, prompts_of, stu
 from stepdistill.training.health import Vitals, health_of
 from stepdistill.training.report import score_table, write_report
 from stepdistill.training.run import Finished
-from stepdistill.training.run_report import RunReport
+from stepdistill.training.run_report import NetworkPasses, RunReport
 from stepdistill.training.scores import student_scores
 
 
@@ -58,6 +58,7 @@ def finish(
             train_seconds=round(trained.seconds, 1),
             wall_seconds=round(wall, 1),
             peak_memory_bytes=memory,
+            passes={who: NetworkPasses(**own) for who, own in trained.passes.by_network.items()},
             resumes=list(starts[1:]),
             prompts=prompts_of(run),
             student_sha256=student_hash(run),

@@ -22,6 +22,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses.objective import Objective, shown_name
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.compiled import compiled, uncompiled
+from stepdistill.networks.passes import Passes
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import RunLog, Value
 from stepdistill.system.memory import keep_freed_memory, peak_memory
@@ -51,6 +52,7 @@ def train(
     preview: Callable[[int, Ema | None], Seen] | None = None,
     status: RunStatus | None = None,
     start: Start | None = None,
+    before: Passes | None = None,
     track: Callable[[int, Mapping[str, Value]], None] | None = None,
 ) -> Finished:
     """Trains a method's networks, and those of its terms, in their turns.
@@ -67,6 +69,7 @@ def train(
             logged, its worries said above the progress bar.
         status: told how far the run is.
         start: what started it, kept in every checkpoint.
+        before: network passes that were made before; of a resumed run the checkpoint tells them.
         track: called with every update, from 0, and its row of stats.jsonl.
 
     Raises:
@@ -80,7 +83,7 @@ def train(
         keep_freed_memory()
     inputs = data.identity() | own_hashes(recipe)  # of the teacher as it is before it is shared out
     parallel.spread(objective.method.roles.stored().values())
-    run = Run(objective, recipe, folder, inputs, parallel, start)
+    run = Run(objective, recipe, folder, inputs, parallel, start, before)
     if resume:
         run.restore()
         if status:
@@ -171,4 +174,5 @@ def train(
                 log.note(f"stopped after update {step}; --resume goes on from there")
                 raise KeyboardInterrupt
     run.widen()
-    return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped)
+    passes = run.passes()
+    return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped, passes)

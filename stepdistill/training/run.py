@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from stepdistill.diffusion.philox import NAME
 from stepdistill.errors import UserError
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
+from stepdistill.networks.passes import WITH, WITHOUT, Passes
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.processes import ALONE
 from stepdistill.system.run_folder import RunFolder
@@ -43,6 +44,7 @@ class Finished:
         ema: the student's averaged weights, or None.
         starts: of the run, the first and every resume.
         skipped: images that could not be read.
+        passes: network passes, over all resumes and processes.
     """
 
     seconds: float
@@ -50,6 +52,7 @@ class Finished:
     ema: Ema | None
     starts: tuple[Start, ...] = ()
     skipped: int = 0
+    passes: Passes = field(default_factory=Passes)
 
 
 class Run:
@@ -63,10 +66,12 @@ class Run:
             compares nothing.
         parallel: who shares the run; None is nobody.
         start: of this process, kept in every checkpoint behind those of the processes before it; None is told nowhere.
+        before: network passes before the first update.
 
     Attributes:
         parts: all that is saved, by name.
         starts: so far.
+        own_passes: network passes of this process since its start.
     """
 
     def __init__(
@@ -77,7 +82,10 @@ class Run:
         inputs: dict[str, str] | None = None,
         parallel: Parallel | None = None,
         start: Start | None = None,
+        before: Passes | None = None,
     ) -> None:
+        self.before: Passes | None = before or Passes()
+        self.own_passes = Passes()
         self._start = () if start is None else (start,)
         self.starts: tuple[Start, ...] = self._start
         self.parallel = parallel or OneProcess(ALONE, torch.device("cpu"))
@@ -113,16 +121,31 @@ class Run:
         budget = self.options.budget_seconds
         return self.step >= self.options.updates or 0 < budget <= self.seconds
 
+    def passes(self) -> Passes:
+        """Network passes of all processes, over all resumes; none where they were not counted from the start.
+        Every process calls it. Processes that share each sample's tokens make a pass together."""
+        own = Passes()
+        for each in self.parallel.processes.gather(self.own_passes.by_network):
+            own.add(Passes(each))
+        if self.before is None:
+            return Passes()
+        found = Passes(self.before.by_network)
+        together = self.parallel.count // self.parallel.readers.count
+        for who, made in own.by_network.items():
+            found.count(who, made[WITH] // together, graph=True)
+            found.count(who, made[WITHOUT] // together, graph=False)
+        return found
+
     def save(self) -> None:
         """Writes a checkpoint: the main process all of it, or every process what it holds."""
-        shared = self.parallel.in_parts
+        shared, passes = self.parallel.in_parts, self.passes()
         self.last_good = self.checkpoints / folder_of(self.step)
         if not (shared or self.parallel.main):
             return
         tensors = {name: part.state() for name, part in self.parts.items()}
         state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
         state |= {"inputs": self.inputs, "folder": str(Path.cwd()), "draws": NAME}
-        state |= {"starts": [each.model_dump() for each in self.starts]}
+        state |= {"starts": [each.model_dump() for each in self.starts], "passes": passes.by_network or None}
         sharers = self.parallel.processes if shared else ALONE
         save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep, sharers)
 
@@ -159,6 +182,8 @@ class Run:
                 )
             part.load(tensors)
         self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
+        self.before = Passes(kept) if (kept := state.get("passes")) else None
+        self.own_passes = Passes()
         self.last_good = at
         resumed = (each.model_copy(update={"update": self.step}) for each in self._start)
         self.starts = (*(Start.model_validate(each) for each in state["starts"]), *resumed)

@@ -98,6 +98,20 @@ class Prompts(BaseModel):
     sha256: str
 
 
+class NetworkPasses(BaseModel):
+    """Samples that a network was called with.
+
+    Attributes:
+        with_graph: in calls that a backward pass may follow.
+        without_graph: in all others.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    with_graph: int = 0
+    without_graph: int = 0
+
+
 class Measured(BaseModel):
     """What was measured, and where the numbers come from: all that runs and evaluations have in common.
 
@@ -122,6 +136,9 @@ class Measured(BaseModel):
         verification: what the proof of the student's folder said.
         updates, updates_planned: updates done, and in the recipe.
         train_seconds, peak_memory_bytes: what the training took.
+        passes: network passes of the training by who was called: ``teacher``, ``student`` and those that follow it;
+            ``pairs`` are the teacher's for its pairs, ``start`` those that turned its output kind; both count in full
+            where they were shared with other runs. Pictures that were drawn on the way do not count.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -152,6 +169,12 @@ class Measured(BaseModel):
     updates_planned: int | None = None
     train_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    passes: dict[str, NetworkPasses] = Field(default_factory=dict)
+
+    @property
+    def all_passes(self) -> int | None:
+        """The sum of ``passes``; None where they were not counted."""
+        return sum(each.with_graph + each.without_graph for each in self.passes.values()) or None
 
 
 class RunReport(Measured):

@@ -120,6 +120,8 @@ def _costs(run: RunRecord) -> list[str]:
             )
         else:
             found.append(_card("time", whole, f"{training} of it training{done}."))
+        if report.get("passes"):
+            found.append(_passes(report["passes"]))
         if report.get("peak_memory_bytes"):
             found.append(
                 _card(
@@ -134,6 +136,14 @@ def _costs(run: RunRecord) -> list[str]:
             each = seconds / max(1, run.stats[-1]["update"] + 1)
             found.append(_card("training time", duration(seconds), f"{duration(each)} an update."))
     return found
+
+
+def _passes(passes: Mapping[str, Mapping[str, int]]) -> str:
+    """How often the networks were called, by the sample, and who."""
+    graph, plain = (sum(each[kind] for each in passes.values()) for kind in ("with_graph", "without_graph"))
+    each = (f"{who} {sum(own.values()):,}" for who, own in passes.items())
+    text = f"{graph / (graph + plain):.0%} of them with a graph. {', '.join(each)}."
+    return _card("network passes", f"{graph + plain:,}", text)
 
 
 def _proof(run: RunRecord) -> str:

@@ -29,7 +29,7 @@ def update(run: Run, turn: Turn, batch: Batch, rate: float) -> tuple[list[dict[s
     told: list[dict[str, Tensor]] = []
     parts = batch.split(options.accumulate)
     for part in parts:
-        with autocast(options.precision, parallel.device):
+        with run.roles.counter.counting(run.own_passes), autocast(options.precision, parallel.device):
             loss, logs = objective.loss(turn, part)
         if part is parts[-1]:
             parallel.expect(parameters)

@@ -33,6 +33,7 @@ from stepdistill.training.checkpoint import (
     load_checkpoint,
     load_optimizer_state,
     optimizer_state,
+    read_state,
     save_checkpoint,
 )
 from stepdistill.training.exporting import export_student
@@ -78,7 +79,7 @@ class Killed(Exception):
 def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_path):
     """Weights, optimisers, averages, targets and the logged curve. The kill falls after step 7, so two steps past the
     last checkpoint are lost and done again."""
-    start(recipe_of(method, 10), tmp_path / "whole")
+    _, unbroken = start(recipe_of(method, 10), tmp_path / "whole")
 
     def kill(step, ema):
         if step == 7:
@@ -93,6 +94,7 @@ def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_pa
     ] == "step-00000005"
     _, trained = start(recipe, tmp_path / "parts", resume=True)
     assert trained.step == 10
+    assert trained.passes.by_network == unbroken.passes.by_network and trained.passes.total > 0
     whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
@@ -234,6 +236,10 @@ def test_two_gloo_processes_equal_one(tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], said[0][-3000:]
     for method in METHODS:
         assert_same_run(tmp_path / "one" / method, tmp_path / "two" / method)
+        one, two = (
+            checkpoints_in(tmp_path / name / method / "work" / "checkpoints")[-1] for name in ("one", "two")
+        )
+        assert read_state(one)["passes"] == read_state(two)["passes"]
     switched(OneProcess(ALONE, torch.device("cpu")), tmp_path / "one")
     for weights in HELD:
         wanted = load_file(tmp_path / "one" / f"switched-{weights}-0.safetensors")
