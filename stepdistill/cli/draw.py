@@ -14,6 +14,8 @@ Steps = Annotated[
     int | None, typer.Option(help="Network calls per picture. [default: a student's own; 25 of a teacher]")
 ]
 
+PROMPT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".tar")
+
 
 def sample(
     student: Pipeline,
@@ -44,6 +46,9 @@ def sample(
 ) -> None:
     """Draw pictures from prompts: on one grid, or each into a folder."""
     given = [*(texts or ()), *(prompt or ())]
+    for text in given:
+        if text.endswith(PROMPT_FILES) and Path(text).is_file():
+            raise UserError(f"{text} is a file, not a prompt: give --prompts {text} --into DIR")
     if into is None:
         asked = {"--prompts": prompts, "--count": count, "--teacher": teacher or None}
         wanting = [name for name, value in asked.items() if value is not None]

@@ -19,6 +19,9 @@ from stepdistill.system.log import bar, say
 from stepdistill.system.processes import ALONE, FAILED, Processes
 from stepdistill.system.run_folder import RunFolder
 
+OF_A_GRID = frozenset({"eta", "timesteps", "sigmas", "intermediate_timesteps"})
+"""Arguments of a student's call that say how it steps, not what it draws."""
+
 
 @dataclass(frozen=True)
 class Drawer:
@@ -64,7 +67,7 @@ def as_named(pipeline: str, steps: int | None = None, guidance: float | None = N
 
 
 def teacher_of(pipeline: str, steps: int = TEACHER_STEPS) -> Drawer:
-    """The teacher of a run, with the guidance and the size that the run learnt.
+    """The teacher of a run, with the guidance and the size that the run learnt, called as its student is otherwise.
 
     Args:
         pipeline: a run folder, or the student in it.
@@ -83,7 +86,9 @@ def teacher_of(pipeline: str, steps: int = TEACHER_STEPS) -> Drawer:
     recipe: dict[str, Any] = yaml.safe_load(run.recipe.read_text("utf-8")) or {}
     guidance = (recipe.get("options") or {}).get("guidance")
     size = (recipe.get("data") or {}).get("size")
-    told = dict(zip(("height", "width", "num_frames"), size or (), strict=False))
+    own = own_call(run.student)
+    told = {key: value for key, value in (own.arguments if own else {}).items() if key not in OF_A_GRID}
+    told.update(zip(("height", "width", "num_frames"), size or (), strict=False))
     name = find_teacher(str(recipe.get("teacher")))
     return Drawer(name, "teacher", steps, guidance, True, told)
 

@@ -152,7 +152,12 @@ def refuse_other(folder: Path, begun: Mapping[str, Any] | None, settings: Mappin
     """
     other = [key for key, value in settings.items() if begun is not None and begun.get(key) != value]
     if begun is not None and other:
-        told = ", ".join(f"{key} {begun.get(key)}, not {settings[key]}" for key in other)
+        told = ", ".join(
+            f"other {key.removesuffix('_sha256')}"
+            if key.endswith("_sha256")
+            else f"{key} {begun.get(key)}, not {settings[key]}"
+            for key in other
+        )
         raise UserError(f"{folder} holds pictures with {told}: give another folder")
 
 

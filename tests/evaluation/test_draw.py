@@ -169,11 +169,32 @@ def test_pictures_of_student_and_teacher_go_into_folders_and_a_begun_one_is_fini
     }  # the lost, and one more
     with pytest.raises(UserError, match="holds pictures with first_seed 5, not 6: give another folder"):
         draw_into(into, drawers, PROMPTS, 4, seed=6, progress=False)
+    with pytest.raises(UserError, match="student holds pictures with other prompts: give another folder"):
+        draw_into(into, drawers, ["other"], 4, seed=5, progress=False)
 
 
 def test_the_teacher_of_a_folder_outside_a_run_is_not_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run folder nor a student in one"):
         teacher_of(str(tmp_path))
+
+
+def test_a_teacher_is_called_as_its_student_but_for_the_grid(tmp_path: Path) -> None:
+    call = {"num_inference_steps": 2, "guidance_scale": 0.0, "eta": 0.3, "use_resolution_binning": False}
+    (tmp_path / "student" / "verification").mkdir(parents=True)
+    (tmp_path / "student" / "verification" / "manifest.json").write_text(json.dumps({"call": call}))
+    (tmp_path / "recipe.yaml").write_text("teacher: emoji\noptions: {guidance: 3.0}\ndata: {size: [8, 16]}\n")
+    drawer = teacher_of(str(tmp_path))
+    assert drawer.arguments == {"use_resolution_binning": False, "height": 8, "width": 16}
+    assert (drawer.guidance, drawer.steps, drawer.trailing) == (3.0, 25, True)
+
+
+def test_a_prompt_that_is_a_file_of_prompts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("red apple\n")
+    assert command(monkeypatch, "sample", "emoji", "--prompt", tmp_path / "p.txt", "--into", tmp_path / "x") == 2
+    assert f"is a file, not a prompt: give --prompts {tmp_path / 'p.txt'}" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_class_conditional_pipeline_draws_all_classes_in_turn(tmp_path: Path) -> None:
