@@ -123,13 +123,12 @@ def _flow_scheduler(sampler: Sampler, path: FlowPath, passes: frozenset[str]) ->
         return own(shift=shift, clock_shift=path.clock_shift)
     stock: list[Any] = [] if "mu" in passes else [FlowMapEulerDiscreteScheduler(shift=shift)]
     stock.append(FlowMatchEulerDiscreteScheduler(shift=shift))
-    if 0 < last < 1 and not sampler.grid and "sigmas" not in passes:
+    if 0 < last < 1 and sampler.step_counts == (sampler.steps,) and "sigmas" not in passes:
         stock.append(FlowMatchEulerDiscreteScheduler(shift_terminal=last))
     if "own sigmas" in passes:
         stock.clear()
-    counts = sampler.step_counts if sampler.grid else (sampler.steps,)
     for scheduler in stock:
-        if all(_near(times_of(path, scheduler, n, passes), _even(shift, n)) for n in counts):
+        if all(_near(times_of(path, scheduler, n, passes), _even(shift, n)) for n in sampler.step_counts):
             return scheduler
     return own(shift=shift, clock_shift=path.clock_shift, renoise=False)
 

@@ -293,9 +293,14 @@ class ScoreMethod(Method):
         return Loss(loss, logs, x)
 
     def fake_loss(self, batch: Batch) -> Loss:
-        """The fake network's diffusion loss on the student's samples, and the discriminator's where there is one."""
+        """The loss of a fake turn."""
         with torch.no_grad():
             x = self.generate(batch)
+        return self.following(x, batch)
+
+    def following(self, x: Tensor, batch: Batch) -> Loss:
+        """The fake network's diffusion loss on the student's samples x [B, ...], which have no graph, and the
+        discriminator's where there is one."""
         loss = denoising_loss(self.fake, x, batch, self.options.fake_loss)
         logs = {"denoising": loss}
         if self.gan is not None:

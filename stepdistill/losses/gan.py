@@ -15,7 +15,7 @@ from stepdistill.networks.denoiser import Denoiser
 
 
 class Discriminator(nn.Module):
-    """One real-or-generated logit per sample from the map of its features: the head of DMD2's code.
+    """Real-or-generated logits of a sample from the map of its features: the head of DMD2's code.
 
     4x4 convolutions of stride 2 halve the map until no side is above 4, one more as large as what is left takes it to
     1x1, and a last one to a number; a map of 4x4 or less is met by that one more alone. Norms stand behind
@@ -23,9 +23,13 @@ class Discriminator(nn.Module):
 
     Args:
         shape: (D, h, w) of the features.
+        outputs: how many logits it has, each a discriminator of its own but for what lies before the last layer.
+        relativistic: whether differences of logits alone are read: they then have no constant to learn.
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], outputs: int = 1, *, relativistic: bool = False
+    ) -> None:
         super().__init__()
         self.shape = shape
         width, height, breadth = shape
@@ -37,14 +41,15 @@ class Discriminator(nn.Module):
             layers += [nn.GroupNorm(groups, width), nn.SiLU()]
             height, breadth = height // 2, breadth // 2
         layers.append(nn.Conv2d(width, width, (height, breadth)))
-        layers += [nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, 1, 1)]
+        layers += [nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, outputs, 1, bias=not relativistic)]
         self.body = nn.Sequential(*layers)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits [B], high for real, of features [B, D, h, w], or of the tokens [B, h w, D] of a transformer."""
+    def forward(self, features: Tensor, output: int = 0) -> Tensor:
+        """Logits [B] of one output, high for real, of features [B, D, h, w], or of the tokens [B, h w, D] of a
+        transformer."""
         if features.ndim == 3:
             features = features.transpose(1, 2).unflatten(2, self.shape[1:])  # [B, D, h, w]
-        logits: Tensor = self.body(features).mean(dim=(1, 2, 3))
+        logits: Tensor = self.body(features)[:, output].mean(dim=(1, 2))
         return logits
 
 
@@ -58,21 +63,29 @@ def generator_loss(generated: Tensor) -> Tensor:
     return F.softplus(-generated).mean()
 
 
+def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
+    """softplus(-(D(better) - D(worse))), mean over pairs of samples (Jolicoeur-Martineau 2018, 1807.00734): of the
+    discriminator with the real one as the better, of the generator with its own. Only differences of logits count."""
+    return F.softplus(worse - better).mean()
+
+
 class FeatureGan(nn.Module):
     """The two losses of a discriminator that reads a diffusion network's features of noised latents.
 
     Args:
         eye: the network whose features it reads; not a part of this module.
+        outputs, relativistic: of its head, see ``Discriminator``.
     """
 
-    def __init__(self, eye: Denoiser) -> None:
+    def __init__(self, eye: Denoiser, outputs: int = 1, *, relativistic: bool = False) -> None:
         super().__init__()
         self.eye = eye
         with torch.random.fork_rng(
             devices=[]
         ):  # its start follows from its width, not from the global generator
             torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
-            self.head = Discriminator(eye.family.feature_shape(eye.net, eye.shape))
+            shape = eye.family.feature_shape(eye.net, eye.shape)
+            self.head = Discriminator(shape, outputs, relativistic=relativistic)
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Logits [B] of x_t [B, ...] at t [B]: at its best, log of the density of real over that of generated."""

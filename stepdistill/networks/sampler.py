@@ -40,6 +40,8 @@ class Sampler:
             past its end, from where fresh noise leads back (TCD, Zheng et al. 2024, 2402.19159); its last jump
             ends at timestep 0. A pipeline must be told of it, as its ``eta``. None for any other student.
         prediction_type: diffusers' name for the output of a student on a table, where it is not the teacher's kind.
+        counts: the step counts of a student that was trained to draw in several; in n of them it is called at every
+            (steps / n)-th of ``times``. None for any other student.
     """
 
     times: tuple[float, ...]
@@ -49,6 +51,7 @@ class Sampler:
     two_times: bool = False
     gamma: float | None = None
     prediction_type: str | None = None
+    counts: tuple[int, ...] | None = None
 
     @property
     def gap(self) -> float | None:
@@ -64,7 +67,7 @@ class Sampler:
     @property
     def step_counts(self) -> tuple[int, ...]:
         """Step counts worth evaluating."""
-        return (1, 2, 4, 8) if self.grid else (self.steps,)
+        return self.counts or ((1, 2, 4, 8) if self.grid else (self.steps,))
 
     def call_arguments(self) -> dict[str, float]:
         """What a pipeline's call needs besides its steps: TCD's gamma, which diffusers calls eta."""

@@ -17,6 +17,7 @@ from stepdistill.losses.distances import DistanceName
 from stepdistill.losses.fake_score import ScoreMethod, Views
 from stepdistill.losses.objective import Objective
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm
+from stepdistill.methods.asd import ASD
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd import DMD
@@ -127,6 +128,13 @@ def transport(method: Any) -> float:
     return float(method.transport(views).square().mean())
 
 
+def gradient_of_pairs(method: Any) -> float:
+    """Of ASD's student in a round of one step, where a discriminator pulls."""
+    step = next(s for s in range(5, 200) if method.turn(s).network == "student" and not method.place(full_batch(step=s)))
+    loss = loss_of(method, "student", full_batch(step=step))[0]
+    return sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(method.student.net.parameters()))) ** 0.5
+
+
 @dataclass(frozen=True)
 class Case:
     """An option's other value, the number it moves, and what must be set for it to act."""
@@ -184,6 +192,10 @@ OWN: dict[Any, dict[str, Case]] = {
         "layout": Case(1.0, transport),
         "debiased": Case(False, transport),
         "through_networks": Case(True, gradient_of_student),
+    },
+    ASD: {
+        "self_weight": Case(0.9, gradient_of_pairs),
+        "slope_weight": Case(0.9, loss_of_fake),
     },
     DiffInstruct: {"weight": Case("kl", loss_of_student)},
     FDistill: {
