@@ -103,6 +103,7 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/pcm.py": ["tests/methods/test_pcm.py", OF_CONSISTENCY],
     "stepdistill/methods/reflow.py": ["tests/methods/test_reflow.py", OF_FLOWS],
     "stepdistill/methods/rfpp.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],
+    "stepdistill/methods/asd.py": ["tests/methods/test_asd.py", "tests/methods/test_options_matching.py"],
     "stepdistill/methods/scm.py": ["tests/methods/test_scm.py", OF_CONSISTENCY],
     "stepdistill/methods/slimflow.py": [
         "tests/methods/test_reflow_family.py",

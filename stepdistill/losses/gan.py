@@ -27,9 +27,7 @@ class Discriminator(nn.Module):
         relativistic: whether differences of logits alone are read: they then have no constant to learn.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], outputs: int = 1, *, relativistic: bool = False
-    ) -> None:
+    def __init__(self, shape: tuple[int, int, int], outputs: int = 1, *, relativistic: bool = False) -> None:
         super().__init__()
         self.shape = shape
         width, height, breadth = shape
@@ -41,7 +39,11 @@ class Discriminator(nn.Module):
             layers += [nn.GroupNorm(groups, width), nn.SiLU()]
             height, breadth = height // 2, breadth // 2
         layers.append(nn.Conv2d(width, width, (height, breadth)))
-        layers += [nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, outputs, 1, bias=not relativistic)]
+        layers += [
+            nn.GroupNorm(groups, width),
+            nn.SiLU(),
+            nn.Conv2d(width, outputs, 1, bias=not relativistic),
+        ]
         self.body = nn.Sequential(*layers)
 
     def forward(self, features: Tensor, output: int = 0) -> Tensor:

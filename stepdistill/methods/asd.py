@@ -47,7 +47,7 @@ class ASD(ScoreMethod):
 
     class Options(ScoreOptions):
         fake_updates: int = 5  # updates of the fake network per student update
-        self_weight: NotNegative = 0.1  # of the loss against the student's own samples of more steps
+        self_weight: NotNegative = 0.2  # of the loss against the student's own samples of more steps
         slope_weight: NotNegative = 0.1  # gamma, of their squared slopes
 
     options: Options

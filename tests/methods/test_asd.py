@@ -97,7 +97,9 @@ def test_a_rollout_of_fewer_steps_ends_at_its_last_call_and_one_of_all_at_any():
     for step in range(80):
         method, seen = method_of(), []
         forward = method.student.net.forward
-        method.student.net.forward = lambda x, t, cond, f=forward, s=seen: s.append(t[0].item()) or f(x, t, cond)
+        method.student.net.forward = lambda x, t, cond, f=forward, s=seen: (
+            s.append(t[0].item()) or f(x, t, cond)
+        )
         batch = toy_batch(2, step)
         method.generate(batch)
         ends[method.place(batch)].add(tuple(seen))
@@ -244,7 +246,10 @@ def test_x_and_y_are_seen_at_one_time_under_noise_of_their_own():
     with torch.no_grad():
         method.logits(nothing, nothing, 0, batch)
     (x_t, t), _, (y_t, other), _ = seen
-    assert torch.equal(t, other) and abs(float(torch.corrcoef(torch.stack([x_t.flatten(), y_t.flatten()]))[0, 1])) < 0.04
+    assert (
+        torch.equal(t, other)
+        and abs(float(torch.corrcoef(torch.stack([x_t.flatten(), y_t.flatten()]))[0, 1])) < 0.04
+    )
 
 
 @pytest.mark.parametrize("renoise", [True, False])

@@ -130,9 +130,16 @@ def transport(method: Any) -> float:
 
 def gradient_of_pairs(method: Any) -> float:
     """Of ASD's student in a round of one step, where a discriminator pulls."""
-    step = next(s for s in range(5, 200) if method.turn(s).network == "student" and not method.place(full_batch(step=s)))
+    step = next(
+        s
+        for s in range(5, 200)
+        if method.turn(s).network == "student" and not method.place(full_batch(step=s))
+    )
     loss = loss_of(method, "student", full_batch(step=step))[0]
-    return sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(method.student.net.parameters()))) ** 0.5
+    return (
+        sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(method.student.net.parameters())))
+        ** 0.5
+    )
 
 
 @dataclass(frozen=True)
