@@ -203,8 +203,8 @@ class TrainOptions(Section):
             raise ValueError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
         if self.batch // self.accumulate % self.group:
             raise ValueError(
-                f"batch over accumulate ({self.batch // self.accumulate}) must be a multiple of group ({self.group}), as "
-                "a prompt's samples stay together"
+                f"batch over accumulate ({self.batch // self.accumulate}) must be a multiple of group ({self.group}), "
+                "as a prompt's samples stay together"
             )
         if self.average and self.average_power:
             raise ValueError("average and average_power are two kinds of one average: set one of them to 0")
