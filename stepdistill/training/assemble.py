@@ -325,7 +325,9 @@ def training_data(run: Assembled, output: Path) -> Data:
         times = run.method.pair_times() if "states" in run.needs else ()
         seed, dtype = recipe.train.seed, recipe.data.pairs_dtype
         pairs = PairCache(folder, run.teacher, run.prompts, options, seed, times, dtype, remake)
-    data = Data(run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake, run.buckets, group)
+    data = Data(
+        run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake, run.buckets, group
+    )
     for remark in data.remarks() if main else ():
         say(remark)
     if pairs is not None:

@@ -192,7 +192,9 @@ def test_a_prompt_that_is_a_file_of_prompts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("red apple\n")
-    assert command(monkeypatch, "sample", "emoji", "--prompt", tmp_path / "p.txt", "--into", tmp_path / "x") == 2
+    assert (
+        command(monkeypatch, "sample", "emoji", "--prompt", tmp_path / "p.txt", "--into", tmp_path / "x") == 2
+    )
     assert f"is a file, not a prompt: give --prompts {tmp_path / 'p.txt'}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
