@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.change_of_path import STRAIGHT, on_straight, predict_elsewhere
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.path import Path, TablePath, per_sample
+from stepdistill.diffusion.path import Path, Prediction, TablePath, per_sample
 from stepdistill.diffusion.polyline import Polyline
 from stepdistill.diffusion.remembered import at_time, constant
 from stepdistill.families.condition import Condition
@@ -34,13 +34,20 @@ from stepdistill.networks.teacher import Teacher
 
 
 @torch.no_grad()
+def teacher_prediction(
+    teacher: Teacher, x_t: Tensor, t: Tensor, cond: Condition, guidance: float | Tensor
+) -> Prediction:
+    """What the guided teacher says at (x_t [B, C, H, W], t [B]) of the straight path."""
+    return predict_elsewhere(
+        lambda x, own_t: teacher.predict(x, own_t, cond, guidance=guidance), teacher.path, STRAIGHT, x_t, t
+    )
+
+
 def teacher_velocity(
     teacher: Teacher, x_t: Tensor, t: Tensor, cond: Condition, guidance: float | Tensor
 ) -> Tensor:
-    """The teacher's guided velocity [B, C, H, W] at (x_t, t [B]) of the straight path."""
-    return predict_elsewhere(
-        lambda x, own_t: teacher.predict(x, own_t, cond, guidance=guidance), teacher.path, STRAIGHT, x_t, t
-    ).velocity
+    """The teacher's guided velocity [B, C, H, W] there."""
+    return teacher_prediction(teacher, x_t, t, cond, guidance).velocity
 
 
 def first_time(path: Path) -> float:
@@ -70,24 +77,34 @@ def sizes(vectors: Tensor) -> Tensor:
     return vectors.detach().flatten(1).square().mean(1).sqrt()
 
 
-class MapOptions(WarmStartOptions):
-    """Options of a method that learns a flow map."""
+class TwoTimeOptions(WarmStartOptions):
+    """Options of a method whose student is told where its jumps end."""
 
     group: ClassVar[str] = "flow maps"
 
-    # Of the warm start's jumps, beside the student's own; or all steps of the pairs' solver, and any time between them.
-    warm_times: tuple[float, ...] | Literal["all"] = ()
     to_data: float = 0.25  # share of samples whose jump ends in clean data
     time_min: float = (
         0.01  # least time at which the teacher is read; at least that of a table's first timestep
     )
+
+
+class WarmMapOptions(TwoTimeOptions):
+    """Options of a method whose student may start by learning the jumps of pairs' trajectories."""
+
+    # Of the warm start's jumps, beside the student's own; or all steps of the pairs' solver, and any time between them.
+    warm_times: tuple[float, ...] | Literal["all"] = ()
+
+
+class MapOptions(WarmMapOptions):
+    """Options of a method that learns a flow map by a differential equation."""
+
     derivative: Way = "auto"  # exact, difference, or the first where it can be had
     # h of the differences, in units of [0, 1]: the length of the teacher's leg of Heun steps in them.
     derivative_step: Annotated[float, Field(ge=2 * SHORTEST, le=1)] = STEP
 
 
-class JumpOptions(MapOptions):
-    """Options of a flow map that is learnt at noised clean latents."""
+class PointOptions(TwoTimeOptions):
+    """Options of a method that learns at noised clean latents."""
 
     source: Literal["pairs", "images", "student"] = (
         "pairs"  # where they come from; the student's own need no data
@@ -96,6 +113,15 @@ class JumpOptions(MapOptions):
         0.25  # share of samples with s = t: plain velocity matching, which a teacher's copy starts with
     )
     noise_share: float = 0.25  # share of samples that start where every drawing starts
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({self.source} - {"student"})
+
+
+class JumpOptions(PointOptions, MapOptions):
+    """Options of a flow map that is learnt there by a differential equation."""
+
     # At p = 1 (MeanFlow) the gradient falls with the error: short jumps, whose target a teacher makes exact, outweigh
     # the long ones for good. At 1/2 every sample counts alike.
     power: float = 0.5  # p of the weight
@@ -105,17 +131,13 @@ class JumpOptions(MapOptions):
     tangent_warmup: int | None = None
 
     @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | ({self.source} - {"student"})
-
-    @property
     def fade(self) -> int:
         """``tangent_warmup``, where it was left open as it follows from ``warm_start``."""
         return self.tangent_warmup if self.tangent_warmup is not None else 0 if self.warm_start else 2000
 
 
-class FlowMapMethod(Method):
-    """A method whose student is a flow map: with a second time, a derivative, and a warm start on pairs.
+class TwoTimeMethod(Method):
+    """A method whose student is told where its jumps end, with a warm start on pairs.
 
     The warm start regresses u on the mean velocities between the states of the teacher's trajectories (consistency
     mid-training, Hu et al. 2025, 2509.24526), of which pairs keep those at the student's times and ``warm_times``. With
@@ -130,7 +152,7 @@ class FlowMapMethod(Method):
     same_calls = False  # the teacher sees only the samples whose jumps ask for it
     shifted_times = False  # jumps of equal length, of which one constant tells, unless the recipe has others
 
-    options: MapOptions
+    options: TwoTimeOptions
 
     def setup(self) -> None:
         student = self.student
@@ -138,11 +160,9 @@ class FlowMapMethod(Method):
         path, one = student.path, torch.ones(1)
         self.last = float(on_straight(path, one, one)[1][0])
         self.least = max(self.options.time_min, first_time(path))
-        self.derivative = Derivative(self.options.derivative, self.options.derivative_step, self.last)
-        self.equations = MapEquations(student, self.velocity, self.derivative, self.least)
 
     def pair_times(self) -> tuple[float, ...]:
-        options = self.options
+        options = cast(WarmMapOptions, self.options)
         if options.warm_times == "all":
             return schedule_times(self.student.path, options.pair_steps)[1:]
         return tuple(sorted({*self.times[1:], *options.warm_times}, reverse=True))
@@ -181,7 +201,7 @@ class FlowMapMethod(Method):
             constant([1.0, *self.pair_times(), 0.0], noise.device),
             lambda x, t: on_straight(path, x, t),
         )
-        whole = self.options.warm_times == "all"
+        whole = cast(WarmMapOptions, self.options).warm_times == "all"
         t, s = self._any_times(batch.draws, line) if whole else self._states_times(batch.draws, line)
         x, gap = line.at(t), per_sample(t - s, noise)
         mean = (x - line.at(s)) / gap.clamp_min(SHORTEST)
@@ -193,7 +213,7 @@ class FlowMapMethod(Method):
         """Start and end [B] of the warm start's jumps on the straight path, among the times of the states; those of a
         method without jumps of its own choice start where the student's steps do."""
         last, options = len(line.times) - 1, self.options
-        if isinstance(options, JumpOptions):
+        if isinstance(options, PointOptions):
             start = draws.integers("regression start", last)
             start = torch.where(draws.uniform("start") < options.noise_share, torch.zeros_like(start), start)
         else:
@@ -207,8 +227,8 @@ class FlowMapMethod(Method):
     def _any_times(self, draws: Draws, line: Polyline) -> tuple[Tensor, Tensor]:
         """The same at any times of the line, and s = t on the share ``same``."""
         options, kind = self.options, draws.uniform("kind")
-        same = options.same if isinstance(options, JumpOptions) else 0.0
-        if isinstance(options, JumpOptions):
+        same = options.same if isinstance(options, PointOptions) else 0.0
+        if isinstance(options, PointOptions):
             t = line.times[0] * draws.uniform("regression start")
             t = torch.where(draws.uniform("start") < options.noise_share, line.times[0], t)
         else:
@@ -222,7 +242,7 @@ class FlowMapMethod(Method):
     def jumps(self, draws: Draws, a: Tensor, b: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Start t <= last and end s <= t of each sample's jump from two times a and b, and which samples start where
         drawings do; each [B]."""
-        options = cast(JumpOptions, self.options)
+        options = cast(PointOptions, self.options)
         first = draws.uniform("start") < options.noise_share
         t = torch.where(first, last, torch.maximum(a, b).clamp_min(self.least).minimum(last))
         kind = draws.uniform("kind")
@@ -231,7 +251,7 @@ class FlowMapMethod(Method):
 
     def points(self, batch: Batch, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
         """States x_t [B, ...], their clean latents, the start and the end of a jump from each, and the condition."""
-        options, draws = cast(JumpOptions, self.options), batch.draws
+        options, draws = cast(PointOptions, self.options), batch.draws
         if options.source == "student":
             with torch.no_grad():
                 x0 = self.sampler().draw(self.student, batch.noise, batch.cond, batch.fresh)
@@ -244,6 +264,21 @@ class FlowMapMethod(Method):
         t, s, first = self.jumps(draws, a, b, last)
         x_t = torch.where(per_sample(first, x0), start, STRAIGHT.noised(x0, eps, t))
         return x_t, x0, t, s, cond
+
+
+class FlowMapMethod(TwoTimeMethod):
+    """A method whose student is a flow map by a differential equation: with a derivative.
+
+    Attributes:
+        equations: what u is to be by each of them.
+    """
+
+    options: MapOptions
+
+    def setup(self) -> None:
+        super().setup()
+        self.derivative = Derivative(self.options.derivative, self.options.derivative_step, self.last)
+        self.equations = MapEquations(self.student, self.velocity, self.derivative, self.least)
 
     def share(self, step: int) -> float:
         """How much of the derivative counts at an update, in [0, 1]."""

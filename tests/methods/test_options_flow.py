@@ -21,7 +21,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Method, PairOptions, Turn
 from stepdistill.losses.fake_score import FakeTurnOptions
-from stepdistill.losses.flow_maps import JumpOptions, MapOptions
+from stepdistill.losses.flow_maps import JumpOptions, MapOptions, PointOptions, TwoTimeOptions, WarmMapOptions
 from stepdistill.losses.regression import WarmStartOptions
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
@@ -48,7 +48,7 @@ from stepdistill.testing.toys import (
 )
 
 PATH = FlowPath()
-SAID = [MapOptions, JumpOptions, WarmStartOptions, PairOptions, FakeTurnOptions]
+SAID = [TwoTimeOptions, WarmMapOptions, MapOptions, PointOptions, JumpOptions, WarmStartOptions, PairOptions, FakeTurnOptions]
 SAID += [kind.Options for kind in (MeanFlow, MDTDist, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
 
@@ -110,7 +110,7 @@ def logit_moments(times: Tensor) -> tuple[float, float]:
     return float(torch.logit(times).mean()), float(torch.logit(times).std())
 
 
-@covers("MapOptions.warm_times")
+@covers("WarmMapOptions.warm_times")
 def warm_times() -> None:
     assert build(FlowMap, warm_times=(0.25, 0.75)).pair_times() == (0.75, 0.25)
     assert build(FlowMap, warm_times="all", pair_steps=4).pair_times() == (0.75, 0.5, 0.25)
@@ -123,14 +123,14 @@ def points(**options: Any) -> tuple[Tensor, Tensor]:
     return t, s
 
 
-@covers("MapOptions.to_data", "JumpOptions.same", "JumpOptions.noise_share")
+@covers("TwoTimeOptions.to_data", "PointOptions.same", "PointOptions.noise_share")
 def shares() -> None:
     t, s = points(to_data=0.6, same=0.1, noise_share=0.3)
     for part, wanted in ((s == 0, 0.6), (s == t, 0.1), (t == 1, 0.3)):
         assert float(part.float().mean()) == pytest.approx(wanted, abs=0.05)
 
 
-@covers("MapOptions.time_min")
+@covers("TwoTimeOptions.time_min")
 def time_min() -> None:
     assert float(points(time_min=0.3)[0].min()) == pytest.approx(0.3)
     method = build(FlowMap, time_min=0.3, same=0.0, to_data=1.0, derivative="exact")
@@ -153,7 +153,7 @@ def derivative() -> None:
         assert [float(t[0]) for t in read.t] == pytest.approx(times)
 
 
-@covers("JumpOptions.source")
+@covers("PointOptions.source")
 def source() -> None:
     images, a = torch.randn(8, *SHAPE), torch.full((8,), 0.5)
     plain = toy_batch(8, pairs=lambda z: MU + C * z, images=images)
