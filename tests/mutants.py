@@ -100,6 +100,7 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/instaflow.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],
     "stepdistill/methods/lcm.py": ["tests/methods/test_lcm.py", OF_CONSISTENCY],
     "stepdistill/methods/meanflow.py": ["tests/methods/test_meanflow.py", OF_FLOWS],
+    "stepdistill/methods/self_e.py": ["tests/methods/test_self_e.py", OF_FLOWS],
     "stepdistill/methods/pcm.py": ["tests/methods/test_pcm.py", OF_CONSISTENCY],
     "stepdistill/methods/reflow.py": ["tests/methods/test_reflow.py", OF_FLOWS],
     "stepdistill/methods/rfpp.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],

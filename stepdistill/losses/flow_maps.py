@@ -249,8 +249,16 @@ class TwoTimeMethod(Method):
         s = torch.where(kind < options.same + options.to_data, torch.zeros_like(t), torch.minimum(a, b))
         return t, torch.where(kind < options.same, t, s.minimum(t)), first
 
-    def points(self, batch: Batch, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
-        """States x_t [B, ...], their clean latents, the start and the end of a jump from each, and the condition."""
+    def points(
+        self, batch: Batch, a: Tensor, b: Tensor, eps: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
+        """States x_t [B, ...], their clean latents, the start and the end of a jump from each, and the condition.
+
+        Args:
+            batch: with the latents.
+            a, b: two times [B] for each.
+            eps: the noise in them; None draws it.
+        """
         options, draws = cast(PointOptions, self.options), batch.draws
         if options.source == "student":
             with torch.no_grad():
@@ -259,7 +267,7 @@ class TwoTimeMethod(Method):
         else:
             source = cast(Examples, getattr(batch, options.source))
             x0, cond = source.x0, source.cond
-        eps = draws.normal("eps", tuple(x0.shape[1:]))
+        eps = draws.normal("eps", tuple(x0.shape[1:])) if eps is None else eps
         start, last = self.beginning(eps)
         t, s, first = self.jumps(draws, a, b, last)
         x_t = torch.where(per_sample(first, x0), start, STRAIGHT.noised(x0, eps, t))

@@ -144,6 +144,10 @@ class PipelineTeacher:
     def path(self) -> Path:
         return self.denoiser.path
 
+    @property
+    def has_null(self) -> bool:
+        return self.null is not None and self.denoiser.guidance is None
+
     @torch.no_grad()
     def predict(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float | Tensor = 1.0
@@ -222,6 +226,11 @@ class Teacher(Protocol):
 
     @property
     def denoiser(self) -> Denoiser: ...
+
+    @property
+    def has_null(self) -> bool:
+        """Whether it has an unconditional mode, which guidance 0 asks for."""
+        ...
 
     @property
     def start(self) -> Denoiser:

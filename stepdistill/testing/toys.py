@@ -176,6 +176,7 @@ class ToyTeacher:
 
     codec = ToyCodec()
     device = torch.device("cpu")
+    has_null = True  # of one network: what it says without a condition is the same
 
     def __init__(
         self, net: nn.Module, path: Path, output: Output = "x0", unguided: nn.Module | None = None

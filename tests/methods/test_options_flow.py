@@ -30,6 +30,7 @@ from stepdistill.methods.mdt_dist import MDTDist
 from stepdistill.methods.meanflow import MeanFlow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.rfpp import RFPP
+from stepdistill.methods.self_e import SelfE
 from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
@@ -48,8 +49,19 @@ from stepdistill.testing.toys import (
 )
 
 PATH = FlowPath()
-SAID = [TwoTimeOptions, WarmMapOptions, MapOptions, PointOptions, JumpOptions, WarmStartOptions, PairOptions, FakeTurnOptions]
-SAID += [kind.Options for kind in (MeanFlow, MDTDist, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)]
+SAID = [
+    TwoTimeOptions,
+    WarmMapOptions,
+    MapOptions,
+    PointOptions,
+    JumpOptions,
+    WarmStartOptions,
+    PairOptions,
+    FakeTurnOptions,
+]
+SAID += [
+    kind.Options for kind in (MeanFlow, MDTDist, SelfE, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)
+]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -69,7 +81,7 @@ def covers(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 
 def build(kind: type[Method], net: nn.Module | None = None, **options: Any) -> Any:
     """From the exact Gaussian teacher to a student that is its exact map, its straight flow, or ``net``."""
-    maps = issubclass(kind.Options, MapOptions)
+    maps = issubclass(kind.Options, TwoTimeOptions)
     net = net or (GaussianFlowMap(MU, C) if maps else Straight(PATH))
     output = "velocity" if maps or isinstance(net, Perceptron) else "x0"
     teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH, unguided=Gaussian(PATH, 0.2, C))
@@ -266,6 +278,45 @@ def mdt_terms() -> None:
     assert float(logs(build(MDTDist, derivative="exact", tangent_warmup=0), batch_of())["residual"]) > 1e-3
     assert "field" not in logs(build(MDTDist, distillation_weight=0.0), batch_of())
     assert "field" not in logs(build(MDTDist, matching_alone=1), batch_of())
+
+
+@covers("SelfE.same", "SelfE.to_data", "SelfE.noise_share", "SelfE.coupled")
+def self_e_points() -> None:
+    options = SelfE.Options()
+    assert (options.same, options.to_data, options.noise_share, options.coupled) == (0.5, 0.0, 0.0, False)
+    batch, a = batch_of(1000), batch_of(1000).draws.uniform("a")
+    for chosen, wanted in (({}, (0.5, 0.0, 0.0)), ({"same": 0.2, "to_data": 0.3, "noise_share": 0.4},) * 2):
+        t, s = build(SelfE, **chosen).points(batch, a, a / 2)[2:4]
+        shares = wanted if isinstance(wanted, tuple) else tuple(wanted.values())
+        for part, share in zip((s == t, s == 0, t == 1), shares, strict=True):
+            assert float(part.float().mean()) == pytest.approx(share, abs=0.05)
+    assert batch.pairs is not None and batch.pairs.noise is not None
+    for coupled in (False, True):
+        seen = Calls((method := build(SelfE, coupled=coupled)).student.net)
+        logs(method, batch)
+        line = PATH.noised(batch.pairs.x0, batch.pairs.noise, seen.t[0])
+        assert torch.equal(seen.x[0], line) == coupled
+
+
+@covers(
+    "SelfE.evaluation", "SelfE.largest_weight", "SelfE.renorm", "SelfE.auxiliary_after", "SelfE.auxiliary"
+)
+def self_e_target() -> None:
+    """At lambda = 0 the target is the data; evaluated, the classifier score and the twin's part count as asked."""
+    x, s = torch.randn(8, *SHAPE), torch.full((8,), 0.5)
+
+    def moved(**options: float) -> Tensor:
+        return build(SelfE, GaussianFlowMap(1.5, C), **options).evaluated(x, x, s, Condition(), 3) - x
+
+    torch.testing.assert_close(moved(evaluation=2.0), 2 * moved())
+    torch.testing.assert_close(moved(auxiliary_after=4), moved())
+    own = moved(auxiliary_after=3) - moved()
+    assert float(own.abs().mean()) > 0.01
+    torch.testing.assert_close(moved(auxiliary_after=3, auxiliary=3.0) - moved(), 3 * own)
+    method, t = build(SelfE, largest_weight=0.0, renorm=False), torch.ones(8)
+    assert torch.equal(method.target(x, x + 1, method.weight(t, s)), x)
+    other = build(SelfE).target(x, x + 1, t).flatten(1).norm(dim=1)
+    torch.testing.assert_close(other, x.flatten(1).norm(dim=1))
 
 
 @covers("MeanFlow.guidance", "MDTDist.guidance", "FlowMap.guidance", "FreeFlow.guidance")
@@ -548,12 +599,14 @@ def guide() -> None:
     assert value(method, batch) == pytest.approx(float(terms["distillation"] + 3 * terms["guide"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [MeanFlow, MDTDist, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow])
+@pytest.mark.parametrize(
+    "kind", [MeanFlow, MDTDist, SelfE, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow]
+)
 def test_how_the_students_of_the_family_are_drawn(kind: type[Method]) -> None:
     """Without fresh noise, from each time to the next; flow maps are told where a jump ends. A flow that is kept for
     its samples is not trained."""
     method = build(kind)
-    assert method.sampler() == Sampler((1.0,), False, two_times=issubclass(kind.Options, MapOptions))
+    assert method.sampler() == Sampler((1.0,), False, two_times=issubclass(kind.Options, TwoTimeOptions))
     if kind in (Reflow, InstaFlow, SlimFlow):
         assert method.flow is not method.student and not any(
             p.requires_grad for p in method.flow.net.parameters()

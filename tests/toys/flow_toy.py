@@ -41,6 +41,14 @@ class OnPath(GaussianFlowMap):
         return there - per_sample(time, x) * u
 
 
+class Twinned(GaussianFlowMap):
+    """The exact map of a Gaussian whose twin is that Gaussian's exact velocity."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        gap = cond.tensors.get("gap", torch.zeros_like(t))
+        return super().forward(x, t, cond.with_tensor("gap", gap.clamp_min(0)))
+
+
 class Velocity(nn.Module):
     """The velocity of a closed-form denoiser on the straight path, times a scale that learns."""
 

@@ -23,6 +23,7 @@ METHODS = {
         "options.tangent_warmup=0",
         "options.derivative=exact",
     ],
+    "self_e": ["options.pairs=2", "options.pair_steps=2", "options.auxiliary_after=0"],
     "freeflow": ["options.fake_updates=1", "options.fake_warm_start=0", "options.derivative=exact"],
 }
 
@@ -44,6 +45,7 @@ def sets_of(name: str, method: str, folder: Path) -> list[str]:
         ("dit", "meanflow", 2),
         ("sd3", "freeflow", 2),
         ("flux", "meanflow", 2),
+        ("sd3", "self_e", 2),
         ("sana", "freeflow", 1),
         ("wan", "meanflow", 3),
     ],
