@@ -105,7 +105,13 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/reflow.py": ["tests/methods/test_reflow.py", OF_FLOWS],
     "stepdistill/methods/rfpp.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],
     "stepdistill/methods/asd.py": ["tests/methods/test_asd.py", "tests/methods/test_options_matching.py"],
+    "stepdistill/methods/rcm.py": ["tests/methods/test_rcm.py", OF_CONSISTENCY],
     "stepdistill/methods/scm.py": ["tests/methods/test_scm.py", OF_CONSISTENCY],
+    "stepdistill/losses/continuous_time.py": [
+        "tests/methods/test_scm.py",
+        "tests/methods/test_rcm.py",
+        OF_CONSISTENCY,
+    ],
     "stepdistill/methods/slimflow.py": [
         "tests/methods/test_reflow_family.py",
         "tests/families/test_slim.py",
@@ -239,17 +245,17 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "error = now - self.equations.eulerian(x, t, s, cond, (now), self.share(turn.step), along)",
     ): "what the equations return has no graph",
     (
-        "stepdistill/methods/scm.py",
+        "stepdistill/losses/continuous_time.py",
         "def __init__(self, waves: int = 8) -> None:",
         "def __init__(self, waves: int = (9)) -> None:",
     ): "how finely the weight may depend on the angle is a choice",
     (
-        "stepdistill/methods/scm.py",
+        "stepdistill/losses/continuous_time.py",
         "@torch.no_grad()",
         "@torch.enable_grad()",
     ): "the teacher is frozen, F has no graph and derivatives return numbers: there is none to record",
     (
-        "stepdistill/methods/scm.py",
+        "stepdistill/losses/continuous_time.py",
         "size = g.flatten(1).norm(dim=1) / math.sqrt(g[0].numel())  # [B]",
         "size = g.flatten(1).norm(dim=1) / math.sqrt(g[(1)].numel())  # [B]",
     ): "the samples of a batch are of one size",

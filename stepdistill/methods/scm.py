@@ -1,7 +1,7 @@
 """Continuous-time consistency: what the consistency function changes by along the teacher's trajectory is taken back.
 
 Lu and Song 2024, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models" (sCM), 2410.11081; its
-distillation, sCD.
+distillation, sCD. What it shares with rCM stands in stepdistill/losses/continuous_time.py.
 
 - TrigFlow view of any path: at the angle a = atan2(sigma, alpha) the state y = x_t / |(alpha, sigma)| is cos(a) x0 +
   sin(a) eps, and what a network says of (x0, eps) is F = cos(a) eps - sin(a) x0, the velocity dy/da; its x0 is then
@@ -20,129 +20,21 @@ steps, as f is x0. Left out: training without a teacher (sCT); changes of the ne
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch import Tensor, nn
-
-from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.path import Prediction, TablePath, per_sample
-from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.consistency import SAMPLER_GRID, SourceOptions, examples, noised
-from stepdistill.losses.contract import Loss, Method, Trained, Turn
-from stepdistill.networks.derivative import Derivative, Way
-from stepdistill.networks.sampler import Sampler
+from stepdistill.losses.continuous_time import ContinuousConsistency, ContinuousOptions
+from stepdistill.losses.contract import Loss, Turn
 
 
-def trig_velocity(said: Prediction) -> Tensor:
-    """F = cos(a) eps - sin(a) x0 [B, ...] at the angle a of the prediction's time: dy/da in TrigFlow."""
-    a = per_sample(said.path.angle(said.t), said.x0)
-    return torch.cos(a) * said.eps - torch.sin(a) * said.x0
-
-
-class Weight(nn.Module):
-    """w(a) [B], linear in cosines of the angle a [B]; 0 at the start. At its best e^-w is the mean error at a."""
-
-    def __init__(self, waves: int = 8) -> None:
-        super().__init__()
-        self.amplitudes = nn.Parameter(torch.zeros(waves))
-
-    def forward(self, a: Tensor) -> Tensor:
-        waves = torch.arange(len(self.amplitudes), device=a.device)
-        return torch.cos(2 * a[:, None] * waves) @ self.amplitudes
-
-
-class SCM(Method):
+class SCM(ContinuousConsistency):
     """See the module's text."""
 
-    default_times = (1.0, 0.75, 0.5, 0.25)
-
-    class Options(SourceOptions):
-        guidance: float = 4.5  # of the teacher's velocity: 4 to 5 in SANA-Sprint (2503.09641), 1 to 2 in sCM
-        log_mean: float = -0.8  # of the lognormal level, for latents (sCM, ImageNet 512)
-        log_deviation: float = 1.6  # its deviation in the logarithm
-        noise_share: float = 0.0  # share of samples put at pure noise, where every drawing starts
-        tangent_warmup: int = (
-            10_000  # updates over which the derivative fades in (H); 0: it is whole from the start
-        )
-        offset: float = 0.1  # c of the normalisation
-        adaptive: bool = True  # the learnt weight; rCM (2510.08431) does without
-        derivative: Way | None = None  # null: difference on a table, and auto else
-        # Greatest h of the differences, in units of [0, 1], and never more than a quarter of the time. Where drawings
-        # start, smaller ones see the unevenness of a pretrained network from one timestep to the next, not its slope.
-        derivative_step: float = 0.04
+    class Options(ContinuousOptions):
+        pass
 
     options: Options
-
-    def setup(self) -> None:
-        way = self.options.derivative or (
-            "difference" if isinstance(self.student.path, TablePath) else "auto"
-        )
-        self.derivative = Derivative(way, self.options.derivative_step)
-        self.weight = Weight() if self.options.adaptive else None
-
-    def trained(self) -> dict[str, Trained]:
-        return {"student": Trained("student", self.weight)}
-
-    def sampler(self) -> Sampler:
-        return Sampler(self.times, True, SAMPLER_GRID)
-
-    def drawn_times(self, draws: Draws) -> Tensor:
-        """Times [B] in (0, 1] whose levels are lognormal, a share of them at pure noise."""
-        options, path = self.options, self.student.path
-        level = (options.log_mean + options.log_deviation * draws.normal("level", ())).exp()
-        t = path.time_of(torch.atan(level))
-        if isinstance(path, TablePath):
-            t = (t * path.steps).ceil().clamp_min(2) / path.steps  # a difference takes the entry below
-        return torch.where(draws.uniform("start") < options.noise_share, torch.ones_like(t), t)
-
-    def step(self, t: Tensor) -> Tensor:
-        """h [B] of the differences at t [B]: on a table whole entries."""
-        h = (t / 4).clamp_max(self.options.derivative_step)
-        path = self.student.path
-        return (h * path.steps).round().clamp_min(1) / path.steps if isinstance(path, TablePath) else h
-
-    @torch.no_grad()
-    def tangent(self, now: Prediction, F: Tensor, cond: Condition, share: float) -> Tensor:
-        """g = cos(a) df/da [B, C, H, W], of its second part only a share.
-
-        Args:
-            now: what the guided teacher says at the state.
-            F: what the student says there, as a velocity [B, C, H, W].
-            cond: the conditions.
-            share: r, in [0, 1].
-        """
-        path, t = self.student.path, now.t
-        a = per_sample(path.angle(t), F)
-        g = -torch.cos(a).square() * (F - trig_velocity(now))
-        if share == 0:
-            return g
-
-        def along(time: Tensor) -> Tensor:  # the trajectory near t is the arc of the teacher's DDIM step
-            return trig_velocity(self.student.predict(now.at(time), time, cond))
-
-        pace = self.step(t) / self.derivative.step  # by which a difference is taken over h of each sample
-        rate = self.derivative(along, (t,), (pace,))
-        speed = self.derivative(path.angle, (t,), (pace,))  # of a, in the way that the first call has settled
-        y = torch.cos(a) * now.x0 + torch.sin(a) * now.eps
-        return g - share * torch.cos(a) * torch.sin(a) * (y + rate / per_sample(speed, rate))
 
     def phase(self, step: int) -> str:
         return "derivative fades in" if step < self.options.tangent_warmup else "whole derivative"
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
-        options, draws, path = self.options, batch.draws, self.student.path
-        source = examples(batch, options.source)
-        t = self.drawn_times(draws)
-        x_t = noised(path, source.x0, draws.normal("eps", tuple(source.x0.shape[1:])), t)
-        now = self.teacher.predict(x_t, t, source.cond, guidance=options.guidance)
-        F = trig_velocity(self.student.predict(x_t, t, source.cond))
-        share = min(1.0, turn.step / options.tangent_warmup) if options.tangent_warmup else 1.0
-        g = self.tangent(now, F.detach(), source.cond, share)
-        size = g.flatten(1).norm(dim=1) / math.sqrt(g[0].numel())  # [B]
-        target = F.detach() + g / per_sample(size + options.offset, g)
-        error = (F - target).square().flatten(1).mean(1)  # [B]
-        w = self.weight(path.angle(t)) if self.weight is not None else torch.zeros_like(error)
-        logs = {"tangent": size.square().mean().sqrt(), "error": error.detach().mean()}
-        return Loss((w.exp() * error - w).mean(), {**logs, **self.derivative.logs()})
+        return Loss(*self.consistency(turn.step, batch))

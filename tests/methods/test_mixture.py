@@ -52,6 +52,16 @@ SETTINGS = {
     "phased_dmd": Setting(
         (1.0, 0.75), {**FOLLOW, "phase_updates": 80, "score_times": (0.1, 0.98)}, steps=1200, lr=7e-3
     ),
+    "rcm": Setting(
+        options={
+            "tangent_warmup": 50,
+            "noise_share": 0.25,
+            "fake_updates": 1,
+            "fake_lr_ratio": 2.0,
+            **SMOOTH,
+        },
+        steps=800,
+    ),
     "reflow": Setting(options={"reflow_updates": 200}),
     "rfpp": Setting(),
     "scm": Setting(

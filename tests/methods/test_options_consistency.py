@@ -22,6 +22,7 @@ from stepdistill.methods import find_method, method_names
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.lcm import LCM
 from stepdistill.methods.pcm import PCM
+from stepdistill.methods.rcm import RCM
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.tbcm import TBCM
 from stepdistill.methods.tcd import TCD
@@ -38,7 +39,7 @@ from stepdistill.testing.toys import (
     toy_student,
 )
 
-FAMILY = [LCM, Consistency, SCM, TBCM, TCD, PCM, TSCD]
+FAMILY = [LCM, Consistency, SCM, RCM, TBCM, TCD, PCM, TSCD]
 OF_PAIRS = set(PairOptions.model_fields) - set(MethodOptions.model_fields)
 ELSEWHERE = OF_PAIRS | {"guidance_2", "guidance_interval", "guidance_rescale", "fake_lora_rank"}
 """Options that these methods do not read: the cache of pairs does (tests/methods/test_options_flow.py), and the teacher
@@ -67,7 +68,7 @@ def made(kind: Any, path: Path | None = None, **options: Any) -> Any:
     student.family = Told(path)
     chosen = {
         "guidance": 2.0,
-        **({"tangent_warmup": 0, "derivative": "exact"} if kind is SCM else {}),
+        **({"tangent_warmup": 0, "derivative": "exact"} if kind in (SCM, RCM) else {}),
         **options,
     }
     method = kind(Copies(teacher, student), schedule_times(path, 2), kind.Options(**chosen))
@@ -188,6 +189,27 @@ CASES: dict[Any, dict[str, Case]] = {
         "q": Case(4.0, loss, ECT),
         "weight": Case(True, loss),
         "huber": Case(None, loss),
+    },
+    RCM: {
+        **LEARNT,
+        "guidance": Case(3.0, loss),
+        "shift": Case(3.0, drawn_times, wanted=LAST),
+        "log_mean": Case(0.5, loss),
+        "log_deviation": Case(0.5, loss),
+        "tangent_warmup": Case(20, loss),
+        "offset": Case(0.5, loss),
+        "adaptive": Case(True, lambda method: len(list(modules_of(method)["student"].parameters())), wanted=9),
+        "derivative": Case("difference", way, wanted="difference"),
+        "derivative_step": Case(0.2, loss, {"derivative": "difference"}),
+        "score_weight": Case(0.3, loss),
+        "renoise": Case(False, drawing, wanted=(False, 50, None, None, {})),
+        "score_guidance": Case(0.5, loss),
+        "score_guidance_interval": Case((0.0, 0.4), loss),
+        "score_times": Case((0.4, 0.6), loss),
+        "fake_loss": Case("x0", loss_of_fake),
+        "fake_updates": Case(2, turns, wanted="ffs" * 13 + "f"),
+        "fake_lr_ratio": Case(7.0, rates, wanted=[1.0, 7.0]),
+        "fake_warm_start": Case(2, turns, wanted="ff" + "ffffs" * 7 + "fff"),
     },
     SCM: {
         **LEARNT,

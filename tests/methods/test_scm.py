@@ -14,7 +14,8 @@ from stepdistill.diffusion.path import EDMPath, FlowPath, Prediction, TrigPath, 
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.families.condition import Condition
 from stepdistill.losses.consistency import noised
-from stepdistill.methods.scm import SCM, Weight, trig_velocity
+from stepdistill.losses.continuous_time import Weight, trig_velocity
+from stepdistill.methods.scm import SCM
 from stepdistill.networks.roles import Copies
 from stepdistill.testing.toys import (
     SHAPE,
