@@ -73,7 +73,7 @@ class Drawing:
         scheduler = self._pipe.scheduler
         given: Mapping[str, Any] = {}
         if self._trailing:
-            self._pipe.scheduler, given = _trailing(scheduler, steps, self._takes)
+            self._pipe.scheduler, given = trailing(scheduler, steps, self._takes)
         networks = [
             _denoiser(self._pipe),
             self._pipe.components.get("transformer_2"),
@@ -96,6 +96,10 @@ class Drawing:
             **self._own,
             **given,
         }
+        if (
+            "use_resolution_binning" in takes
+        ):  # or a size that is in no list is drawn at another and stretched
+            call.setdefault("use_resolution_binning", False)
         if "prompt" in takes and self._prompts is not None:
             call["prompt"] = [self._prompts[i] for i in rows]
         elif "batch_size" in takes:
@@ -117,7 +121,7 @@ class Drawing:
         except ValueError as error:  # a scheduler that is pinned to a grid says so
             name = type(self._pipe).__name__
             raise UserError(
-                f"{name} cannot draw with {steps} steps: {' '.join(str(error).split())}"
+                f"{name} cannot draw with {steps} step{'s' * (steps > 1)}: {' '.join(str(error).split())}"
             ) from None
         self.seconds += self._now() - begin
         # [B, 3, H, W] in [0, 1] on the pipeline's device; some pipelines know no tensors and give arrays [B, H, W, 3].
@@ -223,13 +227,19 @@ def _labels(classes: int, suite: Suite) -> list[int] | None:
     return torch.randint(classes, (suite.n,), generator=generator_for("suite", "labels")).tolist()
 
 
-def _trailing(scheduler: Any, steps: int, takes: frozenset[str]) -> tuple[Any, dict[str, Any]]:
+def trailing(scheduler: Any, steps: int, takes: frozenset[str]) -> tuple[Any, dict[str, Any]]:
     """The scheduler for n steps from the noisiest timestep, and what to add to the pipeline's call."""
-    from diffusers import DDIMScheduler, PNDMScheduler
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
     if "timestep_spacing" in scheduler.config:
-        kind: Any = DDIMScheduler if isinstance(scheduler, PNDMScheduler) else type(scheduler)
-        return kind.from_config(scheduler.config, timestep_spacing="trailing"), {}
+        kind: Any = type(scheduler)
+        # One step of DPM-Solver is DDIM's, and PixArt's pipeline reads that one's x0.
+        if isinstance(scheduler, PNDMScheduler) or (
+            steps == 1 and isinstance(scheduler, DPMSolverMultistepScheduler)
+        ):
+            kind = DDIMScheduler
+        clips = scheduler.config.get("clip_sample", False)
+        return kind.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=clips), {}
     if "sigmas" in takes:
         return scheduler, {"sigmas": [1 - i / steps for i in range(steps)]}
     return scheduler, {}

@@ -59,7 +59,7 @@ def sample(
         drawn = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)[0]
     except ValueError as error:  # a scheduler that is pinned to a grid says so
         raise UserError(
-            f"{type(pipe).__name__} cannot draw with {steps} steps: {' '.join(str(error).split())}"
+            f"{type(pipe).__name__} cannot draw with {steps} step{'s' * (steps > 1)}: {' '.join(str(error).split())}"
         ) from None
     return [item[len(item) // 2] if isinstance(item, list) else item for item in drawn]
 
@@ -83,6 +83,8 @@ def call_arguments(
 
     takes = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {**(own.arguments if own else {}), "num_inference_steps": steps}
+    if "use_resolution_binning" in takes:  # as in Drawing: each at its own size
+        arguments.setdefault("use_resolution_binning", False)
     if "class_labels" in takes and classes_of(pipe):
         arguments["class_labels"] = _classes(prompts)
     elif "prompt" in takes:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from PIL import Image
 from tiny import tiny_pipeline
 
@@ -17,6 +18,7 @@ from stepdistill.cli import main
 from stepdistill.data.captions import read_metadata
 from stepdistill.errors import UserError
 from stepdistill.evaluation.draw_into import as_named, draw_into, teacher_of
+from stepdistill.evaluation.drawing import trailing
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.sample import sample
 from stepdistill.networks.own_call import OwnCall, own_call
@@ -197,6 +199,32 @@ def test_a_prompt_that_is_a_file_of_prompts_is_refused(
     )
     assert f"is a file, not a prompt: give --prompts {tmp_path / 'p.txt'}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_pipeline_with_a_list_of_sizes_draws_at_its_own_also_in_one_step(tmp_path: Path) -> None:
+    folder = tmp_path / "pixart"  # with DPM-Solver, whose one step PixArt cannot read
+    tiny_pipeline("pixart-alpha").save_pretrained(folder)
+    draw_into(tmp_path / "into", [as_named(str(folder), steps=1)], PROMPTS[:1], 1, progress=False)
+    (picture,) = sample(str(folder), PROMPTS[:1], steps=2)
+    assert Image.open(tmp_path / "into" / "teacher" / "000000.png").size == picture.size
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(PNDMScheduler, 3), (DPMSolverMultistepScheduler, 1)])
+def test_the_scheduler_that_stands_in_clips_nothing_that_its_own_did_not(kind: Any, steps: int) -> None:
+    stands_in, _ = trailing(kind(), steps, frozenset())
+    assert isinstance(stands_in, DDIMScheduler)
+    assert not stands_in.config["clip_sample"]
+
+
+def test_one_step_of_dpm_solver_is_that_of_the_scheduler_that_stands_in() -> None:
+    own = DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    stands_in, _ = trailing(DPMSolverMultistepScheduler(), 1, frozenset())
+    x, eps = 3 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    ends = []
+    for scheduler in (own, stands_in):
+        scheduler.set_timesteps(1)
+        ends.append(scheduler.step(eps, scheduler.timesteps[0], x, return_dict=False)[0])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-3)
 
 
 def test_a_class_conditional_pipeline_draws_all_classes_in_turn(tmp_path: Path) -> None:
