@@ -20,8 +20,8 @@ COLUMNS = (
     "density",
     "ms/image",
     "training",
-    "updates",
     "passes",
+    "updates",
     "memory",
 )
 
@@ -43,8 +43,8 @@ def cells(row: Row) -> tuple[str, ...]:
         _score(row, "density", row.density, None, "{:.3f}"),
         _number(row.ms_per_image, "{:.1f}"),
         _number(row.train_seconds, "{:.0f} s"),
-        f"{row.updates} of {row.updates_planned}" if cut else _number(row.updates, "{:.0f}"),
         _number(row.passes and row.passes / 1e6, "{:.2f} M"),
+        f"{row.updates} of {row.updates_planned}" if cut else _number(row.updates, "{:.0f}"),
         _number(row.peak_memory_bytes and row.peak_memory_bytes / 2**20, "{:.0f} MiB"),
         *(_score(row, name, value, error, "{:.4g}") for name, (value, error) in row.own.items()),
     )
