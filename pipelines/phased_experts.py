@@ -1,12 +1,14 @@
 """Several experts as one diffusers network: each is called in its own stretch of timesteps, from the noisiest down.
 
-This file travels inside a student distilled by stepdistill's ``phased_dmd``, because no stock class of diffusers
-changes weights between steps. The pipeline around it is stock. It is loaded with ``trust_remote_code=True``.
+This file travels inside a student distilled by stepdistill's ``phased_dmd``, or inside a pipeline made by its
+``hybrid``, because no stock class of diffusers changes weights between steps. The pipeline around it is stock. It is
+loaded with ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +18,76 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.models.modeling_utils import ModelMixin
 
 
+def changed(given: Any, place: Sequence[str], value: torch.Tensor) -> Any:
+    """A nest of dicts with the value at ``place`` replaced by one row [1, ...], repeated for each of its own."""
+    if not place:
+        return value.to(given).expand(len(given), *value.shape[1:])
+    return {**given, place[0]: changed(given[place[0]], place[1:], value)}
+
+
+def joined(one: Any, two: Any) -> Any:
+    """Both arguments of a call as one of twice as many samples; None where their rows have two shapes."""
+    if isinstance(one, dict):
+        both = {name: joined(value, two[name]) for name, value in one.items()}
+        return None if any(v is None and one[name] is not None for name, v in both.items()) else both
+    if not isinstance(one, torch.Tensor) or not one.ndim:
+        return one
+    return torch.cat([one, two]) if one.shape[1:] == two.shape[1:] else None
+
+
 class PhasedExperts(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Experts of one stock class and config.
+    """Experts of one stock class.
 
     Args:
         network: the experts' class in diffusers, such as UNet2DConditionModel.
-        network_config: its config.
+        network_config: the config of the last one.
         bounds: descending timesteps, one fewer than there are experts: the first is called above bounds[0], the next
             above bounds[1], the last at or below all.
+        changes: what of each expert's config is another; None for experts of one config.
+        guidance: the scale with which the first expert is guided, in a call of twice as many samples; None or 1 for
+            one that is not.
+        null: what it is guided away from, of every argument that a prompt says: its ``place`` among the call's
+            keywords, ``shape`` of the one row, ``dtype``.
     """
 
     # The bare name, also when diffusers has loaded the file as a dynamic module: it is what a saved pipeline writes.
     __module__ = "phased_experts"
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, network: str, network_config: dict[str, Any], bounds: list[float]) -> None:
+    def __init__(
+        self,
+        network: str,
+        network_config: dict[str, Any],
+        bounds: list[float],
+        changes: list[dict[str, Any]] | None = None,
+        guidance: float | None = None,
+        null: list[dict[str, Any]] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         kind = getattr(diffusers, network)
         self.bounds = list(bounds)
-        self.experts = torch.nn.ModuleList(
-            kind.from_config(dict(network_config)) for _ in range(len(bounds) + 1)
-        )
+        own = changes or [{} for _ in range(len(bounds) + 1)]
+        self.experts = torch.nn.ModuleList(kind.from_config({**network_config, **each}) for each in own)
+        self.guidance = guidance
+        self.places = [list(each["place"]) for each in null or []]
+        for i, each in enumerate(null or []):
+            self.register_buffer(f"null_{i}", torch.zeros(each["shape"], dtype=getattr(torch, each["dtype"])))
 
     @property
     def config(self) -> FrozenDict:
-        """The experts' config, which pipelines read sizes from, with this network's own three entries."""
+        """The last expert's config, which pipelines read sizes from, with this network's own entries."""
         own = super().config
         return FrozenDict({**own["network_config"], **own})
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a pipeline asks of its network, the first expert answers."""
+        """Whatever else a pipeline asks of its network, the last expert answers."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules", {})
             if "experts" not in modules:
                 raise
-            return getattr(modules["experts"][0], name)
+            return getattr(modules["experts"][-1], name)
 
     def forward(
         self, sample: torch.Tensor | None = None, timestep: Any = None, *args: Any, **kwargs: Any
@@ -68,10 +103,41 @@ class PhasedExperts(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"timesteps {times.tolist()} belong to {len(places)} experts: call each on its own"
             )
-        expert = self.experts[places.pop()]
-        if sample is None:
-            return expert(timestep=timestep, **kwargs)
-        return expert(sample, timestep, *args, **kwargs)
+        number = places.pop()
+        expert = self.experts[number]
+
+        def call(sample: Any, timestep: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if sample is None:
+                return expert(timestep=timestep, **kwargs)
+            return expert(sample, timestep, *args, **kwargs)
+
+        if number or self.guidance in (None, 1.0):
+            return call(sample, timestep, args, kwargs)
+        return self._guided(call, sample, timestep, args, kwargs)
+
+    def _guided(
+        self, call: Callable[..., Any], sample: Any, timestep: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """weak + scale (strong - weak): both in one call, or, where prompt and null are of two lengths, in two."""
+        weak: Any = kwargs
+        for i, place in enumerate(self.places):
+            weak = changed(weak, place, getattr(self, f"null_{i}"))
+        named = {"sample": sample, "timestep": timestep, "kwargs": kwargs}
+        both = joined({**named, "kwargs": weak}, named)
+        if both is None:
+            found = [call(sample, timestep, args, each) for each in (weak, kwargs)]
+            outputs = [self._output(each) for each in found]
+        else:
+            found = [call(both["sample"], both["timestep"], args, both["kwargs"])]
+            outputs = list(self._output(found[0]).chunk(2))
+        out = outputs[0] + self.guidance * (outputs[1] - outputs[0])
+        if isinstance(found[-1], tuple):
+            return (out, *found[-1][1:])
+        return type(found[-1])(**{**found[-1], "sample": out})
+
+    @staticmethod
+    def _output(said: Any) -> Any:
+        return said[0] if isinstance(said, tuple) else said.sample
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Weights, config, and this file, without which they cannot be loaded."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from stepdistill.cli import compare, doctor, draw, evaluate, listing, plan, share, train, watch
+from stepdistill.cli import compare, compose, doctor, draw, evaluate, listing, plan, share, train, watch
 from stepdistill.cli.usage import epilog, in_one_line
 from stepdistill.errors import OtherProcessError, UserError
 
@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "geneval": draw.geneval,
     "stats": evaluate.stats,
     "compare": compare.compare,
+    "hybrid": compose.hybrid,
     "export": train.export,
     "verify": train.verify,
     "push": share.push,

@@ -44,6 +44,11 @@ EXAMPLES = {
         "compare --methods lcm,dmd,tcd --budget 10m",
         "compare --methods lcm,my.yaml --seeds 0,1,2 --output runs/compared",
     ),
+    "hybrid": (
+        "hybrid emoji runs/dmd_emoji_4step --output hybrid",
+        "hybrid emoji runs/dmd_emoji_4step --teacher-grid 8 --output hybrid",
+        "hybrid my_sdxl runs/latest --teacher-calls 1 --guidance 7 --output my_hybrid",
+    ),
     "export": (
         "export runs/latest",
         "export runs/latest --what adapter --kohya --output my_lora",

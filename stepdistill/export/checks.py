@@ -83,7 +83,7 @@ def _drawn_again(teacher: PipelineTeacher, prompt: str, seen: Draw) -> Tensor:
     noise = torch.randn((1, *codec.shape), generator=torch.Generator("cpu").manual_seed(0)).to(teacher.device)
     x, cond = family.pack(noise) * getattr(scheduler, "init_noise_sigma", 1.0), codec.encode([prompt])
     scaled = getattr(scheduler, "scale_model_input", lambda state, timestep: state)
-    for i, t in enumerate(_times(seen, teacher.path)):
+    for i, t in enumerate(times_asked(seen, teacher.path)):
         timestep = scheduler.timesteps[i]
         state = family.unpack(scaled(x, timestep), codec.shape)
         said = teacher.denoiser.raw(state, torch.full((1,), t, device=x.device), cond)
@@ -97,7 +97,7 @@ def grid_check(seen: Draw, sampler: Sampler, path: Path) -> None:
     Raises:
         UserError: it asked for others.
     """
-    asked = _times(seen, path)
+    asked = times_asked(seen, path)
     if (
         len(asked) != sampler.steps
         or max(abs(a - b) for a, b in zip(asked, sampler.times, strict=True)) > 1e-4
@@ -122,7 +122,7 @@ def silent_draw(pipe: Any, network: str, call: Mapping[str, Any]) -> Draw:
     return watch(pipe, common, instead={network: lambda *args, **kwargs: silent(first, 1)})
 
 
-def _times(seen: Draw, path: Path) -> list[float]:
+def times_asked(seen: Draw, path: Path) -> list[float]:
     """The t in [0, 1] at which the steps of a draw were taken."""
     if isinstance(path, TablePath):
         return [(step.timestep + 1) / path.steps for step in seen.steps]

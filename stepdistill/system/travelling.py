@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stepdistill.system.files import sha256_of
 from stepdistill.system.shipped import content_folder
 
 REASONS = {
@@ -14,12 +15,20 @@ REASONS = {
         "its network is one expert for each stretch of its steps, and no stock diffusers class changes weights between "
         "steps"
     ),
+    "given_steps.py": (
+        "its scheduler takes the first steps with the noise that the teacher predicts and the others as the student "
+        "does, which no stock scheduler does"
+    ),
     "flow_consistency.py": (
         "its scheduler has the grid of its few steps, or fresh noise between its steps, which no stock scheduler has "
         "in this pipeline"
     ),
 }
 """The files in pipelines/, and why each travels, as a model card says it."""
+
+
+FORMER = frozenset({"e324c55645c0ed8fc85ff732f915940cb773f19a73946392eddbc0b72306d025"})
+"""SHA-256 of files of pipelines/ as earlier versions had them; students that carry them still load."""
 
 
 def travelling_module(name: str) -> Any:
@@ -40,6 +49,8 @@ def travelling_code(folder: Path) -> list[Path]:
 
 
 def is_own_code(file: Path) -> bool:
-    """Whether a Python file of a student folder is, byte for byte, one of pipelines/."""
+    """Whether a Python file of a student folder is, byte for byte, one of pipelines/, now or in an earlier version."""
     shipped = content_folder("pipelines") / file.name
-    return shipped.is_file() and shipped.read_bytes() == file.read_bytes()
+    if not shipped.is_file():
+        return False
+    return shipped.read_bytes() == file.read_bytes() or sha256_of(file) in FORMER

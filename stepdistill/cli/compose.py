@@ -1,0 +1,67 @@
+"""``stepdistill hybrid``: pipelines that are put together, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepdistill.cli.options import command_line
+from stepdistill.errors import UserError
+
+
+def hybrid(
+    teacher: Annotated[str, typer.Argument(help="Embedded teacher, diffusers folder or Hub name.")],
+    student: Annotated[Path, typer.Argument(help="Its student: a run folder, or the student's own.")],
+    output: Annotated[Path, typer.Option(help="Folder for the pipeline.")],
+    teacher_calls: Annotated[
+        int, typer.Option(min=0, help="How many of the student's calls the teacher takes.")
+    ] = 1,
+    guidance: Annotated[
+        float | None, typer.Option(help="The teacher's scale; by default that of the student's recipe.")
+    ] = None,
+    teacher_grid: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The teacher's steps are of a grid of so many; by default at the student's times."
+        ),
+    ] = None,
+) -> None:
+    """Put the guided teacher's first steps before a student's others, as one pipeline that plain diffusers loads."""
+    from stepdistill.export.verify import student_folder, verify
+    from stepdistill.networks.find import check_teacher
+    from stepdistill.sharing.drawers import distilled_at
+
+    check_teacher(teacher)
+    folder = student_folder(student)
+    scale = distilled_at(folder) if guidance is None else guidance
+    if scale is None:
+        raise UserError(
+            f"--guidance: {student} lies in no run, so its teacher's scale is not known: give it, 1 for none"
+        )
+    if output.is_file() or (
+        output.is_dir() and any(output.iterdir()) and not (output / "verification").is_dir()
+    ):
+        raise UserError(f"--output {output} is there and no student's folder: give another")
+    import torch
+
+    from stepdistill.export.hybrid import write_hybrid
+    from stepdistill.networks.loading import load_teacher
+    from stepdistill.networks.teacher import PipelineTeacher
+    from stepdistill.system.log import say
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = PipelineTeacher(load_teacher(teacher), device)
+    made = write_hybrid(
+        loaded, teacher, folder, output, guidance=scale, calls=teacher_calls, grid=teacher_grid,
+        command=command_line(),
+    )  # fmt: skip
+    own = len(made.times) - made.teacher_calls
+    passes = made.teacher_calls * (1 if scale == 1 else 2) + own
+    say(
+        f"{made.teacher_calls} call{'s' * (made.teacher_calls != 1)} of {teacher} at guidance {scale:g}, then {own} of "
+        f"the student: {passes} network passes a picture"
+    )
+    print(verify(output))
+    print(output)
