@@ -40,6 +40,7 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_CONSISTENCY, OF_FLOWS = "tests/methods/test_options_consistency.py", "tests/methods/test_options_flow.py"
+OF_POLICY = "tests/methods/test_options_onpolicy.py"
 SHARED = ["tests/losses/test_fake_score.py", "tests/methods/test_options_matching.py"]
 OF_FAMILIES = ["tests/networks/test_codec.py", "tests/families/test_families.py"]
 GUARDS: dict[str, list[str]] = {
@@ -101,6 +102,8 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/lcm.py": ["tests/methods/test_lcm.py", OF_CONSISTENCY],
     "stepdistill/methods/meanflow.py": ["tests/methods/test_meanflow.py", OF_FLOWS],
     "stepdistill/methods/self_e.py": ["tests/methods/test_self_e.py", OF_FLOWS],
+    "stepdistill/losses/rollout.py": ["tests/losses/test_rollout.py", "tests/methods/test_opd.py"],
+    "stepdistill/methods/opd.py": ["tests/methods/test_opd.py", OF_POLICY],
     "stepdistill/methods/pcm.py": ["tests/methods/test_pcm.py", OF_CONSISTENCY],
     "stepdistill/methods/reflow.py": ["tests/methods/test_reflow.py", OF_FLOWS],
     "stepdistill/methods/rfpp.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],

@@ -134,6 +134,23 @@ class Path(ABC):
             eps = per_sample(out_in_eps, x_t) * output - per_sample(x_in_eps, x_t) * x_t
         return Prediction(self, x0, eps, t)
 
+    def through(self, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Prediction:
+        """The (x0, eps) whose DDIM step leads from x_t to x_s [B, ...]: what one call must say to go there.
+
+        Args:
+            x_t: where the step begins, at t [B].
+            x_s: where it ends, at s < t [B].
+        """
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t), self.alpha_sigma(s)
+        of_t, of_s = (
+            torch.stack([sigma_s, -alpha_s, sigma_t, -alpha_t])
+            .div(alpha_t * sigma_s - sigma_t * alpha_s)
+            .chunk(2)
+        )
+        x0 = per_sample(of_t[0], x_t) * x_t - per_sample(of_s[0], x_t) * x_s
+        eps = per_sample(of_t[1], x_t) * x_t - per_sample(of_s[1], x_t) * x_s
+        return Prediction(self, x0, eps, t)
+
     def target(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Output) -> Tensor:
         """What a network of the given kind should return for (x0, eps), each [B, ...]: the inverse of :meth:`read`."""
         a, b = self.coefficients(kind, t)

@@ -139,6 +139,7 @@ class Method(nn.Module, ABC):
             its samples are matched as a distribution, and nothing ties its noise to a trajectory. See ``Sampler``.
         same_calls: whether all parts of a batch make the same calls of the networks, as sharded ones need.
         own_network: whether it gives the student a network of its own: turning the teacher's would be in vain.
+        several_teachers: whether it learns from further teachers, each for its prompts (``roles.route``).
     """
 
     Options: ClassVar[type[MethodOptions]]
@@ -147,6 +148,7 @@ class Method(nn.Module, ABC):
     starts_below: ClassVar[bool] = False
     same_calls: ClassVar[bool] = True
     own_network: ClassVar[bool] = False
+    several_teachers: ClassVar[bool] = False
     options: MethodOptions
 
     @final

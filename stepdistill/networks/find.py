@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.networks.hub import SINGLE, of_single_file
-from stepdistill.networks.pipeline_files import ADAPTER, INDEX, check_files
+from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA, check_files
 from stepdistill.system.emoji import embedded_teachers, teacher_folder
 from stepdistill.system.run_folder import RunFolder
 
@@ -101,6 +101,16 @@ def check_teacher(name: str) -> None:
         raise UserError(
             f"teacher {name} is neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
         )
+
+
+def find_lora(name: str) -> Path | None:
+    """The file of a LoRA that a name means: a .safetensors, or a folder that holds one and no pipeline; None for what
+    is none."""
+    place = Path(name).expanduser()
+    if place.is_file() and place.suffix == ".safetensors":
+        return place
+    file = place / LORA
+    return file if file.is_file() and _local_pipeline(name) is None else None
 
 
 def _is_offline() -> bool:

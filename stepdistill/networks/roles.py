@@ -23,6 +23,7 @@ from stepdistill.networks.averages import follow
 from stepdistill.networks.checkpointing import checkpointed
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import Adapter, SharedNetwork
+from stepdistill.networks.route import Route
 from stepdistill.networks.sharding import held_like, load_whole
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher, Teacher
@@ -37,10 +38,12 @@ class Roles(ABC):
         teacher: what is distilled; no role.
         student: the role "student".
         counter: told of every call of their networks.
+        route: the teacher, and further frozen ones with the prompts that are theirs; the teacher alone at the start.
     """
 
     def __init__(self, teacher: Teacher, student: Student) -> None:
         self.teacher, self.student = teacher, student
+        self.route = Route({TEACHER: teacher})
         self._denoisers: dict[str, Denoiser] = {STUDENT: student}
         self.counter = teacher.denoiser.counter
         named = ((TEACHER, teacher.denoiser), (TEACHER, teacher.start), (STUDENT, student))

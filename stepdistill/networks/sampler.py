@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.path import Path, TablePath
+from stepdistill.diffusion.path import Path, Prediction, TablePath, per_sample
 from stepdistill.diffusion.remembered import at_time
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.families.condition import GUIDANCE, Condition
 
 if TYPE_CHECKING:
     from stepdistill.networks.denoiser import Denoiser
+
+
+class Step(NamedTuple):
+    """What lies between two calls: x_s = mean + std n with n standard normal, a Gaussian policy where std is not 0.
+
+    Attributes:
+        state: x_s [B, ...].
+        mean: of it [B, ...], with the prediction's graph.
+        std: its deviation [B], the same for every element of a sample.
+    """
+
+    state: Tensor
+    mean: Tensor
+    std: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,12 +96,38 @@ class Sampler:
         for i in range(calls):
             t, s = (at_time(time, x) for time in self.times[i : i + 2])
             prediction = denoiser.predict(x, t, cond, s) if self.two_times else denoiser.predict(x, t, cond)
-            if self.gamma is not None:
-                past = _past(denoiser.path, s, self.gamma)
-                x = denoiser.path.renoise(prediction.at(past), past, s, fresh(i))
-            else:
-                x = denoiser.path.noised(prediction.x0, fresh(i), s) if self.renoise else prediction.at(s)
+            x = self.step(prediction, s, lambda i=i: fresh(i)).state  # type: ignore[misc]
         return x
+
+    def step(
+        self, prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor], eta: float | None = None
+    ) -> Step:
+        """The state at s [B] that follows a prediction, and the Gaussian that it was drawn from.
+
+        x_s = alpha_s x0 + sigma_s (cos(eta pi / 2) eps + sin(eta pi / 2) n): every eta has the noise level of s, 0 is
+        DDIM and 1 fresh noise alone (coefficients-preserving sampling, as RTDMD, 2605.26108, has it on a flow path).
+
+        Args:
+            prediction: of the call.
+            s: where the step ends; 0 is clean data, where nothing is drawn.
+            fresh: gives standard normal noise [B, ...]; asked for where some is needed.
+            eta: share of fresh noise in [0, 1]; None is the sampler's own.
+        """
+        path, x0 = prediction.path, prediction.x0
+        if self.gamma is not None:
+            past = _past(path, s, self.gamma)
+            ratio, std = path.kernel(past, s)
+            mean = per_sample(ratio, x0) * prediction.at(past)
+        else:
+            share = float(self.renoise) if eta is None else eta
+            alpha, sigma = path.alpha_sigma(s)
+            std = sigma * math.sin(share * math.pi / 2)
+            mean = per_sample(alpha, x0) * x0
+            if share < 1:
+                mean = mean + per_sample(sigma * math.cos(share * math.pi / 2), x0) * prediction.eps
+            if share == 0:
+                return Step(mean, mean, std)
+        return Step(mean + per_sample(std, x0) * fresh(), mean, std)
 
     def draw(
         self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor]

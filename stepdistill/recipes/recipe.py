@@ -37,6 +37,9 @@ class Recipe(Section):
     Attributes:
         teacher: an embedded teacher's name, a diffusers folder or a Hub name.
         family: ``./file.py`` with the family of the teacher's pipeline, where stepdistill has none for it.
+        teachers: further frozen teachers of the same kind, by names of your own: a diffusers folder, a run, or a LoRA
+            (its folder or .safetensors) on ``teacher``. Each is for the prompts that ``data.route`` gives it; for
+            methods that learn from several, such as opd. Each is one more network in memory.
         method: a method's name, or ``./file.py`` with one.
         options: the method's own options; ``methods.method_options`` checks them.
         terms: what is added to any method's loss.
@@ -47,6 +50,7 @@ class Recipe(Section):
 
     teacher: str = DEFAULT_TEACHER
     family: str | None = None
+    teachers: dict[str, str] = Field(default_factory=dict)
     method: str
     options: dict[str, Any] = Field(default_factory=dict)
     terms: TermOptions = TermOptions()
@@ -67,6 +71,17 @@ class Recipe(Section):
             )
         if (base := self.student.base) != "auto":
             _check_base(base, self.train)
+        if odd := sorted(self.teachers.keys() ^ self.data.route.keys()):
+            lacks = (
+                "data.route gives it no prompts" if odd[0] in self.teachers else "teachers has no such name"
+            )
+            raise ValueError(
+                f"{odd[0]} is in one of teachers and data.route alone, but {lacks}: name it in both"
+            )
+        if "teacher" in self.teachers:
+            raise ValueError(
+                "teachers names one teacher, which is what the recipe's own is called: rename it"
+            )
         return self
 
     # Key path -> where it was set: for messages only, so not part of what a recipe is or equals.

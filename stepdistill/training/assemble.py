@@ -51,6 +51,7 @@ from stepdistill.system.processes import Processes
 from stepdistill.system.provenance import provenance
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.buckets import buckets_for, check_calls, check_heads
+from stepdistill.training.further_teachers import check_several, further_teachers, route_of
 from stepdistill.training.guidance import with_guidance_of
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.memory_needed import warn_of_memory
@@ -127,6 +128,7 @@ def assemble(
     recipe, kind, options = resolved.recipe, resolved.kind, resolved.options
     needs = options.needs | recipe.terms.needs
     train, kernel = recipe.train, recipe.train.attention
+    check_several(recipe, kind)
     check_attention(kernel, device, train.precision)
     check_optimizer(train.optimizer, device)
     check_compile(train.compile, device, kernel, train.parallel)
@@ -193,8 +195,10 @@ def assemble(
     left_out = check_options(recipe.export, teacher, lora=lora, named=named)
     if main and left_out:
         say(left_out)
+    others = further_teachers(recipe, options, teacher, prompts)
     roles = roles_for(recipe, kind, options, teacher, prompts, times, accelerator)
     teacher = cast(PipelineTeacher, roles.teacher)
+    roles.route = route_of(recipe, teacher, others, prompts)
     for net in (*roles.stored().values(), teacher.start.net):
         fit_attention(kernel, net, device)
     method: Method = kind(roles, times, options).to(device)

@@ -28,6 +28,7 @@ from stepdistill.system.log import RunLog, Value
 from stepdistill.system.memory import keep_freed_memory, peak_memory
 from stepdistill.system.processes import ALONE
 from stepdistill.system.run_folder import RunStatus
+from stepdistill.training.further_teachers import identity_of
 from stepdistill.training.health import Seen, require_finite, verdict_of
 from stepdistill.training.interruption import Interruption
 from stepdistill.training.out_of_memory import memory_explained
@@ -81,7 +82,8 @@ def train(
     parallel = parallel or OneProcess(ALONE, accelerator.device)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    inputs = data.identity() | own_hashes(recipe)  # of the teacher as it is before it is shared out
+    # Of the teachers as they are before they are shared out.
+    inputs = data.identity() | identity_of(objective.method.roles.route) | own_hashes(recipe)
     parallel.spread(objective.method.roles.stored().values())
     run = Run(objective, recipe, folder, inputs, parallel, start, before)
     if resume:

@@ -11,7 +11,7 @@ from typing import cast
 from stepdistill.data.captions import read_metadata
 from stepdistill.data.prompts import is_tar, open_prompts
 from stepdistill.errors import UserError
-from stepdistill.networks.find import check_teacher, local_folder
+from stepdistill.networks.find import check_teacher, find_lora, local_folder
 from stepdistill.networks.pipeline_files import pipeline_class
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.recipes.sections import AgainstTeacherOptions
@@ -52,6 +52,7 @@ def _begun_in(run: Path) -> str | None:
 
 def _check_inputs(recipe: Recipe) -> None:
     check_teacher(recipe.teacher)
+    _check_further(recipe)
     if recipe.data.prompts is not None:
         open_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:
@@ -60,6 +61,17 @@ def _check_inputs(recipe: Recipe) -> None:
         except UserError as error:
             _unless_unread(recipe, error)
     check_evaluation(recipe)
+
+
+def _check_further(recipe: Recipe) -> None:
+    """Further teachers and the files of their prompts are there."""
+    for name, place in recipe.teachers.items():
+        try:
+            if find_lora(place) is None:
+                check_teacher(place)
+        except UserError as error:
+            raise UserError(f"teachers.{name}: {error}") from None
+        open_prompts(Path(recipe.data.route[name]), f"data.route.{name}")
 
 
 def _unless_unread(recipe: Recipe, error: UserError) -> None:

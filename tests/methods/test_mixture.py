@@ -47,6 +47,7 @@ SETTINGS = {
         steps=400,
         lr=1e-2,
     ),
+    "opd": Setting(options={"teacher_calls": 12}),
     "pcm": Setting(TWO, {"grid": 16, "start_share": 0.25, "huber": 0.03}, steps=400),
     # The plain KL weighs low noise by 1 / sigma^2, which short runs do better without.
     "phased_dmd": Setting(

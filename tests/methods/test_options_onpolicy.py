@@ -1,0 +1,84 @@
+"""Every option of the on-policy methods: changed, it moves the number it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from matching_toy import full_batch
+
+from stepdistill.diffusion.path import FlowPath
+from stepdistill.losses.contract import Method, MethodOptions, PairOptions, Turn
+from stepdistill.losses.regression import WarmStartOptions
+from stepdistill.methods.opd import OPD
+from stepdistill.networks.roles import TEACHER, Copies
+from stepdistill.networks.route import Route
+from stepdistill.testing.toys import Perceptron, ToyTeacher, loss_of, toy_student
+
+ELSEWHERE = set(PairOptions.model_fields) | set(WarmStartOptions.model_fields)
+"""Options of the teacher, of the cache of pairs and of the warm start, which other tests have."""
+
+Number = Callable[[Any], Any]
+
+
+def made(kind: type[Method], **options: Any) -> Any:
+    """A method between perceptrons, with a second teacher for every other prompt where it takes several."""
+    path = FlowPath()
+    teacher = ToyTeacher(Perceptron(), path, "velocity", unguided=Perceptron(seed=2))
+    roles = Copies(teacher, toy_student(Perceptron(seed=1), path, "velocity"))
+    if kind.several_teachers:
+        other = ToyTeacher(Perceptron(seed=3), path, "velocity", unguided=Perceptron(seed=4))
+        roles.route = Route({TEACHER: teacher, "other": other}, torch.arange(16) % 2)
+    return kind(roles, (1.0, 0.5), kind.Options.model_validate({"guidance": 2.0, **options}))
+
+
+def loss(method: Any) -> float:
+    return float(loss_of(method, Turn("student", 5), full_batch())[0].detach())
+
+
+def gradient(method: Any) -> float:
+    value, _ = loss_of(method, Turn("student", 5), full_batch())
+    found = torch.autograd.grad(value, list(method.student.net.parameters()))
+    return sum(float(each.square().sum()) for each in found)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An option's other value, the number it moves, and what must be set for it to act."""
+
+    value: Any
+    number: Number = loss
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+POLICY = {"eta": 0.6, "estimator": "policy"}
+EVERY: dict[type[Method], dict[str, Case]] = {
+    OPD: {
+        "guidance": Case(3.0),
+        "guidance_of": Case({"other": 1.0}),
+        "teacher_calls": Case(2),
+        "eta": Case(0.5),
+        "estimator": Case("policy", gradient, {"eta": 0.6}),
+        "advantage_clip": Case(1e-3, gradient, POLICY),
+        "measured": Case("x0"),
+        "anchor_weight": Case(0.5),
+        "renoise": Case(True, lambda method: method.sampler().renoise),
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, cases in EVERY.items() for name in cases])
+def test_an_option_moves_what_it_is_to_move(kind: type[Method], name: str) -> None:
+    case = EVERY[kind][name]
+    plain, changed = made(kind, **case.given), made(kind, **case.given, **{name: case.value})
+    assert case.number(plain) != case.number(changed)
+
+
+def test_no_option_is_left_out() -> None:
+    for kind, cases in EVERY.items():
+        own = set(kind.Options.model_fields) - (ELSEWHERE - set(MethodOptions.model_fields))
+        assert own - cases.keys() <= {"guidance_2", "guidance_interval", "guidance_rescale", "shift"}
+        assert cases.keys() <= set(kind.Options.model_fields)
