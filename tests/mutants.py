@@ -104,6 +104,7 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/self_e.py": ["tests/methods/test_self_e.py", OF_FLOWS],
     "stepdistill/losses/rollout.py": ["tests/losses/test_rollout.py", "tests/methods/test_opd.py"],
     "stepdistill/methods/opd.py": ["tests/methods/test_opd.py", OF_POLICY],
+    "stepdistill/methods/twinflow.py": ["tests/methods/test_twinflow.py", OF_FLOWS],
     "stepdistill/methods/pcm.py": ["tests/methods/test_pcm.py", OF_CONSISTENCY],
     "stepdistill/methods/reflow.py": ["tests/methods/test_reflow.py", OF_FLOWS],
     "stepdistill/methods/rfpp.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],

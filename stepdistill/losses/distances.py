@@ -50,6 +50,13 @@ def elementwise_huber(residual: Tensor, c: float) -> Tensor:
     return ((residual.square() + c**2).sqrt() - c).mean()
 
 
+def robust(residual: Tensor, c: float = 1e-3) -> Tensor:
+    """r^2 / sg sqrt(r^2 + c^2) per sample, [B], r^2 a mean over its elements: its gradient is that of sqrt(r^2 + c^2),
+    twice (Barron 2019, 1701.03077, at alpha = 1)."""
+    size = residual.flatten(1).square().mean(1)
+    return size / (size.detach() + c**2).sqrt()
+
+
 def rms(residual: Tensor) -> Tensor:
     """The root mean square of a residual, for the log."""
     return residual.detach().square().mean().sqrt()

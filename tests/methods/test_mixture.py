@@ -76,6 +76,7 @@ SETTINGS = {
     "tbcm": Setting(options={"route": 8, "points": 4, "huber": 0.03}),
     "tcd": Setting(TWO, {"huber": 0.03, **JUMPS}, steps=500),
     "tscd": Setting(TWO, {"stage_updates": 100, **JUMPS}, steps=500),
+    "twinflow": Setting(options={"velocity": "teacher", "target_decay": 0.5}, steps=600),
     "vdot": Setting(options=FOLLOW, steps=1200, lr=7e-3),
 }
 

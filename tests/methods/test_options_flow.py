@@ -32,6 +32,7 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.rfpp import RFPP
 from stepdistill.methods.self_e import SelfE
 from stepdistill.methods.slimflow import SlimFlow
+from stepdistill.methods.twinflow import TwinFlow
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
@@ -59,9 +60,9 @@ SAID = [
     PairOptions,
     FakeTurnOptions,
 ]
-SAID += [
-    kind.Options for kind in (MeanFlow, MDTDist, SelfE, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow)
-]
+MAPS = [MeanFlow, MDTDist, SelfE, TwinFlow, FlowMap, FreeFlow]
+FLOWS = [Reflow, InstaFlow, RFPP, SlimFlow]
+SAID += [kind.Options for kind in (*MAPS, *FLOWS)]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -317,6 +318,41 @@ def self_e_target() -> None:
     assert torch.equal(method.target(x, x + 1, method.weight(t, s)), x)
     other = build(SelfE).target(x, x + 1, t).flatten(1).norm(dim=1)
     torch.testing.assert_close(other, x.flatten(1).norm(dim=1))
+
+
+@covers("TwinFlow.parts", "TwinFlow.velocity")
+def twin_parts() -> None:
+    """Which part is asked for says who is called with what."""
+    for parts, longest, own in (((1, 0, 0, 0), 1.0, 1), ((0, 1, 0, 0), 0.05, 0), ((0, 0, 0, 1), 1.0, 1)):
+        method = build(TwinFlow, parts=parts, target_decay=0.0)
+        seen = Calls(method.student.net)
+        logs(method, batch_of(64))
+        assert float(seen.gap[0].max()) <= longest + 1e-6
+        assert sum(float(gap.min()) < -0.5 for gap in seen.gap) == own
+    for velocity, calls in (("data", 0), ("teacher", 2)):
+        method = build(TwinFlow, parts=(1, 0, 0, 0), velocity=velocity)
+        read = Calls(method.teacher.denoiser.net)
+        logs(method, batch_of(64))
+        assert len(read.t) == calls
+
+
+@covers("TwinFlow.order", "TwinFlow.target_decay", "TwinFlow.rectify")
+def twin_target() -> None:
+    method = build(TwinFlow, parts=(0, 0, 1, 0), order=3, target_decay=0.0)
+    seen = Calls(method.student.net)
+    assert method.target.denoiser is method.student
+    logs(method, batch_of(64))
+    assert len(seen.t) == 1 + 3
+    method = build(TwinFlow, target_decay=0.9)
+    with torch.no_grad():
+        method.student.net.mean += 1.0
+    method.after_step(Turn("student", 0))
+    assert float(method.target.denoiser.net.mean.detach()) == pytest.approx(MU + 0.1, abs=1e-5)
+    none, half, whole = (
+        value(build(TwinFlow, GaussianFlowMap(1.5, C), parts=(1, 0, 0, 0), rectify=weight), batch_of(64))
+        for weight in (0.0, 0.5, 1.0)
+    )
+    assert half > none and whole - none == pytest.approx(2 * (half - none), rel=1e-3)
 
 
 @covers("MeanFlow.guidance", "MDTDist.guidance", "FlowMap.guidance", "FreeFlow.guidance")
@@ -599,9 +635,7 @@ def guide() -> None:
     assert value(method, batch) == pytest.approx(float(terms["distillation"] + 3 * terms["guide"]), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind", [MeanFlow, MDTDist, SelfE, FlowMap, FreeFlow, Reflow, InstaFlow, RFPP, SlimFlow]
-)
+@pytest.mark.parametrize("kind", [*MAPS, *FLOWS])
 def test_how_the_students_of_the_family_are_drawn(kind: type[Method]) -> None:
     """Without fresh noise, from each time to the next; flow maps are told where a jump ends. A flow that is kept for
     its samples is not trained."""
