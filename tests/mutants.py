@@ -59,7 +59,9 @@ GUARDS: dict[str, list[str]] = {
     ],
     "stepdistill/losses/terms.py": ["tests/methods/test_options_matching.py", "tests/losses/test_terms.py"],
     "stepdistill/losses/objective.py": ["tests/losses/test_terms.py"],
-    "stepdistill/losses/rewards.py": ["tests/losses/test_terms.py"],
+    "stepdistill/losses/rewards.py": ["tests/losses/test_terms.py", "tests/losses/test_reward_term.py"],
+    "stepdistill/losses/reward_term.py": ["tests/losses/test_reward_term.py"],
+    "stepdistill/losses/latent_reward.py": ["tests/losses/test_reward_term.py"],
     "stepdistill/losses/regression.py": [
         *SHARED,
         "tests/methods/test_diff_instruct.py",

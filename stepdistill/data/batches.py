@@ -131,7 +131,9 @@ class Data:
                 position, stream = every[first : first + count], f"images {bucket}"
             index = shuffled(position, self.images.counts[bucket], self.seed, stream)
             x0, number = self.images.take(bucket, index)
-            examples["images"] = Examples(sent(x0, device), self._captions.take(number).to(device))
+            whose = number if self._captions is self.conditions else None
+            images = Examples(sent(x0, device), self._captions.take(number).to(device), prompt=whose)
+            examples["images"] = images
             if self._buckets:
                 shape, told = tuple(x0.shape[1:]), self._told[bucket] if self._told else {}
                 cond = _with_rows(cond, told)
@@ -140,11 +142,13 @@ class Data:
                 )
         if self.pairs is not None:
             index = shuffled(position, self.pairs.count, self.seed, "pairs")
+            whose = self.pairs.prompt_index[index]
             examples["pairs"] = Examples(
                 sent(self.pairs.clean(index), device),
-                self.condition(self.pairs.prompt_index[index]),
+                self.condition(whose),
                 self.pairs.noise(index),
                 None if (states := self.pairs.states(index)) is None else sent(states, device),
+                whose,
             )
         return Batch(draws, shape, cond, prompt, **examples, group=self.group)
 

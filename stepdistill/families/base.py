@@ -17,6 +17,7 @@ from stepdistill.diffusion.path import Path, TablePath, within
 from stepdistill.diffusion.remembered import remembered
 from stepdistill.diffusion.shift import shift_of
 from stepdistill.errors import UserError
+from stepdistill.families._pixels import unit_pixels
 from stepdistill.families.condition import Condition
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
@@ -222,7 +223,7 @@ class Family(ABC):
         with torch.autocast(x0.device.type, enabled=False):
             images = self.decoded(pipe.vae, self.denormalised(pipe.vae, x0).to(pipe.vae.dtype))
         frames = images.transpose(1, 2) if self.video else images[:, None]
-        return (frames.float() / 2 + 0.5).clamp(0, 1)
+        return unit_pixels(frames)
 
     def student_pipeline(self, pipe: Any) -> str | None:
         """Class (of a denoiser and a scheduler) a student's pipeline is saved as; None keeps the teacher's."""

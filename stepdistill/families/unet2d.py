@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._pixels import unit_pixels
 from stepdistill.families._second_time import GAP_SCALE
 from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.condition import Condition
@@ -110,4 +111,4 @@ class UNet2D(LabelFamily, UNetFamily):
         return frames[:, 0]
 
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
-        return (x0[:, None] / 2 + 0.5).clamp(0, 1)
+        return unit_pixels(x0[:, None])

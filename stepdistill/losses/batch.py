@@ -20,17 +20,19 @@ class Examples:
         cond: their conditions.
         noise: for pairs, the noise [B, ...] the teacher started from; None for images.
         states: for pairs, the states [B, K, ...] at the method's ``pair_times``, where it asked for them.
+        prompt: [B] on the CPU, which of the run's prompts each is; None where their captions are others.
     """
 
     x0: Tensor
     cond: Condition
     noise: Tensor | None = None
     states: Tensor | None = None
+    prompt: Tensor | None = None
 
     def part(self, rows: slice) -> Examples:
         """The examples of a slice."""
-        noise, states = (None if value is None else value[rows] for value in (self.noise, self.states))
-        return Examples(self.x0[rows], self.cond.rows(rows), noise, states)
+        more = (None if value is None else value[rows] for value in (self.noise, self.states, self.prompt))
+        return Examples(self.x0[rows], self.cond.rows(rows), *more)
 
 
 @dataclass(frozen=True)

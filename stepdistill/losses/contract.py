@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
 from stepdistill.diffusion.solvers import uniform_times
+from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.rewards import Rewards
 from stepdistill.networks.roles import Roles
 from stepdistill.networks.teacher import Teacher
 
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
     from stepdistill.networks.sampler import Sampler
 
 
-NEEDS = ("noise", "prompts", "images", "pairs", "states")
-"""What a method can ask of the data: starting noise, prompts, real images, (noise, teacher sample) pairs, and with the
-pairs the states of their trajectories at the method's ``pair_times``, the student's own by default."""
+NEEDS = ("noise", "prompts", "images", "pairs", "states", "reward")
+"""What a method can ask for: starting noise, prompts, real images, (noise, teacher sample) pairs, with the pairs the
+states of their trajectories at the method's ``pair_times``, the student's own by default, and the recipe's
+``terms.reward``."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,36 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """Clean predictions of the student that its loss is of.
+
+    Attributes:
+        x0: [B, ...], with their graph; the loss reads them from this very tensor.
+        t: the times [B] they were made at.
+        prompt: which of the run's prompts each is of, [B] on the CPU; None where it is of none.
+        others: clean samples [B, ...] of the same prompts, without a graph: what the loss compares them with.
+    """
+
+    x0: Tensor
+    t: Tensor
+    prompt: Tensor | None
+    others: tuple[Tensor, ...] = ()
+
+    def of_prompts(self) -> Tensor:
+        """``prompt``.
+
+        Raises:
+            UserError: the predictions are of captions that the run's prompts do not hold.
+        """
+        if self.prompt is None:
+            raise UserError(
+                "terms.reward_of is prediction, but this method predicts images whose captions are not the run's "
+                "prompts: give the same captions in data.prompts, or set options.source=pairs or terms.reward_of=sample"
+            )
+        return self.prompt
+
+
+@dataclass(frozen=True)
 class Loss:
     """What a method says of a batch.
 
@@ -49,11 +82,13 @@ class Loss:
         logs: scalars to log.
         sample: the student's clean samples [B, ...] of the batch's own noise and conditions, with their graph, where
             the method made them as :meth:`Method.sample` does: terms then need no second rollout.
+        predicted: the clean predictions that the loss is of, where it is of such.
     """
 
     value: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
     sample: Tensor | None = None
+    predicted: Predicted | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +175,12 @@ class Method(nn.Module, ABC):
         same_calls: whether all parts of a batch make the same calls of the networks, as sharded ones need.
         own_network: whether it gives the student a network of its own: turning the teacher's would be in vain.
         several_teachers: whether it learns from further teachers, each for its prompts (``roles.route``).
+        shows: what of ``Loss`` its student's turns tell beside the value, out of "sample" and "prediction": terms can
+            read what they need there.
+
+    Attributes:
+        rewards: what the run's ``terms.reward`` says of clean samples, for a method that needs "reward"; set by who
+            makes it for a run.
     """
 
     Options: ClassVar[type[MethodOptions]]
@@ -149,6 +190,8 @@ class Method(nn.Module, ABC):
     same_calls: ClassVar[bool] = True
     own_network: ClassVar[bool] = False
     several_teachers: ClassVar[bool] = False
+    shows: ClassVar[frozenset[str]] = frozenset()
+    rewards: Rewards | None = None
     options: MethodOptions
 
     @final

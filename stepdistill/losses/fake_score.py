@@ -230,6 +230,7 @@ class ScoreMethod(Method):
 
     through_inputs: bool = False
     starts_below = True
+    shows = frozenset({"sample"})
     options: ScoreOptions
     fake: Denoiser
     gan: FeatureGan | None

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
-from stepdistill.losses.contract import Method, Turn
+from stepdistill.losses.contract import Loss, Method, Turn
 from stepdistill.losses.terms import Shown, Term
 
 
 def shown_name(network: str) -> str:
     """What people call a network that is trained, by its name in ``trained``: for stats.jsonl, bars and messages."""
+    if network == "term reward":
+        return "latent reward"
     if network.startswith("term "):
         return f"{network.removeprefix('term ')} discriminator"
     return "fake score" if network == "fake" else network.replace("expert-", "expert ")
@@ -52,6 +54,13 @@ class Objective(nn.Module):
                 f"terms.{term.name}_weight is {term.weight:g}, but {early[0]} draws no clean sample for it: set "
                 "it to 0, or take a student of one network (options.phases=1)"
             )
+        for term in terms:
+            if lacking := sorted(term.reads - method.shows):
+                raise UserError(
+                    f"terms.{term.name}_weight is {term.weight:g} with options that read each {lacking[0]} of the "
+                    f"method's own loss, but {type(method).__name__} shows none: take lcm for predictions or dmd for "
+                    f"samples, or leave terms.{term.name}_of and terms.{term.name}_bounded out"
+                )
 
     @property
     def averaged(self) -> str:
@@ -83,17 +92,26 @@ class Objective(nn.Module):
     def loss(self, turn: Turn, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the network whose turn it is, a scalar, and what to log."""
         if turn.network in self._critics:
-            with torch.no_grad():
-                x = self.method.sample(batch)
-            return self._critics[turn.network].critic_loss(x, batch), {}
+            critic = self._critics[turn.network]
+            return critic.critic_loss(self._shown_to(critic, turn, batch)), {}
         found, whose = self.method.loss(turn, batch), self.trained[turn.network]
         value, logs = found.value, dict(found.logs)
         if not whose.follows:
-            shown = Shown(self.method, batch, whose.span, found.sample)
+            shown = Shown(self.method, batch, whose.span, found)
             for term in self._terms:
+                if turn.step < term.after:
+                    continue
                 logs[f"term {term.name}"] = term.value(shown)
                 value = value + term.weight * logs[f"term {term.name}"]
         return value, logs
+
+    def _shown_to(self, critic: Term, turn: Turn, batch: Batch) -> Shown:
+        """What a critic is shown in its turn: the method's own loss is asked for where the term reads its parts."""
+        if not critic.reads:
+            return Shown(self.method, batch, None, Loss(torch.zeros(())))
+        with torch.no_grad():
+            found = self.method.loss(Turn(self.averaged, turn.step), batch)
+        return Shown(self.method, batch, None, found)
 
     def after_step(self, turn: Turn) -> None:
         """Called after the turn's update."""

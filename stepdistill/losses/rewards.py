@@ -1,46 +1,48 @@
-"""Rewards: how good a student's samples are, and the term that lets it climb one.
+"""Rewards: how good pictures are, for terms and methods that climb them.
 
-Clark et al. 2023, "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (DRaFT), 2309.17400: the gradient
-of a reward of the decoded sample, through the sample into the network. DRaFT-1 keeps the graph of the last call alone,
-as here. What climbs a network is scored better by that network than it is: measure with another one.
+What climbs a network is scored better by that network than it is: measure with another one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
-
-from stepdistill.losses.terms import Shown, Term
 
 
 class Reward(Protocol):
-    """How good samples are."""
+    """How good pictures are."""
 
-    def __call__(self, x0: Tensor, prompt: Tensor) -> Tensor:
-        """A number for each sample, [B], higher is better, with a graph into x0.
+    def __call__(self, images: Tensor, prompt: Tensor) -> Tensor:
+        """A number for each picture, [B], higher is better, with a graph into it alone.
 
         Args:
-            x0: clean latents [B, ...].
-            prompt: which of the run's prompts each was drawn for, [B].
+            images: [B, 3, H, W] in [0, 1].
+            prompt: which of the run's prompts each was drawn for, [B], on the processor.
         """
         ...
 
 
-class RewardTerm(Term):
-    """Less the mean reward of the student's clean samples.
+@dataclass(frozen=True)
+class Rewards:
+    """What a run's samples are judged by.
 
-    Args:
-        weight: of the term.
-        reward: what is climbed.
+    Attributes:
+        decode: clean latents [B, ...] to pictures [B, 3, H, W] in [0, 1], with a graph.
+        each: rewards, one or more.
     """
 
-    name = "reward"
-    of_samples = True
+    decode: Callable[[Tensor], Tensor]
+    each: tuple[Reward, ...]
 
-    def __init__(self, weight: float, reward: Reward) -> None:
-        super().__init__(weight)
-        self.reward = reward
+    def scores(self, x0: Tensor, prompt: Tensor) -> Tensor:
+        """What each reward gives clean latents [B, ...], [M, B], with a graph."""
+        images = self.decode(x0)
+        return torch.stack([reward(images, prompt) for reward in self.each])
 
-    def value(self, shown: Shown) -> Tensor:
-        return -self.reward(shown.sample, shown.batch.prompt).mean()
+    def total(self, x0: Tensor, prompt: Tensor) -> Tensor:
+        """Their sum, [B]."""
+        return self.scores(x0, prompt).sum(0)

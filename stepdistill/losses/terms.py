@@ -6,7 +6,7 @@
   scored in the very network it learnt from scores better than it is.
 - GAN (Yin et al. 2024, 2405.14867, 4.3): the student's samples against real images, told apart by a head on the frozen
   teacher's features of both, noised. Its turns alternate with the method's steps, which therefore take twice as many.
-- Reward (stepdistill/losses/rewards.py): how good the student's samples are, upwards.
+- Reward (stepdistill/losses/reward_term.py): how good the student's samples are, upwards.
 
 The last two read clean samples: the method's own, where its loss made them, else those of a drawing. They are refused
 where a network of the student draws none, as all but the last of several experts.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Method, Trained
+from stepdistill.losses.contract import Loss, Method, Predicted, Trained
 from stepdistill.losses.distances import DistanceName, distance
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.losses.regression import ends
@@ -37,19 +37,40 @@ class Shown:
         method: whose student.
         batch: its noise, conditions and pairs.
         span: the calls of the network whose turn it is, see ``Trained``.
-        sample: clean samples that the method's loss has made.
+        found: what the method says of the batch.
     """
 
-    def __init__(
-        self, method: Method, batch: Batch, span: tuple[int, int] | None, sample: Tensor | None
-    ) -> None:
+    def __init__(self, method: Method, batch: Batch, span: tuple[int, int] | None, found: Loss) -> None:
         self.batch = batch
-        self._method, self._span, self._sample = method, span, sample
+        self._method, self._span, self._found = method, span, found
 
     @cached_property
     def sample(self) -> Tensor:
         """The student's clean samples [B, ...] of the batch's noise and conditions, with a graph."""
-        return self._method.sample(self.batch) if self._sample is None else self._sample
+        made = self._found.sample
+        return self._method.sample(self.batch) if made is None else made
+
+    def drawn(self, last_call: bool) -> Tensor:
+        """The same; without ``last_call`` as its sampler draws them, with the graph of all calls."""
+        if last_call:
+            return self.sample
+        batch, sampler = self.batch, self._method.sampler()
+        return sampler.draw(self._method.student, batch.noise, batch.cond, batch.fresh, through=True)
+
+    @property
+    def predicted(self) -> Predicted:
+        """The clean predictions that the method's loss is of, where its ``shows`` says so."""
+        assert self._found.predicted is not None
+        return self._found.predicted
+
+    def own_gradient(self, x0: Tensor) -> Tensor:
+        """The gradient of the method's own loss in clean samples or predictions [B, ...] that it has made; zero where
+        it has none, as in a warm start."""
+        value = self._found.value
+        if not (value.requires_grad and x0.requires_grad):
+            return torch.zeros_like(x0)
+        (gradient,) = torch.autograd.grad(value, x0, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(x0) if gradient is None else gradient
 
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -64,12 +85,19 @@ class Term(nn.Module, ABC):
 
     Class attributes:
         name: ``terms.<name>_weight`` of a recipe is its weight.
+
+    Attributes:
         of_samples: whether it reads clean samples, which not every network of a student draws.
+        reads: what of a method's ``shows`` it cannot do without.
+        after: the method's steps before it acts.
+        lr_ratio: learning rate of its critic over train.lr.
     """
 
     name: ClassVar[str]
-    of_samples: ClassVar[bool] = False
-    lr_ratio: float = 1.0  # learning rate of its critic over train.lr
+    of_samples: bool = False
+    reads: frozenset[str] = frozenset()
+    after: int = 0
+    lr_ratio: float = 1.0
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -83,8 +111,8 @@ class Term(nn.Module, ABC):
         """What the term trains in turns of its own, named ``term <name>``."""
         return None
 
-    def critic_loss(self, x: Tensor, batch: Batch) -> Tensor:
-        """The critic's loss, a scalar, at the student's clean samples x [B, ...] of the batch, which have no graph."""
+    def critic_loss(self, shown: Shown) -> Tensor:
+        """The critic's loss, a scalar; what it is shown of the student has no graph."""
         raise NotImplementedError(f"the term {self.name} has no critic")
 
 
@@ -144,5 +172,8 @@ class GanTerm(Term):
     def critic(self) -> Trained:
         return Trained(extra=self.gan, follows=True)
 
-    def critic_loss(self, x: Tensor, batch: Batch) -> Tensor:
+    def critic_loss(self, shown: Shown) -> Tensor:
+        batch = shown.batch
+        with torch.no_grad():
+            x = shown.sample
         return self.gan.for_discriminator(x, cast(Examples, batch.images), batch)

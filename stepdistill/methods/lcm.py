@@ -32,7 +32,7 @@ from stepdistill.losses.consistency import (
     last_time,
     noised,
 )
-from stepdistill.losses.contract import Loss, Method, Turn
+from stepdistill.losses.contract import Loss, Method, Predicted, Turn
 from stepdistill.losses.distances import elementwise_huber, rms
 from stepdistill.networks.sampler import Sampler
 
@@ -41,6 +41,7 @@ class LCM(Method):
     """See the module's text."""
 
     default_times = (1.0, 0.75, 0.5, 0.25)
+    shows = frozenset({"prediction"})
 
     class Options(SourceOptions):
         guidance: float = 7.5  # fixed guidance of the teacher's step, and of the cached samples
@@ -87,8 +88,10 @@ class LCM(Method):
         with torch.no_grad():
             z_s = self.teacher.predict(z, t, cond, guidance=guidance).at(s)
             target = consistency_function(self.target.denoiser, z_s, s, student_cond)
-        residual = consistency_function(self.student, z, t, student_cond) - target
-        return Loss(elementwise_huber(residual, options.huber), {"residual": rms(residual)})
+        seen = consistency_function(self.student, z, t, student_cond)
+        residual, predicted = seen - target, Predicted(seen, t, source.prompt, (target, x0))
+        logs = {"residual": rms(residual)}
+        return Loss(elementwise_huber(residual, options.huber), logs, predicted=predicted)
 
     def after_step(self, turn: Turn) -> None:
         self.target.update()

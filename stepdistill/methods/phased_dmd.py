@@ -52,6 +52,7 @@ from stepdistill.networks.student import Student
 class PhasedDMD(Method):
     """See the module's text."""
 
+    shows = frozenset({"sample"})
     default_times = (1.0, 0.75, 0.5, 0.25)
 
     class Options(FakeScoreOptions, WarmStartOptions):

@@ -130,20 +130,27 @@ class Sampler:
         return Step(mean + per_sample(std, x0) * fresh(), mean, std)
 
     def draw(
-        self, denoiser: Denoiser, noise: Tensor, cond: Condition, fresh: Callable[[int], Tensor]
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Condition,
+        fresh: Callable[[int], Tensor],
+        *,
+        through: bool = False,
     ) -> Tensor:
-        """Clean states [B, ...]; the last call alone has a graph.
+        """Clean states [B, ...]; the last call alone has a graph, unless all calls do.
 
         Args:
             denoiser: the student, or anything with its ``predict`` and ``path``.
             noise: standard normal start [B, ...].
             cond: conditions of the B samples.
             fresh: fresh(i) gives the standard normal noise [B, ...] that follows call i, from 0.
+            through: whether all calls have a graph.
         """
         if self.guidance is not None:
             scales = torch.full((len(noise),), self.guidance, device=noise.device)
             cond = cond.with_tensor(GUIDANCE, scales)
-        with torch.no_grad():
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
             x = self.walk(denoiser, noise, cond, fresh, self.steps - 1)
         t = at_time(self.times[-1], x)
         more = (torch.zeros_like(t),) if self.two_times else ()

@@ -159,9 +159,13 @@ def load_recipe(
             "family",
         ):  # a file of one's own lies where the command is run, or beside the recipe
             own = tree.get(key)
-            if isinstance(own, str) and own.endswith(".py") and not Path(own).is_file():
-                beside = path.parent / own
-                tree[key] = str(beside) if beside.is_file() else own
+            if isinstance(own, str) and own.endswith(".py"):
+                tree[key] = _beside(path, own)
+        for section, key in (("data", "prompts"), ("terms", "reward")):
+            own = tree[section].get(key) if isinstance(tree.get(section), dict) else None
+            if isinstance(own, str) and (key == "prompts" or ".py:" in own):
+                file, colon, function = own.rpartition(":") if key == "reward" else (own, "", "")
+                tree[section][key] = f"{_beside(path, file)}{colon}{function}"
     for key, value in (("teacher", teacher), ("method", method)):
         if value is not None:
             tree[key] = value
@@ -180,6 +184,12 @@ def load_recipe(
     recipe._sources.update(sources)
     _check_method(recipe, path)
     return recipe
+
+
+def _beside(recipe: Path, file: str) -> str:
+    """Where a file lies that a recipe names: where the command is run, or beside the recipe."""
+    there = recipe.parent / file
+    return str(there) if not Path(file).is_file() and there.is_file() else file
 
 
 def _drop_replaced(tree: dict[str, Any], keys: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,8 +30,10 @@ from stepdistill.families.size import Size
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.load import load_features
 from stepdistill.losses.contract import Method, MethodOptions, PairOptions
+from stepdistill.losses.latent_reward import LatentReward, LatentRewardTerm
 from stepdistill.losses.objective import Objective
-from stepdistill.losses.rewards import RewardTerm
+from stepdistill.losses.reward_term import RewardOptions, RewardTerm
+from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Term
 from stepdistill.networks.checkpointing import check_checkpointing
 from stepdistill.networks.compiled import check_compile, compiled_parts
@@ -45,6 +47,7 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
+from stepdistill.recipes.sections import TermOptions
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import Processes
@@ -57,7 +60,7 @@ from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.memory_needed import warn_of_memory
 from stepdistill.training.optimizers import check_optimizer
 from stepdistill.training.parallel import check_shared_heads
-from stepdistill.training.rewards import REWARDS
+from stepdistill.training.rewards import PromptFeatures, make_reward, network_of_reward
 from stepdistill.training.roles import roles_for, teacher_type
 from stepdistill.training.weights import check_weights
 
@@ -165,10 +168,12 @@ def assemble(
     changes = taken_as(source)
     if main and teacher.family.remark:
         say(teacher.family.remark)
-    if recipe.terms.reward_weight and isinstance(teacher.family, LabelFamily):
+    rewarded = bool(recipe.terms.reward_weight) or "reward" in needs
+    if rewarded and isinstance(teacher.family, LabelFamily):
+        weight = recipe.terms.reward_weight
+        said = f"terms.reward_weight is {weight:g}" if weight else f"{recipe.method} asks for a reward"
         raise UserError(
-            f"terms.reward_weight is {recipe.terms.reward_weight:g}, but {recipe.teacher} draws classes, and a reward "
-            "reads prompts: set it to 0"
+            f"{said}, but {recipe.teacher} draws classes, and a reward reads prompts: do without it"
         )
     if "images" in needs and teacher.size.frames != 1:
         raise UserError(
@@ -214,7 +219,9 @@ def assemble(
     sampler = on_stock_grid(sampler, student.path, teacher.pipe.scheduler, passes=teacher.family.passes)
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
-    objective = Objective(method, _terms(recipe, teacher, prompts)).to(device)
+    rewards = _rewards(recipe, teacher, prompts) if rewarded else None
+    method.rewards = rewards if "reward" in needs else None
+    objective = Objective(method, _terms(recipe, teacher, prompts, rewards)).to(device)
     if train.context_parallel > 1:
         check_shared_heads(objective, train.context_parallel)
     if buckets:
@@ -275,32 +282,71 @@ def _times(recipe: Recipe, kind: type[Method], teacher: PipelineTeacher) -> tupl
     return times
 
 
-def _terms(recipe: Recipe, teacher: PipelineTeacher, prompts: Sequence[str]) -> list[Term]:
-    """The terms that have a weight."""
-    options, device, terms = recipe.terms, teacher.device, list[Term]()
-
+def _decoder(recipe: Recipe, teacher: PipelineTeacher) -> Callable[[Tensor], Tensor]:
+    """Clean latents to pictures [B, 3, H, W] in [0, 1], with a graph; of a video its middle frame."""
+    if not teacher.family.differentiable:
+        raise UserError(
+            "terms.perceptual_weight, terms.reward_weight and methods that read a reward need gradients through the "
+            f"decoder, and {recipe.teacher} was recorded, which decodes by a draw of its pipeline: do without"
+        )
     codec = teacher.codec
 
     def decode(states: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1]; of a video its middle frame."""
         frames = codec.to_frames(states)
         return frames[:, frames.shape[1] // 2]
 
-    if (options.perceptual_weight or options.reward_weight) and not teacher.family.differentiable:
-        raise UserError(
-            f"terms.perceptual_weight and terms.reward_weight need gradients through the decoder, and {recipe.teacher} "
-            "was recorded, which decodes by a draw of its pipeline: set both to 0"
-        )
+    return decode
+
+
+def _rewards(recipe: Recipe, teacher: PipelineTeacher, prompts: Sequence[str]) -> Rewards:
+    """What the recipe's ``terms.reward`` names."""
+    decode, device = _decoder(recipe, teacher), teacher.device
+    return Rewards(decode, tuple(make_reward(name, device, prompts) for name in recipe.terms.rewards))
+
+
+def _reward_term(
+    options: TermOptions, rewards: Rewards, teacher: PipelineTeacher, prompts: Sequence[str]
+) -> RewardTerm:
+    """The term, with a proxy of its own where one is wanted."""
+    how = RewardOptions(
+        of=options.reward_of,
+        share=options.reward_share,
+        after=options.reward_after,
+        last_call=options.reward_last_call,
+        below=options.reward_below,
+        bounded=options.reward_bounded,
+        target=options.reward_target,
+    )
+    if not options.reward_proxy:
+        return RewardTerm(options.reward_weight, rewards, how)
+    named = next((name for name in options.rewards if name.startswith("clip:")), "clip:emoji")
+    network = network_of_reward(named, teacher.device)
+    return LatentRewardTerm(
+        options.reward_weight,
+        rewards,
+        how,
+        LatentReward(teacher.codec.shape, network.dimension),
+        PromptFeatures(network, prompts),
+        options.reward_temperature,
+        options.reward_lr_ratio,
+    )
+
+
+def _terms(
+    recipe: Recipe, teacher: PipelineTeacher, prompts: Sequence[str], rewards: Rewards | None
+) -> list[Term]:
+    """The terms that have a weight."""
+    options, device, terms = recipe.terms, teacher.device, list[Term]()
     if options.regression_weight:
         terms.append(RegressionTerm(options.regression_weight, options.regression))
     if options.perceptual_weight:
         network = cast(ClipFeatures, load_features(options.perceptual, device=device))
+        decode = _decoder(recipe, teacher)
         terms.append(PerceptualTerm(options.perceptual_weight, lambda x: network.embed(255 * decode(x))))
     if options.gan_weight:
         terms.append(GanTerm(options.gan_weight, teacher.denoiser, options.gan_lr_ratio))
-    if options.reward_weight:
-        reward = REWARDS[options.reward.partition(":")[0]](options.reward, device, decode, prompts)
-        terms.append(RewardTerm(options.reward_weight, reward))
+    if options.reward_weight and rewards is not None:
+        terms.append(_reward_term(options, rewards, teacher, prompts))
     return terms
 
 
@@ -341,6 +387,7 @@ def training_data(run: Assembled, output: Path) -> Data:
         accelerator.wait_for_everyone()
     if accelerator.device.type != "cpu":
         # Every prompt is encoded; pictures bring encoders and decoder back.
-        decodes = "images" in run.needs or recipe.terms.perceptual_weight or recipe.terms.reward_weight
+        terms = recipe.terms
+        decodes = bool({"images", "reward"} & run.needs) or terms.perceptual_weight or terms.reward_weight
         run.teacher.codec.release("text") if decodes else run.teacher.codec.release("text", "vae")
     return data

@@ -18,7 +18,7 @@ from stepdistill.system.processes import launched, told
 from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.training.identity import ResolvedRecipe, changes, resolve, resolved_yaml
 from stepdistill.training.launcher import as_launched
-from stepdistill.training.own_files import check_own_files, copies, keep_own_files
+from stepdistill.training.own_files import as_begun, check_own_files, copies, keep_own_files
 from stepdistill.training.preflight import check_evaluation, check_output, check_recipe
 from stepdistill.training.record import recorded
 from stepdistill.training.run_report import RunReport, read_report
@@ -241,8 +241,8 @@ def export_run(run: Path, output: Path | None = None, sets: Sequence[str] = ()) 
     from stepdistill.training.report import score_table
     from stepdistill.training.run import Run
 
-    kept = [f"{key}={json.dumps(str(copy))}" for key, copy in copies(run).items()]
-    resolved = resolve(load_recipe(run / "recipe.yaml", sets=[*kept, *sets]))
+    kept = [f"{key}={json.dumps(str(copy))}" for key, copy in copies(run).items() if key != "terms.reward"]
+    resolved = resolve(as_begun(load_recipe(run / "recipe.yaml", sets=[*kept, *sets]), run))
     assembled = assemble(resolved, Accelerator(cpu=not torch.cuda.is_available()))
     state = Run(assembled.objective, assembled.recipe, run)
     state.restore()

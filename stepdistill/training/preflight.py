@@ -14,6 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher, find_lora, local_folder
 from stepdistill.networks.pipeline_files import pipeline_class
 from stepdistill.recipes.recipe import Recipe
+from stepdistill.recipes.rewards import own_reward
 from stepdistill.recipes.sections import AgainstTeacherOptions
 from stepdistill.system.emoji import embedded_teachers
 from stepdistill.system.files import check_folder
@@ -53,6 +54,9 @@ def _begun_in(run: Path) -> str | None:
 def _check_inputs(recipe: Recipe) -> None:
     check_teacher(recipe.teacher)
     _check_further(recipe)
+    for name in recipe.terms.rewards:
+        if (own := own_reward(name)) and not own.file.is_file():
+            raise UserError(f"terms.reward {name}: there is no such file")
     if recipe.data.prompts is not None:
         open_prompts(Path(recipe.data.prompts))
     if recipe.data.images is not None:

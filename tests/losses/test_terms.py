@@ -18,7 +18,8 @@ from stepdistill.errors import UserError
 from stepdistill.losses.contract import Turn
 from stepdistill.losses.objective import Objective
 from stepdistill.losses.regression import ends
-from stepdistill.losses.rewards import RewardTerm
+from stepdistill.losses.reward_term import RewardTerm
+from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm
 from stepdistill.methods import find_method, method_names
 from stepdistill.methods.flow_map import FlowMap
@@ -293,7 +294,7 @@ def test_a_reward_is_climbed_and_told_which_prompt_each_sample_is_of():
         return x0.flatten(1).mean(1) * (1 + prompt)
 
     method, sample = plain("dmd"), batch(1)
-    objective = Objective(method, [RewardTerm(0.5, reward)])
+    objective = Objective(method, [RewardTerm(0.5, Rewards(lambda x0: x0, (reward,)))])
     turn = next(turn for step in range(40) if (turn := objective.turn(step)).network == "student")
     loss, logs = objective.loss(turn, sample)
     before = reward(method.sample(sample), sample.prompt).mean()
@@ -377,7 +378,7 @@ def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
     with pytest.raises(UserError, match=r"terms\.gan_weight is 0\.5, but expert-1 draws no clean sample"):
         gan_beside(experts(), 0.5)
     with pytest.raises(UserError, match=r"terms\.reward_weight is 0\.5, but expert-1 draws no clean sample"):
-        Objective(experts(), [RewardTerm(0.5, lambda x0, prompt: x0.flatten(1).mean(1))])
+        Objective(experts(), [RewardTerm(0.5, Rewards(lambda x0: x0, ()))])
 
 
 def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
@@ -404,7 +405,7 @@ def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
 def test_only_networks_with_a_graph_can_be_perceptual():
     with pytest.raises(UserError, match=r"terms\.perceptual.*emoji or clip:FOLDER"):
         load_recipe(HERE / "empty.yaml", method="lcm", sets=["terms.perceptual=inception:file.pt"])
-    with pytest.raises(UserError, match=r"terms\.reward.*emoji or clip:FOLDER"):
+    with pytest.raises(UserError, match=r"terms\.reward.*not known: give clip:emoji.*clip:FOLDER"):
         load_recipe(HERE / "empty.yaml", method="lcm", sets=["terms.reward=dinov2:folder"])
 
 
