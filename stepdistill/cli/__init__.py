@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "stats": evaluate.stats,
     "compare": compare.compare,
     "hybrid": compose.hybrid,
+    "trace": compose.trace,
     "export": train.export,
     "verify": train.verify,
     "push": share.push,

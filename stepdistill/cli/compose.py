@@ -1,4 +1,4 @@
-"""``stepdistill hybrid``: pipelines that are put together, without training."""
+"""``stepdistill hybrid`` and ``trace``: pipelines put together without training, and what each step predicts."""
 
 from __future__ import annotations
 
@@ -65,3 +65,38 @@ def hybrid(
     )
     print(verify(output))
     print(output)
+
+
+def trace(
+    pipelines: Annotated[
+        list[str],
+        typer.Argument(help="Embedded teachers, diffusers folders or run folders (their students)."),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="What is drawn; may repeat.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Pictures of each prompt, for the diversity.")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of pipelines that are no students.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Of pipelines that are no students.")] = None,
+    features: Annotated[str, typer.Option(help="Network in which diversity is measured.")] = "emoji",
+    output: Annotated[Path, typer.Option(help="Folder for trace.html, trace.png and trace.json.")] = Path(
+        "trace"
+    ),
+) -> None:
+    """Show what pipelines predict at each of their steps from the same noise, and where variety is lost."""
+    if not prompt:
+        raise UserError('trace: there is no prompt; give one or more, such as --prompt "red apple"')
+    from stepdistill.networks.find import find_pipeline
+    from stepdistill.system.files import check_writable
+
+    for name in pipelines:
+        find_pipeline(name)
+    check_writable(output)
+    from stepdistill.evaluation.trace import asked
+    from stepdistill.evaluation.trace import trace as draw
+
+    for each in draw(asked(pipelines, steps, guidance), prompt, seeds, output, features):
+        print(
+            f"{each.name}: diversity of x0 over {seeds} seeds "
+            f"{', '.join(f'{value:.3f}' for value in each.diversity)} at t = "
+            f"{', '.join(f'{time:.2f}' for time in each.times)}"
+        )
+    print(f"page: {output / 'trace.html'}")

@@ -49,6 +49,11 @@ EXAMPLES = {
         "hybrid emoji runs/dmd_emoji_4step --teacher-grid 8 --output hybrid",
         "hybrid my_sdxl runs/latest --teacher-calls 1 --guidance 7 --output my_hybrid",
     ),
+    "trace": (
+        'trace emoji runs/dmd_emoji_4step hybrid --prompt "red apple"',
+        'trace runs/latest --prompt "a dog" --prompt "a cat" --seeds 16 --output traced',
+        'trace my_sdxl runs/latest --steps 25 --guidance 7 --prompt "a castle"',
+    ),
     "export": (
         "export runs/latest",
         "export runs/latest --what adapter --kohya --output my_lora",
