@@ -28,6 +28,7 @@ SMOOTH = {"derivative": "difference", "derivative_step": 0.05}
 TWO = (1.0, 0.5)
 SETTINGS = {
     "asd": Setting(TWO, {"fake_updates": 4, "fake_lr_ratio": 2.0}, steps=1500, lr=3e-3),
+    "ayf": Setting(options={"tangent_warmup": 100, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2),
     "consistency": Setting(),
     "diff_instruct": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "disback": Setting(

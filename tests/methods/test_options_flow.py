@@ -23,6 +23,7 @@ from stepdistill.losses.contract import Method, PairOptions, Turn
 from stepdistill.losses.fake_score import FakeTurnOptions
 from stepdistill.losses.flow_maps import JumpOptions, MapOptions, PointOptions, TwoTimeOptions, WarmMapOptions
 from stepdistill.losses.regression import WarmStartOptions
+from stepdistill.methods.ayf import AYF
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.methods.instaflow import InstaFlow
@@ -60,7 +61,7 @@ SAID = [
     PairOptions,
     FakeTurnOptions,
 ]
-MAPS = [MeanFlow, MDTDist, SelfE, TwinFlow, FlowMap, FreeFlow]
+MAPS = [MeanFlow, MDTDist, SelfE, TwinFlow, AYF, FlowMap, FreeFlow]
 FLOWS = [Reflow, InstaFlow, RFPP, SlimFlow]
 SAID += [kind.Options for kind in (*MAPS, *FLOWS)]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
@@ -355,12 +356,41 @@ def twin_target() -> None:
     assert half > none and whole - none == pytest.approx(2 * (half - none), rel=1e-3)
 
 
-@covers("MeanFlow.guidance", "MDTDist.guidance", "FlowMap.guidance", "FreeFlow.guidance")
+@covers("AYF.objective", "AYF.tangent_warmup", "AYF.largest_share", "AYF.tangent_offset")
+def ayf_tangents() -> None:
+    """Where the teacher is read says which equation; the share rises; one sample's loss is its length's."""
+    chosen = {"same": 0.0, "to_data": 0.0, "noise_share": 1.0, "derivative": "exact"}
+    for name in ("eulerian", "lagrangian"):
+        method = build(AYF, objective=name, **chosen)
+        read, seen = Calls(method.teacher.denoiser.net), Calls(method.student.net)
+        logs(method, batch_of(64))
+        wanted = seen.t[0] if name == "eulerian" else seen.t[0] - seen.gap[0]
+        torch.testing.assert_close(read.t[0], wanted)
+    method = build(AYF, tangent_warmup=100, largest_share=0.8)
+    assert [method.share(step) for step in (0, 50, 200)] == pytest.approx([0, 0.4, 0.8])
+    for offset in (0.1, 3.0):
+        method = build(AYF, Perceptron(), tangent_offset=offset, tangent_warmup=0, **chosen)
+        length = math.sqrt(2) * float(logs(method, batch_of(1))["residual"])
+        assert value(method, batch_of(1)) == pytest.approx((length / (length + offset)) ** 2, rel=1e-4)
+
+
+@covers("AYF.time_mean", "AYF.time_deviation")
+def ayf_times() -> None:
+    shares = {"same": 0.0, "to_data": 0.0, "noise_share": 0.0, "derivative": "exact"}
+    method = build(AYF, time_mean=0.5, time_deviation=0.7, **shares)
+    seen = Calls(method.student.net)
+    logs(method, batch_of(1000))
+    t = next(t for t, gap in zip(seen.t, seen.gap, strict=True) if float(gap.max()) > 0)
+    gap = next(gap for gap in seen.gap if float(gap.max()) > 0)
+    assert logit_moments(torch.cat([t, t - gap])) == pytest.approx((0.5, 0.7), abs=0.06)
+
+
+@covers("MeanFlow.guidance", "AYF.guidance", "MDTDist.guidance", "FlowMap.guidance", "FreeFlow.guidance")
 def guidance() -> None:
     """Of two Gaussians of one deviation the guided velocity is that of the mean m0 + g (m - m0)."""
     x, t = torch.randn(8, *SHAPE), torch.full((8,), 0.6)
     wanted = ToyTeacher(Gaussian(PATH, 0.2 + 3 * (MU - 0.2), C), PATH).predict(x, t, Condition()).velocity
-    for kind in (MeanFlow, MDTDist, FlowMap, FreeFlow):
+    for kind in (MeanFlow, AYF, MDTDist, FlowMap, FreeFlow):
         torch.testing.assert_close(build(kind, guidance=3.0).velocity(x, t, Condition()), wanted)
 
 

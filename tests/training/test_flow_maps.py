@@ -25,6 +25,12 @@ METHODS = {
     ],
     "self_e": ["options.pairs=2", "options.pair_steps=2", "options.auxiliary_after=0"],
     "twinflow": ["options.pairs=2", "options.pair_steps=2"],
+    "ayf": [
+        "options.pairs=2",
+        "options.pair_steps=2",
+        "options.tangent_warmup=0",
+        "options.derivative=exact",
+    ],
     "freeflow": ["options.fake_updates=1", "options.fake_warm_start=0", "options.derivative=exact"],
 }
 
@@ -47,6 +53,7 @@ def sets_of(name: str, method: str, folder: Path) -> list[str]:
         ("sd3", "freeflow", 2),
         ("flux", "meanflow", 2),
         ("sd3", "self_e", 2),
+        ("sd3", "ayf", 3),
         ("sana", "twinflow", 1),
         ("sana", "freeflow", 1),
         ("wan", "meanflow", 3),
