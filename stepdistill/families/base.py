@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +48,7 @@ class Family(ABC):
         alone: whether prompts of several lengths are drawn one at a time, as the pipeline has no mask for what pads
             them to the longest.
         lora_targets: suffixes of the layers that carry LoRA.
+        freezable: levels of ``student.freeze``, by name: a regular expression of the names of parameters that stay.
         picture_tokens: which of the outputs of a block of several kinds of tokens are the picture's.
         changes: what methods may change in its network.
         differentiable: whether :meth:`to_frames` has a graph to the states.
@@ -69,6 +70,7 @@ class Family(ABC):
     keeps_length: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]]
+    freezable: ClassVar[Mapping[str, str]] = {}
     picture_tokens: ClassVar[int] = -1
     changes: ClassVar[NetworkChanges] = NetworkChanges()
     differentiable: ClassVar[bool] = True
@@ -108,6 +110,14 @@ class Family(ABC):
         """What belongs to the picture in the output of that module, for states of this shape."""
         picture: Tensor = output[self.picture_tokens] if isinstance(output, tuple) else output
         return picture
+
+    def feature_layers(self, net: nn.Module) -> list[nn.Module]:
+        """The modules that the heads of a discriminator at several depths read, in the order in which they run."""
+        return [self.features_of(net)]
+
+    def layer_shapes(self, net: nn.Module, state: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """(D, h, w) of the features of each of those modules."""
+        return [self.feature_shape(net, state)] * len(self.feature_layers(net))
 
     # What most families keep.
 

@@ -4,6 +4,7 @@ conditioned on class numbers."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,26 @@ from stepdistill.families.base import Family, call_default
 from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
 
+# What of a UNet's blocks stays at the levels of GDD (Zheng and Yang 2024, 2405.20750); norms, what the time and the
+# prompt act through, and the first and last layers are trained at each of them.
+CONVOLUTIONS = r"resnets\.\d+\.conv[12]\.|(down|up)samplers\.|\.proj_(in|out)\."
+OF_ITSELF = (
+    r"(attn1|attentions\.\d+)"  # attention of the picture to itself, with and without a prompt beside it
+)
+UNET_1 = rf"{CONVOLUTIONS}|{OF_ITSELF}\.to_out\."
+UNET_2 = rf"{UNET_1}|{OF_ITSELF}\.to_[qkv]\."
+UNET_LEVELS = {"level-1": UNET_1, "level-2": UNET_2, "level-3": rf"{UNET_2}|conv_shortcut\."}
+# Of a transformer: feed-forward layers and what attention ends with.
+BLOCK_1 = (
+    r"\.(ff|ff_context|ff_[it]|ffn|feed_forward|img_mlp|txt_mlp|conv_ff)\.|\.to_(add_)?out(_t)?\."
+    r"|single_transformer_blocks\.\d+\.proj_(mlp|out)\."
+)
+BLOCK_2 = rf"{BLOCK_1}|\.(to_[qkv](_t)?|add_[qkv]_proj)\."
+
+
+DEPTHS = 2
+"""Of a network, beside its middle, which a discriminator at several depths reads."""
+
 
 class UNetFamily(Family):
     """Families around a diffusers UNet. The LoRA layers are those of LCM-LoRA (Luo et al. 2023, 2311.05556)."""
@@ -23,6 +44,7 @@ class UNetFamily(Family):
         "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
         "downsamplers.0.conv upsamplers.0.conv time_emb_proj".split()
     )
+    freezable: ClassVar[Mapping[str, str]] = UNET_LEVELS
     passes = frozenset({"generator"})
 
     def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
@@ -37,6 +59,22 @@ class UNetFamily(Family):
         height, width = (-(-side // 2**halvings) for side in state[-2:])
         return int(net.config.block_out_channels[-1]), height, width
 
+    def feature_layers(self, net: Any) -> list[nn.Module]:
+        # The last layer of the two smallest blocks on the way down, before they halve, and the middle.
+        down = [
+            (getattr(block, "attentions", None) or block.resnets)[-1] for block in net.down_blocks[-DEPTHS:]
+        ]
+        return [*down, self.features_of(net)]
+
+    def layer_shapes(self, net: Any, state: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        found = list[tuple[int, int, int]]()
+        height, width = state[-2:]
+        for channels, block in zip(net.config.block_out_channels, net.down_blocks, strict=True):
+            found.append((int(channels), height, width))
+            if block.downsamplers is not None:
+                height, width = -(-height // 2), -(-width // 2)
+        return [*found[-DEPTHS:], self.feature_shape(net, state)]
+
 
 class TransformerFamily(Family):
     """Families around a diffusers transformer.
@@ -50,6 +88,7 @@ class TransformerFamily(Family):
         "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out ff.net.0.proj ff.net.2 "
         "ff_context.net.0.proj ff_context.net.2".split()
     )
+    freezable: ClassVar[Mapping[str, str]] = {"level-1": BLOCK_1, "level-2": BLOCK_2}
 
     def patch(self, net: Any) -> int:
         """Values of a state along a side of a token."""
@@ -68,6 +107,11 @@ class TransformerFamily(Family):
     def features_of(self, net: nn.Module) -> nn.Module:
         count = len(list(net.get_submodule(self.blocks).children()))
         return net.get_submodule(f"{self.blocks}.{count // 2}")
+
+    def feature_layers(self, net: nn.Module) -> list[nn.Module]:
+        count = len(list(net.get_submodule(self.blocks).children()))
+        places = sorted({count // 4, count // 2, 3 * count // 4})
+        return [net.get_submodule(f"{self.blocks}.{place}") for place in places]
 
     def feature_shape(self, net: Any, state: tuple[int, ...]) -> tuple[int, int, int]:
         frames = state[-3] if self.video else 1

@@ -48,5 +48,8 @@ class Lumina2(MaskedTextFamily):
         refiner: torch.nn.Module = net.noise_refiner[-1]
         return refiner
 
+    def feature_layers(self, net: Any) -> list[torch.nn.Module]:
+        return list(net.noise_refiner)
+
     def feature_shape(self, net: Any, state: tuple[int, ...]) -> tuple[int, int, int]:
         return int(net.config.hidden_size), state[-2] // self.patch(net), state[-1] // self.patch(net)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepdistill.diffusion.draws import generator_for
+from stepdistill.diffusion.draws import Draws, generator_for
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.denoiser import Denoiser
@@ -55,14 +56,49 @@ class Discriminator(nn.Module):
         return logits
 
 
+class Heads(nn.Module):
+    """A head for each of the maps of features that a network has at several depths.
+
+    Args:
+        shapes: (D, h, w) of each.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(map(Discriminator, shapes))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits [B, H], a column for each head."""
+        return torch.stack([head(own) for head, own in zip(self.each, maps, strict=True)], 1)
+
+
+def over_heads(each: Tensor) -> Tensor:
+    """What the logits [B] or [B, H] each cost: their sum over heads, mean over samples."""
+    return each.reshape(len(each), -1).sum(1).mean()
+
+
 def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
     """softplus(-D(real)) + softplus(D(generated)), mean over samples (Goodfellow et al. 2014, 1406.2661)."""
-    return F.softplus(-real).mean() + F.softplus(generated).mean()
+    return over_heads(F.softplus(-real)) + over_heads(F.softplus(generated))
 
 
 def generator_loss(generated: Tensor) -> Tensor:
     """softplus(-D(generated)), the non-saturating form, mean over samples."""
-    return F.softplus(-generated).mean()
+    return over_heads(F.softplus(-generated))
+
+
+def hinge_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """max(0, 1 - D(real)) + max(0, 1 + D(generated)), mean over samples; a generator then minimises -D."""
+    return over_heads((1 - real).clamp_min(0)) + over_heads((1 + generated).clamp_min(0))
+
+
+Law = Callable[[Draws, str], Tensor]
+"""The times [B] to which a discriminator's inputs are noised, before a flow teacher's shift, by draws and a stream."""
+
+
+def uniform(draws: Draws, stream: str) -> Tensor:
+    """Any time."""
+    return draws.uniform(stream)
 
 
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
@@ -72,26 +108,54 @@ def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
 
 
 class FeatureGan(nn.Module):
-    """The two losses of a discriminator that reads a diffusion network's features of noised latents.
+    """The losses of a discriminator that reads a diffusion network's features of noised latents.
 
     Args:
         eye: the network whose features it reads; not a part of this module.
         outputs, relativistic: of its head, see ``Discriminator``.
+        deep: whether it has a head at each of the family's ``feature_layers``; else it has one, at ``features_of``.
+        times: the law of the times that real and generated samples are noised to.
+        hinge: whether its losses are the hinge and -D; else they are of softplus.
     """
 
-    def __init__(self, eye: Denoiser, outputs: int = 1, *, relativistic: bool = False) -> None:
+    def __init__(
+        self,
+        eye: Denoiser,
+        outputs: int = 1,
+        *,
+        relativistic: bool = False,
+        deep: bool = False,
+        times: Law = uniform,
+        hinge: bool = False,
+    ) -> None:
         super().__init__()
-        self.eye = eye
+        self.eye, self.deep, self.times, self.hinge = eye, deep, times, hinge
         with torch.random.fork_rng(
             devices=[]
         ):  # its start follows from its width, not from the global generator
             torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
-            shape = eye.family.feature_shape(eye.net, eye.shape)
-            self.head = Discriminator(shape, outputs, relativistic=relativistic)
+            family = eye.family
+            self.head = (
+                Heads(family.layer_shapes(eye.net, eye.shape))
+                if deep
+                else Discriminator(
+                    family.feature_shape(eye.net, eye.shape), outputs, relativistic=relativistic
+                )
+            )
+
+    @property
+    def heads(self) -> int:
+        """How many logits a sample has."""
+        return len(self.head.each) if isinstance(self.head, Heads) else 1
+
+    def seen(self, x_t: Tensor, t: Tensor, cond: Condition) -> Any:
+        """What the head is given of x_t [B, ...] at t [B]: a map of features, or those of several depths."""
+        return self.eye.feature_maps(x_t, t, cond) if self.deep else self.eye.features(x_t, t, cond)
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Logits [B] of x_t [B, ...] at t [B]: at its best, log of the density of real over that of generated."""
-        return cast(Tensor, self.head(self.eye.features(x_t, t, cond)))
+        """Logits [B], or [B, H] of H heads, of x_t [B, ...] at t [B]: at its best, log of the density of real over
+        that of generated."""
+        return cast(Tensor, self.head(self.seen(x_t, t, cond)))
 
     def logits_above(self, x_e: Tensor, e: Tensor, start: Tensor, cond: Condition, batch: Batch) -> Tensor:
         """Logits [B] of x_e [B, ...] noised from e [B] to a time between e and ``start`` [B]; noise and time are
@@ -101,18 +165,32 @@ class FeatureGan(nn.Module):
         eps = batch.draws.normal("gan eps", tuple(x_e.shape[1:]))
         return self.logits(path.renoise(x_e, e, t, eps), t, cond)
 
-    def _logits(self, x: Tensor, cond: Condition, batch: Batch, stream: str) -> Tensor:
-        """Logits [B] of x noised to uniform times of the schedule: one law for real and generated, with draws of
-        their own."""
+    def noised(self, x: Tensor, batch: Batch, stream: str) -> tuple[Tensor, Tensor]:
+        """x [B, ...] noised, and its times [B]: one law for real and generated, with draws of their own."""
         draws, path = batch.draws, self.eye.path
-        t, eps = path.shifted(draws.uniform(f"{stream} t")), draws.normal(f"{stream} eps", tuple(x.shape[1:]))
-        return self.logits(path.noised(x, eps, t), t, cond)
+        t = path.shifted(self.times(draws, f"{stream} t"))
+        eps = draws.normal(f"{stream} eps", tuple(x.shape[1:]))
+        return path.noised(x, eps, t), t
 
     def for_generator(self, x: Tensor, batch: Batch) -> Tensor:
         """The generator's loss for its samples x [B, ...]; gradients flow through the features into x."""
-        return generator_loss(self._logits(x, batch.cond, batch, "gan"))
+        logits = self.logits(*self.noised(x, batch, "gan"), batch.cond)
+        return -over_heads(logits) if self.hinge else generator_loss(logits)
 
     def for_discriminator(self, x: Tensor, images: Examples, batch: Batch) -> Tensor:
         """The discriminator's loss on generated x [B, ...] and real images."""
-        real = self._logits(images.x0, images.cond, batch, "gan real")
-        return discriminator_loss(real, self._logits(x, batch.cond, batch, "gan"))
+        real = self.logits(*self.noised(images.x0, batch, "gan real"), images.cond)
+        made = self.logits(*self.noised(x, batch, "gan"), batch.cond)
+        return hinge_loss(real, made) if self.hinge else discriminator_loss(real, made)
+
+    def gradient_penalty(self, images: Examples, batch: Batch) -> Tensor:
+        """R1, half the squared gradient of the logits of real images, in what the heads are given (Mescheder et al.
+        2018, 1801.04406; in features, as of ADD, Sauer et al. 2023, 2311.17042): summed over heads, mean over samples.
+        In the images themselves it would be a second derivative of the eye."""
+        with torch.no_grad():
+            seen = self.seen(*self.noised(images.x0, batch, "gan real"), images.cond)
+        maps = [each.detach().requires_grad_(True) for each in (seen if self.deep else [seen])]
+        with torch.enable_grad():
+            logits = self.head(maps if self.deep else maps[0])
+            slopes = torch.autograd.grad(logits.sum(), maps, create_graph=True)
+        return torch.stack([0.5 * each.square().flatten(1).sum(1).mean() for each in slopes]).sum()

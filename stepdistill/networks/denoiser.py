@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -140,37 +140,53 @@ class Denoiser:
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's inner picture of x_t, [B, D, h, w], or [B, N, D] for a transformer; what comes after it in the
         network does not run."""
+        return self._seen_in(lambda net: [self.family.features_of(net)], x_t, t, cond)[0]
+
+    def feature_maps(self, x_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+        """The same at each of the family's ``feature_layers``."""
+        return self._seen_in(self.family.feature_layers, x_t, t, cond)
+
+    def _seen_in(
+        self, places: Callable[[nn.Module], list[nn.Module]], x_t: Tensor, t: Tensor, cond: Condition
+    ) -> list[Tensor]:
+        """What belongs to the picture in the outputs of modules of the network, in the order in which they run."""
         if isinstance(self.net, SwitchedNetworks):
             time, networks = self.family.time(self.path, t), list(map(self._with, self.net.networks))
-            return by_time(
-                time,
-                self.net.bounds,
-                lambda k, own: networks[k].features(x_t[own], t[own], cond.rows(own)),
-            )
+            sizes = list[torch.Size]()
+
+            def in_one(k: int, own: Tensor | slice) -> Tensor:
+                maps = networks[k]._seen_in(places, x_t[own], t[own], cond.rows(own))
+                sizes[:] = [each.shape[1:] for each in maps]
+                return torch.cat([each.flatten(1) for each in maps], 1)
+
+            flat = by_time(time, self.net.bounds, in_one)
+            parts = flat.split([size.numel() for size in sizes], 1)
+            return [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
 
         # A sharded network runs to its end: there its weights are let go, and gathered for the backward pass.
-        whole, seen = is_sharded(self.net), list[Tensor]()
+        whole, seen, wanted = is_sharded(self.net), list[Tensor](), places(self.net)
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
             seen.append(self.family.picture(self.net, output, tuple(x_t.shape[1:])))
-            if not whole:
+            if len(seen) == len(wanted) and not whole:
                 raise _Reached
 
-        place, said = self.family.features_of(self.net), None
-        handle = place.register_forward_hook(look)
+        said, handles = None, [place.register_forward_hook(look) for place in wanted]
         try:
-            with called_plainly(self.net, place):
+            with called_plainly(self.net, *wanted):
                 said = self.raw(x_t, t, cond)
         except _Reached:
             self.counter.count(self.who, len(x_t), graph=seen[-1].requires_grad)
         finally:
-            handle.remove()
-        if not seen:
-            raise RuntimeError(f"a {type(self.net).__name__} did not call the module its features come from")
+            for handle in handles:
+                handle.remove()
+        if len(seen) < len(wanted):
+            raise RuntimeError(f"a {type(self.net).__name__} did not call a module its features come from")
         if len(seen[-1]) < len(x_t):  # prompts of several lengths, with which it is called apart
-            each = [slice(i, i + 1) for i in range(len(x_t))]
-            return torch.cat([self.features(x_t[own], t[own], cond.rows(own)) for own in each])
-        return seen[-1].float() if said is None else seen[-1].float() + 0 * said.mean()
+            rows = [slice(i, i + 1) for i in range(len(x_t))]
+            each = [self._seen_in(places, x_t[own], t[own], cond.rows(own)) for own in rows]
+            return [torch.cat(maps) for maps in zip(*each, strict=True)]
+        return [own.float() if said is None else own.float() + 0 * said.mean() for own in seen]
 
     def _with(self, net: nn.Module) -> Denoiser:
         """The same with one of the networks that this one switches between."""

@@ -10,15 +10,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.path import Output
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, did_you_mean
 from stepdistill.networks.averages import follow
 from stepdistill.networks.checkpointing import checkpointed
 from stepdistill.networks.denoiser import Denoiser
@@ -96,7 +97,8 @@ class Roles(ABC):
 
     def average(self, name: str, of: str, decay: float) -> None:
         """name <- decay name + (1 - decay) of."""
-        follow(self.parameters(name), self.parameters(of), decay)
+        own, theirs = self.weights(name), self.weights(of)  # of what is frozen there is nothing to follow
+        follow([own[key] for key in theirs], list(theirs.values()), decay)
 
     @abstractmethod
     def weights(self, name: str) -> dict[str, nn.Parameter]:
@@ -139,6 +141,37 @@ class Copies(Roles):
     def __init__(self, teacher: Teacher, student: Student | None = None) -> None:
         super().__init__(teacher, student or Student.from_teacher(teacher))
         self._fresh: dict[str, dict[str, Tensor]] = {}
+        self._frozen: re.Pattern[str] | None = None
+
+    def freeze(self, wanted: Sequence[str]) -> float:
+        """Keeps a part of the student's network as it is: no gradient, no optimiser.
+
+        Args:
+            wanted: parts of names of its parameters, or levels of its family's ``freezable``.
+
+        Returns:
+            the share of its numbers that stay.
+
+        Raises:
+            UserError: one of them names no parameter, or together they leave none to be trained.
+        """
+        net, levels = self.student.net, self.student.family.freezable
+        names = [name for name, _ in net.named_parameters()]
+        patterns = [levels.get(each) or re.escape(each) for each in wanted]
+        for each, pattern in zip(wanted, patterns, strict=True):
+            if not any(re.search(pattern, name) for name in names):
+                parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+                near = did_you_mean(each, {*parts, *levels})
+                raise UserError(f"student.freeze has {each}, which is in no name of a parameter {near}")
+        self._frozen = re.compile("|".join(patterns))
+        kept = self.weights(STUDENT)
+        if not kept:
+            raise UserError(
+                f"student.freeze is {list(wanted)}, which leaves nothing to train: take out a part of it"
+            )
+        for name, value in net.named_parameters():
+            value.requires_grad_(name in kept)
+        return 1 - sum(v.numel() for v in kept.values()) / sum(v.numel() for v in net.parameters())
 
     def _made(self, name: str, source: str, trained: bool, restarts: bool, rank: int | None) -> Denoiser:
         if rank is not None:
@@ -158,7 +191,9 @@ class Copies(Roles):
         load_whole(self[name].net, state)
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
-        return dict(self[name].net.named_parameters())
+        every = dict(self[name].net.named_parameters())
+        frozen = self._frozen if name == STUDENT else None
+        return every if frozen is None else {k: v for k, v in every.items() if not frozen.search(k)}
 
     def stored(self) -> dict[str, nn.Module]:
         return {

@@ -38,6 +38,10 @@ class StudentOptions(Section):
             (needs bitsandbytes), the linear layers that carry adapters in eight bits or four. The teacher is then the
             same rounded network, with adapters off. What is exported is merged into its unrounded weights.
         lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
+        freeze: what of its network stays as it starts: parts of names of parameters, or a level of its family:
+            ``level-1`` is convolutions inside of blocks and what attention or a transformer's block ends with,
+            ``level-2`` also queries, keys and values, ``level-3`` also skips (Zheng and Yang 2024, 2405.20750). Frozen
+            weights have no gradient and no optimiser. Not with ``lora_rank``, which trains none of them.
         output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
             data-free stage that turns the teacher's network (stepdistill/training/output_matching.py); ``auto``: v
             where the teacher says eps and a one-step student is called near pure noise.
@@ -51,6 +55,7 @@ class StudentOptions(Section):
     lora_rank: _NotNegative = 0
     base: Literal["auto", "bf16", "int8", "nf4"] = "auto"
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     output: Literal["auto", "teacher", "v", "x0"] = "auto"
     output_samples: _Positive = 1024
     output_updates: _Positive = 1000
@@ -65,6 +70,11 @@ class StudentOptions(Section):
             raise ValueError(f"times must descend within (0, 1], such as [1.0, 0.5]; found {list(times)}")
         if self.lora_alpha is not None and self.lora_rank == 0:
             raise ValueError("lora_alpha does nothing without lora_rank")
+        if self.freeze and self.lora_rank:
+            raise ValueError(
+                f"freeze is {list(self.freeze)} and lora_rank is {self.lora_rank}, but an adapter leaves all of the "
+                "network's own weights as they are: set freeze to [], or lora_rank to 0"
+            )
         if self.base != "auto" and self.lora_rank == 0:
             raise ValueError(
                 f"base is {self.base}, but without adapters nothing lies on one: set lora_rank, such as 16, or base "

@@ -208,6 +208,11 @@ def assemble(
         fit_attention(kernel, net, device)
     method: Method = kind(roles, times, options).to(device)
     check_weights(train, recipe.student.base, method)
+    if recipe.student.freeze and method.student.experts:
+        raise UserError(
+            f"student.freeze is {list(recipe.student.freeze)}, but {recipe.method} trains several networks here, which "
+            "freezes none: set it to [], or take a student of one network (options.phases=1)"
+        )
     if train.context_parallel > 1:
         check_shared_tokens(teacher.denoiser.net, train.context_parallel)
         check_split(teacher, train.context_parallel, buckets or [teacher.size], prompts[0])

@@ -64,7 +64,25 @@ def roles_for(
     roles = Copies(teacher)
     if kind.starts_below:  # a generator, called at its own times alone
         roles.student.keep_serving(times)
+    if student.freeze:
+        freeze(roles, student.freeze, kind, accelerator)
     return roles
+
+
+def freeze(roles: Copies, wanted: Sequence[str], kind: type[Method], accelerator: Accelerator) -> None:
+    """Keeps a part of the student's network as it starts.
+
+    Raises:
+        UserError: it has no such part, or a method gives it another network.
+    """
+    if kind.own_network:
+        raise UserError(
+            f"student.freeze is {list(wanted)}, but {kind.__name__} gives the student a network of its own, with "
+            "weights that must be trained: leave it out"
+        )
+    share = roles.freeze(wanted)
+    if accelerator.is_main_process:
+        say(f"student.freeze: {share:.0%} of its weights stay as they are")
 
 
 def teacher_type(train: TrainOptions) -> torch.dtype:

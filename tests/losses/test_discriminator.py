@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.batch import Examples
-from stepdistill.losses.gan import Discriminator, FeatureGan
+from stepdistill.losses.gan import (
+    Discriminator,
+    FeatureGan,
+    Heads,
+    discriminator_loss,
+    generator_loss,
+    hinge_loss,
+)
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.testing.toys import SHAPE, Perceptron, ToyFamily, toy_batch
 
@@ -112,3 +121,56 @@ def test_the_discriminators_loss_falls_where_it_tells_the_two_apart():
         for value, gradient in zip(own.parameters(), gradients, strict=True):
             value -= 1e-2 * gradient
         assert gap() > before + 1e-3
+
+
+class Linear(nn.Module):
+    """A head D(f) = w f + b."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, width + 1))
+
+    def forward(self, features):
+        return features.flatten(1) @ self.weight
+
+
+def test_the_gradient_penalty_of_a_linear_head_is_half_its_squared_weight():
+    """And its gradient is that weight: the head learns from it, and what it reads does not."""
+    own, batch = gan(), toy_batch(16)
+    own.head = Linear(32)
+    penalty = own.gradient_penalty(Examples(batch.noise, batch.cond), batch)
+    torch.testing.assert_close(penalty, 0.5 * own.head.weight.square().sum())
+    penalty.backward()
+    torch.testing.assert_close(own.head.weight.grad, own.head.weight.detach())
+    assert all(value.grad is None for value in own.eye.net.parameters())
+
+
+def test_heads_cost_their_sum_and_zero_ones_n_ln_2():
+    """Logits of zero: n ln 2 for the generator, twice that for the discriminator; by the hinge 0 and 2 n."""
+    zero = torch.zeros(8, 3)
+    torch.testing.assert_close(generator_loss(zero), torch.tensor(3 * math.log(2)))
+    torch.testing.assert_close(discriminator_loss(zero, zero), torch.tensor(6 * math.log(2)))
+    assert float(hinge_loss(zero, zero)) == 6.0 and float(hinge_loss(1 + zero, zero - 1)) == 0.0
+    real, made = torch.randn(8, 3), torch.randn(8, 3)
+    each = sum(discriminator_loss(real[:, k], made[:, k]) for k in range(3))
+    torch.testing.assert_close(discriminator_loss(real, made), each)
+    heads = Heads([(8, 4, 4), (8, 2, 2)])
+    maps = [torch.randn(5, 8, 4, 4), torch.randn(5, 8, 2, 2)]
+    alone = [head(own) for head, own in zip(heads.each, maps, strict=True)]
+    assert torch.equal(heads(maps), torch.stack(alone, 1))
+
+
+def test_a_gan_of_the_hinge_pushes_every_sample_alike():
+    own, batch = gan(), toy_batch(16)
+    own.hinge = True
+    with torch.no_grad():
+        said = logits(own, batch.noise, batch)
+    torch.testing.assert_close(own.for_generator(batch.noise, batch).detach(), -said.mean())
+
+
+def test_the_law_of_times_is_that_of_both_kinds():
+    own, batch = gan(), toy_batch(512)
+    own.times = lambda draws, stream: draws.uniform(stream, 0.0, 0.6)
+    for stream in ("gan", "gan real"):
+        _, t = own.noised(batch.noise, batch, stream)
+        assert 0.55 < float(t.max()) < 0.6 and float(t.min()) < 0.05
