@@ -13,6 +13,7 @@ from stepdistill.diffusion.draws import Draws, generator_for
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.switched import networks_in
 
 
 class Discriminator(nn.Module):
@@ -136,7 +137,7 @@ class FeatureGan(nn.Module):
             torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
             family = eye.family
             self.head = (
-                Heads(family.layer_shapes(eye.net, eye.shape))
+                Heads(family.layer_shapes(networks_in(eye.net)[0], eye.shape))  # of several, each has its own
                 if deep
                 else Discriminator(
                     family.feature_shape(eye.net, eye.shape), outputs, relativistic=relativistic

@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import tiny_pipeline, tiny_prompts
+from tiny import tiny_prompts, tiny_teacher
 from torch import Tensor
 
 from stepdistill.families.condition import Condition
 from stepdistill.losses.gan import FeatureGan
+from stepdistill.networks.switched import networks_in
 from stepdistill.networks.teacher import PipelineTeacher
 
 
@@ -40,12 +41,12 @@ KINDS = (
 @pytest.mark.parametrize("name", KINDS)
 def test_each_depth_is_seen_once_in_its_stated_shape(name: str) -> None:
     """One of them is where a single head looks; equal features whether one or several modules are watched."""
-    teacher = PipelineTeacher(tiny_pipeline(name))
+    teacher = tiny_teacher(name)
     denoiser, family = teacher.denoiser, teacher.family
     x, t, cond = inputs(teacher, name)
     with torch.no_grad():
         maps, one = denoiser.feature_maps(x, t, cond), denoiser.features(x, t, cond)
-    shapes = family.layer_shapes(denoiser.net, denoiser.shape)
+    shapes = family.layer_shapes(networks_in(denoiser.net)[0], denoiser.shape)
     assert len(maps) == len(shapes)
     for own, (width, height, breadth) in zip(maps, shapes, strict=True):
         assert own.shape[1:] in {(width, height, breadth), (height * breadth, width)}
@@ -56,7 +57,7 @@ def test_each_depth_is_seen_once_in_its_stated_shape(name: str) -> None:
 
 
 def test_a_unet_is_seen_on_its_way_down_and_in_its_middle() -> None:
-    teacher = PipelineTeacher(tiny_pipeline("sd"))
+    teacher = tiny_teacher("sd")
     net = teacher.denoiser.net
     *down, middle = teacher.family.feature_layers(net)
     assert middle is net.get_submodule("mid_block") and len(down) == 2
@@ -67,7 +68,7 @@ def test_a_unet_is_seen_on_its_way_down_and_in_its_middle() -> None:
 
 
 def test_the_gradient_of_every_depth_reaches_the_sample_and_not_the_teacher() -> None:
-    teacher = PipelineTeacher(tiny_pipeline("sd3"))
+    teacher = tiny_teacher("sd3")
     x, t, cond = inputs(teacher, "sd3")
     x.requires_grad_(True)
     for own in teacher.denoiser.feature_maps(x, t, cond):

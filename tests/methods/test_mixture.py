@@ -38,6 +38,7 @@ SETTINGS = {
     "f_distill": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "flow_map": Setting(options={"tangent_warmup": 0, **SMOOTH}, lr=1e-2),
     "freeflow": Setting(options=SMOOTH, steps=400),
+    "gdd": Setting(options={"discriminator_lr_ratio": 4.0}, steps=1200, lr=3e-3),
     "instaflow": Setting(options={"reflow_updates": 150, "l2_updates": 100, "flow_steps": 8}),
     "lcm": Setting(options={"huber": 0.03, **JUMPS}),
     "meanflow": Setting(
@@ -64,6 +65,7 @@ SETTINGS = {
         },
         steps=800,
     ),
+    "progressive": Setting(options={"ratios": (2, 2, 2), "stage_updates": 100}, steps=400),
     "reflow": Setting(options={"reflow_updates": 200}),
     "rfpp": Setting(),
     "scm": Setting(
