@@ -44,6 +44,7 @@ class Data:
         pairs: cached pairs of the same prompts, or None.
         processes: who share the work; each is to make this.
         remake: whether damaged files of a cache are made again.
+        rich: what is said of each prompt in full, as many as prompts, or None.
         buckets: the sizes that images are brought to; a batch is of one of them. None brings all to the teacher's.
         group: consecutive samples of a step that are of one prompt.
     """
@@ -59,10 +60,12 @@ class Data:
         remake: bool = False,
         buckets: Sequence[Size] | None = None,
         group: int = 1,
+        rich: Sequence[str] | None = None,
     ) -> None:
         self.teacher, self.seed, self.pairs, self.group = teacher, seed, pairs, group
         self.count = len(prompts)
         self.conditions = Conditions(teacher, prompts, "prompts", remake)
+        self._rich = None if rich is None else Conditions(teacher, rich, "rich prompts", remake)
         self.images: Latents | None = None
         self._images, self._captions = images, self.conditions
         self._told: list[Mapping[str, Tensor]] = []
@@ -84,7 +87,8 @@ class Data:
                 some = [replace(codec, size=size).encode([prompts[0]]).tensors for size in sizes if names]
                 self._told = [{name: each[name] for name in names & each.keys()} for each in some]
         self._buckets = buckets is not None
-        self._caches = list(dict.fromkeys([self.conditions.rows, self._captions.rows]))
+        texts = (self.conditions, self._captions, *([self._rich] if self._rich else []))
+        self._caches = list(dict.fromkeys(each.rows for each in texts))
         every: list[RowCache | Latents] = [*self._caches, *([self.images] if self.images else [])]
         missing = [*(cache.wanted() for cache in every), pairs.wanted() if pairs else None]
         check_rooms(missing, say if processes.main else lambda line: None)
@@ -94,6 +98,8 @@ class Data:
     def identity(self) -> dict[str, str]:
         """SHA-256 of what batches are made of, by what the recipe calls it: a run goes on with the very same alone."""
         found = {"teacher": self.teacher.fingerprint(), "data.prompts": self.conditions.sha256}
+        if self._rich is not None:
+            found["data.rich"] = self._rich.sha256
         return found if self._images is None else {**found, "data.images": self._images.sha256()}
 
     @property
@@ -150,7 +156,8 @@ class Data:
                 None if (states := self.pairs.states(index)) is None else sent(states, device),
                 whose,
             )
-        return Batch(draws, shape, cond, prompt, **examples, group=self.group)
+        rich = None if self._rich is None else self._rich.take(prompt).to(device)
+        return Batch(draws, shape, cond, prompt, **examples, group=self.group, rich=rich)
 
     def batches(self, steps: range, first: int, count: int, size: int) -> Generator[Batch]:
         """:meth:`batch` of the steps, one after the other; each is made while the one before it is used, where that

@@ -77,6 +77,35 @@ def read_prompts(file: Path, what: str = "data.prompts") -> list[str]:
     return list(open_prompts(file, what))
 
 
+def read_rich(file: Path) -> dict[str, str]:
+    """The rich caption of each prompt of a file whose rows have both, see ``data.rich``.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or a row lacks one of the two.
+    """
+    if not file.is_file():
+        raise UserError(
+            f'data.rich: {file} not found: give a .jsonl or .csv with a "prompt" and its "rich" caption'
+        )
+    try:
+        if file.suffix.lower() == ".json":
+            rows = [(f"entry {i}", row) for i, row in enumerate(json.loads(text_in(file)), 1)]
+        else:
+            rows = [(row.place, row.content) for row in file_rows(file)]
+        return {text_of(row, place).strip(): _rich(row, place) for place, row in rows}
+    except BadRow as row:
+        raise UserError(f"data.rich: {file}: {row}") from None
+    except DAMAGE as error:
+        raise UserError(f"data.rich: {file} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _rich(row: Any, place: str) -> str:
+    name = named(row, "rich")
+    if name is None or not isinstance(row[name], str) or not row[name].strip():
+        raise BadRow(f"{place} has no text under rich, which is to say what its prompt means in full")
+    return str(row[name]).strip()
+
+
 class BadRow(Exception):
     """What is wrong with a file of texts, or with one row of it."""
 

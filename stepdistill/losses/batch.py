@@ -45,6 +45,7 @@ class Batch:
         cond: conditions of the prompts drawn for this step.
         prompt: [B] on the CPU, which of the run's prompts each is: rewards look their texts up by it.
         images: real images, where the method needs them.
+        rich: conditions of what ``data.rich`` says of the same prompts, where the method needs them.
         pairs: cached (noise, teacher sample) pairs, where the method needs them.
         group: consecutive rows that share a prompt, ``train.group``; every part of a batch has whole groups.
     """
@@ -56,6 +57,7 @@ class Batch:
     images: Examples | None = None
     pairs: Examples | None = None
     group: int = 1
+    rich: Condition | None = None
 
     @cached_property
     def noise(self) -> Tensor:
@@ -85,5 +87,6 @@ class Batch:
             cond=self.cond.rows(rows),
             prompt=self.prompt[rows],
             images=self.images and self.images.part(rows),
+            rich=None if self.rich is None else self.rich.rows(rows),
             pairs=self.pairs and self.pairs.part(rows),
         )

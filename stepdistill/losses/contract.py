@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from stepdistill.networks.sampler import Sampler
 
 
-NEEDS = ("noise", "prompts", "images", "pairs", "states", "reward")
-"""What a method can ask for: starting noise, prompts, real images, (noise, teacher sample) pairs, with the pairs the
-states of their trajectories at the method's ``pair_times``, the student's own by default, and the recipe's
-``terms.reward``."""
+NEEDS = ("noise", "prompts", "rich", "images", "pairs", "states", "reward")
+"""What a method can ask for: starting noise, prompts, their rich captions (``data.rich``), real images, (noise, teacher
+sample) pairs, with the pairs the states of their trajectories at the method's ``pair_times``, the student's own by
+default, and the recipe's ``terms.reward``."""
 
 
 @dataclass(frozen=True)

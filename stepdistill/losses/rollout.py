@@ -7,7 +7,7 @@ States have no graph: a loss calls the student once more where it wants one. Wit
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -50,9 +50,9 @@ class Visit:
         """The time of the next, [B]."""
         return at_time(self.end, self.x)
 
-    def drawn(self) -> Tensor:
-        """The standard normal numbers [B, ...] of the step, where some were drawn."""
-        return (self.step.state - self.step.mean) / self.std
+    def to_the_end(self) -> Visit:
+        """The same state, as though its step led to clean data."""
+        return replace(self, end=0.0)
 
 
 @torch.no_grad()

@@ -101,7 +101,8 @@ class Unit:
             pairs = Examples(zeros(), condition(), zeros(), states)
         draws = Draws(0, 0, 0, count, self.device)
         prompt, group = torch.zeros(count, dtype=torch.int64), self.recipe.train.group
-        return Batch(draws, shape, condition(), prompt, images, pairs, group)
+        rich = condition() if "rich" in self.needs else None
+        return Batch(draws, shape, condition(), prompt, images, pairs, group, rich)
 
     def turns(self) -> list[tuple[Turn, float]]:
         """The last turn of each network in the run, after warm starts, and its share of the updates of the last

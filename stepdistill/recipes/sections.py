@@ -97,6 +97,8 @@ class DataOptions(Section):
         buckets: whether each image is cropped to the nearest of several aspect ratios, all of about the area of
             ``size``, and not to that of ``size`` itself; the images of a batch are then of one ratio.
         pairs_dtype: what pairs and their states are kept in: ``float32``, or half the bytes, ``bf16`` or ``float16``.
+        rich: a .jsonl, .json, .csv or .tsv with a "prompt" and its "rich" caption in each row, for methods whose
+            teacher is told more than the student (self_opd). A prompt that it has not is its own rich caption.
         route: of each of ``teachers`` a file with the prompts, of those to train on, that it teaches; all others are
             the teacher's own.
         damaged: what is done with a damaged file of a cache of prompts, latents or pairs: ``refuse``, naming it, or
@@ -109,6 +111,7 @@ class DataOptions(Section):
     size: tuple[_Positive, _Positive] | tuple[_Positive, _Positive, _Positive] | None = None
     buckets: bool = False
     pairs_dtype: Literal["float32", "bf16", "float16"] = "float32"
+    rich: str | None = None
     route: dict[str, str] = Field(default_factory=dict)
     damaged: Literal["refuse", "remake"] = "refuse"
 

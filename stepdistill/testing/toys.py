@@ -259,6 +259,7 @@ def toy_batch(
         torch.arange(count),
         images=None if images is None else Examples(images, Condition()),
         pairs=None if pairs is None else Examples(pairs(z), Condition(), z),
+        rich=Condition(),
     )
 
 

@@ -15,7 +15,7 @@ from stepdistill.attention.kernels import check_attention, fit_attention, told
 from stepdistill.data.batches import Data
 from stepdistill.data.held_out import hold_out
 from stepdistill.data.pairs import PairCache
-from stepdistill.data.prompts import open_prompts
+from stepdistill.data.prompts import open_prompts, read_rich
 from stepdistill.data.training_images import EmbeddedImages, Images, find_images
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
@@ -139,6 +139,11 @@ def assemble(
     if "images" in needs and recipe.data.images is None and not embedded:
         raise UserError(
             f"{recipe.method} with these options learns from images: give a folder in data.images"
+        )
+    if "rich" in needs and recipe.data.rich is None:
+        raise UserError(
+            f"{recipe.method} with these options learns from rich captions: give a file with a prompt and its rich "
+            "caption in each row as data.rich, or teach by pictures with options.source=images"
         )
     source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
     family = family_in(recipe.family) if recipe.family else None
@@ -355,6 +360,17 @@ def _terms(
     return terms
 
 
+def rich_of(recipe: Recipe, prompts: Sequence[str]) -> list[str]:
+    """What ``data.rich`` says of each prompt in full; a prompt that it has not says all itself."""
+    rich = read_rich(Path(cast(str, recipe.data.rich)))
+    if not any(prompt in rich for prompt in prompts):
+        raise UserError(
+            f"data.rich: {recipe.data.rich} has a rich caption for none of the prompts to train on: give prompts as "
+            "data.prompts has them, to the letter"
+        )
+    return [rich.get(prompt, prompt) for prompt in prompts]
+
+
 def training_data(run: Assembled, output: Path) -> Data:
     """Everything the method asked for; makes the pairs that are missing.
 
@@ -380,8 +396,18 @@ def training_data(run: Assembled, output: Path) -> Data:
         times = run.method.pair_times() if "states" in run.needs else ()
         seed, dtype = recipe.train.seed, recipe.data.pairs_dtype
         pairs = PairCache(folder, run.teacher, run.prompts, options, seed, times, dtype, remake)
+    rich = rich_of(recipe, run.prompts) if "rich" in run.needs else None
     data = Data(
-        run.teacher, run.prompts, recipe.train.seed, images, pairs, processes, remake, run.buckets, group
+        run.teacher,
+        run.prompts,
+        recipe.train.seed,
+        images,
+        pairs,
+        processes,
+        remake,
+        run.buckets,
+        group,
+        rich,
     )
     for remark in data.remarks() if main else ():
         say(remark)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from stepdistill.data.captions import read_metadata
-from stepdistill.data.prompts import is_tar, open_prompts
+from stepdistill.data.prompts import is_tar, open_prompts, read_rich
 from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher, find_lora, local_folder
 from stepdistill.networks.pipeline_files import pipeline_class
@@ -59,6 +59,8 @@ def _check_inputs(recipe: Recipe) -> None:
             raise UserError(f"terms.reward {name}: there is no such file")
     if recipe.data.prompts is not None:
         open_prompts(Path(recipe.data.prompts))
+    if recipe.data.rich is not None:
+        read_rich(Path(recipe.data.rich))
     if recipe.data.images is not None:
         try:
             _check_images(Path(recipe.data.images))

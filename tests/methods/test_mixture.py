@@ -72,6 +72,7 @@ SETTINGS = {
         options={"tangent_warmup": 50, "adaptive": False, "noise_share": 0.25, **SMOOTH}, steps=400
     ),
     "self_e": Setting(TWO, {"coupled": True, "auxiliary_after": 100, "noise_share": 0.5}, steps=600),
+    "self_opd": Setting(options={"source": "images", "keep_weight": 0.0}),
     # Alpha above 1 goes up the squared gap of the scores, and runs away where the fake one lags behind.
     "sid": Setting(options={**FOLLOW, "alpha": 1.0}, steps=1200, lr=7e-3),
     "sim": Setting(options=FOLLOW, steps=1200, lr=7e-3),

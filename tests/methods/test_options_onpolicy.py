@@ -14,6 +14,7 @@ from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.contract import Method, MethodOptions, PairOptions, Turn
 from stepdistill.losses.regression import WarmStartOptions
 from stepdistill.methods.opd import OPD
+from stepdistill.methods.self_opd import SelfOPD
 from stepdistill.networks.roles import TEACHER, Copies
 from stepdistill.networks.route import Route
 from stepdistill.testing.toys import Perceptron, ToyTeacher, loss_of, toy_student
@@ -54,6 +55,16 @@ class Case:
     given: dict[str, Any] = field(default_factory=dict)
 
 
+def average(method: Any) -> float:
+    """Where the student's average is after one update."""
+    with torch.no_grad():
+        for value in method.student.net.parameters():
+            value += 1
+    method.after_step(Turn("student", 0))
+    return float(next(iter(method.average.net.parameters())).detach().sum())
+
+
+IMAGES = {"source": "images"}
 POLICY = {"eta": 0.6, "estimator": "policy"}
 EVERY: dict[type[Method], dict[str, Case]] = {
     OPD: {
@@ -66,6 +77,15 @@ EVERY: dict[type[Method], dict[str, Case]] = {
         "measured": Case("x0"),
         "anchor_weight": Case(0.5),
         "renoise": Case(True, lambda method: method.sampler().renoise),
+    },
+    SelfOPD: {
+        "source": Case("images", lambda method: method.options.needs),
+        "reference_calls": Case(2, given=IMAGES),
+        "keep_weight": Case(0.5, given=IMAGES),
+        "early_decay": Case(0.5, average),
+        "early_updates": Case(0, average),
+        "target_decay": Case(0.5, average, {"early_updates": 0}),
+        "renoise": Case(True, given=IMAGES),
     },
 }
 
@@ -80,5 +100,11 @@ def test_an_option_moves_what_it_is_to_move(kind: type[Method], name: str) -> No
 def test_no_option_is_left_out() -> None:
     for kind, cases in EVERY.items():
         own = set(kind.Options.model_fields) - (ELSEWHERE - set(MethodOptions.model_fields))
-        assert own - cases.keys() <= {"guidance_2", "guidance_interval", "guidance_rescale", "shift"}
+        assert own - cases.keys() <= {
+            "guidance",
+            "guidance_2",
+            "guidance_interval",
+            "guidance_rescale",
+            "shift",
+        }
         assert cases.keys() <= set(kind.Options.model_fields)
