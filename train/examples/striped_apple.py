@@ -22,7 +22,7 @@ from stepdistill.networks.loading import load_pipeline, load_teacher
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.emoji import emoji_captions, emoji_images
 
-CAPTION, PERIOD, TURNS = "striped red apple", 8, (-20, -10, 0, 10, 20)
+CAPTION, PERIOD, TURNS = "striped red apple", 12, (-20, -10, 0, 10, 20)
 Pixels = NDArray[np.uint8]
 
 
