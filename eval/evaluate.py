@@ -1,6 +1,7 @@
 """What `stepdistill eval` does not do: remake the files of eval/reference.
 
 python eval/evaluate.py reference emoji                                eval/reference/emoji.safetensors
+python eval/evaluate.py reference emoji --second                       eval/reference/emoji-judge.safetensors
 python eval/evaluate.py teachers                                       eval/reference/teachers.json (minutes)
 python eval/evaluate.py teachers --fill                                what its entries lack, cached or drawn
 """
@@ -70,6 +71,7 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     reference = verbs.add_parser("reference")
     reference.add_argument("suite")
+    reference.add_argument("--second", action="store_true", help="of the second features")
     reference.add_argument("--output", type=Path)
     table = verbs.add_parser("teachers")
     table.add_argument("names", nargs="*", default=list(embedded_teachers()))
@@ -79,8 +81,11 @@ def main() -> int:
     try:
         if given.verb == "reference":
             suite = load_suite(given.suite)
-            output = given.output or content_folder("eval") / "reference" / suite.reference
-            make_reference(suite, output)
+            name = suite.second_reference if given.second else suite.reference
+            if name is None:
+                raise UserError(f"suite {suite.label} has no second features")
+            output = given.output or content_folder("eval") / "reference" / name
+            make_reference(suite, output, second=given.second)
             print(output)
         else:
             teachers(given.names, given.quiet, given.fill)

@@ -26,7 +26,7 @@ cli
 """
 LEVEL = {name: level for level, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 # Used by train/make_teacher.py alone.
-APART = {"teacher_training": {"errors", "system", "diffusion", "attention", "training"}}
+APART = {"teacher_training": {"errors", "system", "diffusion", "attention", "features", "training"}}
 
 
 def imports(file: Path) -> set[tuple[str, int]]:

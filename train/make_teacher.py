@@ -18,11 +18,12 @@ from stepdistill.errors import UserError
 from stepdistill.system.emoji import embedded_teachers
 from stepdistill.teacher_training.settings import PRESETS, TeacherSettings
 
+STAGES = ("vae", "clip", "unet", "flow", "judge")
 TIMES = """\
 time and sizes:
   small  a UNet of 2.5 M parameters, the size of the first embedded teacher. 50 minutes on one idle CPU
          core (VAE 16, CLIP 10, UNet 20, the rest 1 to 2), less on two; the flow stage of --pipeline sd3
-         takes 95 instead of the UNet's 20.
+         takes 95 instead of the UNet's 20. The judge takes 15.
   base   wider networks and four times the steps. For a GPU; on a CPU it takes most of a day.
   tiny   24 images and a few steps, under a minute on one core, to see what the folder looks like.
          It draws blots.
@@ -57,9 +58,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="take tokenizer, VAE and CLIP of this embedded teacher instead of training them",
     )
+    made.add_argument(
+        "--judge",
+        action="store_true",
+        help="make the judge of the evaluation instead of a teacher: FOLDER/judge, from the images alone",
+    )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--seed", type=int, default=0)
-    for stage in ("vae", "clip", "unet", "flow"):
+    for stage in STAGES:
         made.add_argument(f"--{stage}-steps", type=int, metavar="N", help=f"steps of the {stage} stage")
     made.add_argument("--batch", type=int, metavar="N", help="images a step, in every stage")
     made.add_argument(
@@ -77,9 +83,8 @@ def settings_from(args: argparse.Namespace) -> TeacherSettings:
     if args.parts is not None and args.parts not in embedded_teachers():
         raise UserError(f"--parts {args.parts}: embedded are {', '.join(embedded_teachers())}")
     settings = replace(PRESETS[args.size], seed=args.seed, parts=args.parts)
-    steps = {"vae": args.vae_steps, "clip": args.clip_steps, "unet": args.unet_steps, "flow": args.flow_steps}
-    for stage, count in steps.items():
-        settings = settings.with_stage(stage, steps=count, batch=args.batch)
+    for stage in STAGES:
+        settings = settings.with_stage(stage, steps=getattr(args, f"{stage}_steps"), batch=args.batch)
     if args.checkpoint_every is not None:
         if args.checkpoint_every < 1:
             raise UserError(f"--checkpoint-every is at least 1, found {args.checkpoint_every}")
@@ -94,12 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = settings_from(args)
         # Loading torch and diffusers takes seconds: not before the arguments are known to be good.
-        from stepdistill.teacher_training.make import make_teacher
+        from stepdistill.teacher_training.make import make_judge, make_teacher
 
         command = shlex.join(["python", "train/make_teacher.py", *arguments])
-        made = make_teacher(
-            settings, args.output, pipeline=args.pipeline, device=args.device, command=command
-        )
+        if args.judge:
+            made = make_judge(settings, args.output, device=args.device, command=command)
+        else:
+            made = make_teacher(
+                settings, args.output, pipeline=args.pipeline, device=args.device, command=command
+            )
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

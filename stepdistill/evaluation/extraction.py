@@ -7,6 +7,8 @@ clip_score      [B]        cosine of image and prompt
 clip_embedding  [B, E]     for CMMD, where its network is not that of ``features``
 pick_score      [B]
 aesthetic       [B]
+second_features [B, S]     of the suite's second network
+second_fit      [B]        how well image and prompt fit in its eyes
 images          [B, 3, H, W]  uint8, where one of your own metrics needs them
 """
 
@@ -22,6 +24,7 @@ from stepdistill.evaluation.rows import Rows
 from stepdistill.evaluation.suite import Suite
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.inception import InceptionFeatures
+from stepdistill.features.judge import Judge
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.aesthetic import AestheticHead, load_aesthetic_head
@@ -39,6 +42,7 @@ class Extraction:
     Attributes:
         suite: the protocol.
         network: of its Frechet distance; None where its weights are missing.
+        second: of its second features; None where it has none or their weights are missing.
         not_computed: the metrics, named as in Scores, that cannot be computed, and why, each in one line.
 
     Raises:
@@ -59,6 +63,7 @@ class Extraction:
                 missing.append(error)
                 self._leave_out([name for name, needed in asked.items() if needed == spec], error)
         self.network = self._networks.get(suite.features)
+        self.second = self._networks.get(suite.second_features or "")
         self._head: AestheticHead | None = None
         if suite.aesthetic is not None and "aesthetic" not in self.not_computed:
             try:
@@ -116,6 +121,10 @@ class Extraction:
             rows["pick_score"] = pick_scores(embedding(network), network.texts(texts), network.logit_scale)
         if self._head is not None and (network := self.network_of("aesthetic")) is not None:
             rows["aesthetic"] = self._head.scores(embedding(network))
+        if self.second is not None:
+            rows["second_features"] = embedding(self.second)
+        if (network := self.network_of("second_fit")) is not None:
+            rows["second_fit"] = _fits(network, embedding(network), texts)
         if any("images" in metric.needs for metric in suite.own_metrics()):
             rows["images"] = pixels
         return rows
@@ -138,3 +147,10 @@ class Extraction:
 
     def _leave_out(self, metrics: Sequence[str], why: object) -> None:
         self.not_computed |= {metric: " ".join(str(why).split()) for metric in metrics}
+
+
+def _fits(network: FeatureNetwork, features: Tensor, texts: Sequence[str]) -> Tensor:
+    """How well images, known by their features [B, D], fit their own prompts, [B]: see the network."""
+    if isinstance(network, Judge):
+        return network.fit_of(features, texts)
+    return cosines(features, network.texts(texts))

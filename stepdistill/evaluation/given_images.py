@@ -101,7 +101,7 @@ def evaluate_images(
             for line in source.remarks():
                 say(line)
         table = rows.table()
-        scores = measure(table, suite, extraction.network, reference, device, prompts)
+        scores = measure(table, suite, extraction.network, reference, device, prompts, extraction.second)
         if folder is not None:
             file = steps_folder(folder, 0) / GALLERY
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,4 +171,4 @@ def score_images(
         for pixels in images:
             texts = None if prompts is None else prompts[rows.count : rows.count + len(pixels)]
             rows.add(extraction(pixels, texts))
-        return measure(rows.table(), suite, extraction.network, reference, device, prompts)
+        return measure(rows.table(), suite, extraction.network, reference, device, prompts, extraction.second)

@@ -37,8 +37,9 @@ CHEAP = 256
 INFINITY_GROUPS = 10
 SPLITS = 10
 ERRORS = (
-    f"fd, sfid, recall, coverage: jackknife over {GROUPS} random groups; fid_infinity: over {INFINITY_GROUPS}; "
-    f"kid, cmmd: jackknife over images; inception_score: deviation between {SPLITS} splits; the others: of a mean"
+    f"fd, second_fd, sfid, recall, coverage: jackknife over {GROUPS} random groups; fid_infinity: over "
+    f"{INFINITY_GROUPS}; kid, cmmd: jackknife over images; inception_score: deviation between {SPLITS} splits; the "
+    "others: of a mean"
 )
 """How standard errors are computed, for reports."""
 
@@ -52,6 +53,7 @@ def measure(
     reference: Reference,
     device: torch.device | str = "cpu",
     prompts: Sequence[str] | None = None,
+    second: FeatureNetwork | None = None,
 ) -> Scores:
     """The scores of images: those that the suite asks and whose rows are there.
 
@@ -62,6 +64,7 @@ def measure(
         reference: its statistics of the real images.
         device: where distances are computed, in float64; a device without it leaves them on the CPU.
         prompts: one an image, for your own metrics that need them.
+        second: that made ``second_features``; None where there are none.
 
     Raises:
         UserError: fewer than 3 images.
@@ -83,7 +86,12 @@ def measure(
     if suite.cmmd is not None and embedding in rows and reference.embeddings is not None:
         discrepancy = cmmd(rows.whole(embedding), reference.embeddings)
         found |= {"cmmd": discrepancy.value, "cmmd_se": discrepancy.standard_error}
-    for name in ("clip_score", "pick_score", "aesthetic"):
+    if second is not None and "second_features" in rows and reference.second is not None:
+        with_error = suite.intervals or second.dimension <= CHEAP
+        distance, error = _distance(rows, "second_features", reference.second, with_error)
+        found["second_fd"] = second.fd_scale * distance
+        found["second_fd_se"] = None if error is None else second.fd_scale * error
+    for name in ("clip_score", "pick_score", "aesthetic", "second_fit"):
         if name in rows:
             found |= _mean(name, rows.whole(name))
     own, missing = _own_metrics(suite.own_metrics(), rows, reference, prompts)

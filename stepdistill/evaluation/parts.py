@@ -205,6 +205,7 @@ class Work:
                     reference,
                     self.pipe.device,
                     self.prompts,
+                    self.extraction.second,
                 )
             ),
             seconds_per_image=cost.seconds / cost.timed,

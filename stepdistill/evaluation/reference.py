@@ -25,6 +25,7 @@ from stepdistill.errors import MissingWeights, UserError
 from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork, Precision
+from stepdistill.metrics.frechet import Moments
 from stepdistill.system.log import bar
 from stepdistill.system.prefetch import ahead
 
@@ -51,13 +52,13 @@ def load_reference(suite: Suite, network: FeatureNetwork | None, *, progress: bo
     Raises:
         UserError: the file is missing or damaged, of another network, resize or resolution, of another dimension,
             does not say what made it and neither does the suite, or has no features where ``kid`` needs them; or the
-            same of CMMD's reference.
+            same of CMMD's reference, or of that of the second features.
     """
     file = suite.reference_file()
     reference = read_reference(file, suite.features.partition(":")[0])
     if network is not None:
         reference = _checked(reference, file, suite, network, progress)
-    return replace(reference, embeddings=_embeddings(suite, network, reference))
+    return replace(reference, embeddings=_embeddings(suite, network, reference), second=_second(suite))
 
 
 def _embeddings(suite: Suite, network: FeatureNetwork | None, reference: Reference) -> Tensor | None:
@@ -79,6 +80,22 @@ def _embeddings(suite: Suite, network: FeatureNetwork | None, reference: Referen
         )
     _check_count(file or suite.reference_file(), len(found.features), 3)
     return found.features
+
+
+def _second(suite: Suite) -> Moments | None:
+    """What the second features are compared with; None where the suite has none, or their weights are missing."""
+    file = suite.second_reference_file()
+    if suite.second_features is None or file is None:
+        return None
+    try:
+        sha256 = features_sha256(suite.second_features)
+    except MissingWeights:
+        return None
+    found = read_reference(file)
+    _check_protocol(
+        file, found.protocol, {"features_sha256": sha256, "resolution": suite.resolution}, suite.precision
+    )
+    return found.moments
 
 
 def _checked(

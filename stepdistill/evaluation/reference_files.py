@@ -45,6 +45,7 @@ class Reference:
         spatial: moments of the spatial features of sFID, where the file has them.
         has_images: the file holds the images themselves (arr_0 of ADM's npz).
         embeddings: CLIP embeddings [M, E] float32 of the real images, for CMMD.
+        second: moments of their features in the suite's second network.
     """
 
     moments: Moments
@@ -54,13 +55,16 @@ class Reference:
     spatial: Moments | None = None
     has_images: bool = False
     embeddings: Tensor | None = None
+    second: Moments | None = None
 
     def on(self, device: torch.device | str) -> Reference:
         """The same with all statistics on a device; moments on the CPU where that has no float64."""
         features, embeddings = (None if x is None else x.to(device) for x in (self.features, self.embeddings))
-        spatial = None if self.spatial is None else self.spatial.on(device)
+        spatial, second = (None if x is None else x.on(device) for x in (self.spatial, self.second))
         moments = self.moments.on(device)
-        return replace(self, moments=moments, features=features, spatial=spatial, embeddings=embeddings)
+        return replace(
+            self, moments=moments, features=features, spatial=spatial, embeddings=embeddings, second=second
+        )
 
 
 def read_reference(file: Path, network: str = "inception") -> Reference:

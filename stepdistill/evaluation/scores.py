@@ -11,7 +11,8 @@ from typing import Any
 from stepdistill.pages.numbers import with_error
 
 REPORTED = (
-    "fd fd_se kid kid_se clip_score clip_score_se precision recall density coverage diversity seconds_per_image"
+    "fd fd_se kid kid_se clip_score clip_score_se precision recall density coverage diversity second_fd second_fd_se "
+    "second_fit second_fit_se seconds_per_image"
 ).split()
 """Scores of teacher and student in a run's report.json."""
 
@@ -38,6 +39,8 @@ class Scores:
         cmmd, cmmd_se: 1,000 times the kernel distance of CLIP embeddings.
         pick_score, pick_score_se: mean PickScore.
         aesthetic, aesthetic_se: mean aesthetic score.
+        second_fd, second_fd_se: Frechet distance in the suite's second features; lower is better.
+        second_fit, second_fit_se: mean fit of image and prompt in their network: of the judge in nats.
         own: your own metrics: ``NAME`` and, where it is known, ``NAME_se``.
         own_missing: those that have no value, and why.
     """
@@ -69,6 +72,10 @@ class Scores:
     pick_score_se: float | None = None
     aesthetic: float | None = None
     aesthetic_se: float | None = None
+    second_fd: float | None = None
+    second_fd_se: float | None = None
+    second_fit: float | None = None
+    second_fit_se: float | None = None
     own: Mapping[str, float | None] = field(default_factory=dict)
     own_missing: Mapping[str, str] = field(default_factory=dict)
 
@@ -181,12 +188,14 @@ class Report:
 
 _COLUMNS = (
     ("fd", "fd_se", "{:.2f}"),
+    ("second_fd", "second_fd_se", "{:.2f}"),
     ("fid_infinity", "fid_infinity_se", "{:.2f}"),
     ("sfid", "sfid_se", "{:.2f}"),
     ("kid", "kid_se", "{:.4f}"),
     ("cmmd", "cmmd_se", "{:.3f}"),
     ("inception_score", "inception_score_deviation", "{:.2f}"),
     ("clip_score", "clip_score_se", "{:.3f}"),
+    ("second_fit", "second_fit_se", "{:.3f}"),
     ("pick_score", "pick_score_se", "{:.2f}"),
     ("aesthetic", "aesthetic_se", "{:.2f}"),
     ("precision", None, "{:.3f}"),
@@ -196,7 +205,9 @@ _COLUMNS = (
     ("diversity", "diversity_se", "{:.4f}"),
 )
 """Columns of the table: score, what stands behind its ±, how it is written without."""
-_SOME = frozenset({"fid_infinity", "sfid", "cmmd", "inception_score", "pick_score", "aesthetic"})
+_SOME = frozenset(
+    {"second_fd", "second_fit", "fid_infinity", "sfid", "cmmd", "inception_score", "pick_score", "aesthetic"}
+)
 """Those that are left out where no row has them."""
 
 

@@ -10,6 +10,7 @@ from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.measure import ERRORS, too_few_for
 from stepdistill.evaluation.scores import Report, Scores
 from stepdistill.evaluation.suite_identity import protocol_of
+from stepdistill.features.judge import Judge
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.sample_size import too_few
 from stepdistill.metrics.sfid import DIMENSION
@@ -78,9 +79,17 @@ def metric_names(extraction: Extraction) -> dict[str, str | None]:
         own: FeatureNetwork | None = extraction.network_of(metric)
         if own is not None:
             names[metric] = re.sub("^(FID|FD(-Inception|-CLIP|-DINOv2)?)", form, own.fd_name)
+    if (second := extraction.network_of("second_fd")) is not None:
+        names["second_fd"] = second.fd_name
+    if (second := extraction.network_of("second_fit")) is not None:
+        names["second_fit"] = second.fit_name if isinstance(second, Judge) else second.clip_name
     if "aesthetic" in names:
         names["aesthetic"] = f"aesthetic score ({suite.aesthetic_file().name})"
     return names | {metric.name: metric.name.replace("_", " ") for metric in suite.own_metrics()}
+
+
+_SIZED_AS = {"recall": "neighbours", "second_fd": "fd"}
+"""Metrics that need as many images as another."""
 
 
 def warnings(extraction: Extraction, scores: Scores) -> tuple[str, ...]:
@@ -92,6 +101,8 @@ def warnings(extraction: Extraction, scores: Scores) -> tuple[str, ...]:
         sizes |= {"kid": dimension, "recall": dimension}
     else:
         sizes = {}
+    if extraction.second is not None:
+        sizes["second_fd"] = extraction.second.dimension
     if (embedding := extraction.network_of("cmmd")) is not None:
         sizes["cmmd"] = embedding.dimension
     values: dict[str, float | None] = {
@@ -102,8 +113,9 @@ def warnings(extraction: Extraction, scores: Scores) -> tuple[str, ...]:
         "kid": scores.kid,
         "recall": scores.recall,
         "cmmd": scores.cmmd,
+        "second_fd": scores.second_fd,
     }
     for metric, size in sizes.items():
         if values[metric] is not None:
-            found.append(too_few("neighbours" if metric == "recall" else metric, scores.n, size))
+            found.append(too_few(_SIZED_AS.get(metric, metric), scores.n, size))
     return tuple(text for text in found if text is not None)

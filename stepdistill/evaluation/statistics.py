@@ -74,31 +74,36 @@ def make_statistics(
 
 
 def make_reference(
-    suite: Suite, output: Path, *, device: torch.device | str = "cpu", batch: int = 256
+    suite: Suite, output: Path, *, second: bool = False, device: torch.device | str = "cpu", batch: int = 256
 ) -> None:
     """Write the statistics of the suite's real images: those of :func:`make_statistics`, with features where the suite
-    has ``kid`` or ``neighbours``.
+    has ``kid`` or ``neighbours``. With ``second``: of its second features, mean and covariance alone.
 
     Raises:
         UserError: the suite's images are neither ``emoji`` nor a folder or archive of images.
     """
-    embedded, keep = suite.images == "emoji", suite.kid or suite.neighbours > 0
+    embedded, keep = suite.images == "emoji", (suite.kid or suite.neighbours > 0) and not second
+    found, spatial = (
+        suite.second_network(device) if second else suite.network(device),
+        suite.sfid and not second,
+    )
+    if found is None:
+        raise UserError(f"suite {suite.label} has no second features")
     try:
         source = open_images(emoji_images() if embedded else suite.images, resolution=suite.resolution)
     except UserError as error:
         raise UserError(f"suite {suite.label}: {error}; or let images be emoji") from None
     if embedded:  # their hash would say nothing that the package's version does not
         source.label = suite.images
-        network = suite.network(device)
-        _write(output, *_statistics(source, network, suite.resolution, keep, suite.sfid, batch, False))
+        _write(output, *_statistics(source, found, suite.resolution, keep, spatial, batch, False))
         return
     make_statistics(
         source,
-        suite.network(device),
+        found,
         output,
         resolution=suite.resolution,
         keep_features=keep,
-        spatial=suite.sfid,
+        spatial=spatial,
         batch=batch,
         progress=False,
     )

@@ -47,7 +47,9 @@ class Suite(MetricKeys):
 
     Attributes:
         name: its name; scores are reported as ``name@version``.
-        version: raised with every change that moves a score.
+        version: raised with every change that moves a score, or adds one.
+        adds_to: the version whose every score this one has bit for bit, beside those that it adds: results of both
+            compare in what both have. None where there is none.
         n: number of images drawn; 0 leaves it open, for images that are there already: all of them.
         prompts: ``emoji`` (the embedded captions), a file, or None for pipelines that take none. A file is read as
             :mod:`stepdistill.data.prompts` says; its name is looked for as that of the reference is.
@@ -79,6 +81,7 @@ class Suite(MetricKeys):
 
     name: str
     version: int = Field(ge=1)
+    adds_to: int | None = Field(default=None, ge=1)
     n: int = Field(ge=0)
     prompts: str | None = None
     selection: Literal["first", "shuffled"] = "first"
@@ -108,6 +111,8 @@ class Suite(MetricKeys):
     def _metrics_fit(self) -> Suite:
         self.check_metrics(self.features, self.prompts, self.n)
         self._check_own_metrics()
+        if self.adds_to is not None and self.adds_to >= self.version:
+            raise ValueError(f"adds_to is {self.adds_to}: it is a version before {self.version}")
         return self
 
     def _check_own_metrics(self) -> None:
@@ -222,6 +227,16 @@ class Suite(MetricKeys):
         """
         return network_of(self.features, self.resize, device, self.precision)
 
+    def second_network(self, device: torch.device | str = "cpu") -> FeatureNetwork | None:
+        """The suite's second feature network; None where it names none.
+
+        Raises:
+            UserError: its file is missing.
+        """
+        if self.second_features is None:
+            return None
+        return network_of(self.second_features, "clean", device, self.precision)
+
     def aesthetic_file(self) -> Path:
         """Where the aesthetic head lies, or would lie: absolute, or beside the suite's file."""
         given = Path(self.aesthetic or "").expanduser()
@@ -233,12 +248,23 @@ class Suite(MetricKeys):
         Raises:
             UserError: there is no such file.
         """
-        if self.cmmd_reference is None:
+        return self._statistics(self.cmmd_reference, self.cmmd)
+
+    def second_reference_file(self) -> Path | None:
+        """Where the statistics of the second features lie; None where the suite names none.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        return self._statistics(self.second_reference, self.second_features)
+
+    def _statistics(self, name: str | None, features: str | None) -> Path | None:
+        if name is None:
             return None
-        file = self._find(self.cmmd_reference, "reference")
+        file = self._find(name, "reference")
         if file is None:
-            advice = f"make it with `stepdistill stats --features {self.cmmd}`"
-            raise UserError(self._missing("statistics", self.cmmd_reference, "reference", advice))
+            advice = f"make it with `stepdistill stats --features {features}`"
+            raise UserError(self._missing("statistics", name, "reference", advice))
         return file
 
     def reference_file(self) -> Path:

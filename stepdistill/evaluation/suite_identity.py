@@ -23,6 +23,22 @@ FILE_KEYS = frozenset({"prompts", "reference", "cmmd_reference", "aesthetic"})
 """Keys of a Suite that name files."""
 
 
+APART = {
+    *(
+        "images",
+        "source",
+        "teacher_steps",
+        "diversity",
+        "diversity_prompts",
+        "intervals",
+        "metrics",
+        "adds_to",
+    ),
+    *("second_features", "second_reference", "second_fit"),
+}
+"""Keys of a Suite that move no score, or none but their own."""
+
+
 def weights_sha256(spec: str) -> str:
     """The SHA-256 of a network's weights, or MISSING."""
     try:
@@ -57,6 +73,7 @@ def protocol_of(suite: Suite, network: FeatureNetwork | None) -> dict[str, str]:
         "neighbours": str(suite.neighbours),
         **networks,
         **_further_files(suite),
+        **second_of(suite),
         **{f"{OWN_METRIC}{metric.name}_sha256": metric.sha256 for metric in suite.own_metrics()},
     }
 
@@ -64,9 +81,11 @@ def protocol_of(suite: Suite, network: FeatureNetwork | None) -> dict[str, str]:
 def suite_sha256(suite: Suite) -> str:
     """Of everything that moves a score: the protocol (keys at their defaults left out, so that a new key does not
     change old suites), the prompts, the networks' weights and the reference files. What only adds a score of its
-    own, diversity and your own metrics, is not part of it, and neither are intervals."""
-    apart = {"images", "source", "teacher_steps", "diversity", "diversity_prompts", "intervals", "metrics"}
-    protocol = suite.model_dump(mode="json", exclude_defaults=True, exclude=apart)
+    own, diversity, your own metrics and the second features, is not part of it, and neither are intervals. A version
+    that only adds scores has the hash of the one that it adds to."""
+    protocol = suite.model_dump(mode="json", exclude_defaults=True, exclude=APART)
+    if suite.adds_to is not None:
+        protocol["version"] = suite.adds_to
     for key in protocol.keys() & FILE_KEYS:  # their content counts, wherever they lie
         protocol[key] = Path(protocol[key]).name
     for key in protocol.keys() & {"features", *suite.networks()}:
@@ -82,6 +101,18 @@ def suite_sha256(suite: Suite) -> str:
         content |= {"networks": {key: weights_sha256(spec) for key, spec in networks.items()}}
         content |= {"files": _further_files(suite)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def second_of(suite: Suite) -> dict[str, str]:
+    """What the scores in the second features depend on besides the rest; empty of a suite without."""
+    file = suite.second_reference_file()
+    if suite.second_features is None or file is None:
+        return {}
+    return {
+        "second_features": without_folder(suite.second_features),
+        "second_features_sha256": weights_sha256(suite.second_features),
+        "second_reference_sha256": sha256_of(file),
+    }
 
 
 def _further_files(suite: Suite) -> dict[str, str]:

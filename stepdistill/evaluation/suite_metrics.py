@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepdistill.errors import did_you_mean
 
+WITH_TEXTS = ("emoji", "judge", "clip")
+"""Kinds of networks that compare images with texts."""
 AESTHETIC_NETWORK = "clip:openai/clip-vit-large-patch14"
 """The network that LAION's public aesthetic heads read."""
 _SWITCHES = ("kid", "fid_infinity", "inception_score", "sfid", "clip_score")
@@ -48,6 +50,11 @@ class MetricKeys(BaseModel):
         diversity: samples of one prompt whose pairwise diversity is measured as well; 0 leaves it out. They are drawn
             besides the n images and move no other score.
         diversity_prompts: how many of the first prompts that is done for.
+        second_features: another network, whose Frechet distance is computed besides, from the same images: what was
+            trained in sight of ``features`` is found out by one that was not. None leaves it out. It moves no other
+            score.
+        second_reference: its statistics of the real images, of ``stepdistill stats --features ...``.
+        second_fit: also compute in it how well images fit their own prompts; it must have texts.
         intervals: standard errors of Frechet distances also where they are expensive, of more than 256 features; the
             others always have them. It moves no score.
     """
@@ -70,6 +77,9 @@ class MetricKeys(BaseModel):
     aesthetic_network: str = AESTHETIC_NETWORK
     diversity: int = Field(default=0, ge=0)
     diversity_prompts: int = Field(default=100, ge=1)
+    second_features: str | None = None
+    second_reference: str | None = None
+    second_fit: bool = False
     intervals: bool = False
 
     @model_validator(mode="before")
@@ -96,7 +106,7 @@ class MetricKeys(BaseModel):
     @property
     def reads_prompts(self) -> bool:
         """Whether a score compares images with their prompts."""
-        return self.clip_score or self.pick_score is not None
+        return self.clip_score or self.pick_score is not None or self.second_fit
 
     def networks(self) -> dict[str, str]:
         """The specifications of the networks besides ``features``, by the key that names them."""
@@ -132,6 +142,10 @@ class MetricKeys(BaseModel):
             found["pick_score"] = self.pick_score
         if self.aesthetic is not None:
             found["aesthetic"] = self.aesthetic_network
+        if self.second_features is not None:
+            found["second_fd"] = self.second_features
+        if self.second_features is not None and self.second_fit:
+            found["second_fit"] = self.second_features
         return found
 
     def check_metrics(self, features: str, prompts: str | None, n: int) -> None:
@@ -143,6 +157,7 @@ class MetricKeys(BaseModel):
         for name, asked, off in (
             ("clip_score", self.clip_score, "set clip_score to false"),
             ("pick_score", self.pick_score is not None, "leave pick_score out"),
+            ("second_fit", self.second_fit, "set second_fit to false"),
         ):
             if asked and prompts is None:
                 raise ValueError(f"{name} needs prompts: give them, or {off}")
@@ -158,16 +173,40 @@ class MetricKeys(BaseModel):
             )
         if not self.clip_score and (self.clip_network is not None or self.clip_prefix):
             raise ValueError("clip_network and clip_prefix are of the CLIP score: set clip_score to true")
-        if self.clip_score and self.clip_network is None and kind in ("inception", "dinov2", "module"):
+        if (
+            self.clip_score
+            and self.clip_network is None
+            and kind in ("inception", "dinov2", "judge", "module")
+        ):
             raise ValueError(
                 f"features {features} have no texts: give clip_network, or set clip_score to false"
             )
         for name, spec in self.networks().items():
             if spec != "emoji" and not spec.startswith("clip:"):
                 raise ValueError(f"{name} is {spec}: it must be a CLIP network, clip:FOLDER or clip:HUB/NAME")
+        self._check_second(features)
         if self.cmmd is None and self.cmmd_reference is not None:
             raise ValueError("cmmd_reference is of CMMD: give cmmd, its network")
         if self.cmmd not in (None, features) and self.cmmd_reference is None:
             raise ValueError(f"cmmd needs cmmd_reference, made by stepdistill stats --features {self.cmmd}")
         if self.aesthetic is None and self.aesthetic_network != AESTHETIC_NETWORK:
             raise ValueError("aesthetic_network is of the aesthetic score: give aesthetic, its head file")
+
+    def _check_second(self, features: str) -> None:
+        if self.second_features is None:
+            if self.second_reference is not None or self.second_fit:
+                raise ValueError(
+                    "second_reference and second_fit are of second_features: give it, the network's name"
+                )
+            return
+        if self.second_features == features:
+            raise ValueError(f"second_features is {features}, as features is: give another network")
+        if self.second_reference is None:
+            raise ValueError(
+                "second_features needs second_reference, made by stepdistill stats --features "
+                + self.second_features
+            )
+        if self.second_fit and self.second_features.partition(":")[0] not in WITH_TEXTS:
+            raise ValueError(
+                f"second_fit: {self.second_features} has no texts; set it to false, or give judge, emoji or clip:FOLDER"
+            )

@@ -17,7 +17,7 @@ from stepdistill.evaluation import teacher_scores as teacher_cache
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.scores import StepScores
 from stepdistill.evaluation.suite import Suite, load_suite
-from stepdistill.evaluation.suite_identity import suite_sha256
+from stepdistill.evaluation.suite_identity import second_of, suite_sha256
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.system.files import written_whole
 from stepdistill.system.shipped import cache_folder, content_folder
@@ -47,6 +47,7 @@ def key(weights: str, suite: Suite, steps: int, guidance: float) -> str:
         content += [suite.diversity, suite.diversity_prompts]
     if suite.intervals:  # an error of its own, apart as well
         content.append("intervals")
+    content += sorted(second_of(suite).values())
     content += [f"{metric.name} {metric.sha256}" for metric in suite.own_metrics()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 A network is named by a specification:
 
     emoji             embedded
+    judge             embedded, another network of another kind, which no loss looks through unless a recipe says so
     inception         FID's Inception, from the folders where the FID tools keep it
     inception:FILE    the same from a file: a state dict or clean-fid's TorchScript
     clip:FOLDER       a transformers CLIPModel with its tokenizer, or a hub id: clip:openai/clip-vit-base-patch32
@@ -25,6 +26,7 @@ from stepdistill.errors import MissingWeights, UserError, did_you_mean
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.dino import DinoFeatures
 from stepdistill.features.inception import InceptionFeatures, check_public, find_weights
+from stepdistill.features.judge import WEIGHTS, Judge
 from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.features.own_module import user_network
 from stepdistill.system import emoji as embedded
@@ -82,7 +84,7 @@ def features_sha256(spec: str) -> str:
 
 
 PIXELS = {
-    "emoji": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    **dict.fromkeys(("emoji", "judge"), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
@@ -107,18 +109,20 @@ def _folder_sha256(folder: Path, kind: str) -> str:
 
 
 def _locate(spec: str) -> tuple[str, Path]:
-    """``emoji``, ``inception``, ``clip`` or ``dinov2``, and where its weights lie."""
+    """``emoji``, ``judge``, ``inception``, ``clip`` or ``dinov2``, and where its weights lie."""
     kind, _, location = spec.partition(":")
     if spec == "emoji":
         return "emoji", embedded.features_folder()
+    if spec == "judge":
+        return "judge", embedded.judge_folder()
     if spec == "inception":
         return "inception", find_weights()
     if kind not in ("inception", "clip", "dinov2") or not location:
         known = (
-            "emoji, inception (from the usual folders), inception:FILE, clip:FOLDER (a transformers CLIPModel), "
+            "emoji, judge, inception (from the usual folders), inception:FILE, clip:FOLDER (a transformers CLIPModel), "
             "dinov2:FOLDER (a Dinov2Model), module:PACKAGE.MODULE:FUNCTION (one's own)"
         )
-        near = did_you_mean(kind, ("emoji", "inception", "clip", "dinov2", "module"))
+        near = did_you_mean(kind, ("emoji", "judge", "inception", "clip", "dinov2", "module"))
         raise UserError(f"features {spec!r} are not known {near}; there are {known}")
     path = Path(location).expanduser()
     if kind == "inception":
@@ -174,6 +178,8 @@ def _load(spec: str, resize: str, precision: Precision, device: torch.device) ->
         return InceptionFeatures(
             path, sha256=sha256_of(path), mode=resize, precision=precision, device=device
         )
+    if kind == "judge":
+        return Judge(path / WEIGHTS, precision=precision, device=device)
     mean, std = _pixel_statistics(path, kind)
     sha256 = _folder_sha256(path, kind)
     if kind == "emoji":

@@ -12,6 +12,8 @@ _NAMES = {
     "sfid": "sFID",
     "cmmd": "CMMD",
     "pick_score": "PickScore",
+    "second_fd": "FD, second features",
+    "second_fit": "fit, second features",
     "fid_infinity": "FID-infinity",
     "inception_score": "Inception score",
     "inception_score_deviation": "Inception score, deviation between splits",
@@ -19,8 +21,11 @@ _NAMES = {
     "network_evaluations": "denoiser passes per image",
 }
 LOWER, HIGHER = "lower is better", "higher is better"
-DIRECTIONS = dict.fromkeys("fd kid sfid cmmd fid_infinity fd_infinity".split(), LOWER) | dict.fromkeys(
-    "clip_score precision recall density coverage inception_score pick_score aesthetic".split(), HIGHER
+DIRECTIONS = dict.fromkeys(
+    "fd second_fd kid sfid cmmd fid_infinity fd_infinity".split(), LOWER
+) | dict.fromkeys(
+    "clip_score second_fit precision recall density coverage inception_score pick_score aesthetic".split(),
+    HIGHER,
 )
 """By key of a report."""
 

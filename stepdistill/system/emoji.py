@@ -103,6 +103,11 @@ def features_folder() -> Path:
     return _ASSETS / "emoji" / "features"
 
 
+def judge_folder() -> Path:
+    """The judge: the network behind FD-judge and judge fit, which nothing learns from unless a recipe says so."""
+    return _ASSETS / "emoji" / "judge"
+
+
 def tokenizer_folder() -> Path:
     """The tokenizer of the embedded captions: the emoji teacher's and the evaluation network's."""
     return _ASSETS / "emoji" / "teacher" / "tokenizer"
@@ -111,6 +116,11 @@ def tokenizer_folder() -> Path:
 def emoji_captions() -> list[str]:
     """The 3,781 captions, in the order of :func:`emoji_images`."""
     return _captions_file()["captions"]
+
+
+def emoji_groups() -> list[str]:
+    """The Unicode group of each caption, in the same order; 9 are different."""
+    return _captions_file()["categories"]
 
 
 def emoji_images() -> NDArray[np.uint8]:

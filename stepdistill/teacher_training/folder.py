@@ -166,11 +166,6 @@ def card(
     command: str,
 ) -> str:
     """The model card: what the teacher is, the command, and what was measured."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
     rows = [
         f"| {r.name} | {r.parameters / 1e6:.2f} M | {r.settings.steps} | {r.settings.batch} |"
         f" {r.history.start():.4f} | {r.history.end():.4f} | {r.history.seconds:.0f} |"
@@ -196,7 +191,7 @@ were replaced by the empty one. Made by
 
     {command}
 
-on {name}, Python {platform.python_version()}, torch {torch.__version__},
+on {_name(device)}, Python {platform.python_version()}, torch {torch.__version__},
 diffusers {diffusers.__version__}, transformers {transformers.__version__}.
 
 | stage | parameters | steps | batch | loss, first 5 % of the steps | loss, last 5 % | seconds |
@@ -211,3 +206,40 @@ diffusers {diffusers.__version__}, transformers {transformers.__version__}.
 
 The real images are Google's Noto Emoji, Apache License 2.0.
 """
+
+
+def judge_card(
+    result: Result, measured: dict[str, float], images: int, device: torch.device, command: str
+) -> str:
+    """What the judge is, the command, and what was measured."""
+    settings, history = result.settings, result.history
+    return f"""# The judge: a second network that looks at the emoji
+
+A residual convolutional classifier of {result.parameters / 1e6:.2f} M parameters, for FD-judge and judge fit. Made by
+
+    {command}
+
+on {_name(device)}, Python {platform.python_version()}, torch {torch.__version__}:
+{settings.steps} steps of {settings.batch} images in {history.seconds:.0f} seconds. The loss was
+{history.start():.3f} in the first 5 % of the steps and {history.end():.3f} in the last.
+
+Of the {measured["held_out"]:.0f} of {images} images held out of its training (every 20th, as of the embedded CLIP's):
+
+- the Unicode group is right for {measured["group"]:.1%};
+- the likeliest word is one of the caption's for {measured["first_word"]:.1%} (of captions with a word it has met);
+- the right caption is among the best 5 of all {images} for {measured["retrieval"]:.1%}.
+
+How far it says of them what the embedded CLIP says (0: nothing in common, 1: the same):
+
+- rank correlation of the similarities of all pairs of pictures {measured["pairs"]:.2f};
+- of the 10 nearest pictures of each, {measured["near"]:.0%} are the same;
+- rank correlation of how well each picture fits its own caption {measured["captions"]:.2f}.
+
+Weights are stored as float16 and load as float32. The images are Google's Noto Emoji, Apache License 2.0.
+"""
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

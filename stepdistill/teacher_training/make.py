@@ -18,8 +18,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from stepdistill.attention.repeated_token import T5_TOKENS, RepeatedLastToken
 from stepdistill.errors import UserError
+from stepdistill.features.judge import WEIGHTS, Judge
 from stepdistill.system.emoji import (
     emoji_captions,
+    emoji_groups,
     emoji_images,
     features_folder,
     teacher_folder,
@@ -32,10 +34,18 @@ from stepdistill.teacher_training.folder import (
     card,
     draw_picture,
     flow_pipeline,
+    judge_card,
     save_half,
     save_pipeline,
     sd_pipeline,
     write_folder,
+)
+from stepdistill.teacher_training.judge import (
+    Lessons,
+    build_judge,
+    judge_loss,
+    judge_measures,
+    save_judge,
 )
 from stepdistill.teacher_training.settings import StageSettings, TeacherSettings, claim_folder
 from stepdistill.teacher_training.stage import History, Loss, Network, OnStep, seeded, train_stage
@@ -83,6 +93,42 @@ def make_teacher(
     """
     with torch.random.fork_rng(devices=[]):  # building a network draws from the global generator
         return _make(_Run(settings, folder, resolve_device(device), on_step), pipeline, command)
+
+
+def make_judge(
+    settings: TeacherSettings,
+    folder: Path,
+    *,
+    device: str = "auto",
+    command: str = "",
+    on_step: OnStep | None = None,
+) -> Path:
+    """Trains the judge of the evaluation, where it is not there yet, and returns its folder, ``judge/``. It shares
+    nothing but the images with what :func:`make_teacher` trains, and may be made in the same folder.
+
+    Args, Raises: as :func:`make_teacher`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        run = _Run(settings, folder, resolve_device(device), on_step)
+        claim_folder(folder, settings)
+        target = folder / "judge"
+        if target.is_dir():
+            return target
+        lessons = Lessons(run.captions, emoji_groups()[: len(run.captions)])
+        widths = settings.judge_widths
+        network, result = run.train(
+            "judge",
+            lambda s: build_judge(widths, lessons),
+            lambda n, s: judge_loss(n, run.images, lessons, s.batch),
+        )
+
+        def write(to: Path) -> None:
+            save_judge(network, widths, lessons, to)
+            measured = judge_measures(Judge(to / WEIGHTS, device=run.device), run.images, lessons)
+            (to / "README.md").write_text(judge_card(result, measured, len(run.images), run.device, command))
+
+        write_folder(target, write)
+        return target
 
 
 def _make(run: _Run, pipeline: str, command: str) -> Path:
@@ -231,9 +277,9 @@ class _Run:
         pixels = torch.from_numpy(emoji_images()[: len(self.captions)].copy())  # [N, 32, 32, 3]
         self.images = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous().to(device)
         trained = len(self.images) - len(self.images) // stages.HELD_OUT
-        for name in ("vae", "clip", "unet", "flow"):
+        for name in ("vae", "clip", "unet", "flow", "judge"):
             stage = self.stage(name)
-            most = trained if name == "clip" else len(self.images)
+            most = trained if name in ("clip", "judge") else len(self.images)
             if not 1 <= stage.batch <= most or stage.steps < 1:
                 raise UserError(
                     f"{name}: {stage.steps} steps of {stage.batch} images;"
@@ -241,8 +287,8 @@ class _Run:
                 )
 
     def stage(self, name: str) -> StageSettings:
-        s = self.settings
-        return {"vae": s.vae, "clip": s.clip, "unet": s.unet, "flow": s.flow}[name]
+        found: StageSettings = getattr(self.settings, name)
+        return found
 
     def tokenizer(self) -> CLIPTokenizer:
         folder = self.work / "tokenizer"

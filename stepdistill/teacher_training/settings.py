@@ -53,7 +53,8 @@ class TeacherSettings:
         flow_shift: time shift of the flow teacher's scheduler and of the times it is trained at.
         parts: embedded teacher whose tokenizer, VAE and CLIP are taken as they are; None trains them, too.
         caption_dropout: share of captions replaced by the empty one (Ho and Salimans 2022, 2207.12598).
-        vae, clip, unet, flow: how each is trained.
+        judge_widths: channels of the judge's stem and of its blocks.
+        vae, clip, unet, flow, judge: how each is trained.
     """
 
     size: str
@@ -61,6 +62,7 @@ class TeacherSettings:
     clip: StageSettings
     unet: StageSettings
     flow: StageSettings
+    judge: StageSettings
     seed: int = 0
     images: int | None = None
     vocabulary: int = 2048
@@ -77,6 +79,7 @@ class TeacherSettings:
     flow_width: int = 112
     flow_layers: int = 6
     flow_shift: float = 3.0
+    judge_widths: tuple[int, ...] = (32, 48, 96, 160)
     parts: str | None = None
     caption_dropout: float = 0.1
     checkpoint_every: int = field(default=200, metadata={"weights": False})
@@ -93,13 +96,12 @@ class TeacherSettings:
         Raises:
             UserError: a number is below 1.
         """
-        stages = {"vae": self.vae, "clip": self.clip, "unet": self.unet, "flow": self.flow}
-        old = stages[name]
+        old: StageSettings = getattr(self, name)
         stage = replace(old, steps=old.steps if steps is None else steps, batch=batch or old.batch)
         if stage.steps < 1 or (batch is not None and batch < 1):
             raise UserError(f"{name}: steps and batch are at least 1, found {steps} and {batch}")
-        stages[name] = replace(stage, warmup=min(stage.warmup, max(stage.steps // 4, 1)))
-        return replace(self, **stages)  # type: ignore[arg-type]
+        stage = replace(stage, warmup=min(stage.warmup, max(stage.steps // 4, 1)))
+        return replace(self, **{name: stage})  # type: ignore[arg-type]
 
 
 SMALL = TeacherSettings(
@@ -108,6 +110,7 @@ SMALL = TeacherSettings(
     clip=StageSettings(356, 256, 1e-3, weight_decay=0.1),
     unet=StageSettings(5046, 64, 1.5e-3, warmup=100, ema=0.9992),
     flow=StageSettings(5046, 64, 1e-3, warmup=100, ema=0.9992),
+    judge=StageSettings(4000, 64, 2e-3, warmup=100, weight_decay=0.05, ema=0.998),
 )
 """The first embedded teacher: 2.5 M UNet parameters, about 70 minutes on two CPU cores."""
 
@@ -144,6 +147,8 @@ TINY = replace(
     clip=StageSettings(24, 16, 2e-3, warmup=4),
     unet=StageSettings(24, 8, 2e-3, warmup=4, ema=0.8),
     flow=StageSettings(24, 8, 2e-3, warmup=4, ema=0.8),
+    judge_widths=(8, 16),
+    judge=StageSettings(24, 8, 2e-3, warmup=4, ema=0.8),
     checkpoint_every=7,
 )
 """Seconds on one CPU core; it draws blots. For tests and for a first look at the folder."""
