@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepdistill.pages.metric_names import marked
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import RunReport, read_report
 
@@ -105,6 +106,10 @@ def passes_of(report: RunReport) -> str:
     return f"{report.all_passes / 1e6:.2f} ({graph / report.all_passes:.0%})"
 
 
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def cells(row: Row, rank: str) -> str:
     """A row of the table."""
     report, steps = row.report, row.steps
@@ -117,7 +122,8 @@ def cells(row: Row, rank: str) -> str:
         f"`stepdistill train {report.name}`",
         steps,
         f"{row.gap:.3f}",
-        f"{student['fd'][steps]:.2f}",
+        f"{student['fd'][steps]:.2f}{marked('fd', report.conflicts)}",
+        _or_dash((student.get("second_fd") or {}).get(steps)),
         "" if few is None else f"{few:.2f}",
         f"{clip:.3f} ({clip / full_clip:.1%})",
         "" if recall is None or share is None else f"{recall:.3f} ({share:.1%})",
@@ -132,18 +138,20 @@ def cells(row: Row, rank: str) -> str:
 
 
 HEAD = (
-    "command | steps | gap closed | FD-emoji | teacher's at these steps | CLIP-emoji (of the teacher's) "
+    "command | steps | gap closed | FD-emoji | FD-judge | teacher's at these steps | CLIP-emoji (of the teacher's) "
     "| recall (of the teacher's) | training, min | whole run, min | passes, M (with graph) | memory, GiB | commit "
     "| log |"
 )
 
 
 def best_of_each_method(reports: list[RunReport]) -> tuple[list[Row], list[Row]]:
-    """The best row of each method, ranked, and the other rows, by name and steps."""
+    """The best row of each method, ranked, and the other rows, by name and steps: among them those of runs whose loss
+    looked through the network of FD-emoji, which it therefore does not rank."""
     rows = [Row(report, steps) for report in reports for steps in report.student["fd"]]
     best: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: -row.gap):
-        best.setdefault(row.report.method, row)
+        if "fd" not in row.report.conflicts:
+            best.setdefault(row.report.method, row)
     first = list(best.values())
     return first, [row for row in rows if row not in first]
 
@@ -153,10 +161,11 @@ def table(reports: list[RunReport]) -> str:
     teacher = reports[0].teacher
     full = max(teacher["fd"], key=int)
     first, others = best_of_each_method(reports)
+    suites = ", ".join(sorted({str(report.suite) for report in reports}))
     lines = [
         f"## Teacher {reports[0].teacher_name}",
         "",
-        f"Suite {reports[0].suite}, {reports[0].n:,} images, guidance {reports[0].guidance:g}. The teacher: "
+        f"Suite {suites}, {reports[0].n:,} images, guidance {reports[0].guidance:g}. The teacher: "
         f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance) and {teacher['fd'][full]:.2f} at "
         f"{full}, CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}. "
         f"Hardware: {', '.join(sorted({str(report.hardware) for report in reports}))}.",

@@ -18,7 +18,10 @@ from stepdistill.system.shipped import content_folder, module_summaries, recipe_
 from stepdistill.testing.contract import build
 
 FACTS = Path(__file__).with_name("methods.yaml")
-HEAD = "| run | steps | gap closed | FD-emoji | CLIP-emoji | training, min |\n| --- | --- | --- | --- | --- | --- |"
+HEAD = (
+    "| run | steps | gap closed | FD-emoji | FD-judge | CLIP-emoji | training, min |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
 def names() -> list[str]:
@@ -144,6 +147,7 @@ def results(name: str, found: list[dict[str, Any]]) -> list[str]:
     for teacher in ("emoji", "emoji-flow"):
         rows = [
             f"| {report['name']} | {steps} | **{gap:.3f}** | {report['student']['fd'][steps]:.2f} "
+            f"| {_or_dash((report['student'].get('second_fd') or {}).get(steps))} "
             f"| {report['student']['clip_score'][steps]:.3f} | {report['train_seconds'] / 60:.1f} |"
             for report in found
             if report["method"] == name and report["teacher_name"] == teacher
@@ -162,6 +166,10 @@ def results(name: str, found: list[dict[str, Any]]) -> list[str]:
             "",
         ]
     return [*lines, "Commands, hardware and commits: [Results](../evidence/results.md)."]
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def log_entries(text: str) -> dict[str, list[tuple[str, str]]]:

@@ -96,7 +96,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             | {key: first.get(key) for key in COSTS}
             | {"scores": {str(steps): _scores(row) for steps, row in sorted(own.items()) if report.student}}
             | report.model_dump(
-                include={*FACTS, "versions", "teacher_name", "guidance", "suite", "n", "teacher"}
+                include={*FACTS, "versions", "teacher_name", "guidance", "suite", "n", "teacher", "conflicts"}
             )
         )
     return {
@@ -105,6 +105,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "title": group.title,
                 "runs": [report.name for report in group.reports],
                 "not_compared_because": list(group.apart),
+                "notes": list(group.notes),
                 "metrics": group.reports[0].metrics,
                 "better": group.reports[0].better,
                 "teacher": _teacher(group.reports),
@@ -126,7 +127,8 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 SCORES = (
-    *"gap_closed fd fd_se kid kid_se clip_score clip_score_se recall density recall_of_teachers".split(),
+    *"gap_closed fd fd_se kid kid_se clip_score clip_score_se second_fd second_fd_se second_fit second_fit_se".split(),
+    *"recall density recall_of_teachers".split(),
     "ms_per_image",
 )
 COSTS = "train_seconds peak_memory_bytes updates updates_planned passes".split()
@@ -182,6 +184,7 @@ def _group(group: Group, number: int) -> list[str]:
             f"{name.replace('_', ' ')}: {direction} is better" for name, direction in better.items()
         )
         parts.append(f"<p>{html.escape(said)}.</p>")
+    parts += [f"<p class=warning>{html.escape(note)}</p>" for note in group.notes]
     return [*parts, _table(group.rows), _plots(group, fd)]
 
 

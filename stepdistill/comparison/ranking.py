@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from stepdistill.errors import UserError
 from stepdistill.training.run_report import Measured, RunReport
@@ -33,12 +33,17 @@ class Row:
         fd, fd_se: Frechet distance of the student, lower is better, and its standard error.
         kid, kid_se: kernel distance, lower is better, and its standard error.
         clip_score, clip_score_se: CLIP score of the student, higher is better, and its standard error.
+        second_fd, second_fd_se, second_fit, second_fit_se: in the suite's second features, of ``emoji`` the judge's: the
+            Frechet distance, and how well pictures fit their prompts, with their standard errors.
         recall, density: see stepdistill.metrics; higher is better.
         recall_of_teachers: recall over that of the teacher at full steps.
         ms_per_image: milliseconds of drawing an image, in the batches and on the machine of the evaluation.
         train_seconds, peak_memory_bytes: what the training took.
         updates, updates_planned: updates done, and in the recipe; fewer where a budget ended the training.
         passes: network passes of the training, of teacher, student and followers together, its pairs included.
+        suite: name and version.
+        second_names: what its suite calls ``second_fd`` and ``second_fit``.
+        conflicts: scores in the eyes of a network that the run's loss looked through, and the keys that say so.
         own: your own metrics: value and standard error by name.
         seeds: how many trainings of other seeds the row is the mean of; None of one run by itself.
         deviation: standard deviation between those trainings, by score; empty of one.
@@ -54,6 +59,10 @@ class Row:
     kid_se: float | None
     clip_score: float | None
     clip_score_se: float | None
+    second_fd: float | None
+    second_fd_se: float | None
+    second_fit: float | None
+    second_fit_se: float | None
     recall: float | None
     density: float | None
     recall_of_teachers: float | None
@@ -63,6 +72,9 @@ class Row:
     updates: int | None
     updates_planned: int | None
     passes: int | None
+    suite: str | None = None
+    second_names: tuple[str, str] = ("FD 2", "fit 2")
+    conflicts: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     seeds: int | None = None
     deviation: Mapping[str, float] = field(default_factory=dict)
@@ -89,12 +101,14 @@ class Group:
         reports: whose they are.
         rows: ranked.
         apart: why they are not compared with the first group; empty for the first.
+        notes: by what they are ranked, and who is not, where a run's own loss looked through a network that scores it.
     """
 
     title: str
     reports: Sequence[Measured]
     rows: Sequence[Row]
     apart: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def groups(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None) -> list[Group]:
@@ -117,7 +131,9 @@ def groups(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None
         plain = [why for why in apart if not why.startswith("protocol.suite_sha256")]
         rows = rank(group, repeats)
         against = f", against {one.against}" if one.against else ""
-        found.append(Group(f"suite {one.suite}, {one.n:,} images{against}", group, rows, plain or apart))
+        suites = ", ".join(dict.fromkeys(str(report.suite) for report in group))
+        title = f"suite {suites}, {one.n:,} images{against}"
+        found.append(Group(title, group, rows, plain or apart, ranking_notes(rows, one.metrics)))
     if without := [report for report in reports if not has_scores(report)]:
         rows = [_row(report, "0") for report in without]
         why = ["they have no scores: set evaluate in the recipe, or use stepdistill eval"]
@@ -131,7 +147,7 @@ def has_scores(report: Measured) -> bool:
 
 
 def rank(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None) -> list[Row]:
-    """One row per run and number of steps: by steps, then by Frechet distance, best first.
+    """One row per run and number of steps: by steps, then by Frechet distance, best first; see :func:`ranked_by`.
 
     Args:
         reports: that compare.
@@ -148,11 +164,48 @@ def rank(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None) 
         for row in rows:
             together.setdefault((repeats.get(row.name, row.name), row.steps), []).append(row)
         rows = [_mean(name, some) for (name, _), some in together.items()]
-    return sorted(rows, key=lambda row: (row.steps, row.fd is None, row.fd or 0.0))
+    by = ranked_by(rows)
+
+    def place(row: Row) -> tuple[int, bool, bool, float]:
+        value: float | None = getattr(row, by)
+        return row.steps, by in row.conflicts, value is None, value or 0.0
+
+    return sorted(rows, key=place)
 
 
-_SCORES = ("gap_closed", "fd", "kid", "clip_score", "recall", "density", "recall_of_teachers")
-_ERRORS = ("fd_se", "kid_se", "clip_score_se")
+def ranked_by(rows: Sequence[Row]) -> Literal["fd", "second_fd"]:
+    """Whose Frechet distance ranks: that of the suite's features; where the loss of a run looked through their network,
+    that of the second features, if every run has it and none looked through theirs. Otherwise the run has no rank and
+    stands behind the others."""
+    if not any("fd" in row.conflicts for row in rows):
+        return "fd"
+    free = all(row.second_fd is not None and "second_fd" not in row.conflicts for row in rows)
+    return "second_fd" if free else "fd"
+
+
+def ranking_notes(rows: Sequence[Row], metrics: Mapping[str, Any]) -> list[str]:
+    """What is to be said of a ranking where losses have looked through networks that score; sentences."""
+    first, second = metrics.get("fd") or "FD", metrics.get("second_fd") or "the second features' FD"
+    found = []
+    seen = {row.name: row.conflicts["fd"] for row in rows if "fd" in row.conflicts}
+    said = ", ".join(f"{name} ({key})" for name, key in seen.items())
+    if seen and ranked_by(rows) == "second_fd":
+        found.append(f"Ranked by {second}, as the loss of {said} looked through the network of {first}.")
+    elif seen:
+        found.append(
+            f"Not ranked, and behind the others: {said}, whose loss looked through the network of {first}; not every "
+            f"run here has {second}, or a loss looked through its network, too."
+        )
+    if any(row.conflicts for row in rows):
+        found.append("* The run's own loss looked through the network of this score, which flatters it.")
+    return found
+
+
+_SCORES = (
+    *("gap_closed", "fd", "kid", "clip_score", "second_fd", "second_fit"),
+    *("recall", "density", "recall_of_teachers"),
+)
+_ERRORS = ("fd_se", "kid_se", "clip_score_se", "second_fd_se", "second_fit_se")
 
 
 def _mean(name: str, rows: Sequence[Row]) -> Row:
@@ -190,12 +243,13 @@ def _mean(name: str, rows: Sequence[Row]) -> Row:
 
 def differences(reports: Sequence[Measured]) -> list[str]:
     """What was not measured alike, each field with its values. Command, machine, versions, commit and times do not
-    matter; neither do seeds of images that were there already, which nobody states."""
+    matter; neither do seeds of images that were there already, which nobody states. Suites of one hash are alike: the
+    later version has every score of the earlier."""
     protocols = [report.protocol for report in reports]
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
-    found = [
-        _values(field, ((report, getattr(report, field)) for report in reports)) for field in SAME_FIELDS
-    ]
+    hashes = {protocol.get("suite_sha256") for protocol in protocols}
+    same = ("n",) if len(hashes) == 1 and None not in hashes else SAME_FIELDS
+    found = [_values(field, ((report, getattr(report, field)) for report in reports)) for field in same]
     for key in sorted(keys, key=lambda key: key == "suite_sha256"):  # which differs with most others: last
         if key not in APART:
             needed = key in ESSENTIAL
@@ -246,6 +300,10 @@ def _row(report: Measured, steps: str) -> Row:
         kid_se=of("kid_se"),
         clip_score=of("clip_score"),
         clip_score_se=of("clip_score_se"),
+        second_fd=of("second_fd"),
+        second_fd_se=of("second_fd_se"),
+        second_fit=of("second_fit"),
+        second_fit_se=of("second_fit_se"),
         recall=of("recall"),
         density=of("density"),
         recall_of_teachers=report.recall_of_teachers.get(steps),
@@ -255,5 +313,11 @@ def _row(report: Measured, steps: str) -> Row:
         updates=report.updates,
         updates_planned=report.updates_planned,
         passes=report.all_passes,
+        suite=report.suite,
+        second_names=(
+            str(report.metrics.get("second_fd") or "FD 2"),
+            str(report.metrics.get("second_fit") or "fit 2"),
+        ),
+        conflicts=report.conflicts,
         own={name: (of(name), of(f"{name}_se")) for name in report.better},
     )

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepdistill.comparison.ranking import Group, Row
+from stepdistill.pages.metric_names import marked
 from stepdistill.pages.numbers import with_error
 
 COLUMNS = (
     "run",
     "method",
     "steps",
+    "suite",
     "trainings",
     "gap closed",
     "FD",
+    "FD 2",
     "KID",
     "CLIP",
+    "fit 2",
     "recall (of teacher's)",
     "density",
     "ms/image",
@@ -34,11 +38,14 @@ def cells(row: Row) -> tuple[str, ...]:
         row.name,
         row.method,
         str(row.steps) if row.steps else "-",
+        row.suite or "-",
         _number(row.seeds, "{:.0f}"),
         _score(row, "gap_closed", row.gap_closed, None, "{:.3f}"),
         _score(row, "fd", row.fd, row.fd_se, "{:.3f}"),
+        _score(row, "second_fd", row.second_fd, row.second_fd_se, "{:.3f}"),
         _score(row, "kid", row.kid, row.kid_se, "{:.4f}"),
         _score(row, "clip_score", row.clip_score, row.clip_score_se, "{:.3f}"),
+        _score(row, "second_fit", row.second_fit, row.second_fit_se, "{:.3f}"),
         _score(row, "recall", row.recall, None, "{:.3f}") + share,
         _score(row, "density", row.density, None, "{:.3f}"),
         _number(row.ms_per_image, "{:.1f}"),
@@ -59,10 +66,11 @@ def _score(row: Row, name: str, value: float | None, error: float | None, form: 
     brackets."""
     if value is None:
         return "-"
+    mark = marked("fd" if name == "gap_closed" else name, row.conflicts)
     if row.seeds is None:
-        return with_error(value, error, form)
+        return with_error(value, error, form) + mark
     said = with_error(value, row.deviation.get(name), form)
-    return said if error is None else f"{said} (± {error:.2g})"
+    return (said if error is None else f"{said} (± {error:.2g})") + mark
 
 
 def not_told_apart(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -82,9 +90,13 @@ def filled(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """COLUMNS, those of your own metrics, and the rows' cells, without the columns in which no row has anything."""
     names = dict.fromkeys(name for row in rows for name in row.own)
     rows = [row.with_own(names) for row in rows]
-    head = (*COLUMNS, *(name.replace("_", " ") for name in names))
+    second = next((row.second_names for row in rows if row.second_fd is not None), ("FD 2", "fit 2"))
+    titles = dict(zip(("FD 2", "fit 2"), second, strict=True))
+    head = (*(titles.get(title, title) for title in COLUMNS), *(name.replace("_", " ") for name in names))
     lines = [head, *(cells(row) for row in rows)]
     kept = [i for i in range(len(head)) if i < 2 or any(line[i] != "-" for line in lines[1:])]
+    if len({row.suite for row in rows}) < 2:  # it stands in the title
+        kept = [i for i in kept if i != COLUMNS.index("suite")]
     return [tuple(line[i] for i in kept) for line in lines]
 
 
@@ -123,5 +135,5 @@ def text_tables(groups: Sequence[Group]) -> str:
     for number, group in enumerate(groups, 1):
         title = f"{number}. {group.title}\n" if len(groups) > 1 else ""
         why = f"Not compared with 1, because {'; '.join(group.apart)}\n" if group.apart else ""
-        parts.append(title + why + text_table(group.rows))
+        parts.append("\n".join([title + why + text_table(group.rows), *group.notes]))
     return "\n\n".join(parts)

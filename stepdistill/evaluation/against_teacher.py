@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.evaluation.conflicts import conflicts
 from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.measure import ERRORS, measure
 from stepdistill.evaluation.reference_files import Reference
@@ -63,6 +65,7 @@ class AgainstTeacher:
         counts: the student's step counts.
         prompts: what is drawn, spread evenly over them and from the start again where they are fewer than the pictures.
         held_out: whether the student learnt from none of them.
+        saw: the feature networks that the student's loss looked through, and the keys that say so.
         options: how many pictures, how many steps, which networks.
     """
 
@@ -74,9 +77,11 @@ class AgainstTeacher:
         prompts: Sequence[str],
         *,
         held_out: bool,
+        saw: Mapping[str, str] = MappingProxyType({}),
         options: AgainstTeacherOptions,
     ) -> None:
         self.teacher, self.guidance, self.held_out = teacher, guidance, held_out
+        self.saw = dict(saw)
         self.counts, self.full = sorted(counts), options.steps
         self.count = options.pictures or default_count(teacher)
         different = min(self.count, len(prompts))
@@ -199,6 +204,15 @@ class AgainstTeacher:
                 "clip_score": clip_network.clip_name if clip_network else None,
             },
             "better": {"paired_distance": "lower", "paired_rmse": "lower"},
+            "loss_saw": self.saw,
+            "conflicts": conflicts(
+                {
+                    **extraction.suite.asked(self.features),
+                    "kid": self.features,
+                    "paired_distance": self.features,
+                },
+                self.saw,
+            ),
             "protocol": self._protocol(network),
             "remarks": self._remarks(network, full.whole("features")),
             "guidance": self.guidance,

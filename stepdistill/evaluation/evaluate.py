@@ -6,13 +6,14 @@ prompt and a seed of its own (a torch.Generator on the CPU), so a score does not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepdistill.errors import UserError
+from stepdistill.evaluation.conflicts import conflicts, loss_saw
 from stepdistill.evaluation.folder import workplace, write_results
 from stepdistill.evaluation.parts import Work
 from stepdistill.evaluation.reference import load_reference
@@ -38,6 +39,7 @@ def evaluate(
     eta: float | None = None,
     output: str | Path | None = None,
     processes: Processes | None = None,
+    saw: Mapping[str, str] | None = None,
 ) -> Report:
     """Draw a suite's images with a pipeline and score them.
 
@@ -59,6 +61,8 @@ def evaluate(
             goes on from the images that it had drawn when it is called again.
         processes: those that draw together, each its part; all of them must call this, and all get the report. Give
             ``stepdistill.system.processes.launched()``. None is this process alone, whatever others there are.
+        saw: feature networks that the pipeline's training looked through, and what says so; None is what the report of
+            a run says. Scores in their eyes are marked.
 
     Raises:
         UserError: no such pipeline or suite, the pipeline and the suite do not fit, a student was not trained for a
@@ -105,6 +109,7 @@ def evaluate(
                 if reference is not None:
                     part.save(work.scores(part, reference, pictures=folder is not None))
             scores = {part.steps: part.wait(processes, place) for part in parts}
+    marked = conflicts(suite.asked(suite.features), loss_saw(pipeline) if saw is None else saw)
     drawn = {
         "seeds": f"image i: torch.Generator('cpu').manual_seed({suite.first_seed} + i)",
         "diversity": f"{suite.diversity} samples of {suite.diversity_prompts} prompts"
@@ -118,6 +123,7 @@ def evaluate(
         guidance=drawing.guidance,
         trailing=trailing,
         scores=scores,
+        conflicts=marked,
         **statement(extraction, scores[counts[0]], drawn, work.remarks),
         **provenance(work.pipe.device),
     )

@@ -18,7 +18,7 @@ from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.evaluation.scores import Report
 from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.pages.html import document, scrolled, table, tile
-from stepdistill.pages.metric_names import DIRECTIONS, name_of
+from stepdistill.pages.metric_names import DIRECTIONS, conflict_sentence, marked, name_of
 from stepdistill.pages.numbers import with_error
 from stepdistill.pages.plots import Scale, Series, line_plot
 from stepdistill.system.files import written_whole
@@ -66,6 +66,7 @@ def html_page(report: Report, galleries: Mapping[int, Gallery], suite: Suite | N
         _warnings(facts),
         "<h2>Numbers</h2>",
         _numbers(facts),
+        _conflicts(facts),
         _not_computed(facts),
         _plots(facts),
         _samples(galleries),
@@ -79,6 +80,11 @@ def html_page(report: Report, galleries: Mapping[int, Gallery], suite: Suite | N
 
 def _warnings(facts: Mapping[str, Any]) -> str:
     return "".join(f"<p class=warning>{html.escape(text)}</p>" for text in _lines(facts.get("warnings")))
+
+
+def _conflicts(facts: Mapping[str, Any]) -> str:
+    said = conflict_sentence(facts.get("conflicts") or {}, facts.get("metrics") or {})
+    return f"<p class=warning>{html.escape(said)}</p>" if said else ""
 
 
 def _not_computed(facts: Mapping[str, Any]) -> str:
@@ -115,7 +121,8 @@ def _numbers(facts: Mapping[str, Any]) -> str:
         cells = [_cell(key, value, error) for value, error in zip(found, errors, strict=True)]
         own = facts.get("better", {}).get(key)
         direction = DIRECTIONS.get(key) or (f"{own} is better" if own else None)
-        name = f"{_name(key, facts)}{f' ({direction})' if direction else ''}"
+        mark = marked(key, facts.get("conflicts") or {})
+        name = f"{_name(key, facts)}{mark}{f' ({direction})' if direction else ''}"
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th scope=col>{_steps(int(steps))}</th>" for steps in columns)
     whole = f"<table class=numbers><tr><th>score</th>{head}</tr>{''.join(lines)}</table>"

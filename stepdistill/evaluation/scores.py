@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepdistill.pages.metric_names import marked
 from stepdistill.pages.numbers import with_error
 
 REPORTED = (
@@ -125,6 +126,7 @@ class Report:
         better: of your own metrics: ``lower`` or ``higher``.
         protocol: resize, SHA-256 of networks, references and suite, the rules of the seeds and of standard errors.
         versions, command, hardware, commit: where the numbers come from; commit is None outside a checkout.
+        conflicts: the scores in the eyes of a network that the pipeline's training looked through, and what says so.
         images: of images that were there already: what was used, converted and skipped, and the pixels' SHA-256. Their
             only step count is 0.
         warnings: of metrics for which there are too few images, and why; of filters that were off and prompts cut off.
@@ -145,6 +147,7 @@ class Report:
     hardware: str
     commit: str | None
     better: Mapping[str, str] = field(default_factory=dict)
+    conflicts: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, Any] | None = None
     warnings: Sequence[str] = ()
     not_computed: Mapping[str, str] = field(default_factory=dict)
@@ -168,7 +171,7 @@ class Report:
             if key not in _SOME or any(found.values()[key] is not None for _, found in scores)
         ]
         kept += [(key, f"{key}_se", "{:.4g}") for key in self.better]
-        titles = [names.get(key, key.replace("_", " ")) for key, *_ in kept]
+        titles = [names.get(key, key.replace("_", " ")) + marked(key, self.conflicts) for key, *_ in kept]
         heads = ["pipeline", "suite", "steps", "guidance", *titles, "passes", "ms an image"]
         lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
         for steps, found in scores:

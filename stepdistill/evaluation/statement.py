@@ -14,6 +14,7 @@ from stepdistill.features.judge import Judge
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.sample_size import too_few
 from stepdistill.metrics.sfid import DIMENSION
+from stepdistill.pages.metric_names import conflict_sentence
 from stepdistill.system.log import say
 
 
@@ -50,12 +51,14 @@ def statement(
 
 
 def tell(report: Report) -> None:
-    """One line on stderr for every warning, and for every reason why metrics were left out."""
+    """One line on stderr for every warning, for every reason why metrics were left out, and for conflicts."""
     for text in report.warnings:
         say(text)
     for why in dict.fromkeys(report.not_computed.values()):
         left_out = [name for name, reason in report.not_computed.items() if reason == why]
         say(f"not computed: {', '.join(left_out)}: {why}")
+    if report.conflicts:
+        say(conflict_sentence(report.conflicts, report.metrics))
 
 
 def metric_names(extraction: Extraction) -> dict[str, str | None]:

@@ -148,6 +148,12 @@ class MethodOptions(BaseModel):
         """What the method asks of the data under these options, out of NEEDS: checked before anything loads."""
         return frozenset({"noise", "prompts"})
 
+    @property
+    def networks(self) -> dict[str, str]:
+        """The feature networks (stepdistill/features/load.py) that the method's own loss looks through under these
+        options, and the keys that say so: scores in their eyes are marked, and no run is ranked by them."""
+        return {}
+
 
 class PairOptions(MethodOptions):
     """Options of a method that learns from pairs."""

@@ -30,7 +30,7 @@ DIRECTIONS = dict.fromkeys(
 """By key of a report."""
 
 
-def name_of(key: str, given: Mapping[str, str]) -> str:
+def name_of(key: str, given: Mapping[str, str | None]) -> str:
     """Of a key of a report.
 
     Args:
@@ -38,3 +38,18 @@ def name_of(key: str, given: Mapping[str, str]) -> str:
         given: what the suite calls some of them.
     """
     return str(given.get(key) or _NAMES.get(key) or key.replace("_", " "))
+
+
+def marked(key: str, conflicts: Mapping[str, str]) -> str:
+    """What stands behind a score's name, or behind the score: a mark where it is in the eyes of a network that the loss
+    has looked through."""
+    return "*" if key in conflicts else ""
+
+
+def conflict_sentence(conflicts: Mapping[str, str], given: Mapping[str, str | None]) -> str:
+    """What the mark means; empty without conflicts."""
+    if not conflicts:
+        return ""
+    names = ", ".join(name_of(key, given) for key in conflicts)
+    keys = ", ".join(dict.fromkeys(conflicts.values()))
+    return f"* The training's own loss looked through the network of these scores ({keys}), and flatters them: {names}."

@@ -346,6 +346,16 @@ class TermOptions(Section):
         return name
 
     @property
+    def networks(self) -> dict[str, str]:
+        """The feature networks that the terms look through, and the keys that say so."""
+        found: dict[str, str] = {}
+        for key in ("perceptual", "reward"):
+            if getattr(self, f"{key}_weight"):
+                name = getattr(self, key)
+                found[name] = f"{found[name]}, terms.{key}" if name in found else f"terms.{key}"
+        return found
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the terms ask of the data."""
         pairs = {"pairs", "states"} if self.regression_weight or self.perceptual_weight else set()

@@ -135,6 +135,7 @@ def _check_suite(name: str, teacher: str) -> None:
         suite.prompt_list()
         suite.reference_file()
         suite.cmmd_reference_file()
+        suite.second_reference_file()
         missing: list[MissingWeights] = []
         asked = set(suite.asked(suite.features).values())
         for network in sorted(asked):

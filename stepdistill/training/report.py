@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepdistill.pages.metric_names import name_of
+from stepdistill.pages.metric_names import conflict_sentence, marked, name_of
 from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_page import run_page
@@ -26,9 +26,11 @@ def score_table(report: RunReport) -> str:
     evaluated."""
     if not report.student.get("fd"):
         return ""
-    asked = ("fd", "kid", "clip_score", "recall", *report.better)
+    asked = ("fd", "second_fd", "kid", "clip_score", "second_fit", "recall", *report.better)
     shown = [key for key in asked if key == "fd" or any((report.student.get(key) or {}).values())]
-    heads = ["who", "steps", *(name_of(key, report.metrics) for key in shown), "gap closed"]
+    conflicts = report.conflicts
+    heads = ["who", "steps", *(name_of(key, report.metrics) + marked(key, conflicts) for key in shown)]
+    heads.append(f"gap closed{marked('fd', conflicts)}")
     rows = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for who, scores in (("teacher", report.teacher), ("student", report.student)):
         for steps in scores["fd"]:
@@ -38,4 +40,6 @@ def score_table(report: RunReport) -> str:
             rows.append(f"| {who} | {steps} | {' | '.join(cells)} |")
     rows.append(f"\nSuite {report.suite}, {report.n} images, against {report.against or 'real images'}.")
     rows.append("Gap closed: 0 is the teacher at one step, 1 at full steps.")
+    if conflicts:
+        rows.append(conflict_sentence(conflicts, report.metrics).replace("*", r"\*", 1))
     return "\n".join([*rows, *([""] if report.remarks else []), *(f"- {each}" for each in report.remarks)])

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stepdistill.pages.html import document, table
-from stepdistill.pages.metric_names import DIRECTIONS, HIGHER, LOWER, name_of
+from stepdistill.pages.metric_names import DIRECTIONS, HIGHER, LOWER, conflict_sentence, marked, name_of
 from stepdistill.pages.numbers import with_error
 from stepdistill.pages.picture_rows import STYLE as ROWS
 from stepdistill.pages.picture_rows import picture_rows
@@ -134,7 +134,9 @@ def _scores(run: RunRecord) -> str:
                 cells.append("-" if value is None else with_error(value, error))
             gap = (report.get("gap_closed") or {}).get(steps) if who == "student" else None
             rows.append([*cells[:2], "-" if gap is None else f"{gap:.3f}", *cells[2:]])
-    head = ["who", "steps", "gap closed", *(name_of(key, names) for key in keys)]
+    conflicts = report.get("conflicts") or {}
+    head = ["who", "steps", f"gap closed{marked('fd', conflicts)}"]
+    head += [name_of(key, names) + marked(key, conflicts) for key in keys]
     better = {
         **DIRECTIONS,
         **{key: f"{word} is better" for key, word in (report.get("better") or {}).items()},
@@ -150,6 +152,8 @@ def _scores(run: RunRecord) -> str:
     )
     remarks = "".join(f"<li>{html.escape(each)}</li>" for each in report.get("remarks") or ())
     read = f"<ul class=note>{remarks}</ul>" if remarks else ""
+    if said := conflict_sentence(conflicts, names):
+        read = f"<p class=warning>{html.escape(said)}</p>{read}"
     return f"<h2>Scores</h2>{table(head, rows, 'numbers')}<p class=note>{html.escape(note)}</p>{read}"
 
 

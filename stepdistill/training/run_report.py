@@ -127,6 +127,8 @@ class Measured(BaseModel):
         remarks: how the scores are to be read, in sentences.
         metrics: what the distances and cosines are called in that protocol.
         better: of your own metrics, by name: which values are better.
+        loss_saw: the feature networks that the run's own loss looked through, and the recipe's keys that say so.
+        conflicts: the scores in the eyes of one of them, and those keys: they flatter the run, and do not rank it.
         protocol: everything that a number depends on.
         teacher, student: scores.
         gap_closed: by number of steps, 0 the teacher with one step, 1 with all of its steps.
@@ -155,6 +157,8 @@ class Measured(BaseModel):
     remarks: list[str] = Field(default_factory=list)
     metrics: dict[str, Any] = Field(default_factory=dict)
     better: dict[str, Literal["lower", "higher"]] = Field(default_factory=dict)
+    loss_saw: dict[str, str] = Field(default_factory=dict)
+    conflicts: dict[str, str] = Field(default_factory=dict)
     protocol: dict[str, Any] = Field(default_factory=dict)
     teacher: Scores = Field(default_factory=dict)
     student: Scores

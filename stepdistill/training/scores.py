@@ -37,6 +37,7 @@ def against_teacher(run: Assembled, counts: Sequence[int] = ()) -> AgainstTeache
         counts or run.sampler.step_counts,
         run.held_out or run.prompts,
         held_out=bool(run.held_out),
+        saw=_saw(run),
         options=run.recipe.against_teacher,
     )
 
@@ -68,7 +69,7 @@ def student_scores(run: Assembled, student: Path, against: AgainstTeacher | None
     if against is not None:
         return against.scores(lambda steps: against.drawn(run.student, _sampler(run, steps)))
     if wanted is False:
-        return {"suite": None, "n": 0, "student": {"fd": {}, "clip_score": {}}}
+        return {"suite": None, "n": 0, "student": {"fd": {}, "clip_score": {}}, "loss_saw": _saw(run)}
     suite = load_suite("emoji" if wanted is True else str(wanted))
     counts, guidance = run.sampler.step_counts, run.options.guidance
     drawn = evaluate(
@@ -78,6 +79,7 @@ def student_scores(run: Assembled, student: Path, against: AgainstTeacher | None
         guidance=run.sampler.guidance,
         device=run.accelerator.device,
         eta=run.sampler.gamma or None,
+        saw=_saw(run),
     )
     asked = sorted({1, *counts, suite.teacher_steps})
     guided = teacher_scores(run.source, suite, steps=asked, guidance=guidance, device=run.accelerator.device)
@@ -101,6 +103,8 @@ def student_scores(run: Assembled, student: Path, against: AgainstTeacher | None
         "against": "real images",
         "metrics": dict(drawn.metrics),
         "better": dict(drawn.better),
+        "loss_saw": _saw(run),
+        "conflicts": dict(drawn.conflicts),
         "protocol": dict(drawn.protocol),
         "guidance": guidance,
         "teacher": by_metric(teachers),
@@ -112,6 +116,14 @@ def student_scores(run: Assembled, student: Path, against: AgainstTeacher | None
             for k, v in drawn.scores.items()
             if v.recall is not None and full.recall
         },
+    }
+
+
+def _saw(run: Assembled) -> dict[str, str]:
+    """The feature networks that the run's loss looks through, and the recipe's keys that say so."""
+    terms, own = run.recipe.terms.networks, run.options.networks
+    return {
+        spec: ", ".join(found[spec] for found in (terms, own) if spec in found) for spec in {**terms, **own}
     }
 
 
