@@ -33,7 +33,7 @@ class Row:
         fd, fd_se: Frechet distance of the student, lower is better, and its standard error.
         kid, kid_se: kernel distance, lower is better, and its standard error.
         clip_score, clip_score_se: CLIP score of the student, higher is better, and its standard error.
-        second_fd, second_fd_se, second_fit, second_fit_se: in the suite's second features, of ``emoji`` the judge's: the
+        second_fd, second_fd_se, second_fit, second_fit_se: in the suite's second features, of ``emoji`` the judge's:
             Frechet distance, and how well pictures fit their prompts, with their standard errors.
         recall, density: see stepdistill.metrics; higher is better.
         recall_of_teachers: recall over that of the teacher at full steps.

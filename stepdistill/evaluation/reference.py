@@ -186,6 +186,8 @@ def for_reference(suite: Suite, file: Path) -> Suite:
     if not file.is_file():
         raise UserError(f"no reference statistics {file}: make them with stepdistill stats")
     changed: dict[str, Any] = {"reference": str(file.absolute())}
+    if suite.second_features is not None:  # whose statistics are of the suite's own images
+        changed |= {"second_features": None, "second_reference": None}
     if file.name != Path(suite.reference).name:  # what the suite states is of its own file
         changed["reference_protocol"] = None
     if suite.n == 0:

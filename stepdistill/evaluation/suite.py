@@ -16,7 +16,7 @@ from stepdistill.data.prompts import FORMS, read_prompts
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.evaluation.scores import StepScores
-from stepdistill.evaluation.suite_metrics import MetricKeys
+from stepdistill.evaluation.suite_metrics import WITH_TEXTS, MetricKeys
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.metrics.own import OwnMetric, load_metric
@@ -139,7 +139,24 @@ class Suite(MetricKeys):
     @property
     def reads_prompts(self) -> bool:
         """Whether a score needs the prompts of the images."""
-        return super().reads_prompts or any("prompts" in metric.needs for metric in self.own_metrics())
+        return (
+            super().reads_prompts
+            or self._fits
+            or any("prompts" in metric.needs for metric in self.own_metrics())
+        )
+
+    @property
+    def _fits(self) -> bool:
+        """Whether the second features compare images with their prompts."""
+        kind = (self.second_features or "").partition(":")[0]
+        return kind in WITH_TEXTS and self.prompts is not None and self.n > 0
+
+    def asked(self, features: str) -> dict[str, str]:
+        """The metrics, named as in ``Scores``, and the specification of the network that each reads."""
+        found = super().asked(features)
+        if self._fits and self.second_features is not None:
+            found["second_fit"] = self.second_features
+        return found
 
     @property
     def label(self) -> str:

@@ -34,7 +34,7 @@ APART = {
         "metrics",
         "adds_to",
     ),
-    *("second_features", "second_reference", "second_fit"),
+    *("second_features", "second_reference"),
 }
 """Keys of a Suite that move no score, or none but their own."""
 

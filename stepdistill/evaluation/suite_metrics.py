@@ -51,10 +51,10 @@ class MetricKeys(BaseModel):
             besides the n images and move no other score.
         diversity_prompts: how many of the first prompts that is done for.
         second_features: another network, whose Frechet distance is computed besides, from the same images: what was
-            trained in sight of ``features`` is found out by one that was not. None leaves it out. It moves no other
-            score.
+            trained in sight of ``features`` is found out by one that was not. Where it has texts (``judge``, ``emoji``,
+            ``clip:``) and there are prompts, also how well images fit theirs in its eyes. None leaves both out. It
+            moves no other score.
         second_reference: its statistics of the real images, of ``stepdistill stats --features ...``.
-        second_fit: also compute in it how well images fit their own prompts; it must have texts.
         intervals: standard errors of Frechet distances also where they are expensive, of more than 256 features; the
             others always have them. It moves no score.
     """
@@ -79,7 +79,6 @@ class MetricKeys(BaseModel):
     diversity_prompts: int = Field(default=100, ge=1)
     second_features: str | None = None
     second_reference: str | None = None
-    second_fit: bool = False
     intervals: bool = False
 
     @model_validator(mode="before")
@@ -106,7 +105,7 @@ class MetricKeys(BaseModel):
     @property
     def reads_prompts(self) -> bool:
         """Whether a score compares images with their prompts."""
-        return self.clip_score or self.pick_score is not None or self.second_fit
+        return self.clip_score or self.pick_score is not None
 
     def networks(self) -> dict[str, str]:
         """The specifications of the networks besides ``features``, by the key that names them."""
@@ -144,8 +143,6 @@ class MetricKeys(BaseModel):
             found["aesthetic"] = self.aesthetic_network
         if self.second_features is not None:
             found["second_fd"] = self.second_features
-        if self.second_features is not None and self.second_fit:
-            found["second_fit"] = self.second_features
         return found
 
     def check_metrics(self, features: str, prompts: str | None, n: int) -> None:
@@ -157,7 +154,6 @@ class MetricKeys(BaseModel):
         for name, asked, off in (
             ("clip_score", self.clip_score, "set clip_score to false"),
             ("pick_score", self.pick_score is not None, "leave pick_score out"),
-            ("second_fit", self.second_fit, "set second_fit to false"),
         ):
             if asked and prompts is None:
                 raise ValueError(f"{name} needs prompts: give them, or {off}")
@@ -194,10 +190,8 @@ class MetricKeys(BaseModel):
 
     def _check_second(self, features: str) -> None:
         if self.second_features is None:
-            if self.second_reference is not None or self.second_fit:
-                raise ValueError(
-                    "second_reference and second_fit are of second_features: give it, the network's name"
-                )
+            if self.second_reference is not None:
+                raise ValueError("second_reference is of second_features: give it, the network's name")
             return
         if self.second_features == features:
             raise ValueError(f"second_features is {features}, as features is: give another network")
@@ -205,8 +199,4 @@ class MetricKeys(BaseModel):
             raise ValueError(
                 "second_features needs second_reference, made by stepdistill stats --features "
                 + self.second_features
-            )
-        if self.second_fit and self.second_features.partition(":")[0] not in WITH_TEXTS:
-            raise ValueError(
-                f"second_fit: {self.second_features} has no texts; set it to false, or give judge, emoji or clip:FOLDER"
             )

@@ -289,7 +289,7 @@ def test_results_have_a_table_for_each_teacher(results: ModuleType, tmp_path: Pa
     ranked, folded, commands = added.split("<details")
     assert "| mine | `stepdistill train <b>` |" in commands
     assert (
-        "| 1 | `stepdistill train mine` | 4 | 0.625 | 2.50 |  | 0.800 (160.0%) | 0.800 (95.0%) | 1.0 | 1.5 |"
+        "| 1 | `stepdistill train mine` | 4 | 0.625 | 2.50 | - |  | 0.800 (160.0%) | 0.800 (95.0%) | 1.0 | 1.5 |"
         in ranked
     )
     assert "| `stepdistill train mine` | 2 | 0.500 | 3.00 |" in folded and "_emoji" not in added

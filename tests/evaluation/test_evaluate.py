@@ -50,7 +50,7 @@ def tiny(**changes: Any) -> Suite:
 
 def test_shipped_suites_parse_and_their_prompts_are_pinned() -> None:
     emoji, quick = load_suite("emoji"), load_suite("emoji-quick")
-    assert (emoji.label, emoji.n, emoji.resolution, emoji.teacher_steps) == ("emoji@1", 2000, 32, 25)
+    assert (emoji.label, emoji.n, emoji.resolution, emoji.teacher_steps) == ("emoji@2", 2000, 32, 25)
     prompts = emoji.prompt_list()
     assert prompts is not None and len(prompts) == 2000 and prompts[:200] == quick.prompt_list()
     assert len(set(prompts)) > 1990 and set(prompts) <= set(emoji_captions())
@@ -72,7 +72,7 @@ def test_suite_hash_moves_with_the_protocol_and_not_with_the_place(tmp_path: Pat
 def test_features_of_bf16_are_near_and_a_protocol_of_their_own() -> None:
     suite = load_suite("emoji")
     rounded = suite.derive(precision="bf16")
-    assert rounded.label == "emoji@1+bf16" and suite_sha256(rounded) != suite_sha256(suite)
+    assert rounded.label == "emoji@2+bf16" and suite_sha256(rounded) != suite_sha256(suite)
     pixels = torch.from_numpy(emoji_images()[:50]).permute(0, 3, 1, 2)
     whole, network = suite.network(), rounded.network()
     apart = (network.images(pixels) - whole.images(pixels)).norm(dim=1)  # of unit vectors
@@ -215,7 +215,7 @@ def test_report_says_where_its_numbers_come_from(teacher: Any, tmp_path: Path) -
     report = evaluate(teacher, tiny(), steps=[1, 2], progress=False)
     report.save(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["suite"] == "emoji-quick@1" and content["n"] == 7 and list(content["scores"]) == ["1", "2"]
+    assert content["suite"] == "emoji-quick@2" and content["n"] == 7 and list(content["scores"]) == ["1", "2"]
     assert content["metrics"] == {"fd": "FD-emoji", "clip_score": "CLIP-emoji"}
     assert content["guidance"] == 1.0 and content["scores"]["2"]["network_evaluations"] == 2
     assert set(content["protocol"]) >= {

@@ -337,7 +337,7 @@ def test_from_two_folders_to_a_report(
     assert report["scores"]["0"]["kid"] == pytest.approx(direct.kid, rel=1e-4)
 
     bad = {
-        "eval drawn --suite emoji-quick": "drawn holds 71 images, suite emoji-quick@1 asks 200",
+        "eval drawn --suite emoji-quick": "drawn holds 71 images, suite emoji-quick@2 asks 200",
         "eval drawn --suite folder": "has no reference: give --reference",
         "eval drawn --suite folder --steps 4": "--steps, --guidance, --trailing and --diversity are of pipelines",
         "eval drawn --suite folder --reference gone.npz": "no reference statistics gone.npz",

@@ -56,7 +56,7 @@ def test_every_shipped_suite_says_its_protocol_and_what_it_needs() -> None:
     assert set(suite_files()) == {"emoji", "emoji-quick", "folder", *LITERATURE}
     for name, file in suite_files().items():
         suite = load_suite(name)
-        assert (suite.name, suite.version) == (name, 1)
+        assert (suite.name, suite.version) == (name, 2 if name.startswith("emoji") else 1)
         assert header(file).startswith("stepdistill eval ") and f"--suite {name}" in header(file)
         assert "Needs " in header(file)
         if name in LITERATURE:
@@ -163,7 +163,7 @@ def test_images_are_drawn_at_one_size_and_compared_at_another(pipes: dict[str, A
             np.testing.assert_array_equal(small[i].permute(1, 2, 0).numpy(), fitted)
     assert drawn(resolution=0, draw_resolution="own").shape == (3, 3, 32, 32)
     assert drawn(resolution=32, draw_resolution=16).shape == (3, 3, 32, 32)
-    with pytest.raises(UserError, match="drew 8x8 pixels, suite emoji@1 compares 32x32"):
+    with pytest.raises(UserError, match="drew 8x8 pixels, suite emoji@2 compares 32x32"):
         list(Drawing(pipes["unet-ddpm"], mine(), None, None, False).batches(1, 3))
     with pytest.raises(UserError, match="draw_resolution"):
         mine(draw_resolution="large")
@@ -178,9 +178,9 @@ def test_a_pipeline_that_does_not_fit_its_suite_is_one_line_before_anything_is_d
     captions = with_prompts.prompt_list()
     for name, says in (("dit", "draws from 1000 class labels"), ("unet-ddpm", "draws without a condition")):
         for suite in (with_prompts, with_prompts.changed({"clip_score": True})):
-            with pytest.raises(UserError, match=f"takes no prompts .it {says}.*suite emoji@1 has them"):
+            with pytest.raises(UserError, match=f"takes no prompts .it {says}.*suite emoji@2 has them"):
                 Drawing(pipes[name], suite, captions, None, False)
-    with pytest.raises(UserError, match=r"draws from prompts, suite emoji@1 has none.*--prompts"):
+    with pytest.raises(UserError, match=r"draws from prompts, suite emoji@2 has none.*--prompts"):
         Drawing(pipes["sd"], mine(), None, None, False)
     blind = DDPMPipeline(pipes["unet-classes"].unet, pipes["unet-classes"].scheduler)
     with pytest.raises(UserError, match="DDPMPipeline has 10 classes, which DDPMPipeline does not pass on"):
@@ -209,13 +209,13 @@ def test_a_derived_suite_says_in_its_label_what_differs(tmp_path: Path) -> None:
     whole, file = load_suite("emoji"), tmp_path / "mine.txt"
     file.write_text("a cat\na dog\n")
     few = whole.derive(n=500)
-    assert few.label == "emoji@1+n=500" and suite_sha256(few) != suite_sha256(whole)
+    assert few.label == "emoji@2+n=500" and suite_sha256(few) != suite_sha256(whole)
     assert (
         suite_sha256(few) == suite_sha256(whole.changed({"n": 500}))
         and few.changed({"kid": False}).label == few.label
     )
     other = whole.derive(n=3, prompts=file)
-    assert other.label == "emoji@1+prompts=mine.txt+n=3" and set(other.prompt_list() or []) == {
+    assert other.label == "emoji@2+prompts=mine.txt+n=3" and set(other.prompt_list() or []) == {
         "a cat",
         "a dog",
     }
