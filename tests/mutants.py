@@ -106,6 +106,7 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/instaflow.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],
     "stepdistill/methods/lcm.py": ["tests/methods/test_lcm.py", OF_CONSISTENCY],
     "stepdistill/methods/meanflow.py": ["tests/methods/test_meanflow.py", OF_FLOWS],
+    "stepdistill/methods/anyflow.py": ["tests/methods/test_anyflow.py", OF_FLOWS],
     "stepdistill/methods/ayf.py": ["tests/methods/test_ayf.py", OF_FLOWS],
     "stepdistill/methods/self_e.py": ["tests/methods/test_self_e.py", OF_FLOWS],
     "stepdistill/losses/rollout.py": ["tests/losses/test_rollout.py", "tests/methods/test_opd.py"],

@@ -23,6 +23,7 @@ from stepdistill.losses.contract import Method, PairOptions, Turn
 from stepdistill.losses.fake_score import FakeTurnOptions
 from stepdistill.losses.flow_maps import JumpOptions, MapOptions, PointOptions, TwoTimeOptions, WarmMapOptions
 from stepdistill.losses.regression import WarmStartOptions
+from stepdistill.methods.anyflow import AnyFlow
 from stepdistill.methods.ayf import AYF
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
@@ -61,7 +62,7 @@ SAID = [
     PairOptions,
     FakeTurnOptions,
 ]
-MAPS = [MeanFlow, MDTDist, SelfE, TwinFlow, AYF, FlowMap, FreeFlow]
+MAPS = [MeanFlow, MDTDist, SelfE, TwinFlow, AYF, AnyFlow, FlowMap, FreeFlow]
 FLOWS = [Reflow, InstaFlow, RFPP, SlimFlow]
 SAID += [kind.Options for kind in (*MAPS, *FLOWS)]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
@@ -385,12 +386,80 @@ def ayf_times() -> None:
     assert logit_moments(torch.cat([t, t - gap])) == pytest.approx((0.5, 0.7), abs=0.06)
 
 
-@covers("MeanFlow.guidance", "AYF.guidance", "MDTDist.guidance", "FlowMap.guidance", "FreeFlow.guidance")
+@covers("AnyFlow.same", "AnyFlow.noise_share", "AnyFlow.power", "AnyFlow.offset", "AnyFlow.derivative")
+def anyflow_map() -> None:
+    """Its defaults are the paper's; each sample's loss is over its own value, and derivatives are differences."""
+    options = AnyFlow.Options()
+    assert (options.same, options.noise_share, options.power, options.offset) == (0.5, 0.0, 1.0, 1e-5)
+    assert (
+        build(AnyFlow).derivative.way == "difference"
+        and build(AnyFlow, derivative="exact").derivative.way == "exact"
+    )
+    found = [
+        float(build(AnyFlow, Perceptron(), power=p, **ALONE).of_map(batch_of(1), 5000)[0]) for p in (0.0, 1.0)
+    ]
+    assert found[1] == pytest.approx(found[0] / (found[0] + 1e-5), rel=1e-4)
+    half = float(build(AnyFlow, Perceptron(), offset=found[0], **ALONE).of_map(batch_of(1), 5000)[0])
+    assert half == pytest.approx(0.5, rel=1e-4)
+    for share in (0.2, 0.7):
+        method = build(AnyFlow, same=share, to_data=0.0, noise_share=0.3, derivative="exact")
+        seen = Calls(method.student.net)
+        method.of_map(batch_of(1000), 0)
+        assert float((seen.gap[-1] == 0).float().mean()) == pytest.approx(share, abs=0.05)
+        assert float((seen.t[-1] == 1).float().mean()) == pytest.approx(0.3, abs=0.05)
+
+
+ALONE = {"same": 0.0, "to_data": 0.0, "noise_share": 1.0}
+
+
+@covers("AnyFlow.time_shift")
+def anyflow_shift() -> None:
+    """The later of two uniform times, u, is at k u / (1 + (k - 1) u)."""
+    for shift in (1.0, 5.0):
+        method = build(AnyFlow, time_shift=shift, same=0.0, to_data=0.0, derivative="exact")
+        seen, batch = Calls(method.student.net), batch_of(64)
+        method.of_map(batch, 0)
+        u = torch.maximum(*(batch.draws.uniform(name, method.least, 1.0) for name in ("a", "b")))
+        torch.testing.assert_close(seen.t[-1], shift * u / (1 + (shift - 1) * u))
+
+
+@covers("AnyFlow.map_updates", "AnyFlow.map_lr_ratio", "AnyFlow.counts", "AnyFlow.map_weight")
+def anyflow_stages() -> None:
+    method = build(AnyFlow, map_updates=3, map_lr_ratio=7.0, counts=(50,))
+    assert "".join(method.turn(step).network[0] for step in range(7)) == "sss" + "fsfs"
+    assert [method.lr_ratio(Turn("student", step)) for step in (2, 4)] == [7.0, 1.0]
+    lengths = []
+    for step in range(8):
+        seen = Calls(method.student.net)
+        method.rollout(batch_of(2, step))
+        lengths.append(min(float(gap[0]) for gap in seen.gap))
+    assert max(lengths) == pytest.approx(1 / 50, abs=1e-5)
+    for weight in (0.0, 1.0):
+        assert ("residual" in logs(build(AnyFlow, map_weight=weight), batch_of(8))) == (weight > 0)
+
+
+@covers("AnyFlow.score_guidance")
+def anyflow_scores() -> None:
+    """A fake network of the guided mean leaves no field."""
+    for options, scale in (({"guidance": 3.0}, 3.0), ({"guidance": 3.0, "score_guidance": 1.5}, 1.5)):
+        method = build(AnyFlow, **options)
+        method.fake.net, method.fake.output = Gaussian(PATH, 0.2 + scale * (MU - 0.2), C), "x0"
+        assert float(method.field(torch.randn(8, *SHAPE), batch_of(8)).abs().max()) < 1e-4
+
+
+@covers(
+    "MeanFlow.guidance",
+    "AYF.guidance",
+    "AnyFlow.guidance",
+    "MDTDist.guidance",
+    "FlowMap.guidance",
+    "FreeFlow.guidance",
+)
 def guidance() -> None:
     """Of two Gaussians of one deviation the guided velocity is that of the mean m0 + g (m - m0)."""
     x, t = torch.randn(8, *SHAPE), torch.full((8,), 0.6)
     wanted = ToyTeacher(Gaussian(PATH, 0.2 + 3 * (MU - 0.2), C), PATH).predict(x, t, Condition()).velocity
-    for kind in (MeanFlow, AYF, MDTDist, FlowMap, FreeFlow):
+    for kind in (MeanFlow, AYF, AnyFlow, MDTDist, FlowMap, FreeFlow):
         torch.testing.assert_close(build(kind, guidance=3.0).velocity(x, t, Condition()), wanted)
 
 

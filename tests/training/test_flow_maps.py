@@ -31,6 +31,7 @@ METHODS = {
         "options.tangent_warmup=0",
         "options.derivative=exact",
     ],
+    "anyflow": ["options.pairs=2", "options.pair_steps=2", "options.counts=[1,2]"],
     "freeflow": ["options.fake_updates=1", "options.fake_warm_start=0", "options.derivative=exact"],
 }
 
@@ -53,6 +54,7 @@ def sets_of(name: str, method: str, folder: Path) -> list[str]:
         ("sd3", "freeflow", 2),
         ("flux", "meanflow", 2),
         ("sd3", "self_e", 2),
+        ("wan", "anyflow", 3),
         ("sd3", "ayf", 3),
         ("sana", "twinflow", 1),
         ("sana", "freeflow", 1),
