@@ -223,6 +223,12 @@ class Method(nn.Module, ABC):
         is their number, or none is asked for, and else evenly spaced ones from 1."""
         return cls.default_times if steps in (None, len(cls.default_times)) else uniform_times(steps or 1)
 
+    @classmethod
+    def shared_start(cls, options: MethodOptions) -> int:
+        """How many of the first updates are the student's regression on pairs and nothing else, which runs of other
+        methods can take over (stepdistill/training/warm_starts.py); 0 for none."""
+        return 0
+
     def setup(self) -> None:
         """Makes what the method has beside the student: further roles, heads, buffers.
 

@@ -235,6 +235,11 @@ class ScoreMethod(Method):
     fake: Denoiser
     gan: FeatureGan | None
 
+    @classmethod
+    def shared_start(cls, options: MethodOptions) -> int:
+        plain = cls.regression is ScoreMethod.regression and cls.turn is ScoreMethod.turn
+        return options.warm_start if plain and isinstance(options, ScoreOptions) else 0
+
     def setup(self) -> None:
         self.fake = self.roles.add("fake", rank=self.options.fake_lora_rank)
         self.gan = FeatureGan(self.fake) if "images" in self.options.needs else None

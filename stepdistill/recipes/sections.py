@@ -181,6 +181,8 @@ class TrainOptions(Section):
             side in rank, and others hold other samples. For Wan, Flux, Flux.2 and Qwen-Image, whose tokens
             and heads it must divide; each process holds all networks. Not for discriminators on a network's features,
             exact derivatives, ``compile`` or ``parallel: sharded``. See stepdistill/networks/shared_tokens.py.
+        warm_starts: folder in which warm starts are kept, and looked for: runs that begin by the same regression on the
+            same pairs then make it once. ``compare --methods`` gives its runs one; null keeps none.
         tracker: an experiment tracker that accelerate knows, such as tensorboard or wandb.
     """
 
@@ -213,6 +215,7 @@ class TrainOptions(Section):
     log_every: _Positive | None = None
     parallel: Literal["auto", "replicated", "sharded"] = "auto"
     context_parallel: _Positive = 1
+    warm_starts: str | None = None
     tracker: str | None = None
 
     @model_validator(mode="after")

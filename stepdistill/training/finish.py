@@ -59,6 +59,7 @@ def finish(
             wall_seconds=round(wall, 1),
             peak_memory_bytes=memory,
             passes={who: NetworkPasses(**own) for who, own in trained.passes.by_network.items()},
+            warm_start_of=trained.warm_start_of,
             resumes=list(starts[1:]),
             prompts=prompts_of(run),
             student_sha256=student_hash(run),

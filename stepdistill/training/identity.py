@@ -21,7 +21,7 @@ def identity(recipe: Recipe) -> Recipe:
     again and tracked."""
     plain = TrainOptions()
     names = ("budget_seconds", "checkpointing", "context_parallel", "keep", "log_every", "parallel")
-    free = {name: getattr(plain, name) for name in (*names, "preview_every", "tracker")}
+    free = {name: getattr(plain, name) for name in (*names, "preview_every", "tracker", "warm_starts")}
     train_options = recipe.train.model_copy(update=free)
     data = recipe.data.model_copy(update={"damaged": "refuse"})
     same = {"output": None, "data": data, "export": ExportOptions(), "train": train_options}

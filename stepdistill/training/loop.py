@@ -39,6 +39,7 @@ from stepdistill.training.run_report import Start
 from stepdistill.training.schedule import learning_rate
 from stepdistill.training.unread import Unread
 from stepdistill.training.update import update
+from stepdistill.training.warm_starts import WarmStart
 
 
 def train(
@@ -86,10 +87,13 @@ def train(
     inputs = data.identity() | identity_of(objective.method.roles.route) | own_hashes(recipe)
     parallel.spread(objective.method.roles.stored().values())
     run = Run(objective, recipe, folder, inputs, parallel, start, before)
+    warm_start = WarmStart.of(run)
     if resume:
         run.restore()
-        if status:
-            status.trained(run.step, run.seconds)
+    elif warm_start:
+        warm_start.take_over()
+    if run.step and status:
+        status.trained(run.step, run.seconds)
     readers = parallel.readers
     share, left = divmod(options.batch, readers.count * options.accumulate)
     if left or not share:
@@ -138,7 +142,8 @@ def train(
             previewed = bool(options.preview_every) and run.step % options.preview_every == 0
             due = run.step % options.checkpoint_every == 0
             asked = interruption.asked and parallel.count == 1
-            if not (previewed or due or asked or run.done or run.step % unread.every == 0):
+            shared = warm_start is not None and warm_start.due
+            if not (previewed or due or asked or shared or run.done or run.step % unread.every == 0):
                 continue
             rows, asked = unread.read(interruption.asked)
             run.seconds = rows[-1].seconds
@@ -169,6 +174,9 @@ def train(
                 if track:
                     track(row.step, values)
 
+            if warm_start and shared:
+                warm_start.keep()
+
             # A checkpoint, now and then and where one was asked to stop (every process: it may hold a part).
             if due or asked or run.done:
                 run.save()
@@ -177,4 +185,4 @@ def train(
                 raise KeyboardInterrupt
     run.widen()
     passes = run.passes()
-    return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped, passes)
+    return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped, passes, run.warm_start_of)

@@ -45,6 +45,7 @@ class Finished:
         starts: of the run, the first and every resume.
         skipped: images that could not be read.
         passes: network passes, over all resumes and processes.
+        warm_start_of: the run that made its warm start; None where it made what it has itself.
     """
 
     seconds: float
@@ -53,6 +54,7 @@ class Finished:
     starts: tuple[Start, ...] = ()
     skipped: int = 0
     passes: Passes = field(default_factory=Passes)
+    warm_start_of: str | None = None
 
 
 class Run:
@@ -72,6 +74,7 @@ class Run:
         parts: all that is saved, by name.
         starts: so far.
         own_passes: network passes of this process since its start.
+        warm_start_of: the run that made its warm start, see ``warm_starts.py``; None where it made what it has itself.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Run:
     ) -> None:
         self.before: Passes | None = before or Passes()
         self.own_passes = Passes()
+        self.warm_start_of: str | None = None
         self._start = () if start is None else (start,)
         self.starts: tuple[Start, ...] = self._start
         self.parallel = parallel or OneProcess(ALONE, torch.device("cpu"))
@@ -146,6 +150,7 @@ class Run:
         state = {"recipe": identity(self.recipe).model_dump(mode="json"), "seconds": self.seconds}
         state |= {"inputs": self.inputs, "folder": str(Path.cwd()), "draws": NAME}
         state |= {"starts": [each.model_dump() for each in self.starts], "passes": passes.by_network or None}
+        state |= {"warm_start_of": self.warm_start_of}
         sharers = self.parallel.processes if shared else ALONE
         save_checkpoint(self.checkpoints, self.step, tensors, state, self.options.keep, sharers)
 
@@ -183,7 +188,7 @@ class Run:
             part.load(tensors)
         self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
         self.before = Passes(kept) if (kept := state.get("passes")) else None
-        self.own_passes = Passes()
+        self.own_passes, self.warm_start_of = Passes(), state.get("warm_start_of")
         self.last_good = at
         resumed = (each.model_copy(update={"update": self.step}) for each in self._start)
         self.starts = (*(Start.model_validate(each) for each in state["starts"]), *resumed)

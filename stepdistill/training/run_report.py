@@ -141,6 +141,8 @@ class Measured(BaseModel):
         passes: network passes of the training by who was called: ``teacher``, ``student`` and those that follow it;
             ``pairs`` are the teacher's for its pairs, ``start`` those that turned its output kind; both count in full
             where they were shared with other runs. Pictures that were drawn on the way do not count.
+        warm_start_of: the run that made its warm start, of the same computation; passes and time count as if it had
+            made its own. None where it did.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -174,6 +176,7 @@ class Measured(BaseModel):
     train_seconds: float | None = None
     peak_memory_bytes: int | None = None
     passes: dict[str, NetworkPasses] = Field(default_factory=dict)
+    warm_start_of: str | None = None
 
     @property
     def all_passes(self) -> int | None:
