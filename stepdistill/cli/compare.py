@@ -36,6 +36,12 @@ def compare(
             help="Training seeds, such as 0,1,2: each method is trained with each, and means are compared."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="With --methods: say what each run takes and what they share, and stop."
+        ),
+    ] = False,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Set one key of every recipe; may repeat."),
@@ -55,9 +61,9 @@ def compare(
     """
     if bool(reports) == bool(methods):
         raise UserError("compare: give either run folders, or --methods (all, or names separated by commas)")
-    if reports and (budget or sets or seeds or teacher != "emoji"):
+    if reports and (budget or sets or seeds or dry_run or teacher != "emoji"):
         raise UserError(
-            "compare: --budget, --seeds, --set and --teacher are of runs that are trained: add --methods"
+            "compare: --budget, --seeds, --set, --dry-run and --teacher are of runs that are trained: add --methods"
         )
     folder = output
     if output is not None and output.exists() and not output.is_dir():
@@ -71,9 +77,14 @@ def compare(
         seconds = plan.seconds_of(budget) if budget else 0.0
         wanted = plan.plan(methods, teacher, seconds, sets or (), plan.seeds_of(seeds) if seeds else ())
         folder = output or Path("runs") / f"compare_{Path(teacher).name}"
-        check_writable(folder)
         for remark in wanted.remarks:
             say(remark)
+        if dry_run:
+            from stepdistill.cli.compare_plan import show
+
+            show(wanted, folder)
+            return
+        check_writable(folder)
         compared = train_all.compare_methods(wanted, folder, command_line())
     else:
         compared = collect.collect(reports or [], command_line())
@@ -81,6 +92,8 @@ def compare(
         print(text_tables(compared.groups))
     for name, error in compared.failed.items():
         print(f"{name}: {'failed' if methods else 'left out'}: {error}")
+    for line in compared.shared:
+        print(line)
     if compared.without_recipe:
         print(f"no recipe for: {', '.join(compared.without_recipe)}")
     page = collect.write_all(compared, folder or Path("runs") / "compared")

@@ -47,6 +47,7 @@ class Comparison:
         without_recipe: methods that were asked for as part of ``all`` and have no recipe.
         repeats: run -> what it is a training of, for runs that differ in their training seed alone.
         origin: command, versions, hardware and commit of the comparison itself.
+        shared: what was made once for several runs, a sentence each.
         sheets: PNGs of pictures by their title.
         drawn: the runs whose students are on a sheet.
     """
@@ -57,6 +58,7 @@ class Comparison:
     without_recipe: Sequence[str] = ()
     repeats: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    shared: Sequence[str] = ()
     sheets: Mapping[str, bytes] = field(default_factory=dict)
     drawn: frozenset[str] = frozenset()
 
@@ -116,6 +118,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "runs": runs,
         "failed": dict(comparison.failed),
         "without_recipe": list(comparison.without_recipe),
+        "shared": list(comparison.shared),
         **comparison.origin,
     }
 
@@ -154,6 +157,8 @@ def html_page(comparison: Comparison) -> str:
         )
     for number, group in enumerate(comparison.groups, 1):
         body += _group(group, number if several else 0)
+    if comparison.shared:
+        body.append(f"<p class=note>{html.escape(' '.join(comparison.shared))}</p>")
     body += [_sheet(title, picture) for title, picture in comparison.sheets.items()]
     if comparison.failed:
         items = "".join(f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in comparison.failed.items())

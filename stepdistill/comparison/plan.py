@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -213,34 +211,3 @@ def check_entry(entry: Entry) -> None:
                 raise UserError(f"{recipe.teacher} draws from prompts: add --set data.prompts=FILE")
     except UserError as error:
         raise UserError(f"{entry.name}: {error}") from None
-
-
-def pool_of(recipe: Recipe) -> str | None:
-    """A name for the pairs that a recipe draws, equal for recipes that draw the same ones; None where it draws none,
-    says where they lie, or keeps states, which are its method's own."""
-    from stepdistill.losses.contract import MethodOptions, PairOptions
-
-    options = resolve(recipe).options
-    needs = options.needs | recipe.terms.needs
-    if "pairs" not in needs or "states" in needs or recipe.data.pairs is not None:
-        return None
-    drawn = options if isinstance(options, PairOptions) else PairOptions(guidance=options.guidance)
-    content = [
-        recipe.teacher,
-        recipe.family,
-        options.model_dump(mode="json", include=set(MethodOptions.model_fields)),
-        drawn.model_dump(mode="json", include=set(PairOptions.model_fields)),
-        recipe.data.model_dump(mode="json", exclude={"damaged", "images"}),
-        recipe.train.model_dump(mode="json", include={"seed", "precision", "teacher_precision"}),
-        recipe.student.model_dump(mode="json", include={"base"}),
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def with_shared_pools(entries: Sequence[Entry], folder: Path) -> list[Entry]:
-    """The runs, each drawing its pairs into a pool under ``folder`` that is that of every run with the same pairs."""
-    pools = [pool_of(entry.recipe) for entry in entries]
-    return [
-        entry if pool is None else entry.set("data.pairs", folder / pool)
-        for entry, pool in zip(entries, pools, strict=True)
-    ]

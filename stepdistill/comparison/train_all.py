@@ -18,16 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stepdistill.comparison.page import Comparison, write
-from stepdistill.comparison.plan import Entry, Plan, with_shared_pools
+from stepdistill.comparison.plan import Entry, Plan
+from stepdistill.comparison.shared import told, with_shared
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.identity import differences
 from stepdistill.training.run_report import Measured, read_report
-
-POOLS = "pairs"
-"""In the folder of the comparison: the pairs that its runs share."""
 
 PROGRESS_SECONDS = 60
 """Time between two lines on a run that is under way."""
@@ -46,7 +44,7 @@ def train_all(
     Raises:
         UserError: a finished run in the folder is of another recipe.
     """
-    entries = with_shared_pools(wanted.entries, folder / POOLS)
+    entries = with_shared(wanted.entries, folder)
     for entry in entries:
         _check_same_recipe(entry, folder / entry.name)
     reports: dict[str, Measured] = {}
@@ -74,7 +72,7 @@ def _check_same_recipe(entry: Entry, place: Path) -> None:
     if not (place / "report.json").is_file() or not (place / "recipe.yaml").is_file():
         return
     found = differences(load_recipe(place / "recipe.yaml"), entry.recipe)
-    changed = [key for key in found if key != "data.pairs"]  # where they lie moves no number
+    changed = [key for key in found if key not in ("data.pairs", "train.warm_starts")]  # where they lie
     if changed:
         raise UserError(
             f"{place} is a finished run of another recipe ({', '.join(changed)} differ): remove it, or give another "
@@ -147,11 +145,13 @@ def _forwarded(child: subprocess.Popen[bytes]) -> Iterator[None]:
 def compare_methods(wanted: Plan, folder: Path, command: str) -> Comparison:
     """Trains what a plan asks for under ``folder``, the page written anew after every run; see :func:`train_all`."""
 
+    shared = told(wanted.entries)
+
     def compared(reports: dict[str, Measured], failed: dict[str, str]) -> Comparison:
         folders = [folder / name for name in reports]
         origin = {"command": command}
         return Comparison(
-            list(reports.values()), folders, failed, wanted.without_recipe, wanted.repeats, origin
+            list(reports.values()), folders, failed, wanted.without_recipe, wanted.repeats, origin, shared
         )
 
     return compared(*train_all(wanted, folder, lambda *so_far: write(compared(*so_far), folder)))

@@ -65,7 +65,7 @@ def batch_for(method: Method, count: int = 8, step: int = 0) -> Batch:
     batch = toy_batch(count, step, pairs=lambda z: 0.3 * z + 0.1, images=images)
     drawn = cast(Examples, batch.pairs)
     noise = cast(Tensor, drawn.noise)
-    between = [t * noise + (1 - t) * drawn.x0 for t in method.times[1:]]
+    between = [t * noise + (1 - t) * drawn.x0 for t in method.pair_times()]
     states = torch.stack(between, 1) if between else None
     return replace(batch, pairs=Examples(drawn.x0, drawn.cond, noise, states))
 

@@ -19,6 +19,7 @@ from tiny import tiny_pipeline
 from stepdistill.cli import main
 from stepdistill.comparison import plan as planning
 from stepdistill.comparison import ranking as compare
+from stepdistill.comparison import shared
 from stepdistill.comparison.collect import collect, short_names
 from stepdistill.comparison.page import Comparison, as_json, html_page
 from stepdistill.comparison.pictures import common_sheet
@@ -404,13 +405,13 @@ def test_seeds_and_shared_pairs_are_planned() -> None:
     assert [entry.name for entry in wanted.entries[:2]] == ["lcm_lora_emoji-seed0", "lcm_lora_emoji-seed7"]
     assert [entry.recipe.train.seed for entry in wanted.entries] == [0, 7] * 3
     assert wanted.repeats["reflow_emoji-seed7"] == "reflow_emoji"
-    entries = planning.with_shared_pools(wanted.entries, Path("out/pairs"))
+    entries = shared.with_shared(wanted.entries, Path("out"))
     for entry in entries:  # what the run is given is what was planned
         sets = [b for a, b in pairwise(entry.arguments) if a == "--set"]
         assert load_recipe(entry.source, teacher="emoji", sets=sets) == entry.recipe
     same = ["options.pairs=64", "options.pair_steps=5", "options.guidance=2"]
     a, b, c, other = (
-        planning.pool_of(load_recipe(name, sets=[*same, *sets]))
+        shared.pool_of(load_recipe(name, sets=[*same, *sets]))
         for name, sets in (
             ("lcm_emoji", []),
             ("instaflow_emoji", ["train.batch=3"]),
@@ -419,8 +420,8 @@ def test_seeds_and_shared_pairs_are_planned() -> None:
         )
     )
     assert a == b and len({a, c, other}) == 3 and a is not None
-    assert planning.pool_of(load_recipe("sid_emoji")) is None  # it draws none
-    assert planning.pool_of(load_recipe("lcm_emoji", sets=["data.pairs=mine"])) is None
+    assert shared.pool_of(load_recipe("sid_emoji")) is None  # it draws none
+    assert shared.pool_of(load_recipe("lcm_emoji", sets=["data.pairs=mine"])) is None
     with pytest.raises(UserError, match=r"--seeds sets train\.seed"):
         planning.plan("lcm", "emoji", sets=["train.seed=3"], seeds=[0])
     with pytest.raises(UserError, match="give different whole numbers"):
