@@ -9,6 +9,16 @@ import typer
 
 from stepdistill.errors import UserError
 
+ABOUT_METHODS = """
+steps: the usual number; any: a student draws in other numbers, too. needs: beside prompts, and in brackets what options
+add: images; pairs of the teacher's, and states of their trajectories; follower: a network or a head that learns from
+samples of the student; second time: the network is told where its jump ends. LoRA: yes, merged alone, or no. networks:
+in memory, with the teacher; with a LoRA all are adapters on one. passes: calls of networks for a sample of an update,
+in the mean and with the default options.
+Start with lcm (4 steps, LoRA), dmd (1 step) or phased_dmd (best at 4 steps)."""
+TRIED_UPDATES = 400
+"""Updates over which the passes of a method are counted."""
+
 Kind = Literal["all", "teachers", "methods", "recipes", "suites", "families", "keys"]
 
 
@@ -55,12 +65,16 @@ def _list_methods() -> None:
     from stepdistill.methods import find_method, needs
     from stepdistill.system.shipped import module_summaries
     from stepdistill.testing.contract import build
+    from stepdistill.testing.passes import passes_of_training
 
-    head = ("method", "steps", "needs", "LoRA", "networks", "")
+    head = ("method", "steps", "needs", "LoRA", "networks", "passes", "")
     groups: dict[str, list[tuple[str, ...]]] = {"": [head]}
     for name, summary in module_summaries("methods").items():
         kind, built = find_method(name), build(name)
-        steps = f"{len(kind.default_times)}{', any' * (len(built.sampler().step_counts) > 1)}"
+        sampler = built.sampler()
+        steps = f"{len(kind.default_times)}{', any' * (sampler.grid is not None)}"
+        if sampler.counts is not None:
+            steps = ", ".join(map(str, sampler.counts))
         lora = (
             "no"
             if kind.own_network
@@ -70,22 +84,24 @@ def _list_methods() -> None:
         )
         networks = str(1 + len(built.roles.names))
         asked = needs(name).removeprefix("noise, prompts").removeprefix(", ").strip()
-        asked = asked if asked[:1].isalpha() else f"nothing {asked}".strip()
-        row = (name, steps, asked, lora, networks, summary.partition(": ")[2] or summary)
+        beside = ["follower"] * any(one.follows for one in built.trained().values())
+        beside += ["second time"] * built.student.two_times
+        plain, _, more = asked.partition("(")
+        asked = ", ".join([*filter(None, [plain.strip()]), *beside]) or "nothing"
+        asked = f"{asked} ({more}" if more else asked
+        made = passes_of_training(kind, kind.Options(), kind.default_times, TRIED_UPDATES).total
+        passes = f"{made / TRIED_UPDATES:.1f}"
+        row = (name, steps, asked, lora, networks, passes, summary.partition(": ")[2] or summary)
         groups.setdefault(kind.Options.group, []).append(row)
     table = [row for rows in groups.values() for row in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(5)]
-    for title, rows in groups.items():
+    widths = [max(len(row[i]) for row in table) for i in range(6)]
+    for title, rows in sorted(groups.items()):
         if title:
             print(f"\n{title}:")
         for cells in rows:
             aligned = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
-            print("  ".join([*aligned, cells[5]]).rstrip())
-    print(
-        "\nsteps: the usual number; any: a student draws in other numbers, too. needs: beside prompts, and in brackets "
-        "what options add.\nLoRA: yes, merged alone, or no. networks: in memory, with the teacher; with a LoRA all are "
-        "adapters on one.\nStart with lcm (4 steps, LoRA), dmd (1 step) or phased_dmd (best at 4 steps)."
-    )
+            print("  ".join([*aligned, cells[6]]).rstrip())
+    print(ABOUT_METHODS)
 
 
 def _list_keys(method: str | None) -> None:

@@ -85,10 +85,11 @@ def passes_of_training(
             torch.enable_grad(),
             redirect_stderr(io.StringIO()),
         ):  # a first derivative is checked, and says so
-            method.loss(method.turn(own[0]), batch_for(method, SAMPLES, own[0]))
-        for step in chosen:
-            with method.roles.counter.counting(seen), torch.enable_grad():
+            for step in (own[0], own[-1]):
                 method.loss(method.turn(step), batch_for(method, SAMPLES, step))
+            with method.roles.counter.counting(seen):
+                for step in chosen:
+                    method.loss(method.turn(step), batch_for(method, SAMPLES, step))
         for who, made in seen.by_network.items():
             for key in (WITH, WITHOUT):
                 each = made[key] / (SAMPLES * len(chosen))

@@ -258,14 +258,15 @@ def test_ls_methods_says_of_each_what_it_is_for_and_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = output_of(capsys, monkeypatch, "ls", "methods")
-    assert text.splitlines()[0].split() == ["method", "steps", "needs", "LoRA", "networks"]
+    assert text.splitlines()[0].split() == ["method", "steps", "needs", "LoRA", "networks", "passes"]
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     assert content.module_summaries("methods").keys() <= rows.keys()
     for name, cells in {
-        "lcm": "4, any pairs (+ images) yes 3 one guided solver step apart,",
-        "dmd": "1 nothing (+ images, pairs, states) yes 3 match",
-        "slimflow": "1 pairs no 3 a smaller",
-        "meanflow": "1 pairs (+ images, states) merged 2 the mean velocity",
+        "lcm": "4, any pairs (+ images) yes 3 4.0 one guided solver step apart,",
+        "dmd": "1 follower (+ images, pairs, states) yes 3 2.3 match",
+        "asd": "1, 2, 4 follower (+ images, pairs, states) yes 3",
+        "slimflow": "1 pairs no 3 1.0 a smaller",
+        "meanflow": "1 pairs, second time (+ images, states) merged 2 4.0 the mean velocity",
     }.items():
         assert " ".join(rows[name].split()).startswith(f"{name} {cells}"), rows[name]
     assert text.index("consistency:") < text.index("\ntscd") < text.index("distribution matching:")
