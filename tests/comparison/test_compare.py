@@ -420,13 +420,48 @@ def test_seeds_and_shared_pairs_are_planned() -> None:
         )
     )
     assert a == b and len({a, c, other}) == 3 and a is not None
-    assert shared.pool_of(load_recipe("sid_emoji")) is None  # it draws none
+    assert shared.pool_of(load_recipe("tbcm_emoji")) is None  # it draws none
+    steps = [
+        shared.pool_of(load_recipe("sid_emoji", sets=[f"student.times={t}"])) for t in ("[1.0]", "[1.0, 0.5]")
+    ]
+    assert len(set(steps)) == 2  # the states that are kept with the pairs
     assert shared.pool_of(load_recipe("lcm_emoji", sets=["data.pairs=mine"])) is None
     with pytest.raises(UserError, match=r"--seeds sets train\.seed"):
         planning.plan("lcm", "emoji", sets=["train.seed=3"], seeds=[0])
     with pytest.raises(UserError, match="give different whole numbers"):
         planning.seeds_of("0,1,1")
     assert planning.seeds_of("0, 2") == (0, 2)
+
+
+def test_one_warm_start_of_several_methods_is_told_and_dry_runs_say_what_each_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = planning.plan("sid,tbcm,vdot", "emoji")
+    entries = shared.with_shared(wanted.entries, tmp_path)
+    kept = [entry.recipe.train.warm_starts for entry in entries]
+    assert kept == [str(tmp_path / "warm_starts"), None, str(tmp_path / "warm_starts")]
+    lines = shared.told(wanted.entries)
+    assert lines[:2] == [
+        "The same pairs, made once: sid_emoji, vdot_emoji.",
+        "The same warm start, made once: sid_emoji, vdot_emoji.",
+    ]
+    assert not shared.told(planning.plan("tbcm,vdot", "emoji").entries)
+    page = html_page(Comparison([], [], shared=lines))
+    assert "The same warm start, made once" in page
+    (tmp_path / "vdot_emoji").mkdir()
+    (tmp_path / "vdot_emoji" / "report.json").write_text("{}")
+    said = command(
+        capsys, monkeypatch, "compare", "--methods", "sid,tbcm,vdot", "--dry-run", "--output", str(tmp_path)
+    )
+    assert [line.split()[:3] for line in said[:4]] == [
+        ["run", "needs", "updates"], ["sid_emoji", "pairs", "3,260"], ["tbcm_emoji", "prompts", "320"],
+        ["vdot_emoji", "pairs", "3,260"],
+    ]  # fmt: skip
+    assert (
+        said[3].endswith("all of it") and said[2].endswith("-") and said[-1] == "dry run: nothing was written"
+    )
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["vdot_emoji"]
+    assert said[1].split()[5] == "0.20"  # 8192 pairs of 12 guided steps, in millions of passes
 
 
 def test_what_would_fail_is_said_before_the_first_run(tmp_path: Path) -> None:
