@@ -15,6 +15,8 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
   eq. 9, in latent space instead of LPIPS), beside the rest or as a warm start (DMD2 starts one-step SDXL so).
 - ``decoupled`` (Liu et al. 2025, 2511.22677; decoupled_guidance.py): the guidance in the real score acts at a
   time of its own, below the one the student was called at; the matching of distributions is unguided, at any time.
+- ``reweight`` (Stream-R1's image form, 2605.03849; reweighting.py): the field of samples that ``terms.reward`` finds
+  good, and of pixels that matter to it, counts more. A zero of the field stays one: no reward is climbed.
 - ``first_step_weight`` (DP-DMD, Wu et al. 2026, 2602.03139; first_step.py): the first of K >= 2 steps learns from
   the teacher's trajectory alone and the others from matching. The paper keeps the graph of all of those; here the
   rollout exits at one of them, as above. Its steps are Euler steps, so that ``renoise`` is then off by default: fresh
@@ -24,12 +26,14 @@ Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", 2
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.contract import Turn
 from stepdistill.losses.decoupled_guidance import augmentation_field
 from stepdistill.losses.fake_score import (
     ScoreMethod,
@@ -40,6 +44,7 @@ from stepdistill.losses.fake_score import (
     views_of,
 )
 from stepdistill.losses.first_step import first_step_loss
+from stepdistill.losses.reweighting import Reweighting
 from stepdistill.networks.sampler import Sampler
 
 
@@ -57,12 +62,20 @@ class DMD(ScoreMethod):
         first_step_weight: float = 0.0  # of the first step's regression: 0.05 in DP-DMD; 0 leaves it out
         first_step_calls: int = 5  # the teacher's steps that make its target
         first_step_grid: int = 30  # of so many to the clean sample
+        reweight: Literal["none", "reward", "saliency", "both"] = "none"  # of the field, by terms.reward
+        reweight_scale: float = 2.0  # beta of exp(beta reward) (Stream-R1's code)
+
+        @property
+        def needs(self) -> frozenset[str]:
+            return super().needs | ({"reward"} if self.reweight != "none" else set())
 
     options: Options
 
     def setup(self) -> None:
         super().setup()
-        times = self.times
+        options, times = self.options, self.times
+        wanted = options.reweight != "none"
+        self.reweighting = Reweighting(options.reweight, options.reweight_scale) if wanted else None
         if self.options.first_step_weight and (len(times) < 2 or times[0] < 1):
             raise UserError(
                 f"options.first_step_weight is {self.options.first_step_weight:g}, which takes two student.times or "
@@ -101,6 +114,8 @@ class DMD(ScoreMethod):
         options = self.options
         with torch.no_grad():
             field = self.field(x, batch)
+            if self.reweighting is not None:
+                field = field * self.reweighting.weights(x, self.rewards, batch.prompt)
         loss, logs = loss_with_gradient(x, field), {"field": field.abs().mean()}
         if options.first_step_weight:
             logs["first_step"] = first_step_loss(
@@ -113,3 +128,7 @@ class DMD(ScoreMethod):
             )
             loss = loss + options.first_step_weight * logs["first_step"]
         return loss, logs
+
+    def after_step(self, turn: Turn) -> None:
+        if self.reweighting is not None:
+            self.reweighting.update()

@@ -55,6 +55,7 @@ SETTINGS = {
     "flow_map": Setting(options={"tangent_warmup": 0, **SMOOTH}, lr=1e-2),
     "freeflow": Setting(options=SMOOTH, steps=400),
     "gdd": Setting(options={"discriminator_lr_ratio": 4.0}, steps=1200, lr=3e-3),
+    "gndm": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "instaflow": Setting(options={"reflow_updates": 150, "l2_updates": 100, "flow_steps": 8}),
     "lcm": Setting(options={"huber": 0.03, **JUMPS}),
     "meanflow": Setting(

@@ -16,12 +16,14 @@ from stepdistill.losses.contract import MethodOptions, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName
 from stepdistill.losses.fake_score import ScoreMethod, Views
 from stepdistill.losses.objective import Objective
+from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm
 from stepdistill.methods.asd import ASD
 from stepdistill.methods.diff_instruct import DiffInstruct
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
+from stepdistill.methods.gndm import GNDM
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
@@ -47,6 +49,7 @@ def made(kind: Any, times: tuple[float, ...] = (1.0, 0.5), **options: Any) -> An
     with torch.no_grad():
         for parameter in method.fake.net.parameters():
             parameter *= 1.1
+    method.rewards = Rewards(lambda x0: x0, (lambda x0, prompt: -(x0 - 2).flatten(1).square().sum(1),))
     return method
 
 
@@ -116,6 +119,13 @@ def weights(method: Any) -> list[float]:
     return method.weight(torch.linspace(-3, 3, 8), torch.full((8,), 0.5)).tolist()
 
 
+def after_a_step(method: Any) -> float:
+    """The student's loss once a step has told what rewards are usual."""
+    loss_of_student(method)
+    method.after_step(Turn("student", 0))
+    return loss_of_student(method)
+
+
 def targets(method: Any) -> list[int]:
     return [method.target_of(step) for step in range(100, 1000, 6)]
 
@@ -181,7 +191,10 @@ OWN: dict[Any, dict[str, Case]] = {
         "first_step_weight": Case(0.3, loss_of_student, {"first_step_weight": 0.1}),
         "first_step_calls": Case(2, loss_of_student, FIRST),
         "first_step_grid": Case(10, loss_of_student, FIRST),
+        "reweight": Case("reward", after_a_step),
+        "reweight_scale": Case(0.5, after_a_step, {"reweight": "reward"}),
     },
+    GNDM: {"reward_weight": Case(0.3, loss_of_student)},
     DisBack: {
         "waypoints": Case(3, targets),
         "interval": Case(7, targets),
