@@ -64,6 +64,8 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/losses/objective.py": ["tests/losses/test_terms.py"],
     "stepdistill/losses/rewards.py": ["tests/losses/test_terms.py", "tests/losses/test_reward_term.py"],
     "stepdistill/losses/reward_term.py": ["tests/losses/test_reward_term.py"],
+    "stepdistill/losses/reweighting.py": ["tests/losses/test_reweighting.py"],
+    "stepdistill/methods/gndm.py": ["tests/methods/test_gndm.py"],
     "stepdistill/losses/latent_reward.py": ["tests/losses/test_reward_term.py"],
     "stepdistill/losses/regression.py": [
         *SHARED,

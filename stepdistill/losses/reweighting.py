@@ -94,7 +94,7 @@ class Reweighting(nn.Module):
             exponent = self.scale * (ranks.mean(0) - self.penalty(len(scores)))
             weight = exponent.clamp(-BOUND, BOUND).exp().view(-1, 1, 1, 1)
         if saliency is not None:
-            pooled = F.adaptive_avg_pool2d(saliency, x.shape[-2:])
+            pooled = F.adaptive_avg_pool2d(saliency, (x.shape[2], x.shape[3]))
             weight = weight * spatial_weights(pooled, ranks)
         return weight
 

@@ -26,7 +26,8 @@ from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views, loss
 
 def mean_of_group(values: Tensor, group: int) -> Tensor:
     """The mean over each ``group`` consecutive rows of [B, 1, ...], for each of them."""
-    return values.unflatten(0, (-1, group)).mean(1).repeat_interleave(group, 0)
+    means: Tensor = values.unflatten(0, (-1, group)).mean(1)
+    return means.repeat_interleave(group, 0)
 
 
 def rms(x: Tensor) -> Tensor:
