@@ -5,7 +5,7 @@ After "R_dm", 2603.28460, of which the abstract alone was to be had: the equatio
 - x_1 .. x_G are samples of one prompt (``train.group``). They share one (t, eps), and one normaliser: field_i =
   (x0_fake - x0_real)_i / mean over j of mean|x_j - x0_real_j|. G = 1 is DMD. The field itself is not centred: a shift
   of the mean is the same for the whole group, and would be lost.
-- ``reward_weight``: less the gradient of each reward of ``terms.reward`` in x_i, as large as the field there times the
+- ``climb_weight``: less the gradient of each reward of ``terms.reward`` in x_i, as large as the field there times the
   weight: field_i - weight sum_m rms(field_i) grad_m / rms(grad_m).
 - Fake turn: the ordinary diffusion loss on sg[x], ``fake_updates`` times for each update of the student.
 
@@ -41,11 +41,11 @@ class GNDM(ScoreMethod):
     class Options(ScoreOptions):
         fake_updates: int = 5  # updates of the fake network per student update
         # Of each reward's gradient over the field's size; 0 leaves rewards out.
-        reward_weight: Annotated[float, Field(ge=0)] = 0.0
+        climb_weight: Annotated[float, Field(ge=0)] = 0.0
 
         @property
         def needs(self) -> frozenset[str]:
-            return super().needs | ({"reward"} if self.reward_weight else set())
+            return super().needs | ({"reward"} if self.climb_weight else set())
 
     options: Options
 
@@ -68,6 +68,6 @@ class GNDM(ScoreMethod):
         with torch.no_grad():
             field = self.field(x, batch)
             logs = {"field": field.abs().mean()}
-            if self.options.reward_weight:
-                field = field - self.options.reward_weight * self.climb(x, field, batch)
+            if self.options.climb_weight:
+                field = field - self.options.climb_weight * self.climb(x, field, batch)
         return loss_with_gradient(x, field), logs

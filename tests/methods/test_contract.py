@@ -41,7 +41,18 @@ def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, tim
 def test_methods_that_match_distributions_start_below_pure_noise():
     """The noise itself is the network's input: net(z, t) is what is matched, what is drawn, and what a warm start
     regresses on."""
-    assert BELOW == ["asd", "diff_instruct", "disback", "dmd", "f_distill", "gdd", "gndm", "sid", "sim", "vdot"]
+    assert BELOW == [
+        "asd",
+        "diff_instruct",
+        "disback",
+        "dmd",
+        "f_distill",
+        "gdd",
+        "gndm",
+        "sid",
+        "sim",
+        "vdot",
+    ]
     for name in BELOW:
         method = build(name, (0.4,))
         batch = batch_for(method)

@@ -90,7 +90,7 @@ def test_a_reward_pulls_as_hard_as_the_field_times_its_weight_along_its_gradient
     x = plain.generate(batch)
     field = plain.field(x.detach(), batch)
     (own,) = torch.autograd.grad(plain.match(x, batch)[0], x, retain_graph=True)
-    method = between(GNDM, MU + 0.3, S, reward_weight=0.5)
+    method = between(GNDM, MU + 0.3, S, climb_weight=0.5)
     method.rewards = Rewards(lambda x0: x0, (near, first))
     (found,) = torch.autograd.grad(method.match(x, batch)[0], x, retain_graph=True)
     added = (own - found) * x.numel()

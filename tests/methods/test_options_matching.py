@@ -194,7 +194,7 @@ OWN: dict[Any, dict[str, Case]] = {
         "reweight": Case("reward", after_a_step),
         "reweight_scale": Case(0.5, after_a_step, {"reweight": "reward"}),
     },
-    GNDM: {"reward_weight": Case(0.3, loss_of_student)},
+    GNDM: {"climb_weight": Case(0.3, loss_of_student)},
     DisBack: {
         "waypoints": Case(3, targets),
         "interval": Case(7, targets),
