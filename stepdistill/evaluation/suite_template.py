@@ -31,6 +31,7 @@ def suite_template(name: str, file: Path) -> str:
     """
     given: dict[str, Any] = yaml.safe_load(suite_files()[name].read_text("utf-8"))
     given |= {"name": file.stem, "version": 1}
+    given.pop("adds_to", None)  # it is a suite of its own
     lines = [_line(key, given) for key in suite_keys()]
     return HEAD.format(file=file.name, name=name) + "\n".join(lines) + "\n"
 

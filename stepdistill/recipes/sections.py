@@ -351,11 +351,16 @@ class TermOptions(Section):
     @property
     def networks(self) -> dict[str, str]:
         """The feature networks that the terms look through, and the keys that say so."""
+        rewards = (self.reward,) if isinstance(self.reward, str) else self.reward
         found: dict[str, str] = {}
-        for key in ("perceptual", "reward"):
-            if getattr(self, f"{key}_weight"):
-                name = getattr(self, key)
-                found[name] = f"{found[name]}, terms.{key}" if name in found else f"terms.{key}"
+        for key, weight, names in (
+            ("perceptual", self.perceptual_weight, (self.perceptual,)),
+            ("reward", self.reward_weight, rewards),
+        ):
+            for name in names if weight else ():
+                network = "emoji" if name == "clip:emoji" else name
+                if network in ("emoji", "judge") or network.startswith("clip:"):  # the others are no networks
+                    found[network] = ", ".join(filter(None, (found.get(network), f"terms.{key}")))
         return found
 
     @property
