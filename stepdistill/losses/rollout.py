@@ -57,7 +57,12 @@ class Visit:
 
 @torch.no_grad()
 def visits(
-    student: Denoiser, sampler: Sampler, batch: Batch, cond: Condition, eta: float | None = None
+    student: Denoiser,
+    sampler: Sampler,
+    batch: Batch,
+    cond: Condition,
+    eta: float | None = None,
+    calls: int | None = None,
 ) -> list[Visit]:
     """The states at which the sampler's K calls are made, from the batch's noise on, and their steps.
 
@@ -66,9 +71,10 @@ def visits(
         batch: its noise and draws.
         cond: conditions, the batch's own or others of as many samples.
         eta: share of fresh noise; None is the sampler's own.
+        calls: after how many it ends; None is all of them.
     """
     x, found = batch.noise, list[Visit]()
-    for call, (time, end) in enumerate(pairwise((*sampler.times, 0.0))):
+    for call, (time, end) in enumerate(pairwise((*sampler.times, 0.0)[: 1 + (calls or sampler.steps)])):
         t, s = at_time(time, x), at_time(end, x)
         step = sampler.step(student.predict(x, t, cond), s, lambda call=call: batch.fresh(call), eta)  # type: ignore[misc]
         found.append(Visit(x, time, end, step, deviation(sampler, student, end, eta)))

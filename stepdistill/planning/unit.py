@@ -22,6 +22,7 @@ from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Method, MethodOptions, Turn
 from stepdistill.losses.objective import Objective
+from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, RegressionTerm, Term
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
@@ -178,6 +179,8 @@ def unit_of(
         roles = roles_for(recipe, kind, options, teacher, [], times, accelerator)
         teacher = cast(PipelineTeacher, roles.teacher)
         method: Method = kind(roles, times, options).to(device)
+        if "reward" in options.needs:  # their networks are read from files: latents are judged themselves
+            method.rewards = Rewards(lambda x0: x0, (lambda images, prompt: images.flatten(1).mean(1),))
         check_weights(recipe.train, recipe.student.base, method)
         for net in roles.stored().values():
             fit_attention(recipe.train.attention, net, device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import NEEDS, Method
+from stepdistill.losses.rewards import Rewards
 from stepdistill.methods import find_method
 from stepdistill.networks.roles import Copies
 from stepdistill.testing.toys import (
@@ -37,6 +38,11 @@ class BrokenContract(AssertionError):
     """A method does not keep its contract; the message says which part."""
 
 
+def nearness(images: Tensor, prompt: Tensor) -> Tensor:
+    """A reward: how near each is to 1, [B]."""
+    return -(images - 1).square().flatten(1).mean(1)
+
+
 def build(name: str, times: tuple[float, ...] | None = None) -> Method:
     """A method with its default options, between a perceptron that teaches and one that learns.
 
@@ -51,6 +57,8 @@ def build(name: str, times: tuple[float, ...] | None = None) -> Method:
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
     method = kind(Copies(teacher, student), times or kind.default_times, kind.Options())
+    if "reward" in method.options.needs:
+        method.rewards = Rewards(lambda x0: x0, (nearness,))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # off the start, where a copy of the teacher may make a loss exactly zero
         for parameter in weights_of(method):

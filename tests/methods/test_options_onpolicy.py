@@ -13,10 +13,13 @@ from matching_toy import full_batch
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.contract import Method, MethodOptions, PairOptions, Turn
 from stepdistill.losses.regression import WarmStartOptions
+from stepdistill.losses.rewards import Rewards
+from stepdistill.methods.internalise import Internalise
 from stepdistill.methods.opd import OPD
 from stepdistill.methods.self_opd import SelfOPD
 from stepdistill.networks.roles import TEACHER, Copies
 from stepdistill.networks.route import Route
+from stepdistill.testing.contract import nearness
 from stepdistill.testing.toys import Perceptron, ToyTeacher, loss_of, toy_student
 
 ELSEWHERE = set(PairOptions.model_fields) | set(WarmStartOptions.model_fields)
@@ -33,11 +36,16 @@ def made(kind: type[Method], **options: Any) -> Any:
     if kind.several_teachers:
         other = ToyTeacher(Perceptron(seed=3), path, "velocity", unguided=Perceptron(seed=4))
         roles.route = Route({TEACHER: teacher, "other": other}, torch.arange(16) % 2)
-    return kind(roles, (1.0, 0.5), kind.Options.model_validate({"guidance": 2.0, **options}))
+    method = kind(roles, (1.0, 0.5), kind.Options.model_validate({"guidance": 2.0, **options}))
+    method.rewards = Rewards(lambda x0: x0, (nearness,))
+    return method
 
 
 def loss(method: Any) -> float:
-    return float(loss_of(method, Turn("student", 5), full_batch())[0].detach())
+    steps = (5, 6, 7, 8)  # some end at a second call
+    return sum(
+        float(loss_of(method, Turn("student", step), full_batch(step=step))[0].detach()) for step in steps
+    )
 
 
 def gradient(method: Any) -> float:
@@ -67,6 +75,13 @@ def average(method: Any) -> float:
 IMAGES = {"source": "images"}
 POLICY = {"eta": 0.6, "estimator": "policy"}
 EVERY: dict[type[Method], dict[str, Case]] = {
+    Internalise: {
+        "guidance": Case(3.0),
+        "move": Case("unit"),
+        "beta": Case(0.2),
+        "length": Case(0.2, given={"move": "unit"}),
+        "eta": Case(0.9),
+    },
     OPD: {
         "guidance": Case(3.0),
         "guidance_of": Case({"other": 1.0}),
