@@ -7,6 +7,7 @@ from pathlib import Path
 
 REWARDS = {
     "clip": "clip:emoji (the embedded network) or clip:FOLDER, also PickScore's",
+    "judge": "judge (the second embedded network)",
     "colour": "colour (the hue that a caption names)",
     "ink": "ink, or ink:SHARE towards a share of the picture",
     "module": "module:PACKAGE.MODULE:FUNCTION",
@@ -40,7 +41,7 @@ def reward_kind(name: str) -> str:
     if name == "emoji":
         raise ValueError("the reward emoji is called clip:emoji")
     kind, colon, rest = name.partition(":")
-    if kind == "colour" and colon:
+    if kind in ("judge", "colour") and colon:
         raise ValueError(f"{kind} takes nothing behind a colon; found {name}")
     if kind == "ink" and colon:
         try:

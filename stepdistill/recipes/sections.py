@@ -274,8 +274,9 @@ class TermOptions(Section):
         gan_lr_ratio: learning rate of its discriminator over train.lr.
         reward_weight: of how good the student's samples are, decoded, which is to rise. Measure by another network.
         reward: what judges them, by one name or several, whose numbers are added: ``clip:emoji`` or ``clip:FOLDER``,
-            the cosine with their own prompts (PickScore and HPSv2 are such networks); ``colour`` and ``ink``, rules;
-            ``module:PACKAGE.MODULE:FUNCTION`` or ``./FILE.py:FUNCTION``, your own. See docs/guides/rewards.md.
+            the cosine with their own prompts (PickScore and HPSv2 are such networks); ``judge``, the second embedded
+            network; ``colour`` and ``ink``, rules; ``module:PACKAGE.MODULE:FUNCTION`` or ``./FILE.py:FUNCTION``, your
+            own. See docs/guides/rewards.md.
         reward_of: ``sample``, as it is drawn, or ``prediction``, the one that the method's own loss is of (RG-LCD).
         reward_share: share of the samples that are decoded, one over a whole number: decoding is what it costs.
         reward_after: the method's steps before it acts.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.features.clip import ClipFeatures
+from stepdistill.features.judge import load_judge
 from stepdistill.features.load import load_features
 from stepdistill.losses.rewards import Reward
 from stepdistill.metrics.colours import NOUNS, hue_share, hues_of, ink
@@ -135,6 +136,10 @@ def _clip(name: str, device: torch.device, prompts: Sequence[str]) -> Reward:
     return ClipReward(network_of_reward(name, device), prompts)
 
 
+def _judge(name: str, device: torch.device, prompts: Sequence[str]) -> Reward:
+    return CaptionReward(load_judge(device).fit, name, prompts)
+
+
 def _colour(name: str, device: torch.device, prompts: Sequence[str]) -> Reward:
     return ColourReward(prompts, device)
 
@@ -166,6 +171,7 @@ def _file(name: str, device: torch.device, prompts: Sequence[str]) -> Reward:
 
 REWARDS: dict[str, Callable[[str, torch.device, Sequence[str]], Reward]] = {
     "clip": _clip,
+    "judge": _judge,
     "colour": _colour,
     "ink": _ink,
     "module": _module,

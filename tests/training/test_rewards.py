@@ -50,6 +50,7 @@ def names(tmp_path_factory):
     (folder / "own_reward_on_the_path.py").write_text(OWN)
     return {
         "clip": f"clip:{folder / 'clip'}",
+        "judge": "judge",
         "colour": "colour",
         "ink": "ink:0.3",
         "module": "module:own_reward_on_the_path:brightness",
@@ -180,7 +181,7 @@ def test_a_saturated_pixel_still_has_a_gradient():
         (["terms.reward=emoji"], "the reward emoji is called clip:emoji"),
         (
             ["terms.reward=beauty"],
-            r"reward 'beauty' is not known: give clip:emoji .*colour.*ink.*module:.*FILE",
+            r"reward 'beauty' is not known: give clip:emoji .*judge.*colour.*ink.*module:.*FILE",
         ),
         (["terms.reward=ink:2"], r"ink takes a share in \[0, 1\]"),
         (["terms.reward=colour:red"], "colour takes nothing behind a colon"),
