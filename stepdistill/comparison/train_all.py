@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +24,15 @@ from stepdistill.comparison.shared import told, with_shared
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats, say
-from stepdistill.system.run_folder import RunFolder
+from stepdistill.system.run_folder import RunFolder, read_status
 from stepdistill.training.identity import differences
 from stepdistill.training.run_report import Measured, read_report
 
 PROGRESS_SECONDS = 60
 """Time between two lines on a run that is under way."""
+
+WAIT_SECONDS = 2
+"""Time between two looks at a run that an earlier comparison has left."""
 
 
 def train_all(
@@ -52,6 +56,7 @@ def train_all(
     for number, entry in enumerate(entries, 1):
         label = f"[{number}/{len(wanted.entries)}] {entry.name}"
         place = folder / entry.name
+        _wait_for(place, label)
         if (place / "report.json").is_file():
             say(f"{label}: finished before")
         else:
@@ -66,6 +71,18 @@ def train_all(
             say(f"{label}: {scores}trained {report.train_seconds or 0:.0f} s")
         after_each(reports, failed)
     return reports, failed
+
+
+def _wait_for(place: Path, label: str) -> None:
+    """A comparison that was killed leaves the run behind that was under way: that comes to its end first."""
+    said = False
+    while (status := read_status(place)) is not None and status.under_way and status.pid != os.getpid():
+        if not said:
+            say(
+                f"{label}: process {status.pid}, which an earlier comparison has left, still trains it: waiting"
+            )
+        said = True
+        time.sleep(WAIT_SECONDS)
 
 
 def _check_same_recipe(entry: Entry, place: Path) -> None:

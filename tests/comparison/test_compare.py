@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,7 @@ from stepdistill.cli import main
 from stepdistill.comparison import plan as planning
 from stepdistill.comparison import ranking as compare
 from stepdistill.comparison import shared
+from stepdistill.comparison import train_all as training
 from stepdistill.comparison.collect import collect, short_names
 from stepdistill.comparison.page import Comparison, as_json, html_page
 from stepdistill.comparison.pictures import common_sheet
@@ -528,6 +531,28 @@ def test_runs_that_fail_stop_and_go_on(
     with pytest.raises(UserError, match=r"a finished run of another recipe \(train.lr differ"):
         other = planning.plan("good.yaml", "emoji", 0.2, ["train.lr=0.5"])
         train_all(other, tmp_path / "out", lambda *_: None)
+
+
+def test_a_run_that_a_killed_comparison_has_left_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process goes on by itself, and nobody else may train in its folder before it has ended."""
+    looks: list[float] = []
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as left:
+        status = {"state": "training", "phase": "x", "update": 1, "updates": 9, "eta_seconds": None, "health": None,
+                  "pid": left.pid, "host": platform.node(), "written": "2999-01-01T00:00:00+00:00"}  # fmt: skip
+        (tmp_path / "status.json").write_text(json.dumps(status))
+
+        def look(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == 2:
+                left.communicate(b"\n")
+
+        monkeypatch.setattr(training.time, "sleep", look)
+        training._wait_for(tmp_path, "[1/1] run")
+    assert len(looks) == 2
+    assert capsys.readouterr().err.count(f"process {left.pid}, which an earlier comparison has left") == 1
+    training._wait_for(tmp_path / "none", "[1/1] run")
 
 
 def test_a_budget_is_not_part_of_what_a_run_is() -> None:
