@@ -212,6 +212,13 @@ class Suite(MetricKeys):
             derived.append(precision)
         return self.changed({**changes, "derived": tuple(derived)})
 
+    def before(self) -> Suite | None:
+        """The suite at the version that it adds to; None where there is none."""
+        if self.adds_to is None:
+            return None
+        left_out = {"second_features": None, "second_reference": None}
+        return self.changed({"version": self.adds_to, "adds_to": None, **left_out})
+
     def seed(self, index: int) -> int:
         """The seed of image ``index``."""
         return self.first_seed + index

@@ -102,7 +102,8 @@ def teacher_scores(
     """A teacher's scores by step count, on trailing grids, from the cache where it holds them.
 
     The key is a SHA-256 of weights and configs, suite (protocol, prompts, seeds, features and reference), step count
-    and guidance: a score that is found is the score of this very teacher. Times come from the machine that computed it.
+    and guidance: a score that is found is the score of this very teacher; where the suite adds to another version, also
+    one of that version, which lacks what was added. Times come from the machine that computed it.
 
     Args:
         teacher: folder, embedded name or pipeline object; an object and its folder have different keys, as their
@@ -121,8 +122,11 @@ def teacher_scores(
     weights = weights_hash(teacher)
     keys = {count: teacher_cache.key(weights, suite, count, guidance) for count in counts}
     found: dict[int, TeacherScores] = {}
+    before = suite.before()
     for count, key in keys.items():
         entry = None if refresh else teacher_cache.find(key)
+        if entry is None and not refresh and before is not None:
+            entry = teacher_cache.find(teacher_cache.key(weights, before, count, guidance))
         if entry is not None:
             found[count] = TeacherScores(**entry.scores, cached=entry.source)
     missing = [count for count in counts if count not in found]

@@ -111,6 +111,9 @@ def test_version_2_has_the_identity_of_version_1_and_the_judges_beside_it() -> N
         assert suite.label == f"{name}@2" and suite_sha256(suite) == sha256
         without = suite.changed({"second_features": None, "second_reference": None})
         assert suite_sha256(without) == sha256
+        before = suite.before()
+        assert before is not None and before.label == f"{name}@1" and suite_sha256(before) == sha256
+        assert before.before() is None
         assert protocol_of(suite, None)["second_features_sha256"] == SHA256
         assert suite_sha256(suite.changed({"adds_to": None})) != sha256
         assert set(suite.asked("emoji")) - set(without.asked("emoji")) == {"second_fd", "second_fit"}

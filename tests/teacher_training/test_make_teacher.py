@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from transformers import CLIPModel
 from stepdistill.attention.repeated_token import T5_TOKENS
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
+from stepdistill.features.judge import Judge
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.teacher_training import make, networks, stages
+from stepdistill.teacher_training.judge import varied
 from stepdistill.teacher_training.settings import TINY, StageSettings, claim_folder
 from stepdistill.teacher_training.stage import learning_rate, seeded, train_stage
 from stepdistill.teacher_training.tokenizer import learn_merges, train_tokenizer
@@ -274,3 +277,30 @@ def test_tokenizer_covers_captions_and_any_text() -> None:
     strange = tokenizer("π ☃ Ünïcode").input_ids
     assert strange[0] == 2046 and strange[-1] == 2047 and tokenizer.unk_token_id not in strange[1:-1]
     assert tokenizer.tokenize("Red heart") == ["red</w>", "heart</w>"]
+
+
+def test_the_judge_is_made_beside_a_teacher_and_loads(made: Path) -> None:
+    """From the images alone, the same bits each time; the global generator is left alone."""
+    before = torch.get_rng_state()
+    folder = make.make_judge(TINY, made, device="cpu", command="a command")
+    assert torch.equal(before, torch.get_rng_state()) and folder == made / "judge"
+    judge = Judge(folder / "model.safetensors")
+    assert "negative" in judge.words and "a command" in (folder / "README.md").read_text()
+    features = judge.images(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert features.shape == (2, 64) and torch.allclose(features.norm(dim=1), torch.ones(2))
+    stored = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    shutil.rmtree(folder)
+    again = load_file(
+        make.make_judge(TINY, made, device="cpu") / "model.safetensors"
+    )  # from its last checkpoint
+    assert all(torch.equal(stored[name], value) for name, value in again.items())
+
+
+def test_the_judges_pictures_are_varied_and_stay_pictures_on_white() -> None:
+    white = torch.ones(64, 3, 32, 32)
+    drawn = varied(white, torch.Generator().manual_seed(0))
+    covered = (drawn < 1).any(1).flatten(1).sum(1)  # pixels of each picture
+    assert 20 < int((covered > 0).sum()) < 44 and int(covered.max()) <= 13**2
+    assert torch.equal(drawn, varied(white, torch.Generator().manual_seed(0)))
+    assert drawn.min() >= -1 and drawn.max() <= 1
