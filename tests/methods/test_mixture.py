@@ -57,6 +57,11 @@ SETTINGS = {
     "gdd": Setting(options={"discriminator_lr_ratio": 4.0}, steps=1200, lr=3e-3),
     "gndm": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "instaflow": Setting(options={"reflow_updates": 150, "l2_updates": 100, "flow_steps": 8}),
+    "ladd": Setting(
+        options={"discriminator_updates": 1, "discriminator_lr_ratio": 4.0, "noise_mean": 0.0},
+        steps=1200,
+        lr=3e-3,
+    ),
     "lcm": Setting(options={"huber": 0.03, **JUMPS}),
     "meanflow": Setting(
         options={"tangent_warmup": 100, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2
