@@ -58,7 +58,7 @@ SETTINGS = {
     "gndm": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "instaflow": Setting(options={"reflow_updates": 150, "l2_updates": 100, "flow_steps": 8}),
     "ladd": Setting(
-        options={"discriminator_updates": 1, "discriminator_lr_ratio": 4.0, "noise_mean": 0.0},
+        options={"discriminator_updates": 1, "discriminator_lr_ratio": 4.0, "noise_mean": -1.0},
         steps=1200,
         lr=3e-3,
     ),
