@@ -51,6 +51,7 @@ def test_methods_that_match_distributions_start_below_pure_noise():
         "gndm",
         "sid",
         "sim",
+        "uni_dad",
         "vdot",
     ]
     for name in BELOW:

@@ -103,6 +103,7 @@ SETTINGS = {
     "tcd": Setting(TWO, {"huber": 0.03, **JUMPS}, steps=500),
     "tscd": Setting(TWO, {"stage_updates": 100, **JUMPS}, steps=500),
     "twinflow": Setting(options={"velocity": "teacher", "target_decay": 0.5}, steps=600),
+    "uni_dad": Setting(options=FOLLOW, steps=1600, lr=7e-3),
     "vdot": Setting(options=FOLLOW, steps=1200, lr=7e-3),
 }
 
