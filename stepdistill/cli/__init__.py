@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "stats": evaluate.stats,
     "compare": compare.compare,
     "hybrid": compose.hybrid,
+    "join": compose.join,
     "trace": compose.trace,
     "export": train.export,
     "verify": train.verify,

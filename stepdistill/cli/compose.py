@@ -1,4 +1,4 @@
-"""``stepdistill hybrid`` and ``trace``: pipelines put together without training, and what each step predicts."""
+"""``stepdistill hybrid``, ``join`` and ``trace``: pipelines put together without training, and what each predicts."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ def hybrid(
         raise UserError(
             f"--guidance: {student} lies in no run, so its teacher's scale is not known: give it, 1 for none"
         )
-    if output.is_file() or (
-        output.is_dir() and any(output.iterdir()) and not (output / "verification").is_dir()
-    ):
-        raise UserError(f"--output {output} is there and no student's folder: give another")
+    _check_output(output)
     import torch
 
     from stepdistill.export.hybrid import write_hybrid
@@ -65,6 +62,30 @@ def hybrid(
     )
     print(verify(output))
     print(output)
+
+
+def join(
+    students: Annotated[list[Path], typer.Argument(help="Run folders of students of all parts, data.part.")],
+    output: Annotated[Path, typer.Option(help="Folder for the pipeline.")],
+) -> None:
+    """Put the students of the parts of a partition together, as one pipeline that routes each prompt to its student."""
+    _check_output(output)
+    from stepdistill.export.joined import write_joined
+    from stepdistill.export.verify import verify
+    from stepdistill.training.joining import members_of
+
+    members, prompts, parts = members_of(students)
+    write_joined(members, prompts, parts, output, command_line())
+    print(verify(output))
+    print(output)
+
+
+def _check_output(output: Path) -> None:
+    """A new folder, an empty one, or one that was written before."""
+    if output.is_file() or (
+        output.is_dir() and any(output.iterdir()) and not (output / "verification").is_dir()
+    ):
+        raise UserError(f"--output {output} is there and no student's folder: give another")
 
 
 def trace(

@@ -151,6 +151,11 @@ def export(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of its network's files, such as 5GB; by default the teacher's.")
     ] = None,
+    add_lora: Annotated[
+        str | None,
+        typer.Option(help="A LoRA for its teacher, put into the weights of the student that is there."),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Of that LoRA.")] = 1.0,
 ) -> None:
     """Export the student of a run's last checkpoint again, or its one-step network in another format."""
     given = {
@@ -159,6 +164,24 @@ def export(
         "comfyui": "true" if comfyui else None,
         "max_shard_size": max_shard_size,
     }
+    if add_lora is not None:
+        if other := next((name for name, value in given.items() if value), "format" if formats else None):
+            raise UserError(
+                f"--add-lora takes the student that is there, without --{other}: run export twice"
+            )
+        if output is None or output.resolve() in (run.resolve(), (run / "student").resolve()):
+            raise UserError("--add-lora writes another student: give --output DIR")
+        from stepdistill.export.with_lora import lora_file, write_with_lora
+
+        lora_file(add_lora)
+        write_with_lora(run, add_lora, scale, output)
+        from stepdistill.export.verify import verify as prove
+
+        print(prove(output))
+        print(output)
+        return
+    if scale != 1.0:
+        raise UserError("--scale is of --add-lora: add that, or leave it out")
     if formats:
         if named := [name for name, value in given.items() if value]:
             raise UserError(

@@ -49,6 +49,11 @@ EXAMPLES = {
         "hybrid emoji runs/dmd_emoji_4step --teacher-grid 8 --output hybrid",
         "hybrid my_sdxl runs/latest --teacher-calls 1 --guidance 7 --output my_hybrid",
     ),
+    "join": (
+        "join runs/part1 runs/part2 runs/part3 runs/part4 --output joined",
+        "join runs/one/student runs/two/student --output joined",
+        "join runs/half1 runs/half2 --output my_student",
+    ),
     "trace": (
         'trace emoji runs/dmd_emoji_4step hybrid --prompt "red apple"',
         'trace runs/latest --prompt "a dog" --prompt "a cat" --seeds 16 --output traced',
@@ -57,7 +62,7 @@ EXAMPLES = {
     "export": (
         "export runs/latest",
         "export runs/latest --what adapter --kohya --output my_lora",
-        "export runs/latest --max-shard-size 5GB --output my_student",
+        "export runs/latest --add-lora my_slider.safetensors --scale 0.8 --output my_student",
     ),
     "verify": ("verify runs/latest", "verify runs/lcm_emoji/student", "verify my_student"),
     "push": (

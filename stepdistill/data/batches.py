@@ -23,6 +23,7 @@ from stepdistill.data.sizes import check_rooms
 from stepdistill.data.texts import rows_sha256
 from stepdistill.data.training_images import Images
 from stepdistill.diffusion.draws import Draws
+from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
@@ -47,6 +48,11 @@ class Data:
         rich: what is said of each prompt in full, as many as prompts, or None.
         buckets: the sizes that images are brought to; a batch is of one of them. None brings all to the teacher's.
         group: consecutive samples of a step that are of one prompt.
+        part: numbers of the prompts that are trained on; None is all.
+        part_pairs: whether pairs are those of these prompts alone, too.
+
+    Raises:
+        UserError: no pair is of these prompts.
     """
 
     def __init__(
@@ -61,9 +67,22 @@ class Data:
         buckets: Sequence[Size] | None = None,
         group: int = 1,
         rich: Sequence[str] | None = None,
+        part: Tensor | None = None,
+        part_pairs: bool = False,
     ) -> None:
         self.teacher, self.seed, self.pairs, self.group = teacher, seed, pairs, group
-        self.count = len(prompts)
+        self._part = torch.arange(len(prompts)) if part is None else part
+        self.count = len(self._part)
+        self._own_pairs: Tensor | None = None
+        if pairs is not None:
+            numbers = torch.arange(pairs.count)
+            mine = torch.isin(pairs.prompt_index[: pairs.count], self._part) if part_pairs else None
+            self._own_pairs = numbers if mine is None else numbers[mine]
+            if not len(self._own_pairs):
+                raise UserError(
+                    f"none of the {pairs.count} pairs is of a prompt of data.part: set options.pairs higher, or "
+                    "data.part_pairs=whole"
+                )
         self.conditions = Conditions(teacher, prompts, "prompts", remake)
         self._rich = None if rich is None else Conditions(teacher, rich, "rich prompts", remake)
         self.images: Latents | None = None
@@ -127,7 +146,7 @@ class Data:
         device = self.teacher.device
         draws = Draws(self.seed, step, first, count, device)
         position = torch.arange(step * size + first, step * size + first + count)
-        prompt = shuffled(position // self.group, self.count, self.seed, "prompts")
+        prompt = self._part[shuffled(position // self.group, self.count, self.seed, "prompts")]
         cond, shape = self.condition(prompt), self.teacher.codec.shape
         examples: dict[str, Examples] = {}
         if self.images is not None:
@@ -147,7 +166,8 @@ class Data:
                     examples["images"], cond=_with_rows(examples["images"].cond, told)
                 )
         if self.pairs is not None:
-            index = shuffled(position, self.pairs.count, self.seed, "pairs")
+            assert self._own_pairs is not None
+            index = self._own_pairs[shuffled(position, len(self._own_pairs), self.seed, "pairs")]
             whose = self.pairs.prompt_index[index]
             examples["pairs"] = Examples(
                 sent(self.pairs.clean(index), device),

@@ -99,6 +99,12 @@ class DataOptions(Section):
         pairs_dtype: what pairs and their states are kept in: ``float32``, or half the bytes, ``bf16`` or ``float16``.
         rich: a .jsonl, .json, .csv or .tsv with a "prompt" and its "rich" caption in each row, for methods whose
             teacher is told more than the student (self_opd). A prompt that it has not is its own rich caption.
+        partition: how the prompts are shared out to several students, each of which learns one part and is joined with
+            the others by ``stepdistill join``: ``hash``, ``consecutive`` stretches, the Unicode ``groups`` of the
+            embedded captions, or a file with a line for each prompt that names its key, see data/partition.py.
+        part: which part the student learns, and of how many: ``1/4`` to ``4/4``; null is all prompts.
+        part_pairs: the pairs that the student of a part learns from: the ``whole`` pool, as a few pairs more of other
+            prompts keep a distribution wide, or its ``own`` prompts' alone, for methods that learn from pairs.
         route: of each of ``teachers`` a file with the prompts, of those to train on, that it teaches; all others are
             the teacher's own.
         damaged: what is done with a damaged file of a cache of prompts, latents or pairs: ``refuse``, naming it, or
@@ -113,6 +119,9 @@ class DataOptions(Section):
     pairs_dtype: Literal["float32", "bf16", "float16"] = "float32"
     rich: str | None = None
     route: dict[str, str] = Field(default_factory=dict)
+    partition: str = "hash"
+    part: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = None
+    part_pairs: Literal["whole", "own"] = "whole"
     damaged: Literal["refuse", "remake"] = "refuse"
 
 

@@ -15,6 +15,10 @@ REASONS = {
         "its network is one expert for each stretch of its steps, and no stock diffusers class changes weights between "
         "steps"
     ),
+    "routed_experts.py": (
+        "its network is several students, of which each prompt is drawn by the one that learnt it, and no stock "
+        "diffusers class chooses its weights by the prompt"
+    ),
     "given_steps.py": (
         "its scheduler takes the first steps with the noise that the teacher predicts and the others as the student "
         "does, which no stock scheduler does"

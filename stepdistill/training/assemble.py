@@ -15,6 +15,7 @@ from stepdistill.attention.kernels import check_attention, fit_attention, told
 from stepdistill.data.batches import Data
 from stepdistill.data.held_out import hold_out
 from stepdistill.data.pairs import PairCache
+from stepdistill.data.partition import parts_of, place_of
 from stepdistill.data.prompts import open_prompts, read_rich
 from stepdistill.data.training_images import EmbeddedImages, Images, find_images
 from stepdistill.errors import UserError
@@ -83,6 +84,7 @@ class Assembled:
         sampler: how the student draws, on the exported scheduler's grid.
         prompts: all that it learns from; of a file, read where they lie.
         held_out: prompts of that file that it does not learn from; empty where they are too few.
+        part: numbers of the prompts that the student of a part trains on; None of one that learns all.
         buckets: the sizes that images are brought to, the teacher's own first; None brings all to that.
         changes: what was changed in the teacher when it was taken.
         embedded: whether the teacher ships with the package.
@@ -102,6 +104,7 @@ class Assembled:
     sampler: Sampler
     prompts: Sequence[str]
     held_out: list[str]
+    part: Tensor | None
     buckets: list[Size] | None
     changes: list[str]
     embedded: bool
@@ -109,7 +112,9 @@ class Assembled:
     began: float
 
     def shown(self, count: int) -> list[str]:
-        """Prompts spread over all, for pictures."""
+        """Prompts spread over all that it learns, for pictures."""
+        if self.part is not None:
+            return [self.prompts[int(self.part[i * len(self.part) // count])] for i in range(count)]
         return [self.prompts[i * len(self.prompts) // count] for i in range(count)]
 
 
@@ -191,6 +196,11 @@ def assemble(
         say(
             f"data.prompts: {len(held_out)} of {len(held_out) + len(prompts)} are held out, to measure the student by"
         )
+    part = _part(recipe, prompts)
+    if main and part is not None:
+        say(
+            f"data.part {recipe.data.part}: {len(part)} of {len(prompts)} prompts, by {recipe.data.partition}"
+        )
     buckets = buckets_for(recipe, options, teacher, needs) if recipe.data.buckets else None
     for remark in cut_prompts(teacher.pipe, prompts) if main else ():
         say(remark)
@@ -259,6 +269,7 @@ def assemble(
         sampler=sampler,
         prompts=prompts,
         held_out=held_out,
+        part=part,
         buckets=buckets,
         changes=changes,
         embedded=embedded,
@@ -277,6 +288,14 @@ def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[
     if isinstance(teacher.family, LabelFamily):
         return [], [str(label) for label in range(max(1, teacher.family.classes(teacher.pipe)))]
     raise UserError(f"{recipe.teacher} draws from prompts: give a text file with one a line in data.prompts")
+
+
+def _part(recipe: Recipe, prompts: Sequence[str]) -> Tensor | None:
+    """The numbers of the prompts of ``data.part``."""
+    if recipe.data.part is None:
+        return None
+    place, count = place_of(recipe.data.part)
+    return (parts_of(prompts, recipe.data.partition, count) == place).nonzero()[:, 0]
 
 
 def _times(recipe: Recipe, kind: type[Method], teacher: PipelineTeacher) -> tuple[float, ...]:
@@ -408,6 +427,8 @@ def training_data(run: Assembled, output: Path) -> Data:
         run.buckets,
         group,
         rich,
+        run.part,
+        recipe.data.part_pairs == "own",
     )
     for remark in data.remarks() if main else ():
         say(remark)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from stepdistill.data.captions import read_metadata
+from stepdistill.data.partition import check_partition, place_of
 from stepdistill.data.prompts import is_tar, open_prompts, read_rich
 from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher, find_lora, local_folder
@@ -61,6 +62,9 @@ def _check_inputs(recipe: Recipe) -> None:
         open_prompts(Path(recipe.data.prompts))
     if recipe.data.rich is not None:
         read_rich(Path(recipe.data.rich))
+    if recipe.data.part is not None:
+        place_of(recipe.data.part)
+        check_partition(recipe.data.partition)
     if recipe.data.images is not None:
         try:
             _check_images(Path(recipe.data.images))
