@@ -12,7 +12,7 @@ import torch
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation import teacher_scores as teacher_cache
-from stepdistill.evaluation.drawing import Drawing, _trailing
+from stepdistill.evaluation.drawing import Drawing, trailing
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.given_images import score_images
 from stepdistill.evaluation.reference import load_reference
@@ -65,7 +65,7 @@ def test_suite_hash_moves_with_the_protocol_and_not_with_the_place(tmp_path: Pat
     copy = tmp_path / "emoji.yaml"
     shutil.copy(suite.folder / "emoji.yaml", copy)
     assert suite_sha256(load_suite(copy)) == suite_sha256(suite)
-    for change in ({"first_seed": 1}, {"n": 1999}, {"version": 2}, {"prompts": str(copy)}, {"kid": False}):
+    for change in ({"first_seed": 1}, {"n": 1999}, {"adds_to": None}, {"prompts": str(copy)}, {"kid": False}):
         assert suite_sha256(suite.model_copy(update=change)) != suite_sha256(suite)
 
 
@@ -324,10 +324,10 @@ def test_trailing_grids_start_at_the_noisiest_time() -> None:
     )
 
     for kind in (DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler):
-        scheduler, given = _trailing(kind(), 4, frozenset())
+        scheduler, given = trailing(kind(), 4, frozenset())
         scheduler.set_timesteps(4)
         assert scheduler.timesteps.tolist() == [999, 749, 499, 249] and given == {}
-    scheduler, given = _trailing(FlowMatchEulerDiscreteScheduler(shift=3.0), 4, frozenset({"sigmas"}))
+    scheduler, given = trailing(FlowMatchEulerDiscreteScheduler(shift=3.0), 4, frozenset({"sigmas"}))
     scheduler.set_timesteps(**given)
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]))
 

@@ -173,7 +173,9 @@ def test_a_copied_suite_is_the_shipped_one_under_its_own_name_with_every_key(tmp
         copy_shipped(name, tmp_path / f"my_{name}.yaml")
         text = (tmp_path / f"my_{name}.yaml").read_text()
         mine, shipped = load_suite(tmp_path / f"my_{name}.yaml"), load_suite(name)
-        assert mine == shipped.model_copy(update={"name": f"my_{name}", "version": 1, "folder": mine.folder})
+        assert mine == shipped.model_copy(
+            update={"name": f"my_{name}", "version": 1, "adds_to": None, "folder": mine.folder}
+        )
         lines = [line for line in text.splitlines() if ": " in line and "  # " in line]
         keys = set(Suite.model_fields) - {"folder", "derived"}
         assert {line.removeprefix("# ").partition(":")[0] for line in lines} == keys
