@@ -358,16 +358,18 @@ class TermOptions(Section):
             raise ValueError("a loss needs a network with a graph: give emoji or clip:FOLDER")
         return name
 
-    @property
-    def networks(self) -> dict[str, str]:
-        """The feature networks that the terms look through, and the keys that say so."""
-        rewards = (self.reward,) if isinstance(self.reward, str) else self.reward
+    def networks(self, rewarded: bool = False) -> dict[str, str]:
+        """The feature networks that the terms look through, and the keys that say so.
+
+        Args:
+            rewarded: whether the method reads the rewards for itself, whatever the term's weight.
+        """
         found: dict[str, str] = {}
-        for key, weight, names in (
+        for key, looks, names in (
             ("perceptual", self.perceptual_weight, (self.perceptual,)),
-            ("reward", self.reward_weight, rewards),
+            ("reward", self.reward_weight or rewarded, self.rewards),
         ):
-            for name in names if weight else ():
+            for name in names if looks else ():
                 network = "emoji" if name == "clip:emoji" else name
                 if network in ("emoji", "judge") or network.startswith("clip:"):  # the others are no networks
                     found[network] = ", ".join(filter(None, (found.get(network), f"terms.{key}")))

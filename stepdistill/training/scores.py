@@ -121,7 +121,8 @@ def student_scores(run: Assembled, student: Path, against: AgainstTeacher | None
 
 def _saw(run: Assembled) -> dict[str, str]:
     """The feature networks that the run's loss looks through, and the recipe's keys that say so."""
-    terms, own = run.recipe.terms.networks, run.options.networks
+    terms = run.recipe.terms.networks(rewarded="reward" in run.options.needs)
+    own = run.options.networks
     return {
         spec: ", ".join(found[spec] for found in (terms, own) if spec in found) for spec in {**terms, **own}
     }

@@ -14,6 +14,7 @@ from stepdistill.comparison.table import text_tables
 from stepdistill.evaluation.conflicts import conflicts, loss_saw
 from stepdistill.evaluation.suite import load_suite
 from stepdistill.losses.contract import MethodOptions
+from stepdistill.methods.gndm import GNDM
 from stepdistill.pages.metric_names import conflict_sentence
 from stepdistill.recipes.sections import TermOptions
 from stepdistill.system.emoji import features_folder
@@ -41,7 +42,15 @@ IN_CLIP = {"fd", "kid", "precision", "recall", "density", "coverage", "clip_scor
 def test_a_term_conflicts_with_the_scores_of_its_network_by_the_weights(
     terms: dict[str, Any], expected: dict[str, str]
 ) -> None:
-    assert conflicts(ASKED, TermOptions(**terms).networks) == expected
+    assert conflicts(ASKED, TermOptions(**terms).networks()) == expected
+
+
+def test_rewards_that_a_method_reads_for_itself_need_no_weight_of_the_term() -> None:
+    terms = TermOptions(reward=["judge", "ink"])
+    assert terms.networks() == {}
+    assert terms.networks(rewarded=True) == {"judge": "terms.reward"}
+    assert "reward" in GNDM.Options(climb_weight=0.3).needs
+    assert "reward" not in GNDM.Options().needs
 
 
 def test_a_method_says_for_itself_through_what_it_looks() -> None:
