@@ -18,6 +18,10 @@ class TrainingDiverged(UserError):
     """A loss or a gradient is not a finite number."""
 
 
+class Unhealthy(UserError):
+    """A run was stopped as its recipe wants it: a sign of trouble was seen."""
+
+
 class OtherProcessError(UserError):
     """Another process of the same work has failed and says why; the command line ends without a second message."""
 

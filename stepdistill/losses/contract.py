@@ -154,6 +154,16 @@ class MethodOptions(BaseModel):
         options, and the keys that say so: scores in their eyes are marked, and no run is ranked by them."""
         return {}
 
+    @property
+    def score_scale(self) -> float:
+        """The teacher's guidance where the student's samples meet it."""
+        return self.guidance
+
+    @property
+    def score_interval(self) -> tuple[float, float]:
+        """The times at which that is on."""
+        return self.guidance_interval
+
 
 class PairOptions(MethodOptions):
     """Options of a method that learns from pairs."""

@@ -47,13 +47,16 @@ class Ema:
             for name, value in self._exact.items()
         }
 
+    @property
+    def present_decay(self) -> float:
+        """That of the next update."""
+        n = self.updates
+        return (1 - 1 / (n + 1)) ** (self.power + 1) if self.power else min(self.decay, (1 + n) / (10 + n))
+
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the network's present weights."""
-        n = self.updates
-        decay = min(self.decay, (1 + n) / (10 + n))
-        if self.power:
-            decay = (1 - 1 / (n + 1)) ** (self.power + 1)
+        decay = self.present_decay
         now = [self._exact[name].to(value.device).float() for name, value in self.shadow.items()]
         torch._foreach_lerp_(list(self.shadow.values()), now, 1 - decay)
         self.updates += 1

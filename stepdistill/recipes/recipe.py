@@ -21,6 +21,7 @@ from stepdistill.recipes.sections import (
     AgainstTeacherOptions,
     DataOptions,
     ExportOptions,
+    HealthOptions,
     Section,
     StudentOptions,
     TermOptions,
@@ -57,6 +58,7 @@ class Recipe(Section):
     student: StudentOptions = StudentOptions()
     data: DataOptions = DataOptions()
     train: TrainOptions = TrainOptions()
+    health: HealthOptions = HealthOptions()
     export: ExportOptions = ExportOptions()
     evaluate: bool | str = True
     against_teacher: AgainstTeacherOptions = AgainstTeacherOptions()

@@ -117,12 +117,25 @@ class RunLog:
 
     def __init__(self, folder: Path, total: int, *, first: int = 0, main: bool = True) -> None:
         self._bar = bar(total, "train", unit="update", first=first, shown=main)
+        self._folder, self._main = folder, main
         self._file: TextIO | None = None
-        if main:
-            kept = [line for line in read_stats(folder) if line["update"] < first]
-            with written_whole(folder / STATS) as temporary:
+        self._keep(first)
+
+    def _keep(self, first: int) -> None:
+        """Drops the lines of the update ``first`` and of later ones."""
+        if self._main:
+            kept = [line for line in read_stats(self._folder) if line["update"] < first]
+            with written_whole(self._folder / STATS) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            self._file = (folder / STATS).open("a", encoding="utf-8")
+            self._file = (self._folder / STATS).open("a", encoding="utf-8")
+
+    def back_to(self, update: int) -> None:
+        """The run went back to where ``update`` was the next one."""
+        if self._file is not None:
+            self._file.close()
+        self._keep(update)
+        self._bar.n = update
+        self._bar.refresh()
 
     def __enter__(self) -> RunLog:
         return self

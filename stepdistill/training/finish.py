@@ -45,7 +45,9 @@ def finish(
         wall, memory = time.perf_counter() - run.began, peak_memory(device)
         status.tell("finishing", "drawing samples")
         drawn, teachers = _samples(run, RunFolder(output).samples)
-        health = health_of(read_stats(output), trained.step, drawn, teachers, trained.skipped)
+        health = health_of(
+            read_stats(output), trained.step, drawn, teachers, trained.skipped, trained.worries
+        )
         report = RunReport(
             name=output.name,
             method=recipe.method,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,13 @@ from torch import Tensor
 
 from stepdistill.errors import TrainingDiverged
 from stepdistill.training.run_report import Health, Worry
+from stepdistill.training.signs import PREFIX, plateau
+
+
+def not_finite(numbers: Mapping[str, float]) -> str | None:
+    """Which of the ``loss`` and the ``gradient`` of a step is NaN or infinite, the first one; None where none is."""
+    named = {"loss": numbers["loss"], "gradient": numbers["grad_norm"]}
+    return next((name for name, value in named.items() if not math.isfinite(value)), None)
 
 
 def require_finite(numbers: Mapping[str, float], network: str, step: int, last_good: Path | None) -> None:
@@ -20,13 +27,13 @@ def require_finite(numbers: Mapping[str, float], network: str, step: int, last_g
     Raises:
         TrainingDiverged: naming the value, the network, the update and the last good checkpoint.
     """
-    for name, value in {"loss": numbers["loss"], "gradient": numbers["grad_norm"]}.items():
-        if not math.isfinite(value):
-            resume = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
-            raise TrainingDiverged(
-                f"the {name} of {network} is {value} at update {step}; {resume}. Lower train.lr or train.clip, or set "
-                "train.precision=float32"
-            )
+    if (name := not_finite(numbers)) is not None:
+        value = numbers["loss" if name == "loss" else "grad_norm"]
+        resume = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+        raise TrainingDiverged(
+            f"the {name} of {network} is {value} at update {step}; {resume}. Lower train.lr or train.clip, or set "
+            "train.precision=float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,18 @@ class Vitals:
         return found
 
 
-def verdict_of(worries: Sequence[str]) -> str:
-    """``healthy``, or what such sentences are about."""
-    return ", ".join(worry.partition(":")[0] for worry in worries) or "healthy"
+def verdict_of(worries: Iterable[str]) -> str:
+    """``healthy``, or what such sentences are about, each once."""
+    return ", ".join(dict.fromkeys(worry.partition(":")[0] for worry in worries)) or "healthy"
 
 
 def health_of(
-    rows: Sequence[Mapping[str, Any]], update: int, drawn: Vitals, teacher: Vitals, skipped: int = 0
+    rows: Sequence[Mapping[str, Any]],
+    update: int,
+    drawn: Vitals,
+    teacher: Vitals,
+    skipped: int = 0,
+    lasting: Sequence[str] = (),
 ) -> Health:
     """Of a student at the end of its run.
 
@@ -78,9 +90,11 @@ def health_of(
         update: updates done.
         drawn, teacher: of pictures of the same prompts and seeds.
         skipped: images that could not be read.
+        lasting: what the looks at it found wrong, and was so at the end.
     """
     last: Mapping[str, Any] = next((row for row in reversed(rows) if row["network"] == "student"), {})
     now = drawn.worries(teacher)
+    now += [what for what in lasting if verdict_of([what]) not in map(_kind, now)]
     found = [(row["update"] + 1, what) for row in rows for what in row.get("worries", ())]
     found += [(update, what) for what in now if (update, verdict_of([what])) not in _kinds(found)]
     healthy = "The student's pictures differ from each other about as much as the teacher's, and are no more saturated"
@@ -96,7 +110,28 @@ def health_of(
         grad_norm=last.get("grad_norm"),
         skipped_files=skipped,
         worries=[Worry(update=at, what=what) for at, what in found],
+        looks=looks_of(rows),
+        plateau=plateau(rows),
     )
+
+
+LOOKS = 48
+"""Of a run that report.json keeps, at most, evenly spread, the last one among them."""
+
+
+def looks_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The numbers of a run's looks, each with the ``update`` after which it was made."""
+    looked = [row for row in rows if any(key.startswith(PREFIX) for key in row)]
+    every = -(-len(looked) // LOOKS) or 1
+    return [
+        {"update": row["update"] + 1}
+        | {key.removeprefix(PREFIX): value for key, value in row.items() if key.startswith(PREFIX)}
+        for row in looked[::-1][::every][::-1]
+    ]
+
+
+def _kind(worry: str) -> str:
+    return worry.partition(":")[0]
 
 
 def _kinds(found: Sequence[tuple[int, str]]) -> set[tuple[int, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.recipes.sections import AgainstTeacherOptions, ExportOptions, TrainOptions
+from stepdistill.recipes.sections import AgainstTeacherOptions, ExportOptions, HealthOptions, TrainOptions
 
 if TYPE_CHECKING:
     from stepdistill.losses.contract import Method, MethodOptions
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 def identity(recipe: Recipe) -> Recipe:
     """The recipe without what cannot move a weight, and so may change between two parts of one run: where its folder
     lies, what is exported and evaluated, how long it may take, what is kept (of activations, too), drawn, read, made
-    again and tracked."""
+    again, watched and tracked. A rate that a run's health has changed is in its checkpoints."""
     plain = TrainOptions()
     names = ("budget_seconds", "checkpointing", "context_parallel", "keep", "log_every", "parallel")
     free = {name: getattr(plain, name) for name in (*names, "preview_every", "tracker", "warm_starts")}
     train_options = recipe.train.model_copy(update=free)
     data = recipe.data.model_copy(update={"damaged": "refuse"})
     same = {"output": None, "data": data, "export": ExportOptions(), "train": train_options}
-    measured = {"evaluate": True, "against_teacher": AgainstTeacherOptions()}
+    measured = {"evaluate": True, "against_teacher": AgainstTeacherOptions(), "health": HealthOptions()}
     return recipe.model_copy(update={**same, **measured})
 
 

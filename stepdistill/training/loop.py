@@ -2,9 +2,9 @@
 
 A step of the loop is one update of one network. Weights, optimisers, averages and the method's own state are in the
 checkpoint; the batch and every random number follow from (seed, step, sample), so a resumed run continues bit for bit.
-Nothing waits for the device but the read of what the steps told, every ``train.log_every`` of them. Each paragraph says
-which processes take part: what is done by all of them is done in the same order, as some of it waits for the others
-(see ``Parallel``).
+Nothing waits for the device but the read of what the steps told, every ``train.log_every`` of them, and a look at how
+the run is, every ``health.every`` (monitor.py). Each paragraph says which processes take part: what is done by all of
+them is done in the same order, as some of it waits for the others (see ``Parallel``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from stepdistill.attention.kernels import attention
 from stepdistill.data.batches import Data
-from stepdistill.errors import UserError
+from stepdistill.errors import Unhealthy, UserError
 from stepdistill.losses.objective import Objective, shown_name
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.compiled import compiled, uncompiled
@@ -28,15 +28,19 @@ from stepdistill.system.log import RunLog, Value
 from stepdistill.system.memory import keep_freed_memory, peak_memory
 from stepdistill.system.processes import ALONE
 from stepdistill.system.run_folder import RunStatus
+from stepdistill.training.arithmetic import autocast
+from stepdistill.training.feed import Feed
 from stepdistill.training.further_teachers import identity_of
-from stepdistill.training.health import Seen, require_finite, verdict_of
+from stepdistill.training.health import Seen, not_finite, require_finite, verdict_of
 from stepdistill.training.interruption import Interruption
+from stepdistill.training.monitor import Monitor
 from stepdistill.training.out_of_memory import memory_explained
 from stepdistill.training.own_files import own_hashes
 from stepdistill.training.parallel import OneProcess, Parallel
 from stepdistill.training.run import Finished, Run
 from stepdistill.training.run_report import Start
 from stepdistill.training.schedule import learning_rate
+from stepdistill.training.signs import Trouble
 from stepdistill.training.unread import Unread
 from stepdistill.training.update import update
 from stepdistill.training.warm_starts import WarmStart
@@ -77,6 +81,7 @@ def train(
     Raises:
         TrainingDiverged: for the first loss or gradient that is not finite, at the latest ``train.log_every`` updates
             after it and before any checkpoint.
+        Unhealthy: where the run is to stop at a sign of trouble.
         UserError: when the run cannot be resumed, a checkpoint cannot be written, or a GPU's memory ends.
     """
     options = recipe.train
@@ -87,6 +92,10 @@ def train(
     inputs = data.identity() | identity_of(objective.method.roles.route) | own_hashes(recipe)
     parallel.spread(objective.method.roles.stored().values())
     run = Run(objective, recipe, folder, inputs, parallel, start, before)
+    readers = parallel.readers
+    share, left = divmod(options.batch, readers.count * options.accumulate)
+    monitor = Monitor(run, data, recipe.health, parallel, share)
+    run.watch(monitor)
     warm_start = WarmStart.of(run)
     if resume:
         run.restore()
@@ -94,8 +103,6 @@ def train(
         warm_start.take_over()
     if run.step and status:
         status.trained(run.step, run.seconds)
-    readers = parallel.readers
-    share, left = divmod(options.batch, readers.count * options.accumulate)
     if left or not share:
         raise UserError(
             f"train.batch is {options.batch}, which does not split over {readers.count} processes times "
@@ -109,11 +116,11 @@ def train(
     own = share * options.accumulate
     started = time.perf_counter() - run.seconds
     unread = Unread(parallel, lambda: time.perf_counter() - started, options.log_every)
-    batches = data.batches(range(run.step, options.updates), readers.rank * own, own, options.batch)
+    feed = Feed(data, options.updates, readers.rank * own, own, options.batch)
     method = objective.method
     with (
         memory_explained(recipe, folder, accelerator.device),
-        closing(batches),
+        closing(feed),
         attention(options.attention, accelerator.device, options.precision),
         method.roles.checkpointed() if options.checkpointing else nullcontext(),
         compiled(method.roles.stored().values(), options.compile, same_sizes=method.same_calls) as begin,
@@ -127,10 +134,13 @@ def train(
             begin()
 
             # Its update (every process, its own samples).
-            rate = learning_rate(options, step) * objective.lr_ratio(turn)
+            rate = learning_rate(options, step) * objective.lr_ratio(turn) * monitor.rate(name)
             if options.lr_of == "x0" and not objective.trained[name].follows:
                 rate /= objective.method.student.x0_gain(objective.method.times)
-            told, norm = update(run, turn, next(batches), rate)
+            monitor.before(step)
+            batch = feed.at(step)
+            told, norm = update(run, turn, batch, rate)
+            monitor.movement.moved(name)
             run.step = step + 1
             seconds = unread.add(step, name, told, norm, rate)
             # Several processes agree on a time where they read, so that a budget stops all at one step.
@@ -141,28 +151,54 @@ def train(
             # (every process, at one step, so that all stop together).
             previewed = bool(options.preview_every) and run.step % options.preview_every == 0
             due = run.step % options.checkpoint_every == 0
+            looked = monitor.due(run.step)
             asked = interruption.asked and parallel.count == 1
             shared = warm_start is not None and warm_start.due
-            if not (previewed or due or asked or shared or run.done or run.step % unread.every == 0):
+            told_now = previewed or due or looked or asked or shared or run.done
+            if not (told_now or run.step % unread.every == 0):
                 continue
             rows, asked = unread.read(interruption.asked)
             run.seconds = rows[-1].seconds
+            troubles, treatment = list[Trouble](), None
             for row in rows:
-                said = shown_name(row.network)
-                require_finite(row.numbers, said, row.step, run.last_good)
-                named = {"phase": phase} if (phase := objective.phase(row.step)) else {}
+                said, phase = shown_name(row.network), objective.phase(row.step)
+                if wrong := not_finite(row.numbers):
+                    treatment = monitor.not_finite(wrong, row)
+                    if treatment is None:
+                        require_finite(row.numbers, said, row.step, run.last_good)
+                    break
+                named = {"phase": phase} if phase else {}
                 values: dict[str, Value] = {"network": said, **named, **row.numbers, "lr": row.rate}
-                health = None
+                health, worries = None, monitor.told()
+                troubles += monitor.read(row, phase)
+
+                # A look (every process).
+                if looked and row is rows[-1]:
+                    with uncompiled(), autocast(options.precision, parallel.device):
+                        numbers, found = monitor.look(run.step, batch)
+                    parallel.let_go()
+                    values |= numbers
+                    troubles += found
+                    health = verdict_of(monitor.open.values())
 
                 # Pictures (drawn by every process that was given a preview, kept by the main one).
                 if preview and previewed and row is rows[-1]:
                     with uncompiled():
                         seen = preview(run.step, run.ema)
                     parallel.let_go()
-                    values |= {**seen.numbers, **({"worries": seen.worries} if seen.worries else {})}
-                    health = verdict_of(seen.worries)
+                    values |= seen.numbers
+                    worries += seen.worries
+                    health = verdict_of([*seen.worries, *monitor.open.values()])
                     for worry in seen.worries:
                         log.note(f"update {run.step}: {worry}")
+
+                # What is done about what was found (every process).
+                if troubles and row is rows[-1]:
+                    health = verdict_of([trouble.sentence for trouble in troubles])
+                    treatment = monitor.treat(troubles, run.step)
+                    worries += treatment.sentences
+                if worries:
+                    values["worries"] = worries
 
                 # How it goes (the main process).
                 values["seconds"] = row.seconds
@@ -173,6 +209,16 @@ def train(
                     status.trained(row.step + 1, row.seconds, health)
                 if track:
                     track(row.step, values)
+            if treatment is not None:
+                for sentence in treatment.sentences:
+                    log.note(f"update {step + 1}: {sentence}")
+                if treatment.action == "stop":
+                    raise Unhealthy(treatment.last_words)
+                if treatment.action == "roll_back":
+                    log.back_to(run.step)
+                    if status:
+                        status.trained(run.step, run.seconds)
+                    continue
 
             if warm_start and shared:
                 warm_start.keep()
@@ -184,5 +230,5 @@ def train(
                 log.note(f"stopped after update {step}; --resume goes on from there")
                 raise KeyboardInterrupt
     run.widen()
-    passes = run.passes()
-    return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped, passes, run.warm_start_of)
+    ends = (run.passes(), run.warm_start_of, tuple(monitor.open.values()))
+    return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped, *ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from stepdistill.training.parts import ModulePart, OptimizerPart, Part, held_lik
 from stepdistill.training.run_report import Start
 from stepdistill.training.weights import in_training
 
+WATCHER = "health"
+"""The part of a checkpoint that a run can do without."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -46,6 +50,7 @@ class Finished:
         skipped: images that could not be read.
         passes: network passes, over all resumes and processes.
         warm_start_of: the run that made its warm start; None where it made what it has itself.
+        worries: what was found wrong and lasts, a sentence each.
     """
 
     seconds: float
@@ -55,6 +60,7 @@ class Finished:
     skipped: int = 0
     passes: Passes = field(default_factory=Passes)
     warm_start_of: str | None = None
+    worries: tuple[str, ...] = ()
 
 
 class Run:
@@ -140,8 +146,25 @@ class Run:
             found.count(who, made[WITHOUT] // together, graph=False)
         return found
 
-    def save(self) -> None:
-        """Writes a checkpoint: the main process all of it, or every process what it holds."""
+    def watch(self, watcher: Part) -> None:
+        """Keeps what watches the run in its checkpoints. Those without it can be gone on from, too."""
+        self.parts[WATCHER] = watcher
+
+    def healthy(self, until: int) -> Path | None:
+        """The last checkpoint of at most so many updates, as the main process sees them; None where there is none."""
+        found = [each for each in checkpoints_in(self.checkpoints) if each.name <= folder_of(until)]
+        return self.parallel.processes.gather(found[-1] if found else None)[0]
+
+    def save(self, only: bool = False) -> None:
+        """Writes a checkpoint: the main process all of it, or every process what it holds.
+
+        Args:
+            only: whether later ones go: the run went back.
+        """
+        if only and self.parallel.main:
+            for later in checkpoints_in(self.checkpoints):
+                if later.name > folder_of(self.step):
+                    shutil.rmtree(later)
         shared, passes = self.parallel.in_parts, self.passes()
         self.last_good = self.checkpoints / folder_of(self.step)
         if not (shared or self.parallel.main):
@@ -177,9 +200,12 @@ class Run:
         state, processes = read_state(at), self.parallel.processes
         processes.together(lambda: check_files(at, state, processes))
         files = groups_of(state)
-        if odd := sorted(files.keys() ^ self.parts.keys()):
+        watched = WATCHER in files and WATCHER in self.parts
+        if odd := sorted((files.keys() ^ self.parts.keys()) - {WATCHER}):
             raise UserError(f"--resume: {at} was made by another version of the run ({odd[0]} differs)")
         for name, part in self.parts.items():
+            if name == WATCHER and not watched:
+                continue
             tensors = load_group(at, files[name], held_like_part(part) if self.parallel.in_parts else None)
             if name in ("roles", "method", "terms") and (odd := sorted(tensors.keys() ^ part.state().keys())):
                 raise UserError(

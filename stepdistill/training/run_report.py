@@ -34,7 +34,9 @@ class Health(BaseModel):
         x_std: standard deviation of the student's samples at its last update; None where its method does not tell.
         grad_norm: of the student at its last update, before it was clipped.
         skipped_files: images that could not be read.
-        worries: what previews and the end found, oldest first.
+        worries: what looks, previews and the end found, oldest first, and what was done about it.
+        looks: numbers of the looks at the run, each with the ``update`` after which it was made; of many some.
+        plateau: the update since which the student's loss no longer falls; None where it falls, or nobody can tell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +51,8 @@ class Health(BaseModel):
     grad_norm: float | None = None
     skipped_files: int = 0
     worries: list[Worry] = Field(default_factory=list)
+    looks: list[dict[str, float]] = Field(default_factory=list)
+    plateau: int | None = None
 
     def line(self) -> str:
         """One line: the verdict and its numbers."""
