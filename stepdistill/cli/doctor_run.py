@@ -13,7 +13,10 @@ from stepdistill.system.files import size_text
 from stepdistill.system.log import read_stats
 from stepdistill.system.run_folder import RunFolder, Status, read_status
 from stepdistill.training.run_report import Health, RunReport, read_report
+from stepdistill.training.signs import PREFIX, SIGNS, plateau
 
+FOUND = 6
+"""Of what looks found, the last ones that are shown."""
 LOOKS = 5
 """Previews that are shown, spread over the run."""
 
@@ -32,7 +35,7 @@ def examine_run(folder: Path) -> list[Finding]:
     report = read_report(folder) if place.report.is_file() else None
     health = report.health if isinstance(report, RunReport) else None
     findings = [_state(status, report is not None), _updates(status, rows), *_losses(rows)]
-    findings += _health(rows, health)
+    findings += [*_health(rows, health), *_looks(rows)]
     others = (_skipped(place, health), _saved(saved), _student(place), _room(place, status))
     findings += [found for found in others if found]
     return [*findings, *_advice(place, status, saved, rows, health)]
@@ -115,6 +118,52 @@ def _health(rows: Sequence[Mapping[str, Any]], health: Health | None) -> list[Fi
     return findings
 
 
+def _looks(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """What the last look at the run saw, what was found on the way, and whether the loss still falls."""
+    findings = []
+    looked = [row for row in rows if f"{PREFIX}latent_deviation" in row]
+    if looked:
+        last = looked[-1]
+        shown = (
+            "lag",
+            "towards",
+            "diversity_of_prompts",
+            "diversity_of_noises",
+            "latent_mean",
+            "latent_deviation",
+        )
+        said = [
+            f"{key.replace('_', ' ')} {last[PREFIX + key]:.2f}"
+            for key in (*shown, "extremes", "high_frequencies")
+            if isinstance(last.get(PREFIX + key), (int, float))
+        ]
+        findings.append(Finding("ok", f"look at {last['update'] + 1}", ", ".join(said)))
+    told = [
+        (row["update"] + 1, what) for row in rows for what in row.get("worries", ()) if _sign(what) in SIGNS
+    ]
+    told = [
+        (at, what) for at, what in told if ": pictures differ" not in what and "black or white" not in what
+    ]
+    for at, what in told[-FOUND:]:
+        findings.append(Finding("note", f"found at {at}", what))
+    if (since := plateau(rows)) is not None:
+        text = (
+            f"the student's loss has not fallen since update {since + 1}: more of the same rate adds little"
+        )
+        findings.append(Finding("ok", "plateau", text))
+    return findings
+
+
+def _early_signs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What looks found in the last quarter of the rows: of a run that ended badly, perhaps why."""
+    late = rows[len(rows) * 3 // 4 :]
+    return list(dict.fromkeys(_sign(what) for row in late for what in row.get("worries", ())))
+
+
+def _sign(sentence: str) -> str:
+    return sentence.partition(":")[0]
+
+
 def _skipped(place: RunFolder, health: Health | None) -> Finding | None:
     if health is not None and health.skipped_files:
         return Finding("note", "images", f"{health.skipped_files} were skipped: log.txt names them")
@@ -159,7 +208,7 @@ def _advice(
     health: Health | None,
 ) -> list[Finding]:
     """What to do, most urgent first."""
-    found = []
+    found: list[str] = []
     worried = (health.verdict if health else status and status.health) or "healthy"
     ended = status is None or not status.going or status.killed
     if ended and not place.report.is_file():
@@ -172,12 +221,14 @@ def _advice(
             found.append(f"stepdistill export {place.root} writes the student of update {saved[-1]}")
         elif worried != "diverged":
             found.append("there is no checkpoint to go on from: give the same command again")
-    if "collapse" in worried:
-        found.append(
-            "collapse: look at pictures/; lower train.lr, or add data that pulls samples apart (terms, pairs)"
-        )
-    if "oversaturation" in worried:
-        found.append("oversaturation: lower options.guidance, or set options.guidance_rescale")
+    named = [part for part in worried.split(", ") if part in SIGNS]
+    stopped = _sign(status.phase.partition(": ")[2]) if status and status.state == "stopped" else ""
+    if stopped in SIGNS and stopped not in named:
+        named.insert(0, stopped)
+    named += [sign for sign in _early_signs(rows) if sign not in named and ended and worried != "healthy"]
+    for name, sign in SIGNS.items():
+        if name in named:
+            found.append(f"{name}: {sign.cure}")
     if place.page.is_file():
         found.append(f"open {place.page}")
     elif not ended:

@@ -186,9 +186,9 @@ class Monitor:
             judge("average", "", seen["average"], seen["average"] < SIGNS["average"].bound)
         followers = [shown_name(name) for name in self.probe.followers]
         follower = " and ".join(followers)
+        if (lag := seen.get("lag")) is not None:
+            judge("lag", "", lag, lag > SIGNS["lag"].bound, follower)
         for level in LEVELS:
-            if (lag := seen.get(f"lag_{level}")) is not None:
-                judge("lag", level, lag, lag > SIGNS["lag"].bound, follower, level)
             for key, network in (("teacher", "teacher"), ("follower", follower)):
                 if (error := seen.get(f"{key}_error_{level}")) is not None:
                     judge(
@@ -221,7 +221,7 @@ class Monitor:
         return self._beyond(sign, key, value, SIGNS[sign].bound)
 
     def _parted(self, sign: SignName, key: str, ratio: float) -> bool:
-        """The same of a ratio that should be 1. The drift's bound of a half is e^0.5 there."""
+        """The same of a ratio that should be 1. A bound below 1 is of its logarithm."""
         bound = SIGNS[sign].bound
         return self._beyond(
             sign, key, abs(math.log(max(ratio, 1e-8))), math.log(bound) if bound > 1 else bound

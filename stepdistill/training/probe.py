@@ -8,7 +8,7 @@ changed: with looks and without, it is the same to the last bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -148,23 +148,16 @@ class Probe:
         scale = self.method.options.score_scale
         guided = real
         if scale != 1.0:
-            interval = self.method.options.score_interval
-            at = in_interval(scale, t, *interval)
-            parts = iter(range(0, count, self.at_once))
-            guided = torch.cat(
-                [
-                    teacher.predict(
-                        noised[i : i + self.at_once],
-                        t[i : i + self.at_once],
-                        cond.rows(slice(i, i + self.at_once)),
-                        guidance=at if not isinstance(at, Tensor) else at[i : i + self.at_once],
-                    ).x0
-                    for i in parts
-                ]
-            )
-            spread = deviation(reference)
-            for name, rows in self._levels(count).items():
-                numbers[f"guided_{name}"] = deviation(guided[rows]) / spread
+            at = in_interval(scale, t, *self.method.options.score_interval)
+
+            def guide(own: slice) -> Tensor:
+                return teacher.predict(noised[own], t[own], cond.rows(own), guidance=at[own]).x0
+
+            guided = self._in_parts(guide, count)
+            for level, rows in self._levels(count).items():
+                # Samples that are off already make either deviate more.
+                usual = max(deviation(reference), deviation(real[rows]))
+                numbers[f"guided_{level}"] = deviation(guided[rows]) / max(usual, 1e-8)
         found: list[dict[str, float]] = []
         for name, role in self.followers.items():
             fake = self._predict(self._denoiser(role), noised, t, cond)
@@ -198,11 +191,14 @@ class Probe:
         self, name: str, fake: Tensor, real: Tensor, guided: Tensor, x: Tensor, all_of_it: Tensor
     ) -> dict[str, float]:
         found = self._of_errors("follower", fake, x, self.t, all_of_it)
+        ratios = []
         for level, rows in self._levels(len(x)).items():
             own, other = ((each[rows] - x[rows]).square().mean() for each in (fake, real))
             found[f"lag_{level}"] = float(own / other.clamp_min(1e-12))
+            ratios.append(max(found[f"lag_{level}"], 1e-8))
             error, distance = ((one[rows] - guided[rows]).abs().mean() for one in (fake, x))
             found[f"field_{level}"] = float(error / distance.clamp_min(1e-12))
+        found["lag"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
         return found
 
     def _of_errors(self, name: str, said: Tensor, x: Tensor, t: Tensor, like: Tensor) -> dict[str, float]:
@@ -228,7 +224,7 @@ class Probe:
                 spread(theirs.transpose(0, 1)), 1e-8
             )
         mean, size = channel_means(reference), deviation(reference)
-        found["latent_mean"] = float((channel_means(x) - mean).abs().max()) / max(size, 1e-8)
+        found["latent_mean"] = float((channel_means(x) - mean).square().mean().sqrt()) / max(size, 1e-8)
         found["latent_deviation"] = deviation(x) / max(size, 1e-8)
         far = (reference - mean).abs().flatten()
         limit = far.sort().values[min(len(far) - 1, int(EXTREME * len(far)))]
@@ -277,8 +273,3 @@ def high_share(x: Tensor) -> float:
         twice[-1] = 1.0
     power = power * twice
     return float(power[..., high].sum() / power.sum().clamp_min(1e-12))
-
-
-def not_numbers(numbers: Mapping[str, float]) -> list[str]:
-    """Names of those that are not finite."""
-    return [name for name, value in numbers.items() if not math.isfinite(value)]

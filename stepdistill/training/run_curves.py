@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from stepdistill.pages.plots import Phase, Scale, Series, line_plot
+from stepdistill.training.signs import PREFIX, SIGNS
 
 POINTS = 200
 """Of a curve at most; each is then a mean, in a shade from the lowest to the highest."""
@@ -91,6 +92,7 @@ def curves(rows: Rows, updates: int = 0) -> list[str]:
         *_losses(ground),
         _beside_the_teacher(ground, "diversity", "pixel difference", "Diversity", DIVERSITY),
         _beside_the_teacher(ground, "saturation", "share of values", "Saturation", SATURATION),
+        *_looks(ground),
         _by_network(ground, "grad_norm", "norm", "Gradient norm", "log"),
         _time(ground),
         _memory(ground),
@@ -106,7 +108,10 @@ def further_curves(rows: Rows, updates: int = 0) -> list[str]:
     """Charts as HTML of what else the method logged, and of the learning rate."""
     ground = _Ground.of(rows, updates)
     names = dict.fromkeys(
-        key for row in rows for key, value in row.items() if _number(value) and key not in _KNOWN
+        key
+        for row in rows
+        for key, value in row.items()
+        if _number(value) and key not in _KNOWN and not key.startswith(PREFIX)
     )
     charts = [_by_network(ground, name, name, name, "linear") for name in list(names)[:OTHERS]]
     return [chart for chart in (*charts, _by_network(ground, "lr", "rate", "Learning rate", "log")) if chart]
@@ -170,6 +175,90 @@ def _beside_the_teacher(ground: _Ground, key: str, unit: str, title: str, note: 
         other = [(0.0, other[0][1]), (ground.end, other[-1][1])]
     series = [Series("student", own), Series("teacher", other, dashed=True)]
     return ground.plot(series, unit, title, "zero", note) if own else ""
+
+
+LOOKS: Sequence[tuple[str, str, str, Mapping[str, str], float | None]] = (
+    (
+        "Lag of the follower",
+        "its error over the teacher's",
+        "On the student's samples. It should be below 1, as it learns them.",
+        {"lag": "all", "lag_low": "low noise", "lag_middle": "middle noise", "lag_high": "high noise"},
+        SIGNS["lag"].bound,
+    ),
+    (
+        "Field over its normaliser",
+        "ratio",
+        "How far follower and teacher are apart, over how far the student is from what the teacher sees.",
+        {"field_low": "low noise", "field_middle": "middle noise", "field_high": "high noise"},
+        None,
+    ),
+    (
+        "The student's way",
+        "cosine",
+        "Between where the student went and where the teacher would have it. Above 0 on average.",
+        {"towards": "student"},
+        SIGNS["away"].bound,
+    ),
+    (
+        "Latents beside the teacher's",
+        "ratio",
+        "1 is as the teacher's. Of few samples.",
+        {
+            "diversity_of_prompts": "diversity of prompts",
+            "diversity_of_noises": "diversity of one prompt",
+            "latent_deviation": "deviation",
+            "high_frequencies": "high frequencies",
+        },
+        None,
+    ),
+    (
+        "Latents off the teacher's",
+        "share",
+        "The mean's distance in deviations, and the share of values where 1% of the teacher's lie.",
+        {"latent_mean": "mean", "extremes": "extreme values"},
+        None,
+    ),
+    (
+        "Guided predictions",
+        "deviation over the usual",
+        "Far above 1: guidance oversaturates.",
+        {"guided_low": "low noise", "guided_middle": "middle noise", "guided_high": "high noise"},
+        SIGNS["guidance"].bound,
+    ),
+)
+"""Charts of the looks at a run: title, unit, note, the lines by their key, and the bound that is drawn."""
+
+
+def _looks(ground: _Ground) -> list[str]:
+    """What the looks saw: one chart each of LOOKS, and of all that is named after a network."""
+    charts = []
+    for title, unit, note, lines, bound in LOOKS:
+        series = [Series(name, found) for key, name in lines.items() if (found := _of_look(ground, key))]
+        if series and bound is not None:
+            series.append(Series("bound", [(0.0, bound), (ground.end, bound)], dashed=True))
+        charts.append(ground.plot(series, unit, title, "linear", note) if series else "")
+    kinds = {
+        "moved_": (
+            "Update over weights",
+            "share an update",
+            "How far an update moves a network, over its weights.",
+        ),
+        "gradient_noise_": ("Gradient noise", "ratio", "Spread of the gradient norm over its median."),
+    }
+    for kind, (title, unit, note) in kinds.items():
+        start = PREFIX + kind
+        names = dict.fromkeys(key for row in ground.rows for key in row if key.startswith(start))
+        series = [
+            Series(key.removeprefix(start).replace("_", " "), _of_look(ground, key.removeprefix(PREFIX)))
+            for key in names
+        ]
+        charts.append(ground.plot(series, unit, title, "linear", note) if series else "")
+    return charts
+
+
+def _of_look(ground: _Ground, key: str) -> list[tuple[float, float]]:
+    name = PREFIX + key
+    return [(float(row["update"] + 1), float(row[name])) for row in ground.rows if _number(row.get(name))]
 
 
 def _by_network(ground: _Ground, key: str, unit: str, title: str, scale: Scale, factor: float = 1.0) -> str:
