@@ -81,8 +81,8 @@ SIGNS: Mapping[SignName, Sign] = MappingProxyType(
         "lag": Sign(
             "the {network} is off by {value:.2f} times the teacher's error on the student's samples",
             1.6,
-            "it starts as the teacher, at 1, and learns these very samples; 1.3 was seen in healthy runs (the geometric "
-            "mean over low, middle and high noise: a loss in eps says little of the last)",
+            "it starts as the teacher, at 1, and learns these very samples; 1.3 was seen in healthy runs (the "
+            "geometric mean over low, middle and high noise: a loss in eps says little of the last)",
             "more options.fake_updates, a higher options.fake_lr_ratio, or a lower train.lr",
             looks=2,
         ),
@@ -144,8 +144,8 @@ SIGNS: Mapping[SignName, Sign] = MappingProxyType(
         "drift": Sign(
             "the student's latents have {where} the teacher's ({value:.2f})",
             0.75,
-            "a mean that is off by 0.75 deviations, or a deviation that is 2.1 times the teacher's: 0.5 and 1.3 were seen "
-            "in healthy runs",
+            "a mean that is off by 0.75 deviations, or a deviation that is 2.1 times the teacher's: 0.5 and 1.3 were "
+            "seen in healthy runs",
             "lower train.lr; a follower that keeps up (options.fake_updates)",
             worse=0.4,
             looks=2,

@@ -1,4 +1,4 @@
-"""The watch of a run: it changes nothing, it goes on with the run, it finds what goes wrong, and does what is wanted."""
+"""The watch of a run: it changes nothing, goes on with the run, finds what goes wrong, and does what is wanted."""
 
 from __future__ import annotations
 
