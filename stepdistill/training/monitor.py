@@ -84,6 +84,7 @@ class Monitor:
         self.measures, self.clean = 0, 0
         self.events: list[dict[str, Any]] = []
         self._told: list[str] = []
+        self._said: set[str] = set()
         self._again = 0
         self._suspected: dict[str, int] = {}
         self._best: dict[str, float] = {}
@@ -251,10 +252,13 @@ class Monitor:
         """Whether something is wrong that was not, at a time when measures are not still taking effect."""
         if not bad:
             self.open.pop(key, None)
+            self._said.discard(key)
             return False
-        new = key not in self.open
         self.open[key] = sentence
-        return new and step >= self._quiet
+        new = key not in self._said and step >= self._quiet
+        if new:
+            self._said.add(key)
+        return new
 
     def treat(self, troubles: Sequence[Trouble], step: int) -> Treatment:
         """Does the strongest of what the recipe has for them; where the run was helped often enough, it is to stop.
@@ -302,6 +306,7 @@ class Monitor:
         self.measures += 1
         self._quiet = step + 2 * max(self.options.every, RECENT)
         self.open.clear()
+        self._said.clear()
         self._suspected.clear()
         self._past.clear()
         said = ", ".join(f"{shown_name(name)} times {self.rates[name]:g}" for name in named)
@@ -342,6 +347,7 @@ class Monitor:
             "clean": self.clean,
             "events": self.events,
             "told": self._told,
+            "said": sorted(self._said),
             "again": self._again,
             "suspected": self._suspected,
             "best": self._best,
@@ -364,7 +370,7 @@ class Monitor:
         self.open, self.rates, self.events = known["open"], known["rates"], known["events"]
         self.measures, self.clean, self._told = known["measures"], known["clean"], known["told"]
         self._again, self._suspected, self._best = known["again"], known["suspected"], known["best"]
-        self._quiet, self._phases = known["quiet"], known["phases"]
+        self._quiet, self._phases, self._said = known["quiet"], known["phases"], set(known["said"])
         self._past = {
             name: deque(((loss, norm) for loss, norm in past), maxlen=MEMORY)
             for name, past in known["past"].items()

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_a_run_that_was_not_watched_is_gone_on_from(tmp_path):
 
 
 class PoisonedOnce:
-    """The noise of one sample is not a number, the first time that a step is made."""
+    """A pair is not a number, the first time that a step is made."""
 
     def __init__(self, step):
         self.step, self.done = step, False
@@ -114,8 +114,7 @@ class PoisonedOnce:
             made = plain(step, *which)
             if step == self.step and not self.done:
                 self.done = True
-                made.pairs.noise[0] = math.nan
-                made.__dict__["noise"] = made.pairs.noise
+                made.pairs.x0[0] = math.nan
             return made
 
         under.set(under.data, "batch", batch)
