@@ -31,7 +31,7 @@ SETS = [
     "options.warm_start_lr_ratio=100", "options.fake_updates=1", "options.fake_lr_ratio=50",
     "options.fake_loss=output", "options.pair_weight=0.25", "train.lr=1.0e-5", "train.warmup=20",
     "train.betas=[0.9, 0.99]", "train.weight_decay=0.0", "train.clip=10.0", "train.average=0.97",
-    "train.preview_every=0", "train.checkpoint_every=32",
+    "train.preview_every=0", "train.checkpoint_every=40",
 ]  # fmt: skip
 ACTIONS = "health.actions={rate: roll_back, not_finite: roll_back, lag: slow_down}"
 
@@ -52,9 +52,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--warm", type=int, default=320, help="updates of the warm start")
+    parser.add_argument("--warm", type=int, default=304, help="updates of the warm start")
     parser.add_argument("--fake", type=int, default=32, help="updates of the follower alone")
-    parser.add_argument("--base", type=int, default=416, help="updates before the onset, a multiple of 32")
+    parser.add_argument("--base", type=int, default=400, help="updates before the onset, a multiple of 40")
     parser.add_argument("--after", type=int, default=112, help="updates after it, at most")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=1024)

@@ -419,7 +419,7 @@ class HealthOptions(Section):
         most: how often a run may be slowed down or rolled back; the next time it stops.
     """
 
-    every: _NotNegative = 32
+    every: _NotNegative = 40
     on_trouble: Action = "say"
     actions: dict[SignName, Action] = Field(default_factory=dict)
     slow_down: Annotated[float, Field(gt=0, lt=1)] = 0.5

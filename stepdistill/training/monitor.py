@@ -30,7 +30,7 @@ from stepdistill.training.run import Run
 from stepdistill.training.signs import PREFIX, SIGNS, Trouble
 from stepdistill.training.unread import Row
 
-WINDOW = 12
+WINDOW = 8
 """Updates before a look over which the movement of weights is taken, at most."""
 AGAIN = 8
 """Updates after a look that finds something until the one that confirms it, at most."""

@@ -33,8 +33,8 @@ EXTREME = 0.99
 
 
 def grid_of(batch: int, prompts: int) -> tuple[int, int]:
-    """Prompts and noises of a look, every prompt with every noise: 12 samples or fewer, as batches are small."""
-    wanted, noises = (4, 3) if batch >= 24 else (4, 2) if batch >= 12 else (2, 2)
+    """Prompts and noises of a look, every prompt with every noise: 9 samples, or fewer where batches are small."""
+    wanted, noises = (3, 3) if batch >= 24 else (3, 2) if batch >= 12 else (2, 2)
     return min(wanted, prompts), noises
 
 
@@ -146,15 +146,16 @@ class Probe:
             return numbers
         real = said[:count]
         scale = self.method.options.score_scale
-        guided = real
+        one = min(count, len(LEVELS))  # at each level: guided calls are dear
+        guided = real[:one]
         if scale != 1.0:
             at = in_interval(scale, t, *self.method.options.score_interval)
 
             def guide(own: slice) -> Tensor:
                 return teacher.predict(noised[own], t[own], cond.rows(own), guidance=at[own]).x0
 
-            guided = self._in_parts(guide, count)
-            for level, rows in self._levels(count).items():
+            guided = self._in_parts(guide, one)
+            for level, rows in self._levels(one).items():
                 # Samples that are off already make either deviate more.
                 usual = max(deviation(reference), deviation(real[rows]))
                 numbers[f"guided_{level}"] = deviation(guided[rows]) / max(usual, 1e-8)
@@ -162,15 +163,15 @@ class Probe:
         for name, role in self.followers.items():
             fake = self._predict(self._denoiser(role), noised, t, cond)
             found.append(self._of_follower(name, fake, real, guided, few, x))
-            direction = guided - fake
+            direction = guided - fake[:one]
         numbers |= {key: max(each[key] for each in found) for key in found[0]}
         if len(self.before):
-            moved = few - self.before
+            moved = few[:one] - self.before
             if float(moved.abs().max()) > 0:
                 inner = (moved * self.towards).flatten(1).sum(1)
                 sizes = moved.flatten(1).norm(dim=1) * self.towards.flatten(1).norm(dim=1)
                 numbers["towards"] = float((inner / sizes.clamp_min(1e-12)).mean())
-        self.before, self.towards = few.clone(), direction
+        self.before, self.towards = few[:one].clone(), direction
         return numbers
 
     def _denoiser(self, role: str) -> Callable[[Tensor, Tensor, Condition], Prediction]:
@@ -191,12 +192,12 @@ class Probe:
         self, name: str, fake: Tensor, real: Tensor, guided: Tensor, x: Tensor, all_of_it: Tensor
     ) -> dict[str, float]:
         found = self._of_errors("follower", fake, x, self.t, all_of_it)
-        ratios = []
+        ratios, one = list[float](), len(guided)
         for level, rows in self._levels(len(x)).items():
             own, other = ((each[rows] - x[rows]).square().mean() for each in (fake, real))
             found[f"lag_{level}"] = float(own / other.clamp_min(1e-12))
             ratios.append(max(found[f"lag_{level}"], 1e-8))
-            error, distance = ((one[rows] - guided[rows]).abs().mean() for one in (fake, x))
+            error, distance = ((some[:one][rows] - guided[rows]).abs().mean() for some in (fake, x))
             found[f"field_{level}"] = float(error / distance.clamp_min(1e-12))
         found["lag"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
         return found

@@ -322,12 +322,12 @@ def test_looks_are_kept_thinned_for_the_report_and_drawn_on_the_page():
             "update": i,
             "network": "student",
             "loss": 1.0,
-            "health_lag": 0.5 + i / 1000,
+            "health_lag": i / 256,
             "health_moved_student": 1e-3,
         }
         for i in range(200)
     ]
     looks = looks_of(rows)
-    assert len(looks) <= 48 and looks[-1] == {"update": 200, "lag": 0.699, "moved_student": 1e-3}
+    assert len(looks) <= 48 and looks[-1] == {"update": 200, "lag": 199 / 256, "moved_student": 1e-3}
     drawn = "".join(curves(rows, 200))
     assert "Lag of the follower" in drawn and "Update over weights" in drawn and "Guided" not in drawn
