@@ -323,7 +323,11 @@ class Monitor:
         if at is None:
             return None
         events, measures, rates = list(self.events), self.measures, dict(self.rates)
-        self._run.restore(at)
+        run, counted = self._run, self._run.before is not None
+        spent, starts = run.passes(), run.starts
+        run.restore(at)
+        # It is no new start, and what was spent stays spent.
+        run.starts, run.before = starts, spent if counted else None
         self.events, self.measures, self.rates = events, measures, rates
         back = self._run.step
         self._told = self._noted(

@@ -140,6 +140,10 @@ def test_a_run_that_rolls_back_goes_on_from_the_checkpoint_with_the_changed_rate
     slower = lambda under: under.set(under.job.objective, "lr_ratio", lambda turn: 0.5)  # noqa: E731
     run_with(recipe_of("lcm", 12, "health.every=4"), tmp_path / "slower", slower, resume=tmp_path / "whole")
     assert_equal(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "slower"))
+    states = [checkpoints_in(tmp_path / name / "work" / "checkpoints")[-1] for name in ("back", "slower")]
+    back, slower = (json.loads((each / "state.json").read_text())["passes"] for each in states)
+    student = [each["student"]["with_graph"] for each in (back, slower)]
+    assert student[0] == student[1] + 3 * 4  # the updates that were made in vain
 
 
 def test_a_run_that_rolled_back_and_was_killed_is_slower_still(tmp_path):
