@@ -220,7 +220,7 @@ def train(
                         status.trained(run.step, run.seconds)
                     continue
 
-            if warm_start and shared:
+            if warm_start and shared and not monitor.measures:
                 warm_start.keep()
 
             # A checkpoint, now and then and where one was asked to stop (every process: it may hold a part).
