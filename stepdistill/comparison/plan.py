@@ -114,7 +114,7 @@ def plan(
 
     Raises:
         UserError: a name that is neither, a method without a recipe, a recipe that is not valid or names what is not
-            there, or no recipe that measures anything.
+            there (of ``all`` it is left out, with a remark), or no recipe that measures anything.
     """
     chosen = _choose(methods, teacher, budget)
     more = [*sets, *([f"train.budget_seconds={budget:g}"] if budget else [])]
@@ -133,12 +133,22 @@ def plan(
         raise UserError(
             f"nothing would be measured: evaluate is false in {', '.join(names)}; add --set evaluate=true, or a suite"
         )
+    left_out: dict[str, str] = {}
     for entry in entries:  # imports torch: last
-        check_entry(entry)
+        try:
+            check_entry(entry)
+        except UserError as error:
+            if methods.strip() != "all":
+                raise
+            left_out[entry.name] = str(error)
+    if len(left_out) == len(entries):
+        raise UserError(next(iter(left_out.values())))
+    entries = [entry for entry in entries if entry.name not in left_out]
+    remarks = (*_remarks(chosen, entries, teacher), *(f"left out: {why}" for why in left_out.values()))
     if seeds:
         seeded = [entry.set("train.seed", seed) for entry in entries for seed in seeds]
         entries = [replace(entry, name=f"{entry.of}-seed{entry.recipe.train.seed}") for entry in seeded]
-    return Plan(tuple(entries), tuple(chosen.without), tuple(seeds), _remarks(chosen, entries, teacher))
+    return Plan(tuple(entries), tuple(chosen.without), tuple(seeds), remarks)
 
 
 def _choose(methods: str, teacher: str, budget: float) -> _Chosen:

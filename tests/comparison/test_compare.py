@@ -375,7 +375,13 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
 
     methods = [entry.recipe.method for entry in wanted.entries]
     assert len(set(methods)) == len(methods)
-    assert {*methods, *wanted.without_recipe} == set(module_summaries("methods"))
+    said = [line for line in wanted.remarks if line.startswith("left out: ")]
+    assert [line.split(": ")[1] for line in said] == ["uni_dad_emoji"]  # no images of a domain are there
+    assert {*methods, *wanted.without_recipe, "uni_dad"} == set(module_summaries("methods"))
+    with pytest.raises(UserError, match=r"uni_dad_emoji: data\.images: runs/night is not a folder"):
+        planning.plan("lcm,uni_dad", "emoji")
+    with pytest.raises(UserError, match=r"train\.bach"):
+        planning.plan("all", "emoji", 600, ["train.bach=8"])
     assert {"dmd", "lcm", "reflow"} <= set(methods)
     assert all((e.recipe.train.budget_seconds, e.recipe.train.batch) == (600, 8) for e in wanted.entries)
 
