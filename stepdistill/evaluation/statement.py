@@ -121,4 +121,4 @@ def warnings(extraction: Extraction, scores: Scores) -> tuple[str, ...]:
     for metric, size in sizes.items():
         if values[metric] is not None:
             found.append(too_few(_SIZED_AS.get(metric, metric), scores.n, size))
-    return tuple(text for text in found if text is not None)
+    return tuple(dict.fromkeys(text for text in found if text is not None))

@@ -216,7 +216,8 @@ def test_report_says_where_its_numbers_come_from(teacher: Any, tmp_path: Path) -
     report.save(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["suite"] == "emoji-quick@2" and content["n"] == 7 and list(content["scores"]) == ["1", "2"]
-    assert content["metrics"] == {"fd": "FD-emoji", "clip_score": "CLIP-emoji"}
+    judged = {"second_fd": "FD-judge", "second_fit": "judge fit"}
+    assert content["metrics"] == {"fd": "FD-emoji", "clip_score": "CLIP-emoji", **judged}
     assert content["guidance"] == 1.0 and content["scores"]["2"]["network_evaluations"] == 2
     assert set(content["protocol"]) >= {
         "resize",
