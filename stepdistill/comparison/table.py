@@ -50,7 +50,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _score(row, "density", row.density, None, "{:.3f}"),
         _number(row.ms_per_image, "{:.1f}"),
         _number(row.train_seconds, "{:.0f} s"),
-        _number(row.passes and row.passes / 1e6, "{:.2f} M"),
+        _passes(row.passes),
         f"{row.updates} of {row.updates_planned}" if cut else _number(row.updates, "{:.0f}"),
         _number(row.peak_memory_bytes and row.peak_memory_bytes / 2**20, "{:.0f} MiB"),
         *(_score(row, name, value, error, "{:.4g}") for name, (value, error) in row.own.items()),
@@ -59,6 +59,11 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
+
+
+def _passes(count: float | None) -> str:
+    """In millions from a tenth of one up; a try has fewer."""
+    return _number(count, "{:.0f}") if count is None or count < 1e5 else f"{count / 1e6:.2f} M"
 
 
 def _score(row: Row, name: str, value: float | None, error: float | None, form: str) -> str:

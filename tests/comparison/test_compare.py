@@ -213,6 +213,17 @@ def test_your_own_metrics_have_a_column_each_with_their_direction(tmp_path: Path
     assert as_json(compared)["runs"][0]["scores"]["1"]["sharpness_se"] == 0.031
 
 
+def test_network_passes_are_told_in_millions_and_those_of_a_try_one_by_one(tmp_path: Path) -> None:
+    write_report(
+        tmp_path / "a", {"1": 2.0}, passes={"student": {"with_graph": 200_000, "without_graph": 50_000}}
+    )
+    write_report(tmp_path / "b", {"1": 3.0}, passes={"teacher": {"with_graph": 0, "without_graph": 1_440}})
+    write_report(tmp_path / "c", {"1": 4.0})
+    head, *lines = text_tables(collect([str(tmp_path / name) for name in "abc"], "c").groups).splitlines()
+    start = head.index("  passes") + 1
+    assert [line[start : start + 9].split() for line in lines[:3]] == [["0.25", "M"], ["1440"], ["-"]]
+
+
 def test_training_seeds_become_a_mean_with_both_errors(tmp_path: Path) -> None:
     """Distances 2, 3 and 4: mean 3, deviation 1; the evaluation's errors 0.3 and twice 0.6 have the root mean square
     0.5196, and the error of the mean is the root of 0.27 + 1 / 3."""
