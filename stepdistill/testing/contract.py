@@ -43,6 +43,12 @@ def nearness(images: Tensor, prompt: Tensor) -> Tensor:
     return -(images - 1).square().flatten(1).mean(1)
 
 
+def reward(method: Method) -> None:
+    """Gives a method that reads rewards one that likes samples near a point."""
+    if "reward" in method.options.needs:
+        method.rewards = Rewards(lambda x0: x0, (nearness,))
+
+
 def build(name: str, times: tuple[float, ...] | None = None) -> Method:
     """A method with its default options, between a perceptron that teaches and one that learns.
 
@@ -57,8 +63,7 @@ def build(name: str, times: tuple[float, ...] | None = None) -> Method:
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
     method = kind(Copies(teacher, student), times or kind.default_times, kind.Options())
-    if "reward" in method.options.needs:
-        method.rewards = Rewards(lambda x0: x0, (nearness,))
+    reward(method)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # off the start, where a copy of the teacher may make a loss exactly zero
         for parameter in weights_of(method):

@@ -263,7 +263,7 @@ def test_ls_methods_says_of_each_what_it_is_for_and_needs(
     assert content.module_summaries("methods").keys() <= rows.keys()
     for name, cells in {
         "lcm": "4, any pairs (+ images) yes 3 4.0 one guided solver step apart,",
-        "dmd": "1 follower (+ images, pairs, states) yes 3 2.3 match",
+        "dmd": "1 follower (+ images, pairs, states, reward) yes 3 2.3 match",
         "asd": "1, 2, 4 follower (+ images, pairs, states) yes 3",
         "slimflow": "1 pairs no 3 1.0 a smaller",
         "meanflow": "1 pairs, second time (+ images, states) merged 2 4.0 the mean velocity",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import test_options_flow
+import test_options_further
 import test_options_matching
 import torch
 from matching_toy import full_batch
@@ -285,7 +286,7 @@ def test_an_option_moves_its_number(kind: Any, option: str) -> None:
 
 @pytest.mark.parametrize("name", method_names())
 def test_no_option_of_any_method_is_left_out(name: str) -> None:
-    """One of the three tables has every option of the method; in that of the flow maps, with the class that says it."""
+    """A table has every option of the method; in that of the flow maps, with the class that says it."""
     kind = find_method(name)
     if kind in CASES:
         seen = set(CASES[kind]) | ELSEWHERE
@@ -299,6 +300,8 @@ def test_no_option_of_any_method_is_left_out(name: str) -> None:
             for said in kind.Options.__mro__
             if f"{test_options_flow.name_of(said)}.{option}" in covered
         } | set(MethodOptions.model_fields)
+        seen |= set(test_options_further.FURTHER.get(name, ()))
+        seen |= test_options_further.OWN_TEST.get(name, set()) | {"fake_lora_rank"}
     assert set(kind.Options.model_fields) <= seen
 
 

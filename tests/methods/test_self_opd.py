@@ -192,3 +192,15 @@ def test_a_row_without_one_of_the_two_is_named(text: str, says: str, tmp_path: P
         read_rich(file)
     with pytest.raises(UserError, match=r"data\.rich: .* not found"):
         read_rich(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.5), (4, 0.5), (5, 0.9), (300, 0.9)])
+def test_the_teacher_follows_the_student_fast_at_first_and_slowly_then(step: int, decay: float) -> None:
+    method = between(Affine(0.0, 1.0), Affine(0.0, 1.0), early_decay=0.5, early_updates=5, target_decay=0.9)
+    before = [weight.clone() for weight in method.roles.parameters("target")]
+    with torch.no_grad():
+        for weight in method.roles.parameters("student"):
+            weight += 1.0
+    method.after_step(Turn("student", step))
+    for old, weight in zip(before, method.roles.parameters("target"), strict=True):
+        torch.testing.assert_close(weight, old + (1 - decay))

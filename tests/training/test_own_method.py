@@ -93,7 +93,7 @@ def test_a_family_of_ones_own_is_kept_as_a_method_is(tmp_path: Path) -> None:
 def test_needs_tell_what_single_options_add() -> None:
     assert needs("reflow") == "noise, prompts, pairs"
     assert needs("lcm") == "noise, prompts, pairs (+ images)"
-    assert needs("dmd") == "noise, prompts (+ images, pairs, states)"
+    assert needs("dmd") == "noise, prompts (+ images, pairs, states, reward)"
 
 
 def test_a_recipe_finds_the_method_beside_it_and_gives_a_verified_student(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def assert_equal(one, two):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), (two, a["update"])
     (ours, _), (theirs, _) = load_checkpoint(last(one)), load_checkpoint(last(two))
     assert ours.keys() == theirs.keys() and "ema" in ours
-    for part in ours:
+    for part in ours.keys() - {"health"}:  # numbers in digits
         assert {k: v.shape for k, v in ours[part].items()} == {k: v.shape for k, v in theirs[part].items()}
         if not part.startswith("optimizer"):
             apart = sum(

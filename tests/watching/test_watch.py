@@ -195,7 +195,12 @@ def test_what_cannot_be_watched_is_said_in_one_line(runs: Path, tmp_path: Path) 
 
 
 def test_the_command_ends_quietly_with_ctrl_c(runs: Path) -> None:
-    command = [sys.executable, "-m", "stepdistill", "watch", str(runs), "--port", "0"]
+    """Also where whoever started the tests ignores it, as a shell does for what is in the background."""
+    watch = [sys.executable, "-m", "stepdistill", "watch", str(runs), "--port", "0"]
+    listens = (
+        "import os, sys, signal as s; s.signal(s.SIGINT, s.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", listens, *watch]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
@@ -203,7 +208,10 @@ def test_the_command_ends_quietly_with_ctrl_c(runs: Path) -> None:
         assert found, line + process.stderr.read()
         assert ask(int(found[1]), "/")[0] == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0 and process.stderr.read() == ""
+        try:
+            assert process.wait(20) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
