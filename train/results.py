@@ -39,6 +39,7 @@ FLOW_MAPS = (
 TRIED = {
     "consistency": "2026-11-22: consistency distillation wants levels at every time, and jumps neither long nor short",
     "diff_instruct": SCORE_METHODS,
+    "disback": "2026-11-28: DisBack from a plain start, beside DMD",
     "dmd": "2026-11-22: one-step DMD runs away from a plain start, and stands on a warm start",
     "dmd_emoji_4step": "2026-11-22: four-step DMD starts from states of the teacher's trajectories",
     "dmd_emoji_below_noise": "2026-11-27: bf16 and starts below pure noise",
