@@ -11,8 +11,7 @@ Fan et al. 2025, "Phased DMD: Few-step Distribution Matching Distillation via Sc
   KL(student || teacher) at t in x_s: no normaliser, and with one phase and s = 0 Diff-Instruct's plain KL.
 - Fake turn: the fake network sees x_s and never a clean sample: regression on the subinterval's target (eq. 11-13),
   with weight 1 / c^2, clamped. It starts from the teacher anew in each phase, and its optimiser from nothing.
-- Experts are full networks, or LoRA on one base; where the teacher has two networks (Wan 2.2), each starts as its
-  phase's. Exported as one pipeline that calls the expert of each step: see experts.py.
+- Experts are whole networks, or LoRA on one base; of a teacher with two (Wan 2.2) each starts as its phase's.
 
 A phase takes ``warm_start + fake_warm_start + phase_updates (fake_updates + 1)`` updates, the last phase what is left
 of ``train.updates``. Each expert is a network with an optimiser of its own, ``expert-1``, ..., ``student``: averaged
