@@ -16,6 +16,7 @@ import typer
 from stepdistill.cli import compare, compose, doctor, draw, evaluate, listing, plan, share, train, watch
 from stepdistill.cli.usage import epilog, in_one_line
 from stepdistill.errors import OtherProcessError, UserError
+from stepdistill.system.files import disk_error
 
 VERBS: dict[str, Callable[..., None]] = {
     "ls": listing.list_names,
@@ -54,8 +55,8 @@ UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 
 def main() -> None:
-    """Runs the command line: a UserError, and a wrong option, is one line on stderr and exit status 2; anything else
-    keeps its traceback."""
+    """Runs the command line: a UserError, a wrong option, and a disk that is full or cannot be written is one line on
+    stderr and exit status 2; anything else keeps its traceback."""
     # Else the first import says at length which image processors of transformers lack torchvision.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -69,6 +70,12 @@ def main() -> None:
         raise SystemExit(2) from None
     except UserError as error:
         print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Exception as error:
+        said = disk_error(error)
+        if said is None:
+            raise
+        print(f"stepdistill: {said}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

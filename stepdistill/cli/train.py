@@ -63,6 +63,7 @@ def train(
     """Train a student, export it, prove the export and measure it."""
     from stepdistill.recipes.recipe import load_recipe
     from stepdistill.training.distil import run_recipe
+    from stepdistill.training.interruption import REQUEUE, Preempted
 
     source: str | Path | None = recipe
     if resume and recipe is None and output is not None and (output / "recipe.yaml").is_file():
@@ -82,7 +83,10 @@ def train(
         return
     given = output or (Path(wanted.output) if wanted.output else None)
     folder = given or _default_run_folder(wanted.method, wanted.teacher, resume)
-    run = run_recipe(wanted, output=folder, resume=resume, command=command_line())
+    try:
+        run = run_recipe(wanted, output=folder, resume=resume, command=command_line())
+    except Preempted:
+        raise typer.Exit(REQUEUE) from None
     if run.report is not None:
         _tell_end(run.report, RunFolder(run.folder))
 

@@ -4,8 +4,11 @@ that every process opens for itself."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -101,8 +104,10 @@ def folder_written_whole(folder: Path, writers: Processes = ALONE) -> Iterator[P
     def take_place() -> None:
         if writers.main:
             give_usual_modes(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            for file in temporary.rglob("*"):
+                on_disk(file)
+            put_in_place(temporary, folder)
+            on_disk(folder.parent)
 
     try:
         writers.together(make)
@@ -112,6 +117,59 @@ def folder_written_whole(folder: Path, writers: Processes = ALONE) -> Iterator[P
         if writers.main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Gives a folder the name of another, which is removed: whoever looks finds one of the two, and all of it. Where
+    the system cannot exchange names there is a moment in which neither is there."""
+    if folder.exists():
+        try:
+            _exchange(new, folder)
+        except OSError:  # a system or a file system (NFS) without it
+            aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(aside)
+            new.rename(folder)
+            new = aside
+        shutil.rmtree(new, ignore_errors=True)
+    else:
+        new.rename(folder)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchanges the names of two folders in one step: renameat2 of Linux."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that others read: it is there with all that is in it, or not at all."""
+    leaving = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Removes what processes that were killed have left half written or half removed in a folder; for whoever alone
+    writes there."""
+    for pattern in (".*.part", ".*.old"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def on_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, would survive a power cut."""
+    with contextlib.suppress(OSError):  # some file systems cannot be asked
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def check_writable(folder: Path) -> None:
@@ -168,6 +226,24 @@ def size_text(size: int) -> str:
     """So many bytes, in the unit that fits."""
     unit = max(0, min(3, (max(size, 1).bit_length() - 1) // 10))
     return f"{size / 1024**unit:.{1 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What to tell a user of an error that is the disk's and not the program's; None of any other. Some come from
+    libraries that say of it no more than its number."""
+    number = error.errno if isinstance(error, OSError) else None
+    if (found := re.search(r"\(os error (\d+)\)", str(error))) is not None:
+        number = int(found[1])
+    if number not in _OF_DISKS:
+        return None
+    where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    return (
+        f"{os.strerror(number)}: the disk could not be written{where}; what was finished before is kept: make room, or "
+        "name another place, and start the same command again (train: with --resume, if it had a checkpoint)"
+    )
 
 
 def check_file(path: Path) -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.errors import UserError
-from stepdistill.system.files import written_whole
+from stepdistill.system.files import remove_left_over, written_whole
+from stepdistill.system.lock import locked
 
 LATEST = "latest"
 """In a folder called ``runs``: a link to the newest run."""
@@ -64,6 +65,11 @@ class RunFolder:
     def log(self) -> Path:
         """All that was said on stderr."""
         return self.root / "log.txt"
+
+    @property
+    def lock(self) -> Path:
+        """There while a process trains in the folder."""
+        return self.root / ".lock"
 
     @property
     def status(self) -> Path:
@@ -258,18 +264,32 @@ def _now() -> str:
 
 
 @contextlib.contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Where the block ends with a UserError before the run has a recipe, its log and status go, and the folders that
-    were not there before: a mistake leaves nothing behind."""
+def held(folder: Path) -> Iterator[None]:
+    """Inside it the folder is there, and this process's alone; what processes that were killed have left half written
+    is gone. Where it ends with a UserError before the run has a recipe, the run's log and status go, and the folders
+    that were not there before: a mistake leaves nothing behind.
+
+    Raises:
+        UserError: another process trains there.
+    """
     place = RunFolder(folder)
     made = [each for each in (folder, *folder.absolute().parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with locked(place.lock, str(folder)):
+            for each in (folder, place.pictures, place.checkpoints):
+                remove_left_over(each)
+            try:
+                yield
+            except UserError:
+                if not place.recipe.exists():
+                    place.log.unlink(missing_ok=True)
+                    place.status.unlink(missing_ok=True)
+                raise
     except UserError:
-        if not place.recipe.exists():
-            place.log.unlink(missing_ok=True)
-            place.status.unlink(missing_ok=True)
-            for each in made:
-                with contextlib.suppress(OSError):  # another run may be in it by now
-                    each.rmdir()
+        for each in made:
+            with contextlib.suppress(
+                OSError
+            ):  # another run may be in it by now, or this one has something to keep
+                each.rmdir()
         raise

@@ -9,8 +9,6 @@ missing or whose hash differs is an error that names it, never a silent restart.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.networks.sharding import held_like
-from stepdistill.system.files import folder_written_whole, sha256_of
+from stepdistill.system.files import folder_written_whole, remove_folder, sha256_of
 from stepdistill.system.processes import ALONE, Processes
 from stepdistill.training.sharded_files import Like, group_of, read_parts, write_parts
 
@@ -83,7 +81,7 @@ def save_checkpoint(
             f"checkpoint {final} could not be written ({error}); {last}. Free space and use --resume"
         ) from error
     for old in checkpoints_in(folder)[:-keep] if sharers.main else ():
-        shutil.rmtree(old)
+        remove_folder(old)
     return final
 
 
@@ -93,10 +91,7 @@ def _write_state(partial: Path, state: Mapping[str, Any], main: bool) -> None:
         return
     if missing := [name for name in state["files"] if not (partial / name).is_file()]:
         raise OSError(f"{missing[0]} is not seen by process 0: the run folder must be one for all machines")
-    with (partial / STATE).open("w") as stream:
-        json.dump(state, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+    (partial / STATE).write_text(json.dumps(state, indent=1))
 
 
 def read_state(path: Path) -> dict[str, Any]:

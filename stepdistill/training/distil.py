@@ -17,6 +17,7 @@ from stepdistill.system.log import say
 from stepdistill.system.processes import launched, told
 from stepdistill.system.run_folder import RunFolder, RunStatus
 from stepdistill.training.identity import ResolvedRecipe, changes, resolve, resolved_yaml
+from stepdistill.training.interruption import preemptible
 from stepdistill.training.launcher import as_launched
 from stepdistill.training.own_files import as_begun, check_own_files, copies, keep_own_files
 from stepdistill.training.preflight import check_evaluation, check_output, check_recipe
@@ -114,9 +115,10 @@ def run_recipe(
         )
 
     if not told().main:
-        return _run(resolved, output, resume, command, pipeline, None)
+        with preemptible():
+            return _run(resolved, output, resume, command, pipeline, None)
     status = RunStatus(output, recipe.train.updates, recipe.train.budget_seconds)
-    with recorded(output, status, command or "stepdistill.distill()"):
+    with recorded(output, status, command or "stepdistill.distill()"), preemptible():
         say(recipe.announced)
         return _run(resolved, output, resume, command, pipeline, status)
 

@@ -228,7 +228,7 @@ def train(
                 run.save()
             if asked:
                 log.note(f"stopped after update {step}; --resume goes on from there")
-                raise KeyboardInterrupt
+                raise interruption.ended()
     run.widen()
     ends = (run.passes(), run.warm_start_of, tuple(monitor.open.values()))
     return Finished(run.seconds, run.step, run.ema, run.starts, data.skipped, *ends)

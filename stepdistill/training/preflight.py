@@ -183,8 +183,9 @@ def check_output(folder: Path, *, resume: bool) -> None:
     place = RunFolder(folder)
     place.check_layout()
     begun = place.recipe.is_file()
-    # A run that failed before its first checkpoint left nothing worth keeping.
-    holds_run = begun and any(part.exists() for part in (place.checkpoints, place.student, place.report))
+    # A run that ended before its first checkpoint was whole left nothing worth keeping.
+    saved = any(place.checkpoints.glob("step-*"))
+    holds_run = begun and (saved or place.student.exists() or place.report.exists())
     if resume and not begun:
         raise UserError(
             f"--resume: {folder.absolute()} holds no run (it has no recipe.yaml); give the run's folder as --output"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stepdistill.errors import TrainingDiverged, UserError, first_line
 from stepdistill.system.log import stderr_kept
-from stepdistill.system.run_folder import RunFolder, RunStatus, removed_if_empty
+from stepdistill.system.run_folder import RunFolder, RunStatus, held
 
 
 @contextmanager
@@ -22,22 +22,25 @@ def recorded(folder: Path, status: RunStatus, command: str) -> Iterator[None]:
         command: what started it.
     """
     place = RunFolder(folder)
-    with removed_if_empty(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
         with stderr_kept(place.log, command) as log:
             status.tell("preparing", "starting")
             try:
                 yield
-            except KeyboardInterrupt:
-                status.tell("stopped", "it was asked to stop")
-                raise
-            except UserError as error:
-                log(f"error: {error}")
-                diverged = "diverged" if isinstance(error, TrainingDiverged) else None
-                status.tell("stopped", " ".join(str(error).split()), health=diverged)
-                raise
             except BaseException as error:
-                log(traceback.format_exc())
-                status.tell("stopped", first_line(error))
+                with suppress(OSError):  # a full disk says of itself, not of what is written about it
+                    _tell_end(error, status, log)
                 raise
         status.tell("done", "done")
+
+
+def _tell_end(error: BaseException, status: RunStatus, log: Callable[[str], object]) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        status.tell("stopped", "it was asked to stop")
+    elif isinstance(error, UserError):
+        log(f"error: {error}")
+        diverged = "diverged" if isinstance(error, TrainingDiverged) else None
+        status.tell("stopped", " ".join(str(error).split()), health=diverged)
+    else:
+        log(traceback.format_exc())
+        status.tell("stopped", first_line(error))

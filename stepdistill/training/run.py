@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from stepdistill.losses.objective import Objective
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.passes import WITH, WITHOUT, Passes
 from stepdistill.recipes.recipe import Recipe
+from stepdistill.system.files import remove_folder
 from stepdistill.system.processes import ALONE
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.checkpoint import (
@@ -164,7 +164,7 @@ class Run:
         if only and self.parallel.main:
             for later in checkpoints_in(self.checkpoints):
                 if later.name > folder_of(self.step):
-                    shutil.rmtree(later)
+                    remove_folder(later)
         shared, passes = self.parallel.in_parts, self.passes()
         self.last_good = self.checkpoints / folder_of(self.step)
         if not (shared or self.parallel.main):

@@ -22,6 +22,7 @@ from stepdistill.system.emoji import embedded_teachers
 from stepdistill.system.log import RunLog, read_stats
 from stepdistill.system.run_folder import RunStatus
 from stepdistill.training import preflight as checks
+from stepdistill.training.interruption import Preempted
 
 VERBS = [
     "ls",
@@ -122,6 +123,42 @@ def test_bad_input_is_one_line_and_status_2(
         "empty.txt",
         "folder",
     ]  # nothing was left behind
+
+
+@pytest.mark.parametrize(
+    "raised, status, said",
+    (
+        (Preempted(), 75, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "stepdistill: No space left on device: the disk could not be",
+        ),
+    ),
+)
+def test_how_a_run_ended_is_its_exit_status(
+    raised: BaseException,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """75 is sysexits.h's "try again", by which a job is queued again."""
+
+    def run(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("stepdistill.training.distil.run_recipe", run)
+    monkeypatch.setattr(
+        sys, "argv", ["stepdistill", "train", "dmd_emoji_quick", "--output", str(tmp_path / "a")]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == status
+    told = capfd.readouterr().err.strip()
+    assert told.startswith(said) and told.count("\n") == 0 and bool(told) == bool(said)
 
 
 def test_ls_lists_what_is_shipped(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stepdistill.system import files
 from stepdistill.system.files import PerProcess, folder_written_whole, sha256_of, written_whole
 
 
@@ -88,3 +89,32 @@ def test_threads_that_open_at_once_share_one() -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: shared(), range(2))
     assert first is second is shared()
+
+
+@pytest.mark.parametrize("exchanged", (True, False))
+def test_a_folder_takes_the_place_of_another(
+    exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step where the system can exchange names, else by way of a third name."""
+
+    def cannot(one: Path, other: Path) -> None:
+        raise OSError(22, "Invalid argument")
+
+    if not exchanged:
+        monkeypatch.setattr(files, "_exchange", cannot)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"of the {name}").touch()
+    files.put_in_place(tmp_path / "new", tmp_path / "old")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "old",
+        "old/of the new",
+    ]
+
+
+def test_a_full_disk_is_known_however_it_is_told() -> None:
+    for error in (OSError(28, "No space left on device", "a/b"), ValueError("I/O error: none (os error 28)")):
+        told = files.disk_error(error)
+        assert told is not None and told.startswith("No space left on device: the disk could not be written")
+    assert "written a/b;" in (files.disk_error(OSError(28, "No space", "a/b")) or "")
+    assert files.disk_error(OSError(2, "No such file")) is None and files.disk_error(ValueError("28")) is None

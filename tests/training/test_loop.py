@@ -39,6 +39,7 @@ from stepdistill.training.checkpoint import (
 from stepdistill.training.exporting import export_student
 from stepdistill.training.health import Seen, Vitals
 from stepdistill.training.identity import resolve
+from stepdistill.training.interruption import Preempted
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import OneProcess
 from stepdistill.training.run import Run
@@ -325,9 +326,10 @@ def test_the_teacher_is_untouched_and_the_same_seed_gives_the_same_loss(method, 
     assert all(p.grad is None for p in first.teacher.denoiser.net.parameters())
 
 
-def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
-    """SIGINT in the middle of step 7 leaves a checkpoint of 7 whole steps (one more than the last due one), and their
-    numbers."""
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+def test_a_signal_ends_the_step_and_the_resumed_run_is_the_unbroken_one(number, tmp_path):
+    """Ctrl-C and schedulers' signals in the middle of step 7 leave a checkpoint of 7 whole steps (one more than the
+    last due one), and their numbers; a scheduler that is in a hurry and sends both does not break it."""
     recipe = recipe_of("lcm", 8, "train.log_every=10")
     start(recipe, tmp_path / "whole")
     accelerator = Accelerator(cpu=True)
@@ -336,13 +338,16 @@ def test_ctrl_c_ends_the_step_and_the_resumed_run_is_the_unbroken_one(tmp_path):
 
     def interrupted(turn):
         if turn.step == 6:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
+            if number == signal.SIGUSR1:
+                signal.raise_signal(signal.SIGTERM)
         plain(turn)
 
     job.method.after_step = interrupted
     (tmp_path / "parts").mkdir()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as ended:
         train(job.objective, training_data(job, tmp_path / "parts"), recipe, tmp_path / "parts", accelerator)
+    assert isinstance(ended.value, Preempted) == (number != signal.SIGINT)
     assert checkpoints_in(tmp_path / "parts" / "work" / "checkpoints")[-1].name == "step-00000007"
     assert len(curve(tmp_path / "parts")) == 7
     start(recipe, tmp_path / "parts", resume=True)

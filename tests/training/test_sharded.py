@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -336,15 +337,58 @@ def test_the_slurm_script_starts_one_launcher_a_node(tmp_path):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
     script = HERE.parents[1] / "train" / "distributed" / "slurm.sh"
-    said = subprocess.run(
-        [str(script), "my recipe.yaml", "--output", "runs/a"],
+    run = tmp_path / "runs" / "a"
+    for resumed in ("", "--resume|"):
+        said = subprocess.run(
+            [str(script), "my recipe.yaml", "--output", str(run)],
+            env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert said.splitlines() == [
+            "launch|--config_file|train/distributed/two_nodes.yaml|--num_machines|2|--num_processes|16|--machine_rank|"
+            f"{rank}|--main_process_ip|node7|-m|stepdistill|train|my recipe.yaml|--output|{run}|{resumed}"
+            for rank in (0, 1)
+        ]
+        checkpoint = run / "work" / "checkpoints" / "step-00000005"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "state.json").write_text("{}")
+
+
+def test_a_job_whose_time_is_over_is_queued_again(tmp_path):
+    """Slurm signals every process of the step: the launcher goes on, what it started says that it was asked to stop."""
+    (tmp_path / "stepdistill.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        "    pathlib.Path('status.json').write_text('{\"phase\": \"it was asked to stop\"}')\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, end)\n"
+        "print('training', flush=True)\n"
+        "time.sleep(30)\n"
+    )
+    for name, lines in {
+        "scontrol": '[ "$1" = show ] && echo node7 || echo "$@"',
+        "srun": 'shift\nexec setsid "$@"',
+        "accelerate": f"cd {tmp_path}\n{sys.executable} -m stepdistill train\nexit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_NODELIST": "node7",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": "12",
+    }
+    script = HERE.parents[1] / "train" / "distributed" / "slurm.sh"
+    with subprocess.Popen(
+        [str(script), "recipe.yaml", "--output", str(tmp_path)],
         env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
-        check=True,
-    ).stdout
-    assert said.splitlines() == [
-        "launch|--config_file|train/distributed/two_nodes.yaml|--num_machines|2|--num_processes|16|--machine_rank|"
-        f"{rank}|--main_process_ip|node7|-m|stepdistill|train|my recipe.yaml|--output|runs/a|"
-        for rank in (0, 1)
-    ]
+    ) as job:
+        assert job.stdout.readline() == "training\n"
+        (step,) = psutil.Process(job.pid).children()
+        os.killpg(step.pid, signal.SIGUSR1)
+        said = job.communicate(timeout=20)[0].splitlines()
+    assert said == ["requeue 12"] and job.returncode == 0
