@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from stepdistill.training.signs import PREFIX, SIGNS, plateau
 
 FOUND = 6
 """Of what looks found, the last ones that are shown."""
+SILENT = 300
+"""Seconds after which a training of which nothing is heard is stuck: it says something at each update."""
 LOOKS = 5
 """Previews that are shown, spread over the run."""
 
@@ -34,7 +37,7 @@ def examine_run(folder: Path) -> list[Finding]:
     status, rows, saved = read_status(folder), read_stats(folder), _checkpoints(place)
     report = read_report(folder) if place.report.is_file() else None
     health = report.health if isinstance(report, RunReport) else None
-    findings = [_state(status, report is not None), _updates(status, rows), *_losses(rows)]
+    findings = [_state(status, report is not None, rows), _updates(status, rows), *_losses(rows)]
     findings += [*_health(rows, health), *_looks(rows)]
     others = (_skipped(place, health), _saved(saved), _student(place), _room(place, status))
     findings += [found for found in others if found]
@@ -50,7 +53,7 @@ def _runs_in(folder: Path) -> str:
     return f", but it holds {len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(runs[:5])}{more}"
 
 
-def _state(status: Status | None, reported: bool) -> Finding:
+def _state(status: Status | None, reported: bool, rows: Sequence[Mapping[str, Any]]) -> Finding:
     if status is None:
         kind: State = "ok" if reported else "note"
         return Finding(kind, "state", "done" if reported else "not known: it has no status.json")
@@ -64,7 +67,20 @@ def _state(status: Status | None, reported: bool) -> Finding:
     if status.state == "done":
         return Finding("ok", "state", f"done, {status.written}")
     where = f"process {status.pid} on {status.host}, last heard of {status.written}"
+    if (silence := _silence(status, rows)) is not None:
+        return Finding("broken", "state", f"stuck, it seems: {silence} ({where})")
     return Finding("ok", "state", f"{status.state}: {status.phase} ({where})")
+
+
+def _silence(status: Status | None, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """That nothing has been heard of a training for long; None otherwise."""
+    if status is None or status.state != "training":
+        return None
+    silent = (datetime.now(UTC) - datetime.fromisoformat(status.written)).total_seconds()
+    each = rows[-1]["seconds"] / (rows[-1]["update"] + 1) if rows else 0.0
+    if silent < max(SILENT, 50 * each):
+        return None
+    return f"nothing was heard of it for {silent / 60:.0f} minutes, and an update took {each:.2g} s"
 
 
 def _updates(status: Status | None, rows: Sequence[Mapping[str, Any]]) -> Finding:
@@ -231,6 +247,9 @@ def _advice(
             found.append(f"{name}: {sign.cure}")
     if place.page.is_file():
         found.append(f"open {place.page}")
+    elif status is not None and not ended and _silence(status, rows) is not None:
+        resumed = f"stepdistill train --resume --output {place.root}"
+        found.append(f"end process {status.pid} on {status.host} (kill -9, if it has to be), then {resumed}")
     elif not ended:
         found.append(f"look at {place.pictures} for previews" if rows else "wait: it has not begun to train")
     return [Finding("note", "to do", text) for text in found]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
-from stepdistill.cli import main
+from stepdistill.cli import doctor_run, main
 from stepdistill.cli.doctor_run import examine_run
 from stepdistill.errors import UserError
 from stepdistill.system.log import RunLog
@@ -47,6 +49,22 @@ def said(root: Path) -> dict[str, list[tuple[str, str]]]:
     for finding in examine_run(root):
         found.setdefault(finding.subject, []).append((finding.state, finding.text))
     return found
+
+
+def test_a_training_of_which_nothing_is_heard_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of process 1, which began before all that is written here; 50 updates of 1.9 seconds are not long."""
+    place, _ = run_folder(tmp_path)
+    monkeypatch.setattr(doctor_run, "SILENT", 0)
+    state = json.loads(place.status.read_text())
+    began = datetime.fromtimestamp(psutil.Process(1).create_time(), UTC)
+    for seconds, stuck in ((60, False), (120, True)):
+        written = max(datetime.now(UTC) - timedelta(seconds=seconds), began)
+        place.status.write_text(json.dumps({**state, "pid": 1, "written": written.isoformat()}))
+        ((kind, text),) = said(tmp_path)["state"]
+        assert (kind == "broken") == stuck and text.startswith("stuck, it seems: nothing was heard") == stuck
+        assert ("end process 1 on" in said(tmp_path)["to do"][-1][1]) == stuck
 
 
 def test_a_killed_run_is_gone_on_with_from_its_checkpoint(tmp_path: Path) -> None:
