@@ -291,6 +291,11 @@ class Method(nn.Module, ABC):
     def sampler(self) -> Sampler:
         """How the student is sampled; becomes the exported scheduler."""
 
+    def sampler_at(self, step: int) -> Sampler:
+        """How the student can be sampled after the method's step ``step``: as in the end, unless it is led there by way
+        of other step counts. What a run's watch looks at."""
+        return self.sampler()
+
     def sample(self, batch: Batch) -> Tensor:
         """The student's clean samples [B, ...] of the batch's noise and conditions; the last call alone has a graph."""
         return self.sampler().draw(self.student, batch.noise, batch.cond, batch.fresh)

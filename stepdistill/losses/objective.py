@@ -11,6 +11,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Method, Turn
 from stepdistill.losses.terms import Shown, Term
+from stepdistill.networks.sampler import Sampler
 
 
 def shown_name(network: str) -> str:
@@ -83,6 +84,10 @@ class Objective(nn.Module):
     def phase(self, step: int) -> str:
         """What the method calls the stretch of the run that the run's step is in."""
         return self.method.phase(step // (len(self._critics) + 1))
+
+    def sampler_at(self, step: int) -> Sampler:
+        """How the student can be sampled after the run's step."""
+        return self.method.sampler_at(step // (len(self._critics) + 1))
 
     def lr_ratio(self, turn: Turn) -> float:
         """The learning rate of the turn over that of ``train``."""

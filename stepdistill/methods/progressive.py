@@ -136,3 +136,6 @@ class Progressive(Method):
 
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
+
+    def sampler_at(self, step: int) -> Sampler:
+        return Sampler(tuple(self.grid(self.parts(self.stage(step)))[:-1]), renoise=False)

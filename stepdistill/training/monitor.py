@@ -147,7 +147,7 @@ class Monitor:
     def look(self, step: int, batch: Batch) -> tuple[dict[str, float], list[Trouble]]:
         """A look after ``step`` updates: its numbers, and what is newly wrong. Every process calls it."""
         moved = self.movement.close()
-        seen = self.probe.look(batch)
+        seen = self.probe.look(batch, self._run.objective.sampler_at(step - 1))
         means = self._parallel.means(list(seen.values()))
         seen = dict(zip(seen, means, strict=True)) | moved
         for name, past in self._past.items():

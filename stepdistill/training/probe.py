@@ -22,7 +22,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.sampler import schedule_times
+from stepdistill.networks.sampler import Sampler, schedule_times
 
 LEVELS = {"low": 0.25, "middle": 0.5, "high": 0.75}
 """Noise levels at which predictions are compared, as times before a flow teacher's shift."""
@@ -86,9 +86,9 @@ class Probe:
         return noise.repeat(self.grid[0], *[1] * len(self.shape))
 
     @torch.no_grad()
-    def draw(self) -> Tensor:
+    def draw(self, sampler: Sampler) -> Tensor:
         """The student's samples [B, ...] of all prompts and noises."""
-        sampler, student = self.method.sampler(), self.method.student
+        student = self.method.student
 
         def some(own: slice) -> Tensor:
             fresh = lambda call: self._fresh(call)[own]  # noqa: E731
@@ -110,15 +110,16 @@ class Probe:
         return self._in_parts(some, self.count)
 
     @torch.no_grad()
-    def look(self, batch: Batch) -> dict[str, float]:
+    def look(self, batch: Batch, sampler: Sampler) -> dict[str, float]:
         """Numbers by name; those that do not apply are left out.
 
         Args:
             batch: of the update before, whose examples are looked at, too.
+            sampler: how the student can be sampled by now.
         """
         if not len(self.reference):
             self.reference = self.taught()
-        x, reference = self.draw(), self.reference
+        x, reference = self.draw(sampler), self.reference
         numbers = {**self._of_samples(x), **self._of_data(batch)}
         few, t = x[self.few], self.t
         cond = self.cond.rows(self.few)

@@ -81,9 +81,9 @@ SIGNS: Mapping[SignName, Sign] = MappingProxyType(
         "lag": Sign(
             "the {network} is off by {value:.2f} times the teacher's error on the student's samples",
             2.0,
-            "it starts as the teacher, at 1, and learns these very samples; 1.7 was seen in healthy runs with one update "
-            "of it for each of the student's (the geometric mean over low, middle and high noise: a loss in eps says "
-            "little of the last)",
+            "it starts as the teacher, at 1, and learns these very samples; 1.7 was seen in healthy runs with as many "
+            "updates as the student (the geometric mean over low, middle and high noise: a loss in eps says little of "
+            "the last)",
             "more options.fake_updates, a higher options.fake_lr_ratio, or a lower train.lr",
             looks=2,
         ),

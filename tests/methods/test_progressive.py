@@ -115,6 +115,12 @@ def test_stages_halve_the_steps_on_nested_grids_and_end_at_the_students_times():
     assert [method.phase(step) for step in (0, 9, 10, 19, 20, 500)] == ["8 steps"] * 2 + ["4 steps"] * 2 + [
         "2 steps"
     ] * 2
+    assert [method.sampler_at(step).steps for step in (9, 10, 20)] == [
+        8,
+        4,
+        2,
+    ]  # what is looked at draws in as many
+    assert method.sampler_at(20).times == method.sampler().times
     grids = [method.grid(parts) for parts in (1, 2, 4, 16)]
     assert grids[0] == [1.0, 0.6, 0.0] and [len(grid) for grid in grids] == [3, 5, 9, 33]
     for coarse, fine in pairwise(grids):
