@@ -8,6 +8,7 @@ missing or whose hash differs is an error that names it, never a silent restart.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from stepdistill.system.processes import ALONE, Processes
 from stepdistill.training.sharded_files import Like, group_of, read_parts, write_parts
 
 STATE = "state.json"
+OWN_HASH = "sha256"
+"""In it: of all that it says besides. Those of earlier versions have none."""
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -91,7 +94,11 @@ def _write_state(partial: Path, state: Mapping[str, Any], main: bool) -> None:
         return
     if missing := [name for name in state["files"] if not (partial / name).is_file()]:
         raise OSError(f"{missing[0]} is not seen by process 0: the run folder must be one for all machines")
-    (partial / STATE).write_text(json.dumps(state, indent=1))
+    (partial / STATE).write_text(json.dumps({**state, OWN_HASH: _hash_of(state)}, indent=1))
+
+
+def _hash_of(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -102,8 +109,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text())
+        if state.pop(OWN_HASH, None) not in (None, _hash_of(state)):
+            raise ValueError("it is not what was written")
         return {**state, "files": dict(state["files"])}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {path} has no readable {STATE} ({error}): delete that folder to resume from the one before it"
         ) from error

@@ -29,6 +29,7 @@ from stepdistill.training import gradient_means
 from stepdistill.training import preflight as checks
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.checkpoint import (
+    OWN_HASH,
     checkpoints_in,
     load_checkpoint,
     load_optimizer_state,
@@ -516,6 +517,7 @@ def altered(folder, key):
     """The last checkpoint with another hash of one input, or without the name of its random numbers."""
     state = checkpoints_in(folder / "work" / "checkpoints")[-1] / "state.json"
     content = json.loads(state.read_text())
+    content.pop(OWN_HASH, None)
     if key is None:
         assert content.pop("draws") == "philox4x32-10"
     else:
@@ -582,10 +584,22 @@ def test_resume_refuses_a_checkpoint_without_a_part_of_the_run(tmp_path):
     start(recipe_of("dmd", 2, "train.checkpoint_every=2"), tmp_path / "run")
     last = checkpoints_in(tmp_path / "run" / "work" / "checkpoints")[-1]
     state = json.loads((last / "state.json").read_text())
-    del state["files"]["optimizer-fake.safetensors"]
+    del state[OWN_HASH], state["files"]["optimizer-fake.safetensors"]
     (last / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"another version of the run \(optimizer-fake differs\)"):
         start(recipe_of("dmd", 2, "train.checkpoint_every=2"), tmp_path / "run", resume=True)
+
+
+def test_a_state_that_was_altered_is_refused(tmp_path):
+    """A single digit of it, too: no other file has a hash of this one."""
+    save_checkpoint(tmp_path, 3, {"roles": {"w": torch.zeros(2)}}, {"seconds": 12.5, "starts": ()}, keep=1)
+    state = tmp_path / "step-00000003" / "state.json"
+    assert read_state(state.parent)["seconds"] == 12.5
+    state.write_text(state.read_text().replace("12.5", "12.4"))
+    with pytest.raises(
+        UserError, match=r"no readable state.json \(it is not what was written\): delete that folder"
+    ):
+        read_state(state.parent)
 
 
 def test_moments_of_weights_with_channels_last_come_back_to_their_weights():

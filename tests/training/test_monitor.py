@@ -21,7 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.sections import HealthOptions, SignName
 from stepdistill.training.assemble import assemble, training_data
-from stepdistill.training.checkpoint import checkpoints_in
+from stepdistill.training.checkpoint import OWN_HASH, checkpoints_in
 from stepdistill.training.health import Seen, looks_of
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_a_run_that_was_not_watched_is_gone_on_from(tmp_path):
     start(recipe_of("lcm", 5), tmp_path)
     last = checkpoints_in(tmp_path / "work" / "checkpoints")[-1]
     state = json.loads((last / "state.json").read_text())
-    del state["files"]["health.safetensors"]
+    del state[OWN_HASH], state["files"]["health.safetensors"]
     (last / "state.json").write_text(json.dumps(state))
     assert start(recipe_of("lcm", 5), tmp_path, resume=True).step == 5
 
@@ -223,6 +223,7 @@ def test_a_fault_is_recognised(name, begun, tmp_path):
     copy = tmp_path / "begun" / state.relative_to(begun)
     content = json.loads(copy.read_text())
     content["recipe"]["train"]["updates"] = 56
+    del content[OWN_HASH]
     copy.write_text(json.dumps(content))
     outcome = run_with(recipe, tmp_path / "run", FAULTS[name], 16, resume=tmp_path / "begun")
     assert outcome.recognised is not None and outcome.recognised <= 56
