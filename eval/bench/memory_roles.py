@@ -55,7 +55,7 @@ def peak_of(line: str, batch: int, rank: int, checkpoint: bool, tiny: bool) -> d
     from stepdistill.networks.quantized import plain_tensors
     from stepdistill.networks.roles import Adapters, Copies, Roles
     from stepdistill.networks.teacher import PipelineTeacher
-    from stepdistill.recipes.sections import TrainOptions
+    from stepdistill.recipes.train_options import TrainOptions
     from stepdistill.training.arithmetic import autocast
     from stepdistill.training.parallel import take_turn
     from stepdistill.training.roles import held_for_adapters, teacher_type

@@ -16,17 +16,12 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.choose import DEFAULT_TEACHER, announcement, recipe_of
+from stepdistill.recipes.health_options import HealthOptions
 from stepdistill.recipes.messages import explain, source_prefix
-from stepdistill.recipes.sections import (
-    AgainstTeacherOptions,
-    DataOptions,
-    ExportOptions,
-    HealthOptions,
-    Section,
-    StudentOptions,
-    TermOptions,
-    TrainOptions,
-)
+from stepdistill.recipes.section import Section
+from stepdistill.recipes.sections import AgainstTeacherOptions, DataOptions, ExportOptions, StudentOptions
+from stepdistill.recipes.term_options import TermOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.system.shipped import module_summaries, recipe_files
 
 DEFAULT_METHOD = "dmd"

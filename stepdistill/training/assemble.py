@@ -48,7 +48,7 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.recipes.sections import TermOptions
+from stepdistill.recipes.term_options import TermOptions
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import Processes

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from stepdistill.recipes.health_options import HealthOptions
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.recipes.sections import AgainstTeacherOptions, ExportOptions, HealthOptions, TrainOptions
+from stepdistill.recipes.sections import AgainstTeacherOptions, ExportOptions
+from stepdistill.recipes.train_options import TrainOptions
 
 if TYPE_CHECKING:
     from stepdistill.losses.contract import Method, MethodOptions

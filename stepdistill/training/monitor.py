@@ -22,7 +22,7 @@ from torch import Tensor
 from stepdistill.data.batches import Data
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.objective import shown_name
-from stepdistill.recipes.sections import Action, HealthOptions, SignName
+from stepdistill.recipes.health_options import Action, HealthOptions, SignName
 from stepdistill.training.movement import Movement, names_of
 from stepdistill.training.parallel import Parallel
 from stepdistill.training.probe import LEVELS, Probe

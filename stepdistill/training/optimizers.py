@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.training.parallel import by_kind
 
 

@@ -17,7 +17,7 @@ from stepdistill.networks.quantized import check_quantized, quantized
 from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.system.log import bar, say
 from stepdistill.system.shipped import cache_folder
 from stepdistill.training.arithmetic import autocast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepdistill.losses.regression import annealed
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 
 
 def learning_rate(options: TrainOptions, step: int) -> float:

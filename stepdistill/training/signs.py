@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from types import MappingProxyType
 from typing import Any
 
-from stepdistill.recipes.sections import SignName
+from stepdistill.recipes.health_options import SignName
 
 PREFIX = "health_"
 """Of a look's numbers in stats.jsonl."""

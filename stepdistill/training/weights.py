@@ -26,7 +26,7 @@ from stepdistill.losses.contract import Method
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.denoiser import matrices
 from stepdistill.networks.derivative import differentiates
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.training.gradient_means import in_buckets
 from stepdistill.training.optimizers import optimizer_of
 

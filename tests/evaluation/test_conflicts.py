@@ -16,7 +16,7 @@ from stepdistill.evaluation.suite import load_suite
 from stepdistill.losses.contract import MethodOptions
 from stepdistill.methods.gndm import GNDM
 from stepdistill.pages.metric_names import conflict_sentence
-from stepdistill.recipes.sections import TermOptions
+from stepdistill.recipes.term_options import TermOptions
 from stepdistill.system.emoji import features_folder
 from stepdistill.training.run_report import RunReport
 

@@ -29,7 +29,7 @@ from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
 from stepdistill.methods.vdot import VDOT
 from stepdistill.networks.roles import Copies
-from stepdistill.recipes.sections import TermOptions
+from stepdistill.recipes.term_options import TermOptions
 from stepdistill.testing.toys import SHAPE, Mixture, Perceptron, ToyTeacher, loss_of, modules_of, toy_student
 
 ELSEWHERE = set(PairOptions.model_fields) - set(MethodOptions.model_fields)

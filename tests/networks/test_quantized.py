@@ -20,7 +20,7 @@ from stepdistill.networks.lora import lora_layers
 from stepdistill.networks.quantized import LIBRARIES, check_quantized, quantized
 from stepdistill.networks.roles import Adapters
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.training.exporting import export_student
 from stepdistill.training.roles import held_for_adapters
 from stepdistill.training.run_report import Start

@@ -21,7 +21,7 @@ from stepdistill.networks.denoiser import Denoiser, in_bfloat16
 from stepdistill.networks.lora import adapter_on, add_lora, lora_layers, merged_state
 from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.teacher import PipelineTeacher
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.training.roles import held_for_adapters
 
 SHARES: dict[str, Callable[[PipelineTeacher], Roles]] = {

@@ -10,7 +10,8 @@ from stepdistill.errors import UserError
 from stepdistill.methods import find_method, method_names, method_options
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.recipes.renamed import ELSEWHERE, RENAMED, SCHEDULES
-from stepdistill.recipes.sections import TermOptions, TrainOptions
+from stepdistill.recipes.term_options import TermOptions
+from stepdistill.recipes.train_options import TrainOptions
 
 EMPTY = Path(__file__).parents[1] / "toys" / "empty.yaml"
 

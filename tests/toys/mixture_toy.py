@@ -19,7 +19,7 @@ from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Method, Turn
 from stepdistill.methods import find_method
 from stepdistill.networks.roles import Copies
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.testing.toys import (
     SHAPE,
     Mixture,

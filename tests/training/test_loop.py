@@ -21,7 +21,7 @@ from stepdistill.data.batches import Data
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import TrainingDiverged, UserError
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.system.processes import ALONE
 from stepdistill.system.run_folder import RunStatus, read_status
 from stepdistill.testing.toys import loss_of

@@ -18,8 +18,8 @@ from run_toy import HERE, recipe_of
 from safetensors.torch import load_file
 
 from stepdistill.errors import UserError
+from stepdistill.recipes.health_options import HealthOptions, SignName
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.recipes.sections import HealthOptions, SignName
 from stepdistill.training.assemble import assemble, training_data
 from stepdistill.training.checkpoint import OWN_HASH, checkpoints_in
 from stepdistill.training.health import Seen, looks_of

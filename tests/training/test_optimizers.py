@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepdistill.errors import UserError
 from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.training import optimizers
 from stepdistill.training.checkpoint import optimizer_state
 from stepdistill.training.optimizers import check_optimizer, optimizer_of

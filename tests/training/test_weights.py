@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.recipes.sections import TrainOptions
+from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.training.weights import Weights, rounded
 
 
