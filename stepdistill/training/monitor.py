@@ -27,7 +27,7 @@ from stepdistill.training.movement import Movement, names_of
 from stepdistill.training.parallel import Parallel
 from stepdistill.training.probe import LEVELS, Probe
 from stepdistill.training.run import Run
-from stepdistill.training.signs import PREFIX, SIGNS, Trouble
+from stepdistill.training.signs import PREFIX, SIGNS, Trouble, growth
 from stepdistill.training.unread import Row
 
 WINDOW = 8
@@ -135,8 +135,7 @@ class Monitor:
             return []
         signs: tuple[tuple[SignName, int], ...] = (("loss", 0), ("gradients", 1))
         for sign, place in signs:
-            level, now = (median(each[place] for each in part) for part in (before, recent))
-            grown = now / level if level > 0 and min(each[place] for each in recent) > 0 else 0.0
+            grown = growth(*([each[place] for each in part] for part in (before, recent)))
             sentence = SIGNS[sign].sentence(sign, grown, shown_name(name))
             if self._is_new(f"{sign} {name}", grown > SIGNS[sign].bound, sentence, row.step + 1):
                 found.append(Trouble(sign, sentence, name))

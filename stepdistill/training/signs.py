@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from types import MappingProxyType
 from typing import Any
 
@@ -63,7 +63,8 @@ SIGNS: Mapping[SignName, Sign] = MappingProxyType(
         "gradients": Sign(
             "gradients of the {network} grew {value:.0f} times as large",
             8.0,
-            "medians of 8 updates over those of 24 to 48 before them, of one phase: healthy runs stayed below 3",
+            "medians of 8 updates over those of 24 to 48 before them, of one phase, where above all of these: healthy "
+            "runs stayed below 3",
             "lower train.lr, or train.clip",
         ),
         "loss": Sign(
@@ -180,6 +181,13 @@ class Trouble:
     sign: SignName
     sentence: str
     network: str | None = None
+
+
+def growth(before: Sequence[float], recent: Sequence[float]) -> float:
+    """How many times as large numbers are as they were, by medians; 0 where they are not above all that they were: some
+    go up and down by themselves, such as gradients over rollouts of one to four steps."""
+    level, now = median(before), median(recent)
+    return now / level if level > 0 and min(recent) > 0 and now > max(before) else 0.0
 
 
 def plateau(rows: Sequence[Mapping[str, Any]], network: str = "student", least: int = 200) -> int | None:

@@ -27,7 +27,7 @@ from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.probe import deviation, high_share, spread
 from stepdistill.training.run_curves import curves
-from stepdistill.training.signs import SIGNS, plateau
+from stepdistill.training.signs import SIGNS, growth, plateau
 
 
 def rows_of(folder):
@@ -336,3 +336,12 @@ def test_looks_are_kept_thinned_for_the_report_and_drawn_on_the_page():
     assert len(looks) <= 48 and looks[-1] == {"update": 200, "lag": 199 / 256, "moved_student": 1e-3}
     drawn = "".join(curves(rows, 200))
     assert "Lag of the follower" in drawn and "Update over weights" in drawn and "Guided" not in drawn
+
+
+def test_what_goes_up_and_down_by_itself_has_not_grown():
+    """Gradients of dmd_emoji_4step when it was taken for unwell, and what an explosion looks like after them."""
+    before = [0.7, 22.0, 1.6, 2.6, 34.7, 4.2, 3.1, 16.4, 0.9, 52.2, 7.3, 2.0]
+    recent = [18.0, 6.6, 36.0, 33.2, 1.9, 67.6, 57.2, 54.9]
+    assert growth(before, recent) == 0.0
+    assert growth(before, [10 * x for x in recent]) == pytest.approx(10 * 34.6 / 3.65)
+    assert growth([1.0] * 9, [9.0] * 8) == 9.0 and growth([0.0] * 9, [9.0] * 8) == 0.0
