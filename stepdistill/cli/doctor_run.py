@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from stepdistill.cli.findings import Finding, State
 from stepdistill.errors import UserError
 from stepdistill.system.files import size_text
 from stepdistill.system.log import read_stats
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.run_folder import RunFolder, Status, read_status
 from stepdistill.training.run_report import Health, RunReport, read_report
 from stepdistill.training.signs import PREFIX, SIGNS, plateau
@@ -193,8 +193,8 @@ def _checkpoints(place: RunFolder) -> list[int]:
     found = []
     for file in sorted(place.checkpoints.glob("step-*/state.json")):
         try:
-            found.append(int(json.loads(file.read_text(encoding="utf-8"))["step"]))
-        except (ValueError, KeyError):
+            found.append(int(parse_json(file.read_text(encoding="utf-8"))["step"]))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
     return found
 
@@ -225,7 +225,7 @@ def _advice(
 ) -> list[Finding]:
     """What to do, most urgent first."""
     found: list[str] = []
-    worried = (health.verdict if health else status and status.health) or "healthy"
+    worried = str((health.verdict if health else status and status.health) or "healthy")
     ended = status is None or not status.going or status.killed
     if ended and not place.report.is_file():
         if worried == "diverged":
@@ -238,7 +238,7 @@ def _advice(
         elif worried != "diverged":
             found.append("there is no checkpoint to go on from: give the same command again")
     named = [part for part in worried.split(", ") if part in SIGNS]
-    stopped = _sign(status.phase.partition(": ")[2]) if status and status.state == "stopped" else ""
+    stopped = _sign(str(status.phase).partition(": ")[2]) if status and status.state == "stopped" else ""
     if stopped in SIGNS and stopped not in named:
         named.insert(0, stopped)
     named += [sign for sign in _early_signs(rows) if sign not in named and ended and worried != "healthy"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows, read_sheet
 from stepdistill.recipes.choose import DEFAULT_TEACHER
 from stepdistill.system.emoji import emoji_captions
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import Measured
 
@@ -76,7 +76,7 @@ def draw_students(
         UserError: a pipeline that does not load.
     """
     manifests = [
-        json.loads((folder / "student" / VERIFICATION / "manifest.json").read_text()) for _, folder in runs
+        parse_json((folder / "student" / VERIFICATION / "manifest.json").read_text()) for _, folder in runs
     ]
     prompts: Any = manifests[0]["call"].get("prompt", manifests[0]["call"].get("class_labels"))
     seeds = manifests[0]["seeds"]

@@ -21,6 +21,7 @@ from stepdistill.data.training_images import Images
 from stepdistill.errors import UserError
 from stepdistill.families.size import Size
 from stepdistill.system.log import bar
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.processes import ALONE, Processes
 
 CHUNK_PIXELS = 2**22
@@ -99,8 +100,8 @@ class Latents:
             for size in self.sizes
         ]
         self.counts = [int(ends[-1]) for ends in self._ends]
-        self.converted = sum((Counter(json.loads(note["converted"])) for note in notes), Counter[str]())
-        self.skipped = [Skipped(*each) for note in notes for each in json.loads(note["skipped"])]
+        self.converted = sum((Counter(parse_json(note["converted"])) for note in notes), Counter[str]())
+        self.skipped = [Skipped(*each) for note in notes for each in parse_json(note["skipped"])]
         if not sum(self.counts):
             first = f": {self.skipped[0].name} {self.skipped[0].reason}" if self.skipped else ""
             raise UserError(f"data.images holds no usable image ({len(self.skipped)} skipped{first})")

@@ -31,6 +31,7 @@ from stepdistill.networks.passes import Passes
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import written_whole
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.processes import ALONE, Processes
 
 SHARD = 256
@@ -103,7 +104,7 @@ class PairCache:
         if manifest.is_file():
             old = {"interval": [0.0, 1.0], "rescale": 0.0, "shift": 1.0, "generator": "mt19937"}
             old |= {"guidance_2": None, "dtype": "float32"}
-            found = {**old, **json.loads(manifest.read_text())}
+            found = {**old, **parse_json(manifest.read_text())}
             for name, value in key.items():
                 if found.get(name) != value:
                     self._refuse(name, found.get(name), value)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import tarfile
 import zlib
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 from stepdistill.data.image_names import natural, of_macos, sample_of
 from stepdistill.data.texts import Texts
 from stepdistill.errors import UserError
+from stepdistill.system.parsing import Unreadable, parse_json
 from stepdistill.system.shipped import is_lfs_pointer
 
 KEYS = ("prompt", "caption", "text")
@@ -33,7 +33,7 @@ LARGEST_CAPTION = 1 << 20
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONE_RETURN = re.compile(rb"(?<=\r)(?!\n)")
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, csv.Error, json.JSONDecodeError)
+DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, csv.Error, Unreadable)
 
 
 def is_tar(file: Path) -> bool:
@@ -89,7 +89,10 @@ def read_rich(file: Path) -> dict[str, str]:
         )
     try:
         if file.suffix.lower() == ".json":
-            rows = [(f"entry {i}", row) for i, row in enumerate(json.loads(text_in(file)), 1)]
+            content = parse_json(text_in(file))
+            if not isinstance(content, list):
+                raise BadRow("is no list of prompts and their rich captions")
+            rows = [(f"entry {i}", row) for i, row in enumerate(content, 1)]
         else:
             rows = [(row.place, row.content) for row in file_rows(file)]
         return {text_of(row, place).strip(): _rich(row, place) for place, row in rows}
@@ -133,7 +136,7 @@ def _utf8(content: bytes, place: str, before: int = 0) -> str:
 
 
 def _of_json(file: Path) -> Iterator[str]:
-    content = json.loads(text_in(file))
+    content = parse_json(text_in(file))
     if not isinstance(content, (dict, list)):
         raise BadRow("is neither a list nor a table of prompts")
     rows = content.items() if isinstance(content, dict) else enumerate(content, 1)
@@ -220,7 +223,7 @@ def _line(content: bytes) -> str:
 
 
 def _in_json(content: bytes) -> str:
-    return text_of(json.loads(_utf8(content, "")), "").strip()
+    return text_of(parse_json(_utf8(content, "")), "").strip()
 
 
 def _cell(header: Sequence[str], delimiter: str, content: bytes) -> str:
@@ -256,8 +259,8 @@ def named(row: Any, key: str) -> str | None:
 
 def _json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except Unreadable as error:
         raise BadRow(f"{place} is not JSON ({error})") from None
 
 

@@ -6,7 +6,6 @@ named, and made again only where that is asked for (``data.damaged=remake``).
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -25,6 +24,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.system.files import written_whole
 from stepdistill.system.log import say
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.processes import ALONE, Processes
 
 _CHECKSUMS = "crc32 of "
@@ -160,11 +160,17 @@ class Shards:
             try:
                 with safe_open(self.file(number), "pt") as opened:
                     tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
+            except (
+                SafetensorError,
+                OSError,
+                ValueError,
+                KeyError,
+                AttributeError,
+            ) as error:  # of types it lacks
                 raise DamagedShard(self.file(number), str(error)) from None
             with self._opened(number) as stream:
                 length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
+                header = parse_json(stream.read(length))
             self._layouts[number] = {
                 name: _Place(8 + length + header[name]["data_offsets"][0], tuple(value.shape), value.dtype)
                 for name, value in tensors.items()

@@ -7,13 +7,13 @@ sees the student's pictures: perceptual and reward terms, and a method's own los
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation.suite_identity import MISSING, weights_sha256
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.run_folder import RunFolder
 
 
@@ -50,7 +50,7 @@ def loss_saw(pipeline: Any) -> dict[str, str]:
     place = Path(pipeline)
     report = RunFolder(place.parent if place.name == "student" else place).report
     try:
-        found = json.loads(report.read_text("utf-8")).get("loss_saw")
+        found = parse_json(report.read_text("utf-8")).get("loss_saw")
     except (OSError, ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}

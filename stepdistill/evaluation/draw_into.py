@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stepdistill.data.texts import rows_sha256
 from stepdistill.errors import UserError
 from stepdistill.evaluation.picture_folder import PictureFolder, saver
 from stepdistill.networks.find import find_pipeline, find_teacher
 from stepdistill.networks.own_call import TEACHER_STEPS, own_call, steps_of
 from stepdistill.system.log import bar, say
+from stepdistill.system.parsing import parse_yaml
 from stepdistill.system.processes import ALONE, FAILED, Processes
 from stepdistill.system.run_folder import RunFolder
 
@@ -83,7 +82,7 @@ def teacher_of(pipeline: str, steps: int = TEACHER_STEPS) -> Drawer:
             f"--teacher: {pipeline} is no run folder nor a student in one (there is no recipe.yaml), so its teacher is "
             "not known: draw the teacher by its own name"
         )
-    recipe: dict[str, Any] = yaml.safe_load(run.recipe.read_text("utf-8")) or {}
+    recipe: dict[str, Any] = parse_yaml(run.recipe.read_text("utf-8")) or {}
     guidance = (recipe.get("options") or {}).get("guidance")
     size = (recipe.get("data") or {}).get("size")
     own = own_call(run.student)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from stepdistill.errors import UserError
 from stepdistill.evaluation.rows import RowTable
 from stepdistill.system.files import written_whole
+from stepdistill.system.parsing import parse_json
 
 FIRST = 64
 """How many of the first images are kept."""
@@ -88,7 +89,7 @@ def load_gallery(file: Path) -> Gallery:
 
     try:
         with safe_open(file, framework="pt") as opened:
-            about = json.loads(opened.metadata()["about"])
+            about = parse_json(opened.metadata()["about"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         ranked = {
             name: tuple(

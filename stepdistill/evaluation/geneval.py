@@ -20,6 +20,7 @@ from stepdistill.evaluation.picture_folder import read_settings, refuse_other, s
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.own_call import own_call, steps_of
 from stepdistill.system.log import say
+from stepdistill.system.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def read_metadata(file: Path) -> list[tuple[str, str]]:
     rows = []
     for i, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
@@ -155,7 +156,7 @@ def export_geneval(
                     saving.put(pictures[k], image)
                 done += len(pixels)
                 shown.update(len(pixels))
-    if GENEVAL_2 in json.loads(rows[0][0]):
+    if GENEVAL_2 in parse_json(rows[0][0]):
         paths = {prompt: str(pictures[samples * i]) for i, (_, prompt) in enumerate(rows)}
         write_text(output / "image_paths.json", json.dumps(paths, indent=1))
     return len(missing)

@@ -30,6 +30,7 @@ from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.loading import filters_of, load_pipeline
 from stepdistill.system.files import written_whole
 from stepdistill.system.log import bar
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.processes import Processes
 
 SCORES = "scores.json"
@@ -63,7 +64,7 @@ class Part:
         """The scores, as soon as the main process has measured them."""
         file = self.images.folder / SCORES
         processes.wait_until(file.exists, folder)
-        return StepScores(**json.loads(file.read_text("utf-8")))
+        return StepScores(**parse_json(file.read_text("utf-8")))
 
 
 class Work:

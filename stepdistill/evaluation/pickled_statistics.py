@@ -8,8 +8,9 @@ built from their bytes, so not even numpy's own reader runs.
 from __future__ import annotations
 
 import pickle
+import pickletools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+MOST_VALUES = 100_000
 _NUMBERS = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8".split())
 
 
@@ -98,7 +100,8 @@ def read_pickled_statistics(file: Path) -> dict[str, Any]:
     """
     try:
         with file.open("rb") as stream:
-            content = _plain(_Reader(stream).load())
+            _check_memo(stream)
+            content = _plain(_Reader(stream).load(), [MOST_VALUES])
     except Exception as error:  # a made-up pickle can raise anything; nothing of it was run
         raise UserError(
             f"{file} is refused ({' '.join(str(error).split())[:200]}): a pickle of statistics holds only "
@@ -111,15 +114,28 @@ def read_pickled_statistics(file: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(value: Any) -> Any:
+def _check_memo(stream: BinaryIO) -> None:
+    """Python's reader makes room up to the largest number in its memo, which a file of ten bytes may claim."""
+    for place, (code, number, _) in enumerate(pickletools.genops(stream)):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(number, int) and number > place:
+            raise pickle.UnpicklingError(f"a memo of {number} entries")
+    stream.seek(0)
+
+
+def _plain(value: Any, left: list[int]) -> Any:
+    """The same without the classes of this file; ``left`` is how many values it may still be: lists of one list many
+    times, some levels deep, are more than memory has."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise pickle.UnpicklingError(f"it stands for more than {MOST_VALUES} values")
     if isinstance(value, _Array):
         if value.array is None:
             raise pickle.UnpicklingError("an array without content")
         return value.array
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner, left) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, left) for inner in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
 from stepdistill.system.files import check_writable, written_whole
+from stepdistill.system.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -136,7 +137,7 @@ def read_settings(folder: Path, name: str) -> dict[str, Any] | None:
     file = folder / name
     if file.is_file():
         try:
-            return dict(json.loads(file.read_text("utf-8")))
+            return dict(parse_json(file.read_text("utf-8")))
         except (UnicodeDecodeError, json.JSONDecodeError, TypeError, ValueError):
             raise UserError(f"{file} is damaged: remove {folder}, or give another folder") from None
     if folder.is_dir() and any(folder.iterdir()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.pickled_statistics import read_pickled_statistics
 from stepdistill.metrics.frechet import Moments
 from stepdistill.system.files import sha256_of
+from stepdistill.system.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 UNSTATED_COUNT = 1_000_000
 """Images of a file that does not say how many; the number does not enter the distance."""
+LARGEST_STATISTICS = 1 << 30
+"""Bytes of an array of statistics: twice those of a covariance of 8192 features in float64."""
 INDEFINITE = 1e-3
 """The least eigenvalue of a covariance may lie this far below 0, in parts of the largest. Of the emoji's covariance,
 float32 leaves -6e-9 and float16 -5e-5."""
@@ -90,27 +95,47 @@ def _read_safetensors(file: Path) -> Reference:
 
     try:
         with safe_open(file, "pt") as content:
-            protocol: dict[str, Any] = json.loads((content.metadata() or {}).get("protocol", "{}"))
+            protocol: dict[str, Any] = dict(parse_json((content.metadata() or {}).get("protocol", "{}")))
+            if "n" in protocol:
+                protocol["n"] = int(protocol["n"])
             tensors: dict[str, Any] = {key: content.get_tensor(key) for key in sorted(content.keys())}
-    except (SafetensorError, ValueError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        KeyError,
+        AttributeError,
+    ) as error:
         raise UserError(
             f"{file} is not a safetensors file ({error}); remake it with stepdistill stats"
         ) from None
     if not {"mean", "covariance"} <= set(tensors) or "n" not in protocol:
         found = ", ".join(tensors) or "nothing"
         raise UserError(f"{file} holds {found}; statistics are mean and covariance, with their protocol")
-    moments = _moments(file, tensors["mean"].numpy(), tensors["covariance"].numpy(), int(protocol["n"]))
+    moments = _moments(file, _numbers(tensors["mean"]), _numbers(tensors["covariance"]), protocol["n"])
     features = tensors["features"].float() if "features" in tensors else None
     spatial = None
     if {"spatial_mean", "spatial_covariance"} <= set(tensors):
-        mean, covariance = (tensors[key].numpy() for key in ("spatial_mean", "spatial_covariance"))
-        spatial = _moments(file, mean, covariance, int(protocol["n"]))
+        mean, covariance = (_numbers(tensors[key]) for key in ("spatial_mean", "spatial_covariance"))
+        spatial = _moments(file, mean, covariance, protocol["n"])
     return Reference(moments, features, protocol, sha256_of(file), spatial)
 
 
+def _numbers(tensor: Tensor) -> NDArray[Any]:
+    """An array; of the types that numpy lacks, in float64."""
+    array: NDArray[Any] = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
 def _read_npz(file: Path) -> Reference:
-    damage = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError)
+    damage = (
+        zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError,
+        AttributeError, OverflowError, SyntaxError, struct.error, tokenize.TokenError,
+    )  # fmt: skip
     try:
+        _check_sizes(file)
         with np.load(file, allow_pickle=False) as content:
             names = set(content.files)
             found = {key: content[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in names}
@@ -128,6 +153,28 @@ def _read_npz(file: Path) -> Reference:
     if {"mu_s", "sigma_s"} <= set(found):
         spatial = _moments(file, found["mu_s"], found["sigma_s"], UNSTATED_COUNT)
     return Reference(moments, None, {}, sha256_of(file), spatial, "arr_0" in names)
+
+
+def _check_sizes(file: Path) -> None:
+    """Statistics in a zip are no larger, unpacked, than those of the largest networks."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.filename in ("mu.npy", "sigma.npy", "mu_s.npy", "sigma_s.npy"):
+                if member.file_size > LARGEST_STATISTICS:
+                    raise ValueError(f"{member.filename} claims {member.file_size} bytes")
+                _check_claim(archive, member)
+
+
+def _check_claim(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """numpy makes room for what a head claims before it reads a byte of it."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(stream)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename} claims {list(shape)} numbers and has {member.file_size} bytes")
 
 
 def _read_pickle(file: Path, network: str) -> Reference:
@@ -159,7 +206,7 @@ def _moments(file: Path, mean: Any, covariance: Any, count: int) -> Moments:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: mean and covariance are not arrays of numbers") from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
         raise UserError(f"{file}: mean and covariance are {shapes}; they must be [D] and [D, D]")
     if not (mean.isfinite().all() and covariance.isfinite().all()):

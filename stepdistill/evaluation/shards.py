@@ -23,6 +23,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.evaluation.rows import Rows, RowTable
 from stepdistill.system.files import written_whole
+from stepdistill.system.parsing import parse_json
 
 SIZE = 500
 """Images of a shard. Batches do not cross shards, so it is a multiple of usual batches."""
@@ -232,7 +233,7 @@ def claim(folder: Path, key: Mapping[str, Any]) -> None:
             temporary.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
         return
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(file.read_text("utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not a table")
     except (OSError, ValueError) as error:
@@ -270,7 +271,7 @@ def _about(file: Path) -> dict[str, Any]:
 
     try:
         with safe_open(file, framework="pt") as opened:
-            about: dict[str, Any] = json.loads(opened.metadata()["about"])
+            about: dict[str, Any] = parse_json(opened.metadata()["about"])
         return about
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(file, str(error)) from None
@@ -282,7 +283,7 @@ def _names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="pt") as opened:
             return sorted(opened.keys())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, str(error)) from None
 
 

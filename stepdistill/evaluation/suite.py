@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stepdistill.data.prompts import FORMS, read_prompts
@@ -21,6 +20,7 @@ from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.metrics.own import OwnMetric, load_metric
 from stepdistill.system.emoji import emoji_captions
+from stepdistill.system.parsing import Unreadable, parse_yaml
 from stepdistill.system.shipped import cache_folder, content_folder, suite_file
 
 
@@ -332,9 +332,9 @@ def load_suite(name_or_path: str | Path | Suite) -> Suite:
         return name_or_path
     file = suite_file(name_or_path)
     try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(file.read_text("utf-8"))
+    except (Unreadable, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not YAML: {error}") from None
     if not isinstance(content, dict) or content.keys() & _OWN:
         raise UserError(f"{file}: a suite is a table of {', '.join(_keys())}")
     try:

@@ -9,6 +9,7 @@ import yaml
 
 from stepdistill.evaluation.suite import Suite
 from stepdistill.recipes.reference import Key, in_yaml, keys_of
+from stepdistill.system.parsing import parse_yaml
 from stepdistill.system.shipped import suite_files
 
 HEAD = """# stepdistill eval PIPELINE --suite {file} --steps 1
@@ -29,7 +30,7 @@ def suite_template(name: str, file: Path) -> str:
         name: of the suite.
         file: where the text goes; the copy is called after it.
     """
-    given: dict[str, Any] = yaml.safe_load(suite_files()[name].read_text("utf-8"))
+    given: dict[str, Any] = parse_yaml(suite_files()[name].read_text("utf-8"))
     given |= {"name": file.stem, "version": 1}
     given.pop("adds_to", None)  # it is a suite of its own
     lines = [_line(key, given) for key in suite_keys()]

@@ -20,6 +20,7 @@ from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.evaluation.suite_identity import second_of, suite_sha256
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.system.files import written_whole
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.shipped import cache_folder, content_folder
 
 SHIPPED = "teachers.json"
@@ -57,12 +58,12 @@ def find(name: str) -> Entry | None:
     does a score from before a metric of the suites' was there."""
     shipped = content_folder("eval") / "reference" / SHIPPED
     if shipped.is_file():
-        entries = json.loads(shipped.read_text("utf-8"))
+        entries = parse_json(shipped.read_text("utf-8"))
         if name in entries and NEWEST in entries[name]["scores"]:
             return Entry(entries[name]["scores"], "shipped")
     file = cache_folder() / "teachers" / f"{name}.json"
     try:
-        scores = json.loads(file.read_text("utf-8"))["scores"]
+        scores = parse_json(file.read_text("utf-8"))["scores"]
     except (OSError, ValueError, KeyError):
         return None
     return Entry(scores, "user") if NEWEST in scores else None

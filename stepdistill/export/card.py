@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import yaml
 
 from stepdistill.export.shared import Terms, is_hub_name, loaded_from, shown_name, without_folders
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, tensor_types
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.travelling import REASONS, travelling_code
 
 STOCK = "It is made of stock diffusers classes alone."
@@ -76,8 +76,8 @@ def for_folder(card: str, folder: Path) -> str:
 
 def _of_adapter(card: str, folder: Path) -> str:
     """The card of an adapter alone."""
-    of = json.loads((folder / ADAPTER).read_text("utf-8"))
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    of = parse_json((folder / ADAPTER).read_text("utf-8"))
+    config = parse_json((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     found = travelling_code(folder)
     facts = LoraFacts(0, 1.0, str(config["_class_name"]), found[0].stem if found else None)
     text = facts.loading(loaded_from(of["teacher"]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.networks.find import local_folder
+from stepdistill.system.parsing import parse_json
 
 _FOLDERS = re.compile(r"(?<![\w.~:/-])(?:~|\.{0,2})/(?:[^\s/'\"=,;)\]}]+/)+")
 _NAME = "_name_or_path"
@@ -40,7 +41,7 @@ def take_out_folders(folder: Path) -> None:
     """In the JSON files of a student's folder, the places of this machine that diffusers and transformers note down."""
     for file in folder.rglob("*.json"):
         text = file.read_text(encoding="utf-8")
-        if f'"{_NAME}"' in text and (content := json.loads(text)) != (plain := _plain(content)):
+        if f'"{_NAME}"' in text and (content := parse_json(text)) != (plain := _plain(content)):
             file.unlink()  # it may be a link
             file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -22,6 +22,8 @@ from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pipeline_files import ADAPTER
 from stepdistill.system.files import sha256_of
+from stepdistill.system.inside import is_inside
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.travelling import is_own_code, travelling_code
 
 PROGRAM = """
@@ -136,10 +138,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / VERIFICATION / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        for key in ("files", "tolerance", "seeds", "call"):
-            manifest[key]
-    except (ValueError, KeyError) as error:
+        manifest: dict[str, Any] = parse_json(file.read_text("utf-8"))
+        call, tolerance = manifest["call"], manifest["tolerance"]
+        int(call["num_inference_steps"]), float(tolerance["max"]), float(tolerance["mean"])
+        [int(seed) for seed in manifest["seeds"]]
+        for name, sha256 in manifest["files"].items():
+            if not isinstance(sha256, str) or not is_inside(name):
+                raise ValueError(f"files has {name}, which is no file of the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} cannot be read ({error}): export the student again") from error
     return manifest
 

@@ -7,7 +7,6 @@ far the two agree: stepdistill/assets/emoji/judge/README.md.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from stepdistill.system.emoji import judge_folder
 from stepdistill.system.files import sha256_of
 from stepdistill.system.float32 import full_float32
 from stepdistill.system.memory import sent
+from stepdistill.system.parsing import parse_json
 
 SIZE = 32
 WEIGHTS = "model.safetensors"
@@ -48,7 +48,7 @@ class Judge:
         self, file: Path, *, precision: Precision = "float32", device: torch.device | str = "cpu"
     ) -> None:
         with safe_open(file, "pt") as content:
-            config = json.loads(content.metadata()["config"])
+            config = parse_json(content.metadata()["config"])
             state = {name: content.get_tensor(name).float() for name in content.keys()}  # noqa: SIM118
         self.words: dict[str, int] = {word: i for i, word in enumerate(config["words"])}
         self.groups: list[str] = config["groups"]

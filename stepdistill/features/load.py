@@ -32,6 +32,7 @@ from stepdistill.features.own_module import user_network
 from stepdistill.system import emoji as embedded
 from stepdistill.system.files import sha256_of
 from stepdistill.system.log import quiet_loading
+from stepdistill.system.parsing import parse_json
 
 
 def load_features(
@@ -94,7 +95,7 @@ PIXELS = {
 def _pixel_statistics(folder: Path, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of preprocessor_config.json; those of its kind where the folder has none."""
     file = folder / "preprocessor_config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    config = parse_json(file.read_text("utf-8")) if file.is_file() else {}
     mean, std = PIXELS[kind]
     return tuple(config.get("image_mean", mean)), tuple(config.get("image_std", std))
 

@@ -12,6 +12,7 @@ from stepdistill.networks.find import local_folder
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.pipeline_files import ADAPTER
 from stepdistill.system.files import written_whole
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.shipped import cache_folder
 
 
@@ -41,7 +42,7 @@ def place_note(sha256: str) -> Path:
 
 def teacher_named(folder: Path) -> tuple[str, str]:
     """What the teacher of an adapter's folder is loaded from, as far as it is known here, and its hash."""
-    of = json.loads((folder / ADAPTER).read_text("utf-8"))
+    of = parse_json((folder / ADAPTER).read_text("utf-8"))
     note = place_note(of["teacher_sha256"])
     place = note.read_text("utf-8").strip() if note.is_file() else ""
     known = place if place and local_folder(place) is not None else str(of["teacher"])

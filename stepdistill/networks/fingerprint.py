@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA, SAFETY_CHECKER
 from stepdistill.system.files import sha256_of
+from stepdistill.system.parsing import parse_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +62,7 @@ def weights_hash(pipeline: Any, without: Callable[[str], bool] = lambda componen
         if file.suffix == ".safetensors" or file.name == "merges.txt":
             digest.update(f"{name} {sha256_of(file)}\n".encode())
         elif file.suffix == ".json":
-            digest.update(f"{name} {_plain(json.loads(file.read_text('utf-8')))}\n".encode())
+            digest.update(f"{name} {_plain(parse_json(file.read_text('utf-8')))}\n".encode())
     return digest.hexdigest()
 
 

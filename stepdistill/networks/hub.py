@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from stepdistill.system.parsing import parse_json
 
 SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Ends of files that hold a whole pipeline's weights, or a network's, as other trainers write them."""
@@ -41,7 +42,7 @@ def _tensor_names(file: Path) -> list[str]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            head = json.loads(stream.read(length)) if length < 100_000_000 else {}
+            head = parse_json(stream.read(length)) if length < 100_000_000 else {}
     except (OSError, ValueError):
         return []
     return [key for key in head if key != "__metadata__"] if isinstance(head, dict) else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import json
 from pathlib import Path
 from pathlib import Path as FilePath
 from typing import Any
@@ -29,6 +28,7 @@ from stepdistill.networks.pipeline_files import (
 )
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.system.log import quiet_loading
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.travelling import is_own_code, travelling_code, travelling_module
 
 FILTERS = {SAFETY_CHECKER: "safety checker", "watermark": "watermarker"}
@@ -239,7 +239,7 @@ def _load_adapter(folder: Path, what: str) -> Any:
     pipe = load_teacher(teacher_named(folder)[0])
     pipe.load_lora_weights(folder, weight_name=LORA)
     place = folder / "scheduler"
-    kind = str(json.loads((place / "scheduler_config.json").read_text("utf-8"))["_class_name"])
+    kind = str(parse_json((place / "scheduler_config.json").read_text("utf-8"))["_class_name"])
     code = [file for file in travelling_code(folder) if is_own_code(file)]
     found = getattr(travelling_module(code[0].stem) if code else diffusers, kind, None)
     if found is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError
+from stepdistill.system.parsing import parse_json
 
 VERIFICATION = "verification"
 """The folder of a student's proof; its manifest.json says with which call the pictures beside it were drawn."""
@@ -87,7 +87,7 @@ def own_call(folder: Path) -> OwnCall | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text("utf-8"))
+        manifest = parse_json(file.read_text("utf-8"))
         call = dict(manifest["call"])
         steps = int(call["num_inference_steps"])
         counts = manifest.get("step_counts")
@@ -97,5 +97,5 @@ def own_call(folder: Path) -> OwnCall | None:
             call.get(_GUIDANCE),
             {key: value for key, value in call.items() if key not in _GIVEN_ANEW},
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} cannot be read ({error}): export the student again") from None

@@ -5,7 +5,6 @@ Imports no torch, so that a mistake is told at once.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.system.files import readable_as_usual
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.shipped import is_lfs_pointer
 
 INDEX = "model_index.json"
@@ -139,7 +139,7 @@ def tensor_types(component: Path) -> Mapping[str, str]:
     for file in loaded_files(component):
         if file.suffix == ".safetensors":
             with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                header = parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
             found |= {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
     return found
 
@@ -158,7 +158,7 @@ def _files(folder: Path, names: dict[str, tuple[str, str]]) -> Iterator[Path]:
 def _json(file: Path, folder: Path, what: str) -> Any:
     short = file.relative_to(folder).as_posix()
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         if is_lfs_pointer(file):
             raise UserError(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from stepdistill.system.parsing import parse_json
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,7 +70,7 @@ def read_sheet(data: bytes) -> Sheet | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            about = json.loads(image.info[_KEY])
+            about = parse_json(image.info[_KEY])
             width, height = about["size"]
             rows = []
             for r, (label, count) in enumerate(about["rows"]):

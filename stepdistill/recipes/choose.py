@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from stepdistill.system.parsing import parse_json, parse_yaml
 from stepdistill.system.shipped import content_folder, header, recipe_files
 
 DEFAULT_TEACHER = "emoji"
@@ -74,7 +72,7 @@ def announcement(method: str, teacher: str, source: str | None, changed: bool) -
 @cache
 def tree_of(file: Path) -> dict[str, Any]:
     """A shipped recipe as it is written."""
-    tree: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    tree: dict[str, Any] = parse_yaml(file.read_text(encoding="utf-8")) or {}
     return tree
 
 
@@ -86,5 +84,5 @@ def _samples(tree: dict[str, Any]) -> int:
 def _measured_seconds(name: str) -> float:
     """Training time of a recipe's shipped result; 0 where there is none."""
     file = content_folder("train") / "results" / f"{name}.json"
-    seconds = json.loads(file.read_text(encoding="utf-8")).get("train_seconds", 0) if file.is_file() else 0
+    seconds = parse_json(file.read_text(encoding="utf-8")).get("train_seconds", 0) if file.is_file() else 0
     return float(seconds)

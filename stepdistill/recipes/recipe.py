@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from stepdistill.errors import UserError, did_you_mean
@@ -22,6 +21,7 @@ from stepdistill.recipes.section import Section
 from stepdistill.recipes.sections import AgainstTeacherOptions, DataOptions, ExportOptions, StudentOptions
 from stepdistill.recipes.term_options import TermOptions
 from stepdistill.recipes.train_options import TrainOptions
+from stepdistill.system.parsing import Unreadable, parse_yaml
 from stepdistill.system.shipped import module_summaries, recipe_files
 
 DEFAULT_METHOD = "dmd"
@@ -224,11 +224,11 @@ def _find_recipe(name: str | Path | None, teacher: str | None, method: str | Non
 
 def _read_yaml(path: Path, source: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{source}: not valid YAML{line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except Unreadable as error:
+        line = f" in line {error.line}" if error.line else ""
+        raise UserError(f"{source}: not valid YAML{line}: {error}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{source}: not YAML text: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror}") from None
@@ -246,8 +246,8 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"--set {assignment}: write it as key=value, such as --set train.lr=1e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except Unreadable:
         raise UserError(
             f"--set {assignment}: {text} is not a YAML value; quote it, such as '{key}=\"...\"'"
         ) from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.export.verify import read_manifest, student_folder
+from stepdistill.system.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,12 +160,11 @@ def teacher_drawer(teacher: str, guidance: float | None = None, device: str | No
 
 def distilled_at(folder: Path) -> float | None:
     """The guidance scale at which a student was distilled, as its run's recipe says; None where there is none."""
-    import yaml
 
     recipe = folder.parent / "recipe.yaml"
     if not recipe.is_file():
         return None
-    found = (yaml.safe_load(recipe.read_text("utf-8")) or {}).get("options", {}).get("guidance")
+    found = (parse_yaml(recipe.read_text("utf-8")) or {}).get("options", {}).get("guidance")
     return None if found is None else float(found)
 
 

@@ -20,6 +20,7 @@ from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, pipeline_class
 from stepdistill.sharing.hub_card import hub_card, local_paths, parted
 from stepdistill.system.files import folder_written_whole, size_text
+from stepdistill.system.parsing import parse_json
 
 CARD = "README.md"
 MANIFEST = f"{VERIFICATION}/manifest.json"
@@ -87,7 +88,7 @@ def prepare(
     told, _ = parted(card)
     known = base_model or told.get("base_model")
     if ADAPTER in files:
-        of = json.loads((folder / ADAPTER).read_text("utf-8"))
+        of = parse_json((folder / ADAPTER).read_text("utf-8"))
         if base_model is None and not is_hub_name(str(of["teacher"])):
             raise UserError(
                 f"{folder} is an adapter for {of['teacher']}, which nobody else finds: give --base-model OWNER/NAME"

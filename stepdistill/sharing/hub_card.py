@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA
+from stepdistill.system.parsing import parse_json, parse_yaml
 
 HERE = "path/to/this/folder"
 """What stands in a card's snippets for the student's place."""
@@ -19,11 +19,10 @@ PATH = re.compile(r"(?<![\w:/.<-])~?/(?:[\w.@+-]+/)+[\w.@+-]+|(?<!\w)[A-Za-z]:\\
 
 def parted(card: str) -> tuple[dict[str, Any], str]:
     """A card's metadata, which stands before it between two lines of ``---``, and its text."""
-    import yaml
 
     before, _, rest = card.partition("---\n")
     head, end, text = rest.partition("\n---\n")
-    found = yaml.safe_load(head) if end and not before.strip() else None
+    found = parse_yaml(head) if end and not before.strip() else None
     return (found, text) if isinstance(found, dict) else ({}, card)
 
 
@@ -103,7 +102,7 @@ def local_paths(name: str, text: str) -> list[str]:
         return PATH.findall(text)
     if Path(name).name not in (INDEX, ADAPTER) and not name.endswith("config.json"):
         return []
-    return [value for value in _strings(json.loads(text)) if PATH.fullmatch(value)]
+    return [value for value in _strings(parse_json(text)) if PATH.fullmatch(value)]
 
 
 def _strings(value: Any) -> list[str]:

@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from stepdistill.errors import UserError
+from stepdistill.system.parsing import parse_json
 
 Choice = Literal["left", "right", "same"]
 
@@ -141,7 +142,7 @@ def read_votes(file: Path) -> list[Vote]:
     found = []
     for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             found.append(Vote(**{**row, "left": Side(**row["left"]), "right": Side(**row["right"])}))
         except (ValueError, KeyError, TypeError):
             raise UserError(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from stepdistill.errors import UserError
 from stepdistill.system.files import written_whole
+from stepdistill.system.parsing import parse_json
 
 STATS = "stats.jsonl"
 Value = float | str | Sequence[str]
@@ -173,9 +174,14 @@ def read_stats(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's stats.jsonl, oldest first; a line that a kill cut short is left out."""
     if not (folder / STATS).is_file():
         return []
-    lines = (folder / STATS).read_text(encoding="utf-8").split("\n")
-    # The last piece is empty after a whole line, and half a line after a kill.
-    rows = [json.loads(line) for line in lines[:-1]]
+    try:
+        lines = (folder / STATS).read_text(encoding="utf-8").split("\n")
+        # The last piece is empty after a whole line, and half a line after a kill.
+        rows = [parse_json(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise UserError(f"{folder / STATS} cannot be read: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{folder / STATS} cannot be read: a line is no table of numbers")
     if rows and "update" not in rows[0]:
         raise UserError(
             f"{folder / STATS} has the columns of an earlier version (no `update`): train into a new folder"

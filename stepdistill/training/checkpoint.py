@@ -22,6 +22,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.networks.sharding import held_like
 from stepdistill.system.files import folder_written_whole, remove_folder, sha256_of
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.processes import ALONE, Processes
 from stepdistill.training.sharded_files import Like, group_of, read_parts, write_parts
 
@@ -108,10 +109,13 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: when it cannot be read.
     """
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        state: dict[str, Any] = parse_json((path / STATE).read_text())
         if state.pop(OWN_HASH, None) not in (None, _hash_of(state)):
             raise ValueError("it is not what was written")
-        return {**state, "files": dict(state["files"])}
+        files = {str(name): str(sha256) for name, sha256 in state["files"].items()}
+        if outside := [name for name in files if name != Path(name).name]:
+            raise ValueError(f"files has {outside[0]}, which is no file of the folder")
+        return {**state, "files": files}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {path} has no readable {STATE} ({error}): delete that folder to resume from the one before it"

@@ -23,6 +23,7 @@ from stepdistill.data.batches import Data
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.objective import shown_name
 from stepdistill.recipes.health_options import Action, HealthOptions, SignName
+from stepdistill.system.parsing import parse_json
 from stepdistill.training.movement import Movement, names_of
 from stepdistill.training.parallel import Parallel
 from stepdistill.training.probe import LEVELS, Probe
@@ -369,7 +370,7 @@ class Monitor:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores :meth:`state`."""
-        known = json.loads(bytes(state["known"].tolist()).decode())
+        known = parse_json(bytes(state["known"].tolist()).decode())
         self.open, self.rates, self.events = known["open"], known["rates"], known["events"]
         self.measures, self.clean, self._told = known["measures"], known["clean"], known["told"]
         self._again, self._suspected, self._best = known["again"], known["suspected"], known["best"]

@@ -3,7 +3,6 @@ torch."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stepdistill.errors import UserError
 from stepdistill.pages.numbers import duration
 from stepdistill.pages.sheets import Sheet, read_sheet
 from stepdistill.system.log import STATS, read_stats
+from stepdistill.system.parsing import Unreadable, parse_json, parse_yaml
 from stepdistill.system.run_folder import RunFolder, Status, read_status
 from stepdistill.training.identity import changed_keys
 
@@ -174,8 +172,8 @@ def _text(file: Path) -> str:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text) if re.match(r"\s*\{", text) else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        found = parse_json(text) if re.match(r"\s*\{", text) else parse_yaml(text)
+    except (Unreadable, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepdistill.errors import UserError
+from stepdistill.system.parsing import Unreadable, parse_json
 
 Scores = dict[str, dict[str, Any]]
 """Metric -> number of steps -> its value, None where it was not measured."""
@@ -235,13 +236,16 @@ def read_report(path: str | Path) -> Measured:
             f"{path}: there is no report.json; give the folder of a finished run, or the file itself"
         )
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = parse_json(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, Unreadable) as error:
         raise UserError(f"{file}: not a JSON file: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: not a report of a run: it has no suite, n, student")
     kind: type[Measured] = RunReport
     if "scores" in found:
+        scores = found["scores"]
+        if not isinstance(scores, dict) or not all(isinstance(score, dict) for score in scores.values()):
+            raise UserError(f"{file}: not a report of an evaluation: scores is no table of tables")
         found, kind = _from_evaluation(found, file), Measured
     missing = [key for key in ("suite", "n", "student") if key not in found]
     if missing:
