@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.cli.findings import Finding, State
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.system.files import size_text
 from stepdistill.system.log import read_stats
 from stepdistill.system.parsing import parse_json
@@ -34,6 +34,24 @@ def examine_run(folder: Path) -> list[Finding]:
     if not place.recipe.is_file() and read_status(folder) is None:
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml{_runs_in(folder)}")
     place.check_layout()
+    try:
+        return _examined(place)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # files that another made
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{folder}: status.json, stats.jsonl or report.json is not what a run writes ({first_line(error)})"
+        ) from None
+
+
+def _examined(place: RunFolder) -> list[Finding]:
+    folder = place.root
     status, rows, saved = read_status(folder), read_stats(folder), _checkpoints(place)
     report = read_report(folder) if place.report.is_file() else None
     health = report.health if isinstance(report, RunReport) else None

@@ -22,6 +22,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.networks.sharding import held_like
 from stepdistill.system.files import folder_written_whole, remove_folder, sha256_of
+from stepdistill.system.inside import is_inside
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.processes import ALONE, Processes
 from stepdistill.training.sharded_files import Like, group_of, read_parts, write_parts
@@ -113,7 +114,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if state.pop(OWN_HASH, None) not in (None, _hash_of(state)):
             raise ValueError("it is not what was written")
         files = {str(name): str(sha256) for name, sha256 in state["files"].items()}
-        if outside := [name for name in files if name != Path(name).name]:
+        if outside := [name for name in files if not is_inside(name) or "/" in name]:
             raise ValueError(f"files has {outside[0]}, which is no file of the folder")
         return {**state, "files": files}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -31,9 +31,9 @@ class Target(NamedTuple):
 
 
 WORDS = (
-    "teacher method options terms student data train health export evaluate output prompts images lr updates steps times "
-    "batch guidance files call seeds tolerance num_inference_steps scores suite n student.times nan .inf emoji dmd lcm "
-    "precision size betas clip _class_name schema name mean covariance protocol update loss network"
+    "teacher method options terms student data train health export evaluate output prompts images lr updates steps "
+    "times batch guidance files call seeds tolerance num_inference_steps scores suite n student.times nan .inf emoji dmd "
+    "lcm precision size betas clip _class_name schema name mean covariance protocol update loss network"
 ).split()
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(WORDS), st.text(max_size=8),
@@ -196,7 +196,8 @@ TENSORS = [
     _header(_entry("F32", "[4]", 0, 16)), _header(_entry("F32", "[4]", 0, 1 << 60)), _header("[]"), _header("null"),
     _header(_entry("F32", "[4]", 16, 0)), _header(_entry("F4", "[4]", 0, 2)), _header(_entry("I8", "[16]", 0, 16)),
     _header(_entry("F32", f"[{1 << 62}, {1 << 62}]", 0, 16)), _header(_entry("BOOL", "[16]", 0, 16)),
-    _header(_entry("F8_E8M0", "[16]", 0, 16)), _header(_entry("C64", "[2]", 0, 16)), _header('{"__metadata__":{"about":"[]"}}'),
+    _header(_entry("F8_E8M0", "[16]", 0, 16)), _header(_entry("C64", "[2]", 0, 16)),
+    _header('{"__metadata__":{"about":"[]"}}'),
 ]  # fmt: skip
 
 
