@@ -32,8 +32,8 @@ class Target(NamedTuple):
 
 WORDS = (
     "teacher method options terms student data train health export evaluate output prompts images lr updates steps "
-    "times batch guidance files call seeds tolerance num_inference_steps scores suite n student.times nan .inf emoji dmd "
-    "lcm precision size betas clip _class_name schema name mean covariance protocol update loss network"
+    "times batch guidance files call seeds tolerance num_inference_steps scores suite n student.times nan .inf emoji "
+    "dmd lcm precision size betas clip _class_name schema name mean covariance protocol update loss network"
 ).split()
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(WORDS), st.text(max_size=8),
