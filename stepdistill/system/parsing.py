@@ -71,8 +71,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
         if self._depth > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"nested deeper than {DEEPEST}", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {DEEPEST}", mark)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -81,16 +82,14 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if node not in self._values:
                 raise yaml.composer.ComposerError(
-                    None, None, f"the alias {event.anchor} lies in what it stands for", event.start_mark
+                    None, None, f"the alias {event.anchor} lies in what it stands for", mark
                 )
         else:
             inner = node.value if isinstance(node.value, list) else []
             parts = [part for each in inner for part in (each if isinstance(each, tuple) else (each,))]
             self._values[node] = 1 + sum(self._values[part] for part in parts)
         if self._values[node] > MOST_VALUES:
-            raise yaml.composer.ComposerError(
-                None, None, f"stands for more than {MOST_VALUES} values", event.start_mark
-            )
+            raise yaml.composer.ComposerError(None, None, f"stands for more than {MOST_VALUES} values", mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
