@@ -199,7 +199,7 @@ def read_status(folder: Path) -> Status | None:
     try:
         found = json.loads(RunFolder(folder).status.read_text(encoding="utf-8"))
         return Status(**{name: found[name] for name in Status.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
