@@ -18,6 +18,7 @@ from stepdistill.pages.metric_names import marked
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import RunReport, read_report
 
+RECIPES = Path(__file__).parent / "recipes"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 PLOT = "gap_by_time.png"
 NOT_MEASURED = "# Not measured."
@@ -65,6 +66,14 @@ TRIED = {
     "emoji-flow": "2026-11-27: emoji-flow's recipes, and changes that no test noticed",
 }
 """Headings of LOG.md, by run, else by teacher, else by method: what was tried on the way."""
+
+
+def shown_command(report: RunReport) -> str:
+    """The run's recipe, where it is shipped, else its command without what says where things lie."""
+    if (RECIPES / f"{report.name}.yaml").is_file():
+        return f"stepdistill train {report.name}"
+    places = r" --(output|teacher) \S+| --set (data\.pairs|train\.warm_starts)=\S+"
+    return re.sub(places, "", report.command)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def cells(row: Row, rank: str) -> str:
     recall, share = student.get("recall", {}).get(steps), report.recall_of_teachers.get(steps)
     texts = [
         *([rank] if rank else []),
-        f"`stepdistill train {report.name}`",
+        f"`{shown_command(report)}`",
         steps,
         f"{row.gap:.3f}",
         f"{student['fd'][steps]:.2f}{marked('fd', report.conflicts)}",
