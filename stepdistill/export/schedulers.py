@@ -105,6 +105,18 @@ def stock_scheduler(
     return scheduler
 
 
+def clipping_remark(scheduler: Any) -> str | None:
+    """What to tell of a teacher whose scheduler clips clean predictions: its student is trained and drawn without."""
+    name = next((key for key in ("clip_sample", "thresholding") if scheduler.config.get(key)), None)
+    if name is None:
+        return None
+    return (
+        f"the teacher's {type(scheduler).__name__} clips its clean predictions ({name}), and the student is trained "
+        "and draws without: where that clips much, the two differ. Latents should not be clipped: set it to false in "
+        "the teacher's scheduler"
+    )
+
+
 def _flow_scheduler(sampler: Sampler, path: FlowPath, passes: frozenset[str]) -> Any:
     """The first stock scheduler that has the student's grid from what the pipeline passes, else the one of
     ``pipelines/flow_consistency.py``, which travels along: for fresh noise between steps, too.

@@ -22,7 +22,7 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
 from stepdistill.export.adapters import check_options
 from stepdistill.export.checks import teacher_check
-from stepdistill.export.schedulers import check_sampler, on_stock_grid
+from stepdistill.export.schedulers import check_sampler, clipping_remark, on_stock_grid
 from stepdistill.export.student_folder import check_export
 from stepdistill.families import family_in
 from stepdistill.families.kinds import LabelFamily
@@ -176,8 +176,9 @@ def assemble(
     if train.checkpointing:
         check_checkpointing(teacher.denoiser.net)
     changes = taken_as(source)
-    if main and teacher.family.remark:
-        say(teacher.family.remark)
+    for remark in (teacher.family.remark, clipping_remark(teacher.pipe.scheduler)) if main else ():
+        if remark:
+            say(remark)
     rewarded = bool(recipe.terms.reward_weight) or "reward" in needs
     if rewarded and isinstance(teacher.family, LabelFamily):
         weight = recipe.terms.reward_weight

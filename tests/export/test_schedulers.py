@@ -11,7 +11,13 @@ from sampler_toy import teacher_scheduler
 from stepdistill.diffusion.path import FlowPath, Path, TablePath
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.export.schedulers import check_sampler, on_stock_grid, stock_scheduler, times_of
+from stepdistill.export.schedulers import (
+    check_sampler,
+    clipping_remark,
+    on_stock_grid,
+    stock_scheduler,
+    times_of,
+)
 from stepdistill.networks.sampler import Sampler
 from stepdistill.testing.toys import ToyFamily
 
@@ -149,3 +155,13 @@ def test_the_travelling_scheduler_takes_eulers_steps_where_there_is_no_fresh_noi
         x = own.step(x.sin() + i, t, x, return_dict=False)[0]
         y = euler.step(y.sin() + i, t, y, return_dict=False)[0]
         assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_a_teacher_that_clips_is_told_of() -> None:
+    """Its student does not, and whoever reads the numbers should know."""
+    plain = teacher_scheduler()
+    told = clipping_remark(type(plain).from_config(plain.config, clip_sample=True))
+    assert told is not None and told.startswith(
+        f"the teacher's {type(plain).__name__} clips its clean predictions"
+    )
+    assert clipping_remark(type(plain).from_config(plain.config, clip_sample=False)) is None
