@@ -33,29 +33,39 @@ WENT_ON = {
 """Runs that share everything up to an update with another run, whose checkpoint there they went on from."""
 
 SCORE_METHODS = "2026-11-22: the score methods stand on the same warm start"
+BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm start has already"
 FLOW_MAPS = (
     "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
     "start's"
 )
 TRIED = {
+    "asd": BEHIND_REGRESSION,
     "consistency": "2026-11-22: consistency distillation wants levels at every time, and jumps neither long nor short",
     "diff_instruct": SCORE_METHODS,
     "disback": "2026-11-28: DisBack from a plain start, beside DMD",
     "dmd": "2026-11-22: one-step DMD runs away from a plain start, and stands on a warm start",
     "dmd_emoji_4step": "2026-11-22: four-step DMD starts from states of the teacher's trajectories",
     "dmd_emoji_below_noise": "2026-11-27: bf16 and starts below pure noise",
+    "dmd_emoji_vdot_passes": BEHIND_REGRESSION,
     "f_distill": "2026-11-22: TSCD, f-distill, rf++",
     "flow_map": FLOW_MAPS,
     "freeflow": "2026-11-22: FreeFlow runs away after its warm start",
+    "gdd": BEHIND_REGRESSION,
+    "gndm": BEHIND_REGRESSION,
     "instaflow": "2026-11-22: reflow and one-step distillation",
     "lcm": "2026-11-22: LCM needs longer skips and pure noise at the top",
     "lcm_lora_emoji": "2026-11-22: LCM as an adapter",
     "meanflow": "2026-11-22: MeanFlow learns slowly",
+    "opd": BEHIND_REGRESSION,
     "pcm": "2026-11-22: consistency methods on a pool of 12 steps",
     "phased_dmd": "2026-11-22: Phased DMD beats its teacher",
+    "progressive": BEHIND_REGRESSION,
+    "rcm": BEHIND_REGRESSION,
     "reflow": "2026-11-22: reflow and one-step distillation",
+    "regression_emoji_3000": BEHIND_REGRESSION,
     "rfpp": "2026-11-22: rf++ with the clean distance over t spends its gradient where nothing is left to learn",
     "scm": "2026-11-22: twenty seconds of every method, and sCM was trained too long",
+    "self_e": BEHIND_REGRESSION,
     "sid": SCORE_METHODS,
     "sim": SCORE_METHODS,
     "sim_emoji_below_noise": "2026-11-27: bf16 and starts below pure noise",
@@ -63,6 +73,8 @@ TRIED = {
     "tbcm": "2026-11-22: TBCM loses with steps",
     "tcd": "2026-11-22: consistency methods on a pool of 12 steps",
     "tscd": "2026-11-22: TSCD, f-distill, rf++",
+    "twinflow": BEHIND_REGRESSION,
+    "vdot": BEHIND_REGRESSION,
     "emoji-flow": "2026-11-27: emoji-flow's recipes, and changes that no test noticed",
 }
 """Headings of LOG.md, by run, else by teacher, else by method: what was tried on the way."""
