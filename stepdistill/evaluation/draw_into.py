@@ -14,7 +14,7 @@ from stepdistill.evaluation.picture_folder import PictureFolder, saver
 from stepdistill.networks.find import find_pipeline, find_teacher
 from stepdistill.networks.own_call import TEACHER_STEPS, own_call, steps_of
 from stepdistill.system.log import bar, say
-from stepdistill.system.parsing import parse_yaml
+from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.processes import ALONE, FAILED, Processes
 from stepdistill.system.run_folder import RunFolder
 

@@ -20,7 +20,8 @@ from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.metrics.own import OwnMetric, load_metric
 from stepdistill.system.emoji import emoji_captions
-from stepdistill.system.parsing import Unreadable, parse_yaml
+from stepdistill.system.parsing import Unreadable
+from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.shipped import cache_folder, content_folder, suite_file
 
 

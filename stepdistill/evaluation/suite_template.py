@@ -9,7 +9,7 @@ import yaml
 
 from stepdistill.evaluation.suite import Suite
 from stepdistill.recipes.reference import Key, in_yaml, keys_of
-from stepdistill.system.parsing import parse_yaml
+from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.shipped import suite_files
 
 HEAD = """# stepdistill eval PIPELINE --suite {file} --steps 1

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stepdistill.system.parsing import parse_json, parse_yaml
+from stepdistill.system.parsing import parse_json
+from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.shipped import content_folder, header, recipe_files
 
 DEFAULT_TEACHER = "emoji"

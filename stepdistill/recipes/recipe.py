@@ -21,7 +21,8 @@ from stepdistill.recipes.section import Section
 from stepdistill.recipes.sections import AgainstTeacherOptions, DataOptions, ExportOptions, StudentOptions
 from stepdistill.recipes.term_options import TermOptions
 from stepdistill.recipes.train_options import TrainOptions
-from stepdistill.system.parsing import Unreadable, parse_yaml
+from stepdistill.system.parsing import Unreadable
+from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.shipped import module_summaries, recipe_files
 
 DEFAULT_METHOD = "dmd"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.export.verify import read_manifest, student_folder
-from stepdistill.system.parsing import parse_yaml
+from stepdistill.system.parsing_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from PIL.Image import Image

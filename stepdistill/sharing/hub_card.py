@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA
-from stepdistill.system.parsing import parse_json, parse_yaml
+from stepdistill.system.parsing import parse_json
+from stepdistill.system.parsing_yaml import parse_yaml
 
 HERE = "path/to/this/folder"
 """What stands in a card's snippets for the student's place."""

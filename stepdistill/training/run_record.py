@@ -15,7 +15,8 @@ from stepdistill.errors import UserError
 from stepdistill.pages.numbers import duration
 from stepdistill.pages.sheets import Sheet, read_sheet
 from stepdistill.system.log import STATS, read_stats
-from stepdistill.system.parsing import Unreadable, parse_json, parse_yaml
+from stepdistill.system.parsing import Unreadable, parse_json
+from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.run_folder import RunFolder, Status, read_status
 from stepdistill.training.identity import changed_keys
 

@@ -40,7 +40,8 @@ from stepdistill.export.verify import read_manifest
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.inside import is_inside
 from stepdistill.system.log import read_stats
-from stepdistill.system.parsing import DEEPEST, Unreadable, parse_json, parse_yaml
+from stepdistill.system.parsing import Unreadable, parse_json
+from stepdistill.system.parsing_yaml import DEEPEST, parse_yaml
 from stepdistill.system.tensor_files import read_tensors
 from stepdistill.training.checkpoint import read_state
 from stepdistill.training.run_report import read_report

@@ -201,10 +201,10 @@ def test_run_folders_are_numbered_and_found_again(tmp_path: Path) -> None:
 
 def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("")
-    checks.check_output(
-        tmp_path, resume=False
-    )  # one that failed before its first checkpoint left nothing to keep
-    (tmp_path / "work" / "checkpoints").mkdir(parents=True)
+    # One that ended before its first checkpoint was whole left nothing to keep.
+    (tmp_path / "work" / "checkpoints" / ".step-00000005.part").mkdir(parents=True)
+    checks.check_output(tmp_path, resume=False)
+    (tmp_path / "work" / "checkpoints" / "step-00000005").mkdir()
     with pytest.raises(UserError, match="holds a run already: add --resume"):
         checks.check_output(tmp_path, resume=False)
     checks.check_output(tmp_path, resume=True)
