@@ -52,6 +52,8 @@ TRIED = {
     "freeflow": "2026-11-22: FreeFlow runs away after its warm start",
     "gdd": BEHIND_REGRESSION,
     "gndm": BEHIND_REGRESSION,
+    "internalise": BEHIND_REGRESSION,
+    "rg_lcd_emoji": BEHIND_REGRESSION,
     "instaflow": "2026-11-22: reflow and one-step distillation",
     "lcm": "2026-11-22: LCM needs longer skips and pure noise at the top",
     "lcm_lora_emoji": "2026-11-22: LCM as an adapter",
