@@ -18,7 +18,6 @@ from stepdistill.pages.metric_names import marked
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import RunReport, read_report
 
-RECIPES = Path(__file__).parent / "recipes"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 PLOT = "gap_by_time.png"
 NOT_MEASURED = "# Not measured."
@@ -33,6 +32,7 @@ WENT_ON = {
 """Runs that share everything up to an update with another run, whose checkpoint there they went on from."""
 
 SCORE_METHODS = "2026-11-22: the score methods stand on the same warm start"
+IN_PARTS = "in parts"
 BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm start has already"
 FLOW_MAPS = (
     "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
@@ -46,7 +46,6 @@ TRIED = {
     "dmd": "2026-11-22: one-step DMD runs away from a plain start, and stands on a warm start",
     "dmd_emoji_4step": "2026-11-22: four-step DMD starts from states of the teacher's trajectories",
     "dmd_emoji_below_noise": "2026-11-27: bf16 and starts below pure noise",
-    "dmd_emoji_vdot_passes": BEHIND_REGRESSION,
     "f_distill": "2026-11-22: TSCD, f-distill, rf++",
     "flow_map": FLOW_MAPS,
     "freeflow": "2026-11-22: FreeFlow runs away after its warm start",
@@ -64,7 +63,6 @@ TRIED = {
     "progressive": BEHIND_REGRESSION,
     "rcm": BEHIND_REGRESSION,
     "reflow": "2026-11-22: reflow and one-step distillation",
-    "regression_emoji_3000": BEHIND_REGRESSION,
     "rfpp": "2026-11-22: rf++ with the clean distance over t spends its gradient where nothing is left to learn",
     "scm": "2026-11-22: twenty seconds of every method, and sCM was trained too long",
     "self_e": BEHIND_REGRESSION,
@@ -80,14 +78,6 @@ TRIED = {
     "emoji-flow": "2026-11-27: emoji-flow's recipes, and changes that no test noticed",
 }
 """Headings of LOG.md, by run, else by teacher, else by method: what was tried on the way."""
-
-
-def shown_command(report: RunReport) -> str:
-    """The run's recipe, where it is shipped, else its command without what says where things lie."""
-    if (RECIPES / f"{report.name}.yaml").is_file():
-        return f"stepdistill train {report.name}"
-    places = r" --(output|teacher) \S+| --set (data\.pairs|train\.warm_starts)=\S+"
-    return re.sub(places, "", report.command)
 
 
 @dataclass(frozen=True)
@@ -119,6 +109,8 @@ def whole_run(report: RunReport) -> str:
     if report.name in WENT_ON:
         source, update = WENT_ON[report.name]
         return f"went on from {source}, update {update:,}"
+    if report.resumes:
+        return IN_PARTS
     return f"{report.wall_seconds / 60:.1f}"
 
 
@@ -143,7 +135,7 @@ def cells(row: Row, rank: str) -> str:
     recall, share = student.get("recall", {}).get(steps), report.recall_of_teachers.get(steps)
     texts = [
         *([rank] if rank else []),
-        f"`{shown_command(report)}`",
+        f"`stepdistill train {report.name}`",
         steps,
         f"{row.gap:.3f}",
         f"{student['fd'][steps]:.2f}{marked('fd', report.conflicts)}",

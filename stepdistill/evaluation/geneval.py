@@ -20,7 +20,7 @@ from stepdistill.evaluation.picture_folder import read_settings, refuse_other, s
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.own_call import own_call, steps_of
 from stepdistill.system.log import say
-from stepdistill.system.parsing import parse_json
+from stepdistill.system.parsing import Unreadable, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ def read_metadata(file: Path) -> list[tuple[str, str]]:
     for i, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
-        except json.JSONDecodeError:
+        except Unreadable:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(

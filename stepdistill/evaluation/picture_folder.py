@@ -138,7 +138,7 @@ def read_settings(folder: Path, name: str) -> dict[str, Any] | None:
     if file.is_file():
         try:
             return dict(parse_json(file.read_text("utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, ValueError):
+        except (TypeError, ValueError):
             raise UserError(f"{file} is damaged: remove {folder}, or give another folder") from None
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files (it has no {name}): give a new folder")

@@ -330,6 +330,8 @@ def test_results_are_of_shipped_recipes_ranked_and_no_run_is_shorter_than_its_tr
             source, update = results.WENT_ON[report.name]
             assert results.whole_run(report) == f"went on from {source}, update {update:,}"
             assert report.train_seconds > report.wall_seconds  # which is that of the part after it
+        elif report.resumes:
+            assert results.whole_run(report) == results.IN_PARTS
         else:
             assert float(results.whole_run(report)) * 60 >= report.train_seconds - 3
     first, others = results.best_of_each_method(
@@ -337,9 +339,11 @@ def test_results_are_of_shipped_recipes_ranked_and_no_run_is_shorter_than_its_tr
     )
     assert [row.gap for row in first] == sorted((row.gap for row in first), reverse=True)
     assert len({row.report.method for row in first}) == len(first)
-    assert all(
-        any(b.report.method == row.report.method and b.gap >= row.gap for b in first) for row in others
-    )
+    for row in others:
+        best = any(b.report.method == row.report.method and b.gap >= row.gap for b in first)
+        assert (
+            best or "fd" in row.report.conflicts
+        )  # whose own loss looked through the network of FD is not ranked
     for name, file in recipe_files().items():
         known = {report.name for report in reports}
         assert ("\n# Gave: gap closed " if name in known else "\n# Not measured.") in file.read_text()
