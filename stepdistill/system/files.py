@@ -157,7 +157,7 @@ def remove_folder(folder: Path) -> None:
 def remove_left_over(folder: Path) -> None:
     """Removes what processes that were killed have left half written or half removed in a folder; for whoever alone
     writes there."""
-    for pattern in (".*.part", ".*.old"):
+    for pattern in (".*.part", ".*.[0-9]*.old"):
         for left in folder.glob(pattern):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 

@@ -8,12 +8,11 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 from stepdistill.errors import UserError
-from stepdistill.system.log import say
+from stepdistill.system.log import say, utc_now
 
 try:
     import fcntl
@@ -38,7 +37,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     stream = _taken(file, what)
     try:
         stream.truncate(0)
-        json.dump({"pid": os.getpid(), "host": platform.node(), "since": _now()}, stream)
+        json.dump({"pid": os.getpid(), "host": platform.node(), "since": utc_now()}, stream)
         stream.flush()
         yield
     finally:
@@ -75,7 +74,3 @@ def _holder(stream: IO[str]) -> str:
         return f"{told['pid']} on {told['host']}, since {told['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "which has just begun"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

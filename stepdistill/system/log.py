@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -55,6 +56,11 @@ def quiet_loading() -> None:
 def say(text: str) -> None:
     """One line on stderr that does not break a bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+def utc_now() -> str:
+    """The time, UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class _Kept:

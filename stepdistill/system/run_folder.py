@@ -17,13 +17,14 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from stepdistill.errors import UserError
 from stepdistill.system.files import remove_left_over, written_whole
 from stepdistill.system.lock import locked
+from stepdistill.system.log import utc_now
 
 LATEST = "latest"
 """In a folder called ``runs``: a link to the newest run."""
@@ -165,7 +166,7 @@ class Status:
     health: str | None = None
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=platform.node)
-    written: str = field(default_factory=lambda: _now())
+    written: str = field(default_factory=utc_now)
 
     @property
     def going(self) -> bool:
@@ -254,13 +255,9 @@ class RunStatus:
 
     def _write(self) -> None:
         self._last = time.monotonic()
-        self.now = replace(self.now, written=_now())
+        self.now = replace(self.now, written=utc_now())
         with written_whole(self._file) as temporary:
             temporary.write_text(json.dumps(asdict(self.now), indent=1) + "\n", encoding="utf-8")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
-from stepdistill.system.files import give_usual_modes
+from stepdistill.system.files import folder_written_whole, remove_folder
 from stepdistill.teacher_training.settings import StageSettings
 from stepdistill.training.checkpoint import load_optimizer_state, optimizer_state
 
@@ -83,31 +82,26 @@ def _average(average: dict[str, Tensor], network: nn.Module, decay: float) -> No
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first. A name ending in .tmp is one whose writing was cut off."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
+    """Finished checkpoints, oldest first; what else begins so is one whose writing was cut off."""
+    return sorted(folder.glob(f"step-{'[0-9]' * 6}"))
 
 
 def _save(folder: Path, step: int, tensors: dict[str, Tensor], history: History) -> None:
-    """Writes step-N/ under a temporary name, renames it, and only then removes what it replaces."""
+    """Writes step-N/ whole, and only then removes what it replaces."""
     final = folder / f"step-{step:06d}"
-    temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors"
-        )
-        state = {"step": step, "seconds": history.seconds, "losses": history.losses}
-        (temporary / "state.json").write_text(json.dumps(state))
-        give_usual_modes(temporary)
-        temporary.rename(final)
+        with folder_written_whole(final) as temporary:
+            whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            save_file(whole, temporary / "state.safetensors")
+            state = {"step": step, "seconds": history.seconds, "losses": history.losses}
+            (temporary / "state.json").write_text(json.dumps(state))
     except (OSError, SafetensorError) as error:
         kept = _numbered(folder)
         left = f"{kept[-1].name} is intact" if kept else "there is none before it"
         raise UserError(f"cannot write checkpoint {final}: {error} ({left}); run again to go on") from error
-    for old in folder.glob("step-*"):
+    for old in _numbered(folder):
         if old != final:
-            shutil.rmtree(old)
+            remove_folder(old)
 
 
 def _load(folder: Path) -> tuple[int, dict[str, Tensor], History] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from stepdistill.data.texts import rows_sha256
@@ -16,6 +15,7 @@ from stepdistill.export.shared import terms_of
 from stepdistill.export.student_folder import export, pipeline_call
 from stepdistill.networks.fingerprint import networks_hash
 from stepdistill.system.files import sha256_of
+from stepdistill.system.log import utc_now
 from stepdistill.training.assemble import Assembled
 from stepdistill.training.run_report import Health, Prompts, Start
 
@@ -27,7 +27,7 @@ def started_by(run: Assembled, command: str | None) -> Start:
     """The start of a run by this process."""
     given = command or str(run.origin["command"])
     kept = {name: run.origin[name] for name in ("hardware", "commit")}
-    return Start(command=given, at=datetime.now(UTC).isoformat(timespec="seconds"), **kept)
+    return Start(command=given, at=utc_now(), **kept)
 
 
 def prompts_of(run: Assembled) -> Prompts | None:

@@ -147,9 +147,10 @@ def test_stopped_run_continues_bit_for_bit(made: Path, tmp_path: Path) -> None:
         with pytest.raises(Stop):
             make.make_teacher(TINY, tmp_path, device="cpu", on_step=stop)
         # What is left of a checkpoint whose writing was cut off.
-        cut = tmp_path / "work" / stage / "step-000099.tmp"
-        cut.mkdir(parents=True, exist_ok=True)
-        (cut / "state.safetensors").write_bytes(b"half a file")
+        for name in (".step-000099.part", "step-000099.tmp"):  # now, and by an earlier version
+            cut = tmp_path / "work" / stage / name
+            cut.mkdir(parents=True, exist_ok=True)
+            (cut / "state.safetensors").write_bytes(b"half a file")
     seen: list[tuple[str, int]] = []
     make.make_teacher(TINY, tmp_path, device="cpu", on_step=lambda at, step: seen.append((at, step)))
     assert seen == [
