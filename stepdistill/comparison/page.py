@@ -186,9 +186,11 @@ def _group(group: Group, number: int) -> list[str]:
         parts.append(f"<p>FD is {html.escape(fd)}: lower is better.{about}</p>")
     if better := group.reports[0].better:
         said = "; ".join(
-            f"{name.replace('_', ' ')}: {direction} is better" for name, direction in better.items()
+            f"{name.replace('_', ' ')}: {direction} is better"
+            for name, direction in better.items()
+            if direction != "neither"
         )
-        parts.append(f"<p>{html.escape(said)}.</p>")
+        parts += [f"<p>{html.escape(said)}.</p>"] if said else []
     parts += [f"<p class=warning>{html.escape(note)}</p>" for note in group.notes]
     return [*parts, _table(group.rows), _plots(group, fd)]
 

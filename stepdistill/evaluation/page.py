@@ -120,7 +120,7 @@ def _numbers(facts: Mapping[str, Any]) -> str:
         errors = [scores[steps].get(f"{key}_se") for steps in columns]
         cells = [_cell(key, value, error) for value, error in zip(found, errors, strict=True)]
         own = facts.get("better", {}).get(key)
-        direction = DIRECTIONS.get(key) or (f"{own} is better" if own else None)
+        direction = DIRECTIONS.get(key) or (f"{own} is better" if own not in (None, "neither") else None)
         mark = marked(key, facts.get("conflicts") or {})
         name = f"{_name(key, facts)}{mark}{f' ({direction})' if direction else ''}"
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")

@@ -123,7 +123,7 @@ class Report:
         trailing: whether the scheduler was re-configured (see :func:`evaluate`).
         scores: by step count.
         metrics: what the scores are called, ``fd``, ``clip_score`` and those that the suite asks besides.
-        better: of your own metrics: ``lower`` or ``higher``.
+        better: of your own metrics: ``lower``, ``higher`` or ``neither``.
         protocol: resize, SHA-256 of networks, references and suite, the rules of the seeds and of standard errors.
         versions, command, hardware, commit: where the numbers come from; commit is None outside a checkout.
         conflicts: the scores in the eyes of a network that the pipeline's training looked through, and what says so.

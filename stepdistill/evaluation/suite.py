@@ -18,7 +18,7 @@ from stepdistill.evaluation.scores import StepScores
 from stepdistill.evaluation.suite_metrics import WITH_TEXTS, MetricKeys
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork, Precision
-from stepdistill.metrics.own import OwnMetric, load_metric
+from stepdistill.metrics.own import OwnMetric, load_metric, metric_file
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.system.parsing import Unreadable
 from stepdistill.system.parsing_yaml import parse_yaml
@@ -135,7 +135,7 @@ class Suite(MetricKeys):
         Raises:
             UserError: one of them is not there, or not a metric.
         """
-        return [load_metric(self.folder / Path(name).expanduser()) for name in self.metrics]
+        return [load_metric(metric_file(name, self.folder)) for name in self.metrics]
 
     @property
     def reads_prompts(self) -> bool:

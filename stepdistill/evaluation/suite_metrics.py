@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepdistill.errors import did_you_mean
+from stepdistill.metrics.own import SHIPPED
 
 WITH_TEXTS = ("emoji", "judge", "clip")
 """Kinds of networks that compare images with texts."""
@@ -29,8 +30,9 @@ class MetricKeys(BaseModel):
 
     Attributes:
         metrics: your own metrics, each a Python file such as ``./my_metric.py``, looked for beside the suite's file
-            (docs/extend/own_metric.md); kid, fid_infinity, inception_score, sfid and clip_score can be named here, too.
-            They move no other score.
+            (docs/extend/own_metric.md), or ``high_frequencies`` (of the images' spectrum) and ``colour_hits`` (images
+            of the colour that their prompt names). They move no other score. kid, fid_infinity, inception_score, sfid
+            and clip_score can be named here, too.
         kid: also compute the kernel distance (needs a reference with features).
         neighbours: k of precision, recall, density and coverage; 0 leaves them out. They are also left out where the
             reference has no features, or there are not more than k images.
@@ -88,14 +90,14 @@ class MetricKeys(BaseModel):
         if not isinstance(content, dict) or not isinstance(content.get("metrics"), (list, tuple)):
             return content
         content = dict(content)
-        files = [name for name in content["metrics"] if str(name).endswith(".py")]
+        files = [name for name in content["metrics"] if str(name).endswith(".py") or name in SHIPPED]
         for name in [name for name in content["metrics"] if name not in files]:
             if name in _WITH_VALUE:
                 raise ValueError(
                     f"metrics has {name}, which is a key with a value: write {_WITH_VALUE[name]}"
                 )
             if name not in _SWITCHES:
-                near = did_you_mean(str(name), [*_SWITCHES, *_WITH_VALUE])
+                near = did_you_mean(str(name), [*_SWITCHES, *SHIPPED, *_WITH_VALUE])
                 raise ValueError(f"metrics has {name} {near}; your own is a file, such as ./my_metric.py")
             if content.setdefault(name, True) is False:
                 raise ValueError(f"metrics has {name}, and {name} is false: take one of them away")

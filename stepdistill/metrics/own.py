@@ -2,7 +2,7 @@
 
 class Colours:
     name = "colours"            # of its column
-    better = "higher"           # or "lower"
+    better = "higher"           # or "lower", or "neither"
     needs = ("images",)         # of NEEDS
 
     def compute(self, drawn: DrawnImages, reference: RealImages) -> tuple[float, float | None]:
@@ -33,7 +33,9 @@ NEEDS = {
     "reference": "reference.features",
 }
 """What a metric can ask for, and where ``compute`` finds it. What it does not ask is None."""
-BETTER = ("lower", "higher")
+BETTER = ("lower", "higher", "neither")
+SHIPPED = ("colour_hits", "high_frequencies")
+"""Metrics of this folder that have the same form: a suite names them without a path."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class OwnMetric:
         file: where it lies.
         sha256: of the file: two reports compare only where it is equal.
         name: of its score.
-        better: ``lower`` or ``higher``.
+        better: of BETTER.
         needs: keys of NEEDS.
         metric: the object whose ``compute`` is called.
     """
@@ -104,6 +106,11 @@ class OwnMetric:
         if not math.isfinite(value) or (error is not None and not 0 <= error < math.inf):
             raise ValueError(f"compute gave {value:g} with the standard error {error}; both must be finite")
         return value, error
+
+
+def metric_file(name: str, folder: Path) -> Path:
+    """Where the metric lies that a suite in ``folder`` names: one of SHIPPED, or the user's file."""
+    return Path(__file__).with_name(f"{name}.py") if name in SHIPPED else folder / Path(name).expanduser()
 
 
 def load_metric(file: Path) -> OwnMetric:
@@ -148,7 +155,7 @@ def _problems(kind: type) -> list[str]:
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name) or name.endswith("_se"):
         wrong.append(f"name is {name!r}: give small letters, digits and _, such as name = 'colours'")
     if better not in BETTER:
-        wrong.append(f"better is {better!r}: give 'lower' or 'higher'")
+        wrong.append(f"better is {better!r}: give 'lower', 'higher' or 'neither'")
     if not isinstance(needs, (tuple, list, set, frozenset)) or not set(needs) <= NEEDS.keys():
         wrong.append(f"needs is {needs!r}: give a tuple of {', '.join(NEEDS)}, such as needs = ('images',)")
     try:

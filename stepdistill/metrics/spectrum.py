@@ -11,9 +11,9 @@ def high_frequency_share(images: Tensor) -> Tensor:
     """The sum of |FFT|^2 above half the Nyquist frequency over that of all frequencies but the mean, [B] in [0, 1].
 
     Args:
-        images: [B, 3, H, W], of any scale.
+        images: [B, C, H, W], of any scale; more dimensions before H and W count as channels.
     """
-    power = torch.fft.rfft2(images.float(), norm="ortho").abs().square().sum(1)  # [B, H, W // 2 + 1]
+    power = torch.fft.rfft2(images.float(), norm="ortho").abs().square().flatten(1, -3).sum(1)
     height, width = images.shape[-2:]
     down = torch.fft.fftfreq(height, device=images.device)[:, None]
     across = torch.fft.rfftfreq(width, device=images.device)[None]

@@ -21,6 +21,7 @@ from stepdistill.diffusion.solvers import solve
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.objective import Objective
+from stepdistill.metrics.spectrum import high_frequency_share
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler, schedule_times
 
@@ -232,7 +233,8 @@ class Probe:
         limit = far.sort().values[min(len(far) - 1, int(EXTREME * len(far)))]
         found["extremes"] = float(((x - mean).abs() > limit).float().mean())
         if min(x.shape[-2:]) >= 4:
-            found["high_frequencies"] = high_share(x) / max(high_share(reference), 1e-8)
+            theirs_high = float(high_frequency_share(reference).mean())
+            found["high_frequencies"] = float(high_frequency_share(x).mean()) / max(theirs_high, 1e-8)
         return found
 
     def _of_data(self, batch: Batch) -> dict[str, float]:
@@ -260,18 +262,3 @@ def channel_means(x: Tensor) -> Tensor:
 def deviation(x: Tensor) -> float:
     """Root mean square distance of the values of x [B, C, ...] from their channel's mean."""
     return float((x - channel_means(x)).square().mean().sqrt())
-
-
-def high_share(x: Tensor) -> float:
-    """The share of the variance of x [..., H, W] that lies in the upper half of the frequencies."""
-    height, width = x.shape[-2:]
-    power = torch.fft.rfft2(x.float() - x.float().mean(dim=(-2, -1), keepdim=True)).abs().square()
-    y, z = torch.fft.fftfreq(height, device=x.device), torch.fft.rfftfreq(width, device=x.device)
-    high = (y[:, None].square() + z[None].square()).sqrt() > 0.25
-    # All but the first and the last column stand for two.
-    twice = torch.full((power.shape[-1],), 2.0, device=x.device)
-    twice[0] = 1.0
-    if width % 2 == 0:
-        twice[-1] = 1.0
-    power = power * twice
-    return float(power[..., high].sum() / power.sum().clamp_min(1e-12))

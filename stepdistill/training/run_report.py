@@ -163,7 +163,7 @@ class Measured(BaseModel):
     against: str | None = None
     remarks: list[str] = Field(default_factory=list)
     metrics: dict[str, Any] = Field(default_factory=dict)
-    better: dict[str, Literal["lower", "higher"]] = Field(default_factory=dict)
+    better: dict[str, Literal["lower", "higher", "neither"]] = Field(default_factory=dict)
     loss_saw: dict[str, str] = Field(default_factory=dict)
     conflicts: dict[str, str] = Field(default_factory=dict)
     protocol: dict[str, Any] = Field(default_factory=dict)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,13 +21,16 @@ from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.given_images import evaluate_images
 from stepdistill.evaluation.suite import Suite, load_suite
 from stepdistill.evaluation.suite_identity import suite_sha256
+from stepdistill.metrics.colours import hue_of
 from stepdistill.metrics.frechet import Moments
 from stepdistill.networks.loading import load_pipeline
 from stepdistill.system.emoji import emoji_images, teacher_folder
+from stepdistill.system.python_files import module_of
 from stepdistill.system.shipped import suite_files
 from stepdistill.training.run_report import read_report
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extend" / "own_metric.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extend" / "own_metric.md").read_text()
 METRIC, LINE = (re.search(rf"```{kind}\n(.*?)```", PAGE, re.S)[1] for kind in ("python", "yaml"))
 
 SPREAD = """
@@ -125,7 +130,7 @@ def test_an_error_in_compute_leaves_the_other_scores(tmp_path: Path) -> None:
         ("x = undefined", "it cannot be imported: NameError"),
         ("x = 1", "it must hold one class with a function compute; found none"),
         (METRIC.replace('"sharpness"', '"Sharp ness"'), "name is 'Sharp ness': give small letters"),
-        (METRIC.replace('"higher"', '"more"'), "better is 'more': give 'lower' or 'higher'"),
+        (METRIC.replace('"higher"', '"more"'), "better is 'more': give 'lower', 'higher' or 'neither'"),
         (METRIC.replace('("images",)', '"images"'), "needs is 'images': give a tuple of features, images"),
         (
             METRIC.replace("drawn: DrawnImages, reference: RealImages", "drawn"),
@@ -192,3 +197,37 @@ def test_a_copied_suite_is_the_shipped_one_under_its_own_name_with_every_key(tmp
 def test_the_moments_that_compute_gets_are_those_of_the_reference() -> None:
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(Moments.of(x).covariance, torch.cov(x.double().T))
+
+
+def test_high_frequencies_and_hits_of_colours_are_shipped(tmp_path: Path) -> None:
+    """Filled squares: two have the hue that is asked for, one has another, one is asked for none and does not count. A
+    square of 16 of 32 pixels has its share of high frequencies in closed form of the transform."""
+    asked = ["red square", "large blue square", "green book", "keycap: *"]
+    painted = [(220, 30, 40), (40, 120, 200), (220, 30, 40), (0, 0, 0)]
+    pictures = np.full((4, 32, 32, 3), 255, np.uint8)
+    for picture, colour in zip(pictures, painted, strict=True):
+        picture[8:24, 8:24] = colour
+    (tmp_path / "asked.txt").write_text("\n".join(asked))
+    wanted = ["colour_hits", "high_frequencies"]
+    suite = suite_of(tmp_path, n=4, prompts="asked.txt", selection="first", metrics=wanted, neighbours=0)
+    report = evaluate_images(list(pictures), suite, progress=False, output=tmp_path / "out")
+    found = report.scores[0].own
+    assert found["colour_hits"] == pytest.approx(2 / 3)
+    side = np.abs(np.fft.fft(np.repeat([0, 1, 0], [8, 16, 8]))) ** 2
+    low = np.abs(np.fft.fftfreq(32)) <= 0.25
+    share = 1 - (side[low].sum() ** 2 - side[0] ** 2) / (side.sum() ** 2 - side[0] ** 2)
+    assert found["high_frequencies"] == pytest.approx(share, rel=1e-4)
+    assert report.better == {"colour_hits": "higher", "high_frequencies": "neither"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "colour hits (higher is better)" in page and "neither" not in page
+    with pytest.raises(UserError, match="did you mean high_frequencies"):
+        load_suite(suite_of(tmp_path, metrics=["high_frequency"]))
+
+
+def test_prompts_to_train_colours_on_hold_out_what_is_measured() -> None:
+    suite = load_suite("emoji-colours")
+    asked = set(suite.prompt_list() or ())
+    trained = module_of(str(ROOT / "train" / "examples" / "colours.py"), "example").training_prompts()
+    assert len(asked) == 24 and not asked & set(trained)
+    assert not any(math.isnan(hue_of(prompt)) for prompt in asked)
+    assert [math.isnan(hue_of(prompt)) for prompt in trained[:4]] == [True, False, True, False]

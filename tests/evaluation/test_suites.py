@@ -53,10 +53,17 @@ def mine(**changes: Any) -> Suite:
 
 
 def test_every_shipped_suite_says_its_protocol_and_what_it_needs() -> None:
-    assert set(suite_files()) == {"emoji", "emoji-quick", "folder", *LITERATURE}
+    assert set(suite_files()) == {
+        "emoji",
+        "emoji-quick",
+        "emoji-rewards",
+        "emoji-colours",
+        "folder",
+        *LITERATURE,
+    }
     for name, file in suite_files().items():
         suite = load_suite(name)
-        assert (suite.name, suite.version) == (name, 2 if name.startswith("emoji") else 1)
+        assert (suite.name, suite.version) == (name, 2 if name in ("emoji", "emoji-quick") else 1)
         assert header(file).startswith("stepdistill eval ") and f"--suite {name}" in header(file)
         assert "Needs " in header(file)
         if name in LITERATURE:

@@ -34,3 +34,8 @@ def test_of_white_noise_it_is_the_share_of_the_plane() -> None:
     noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     wanted = (32**2 - 17**2) / (32**2 - 1)
     assert float(high_frequency_share(noise).mean()) == pytest.approx(wanted, rel=5e-3)
+
+
+def test_frames_of_a_video_count_as_channels() -> None:
+    video = torch.stack([wave(2), 0.5 * wave(12)], 2)  # [1, 3, 2, H, W]
+    assert float(high_frequency_share(video)) == pytest.approx(0.25 / 1.25, rel=1e-4)
