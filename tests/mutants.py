@@ -115,6 +115,8 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/self_e.py": ["tests/methods/test_self_e.py", OF_FLOWS],
     "stepdistill/losses/rollout.py": ["tests/losses/test_rollout.py", "tests/methods/test_opd.py"],
     "stepdistill/methods/self_opd.py": ["tests/methods/test_self_opd.py", OF_POLICY],
+    "stepdistill/methods/crd.py": ["tests/methods/test_crd.py", OF_POLICY],
+    "stepdistill/losses/groups.py": ["tests/methods/test_gndm.py", "tests/methods/test_crd.py"],
     "stepdistill/methods/internalise.py": ["tests/methods/test_internalise.py", OF_POLICY],
     "stepdistill/methods/opd.py": ["tests/methods/test_opd.py", OF_POLICY],
     "stepdistill/methods/twinflow.py": ["tests/methods/test_twinflow.py", OF_FLOWS],

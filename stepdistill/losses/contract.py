@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from stepdistill.networks.sampler import Sampler
 
 
-NEEDS = ("noise", "prompts", "rich", "images", "pairs", "states", "reward")
+NEEDS = ("noise", "prompts", "rich", "images", "pairs", "states", "reward", "group")
 """What a method can ask for: starting noise, prompts, their rich captions (``data.rich``), real images, (noise, teacher
 sample) pairs, with the pairs the states of their trajectories at the method's ``pair_times``, the student's own by
-default, and the recipe's ``terms.reward``."""
+default, the recipe's ``terms.reward``, and several samples of each prompt beside each other (``train.group``)."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,8 @@ class Method(nn.Module, ABC):
         same_calls: whether all parts of a batch make the same calls of the networks, as sharded ones need.
         own_network: whether it gives the student a network of its own: turning the teacher's would be in vain.
         several_teachers: whether it learns from further teachers, each for its prompts (``roles.route``).
+        without_few_steps: of a method whose teacher must denoise images at any time, which a student of few steps does
+            not: what to do instead where the teacher is one, in a refusal; empty takes any.
         shows: what of ``Loss`` its student's turns tell beside the value, out of "sample" and "prediction": terms can
             read what they need there.
 
@@ -206,6 +208,7 @@ class Method(nn.Module, ABC):
     same_calls: ClassVar[bool] = True
     own_network: ClassVar[bool] = False
     several_teachers: ClassVar[bool] = False
+    without_few_steps: ClassVar[str] = ""
     shows: ClassVar[frozenset[str]] = frozenset()
     rewards: Rewards | None = None
     options: MethodOptions

@@ -22,12 +22,7 @@ from torch import Tensor
 
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views, loss_with_gradient, views_of
-
-
-def mean_of_group(values: Tensor, group: int) -> Tensor:
-    """The mean over each ``group`` consecutive rows of [B, 1, ...], for each of them."""
-    means: Tensor = values.unflatten(0, (-1, group)).mean(1)
-    return means.repeat_interleave(group, 0)
+from stepdistill.losses.groups import mean_of_group
 
 
 def rms(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a teacher has guidance in its weights already, which a second one would spoil."""
+"""Whether a teacher is itself a student: guided in its weights, and not to be guided again, or of few steps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,44 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.networks.find import local_folder
-from stepdistill.networks.own_call import own_call
+from stepdistill.networks.own_call import OwnCall, own_call
 from stepdistill.networks.teacher import PipelineTeacher
 
 OF_FEW_STEPS = frozenset(
     {"LCMScheduler", "TCDScheduler", "FlowConsistencyScheduler", "FlowMapEulerDiscreteScheduler"}
 )
 """Schedulers with which students of few steps are published."""
+FEW = 8
+"""Fewer steps than so many are few."""
+
+
+def _published_in_few_steps(teacher: PipelineTeacher) -> str:
+    """What of its scheduler says that it is a student of few steps; empty where nothing does."""
+    scheduler = teacher.pipe.scheduler
+    name, config = type(scheduler).__name__, scheduler.config
+    if name in OF_FEW_STEPS:
+        return f"its scheduler is {name}, of students of few steps"
+    if name == "EulerAncestralDiscreteScheduler" and config.timestep_spacing == "trailing":
+        return "its scheduler is that of SDXL-Turbo and SD-Turbo"
+    return ""
+
+
+def _call_of(source: Any) -> OwnCall | None:
+    """The own call of a student in a folder; None of anything else."""
+    folder = local_folder(source) if isinstance(source, (str, Path)) else None
+    return None if folder is None else own_call(folder)
+
+
+def why_of_few_steps(teacher: PipelineTeacher, source: Any) -> str:
+    """What says that the teacher draws in few steps, and so denoises at those alone; empty where nothing does.
+
+    Args:
+        teacher, source: see :func:`why_guided_already`.
+    """
+    own = _call_of(source)
+    if own is not None and own.steps < FEW:
+        return f"its folder says that it draws in {own.steps}"
+    return _published_in_few_steps(teacher)
 
 
 def why_guided_already(teacher: PipelineTeacher, source: Any) -> str:
@@ -25,16 +56,10 @@ def why_guided_already(teacher: PipelineTeacher, source: Any) -> str:
     """
     if teacher.null is None or teacher.denoiser.guidance is not None:
         return ""
-    folder = local_folder(source) if isinstance(source, (str, Path)) else None
-    if folder is not None and (own := own_call(folder)) is not None and own.input_guidance is None:
+    own = _call_of(source)
+    if own is not None and own.input_guidance is None:
         return "it is a student whose folder says so"
-    scheduler = teacher.pipe.scheduler
-    name, config = type(scheduler).__name__, scheduler.config
-    if name in OF_FEW_STEPS:
-        return f"its scheduler is {name}, of students of few steps"
-    if name == "EulerAncestralDiscreteScheduler" and config.timestep_spacing == "trailing":
-        return "its scheduler is that of SDXL-Turbo and SD-Turbo"
-    return ""
+    return _published_in_few_steps(teacher)
 
 
 def guidance_warning(teacher: PipelineTeacher, source: Any, guidance: float) -> str | None:

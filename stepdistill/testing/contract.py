@@ -72,7 +72,8 @@ def build(name: str, times: tuple[float, ...] | None = None) -> Method:
 
 
 def batch_for(method: Method, count: int = 8, step: int = 0) -> Batch:
-    """A batch of ``count`` samples with images, pairs and states, for a method's step."""
+    """A batch of ``count`` samples with images, pairs and states, in groups where they are asked for, for a method's
+    step."""
     mixture = Mixture(PATH)
     images = mixture.sample(count, torch.Generator().manual_seed(7))
     batch = toy_batch(count, step, pairs=lambda z: 0.3 * z + 0.1, images=images)
@@ -80,7 +81,8 @@ def batch_for(method: Method, count: int = 8, step: int = 0) -> Batch:
     noise = cast(Tensor, drawn.noise)
     between = [t * noise + (1 - t) * drawn.x0 for t in method.pair_times()]
     states = torch.stack(between, 1) if between else None
-    return replace(batch, pairs=Examples(drawn.x0, drawn.cond, noise, states))
+    group = 2 if "group" in method.options.needs else 1
+    return replace(batch, pairs=Examples(drawn.x0, drawn.cond, noise, states), group=group)
 
 
 def turns_of(method: Method) -> dict[str, int]:

@@ -39,6 +39,7 @@ from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Te
 from stepdistill.networks.checkpointing import check_checkpointing
 from stepdistill.networks.compiled import check_compile, compiled_parts
 from stepdistill.networks.derivative import takes_exact
+from stepdistill.networks.distilled import why_of_few_steps
 from stepdistill.networks.find import find_teacher
 from stepdistill.networks.loading import load_teacher, taken_as
 from stepdistill.networks.sampler import Sampler
@@ -150,6 +151,11 @@ def assemble(
             f"{recipe.method} with these options learns from rich captions: give a file with a prompt and its rich "
             "caption in each row as data.rich, or teach by pictures with options.source=images"
         )
+    if "group" in needs and train.group == 1:
+        raise UserError(
+            f"{recipe.method} compares samples of one prompt, and train.group is 1: set it to how many samples each "
+            "prompt has in a batch, such as 8"
+        )
     source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
     family = family_in(recipe.family) if recipe.family else None
     loaded = pipeline or load_teacher(recipe.teacher, family=family)
@@ -166,6 +172,11 @@ def assemble(
         guidance_2=options.guidance_2,
         owned=pipeline is None,
     )
+    if kind.without_few_steps and (few := why_of_few_steps(teacher, source)):
+        raise UserError(
+            f"{recipe.method} noises images and has the teacher denoise them, which {recipe.teacher}, a student of few "
+            f"steps ({few}), cannot: {kind.without_few_steps}"
+        )
     if train.parallel == "sharded" and isinstance(teacher.denoiser.net, SwitchedNetworks):
         raise UserError(
             "train.parallel is sharded, but this teacher calls one of its networks for some samples and another for "

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from stepdistill.diffusion.path import FlowPath
+from stepdistill.losses.groups import mean_of_group
 from stepdistill.losses.rewards import Rewards
 from stepdistill.methods.dmd import DMD
-from stepdistill.methods.gndm import GNDM, mean_of_group, rms
+from stepdistill.methods.gndm import GNDM, rms
 from stepdistill.networks.roles import Copies
 from stepdistill.testing.contract import build
 from stepdistill.testing.toys import SHAPE, Affine, Gaussian, ToyTeacher, toy_batch, toy_student

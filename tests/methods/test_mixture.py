@@ -122,7 +122,7 @@ ON_TABLE = {
 }
 
 
-OF_MANY_STEPS = {"internalise"}
+OF_MANY_STEPS = {"crd", "internalise"}
 """Methods that make another teacher, and no steps fewer."""
 
 

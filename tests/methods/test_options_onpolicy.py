@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.contract import Method, MethodOptions, PairOptions, Turn
 from stepdistill.losses.regression import WarmStartOptions
 from stepdistill.losses.rewards import Rewards
+from stepdistill.methods.crd import CRD
 from stepdistill.methods.internalise import Internalise
 from stepdistill.methods.opd import OPD
 from stepdistill.methods.self_opd import SelfOPD
@@ -74,7 +75,34 @@ def average(method: Any) -> float:
 
 IMAGES = {"source": "images"}
 POLICY = {"eta": 0.6, "estimator": "policy"}
+
+
+def left(method: Any) -> float:
+    """The loss of a group where the student has left its averages."""
+    with torch.no_grad():
+        for value in method.student.net.parameters():
+            value += 0.05
+    batch = replace(full_batch(), group=4)
+    return float(loss_of(method, Turn("student", 5), batch)[0].detach())
+
+
+def late(method: Any) -> Any:
+    return method.decays(100)
+
+
 EVERY: dict[type[Method], dict[str, Case]] = {
+    CRD: {
+        "guidance": Case(3.0, left),
+        "beta": Case(0.5, left),
+        "advantage_clip": Case(1.0, left),
+        "noisings": Case(2, left),
+        "reference_weight": Case(0.5, left),
+        "reference_updates": Case(6, left),
+        "old_decay": Case(0.5, late),
+        "old_rise": Case(0.1, late),
+        "draws_itself": Case(10, late),
+        "draws_rise": Case(0.1, late),
+    },
     Internalise: {
         "guidance": Case(3.0),
         "move": Case("unit"),

@@ -325,6 +325,21 @@ def test_a_teacher_that_draws_from_prompts_needs_prompts(tmp_path):
     refused(tmp_path, "give a text file with one a line in data.prompts")
 
 
+def test_what_compares_samples_of_a_prompt_needs_several(tmp_path, prompts):
+    refused(
+        tmp_path, "crd compares samples of one prompt, and train.group is 1: set it", prompts, method="crd"
+    )
+
+
+def test_a_student_of_few_steps_is_no_teacher_of_what_noises_images(tmp_path, prompts):
+    folder = saved("sd", tmp_path / "teacher") or tmp_path / "teacher"
+    (folder / "verification").mkdir()
+    call = {"num_inference_steps": 4, "guidance_scale": 0.0}
+    (folder / "verification" / "manifest.json").write_text(json.dumps({"call": call}))
+    match = r"crd noises images .* few steps \(its folder says that it draws in 4\), cannot: take the student's own"
+    refused(tmp_path, match, prompts, "train.group=2", method="crd")
+
+
 def test_a_gan_needs_images(tmp_path, prompts):
     refused(
         tmp_path,
