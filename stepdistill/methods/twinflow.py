@@ -1,7 +1,6 @@
 """TwinFlow: a flow map whose twin follows its own samples, in one network and, by data, without a teacher.
 
-"TwinFlow: Realizing One-step Generation on Large Models with Self-adversarial Flows", 2025, 2512.05150. ``parts`` says
-the shares of a batch's four parts:
+"TwinFlow: Realizing One-step Generation on Large Models with Self-adversarial Flows", 2025, 2512.05150. ``parts`` are:
 
 - one step (t = 1, s = 0), short jumps (s within 5 % below t) and any jumps of noised clean latents, by the recursive
   target of order N: with F = u(x_t, t, s), F_v the velocity at x_t, a leg x' = x_t - h F_v, h = 0.01, and N equal jumps
@@ -14,8 +13,8 @@ over sg sqrt(|e|^2 + 1e-6) (Barron's loss at alpha = 1), for jumps times tan((1 
 
 ``velocity: data`` is the paper's, F_v = eps - x0 and F_real = u(x, t, t), and calls no teacher; ``teacher`` takes its
 guided velocity for both. Ours: equal parts; |.|^2 is a mean in l; the second time tells the twin, in the paper two
-negative times; ``warm_start`` on pairs, of which alone ``same``, ``to_data`` and ``noise_share`` speak. Left out: the
-guidance mix of F_v, as the pairs are guided, and re-noising while sampling.
+negative times; ``warm_start`` on pairs, of which alone ``same``, ``to_data`` and ``noise_share`` speak, with the twin's
+part beside it. Targets need jumps of any length: ``warm_times: all``. Left out: guidance in F_v, re-noising in drawing.
 """
 
 from __future__ import annotations
@@ -131,20 +130,21 @@ class TwinFlow(TwoTimeMethod):
         with torch.no_grad():
             x, t = self.beginning(batch.noise[rows])
             x0 = x - per_sample(t, x) * self.student.flow_velocity(x, t, torch.zeros_like(t), cond)
-        x_r, eps, r = self.noised_anew(batch, "twin", x0, rows)
-        return robust(twin_prediction(self.student, x_r, r, cond).velocity - (eps - x0))
+        x, eps, r = self.noised_anew(batch, "twin", x0, rows)
+        return robust(twin_prediction(self.student, x, r, cond).velocity - (eps - x0))
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
-        if turn.step < self.options.warm_start:
-            return Loss(self.regression(batch))
-        part, logs, losses = self.part(batch.draws), dict[str, Tensor](), list[Tensor]()
-        if len(rows := (part != OWN).nonzero()[:, 0]):
-            each, logs = self.of_jumps(batch, rows, part[rows] == ONE_STEP)
-            losses.append(each)
+        part, logs = self.part(batch.draws), dict[str, Tensor]()
+        each = batch.noise.new_zeros(len(part))
         if len(rows := (part == OWN).nonzero()[:, 0]):
-            losses.append(self.of_twin(batch, rows))
-            logs["twin"] = losses[-1].detach().mean()
-        return Loss(torch.cat(losses).mean(), logs)
+            twin = self.of_twin(batch, rows)
+            each, logs["twin"] = each.index_put((rows,), twin), twin.detach().mean()
+        if turn.step < self.options.warm_start:
+            return Loss(self.regression(batch) + each.mean(), logs)
+        if len(rows := (part != OWN).nonzero()[:, 0]):
+            jumped, of_jumps = self.of_jumps(batch, rows, part[rows] == ONE_STEP)
+            each, logs = each.index_put((rows,), jumped), logs | of_jumps
+        return Loss(each.mean(), logs)
 
     def after_step(self, turn: Turn) -> None:
         self.target.update()

@@ -196,6 +196,8 @@ def test_by_data_no_teacher_is_called_and_the_average_makes_the_jumps():
 def test_phases_and_what_cannot_be():
     method = method_of(warm_start=2)
     assert [method.phase(step) for step in (1, 2)] == ["warm start", "twins"]
-    assert not loss_of(method, Turn("student", 1), data())[1]
+    loss, logs = loss_of(method, Turn("student", 1), data())
+    own = (method.part(data().draws) == 3).float().mean()
+    torch.testing.assert_close(loss, method.regression(data()) + own * logs["twin"])
     with pytest.raises(UserError, match=r"options.parts are all 0"):
         method_of(parts=(0, 0, 0, 0))
