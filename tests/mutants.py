@@ -61,6 +61,12 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/gdd.py": ["tests/methods/test_gdd.py"],
     "stepdistill/methods/ladd.py": ["tests/methods/test_ladd.py"],
     "stepdistill/methods/uni_dad.py": ["tests/methods/test_uni_dad.py"],
+    "stepdistill/losses/progressive.py": [
+        "tests/methods/test_progressive.py",
+        "tests/methods/test_lightning.py",
+    ],
+    "stepdistill/losses/jump_gan.py": ["tests/methods/test_lightning.py"],
+    "stepdistill/methods/lightning.py": ["tests/methods/test_lightning.py"],
     "stepdistill/methods/progressive.py": ["tests/methods/test_progressive.py"],
     "stepdistill/losses/terms.py": ["tests/methods/test_options_matching.py", "tests/losses/test_terms.py"],
     "stepdistill/losses/objective.py": ["tests/losses/test_terms.py"],

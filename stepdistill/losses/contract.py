@@ -99,6 +99,7 @@ class Trained:
         role: whose weights, by its name in ``Method.roles``; None for none.
         extra: weights beside them that are no role's, such as a head.
         follows: whether it follows the student's samples: terms, ``train.lr_of`` and averages are not for it.
+        features_only: whether features of the role are all that is read: what lies behind them gets no gradient.
         span: the calls of a drawing, from the first to before the second, that it makes; None for all of them, and for
             what makes none.
     """
@@ -106,6 +107,7 @@ class Trained:
     role: str | None = None
     extra: nn.Module | None = None
     follows: bool = False
+    features_only: bool = False
     span: tuple[int, int] | None = None
 
     def parameters(self, roles: Roles) -> list[nn.Parameter]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -27,20 +28,29 @@ class Discriminator(nn.Module):
         shape: (D, h, w) of the features.
         outputs: how many logits it has, each a discriminator of its own but for what lies before the last layer.
         relativistic: whether differences of logits alone are read: they then have no constant to learn.
+        inner: channels behind its first convolution; None is D.
     """
 
-    def __init__(self, shape: tuple[int, int, int], outputs: int = 1, *, relativistic: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        outputs: int = 1,
+        *,
+        relativistic: bool = False,
+        inner: int | None = None,
+    ) -> None:
         super().__init__()
         self.shape = shape
-        width, height, breadth = shape
+        channels, height, breadth = shape
+        width = inner or channels
         # Four channels or more in a group: on a map of 1x1, a group of one channel would be normalised to nothing.
         groups = max(g for g in (1, 2, 4, 8, 16, 32) if (width % g == 0 and width >= 4 * g) or g == 1)
         layers: list[nn.Module] = []
         while max(height, breadth) > 4 and min(height, breadth) > 1:
-            layers.append(nn.Conv2d(width, width, 4, stride=2, padding=1))
+            layers.append(nn.Conv2d(channels, width, 4, stride=2, padding=1))
             layers += [nn.GroupNorm(groups, width), nn.SiLU()]
-            height, breadth = height // 2, breadth // 2
-        layers.append(nn.Conv2d(width, width, (height, breadth)))
+            height, breadth, channels = height // 2, breadth // 2, width
+        layers.append(nn.Conv2d(channels, width, (height, breadth)))
         layers += [
             nn.GroupNorm(groups, width),
             nn.SiLU(),
@@ -55,6 +65,14 @@ class Discriminator(nn.Module):
             features = features.transpose(1, 2).unflatten(2, self.shape[1:])  # [B, D, h, w]
         logits: Tensor = self.body(features)[:, output].mean(dim=(1, 2))
         return logits
+
+
+@contextmanager
+def own_start() -> Iterator[None]:
+    """Inside the ``with`` a discriminator's start follows from its width, not from the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
+        yield
 
 
 class Heads(nn.Module):
@@ -131,10 +149,7 @@ class FeatureGan(nn.Module):
     ) -> None:
         super().__init__()
         self.eye, self.deep, self.times, self.hinge = eye, deep, times, hinge
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # its start follows from its width, not from the global generator
-            torch.default_generator.manual_seed(generator_for("discriminator").initial_seed())
+        with own_start():
             family = eye.family
             self.head = (
                 Heads(family.layer_shapes(networks_in(eye.net)[0], eye.shape))  # of several, each has its own

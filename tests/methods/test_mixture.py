@@ -63,6 +63,19 @@ SETTINGS = {
         lr=3e-3,
     ),
     "lcm": Setting(options={"huber": 0.03, **JUMPS}),
+    "lightning": Setting(
+        options={
+            "ratios": (2, 2, 2),
+            "regression_updates": (100, 100, 100),
+            "adversarial_from": 2,
+            "trajectory_updates": 200,
+            "relaxed_updates": 200,
+            "noise_times": (0.1, 0.5),
+            "noise_shares": (1.0, 1.0),
+        },
+        steps=1100,
+        lr=3e-3,
+    ),
     "meanflow": Setting(
         options={"tangent_warmup": 100, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2
     ),

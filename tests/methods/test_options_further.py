@@ -14,6 +14,7 @@ from stepdistill.testing.contract import batch_for, reward
 from stepdistill.testing.toys import Perceptron, ToyTeacher, toy_student
 
 UPDATES = 24
+PARTS = {"regression_updates": (2,), "trajectory_updates": 2, "relaxed_updates": 2}
 FURTHER: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
     "gdd": {
         "discriminator_updates": (3, {}),
@@ -41,6 +42,19 @@ FURTHER: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "noise_deviation": (2.0, {}),
         "hinge": (True, {}),
         "distillation_weight": (0.5, {}),
+    },
+    "lightning": {
+        "source": ("images", {}),
+        "ratios": ((2, 3), {"ratios": (2, 2), **PARTS}),
+        "teacher_decay": (0.9, {"ratios": (2, 2), **PARTS}),
+        "regression_updates": ((2, 4), {"ratios": (2, 2), **PARTS}),
+        "trajectory_updates": (4, PARTS),
+        "relaxed_updates": (3, {"ratios": (2, 2), **PARTS}),
+        "adversarial_from": (1, {"ratios": (2, 2), **PARTS}),
+        "regression_lr_ratio": (2.0, PARTS),
+        "discriminator_lr_ratio": (2.0, {}),
+        "noise_times": ((0.2, 0.3, 0.5, 0.9), {}),
+        "noise_shares": ((1.0, 1.0, 1.0, 5.0), PARTS),
     },
     "opd": {
         "teacher_calls": (2, {}),
