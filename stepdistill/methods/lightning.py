@@ -65,9 +65,9 @@ class Lightning(ProgressiveMethod):
         adversarial_from: NonNegativeInt = 0  # the first stage, from 0, with a discriminator
         regression_lr_ratio: PositiveFloat = 1.0  # learning rate of the regression over train.lr
         discriminator_lr_ratio: PositiveFloat = 1.0  # that of the discriminator
-        # To which clean ends are noised, before a flow teacher's shift; how often, in the relaxed part.
+        # To which clean ends are noised before the discriminator sees them, before a flow teacher's shift.
         noise_times: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.25, 0.5, 0.75)
-        noise_shares: tuple[PositiveFloat, ...] = (5.0, 1.0, 1.0, 1.0)
+        noise_shares: tuple[PositiveFloat, ...] = (5.0, 1.0, 1.0, 1.0)  # how often, in the relaxed part
 
     options: Options
 
