@@ -35,7 +35,9 @@ def evaluate_pipeline(
     ] = None,
     steps: Annotated[
         str | None,
-        typer.Option(help="Step counts, separated by commas. [default: a student's own; 1 of a teacher]"),
+        typer.Option(
+            help="Step counts, separated by commas. [default: a student's own; of a teacher the suite's, 25 of most]"
+        ),
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 100,

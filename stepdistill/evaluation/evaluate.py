@@ -47,7 +47,8 @@ def evaluate(
         pipeline: a diffusers pipeline object (its own progress bars are off afterwards), a diffusers folder, a run
             folder (its student), or the name of an embedded teacher.
         suite: the protocol: a name in eval/suites, a YAML file, or a Suite.
-        steps: step count, or several; each draws all images. None is a student's own, and 1 of any other pipeline.
+        steps: step count, or several; each draws all images. None is a student's own, and the
+            suite's ``teacher_steps`` of any other pipeline.
         guidance: guidance_scale; None is that of a student's own call, and none of any other pipeline. Ignored by
             pipelines whose call does not take it.
         batch: images drawn at a time. Scores do not depend on it.
@@ -75,7 +76,7 @@ def evaluate(
     if isinstance(pipeline, (str, Path)) and not trailing:
         own = own_call(find_pipeline(pipeline))
     if steps is None:
-        steps = 1 if own is None else own.steps
+        steps = suite.teacher_steps if own is None else own.steps
     counts = [steps] if isinstance(steps, int) else list(dict.fromkeys(steps))
     if not counts or min(counts) < 1:
         raise UserError(f"steps is {steps}; every step count must be at least 1")

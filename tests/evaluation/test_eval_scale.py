@@ -224,17 +224,17 @@ def test_a_killed_evaluation_goes_on_from_its_shards(
     hook = teacher.unet.register_forward_pre_hook(count, with_kwargs=True)
     try:
         with pytest.raises(MemoryError):
-            evaluate(teacher, suite, batch=3, progress=False, output=tmp_path / "cut")
+            evaluate(teacher, suite, steps=1, batch=3, progress=False, output=tmp_path / "cut")
         assert len(list((tmp_path / "cut").rglob("images_*.safetensors"))) == 2
         assert not list((tmp_path / "cut").glob("report*"))
         whole = True
         passes.clear()
-        cut = evaluate(teacher, suite, batch=3, progress=False, output=tmp_path / "cut")
+        cut = evaluate(teacher, suite, steps=1, batch=3, progress=False, output=tmp_path / "cut")
         assert sum(passes) == 12 + 6  # two shards of five were there; the samples of diversity were not
         passes.clear()
-        again = evaluate(teacher, suite, batch=3, progress=False, output=tmp_path / "cut")
+        again = evaluate(teacher, suite, steps=1, batch=3, progress=False, output=tmp_path / "cut")
         assert passes == [] and again.scores == cut.scores  # also what drawing cost is kept
-        plain = evaluate(teacher, suite, batch=3, progress=False)
+        plain = evaluate(teacher, suite, steps=1, batch=3, progress=False)
     finally:
         hook.remove()
     assert numbers(cut.scores[1]) == numbers(plain.scores[1])
@@ -249,7 +249,7 @@ def test_a_killed_evaluation_goes_on_from_its_shards(
     assert gallery.pixels.shape == (22, 3, 32, 32) and gallery.features.shape == (22, 64)
     shard = tmp_path / "cut" / "steps_1" / "images_000005.safetensors"
     with pytest.raises(UserError, match=r"of other guidance \(1\.0 there, 2\.0 here\)"):
-        evaluate(teacher, suite, guidance=2.0, progress=False, output=tmp_path / "cut")
+        evaluate(teacher, suite, steps=1, guidance=2.0, progress=False, output=tmp_path / "cut")
     report = (tmp_path / "cut" / "report.json").read_text()
     with pytest.raises(UserError, match=r"steps_1 holds the rows of another evaluation, of other guidance"):
         evaluate(teacher, suite, steps=2, guidance=2.0, progress=False, output=tmp_path / "cut")
@@ -258,7 +258,7 @@ def test_a_killed_evaluation_goes_on_from_its_shards(
     for damage in (kept[:-9], kept[:-1] + bytes([kept[-1] ^ 1]), b"", b"no header at all"):
         shard.write_bytes(damage)
         with pytest.raises(UserError, match=r"images_000005\.safetensors is damaged .*: remove it"):
-            evaluate(teacher, suite, progress=False, output=tmp_path / "cut")
+            evaluate(teacher, suite, steps=1, progress=False, output=tmp_path / "cut")
         assert shard.read_bytes() == damage  # nothing was redrawn
 
 
@@ -357,10 +357,10 @@ from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.system.processes import launched
 processes = launched()
 out = Path(sys.argv[1])
-sys.argv = ["stepdistill", "eval", "emoji", "--suite", sys.argv[2], "--output", str(out)]
+sys.argv = ["stepdistill", "eval", "emoji", "--suite", sys.argv[2], "--steps", "1", "--output", str(out)]
 processes.gather(None)  # all are here
 if processes.main:  # as a training does at its end: the others are elsewhere
-    alone = evaluate("emoji", sys.argv[4], progress=False, device="cpu")
+    alone = evaluate("emoji", sys.argv[4], steps=1, progress=False, device="cpu")
     (out.parent / "alone.json").write_text(json.dumps(alone.to_dict()))
 main()
 """

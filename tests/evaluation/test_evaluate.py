@@ -235,8 +235,8 @@ def test_report_says_where_its_numbers_come_from(teacher: Any, tmp_path: Path) -
 def test_diversity_is_of_samples_of_one_prompt_from_seeds_of_their_own(teacher: Any) -> None:
     """It equals the mean over pairs of pictures drawn by hand, moves no other score and no hash."""
     suite = tiny(diversity=3, diversity_prompts=2)
-    plain = evaluate(teacher, tiny(), progress=False).scores[1]
-    found = evaluate(teacher, suite, progress=False).scores[1]
+    plain = evaluate(teacher, tiny(), steps=1, progress=False).scores[1]
+    found = evaluate(teacher, suite, steps=1, progress=False).scores[1]
     assert (found.fd, found.recall, plain.diversity) == (plain.fd, plain.recall, None)
     assert suite_sha256(suite) == suite_sha256(tiny())
     assert teacher_cache.key("w", suite, 1, 1.0) != teacher_cache.key("w", tiny(), 1, 1.0)
@@ -255,8 +255,11 @@ def test_diversity_is_of_samples_of_one_prompt_from_seeds_of_their_own(teacher: 
 
 
 def test_a_suite_without_neighbours_or_without_features_has_no_recall(teacher: Any) -> None:
-    assert evaluate(teacher, tiny(neighbours=0), progress=False).scores[1].recall is None
-    assert evaluate(teacher, tiny(n=5), progress=False).scores[1].recall is None  # not more than k images
+    own = evaluate(teacher, tiny(neighbours=0, teacher_steps=2), progress=False).scores
+    assert list(own) == [2] and own[2].recall is None  # the suite's count for a teacher
+    assert (
+        evaluate(teacher, tiny(n=5), steps=1, progress=False).scores[1].recall is None
+    )  # not more than k images
 
 
 def test_an_image_that_is_not_finite_names_its_prompt() -> None:
@@ -267,7 +270,7 @@ def test_an_image_that_is_not_finite_names_its_prompt() -> None:
     prompts = suite.prompt_list()
     assert prompts is not None
     with pytest.raises(UserError, match="NaN or Inf for prompt") as caught:
-        evaluate(pipe, suite, progress=False)
+        evaluate(pipe, suite, steps=1, progress=False)
     assert repr(prompts[0]) in str(caught.value)
 
 
@@ -313,7 +316,7 @@ def test_pipelines_without_prompts_are_drawn_too() -> None:
     pipe = DiTPipeline(transformer, vae, DDIMScheduler())
     assert evaluate(pipe, suite, steps=1, batch=4, progress=False).scores[1].network_evaluations == 1
     with pytest.raises(UserError, match="takes no prompts"):
-        evaluate(pipe, tiny(), progress=False)
+        evaluate(pipe, tiny(), steps=1, progress=False)
 
 
 def test_trailing_grids_start_at_the_noisiest_time() -> None:
@@ -335,7 +338,7 @@ def test_trailing_grids_start_at_the_noisiest_time() -> None:
 
 def test_trailing_leaves_the_pipeline_its_own_scheduler(teacher: Any) -> None:
     before = teacher.scheduler
-    evaluate(teacher, tiny(n=3, kid=False), trailing=True, progress=False)
+    evaluate(teacher, tiny(n=3, kid=False), steps=1, trailing=True, progress=False)
     assert teacher.scheduler is before
 
 

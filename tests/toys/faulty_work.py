@@ -157,7 +157,7 @@ def evaluation() -> Work:
     suite = load_suite("emoji-quick").model_copy(update={"n": 12})
 
     def do(root: Path) -> None:
-        evaluate(teacher, suite, batch=5, progress=False, output=root / "out")
+        evaluate(teacher, suite, steps=1, batch=5, progress=False, output=root / "out")
 
     def whole(root: Path, calls: Sequence[str]) -> None:
         folder = root / "out" / "steps_1"
