@@ -115,6 +115,7 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/freeflow.py": ["tests/methods/test_freeflow.py", OF_FLOWS],
     "stepdistill/methods/instaflow.py": ["tests/methods/test_reflow_family.py", OF_FLOWS],
     "stepdistill/methods/lcm.py": ["tests/methods/test_lcm.py", OF_CONSISTENCY],
+    "stepdistill/methods/dmf.py": ["tests/methods/test_dmf.py", OF_FLOWS],
     "stepdistill/methods/meanflow.py": ["tests/methods/test_meanflow.py", OF_FLOWS],
     "stepdistill/methods/anyflow.py": ["tests/methods/test_anyflow.py", OF_FLOWS],
     "stepdistill/methods/ayf.py": ["tests/methods/test_ayf.py", OF_FLOWS],

@@ -76,30 +76,42 @@ def at_first(name: str, shape: torch.Size) -> Tensor:
 
 
 class Told:
-    """What the slots of one network are told.
+    """What the slots of one network are told, or its late blocks.
 
     Attributes:
         who: whose are on; None for none.
-        gap: t - s [B] of the present call; None is 0, the instantaneous velocity.
+        late: where it is late blocks that are told, see ``_late_blocks.py``: who has such; else empty.
+        gap: t - s [B] of the present call, or for late blocks the network's own time at s; None is a jump of no length,
+            the instantaneous velocity.
     """
 
     def __init__(self, who: str | None) -> None:
-        self.who = who
+        self.who, self.late = who, set[str]()
         self.gap: Tensor | None = None
 
 
-class Slots(nn.Module):
-    """The slots beside one layer.
+class Hears(nn.Module):
+    """What is told of a jump.
 
     Attributes:
-        of: one for each who has a second time.
-        told: shared by all slots of a network.
+        told: shared by all of a network.
     """
 
     def __init__(self, told: Told) -> None:
         super().__init__()
-        self.of = nn.ModuleDict()
         self.told = told
+
+
+class Slots(Hears):
+    """The slots beside one layer.
+
+    Attributes:
+        of: one for each who has a second time.
+    """
+
+    def __init__(self, told: Told) -> None:
+        super().__init__(told)
+        self.of = nn.ModuleDict()
 
     def forward(self, said: Tensor) -> Tensor:
         """What the layer said, [B, ..., D], with what is added to it."""
@@ -123,8 +135,8 @@ def slotted(net: nn.Module) -> dict[str, Any]:
 
 
 def told_of(net: nn.Module) -> Told | None:
-    """What a network's slots are told; None for a network without any."""
-    return next((module.told for module in net.modules() if isinstance(module, Slots)), None)
+    """What a network's slots or late blocks are told; None for a network without any."""
+    return next((module.told for module in net.modules() if isinstance(module, Hears)), None)
 
 
 def add_slots(net: nn.Module, who: str = OWN, *, shared: bool = False) -> None:
@@ -177,7 +189,7 @@ def _linear(module: nn.Module) -> dict[str, nn.Linear]:
 
 @contextmanager
 def jumping(told: Told | None, gap: Tensor | None) -> Iterator[None]:
-    """Inside the ``with`` the slots are told t - s [B]."""
+    """Inside the ``with`` the slots are told t - s [B], late blocks the network's own time at s."""
     if told is None:
         yield
         return

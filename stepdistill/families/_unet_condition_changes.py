@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.families._late_blocks import unet_decoder
 from stepdistill.families._second_time import GAP_DIM, GAP_SCALE, sinusoid
 from stepdistill.families._slim_unet import slim_unet
 from stepdistill.families.condition import GUIDANCE, Condition
@@ -38,6 +39,9 @@ class UNetConditionChanges(NetworkChanges):
         if net.config.time_cond_proj_dim is not None:
             return super().second_time(net)
         return _with_time_condition(net, GAP_DIM)
+
+    def late_blocks(self, net: Any) -> nn.Module:
+        return unet_decoder(net)
 
     def fold_second_time(self, net: Any, gap: float | None, call: Callable[[], object]) -> nn.Module:
         if net.config.time_cond_proj_dim != GAP_DIM:

@@ -15,7 +15,8 @@ GUIDANCE = "guidance"
 """The condition that holds the guidance scale itself [B], for a network that takes it as an input."""
 
 GAP = "gap"
-"""The condition that holds t - s [B], in [0, 1], for a network with a second time."""
+"""The condition that tells a network with a second time of its jump: t - s [B], in [0, 1], or for late blocks the
+network's own time at s."""
 
 MASK = "mask"
 """What the name of a mask ends with: [B, L], 0 or false where a sequence is padding."""

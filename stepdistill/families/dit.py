@@ -7,14 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.families._late_blocks import tell_ends
 from stepdistill.families.condition import Condition
 from stepdistill.families.kinds import LabelFamily, TransformerFamily
+from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
+
+
+class DiTChanges(NetworkChanges):
+    def late_blocks(self, net: Any) -> nn.Module:
+        """The last two sevenths of the blocks, as in 2510.24474: 8 of 28. The output layer, there told s, is told t: it
+        embeds the time by the first block's weights, and the class with it."""
+        blocks = net.transformer_blocks
+        late = blocks[round(len(blocks) * 5 / 7) :]
+        tell_ends(late, "timestep", (), "timestep_embedder.linear_2")
+        return net  # type: ignore[no-any-return]
 
 
 class DiT(LabelFamily, TransformerFamily):
     name = "DiT"
     pipelines = ("DiTPipeline",)
+    changes = DiTChanges()
 
     def classes(self, pipe: Any) -> int:
         return int(pipe.transformer.config.num_embeds_ada_norm)

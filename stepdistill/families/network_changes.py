@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._late_blocks import folded_ends
 from stepdistill.families._second_time import add_slots, folded, told_of
 from stepdistill.families.condition import GAP, Condition
 
@@ -56,8 +57,20 @@ class NetworkChanges:
         add_slots(net)
         return net
 
+    def late_blocks(self, net: nn.Module) -> nn.Module:
+        """The network whose late blocks are told the end of a jump, see ``_late_blocks.py``: this one, with no new
+        weights.
+
+        Raises:
+            UserError: where it has no such blocks, or what is embedded beside the time keeps it from a stock class.
+        """
+        raise UserError(
+            "options.second_time=late_blocks needs a UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel, not a "
+            f"{type(net).__name__}: set it to embedded"
+        )
+
     def has_second_time(self, net: Any) -> bool:
-        """Whether the network is one that :meth:`second_time` made."""
+        """Whether the network is one that :meth:`second_time` or :meth:`late_blocks` made."""
         return told_of(net) is not None
 
     def fold_second_time(self, net: nn.Module, gap: float | None, call: Callable[[], object]) -> nn.Module:
@@ -71,7 +84,9 @@ class NetworkChanges:
         Raises:
             UserError: for lengths that differ, where the network can hold but one.
         """
-        return folded(net, gap, call)
+        told = told_of(net)
+        late = told is not None and told.late
+        return folded_ends(net, call) if late else folded(net, gap, call)
 
     def without_variance(self, net: nn.Module) -> nn.Module:
         """The network without the outputs that a family's ``call`` cuts off and the student's pipeline does not."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._late_blocks import unet_decoder
 from stepdistill.families._pixels import unit_pixels
 from stepdistill.families._second_time import GAP_SCALE
 from stepdistill.families._slim_unet import slim_unet
@@ -40,6 +41,9 @@ class UNetChanges(NetworkChanges):
         nn.init.zeros_(wider.class_embedding.linear_2.weight)
         nn.init.zeros_(wider.class_embedding.linear_2.bias)
         return wider.to(net.device).train(net.training)  # type: ignore[no-any-return]
+
+    def late_blocks(self, net: Any) -> nn.Module:
+        return unet_decoder(net)
 
     @torch.no_grad()
     def fold_second_time(self, net: Any, gap: float | None, call: Callable[[], object]) -> nn.Module:

@@ -30,6 +30,7 @@ from stepdistill.losses.map_equations import SHORTEST, MapEquations
 from stepdistill.losses.regression import WarmStartOptions, warm_start_rate
 from stepdistill.networks.derivative import STEP, Derivative, Way
 from stepdistill.networks.sampler import Sampler, schedule_times
+from stepdistill.networks.student import SecondTime
 from stepdistill.networks.teacher import Teacher
 
 
@@ -82,6 +83,9 @@ class TwoTimeOptions(WarmStartOptions):
 
     group: ClassVar[str] = "flow maps"
 
+    # How the student is told where a jump ends: embedded, by new weights for t - s beside its timestep; or late_blocks,
+    # without any, the network's late blocks hear s and the others t (Decoupled MeanFlow, 2510.24474).
+    second_time: SecondTime = "embedded"
     to_data: float = 0.25  # share of samples whose jump ends in clean data
     time_min: float = (
         0.01  # least time at which the teacher is read; at least that of a table's first timestep
@@ -156,7 +160,7 @@ class TwoTimeMethod(Method):
 
     def setup(self) -> None:
         student = self.student
-        student.add_second_time()
+        student.add_second_time(self.options.second_time)
         path, one = student.path, torch.ones(1)
         self.last = float(on_straight(path, one, one)[1][0])
         self.least = max(self.options.time_min, first_time(path))

@@ -137,6 +137,7 @@ class SharedNetwork:
         self.targets, self.exact = targets, exact
         self.layers: dict[str, Any] = {}
         self._told: Told | None = None
+        self._late_blocks: Callable[[nn.Module], nn.Module] | None = None
         if isinstance(self.net, ModelMixin) and self.net.is_gradient_checkpointing:
             own: Any = self.net
             own.enable_gradient_checkpointing(self._call_twice())
@@ -171,7 +172,8 @@ class SharedNetwork:
 
     def has_slots(self, name: str) -> bool:
         """Whether the network of an adapter has a second time."""
-        return any(name in layer.slots.of for layer in slotted(self.net).values())
+        late = self._told is not None and name in self._told.late
+        return late or any(name in layer.slots.of for layer in slotted(self.net).values())
 
     def add_slots(self, name: str) -> None:
         """Gives the network of an adapter a second time, see ``families/_second_time.py``, that changes nothing as yet.
@@ -186,9 +188,36 @@ class SharedNetwork:
             if ".slots." in key:
                 value.requires_grad_(trained)
 
+    def tell_ends(self, name: str, late_blocks: Callable[[nn.Module], nn.Module]) -> None:
+        """Tells late blocks the ends of jumps where an adapter is on, see ``families/_late_blocks.py``.
+
+        Args:
+            name: the adapter.
+            late_blocks: tells those of a network, in place.
+
+        Raises:
+            UserError: where it has none.
+        """
+        if self._told is None:
+            late_blocks(self.net)
+            self._told, self._late_blocks = told_of(self.net), late_blocks
+            assert self._told is not None
+            self._told.who = None
+            self._told.late.clear()
+        self._told.late.add(name)
+
+    def follow_second_time(self, name: str, source: str) -> None:
+        """Gives the network of an adapter a second time as that of another has it, where it has one."""
+        if self._late_blocks is not None and self.has_slots(source):
+            self.tell_ends(name, self._late_blocks)
+        elif self.has_slots(source):
+            self.add_slots(name)
+
     def with_slots(self, net: nn.Module, name: str | None) -> nn.Module:
         """Gives an ordinary network the second time of an adapter's, where that has one."""
-        if name is not None and self.has_slots(name):
+        if name is not None and self._late_blocks is not None and self.has_slots(name):
+            self._late_blocks(net)
+        elif name is not None and self.has_slots(name):
             add_slots(net)
             ours = {key.removesuffix(".base_layer"): layer for key, layer in slotted(self.net).items()}
             for key, layer in slotted(net).items():
@@ -289,6 +318,11 @@ class Adapter:
         """Gives the network a second time."""
         assert self.name is not None
         self.shared.add_slots(self.name)
+
+    def tell_ends(self, late_blocks: Callable[[nn.Module], nn.Module]) -> None:
+        """Tells late blocks of the network the ends of jumps."""
+        assert self.name is not None
+        self.shared.tell_ends(self.name, late_blocks)
 
     def with_slots(self, net: nn.Module) -> nn.Module:
         """Gives :meth:`plain` the second time of this one, where it has one."""

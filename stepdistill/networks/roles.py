@@ -277,8 +277,8 @@ class Adapters(Roles):
         like = self.student if source == TEACHER else self[source]
         made = Denoiser(like.net, like.path, like.output, like.family, like.shape)
         self._put(name, made, rank or self._ranks[STUDENT if source == TEACHER else source], trained)
-        if source != TEACHER and self._shared.has_slots(source):
-            self._shared.add_slots(name)
+        if source != TEACHER:
+            self._shared.follow_second_time(name, source)
         self.become(name, source)
         return made
 

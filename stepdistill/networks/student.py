@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import Teacher
+
+SecondTime = Literal["embedded", "late_blocks"]
+"""How a network is told where its jump ends: t - s beside its embedded timestep, or s in late blocks."""
 
 
 class Student(Denoiser):
@@ -68,15 +72,21 @@ class Student(Denoiser):
             return self.adapter.has_slots
         return self.family.changes.has_second_time(self.net)
 
-    def add_second_time(self) -> None:
-        """Gives the network its second time t - s, which changes nothing at the start.
+    def add_second_time(self, how: SecondTime = "embedded") -> None:
+        """Gives the network its second time, which changes nothing at the start, or where s = t.
 
         Raises:
             UserError: where the network has no place for it.
         """
         if self.two_times:
             return
-        if self.adapter is not None:
+        if how == "late_blocks":
+            self._refuse_several("options.second_time=late_blocks is of one network")
+            if self.adapter is not None:
+                self.adapter.tell_ends(self.family.changes.late_blocks)
+            else:
+                self.net = self.family.changes.late_blocks(self.net)
+        elif self.adapter is not None:
             self.adapter.add_slots()
         else:
             self.net = self.family.changes.second_time(self.net)

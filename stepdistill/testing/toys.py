@@ -29,6 +29,9 @@ class ToyChanges(NetworkChanges):
     def second_time(self, net: nn.Module) -> nn.Module:
         return net if self.has_second_time(net) else TwoTimes(net)
 
+    def late_blocks(self, net: nn.Module) -> nn.Module:
+        return self.second_time(net)  # a toy has no blocks
+
     def has_second_time(self, net: nn.Module) -> bool:
         return isinstance(net, TwoTimes | GaussianFlowMap)
 

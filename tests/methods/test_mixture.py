@@ -51,6 +51,9 @@ SETTINGS = {
         options={**FOLLOW, "fake_warm_start": 100, "waypoints": 3, "interval": 40}, steps=1200, lr=7e-3
     ),
     "dmd": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "dmf": Setting(
+        options={"adaptive": False, "offset": 0.1, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2
+    ),
     "f_distill": Setting(options=FOLLOW, steps=1200, lr=7e-3),
     "flow_map": Setting(options={"tangent_warmup": 0, **SMOOTH}, lr=1e-2),
     "freeflow": Setting(options=SMOOTH, steps=400),

@@ -25,6 +25,7 @@ from stepdistill.losses.flow_maps import JumpOptions, MapOptions, PointOptions, 
 from stepdistill.losses.regression import WarmStartOptions
 from stepdistill.methods.anyflow import AnyFlow
 from stepdistill.methods.ayf import AYF
+from stepdistill.methods.dmf import DMF
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.methods.freeflow import FreeFlow
 from stepdistill.methods.instaflow import InstaFlow
@@ -44,6 +45,7 @@ from stepdistill.testing.toys import (
     Gaussian,
     GaussianFlowMap,
     Perceptron,
+    ToyChanges,
     ToyFamily,
     ToyTeacher,
     loss_of,
@@ -62,7 +64,7 @@ SAID = [
     PairOptions,
     FakeTurnOptions,
 ]
-MAPS = [MeanFlow, MDTDist, SelfE, TwinFlow, AYF, AnyFlow, FlowMap, FreeFlow]
+MAPS = [MeanFlow, MDTDist, SelfE, TwinFlow, AYF, AnyFlow, FlowMap, FreeFlow, DMF]
 FLOWS = [Reflow, InstaFlow, RFPP, SlimFlow]
 SAID += [kind.Options for kind in (*MAPS, *FLOWS)]
 """The classes that declare the options checked here; those of all methods have tests of their own."""
@@ -243,6 +245,69 @@ def meanflow_times() -> None:
     logs(method, batch_of(1000))
     t, gap = seen.t[0], seen.gap[0]
     assert logit_moments(torch.cat([t, t - gap])) == pytest.approx((0.5, 0.7), abs=0.06)
+
+
+@covers("DMF.velocity_mean", "DMF.start_mean", "DMF.end_mean", "DMF.time_deviation")
+def dmf_times() -> None:
+    """Of velocities the one law, of jumps the later and the earlier of two others."""
+    chosen = {"velocity_mean": 0.3, "start_mean": 1.5, "end_mean": -1.5, "time_deviation": 0.2}
+    method = build(DMF, to_data=0.0, noise_share=0.0, derivative="exact", **chosen)
+    seen = Calls(method.student.net)
+    logs(method, batch_of(1000))
+    jumps = [(t, gap) for t, gap in zip(seen.t, seen.gap, strict=True) if len(t) == 1000]
+    (r, still) = next((t, gap) for t, gap in jumps if not gap.any())
+    t, gap = next((t, gap) for t, gap in jumps if gap.any())
+    assert not still.any()
+    for times, mean in ((r, 0.3), (t, 1.5), (t - gap, -1.5)):
+        assert logit_moments(times) == pytest.approx((mean, 0.2), abs=0.03)
+
+
+@covers("DMF.offset", "DMF.adaptive", "DMF.same")
+def dmf_loss() -> None:
+    """log(|e|^2 e^-w + c) + w with the mean square; at s = t alone both halves are of velocities."""
+    error, t, s = torch.randn(16, *SHAPE), torch.rand(16), torch.zeros(16)
+    size = error.square().flatten(1).mean(1)
+    for c in (0.01, 2.0):
+        method = build(DMF, offset=c)
+        with torch.no_grad():
+            method.log_variance.last.bias.fill_(0.7)
+        wanted = (size + c * math.exp(0.7)).log().mean()
+        torch.testing.assert_close(method.distance(error, t, s), wanted)
+    plain = build(DMF, adaptive=False)
+    torch.testing.assert_close(plain.distance(error, t, s), (size + 0.01).log().mean())
+    assert plain.trained()["student"].extra is None
+    method = build(DMF, same=1.0, derivative="difference")
+    seen = Calls(method.student.net)
+    logs(method, batch_of(64))
+    assert not torch.cat(seen.gap).any()
+
+
+@covers("DMF.second_time", "TwoTimeOptions.second_time")
+def second_time() -> None:
+    """How the student was asked to take its second time."""
+    for kind, options, wanted in (
+        (DMF, {}, "late_blocks"),
+        (DMF, {"second_time": "embedded"}, "embedded"),
+        (MeanFlow, {}, "embedded"),
+        (MeanFlow, {"second_time": "late_blocks"}, "late_blocks"),
+    ):
+        asked: list[str] = []
+
+        class Asked(ToyChanges):
+            def second_time(self, net: nn.Module, asked: list[str] = asked) -> nn.Module:
+                asked.append("embedded")
+                return super().second_time(net)
+
+            def late_blocks(self, net: nn.Module, asked: list[str] = asked) -> nn.Module:
+                asked.append("late_blocks")
+                return super().second_time(net)
+
+        student = toy_student(Perceptron(), PATH, "velocity")
+        student.family = ToyFamily()
+        student.family.changes = Asked()  # type: ignore[misc]
+        teacher = ToyTeacher(Gaussian(PATH, MU, C), PATH)
+        kind(Copies(teacher, student), (1.0,), kind.Options.model_validate(options))  # type: ignore[arg-type]
+        assert asked == [wanted]
 
 
 @covers("MDTDist.time_mean", "MDTDist.time_deviation")
@@ -450,6 +515,7 @@ def anyflow_scores() -> None:
 @covers(
     "MeanFlow.guidance",
     "AYF.guidance",
+    "DMF.guidance",
     "AnyFlow.guidance",
     "MDTDist.guidance",
     "FlowMap.guidance",
@@ -459,7 +525,7 @@ def guidance() -> None:
     """Of two Gaussians of one deviation the guided velocity is that of the mean m0 + g (m - m0)."""
     x, t = torch.randn(8, *SHAPE), torch.full((8,), 0.6)
     wanted = ToyTeacher(Gaussian(PATH, 0.2 + 3 * (MU - 0.2), C), PATH).predict(x, t, Condition()).velocity
-    for kind in (MeanFlow, AYF, AnyFlow, MDTDist, FlowMap, FreeFlow):
+    for kind in (MeanFlow, AYF, DMF, AnyFlow, MDTDist, FlowMap, FreeFlow):
         torch.testing.assert_close(build(kind, guidance=3.0).velocity(x, t, Condition()), wanted)
 
 

@@ -267,13 +267,21 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
     assert far_from_the_trainers(pipe) <= 2
 
 
-def test_a_run_with_a_second_time_ends_in_the_stock_class(tmp_path, prompts):
-    """MeanFlow on an eps teacher of a table, one step: trained, folded, exported, verified in a fresh process."""
+@pytest.mark.parametrize(
+    ("method", "more", "steps"),
+    [
+        ("meanflow", ["options.tangent_warmup=0"], 1),
+        ("dmf", [], 1),
+        ("dmf", ["student.times=[1.0,0.5]", "student.lora_rank=2"], 2),
+    ],
+)
+def test_a_run_with_a_second_time_ends_in_the_stock_class(method, more, steps, tmp_path, prompts):
+    """On an eps teacher of a table: trained, folded, exported, verified in a fresh process."""
     teacher = saved("sd", tmp_path / "sd")
     sets = [*SHORT, prompts, "train.updates=3", "train.lr=1e-2", "options.pairs=4", "options.pair_steps=2",
-            "options.guidance=2", "options.tangent_warmup=0"]  # fmt: skip
-    run = stepdistill.distill(teacher=teacher, method="meanflow", output=tmp_path / "run", sets=sets)
-    assert "drawn in 1 step(s) of" in run.report.verification
+            "options.guidance=2", *more]  # fmt: skip
+    run = stepdistill.distill(teacher=teacher, method=method, output=tmp_path / "run", sets=sets)
+    assert f"drawn in {steps} step(s) of" in run.report.verification
     config = json.loads((run.student / "unet" / "config.json").read_text())
     assert config["_class_name"] == "UNet2DConditionModel" and config["time_cond_proj_dim"] is None
 

@@ -23,6 +23,7 @@ METHODS = {
         "options.tangent_warmup=0",
         "options.derivative=exact",
     ],
+    "dmf": ["options.pairs=2", "options.pair_steps=2", "options.derivative=exact"],
     "self_e": ["options.pairs=2", "options.pair_steps=2", "options.auxiliary_after=0"],
     "twinflow": ["options.pairs=2", "options.pair_steps=2"],
     "ayf": [
@@ -59,6 +60,7 @@ def sets_of(name: str, method: str, folder: Path) -> list[str]:
         ("sana", "twinflow", 1),
         ("sana", "freeflow", 1),
         ("wan", "meanflow", 3),
+        ("dit", "dmf", 2),
     ],
 )
 def test_transformers_become_flow_maps_and_stock_students(
