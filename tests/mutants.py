@@ -123,7 +123,12 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/losses/rollout.py": ["tests/losses/test_rollout.py", "tests/methods/test_opd.py"],
     "stepdistill/methods/self_opd.py": ["tests/methods/test_self_opd.py", OF_POLICY],
     "stepdistill/methods/crd.py": ["tests/methods/test_crd.py", OF_POLICY],
-    "stepdistill/losses/groups.py": ["tests/methods/test_gndm.py", "tests/methods/test_crd.py"],
+    "stepdistill/methods/gndmr.py": ["tests/methods/test_gndmr.py", OF_POLICY],
+    "stepdistill/losses/groups.py": [
+        "tests/methods/test_gndm.py",
+        "tests/methods/test_gndmr.py",
+        "tests/methods/test_crd.py",
+    ],
     "stepdistill/methods/internalise.py": ["tests/methods/test_internalise.py", OF_POLICY],
     "stepdistill/methods/opd.py": ["tests/methods/test_opd.py", OF_POLICY],
     "stepdistill/methods/twinflow.py": ["tests/methods/test_twinflow.py", OF_FLOWS],

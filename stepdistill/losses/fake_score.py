@@ -146,6 +146,7 @@ def views_of(
     through_inputs: bool = False,
     since: float = 0.0,
     group: int = 1,
+    stream: str = "score",
 ) -> Views:
     """Both networks' views of x noised by a fresh (t, eps).
 
@@ -159,13 +160,14 @@ def views_of(
         through_inputs: keep the graph from both predictions through x_t into x; otherwise there is none.
         since: where x is; the t of ``score_times`` in [0, 1] are then taken in [since, 1].
         group: consecutive samples that share (t, eps).
+        stream: of the random numbers (t, eps).
     """
     low, draws = fake.path.unshifted(since), batch.draws.of_groups(group)
-    t = fake.path.shifted(low + (1 - low) * draws.uniform("score t", *options.score_times))
+    t = fake.path.shifted(low + (1 - low) * draws.uniform(f"{stream} t", *options.score_times))
     t = t if group == 1 else t.repeat_interleave(group)
     guidance = in_interval(scale, t, *options.score_interval) if scale != 1.0 else 1.0
     with torch.set_grad_enabled(through_inputs and torch.is_grad_enabled()):
-        eps = draws.normal("score eps", tuple(x.shape[1:]))
+        eps = draws.normal(f"{stream} eps", tuple(x.shape[1:]))
         eps = eps if group == 1 else eps.repeat_interleave(group, 0)
         s = at_time(since, x)
         x_t = fake.path.renoise(x, s, t, eps) if since else fake.path.noised(x, eps, t)

@@ -112,6 +112,11 @@ def squared(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
 
 
+def mean_of_step(sampler: Sampler, said: Prediction, visit: Visit, eta: float | None) -> Tensor:
+    """The mean [B, ...] of the step that a prediction at a visited state leads to, with the prediction's graph."""
+    return sampler.step(said, visit.s, lambda: visit.x, eta).mean
+
+
 def log_density(visit: Visit, mean: Tensor) -> Tensor:
     """The logarithm [B] of the density of the step that was made under another mean [B, ...], up to what no mean
     changes."""

@@ -34,7 +34,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Method, Turn
 from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
-from stepdistill.losses.rollout import Visit, led_to, log_density, squared, visits
+from stepdistill.losses.rollout import Visit, led_to, log_density, mean_of_step, squared, visits
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.route import Route
 from stepdistill.networks.sampler import Sampler
@@ -102,7 +102,7 @@ class OPD(Method):
 
     def mean(self, said: Prediction, visit: Visit) -> Tensor:
         """The mean [B, ...] of the step that a prediction at a visited state leads to."""
-        return self.sampler().step(said, visit.s, lambda: visit.x, self.eta).mean
+        return mean_of_step(self.sampler(), said, visit, self.eta)
 
     def divergence(self, own: Prediction, other: Prediction, visit: Visit) -> Tensor:
         """That of the student's step to another at one state, per element, [B]."""

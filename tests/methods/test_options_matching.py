@@ -24,6 +24,7 @@ from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.gndm import GNDM
+from stepdistill.methods.gndmr import GNDMR
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.sim import SIM
@@ -152,6 +153,17 @@ def gradient_of_pairs(method: Any) -> float:
     )
 
 
+def in_groups(method: Any) -> float:
+    """The student's loss where samples have others of their prompt beside them."""
+    batch = replace(full_batch(step=student_step(method)), group=4)
+    return float(loss_of(method, "student", batch)[0].detach())
+
+
+def in_four_steps(method: Any) -> float:
+    method.times = (1.0, 0.75, 0.5, 0.25)
+    return loss_of_student(method)
+
+
 @dataclass(frozen=True)
 class Case:
     """An option's other value, the number it moves, and what must be set for it to act."""
@@ -195,6 +207,14 @@ OWN: dict[Any, dict[str, Case]] = {
         "reweight_scale": Case(0.5, after_a_step, {"reweight": "reward"}),
     },
     GNDM: {"climb_weight": Case(0.3, loss_of_student)},
+    GNDMR: {
+        "eta": Case(0.5, loss_of_student),
+        "policy_steps": Case(3, in_four_steps),
+        "noisings": Case(2, in_groups),
+        "matching_weight": Case(0.3, in_groups),
+        "climb_weight": Case(0.3, in_groups),
+        "field_weight": Case(0.3, loss_of_student),
+    },
     DisBack: {
         "waypoints": Case(3, targets),
         "interval": Case(7, targets),

@@ -112,7 +112,8 @@ def images() -> Tensor:
 def mixture_batch(method: Method, step: int, count: int, seed: int) -> Batch:
     """What a run hands to the method at a step: all that the method says it needs, and nothing else."""
     draws, needs = Batched(seed, step, 0, count), method.options.needs
-    batch = Batch(draws, SHAPE, Condition(), torch.zeros(draws.count))
+    group = 8 if "group" in needs else 1
+    batch = Batch(draws, SHAPE, Condition(), torch.zeros(draws.count), group=group)
     rows = draws.integers("rows", PAIRS)
     if "images" in needs:
         batch = replace(batch, images=Examples(images()[rows], Condition()))
