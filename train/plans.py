@@ -28,7 +28,7 @@ HEADS = (
     "of an ordinary LoRA's",
     "card that holds it",
     "GiB on disk",
-    "one H100 at 35 %",
+    "one H100 at 35 %, pairs and updates",
 )
 TEXT = """# What the recipes of real teachers need
 
@@ -88,7 +88,7 @@ def row(name: str, plan: dict[str, Any]) -> list[str]:
         f"{plan['ratio']:.2f} times" if plan["ratio"] else "",
         card,
         f"{sum(plan['disk'].values()) / 2**30:,.0f}",
-        duration(plan["hours"]["h100"]),
+        duration(plan["hours"]["h100"] + plan["pair_hours"].get("h100", 0.0)),
     ]
 
 

@@ -59,8 +59,8 @@ def _planned(recipe: Recipe) -> list[str]:
     """Memory and disk, and of a teacher too large to try the hours."""
     import torch
 
-    from stepdistill.planning.plan import MFU, plan
-    from stepdistill.planning.table import duration
+    from stepdistill.planning.plan import plan
+    from stepdistill.planning.table import times
     from stepdistill.system.emoji import embedded_teachers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,8 +71,7 @@ def _planned(recipe: Recipe) -> list[str]:
     disk = ", ".join(f"{name} {_gib(size)}" for name, size in found.disk.items())
     lines = [f"memory: {_gib(found.peak)} on {device}, at the peak", f"disk: {disk}"]
     if recipe.teacher not in embedded_teachers():
-        hours = ", ".join(f"{name} {duration(value)}" for name, value in found.hours.items())
-        lines.append(f"time: of the updates, if a GPU reaches {MFU:.0%} of its peak (assumed): {hours}")
+        lines += [f"time: {line}" for line in times(found)]
     return lines
 
 
@@ -106,5 +105,8 @@ def _timed(resolved: ResolvedRecipe) -> list[str]:
 
 
 def _pairs(count: int, options: Any) -> str:
-    calls = f" of {options.pair_steps} network calls" if count else ""
-    return f"pairs of the teacher: {count:,}{calls}" if count else "pairs of the teacher: none"
+    from stepdistill.diffusion.solvers import calls_of
+
+    if not count:
+        return "pairs of the teacher: none"
+    return f"pairs of the teacher: {count:,} of {calls_of(options.pair_solver, options.pair_steps)} network calls"

@@ -12,6 +12,7 @@ from stepdistill.data.prompts import open_prompts
 from stepdistill.data.row_cache import MEMORY_BYTES, MEMORY_ROWS
 from stepdistill.data.sizes import CacheSize, latents_size, pairs_size
 from stepdistill.data.training_images import find_images
+from stepdistill.diffusion.solvers import calls_of
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import PairOptions
 from stepdistill.planning.trace import Device, Trace, trace
@@ -59,7 +60,9 @@ class Plan:
         peak: bytes that the whole run needs on one.
         disk: bytes, by what they are for.
         flops: of a mean update, all GPUs together.
-        hours: of the recipe, by GPU.
+        hours: of the updates, by GPU.
+        pairs: of the teacher's that are made before them; 0 where the method has none.
+        pair_hours: of these, by GPU; empty without.
         fits: whether it fits in ``memory``; None where that is not said.
         change: with which it would; None where it fits, or nothing tried does.
         ratio: of the peak of an update over that of an ordinary one of the same adapter; 0 for full weights.
@@ -73,6 +76,8 @@ class Plan:
     disk: dict[str, int]
     flops: float
     hours: dict[str, float]
+    pairs: int
+    pair_hours: dict[str, float]
     fits: bool | None
     ratio: float
     change: Change | None = None
@@ -137,7 +142,11 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
     flops = gpus // train.context_parallel * sum(each.share * each.flops for each in seen.updates)
     speeds = {name: speed for name, speed in GPUS.items() if gpu in (None, name)}
     slower = 1.0 if train.precision == "bf16" else 2.0
-    seconds = {name: train.updates * flops * slower / (speed * MFU * gpus) for name, speed in speeds.items()}
+    pairs, pair_flops = _pairs(recipe, seen)
+
+    def hours(done: float) -> dict[str, float]:
+        return {name: done * slower / (speed * MFU * gpus) / 3600 for name, speed in speeds.items()}
+
     said = {
         "teacher": recipe.teacher,
         "method": recipe.method,
@@ -159,7 +168,9 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
         peak=peak,
         disk=_disk(recipe, seen),
         flops=flops,
-        hours={name: value / 3600 for name, value in seconds.items()},
+        hours=hours(train.updates * flops),
+        pairs=pairs,
+        pair_hours=hours(pair_flops) if pairs else {},
         fits=peak + _reserve(device) <= memory if memory else None,
         ratio=update / seen.fine_tune if seen.fine_tune else 0.0,
     )
@@ -192,6 +203,15 @@ def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
         ) from error
 
 
+def _pairs(recipe: Recipe, seen: Trace) -> tuple[int, float]:
+    """How many pairs are made, and the operations that it takes; those that are there already count, too."""
+    if "pairs" not in seen.needs:
+        return 0, 0.0
+    options = resolve(recipe).options
+    drawn = options if isinstance(options, PairOptions) else PairOptions()
+    return drawn.pairs, drawn.pairs * calls_of(drawn.pair_solver, drawn.pair_steps) * seen.teacher_call
+
+
 def _disk(recipe: Recipe, seen: Trace) -> dict[str, int]:
     """Bytes of what a run writes; small caches stay in memory."""
     state, data = (seen.state // 4,), recipe.data
@@ -199,8 +219,7 @@ def _disk(recipe: Recipe, seen: Trace) -> dict[str, int]:
     found["student"] = seen.student + seen.components
     rows, pairs = [CacheSize("prompts' conditions", _count(recipe), seen.condition)], list[CacheSize]()
     if "pairs" in seen.needs:
-        options = resolve(recipe).options
-        count = options.pairs if isinstance(options, PairOptions) else PairOptions().pairs
+        count, _ = _pairs(recipe, seen)
         pairs.append(pairs_size(count, state, seen.pair_states, data.pairs_dtype))
     if "images" in seen.needs and data.images is not None and Path(data.images).exists():
         rows.append(latents_size(len(find_images(Path(data.images)).captions), state))

@@ -42,11 +42,22 @@ def table(found: Plan) -> str:
             f"{update.network}'s update, {update.share:.0%} of all: {update.flops / 1e12:,.2f} TFLOP a GPU; passes "
             f"of a sample: {calls}"
         )
-    hours = ", ".join(f"{name} {duration(value)}" for name, value in found.hours.items())
-    lines.append(f"{said['updates']:,} updates, if a GPU reaches {MFU:.0%} of its peak (assumed): {hours}")
+    lines += times(found)
     disk = ", ".join(f"{name} {size / 2**30:,.2f} GiB" for name, size in found.disk.items())
     lines += [f"disk: {disk}", *(f"note: {note}" for note in seen.notes)]
     return "\n".join([*lines, *verdict(found)])
+
+
+def times(found: Plan) -> list[str]:
+    """Hours of the updates, and of the pairs before them."""
+    told = {f"{found.recipe['updates']:,} updates": found.hours}
+    if found.pairs:
+        told = {f"{found.pairs:,} pairs of the teacher, unless they are there": found.pair_hours} | told
+    return [
+        f"{what}, if a GPU reaches {MFU:.0%} of its peak (assumed): "
+        + ", ".join(f"{name} {duration(value)}" for name, value in hours.items())
+        for what, hours in told.items()
+    ]
 
 
 def duration(hours: float) -> str:

@@ -81,6 +81,7 @@ class Trace:
         components: bytes of the pipeline's other networks.
         pair_states: states that are kept with each pair.
         needs: what the method asks of the data.
+        teacher_call: operations of a call of the teacher for one sample, guided as pairs are.
         fine_tune: the most that is held in an ordinary update of one adapter of the same network; 0 for full weights.
         notes: what was left out.
         source: where the configs are from.
@@ -101,6 +102,7 @@ class Trace:
     needs: frozenset[str]
     source: str
     size: Size
+    teacher_call: float
     fine_tune: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -183,6 +185,7 @@ class _Tracing:
             with unit.training(self.kernel), derivatives_uncompared():
                 updates = [self._update(run, turn, share, batch) for turn, share in unit.turns()]
                 held = self.live.held(self.scale)
+                call = self._teacher_call(unit, batch)
                 usual = self._fine_tune(run, batch) if fine_tune and self.recipe.student.lora_rank else 0
         net, method = unit.method.student.net, unit.method
         own = sum(4 * value.numel() for key, value in net.state_dict().items() if ".lora_" not in key)
@@ -201,6 +204,7 @@ class _Tracing:
             needs=unit.needs,
             source=source,
             size=unit.teacher.size,
+            teacher_call=call,
             fine_tune=usual,
             notes=self.notes,
         )
@@ -264,6 +268,14 @@ class _Tracing:
             done += extra * (live.flops - before)
             passes["student"] = passes.get("student", 0.0) + extra
         return Update(turn.network, share, peak, done * self.parts, passes)
+
+    def _teacher_call(self, unit: Unit, batch: Batch) -> float:
+        """What it does for each sample of a batch."""
+        before, half = self.live.flops, torch.full((len(batch.prompt),), 0.5)
+        with torch.no_grad(), autocast(self.recipe.train.precision, CPU):
+            guidance = unit.method.options.guidance
+            unit.method.teacher.predict(batch.noise, half, batch.cond, guidance=guidance)
+        return float(self.live.flops - before) / len(batch.prompt)
 
     def _earlier_parts(self, run: Run, network: str) -> None:
         """Of several parts of a batch, those before the last have left gradients."""

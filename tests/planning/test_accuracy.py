@@ -9,6 +9,7 @@ from tiny import tiny_pipeline
 from stepdistill.errors import UserError
 from stepdistill.planning.live_bytes import LiveBytes
 from stepdistill.planning.plan import plan
+from stepdistill.planning.table import times
 from stepdistill.planning.trace import Trace, _Tracing, trace
 from stepdistill.recipes.recipe import Recipe, load_recipe
 
@@ -53,3 +54,28 @@ def test_plans_count_the_bytes_of_real_tensors(teacher: str, method: str, sets: 
 def test_processes_that_share_calls_divide_the_gpus(teacher: str) -> None:
     with pytest.raises(UserError, match="context_parallel is 2, which does not divide 3 GPUs"):
         plan(recipe_of(teacher, "lcm", "train.batch=6", "train.context_parallel=2"), gpus=3)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "calls", "solver"), [(1, 1, "dpm++2m"), (2, 2, "dpm++2m"), (2, 2, "heun")]
+)
+def test_pairs_cost_what_calls_of_the_teacher_do(
+    teacher: str, guidance: int, calls: int, solver: str
+) -> None:
+    """A student's update of one call in whole float32 is three of the network: forward, and back to what it saw and to
+    its weights. Of Heun's steps each calls twice but the last."""
+    sets = ("options.pairs=6", "options.pair_steps=5", f"options.pair_solver={solver}", "train.batch=4")
+    found = plan(recipe_of(teacher, "reflow", *sets, f"options.guidance={guidance}"), device="cpu")
+    student = next(each for each in found.trace.updates if each.passes == {"student*": 1.0})
+    assert found.trace.teacher_call == pytest.approx(calls * student.flops / 4 / 3, rel=0.1)
+    made = 6 * (9 if solver == "heun" else 5) * found.trace.teacher_call
+    assert found.pairs == 6
+    assert found.pair_hours["h100"] / found.hours["h100"] == pytest.approx(
+        made / (found.recipe["updates"] * found.flops)
+    )
+    assert times(found)[0].startswith("6 pairs of the teacher, unless they are there, if a GPU reaches")
+
+
+def test_without_pairs_no_hours_of_them_are_said(teacher: str) -> None:
+    found = plan(recipe_of(teacher, "tbcm", "train.batch=4"), device="cpu")
+    assert found.pairs == 0 and not found.pair_hours and len(times(found)) == 1
