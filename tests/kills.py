@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent / "toys")]
 warnings.simplefilter("ignore", DeprecationWarning)  # of forks of a process with threads
 
 from faulty_work import ALL, run, small  # noqa: E402
-from file_faults import FAULTS, faulty  # noqa: E402
+from file_faults import FAULTS, Fault, faulty  # noqa: E402
 
 from stepdistill.cli.doctor_run import examine_run  # noqa: E402
 from stepdistill.comparison.collect import collect  # noqa: E402
@@ -40,9 +40,9 @@ from stepdistill.system.files import disk_error  # noqa: E402
 from stepdistill.system.run_folder import read_status  # noqa: E402
 
 
-def calls(folder: Path, only: list[str] | None) -> None:
-    """The table of faults at each call."""
-    print("| work | calls | " + " | ".join(FAULTS) + " |\n| --- |" + " --- |" * (len(FAULTS) + 1))
+def calls(folder: Path, only: list[str] | None, faults: list[Fault], every: int) -> None:
+    """The table of faults at each call, or at each so manieth: of another fault at another one."""
+    print("| work | calls | " + " | ".join(faults) + " |\n| --- |" + " --- |" * (len(faults) + 1))
     for make in ALL:
         work = make()
         if only and work.name not in only:
@@ -53,12 +53,15 @@ def calls(folder: Path, only: list[str] | None) -> None:
         wanted = work.left(place / "whole")
         went: Counter[str] = Counter()
         for at in range(len(found)):
-            for fault in FAULTS:
+            for number, fault in enumerate(faults):
+                if at % every != number % every:
+                    continue
                 root = place / f"{fault}-{at}"
                 work.survives(root, found, at, fault, wanted)
                 shutil.rmtree(root)
                 went[fault] += 1
-        cells = [work.name, str(len(found)), *(f"{went[fault]} survived" for fault in FAULTS)]
+                print(f"{work.name}: {fault} at {at} of {len(found)}", file=sys.stderr, flush=True)
+        cells = [work.name, str(len(found)), *(f"{went[fault]} survived" for fault in faults)]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -200,6 +203,8 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("calls", "random", "disk", "flips"))
     parser.add_argument("--only", action="append", help="calls: a piece of work")
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="calls: one of the four")
+    parser.add_argument("--every", type=int, default=1, help="calls: each so manieth alone")
     parser.add_argument("--kills", type=int, default=100, help="random: how many")
     parser.add_argument("--updates", type=int, default=40, help="random, disk: of the run")
     parser.add_argument("--longest", type=float, default=4.0, help="random: seconds before a kill, at most")
@@ -210,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if arguments.what == "calls":
-            calls(folder, arguments.only)
+            calls(folder, arguments.only, arguments.fault or list(FAULTS), arguments.every)
         elif arguments.what == "random":
             kills(folder, arguments.kills, arguments.updates, arguments.longest, arguments.seed)
         elif arguments.what == "disk":
