@@ -51,18 +51,24 @@ def calls(folder: Path, only: list[str] | None, faults: list[Fault], every: int)
         place.mkdir()
         found = work.calls(place / "whole")
         wanted = work.left(place / "whole")
-        went: Counter[str] = Counter()
+        went, tried, lost = Counter[str](), Counter[str](), list[str]()
         for at in range(len(found)):
             for number, fault in enumerate(faults):
                 if at % every != number % every:
                     continue
                 root = place / f"{fault}-{at}"
-                work.survives(root, found, at, fault, wanted)
+                tried[fault] += 1
+                said = "survived"
+                try:
+                    work.survives(root, found, at, fault, wanted)
+                    went[fault] += 1
+                except (AssertionError, UserError) as error:
+                    lost.append(said := str(error).splitlines()[0])
                 shutil.rmtree(root)
-                went[fault] += 1
-                print(f"{work.name}: {fault} at {at} of {len(found)}", file=sys.stderr, flush=True)
-        cells = [work.name, str(len(found)), *(f"{went[fault]} survived" for fault in faults)]
-        print(f"| {' | '.join(cells)} |", flush=True)
+                print(f"{work.name}: {fault} at {at} of {len(found)}: {said}", file=sys.stderr, flush=True)
+        cells = [work.name, str(len(found)), *(f"{went[each]} of {tried[each]} survived" for each in faults)]
+        print(f"| {' | '.join(cells)} |", *lost, sep="\n", flush=True)
+        assert not lost
 
 
 def _child(job: Callable[[], object]) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from stepdistill.cli.findings import Finding, State
-from stepdistill.errors import UserError, first_line
+from stepdistill.errors import UserError
 from stepdistill.system.files import size_text
 from stepdistill.system.log import read_stats
 from stepdistill.system.parsing import parse_json
@@ -34,23 +33,6 @@ def examine_run(folder: Path) -> list[Finding]:
     if not place.recipe.is_file() and read_status(folder) is None:
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml{_runs_in(folder)}")
     place.check_layout()
-    try:
-        return _examined(place)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # files that another made
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{folder}: status.json, stats.jsonl or report.json is not what a run writes ({first_line(error)})"
-        ) from None
-
-
-def _examined(place: RunFolder) -> list[Finding]:
     folder = place.root
     status, rows, saved = read_status(folder), read_stats(folder), _checkpoints(place)
     report = read_report(folder) if place.report.is_file() else None
@@ -74,7 +56,9 @@ def _runs_in(folder: Path) -> str:
 def _state(status: Status | None, reported: bool, rows: Sequence[Mapping[str, Any]]) -> Finding:
     if status is None:
         kind: State = "ok" if reported else "note"
-        return Finding(kind, "state", "done" if reported else "not known: it has no status.json")
+        return Finding(
+            kind, "state", "done" if reported else "not known: it has no status.json that can be read"
+        )
     if status.killed:
         text = (
             f"killed while {status.phase}: its process {status.pid} is gone; last heard of {status.written}"
@@ -85,6 +69,8 @@ def _state(status: Status | None, reported: bool, rows: Sequence[Mapping[str, An
     if status.state == "done":
         return Finding("ok", "state", f"done, {status.written}")
     where = f"process {status.pid} on {status.host}, last heard of {status.written}"
+    if status.silent_seconds is None:
+        where += " by a clock that is ahead of this machine's"
     if (silence := _silence(status, rows)) is not None:
         return Finding("broken", "state", f"stuck, it seems: {silence} ({where})")
     return Finding("ok", "state", f"{status.state}: {status.phase} ({where})")
@@ -94,11 +80,16 @@ def _silence(status: Status | None, rows: Sequence[Mapping[str, Any]]) -> str | 
     """That nothing has been heard of a training for long; None otherwise."""
     if status is None or status.state != "training":
         return None
-    silent = (datetime.now(UTC) - datetime.fromisoformat(status.written)).total_seconds()
-    each = rows[-1]["seconds"] / (rows[-1]["update"] + 1) if rows else 0.0
-    if silent < max(SILENT, 50 * each):
+    silent = status.silent_seconds
+    each = _trained(rows) / (rows[-1]["update"] + 1) if rows else 0.0
+    if silent is None or silent < max(SILENT, 50 * each):
         return None
     return f"nothing was heard of it for {silent / 60:.0f} minutes, and an update took {each:.2g} s"
+
+
+def _trained(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that it has trained."""
+    return next((row["seconds"] for row in reversed(rows) if row.get("seconds") is not None), 0.0)
 
 
 def _updates(status: Status | None, rows: Sequence[Mapping[str, Any]]) -> Finding:
@@ -106,7 +97,7 @@ def _updates(status: Status | None, rows: Sequence[Mapping[str, Any]]) -> Findin
     planned = f" of {status.updates}" if status else ""
     text = f"{done}{planned}"
     if rows:
-        text += f" in {rows[-1]['seconds']:.0f} s"
+        text += f" in {_trained(rows):.0f} s"
     if status and status.eta_seconds is not None and status.going and not status.killed:
         text += f", {status.eta_seconds:.0f} s to go"
     return Finding("ok", "updates", text)
@@ -117,7 +108,7 @@ def _losses(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     findings = []
     for network in dict.fromkeys(str(row["network"]) for row in rows):
         own = [row for row in rows if row["network"] == network]
-        lost = next((row for row in own if row["loss"] is None or row.get("grad_norm", 0) is None), None)
+        lost = next((row for row in own if row.get("loss") is None or row.get("grad_norm", 0) is None), None)
         if lost is not None:
             text = f"not finite at update {lost['update'] + 1}"
             findings.append(Finding("broken", f"loss of {network}", text))
@@ -140,8 +131,7 @@ def _health(rows: Sequence[Mapping[str, Any]], health: Health | None) -> list[Fi
             "note" if row.get("worries") else "ok",
             f"update {row['update'] + 1}",
             "; ".join(row.get("worries", ()))
-            or f"diversity {row['diversity']:.2f} (teacher {row['teacher_diversity']:.2f}), "
-            f"saturation {row['saturation']:.0%} (teacher {row['teacher_saturation']:.0%})",
+            or f"diversity {_shown(row, 'diversity', '.2f')}, saturation {_shown(row, 'saturation', '.0%')}",
         )
         for row in looked
     ]
@@ -150,6 +140,14 @@ def _health(rows: Sequence[Mapping[str, Any]], health: Health | None) -> list[Fi
     elif not looked:
         findings.append(Finding("note", "health", "not known: no preview was drawn"))
     return findings
+
+
+def _shown(row: Mapping[str, Any], key: str, form: str) -> str:
+    """A number of a preview and the teacher's."""
+    own, teachers = (
+        "not finite" if row.get(name) is None else format(row[name], form) for name in (key, f"teacher_{key}")
+    )
+    return f"{own} (teacher {teachers})"
 
 
 def _looks(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -212,7 +210,7 @@ def _checkpoints(place: RunFolder) -> list[int]:
     for file in sorted(place.checkpoints.glob("step-*/state.json")):
         try:
             found.append(int(parse_json(file.read_text(encoding="utf-8"))["step"]))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # a checkpoint that is none
             continue
     return found
 

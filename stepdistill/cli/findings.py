@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from stepdistill.system.parsing import printable
+
 State = Literal["ok", "note", "broken"]
 
 
@@ -22,4 +24,4 @@ def print_findings(findings: Sequence[Finding]) -> None:
     """Prints them with their subjects in one column."""
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
-        print(f"{finding.state.ljust(6)}  {finding.subject.ljust(width)}  {finding.text}")
+        print(printable(f"{finding.state.ljust(6)}  {finding.subject.ljust(width)}  {finding.text}"))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
-import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,23 +90,28 @@ class Shards:
             UserError: one is damaged, and not to be made again.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        seen = self.folder / f".{self._stem}-checked-{processes.rank}-of-{processes.count}"
-        since, began = seen.stat().st_mtime_ns if seen.exists() else 0, time.time_ns()
-        found = []
-        for number in numbers:
-            if number % processes.count != processes.rank:
-                continue
+        note = self.folder / f".{self._stem}-checked-{processes.rank}-of-{processes.count}"
+        own = [number for number in numbers if number % processes.count == processes.rank]
+        known, found = _lines(note), list[int]()
+        seen = sorted(line for line in known if line.partition(" ")[0] not in set(map(str, own)))
+        for number in own:
             file = self.file(number)
             if not file.is_file():
                 found.append(number)
-            elif (problem := self._problem(number, whole=file.stat().st_mtime_ns >= since)) is not None:
+                continue
+            state = file.stat()
+            stamp = (
+                f"{number} {state.st_size} {state.st_mtime_ns}"  # another one, earlier or later: another file
+            )
+            if (problem := self._problem(number, whole=stamp not in known)) is not None:
                 if not self._remake:
                     raise DamagedShard(file, problem)
                 say(f"{file} is damaged ({problem}) and made again")
                 file.unlink()
                 found.append(number)
-        seen.touch()
-        os.utime(seen, ns=(began, began))
+            else:
+                seen.append(stamp)
+        note.write_text("\n".join(seen), encoding="utf-8")
         return found
 
     def write(self, number: int, tensors: Tensors, notes: Mapping[str, str] | None = None) -> None:
@@ -197,6 +200,13 @@ def _rows(mapped: mmap.mmap, place: _Place, index: list[int]) -> NDArray[np.uint
 
 def _crc32(row: Tensor) -> int:
     return zlib.crc32(row.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _lines(file: Path) -> set[str]:
+    try:
+        return set(file.read_text(encoding="utf-8", errors="replace").split("\n"))
+    except OSError:
+        return set()
 
 
 def grouped(shard: Sequence[int]) -> dict[int, list[int]]:

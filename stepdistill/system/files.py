@@ -180,7 +180,7 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
+        probe = folder / f".writable.{os.getpid()}.part"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

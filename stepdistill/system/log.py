@@ -18,11 +18,17 @@ from tqdm import tqdm
 
 from stepdistill.errors import UserError
 from stepdistill.system.files import written_whole
-from stepdistill.system.parsing import parse_json
+from stepdistill.system.parsing import LARGEST, parse_json
 
 STATS = "stats.jsonl"
 Value = float | str | Sequence[str]
 """What a row of stats.jsonl has under a name."""
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """Goes on where the time of day is set back: tqdm waits until that time has come again."""
+
+    _time = property(lambda self: time.monotonic, lambda self, clock: None)
 
 
 def bar(
@@ -39,7 +45,7 @@ def bar(
         lazy: shown with its first move only, for work that may turn out to be done.
     """
     delay = 1e-9 if lazy else 0.0
-    return tqdm(
+    return _Bar(
         total=total, initial=first, desc=label, unit=unit, disable=not shown, dynamic_ncols=True, delay=delay
     )
 
@@ -177,7 +183,12 @@ class RunLog:
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's stats.jsonl, oldest first; a line that a kill cut short is left out."""
+    """The lines of a run's stats.jsonl, oldest first; a line that a kill cut short is left out. Each has its ``update``
+    and ``network``; ``phase`` is a text, ``worries`` texts, and what else is there a number or None.
+
+    Raises:
+        UserError: it cannot be read, or a line is of another kind.
+    """
     if not (folder / STATS).is_file():
         return []
     try:
@@ -186,13 +197,38 @@ def read_stats(folder: Path) -> list[dict[str, Any]]:
         rows = [parse_json(line) for line in lines[:-1]]
     except ValueError as error:
         raise UserError(f"{folder / STATS} cannot be read: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{folder / STATS} cannot be read: a line is no table of numbers")
-    if rows and "update" not in rows[0]:
+    if rows and isinstance(rows[0], dict) and "update" not in rows[0]:
         raise UserError(
             f"{folder / STATS} has the columns of an earlier version (no `update`): train into a new folder"
         )
+    for number, row in enumerate(rows, 1):
+        if wrong := _wrong_in(row):
+            raise UserError(
+                f"{folder / STATS}: line {number} is not what a run writes ({wrong}): take the line out"
+            )
     return rows
+
+
+def _wrong_in(row: Any) -> str:
+    """What a line has that a run does not write; empty where there is nothing."""
+    if not isinstance(row, dict):
+        return "no table of numbers"
+    update = row.get("update")
+    if type(update) is not int or not 0 <= update < LARGEST:
+        return "its update is no number of one"
+    for name, value in row.items():
+        if name == "worries":
+            right = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        elif name in ("network", "phase"):
+            right = isinstance(value, str)
+        else:
+            right = value is None or (type(value) in (int, float) and -math.inf < value < math.inf)
+            right = right and not (type(value) is int and abs(value) >= LARGEST)
+        if not right:
+            return (
+                f"its {name[:40]} is {'no text' if name in ('network', 'phase', 'worries') else 'no number'}"
+            )
+    return "" if "network" in row else "it has no network"
 
 
 def _jsonable(value: Value) -> float | str | list[str] | None:

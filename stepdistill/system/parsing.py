@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+LARGEST = 1 << 53
+"""Of whole numbers in a file: above it one and the next are the same in float64."""
+
 
 class Unreadable(ValueError):
     """Why a text is not what it should be, in one line.
@@ -30,3 +33,9 @@ def parse_json(text: str | bytes) -> Any:
         raise Unreadable("nested too deep") from None
     except ValueError as error:
         raise Unreadable(str(error)) from None
+
+
+def printable(text: str) -> str:
+    """A text of a file as a terminal may have it: in one line, and without characters that move its cursor, change its
+    colours or are no characters."""
+    return "".join(each if each.isprintable() else " " for each in text)

@@ -17,14 +17,16 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from stepdistill.errors import UserError
+from stepdistill.system.clock import boot, uptime, uptime_at_start
 from stepdistill.system.files import remove_left_over, written_whole
 from stepdistill.system.lock import locked
 from stepdistill.system.log import utc_now
+from stepdistill.system.parsing import LARGEST, parse_json
 
 LATEST = "latest"
 """In a folder called ``runs``: a link to the newest run."""
@@ -32,6 +34,8 @@ ABOUT_WORK = (
     "What this run works with: pairs of the teacher, and checkpoints. It needs them while it trains. When it is done\n"
     "this folder may be deleted; `stepdistill export` and `--resume` then have nothing to start from.\n"
 )
+CLOCKS_DIFFER = 60.0
+"""Seconds by which the clocks of two machines may differ without a word."""
 _OLD = ("checkpoints", "pairs", "sheets", "samples.png")
 
 State = Literal["preparing", "training", "finishing", "done", "stopped"]
@@ -155,7 +159,9 @@ class Status:
         eta_seconds: until training ends; None where it is not known.
         health: of the last preview; None before it.
         pid, host: the process, and its machine.
-        written: when this was, UTC, ISO 8601.
+        written: when this was, UTC, ISO 8601, as that machine's clock said.
+        boot, uptime: the same as nobody can set it: which start of the machine, and seconds since then; empty and 0
+            where the system does not tell them.
     """
 
     state: State
@@ -167,6 +173,8 @@ class Status:
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=platform.node)
     written: str = field(default_factory=utc_now)
+    boot: str = field(default_factory=boot)
+    uptime: float = field(default_factory=uptime)
 
     @property
     def going(self) -> bool:
@@ -184,8 +192,20 @@ class Status:
         return self.going and self.host == platform.node() and self._alive
 
     @property
+    def silent_seconds(self) -> float | None:
+        """Since this was written; None where the time of day is all there is to go by, and is an earlier one than this
+        was written at: clocks were set, or those of two machines differ."""
+        if self.boot and self.boot == boot():
+            return max(0.0, uptime() - self.uptime)
+        passed = (datetime.now(UTC) - datetime.fromisoformat(self.written)).total_seconds()
+        return None if passed < -CLOCKS_DIFFER else max(0.0, passed)
+
+    @property
     def _alive(self) -> bool:
         """Whether its process is there: one of that number which began later is another."""
+        if self.boot:
+            began = uptime_at_start(self.pid) if self.boot == boot() else None
+            return began is not None and began <= self.uptime + 1  # clocks of hundredths
         import psutil
 
         try:
@@ -196,12 +216,34 @@ class Status:
 
 
 def read_status(folder: Path) -> Status | None:
-    """Of a run's folder; None where there is none that can be read."""
+    """Of a run's folder; None where there is none, or what is there is not what a run writes."""
     try:
-        found = json.loads(RunFolder(folder).status.read_text(encoding="utf-8"))
-        return Status(**{name: found[name] for name in Status.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = parse_json(RunFolder(folder).status.read_text(encoding="utf-8"))
+        # Those of earlier versions know no uptime.
+        told = {"boot": "", "uptime": 0.0, **found}
+        status = Status(**{name: told[name] for name in Status.__dataclass_fields__})
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return status if _is_whole(status) else None
+
+
+def _is_whole(status: Status) -> bool:
+    """Whether all values are of the kind that a run writes."""
+    try:
+        dated = datetime.fromisoformat(status.written).tzinfo is not None
+    except (ValueError, TypeError):
+        return False
+    texts = (status.phase, status.host, status.boot, status.health or "")
+    counts, times = (status.update, status.updates), (status.uptime, status.eta_seconds or 0.0)
+    return (
+        dated
+        and status.state in get_args(State)
+        and all(isinstance(text, str) and text.isprintable() for text in texts)
+        and all(type(count) is int and 0 <= count < LARGEST for count in counts)
+        and type(status.pid) is int
+        and 0 < status.pid < 1 << 31
+        and all(type(each) in (int, float) and 0 <= each < LARGEST for each in times)
+    )
 
 
 class RunStatus:
@@ -255,7 +297,7 @@ class RunStatus:
 
     def _write(self) -> None:
         self._last = time.monotonic()
-        self.now = replace(self.now, written=utc_now())
+        self.now = replace(self.now, written=utc_now(), uptime=uptime())
         with written_whole(self._file) as temporary:
             temporary.write_text(json.dumps(asdict(self.now), indent=1) + "\n", encoding="utf-8")
 

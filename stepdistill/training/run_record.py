@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +63,7 @@ class RunRecord:
         status = self.status
         if status is None or not status.going or status.killed or self.done:
             return False
-        return self.silent_seconds < QUIET_SECONDS
-
-    @property
-    def silent_seconds(self) -> float:
-        """Since status.json was written."""
-        try:
-            written = datetime.fromisoformat(self.status.written if self.status else "")
-            return max(0.0, (datetime.now(UTC) - written).total_seconds())
-        except (ValueError, TypeError):
-            return 0.0
+        return status.silent_seconds is None or status.silent_seconds < QUIET_SECONDS
 
     @property
     def state(self) -> str:
@@ -102,7 +92,14 @@ class RunRecord:
         if status.killed:
             return f"Its process is gone. Its last word was: {at}."
         if not self.going:
-            return f"No word for {duration(self.silent_seconds)} from {status.host}. The last was: {at}."
+            return (
+                f"No word for {duration(status.silent_seconds or 0)} from {status.host}. The last was: {at}."
+            )
+        if status.silent_seconds is None:
+            return (
+                f"Whether it goes on is not known: its last word is of {status.written}, by a clock that is ahead of "
+                f"this machine's. It was: {at}."
+            )
         if status.state != "training":
             return f"{status.phase[:1].upper()}{status.phase[1:]}."
         left = f", about {duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""

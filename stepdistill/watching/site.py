@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 from stepdistill.errors import UserError
 from stepdistill.pages.html import document, scrolled
 from stepdistill.pages.numbers import duration
-from stepdistill.system.run_folder import RunFolder
+from stepdistill.system.run_folder import RunFolder, read_status
 from stepdistill.training.run_page import STYLE, run_body
 from stepdistill.training.run_record import RunRecord, is_run, read_run
 from stepdistill.watching.script import SCRIPT
@@ -95,11 +95,12 @@ class Site:
         self._lock = threading.Lock()
 
     def runs(self) -> list[Path]:
-        """The runs in the folder, the latest first; links to them are left out."""
+        """The runs in the folder, those that are under way here and then the latest first; links to them are left
+        out."""
         found = [
             each for each in self.root.iterdir() if not each.is_symlink() and each.is_dir() and is_run(each)
         ]
-        return sorted(found, key=_written, reverse=True)
+        return sorted(found, key=lambda run: (_under_way(run), _written(run)), reverse=True)
 
     def answer(self, target: str, known: str = "") -> Answer:
         """To a request.
@@ -238,6 +239,17 @@ def _written(folder: Path) -> float:
     )
 
 
+def _under_way(folder: Path) -> bool:
+    status = read_status(folder)
+    return status is not None and status.under_way
+
+
+def _last_word(run: RunRecord) -> str:
+    """How long ago a run said something; by its files where it does not say itself when."""
+    silent = run.status.silent_seconds if run.status else max(0.0, time.time() - _written(run.folder.root))
+    return f"{duration(silent)} ago" if silent is not None else "not known"
+
+
 def _table(runs: list[Path], shown: str) -> str:
     """The list of runs."""
     head = "".join(
@@ -253,8 +265,7 @@ def _table(runs: list[Path], shown: str) -> str:
             for steps, gap in (report.get("gap_closed") or {}).items()
         )
         health = (report.get("health") or {}).get("verdict") or (status.health if status else "") or ""
-        ago = f"{duration(time.time() - _written(folder))} ago"
-        cells = (run.state, updates, f"gap closed {gaps}" if gaps else "", health, ago)
+        cells = (run.state, updates, f"gap closed {gaps}" if gaps else "", health, _last_word(run))
         name = html.escape(folder.name)
         link = f'<a href="{quote(folder.name)}/">{name}</a>'
         lines.append(
