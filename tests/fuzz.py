@@ -28,9 +28,10 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent / "toys")]
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
-from strange import TARGETS, Target, read_recipe  # noqa: E402
+from strange import TARGETS, Target, read_recipe, warm_run  # noqa: E402
 
 from stepdistill.errors import UserError  # noqa: E402
+from stepdistill.pages.plots import Series, line_plot  # noqa: E402
 
 ROUND = 100
 COUNTS = ("taken", "refused", "crash", "hang", "breach")
@@ -181,6 +182,9 @@ def main() -> None:
     done = {(row["target"], row["round"]): row for row in rows}
     with tempfile.TemporaryDirectory() as first:  # what is imported once is not a case's
         read_recipe(Path(first), b"method: dmd\nteacher: emoji\n")
+        line_plot([Series("a", [(0, 1)])], "x", "y")
+        if "warm starts" in (arguments.only or TARGETS):
+            warm_run()
     watch = Watch()
     print(
         "| input | cases | " + " | ".join(COUNTS) + " | seconds |\n|" + " --- |" * (len(COUNTS) + 3),

@@ -72,6 +72,7 @@ def compare(
     from stepdistill.comparison.table import text_tables
     from stepdistill.system.files import check_writable
     from stepdistill.system.log import say
+    from stepdistill.system.parsing import printable
 
     if methods:
         seconds = plan.seconds_of(budget) if budget else 0.0
@@ -91,7 +92,7 @@ def compare(
     if compared.groups:
         print(text_tables(compared.groups))
     for name, error in compared.failed.items():
-        print(f"{name}: {'failed' if methods else 'left out'}: {error}")
+        print(printable(f"{name}: {'failed' if methods else 'left out'}: {error}"))
     for line in compared.shared:
         print(line)
     if compared.without_recipe:

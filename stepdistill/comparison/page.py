@@ -82,7 +82,7 @@ def write(comparison: Comparison, folder: Path) -> Path:
         (folder / f"compare{f'-{number}' if number > 1 else ''}.png").write_bytes(picture)
     for name, text in (("compare.json", content), ("compare.html", page)):
         with written_whole(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")
     return folder / "compare.html"
 
 

@@ -12,15 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.evaluation.gallery import load_galleries
+from stepdistill.export.verify import read_manifest
 from stepdistill.families.watching import frames_of
 from stepdistill.networks.loading import load_pipeline, load_teacher
-from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import strip, teacher_pictures, to_uint8
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows, read_sheet
 from stepdistill.recipes.choose import DEFAULT_TEACHER
 from stepdistill.system.emoji import emoji_captions
-from stepdistill.system.parsing import parse_json
 from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.run_report import Measured
 
@@ -75,9 +74,7 @@ def draw_students(
     Raises:
         UserError: a pipeline that does not load.
     """
-    manifests = [
-        parse_json((folder / "student" / VERIFICATION / "manifest.json").read_text()) for _, folder in runs
-    ]
+    manifests = [read_manifest(folder / "student") for _, folder in runs]
     prompts: Any = manifests[0]["call"].get("prompt", manifests[0]["call"].get("class_labels"))
     seeds = manifests[0]["seeds"]
     if teacher == DEFAULT_TEACHER:

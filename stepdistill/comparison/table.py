@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from stepdistill.comparison.ranking import Group, Row
 from stepdistill.pages.metric_names import marked
 from stepdistill.pages.numbers import with_error
+from stepdistill.system.parsing import printable
 
 COLUMNS = (
     "run",
@@ -141,4 +142,5 @@ def text_tables(groups: Sequence[Group]) -> str:
         title = f"{number}. {group.title}\n" if len(groups) > 1 else ""
         why = f"Not compared with 1, because {'; '.join(group.apart)}\n" if group.apart else ""
         parts.append("\n".join([title + why + text_table(group.rows), *group.notes]))
-    return "\n\n".join(parts)
+    whole = "\n\n".join(parts)
+    return "\n".join(printable(line) for line in whole.split("\n"))

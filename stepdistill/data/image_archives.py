@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -14,15 +15,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stepdistill.data.image_decoding import Decoded, Entry, Refused, fit, to_pixels
+from stepdistill.data.image_decoding import LARGEST_FILE, Decoded, Entry, Refused, fit, to_pixels
 from stepdistill.data.image_names import ENDINGS, is_image, natural, sample_of
 from stepdistill.data.image_sources import ImageSource, Reading, Skipped, decode_all
+from stepdistill.data.tars import most_unpacked, open_tar
 from stepdistill.errors import UserError
 from stepdistill.system.files import PerProcess
 
 ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-LARGEST_FILE = 1 << 28
-"""Bytes; a member of an archive that claims more is refused."""
+STREAMED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Of these zipfile reads no more than it is asked for; of others it unpacks all that four kilobytes stand for."""
 
 
 def is_source(path: str | Path) -> bool:
@@ -64,7 +66,16 @@ def open_images(
         raise _damaged(label, error) from None
 
 
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    EOFError,
+    lzma.LZMAError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 """What a damaged, shortened or encrypted archive raises (a UserError is a ValueError and passes)."""
 
 
@@ -87,6 +98,11 @@ def _from_folder(folder: Path, label: str, resolution: int, workers: int | None)
 def _from_zip(file: Path, label: str, resolution: int, workers: int | None) -> ImageSource:
     archive = PerProcess(partial(zipfile.ZipFile, file))
     members = [info for info in archive().infolist() if not info.is_dir()]
+    if (claimed := sum(info.file_size for info in members)) > most_unpacked(file):
+        raise UserError(
+            f"{label} claims to hold {claimed} bytes, and is {file.stat().st_size} long: unpack it yourself where that is "
+            "right, and give the folder"
+        )
     entries = [Entry(info.filename, partial(_zipped, archive, info)) for info in members]
     chosen, foreign = _sorted_images(entries, label)
     decoded = partial(decode_all, chosen, resolution, "by process", workers=workers)
@@ -94,13 +110,15 @@ def _from_zip(file: Path, label: str, resolution: int, workers: int | None) -> I
 
 
 def _zipped(archive: PerProcess[zipfile.ZipFile], member: zipfile.ZipInfo) -> bytes:
+    if member.compress_type not in STREAMED:
+        raise Refused("is compressed by bzip2 or LZMA: make the zip with deflate, as zip does by itself")
     return archive().read(_not_too_large(member, member.file_size))
 
 
 def _from_tar(file: Path, label: str, resolution: int, workers: int | None) -> ImageSource:
     """Fields of a webdataset sample share the name up to its first dot; those that are no images are its companions."""
     compressed = not file.name.lower().endswith(".tar")
-    archive = PerProcess(partial(tarfile.open, file, "r:*"))
+    archive = PerProcess(partial(open_tar, file))
     members = [member for member in archive().getmembers() if member.isfile()]
     entries = [Entry(member.name, partial(_tarred, archive, member)) for member in members]
     chosen, foreign = _sorted_images(entries, label)
@@ -140,6 +158,10 @@ def _from_npz(file: Path, label: str, resolution: int) -> ImageSource:
             raise UserError(
                 f"{label} holds {', '.join(names) or 'nothing'}; images are arr_0, uint8 [N, H, W, 3]"
             )
+        if archive.getinfo("arr_0.npy").compress_type not in STREAMED:
+            raise UserError(
+                f"{label}: arr_0 is compressed by bzip2 or LZMA; write it with numpy.savez_compressed"
+            )
         with archive.open("arr_0.npy") as stream:
             shape = _array_header(stream, label)
 
@@ -171,7 +193,11 @@ def _array_header(stream: Any, label: str) -> tuple[int, ...]:
         raise UserError(
             f"{label}: arr_0 is {dtype} {list(shape)}; images are uint8 [N, H, W, 3] (no floats, no NaN)"
         )
-    if shape[0] == 0:
+    if shape[1] * shape[2] > LARGEST_FILE:
+        raise UserError(
+            f"{label}: arr_0 is of images of {shape[1]} x {shape[2]} pixels; {LARGEST_FILE} are allowed"
+        )
+    if shape[0] < 1:
         raise UserError(f"{label} holds no images: arr_0 is empty")
     return tuple(shape)
 

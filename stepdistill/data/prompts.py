@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import lzma
 import re
 import tarfile
 import zlib
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from stepdistill.data.image_names import natural, of_macos, sample_of
+from stepdistill.data.tars import open_tar
 from stepdistill.data.texts import Texts
 from stepdistill.errors import UserError
 from stepdistill.system.parsing import Unreadable, parse_json
@@ -33,7 +35,7 @@ LARGEST_CAPTION = 1 << 20
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONE_RETURN = re.compile(rb"(?<=\r)(?!\n)")
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, csv.Error, Unreadable)
+DAMAGE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, csv.Error, Unreadable)
 
 
 def is_tar(file: Path) -> bool:
@@ -304,7 +306,7 @@ def webdataset(file: Path) -> Iterator[Sample]:
         BadRow: a caption claims to be longer than LARGEST_CAPTION.
     """
     samples: dict[str, Sample] = {}
-    with tarfile.open(file, "r:*") as archive:
+    with open_tar(file) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # a description of every file read so far
             if not member.isfile() or of_macos(member.name):

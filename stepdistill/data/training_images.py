@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.captions import caption_of, printable, read_metadata
-from stepdistill.data.image_decoding import Decoded, Entry, Nearest
+from stepdistill.data.image_decoding import LARGEST_FILE, Decoded, Entry, Nearest, Refused
 from stepdistill.data.image_names import ENDINGS, is_image, natural
 from stepdistill.data.image_sources import Skipped, decode_all
 from stepdistill.data.prompts import DAMAGE, BadRow, caption_in, is_tar, webdataset
@@ -241,6 +241,8 @@ class ImageTars:
 
 
 def _part(stream: PerProcess[BinaryIO], start: int, size: int) -> bytes:
+    if size > LARGEST_FILE:
+        raise Refused(f"claims {size} bytes; {LARGEST_FILE} are allowed")
     return os.pread(stream().fileno(), size, start)
 
 

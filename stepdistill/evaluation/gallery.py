@@ -99,6 +99,9 @@ def load_gallery(file: Path) -> Gallery:
             for name in ("best", "worst")
         }
         prompts = about["prompts"]
+        pictures = (tensors["pixels"], *(one.pixels[None] for some in ranked.values() for one in some))
+        if any(each.ndim != 4 or each.shape[1] != 3 or each.dtype != torch.uint8 for each in pictures):
+            raise ValueError("its pictures are no bytes [N, 3, H, W]")
         return Gallery(
             tensors["pixels"], None if prompts is None else tuple(prompts), tensors["features"], **ranked
         )

@@ -159,6 +159,10 @@ def _check_sizes(file: Path) -> None:
     """Statistics in a zip are no larger, unpacked, than those of the largest networks."""
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(
+                    f"{member.filename} is compressed by bzip2 or LZMA, which numpy does not write"
+                )
             if member.filename in ("mu.npy", "sigma.npy", "mu_s.npy", "sigma_s.npy"):
                 if member.file_size > LARGEST_STATISTICS:
                     raise ValueError(f"{member.filename} claims {member.file_size} bytes")

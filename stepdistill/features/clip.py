@@ -56,7 +56,9 @@ class ClipFeatures:
         self._dtype = DTYPES[precision]
         model.vision_model.to(self._dtype)
         model.visual_projection.to(self._dtype)
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer, local_files_only=True, trust_remote_code=False
+        )
         self._mean = 255 * torch.tensor(mean).view(1, 3, 1, 1).to(device)
         self._std = 255 * torch.tensor(std).view(1, 3, 1, 1).to(device)
         self._size = int(model.config.vision_config.image_size)

@@ -290,6 +290,7 @@ def _scheduler(place: str, index: Any) -> Any:
     import diffusers
 
     _, kind = components(index).get("scheduler", ("", "none"))
-    if (found := getattr(diffusers, kind, None)) is None:
+    found = getattr(diffusers, kind, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
         raise UserError(f"the teacher's scheduler {kind} is none of diffusers'")
     return found.from_pretrained(place, subfolder="scheduler")

@@ -14,8 +14,10 @@ from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.system.files import readable_as_usual
+from stepdistill.system.inside import is_inside
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.shipped import is_lfs_pointer
+from stepdistill.system.travelling import is_own_code
 
 INDEX = "model_index.json"
 SAFETY_CHECKER = "safety_checker"
@@ -73,8 +75,30 @@ def absent_components(folder: Path) -> dict[str, None]:
     return {name: None for name, entry in read_index(folder).items() if entry == [None, None]}
 
 
+def _check_code(folder: Path, index: dict[str, Any], what: str) -> None:
+    """No class that an index names is code of the folder's own, but what is a file of ours.
+
+    Raises:
+        UserError: one is.
+    """
+    parts = [(folder / name, library) for name, (library, _) in components(index).items()]
+    whole = index.get("_class_name")
+    if isinstance(whole, list):
+        parts.append((folder, str(whole[0]) if whole else ""))
+    for place, module in parts:
+        file = place / f"{module}.py"
+        if file.is_file() and not (is_inside(module) and is_own_code(file)):
+            short = file.relative_to(folder).as_posix()
+            raise UserError(
+                f"{what} carries code of its own ({short}), which is not run: read it, and where you trust it load "
+                "the folder yourself, with diffusers' trust_remote_code=True, and give stepdistill.distill or evaluate "
+                "that pipeline"
+            )
+
+
 def check_files(folder: Path, what: str) -> None:
-    """Every file of a component is what its name says: whole safetensors, JSON, and no Git LFS pointer.
+    """Every file of a component is what its name says: whole safetensors, JSON, and no Git LFS pointer; none of the
+    classes is code that we did not write.
 
     Args:
         folder: a diffusers folder.
@@ -85,7 +109,9 @@ def check_files(folder: Path, what: str) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    names = components(read_index(folder, what))
+    index = read_index(folder, what)
+    _check_code(folder, index, what)
+    names = components(index)
     names.pop(SAFETY_CHECKER, None)  # is not loaded
     for file in _files(folder, names):
         short = file.relative_to(folder).as_posix()
@@ -95,9 +121,7 @@ def check_files(folder: Path, what: str) -> None:
             )
         if file.suffix == ".json":
             content = _json(file, folder, what)
-            shards = set(content["weight_map"].values()) if file.name.endswith(".index.json") else set()
-            if missing := sorted(str(shard) for shard in shards if not (file.parent / str(shard)).is_file()):
-                raise UserError(f"{what}: {short} names {missing[0]}, which is not there: get it again")
+            _check_json(content, file, names[file.parent.name][1], f"{what}: {short}")
         elif file.suffix == ".safetensors":
             try:
                 with safe_open(file, "np"):  # reads the header, and compares the file's length with it
@@ -106,6 +130,23 @@ def check_files(folder: Path, what: str) -> None:
                 raise UserError(
                     f"{what}: {short} is cut off or no safetensors file ({error}): get it again"
                 ) from None
+
+
+def _check_json(content: Any, file: Path, kind: str, what: str) -> None:
+    """A JSON file of a component of a class names no code, and, where it is one of shards, files beside it."""
+    if kind.startswith("Auto") and isinstance(content, dict) and content.get("auto_map"):
+        raise UserError(
+            f"{what} asks for code of its own (auto_map), which is not run: name a class of diffusers or transformers "
+            f"in the place of {kind} in {INDEX}"
+        )
+    if not file.name.endswith(".index.json"):
+        return
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict):
+        raise UserError(f"{what} has no table of files (weight_map): get it again")
+    for shard in sorted(set(map(str, shards.values()))):
+        if not is_inside(shard) or not (file.parent / shard).is_file():
+            raise UserError(f"{what} names {shard}, which is not there: get it again")
 
 
 def loaded_files(component: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import hashlib
 import html
 import io
 import logging
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -107,7 +108,11 @@ def _drawn(each: Series, x_log: bool, y_log: bool) -> Series:
     """The series by rising x, without what a logarithmic axis cannot show."""
     points = list(each.points)
     order = sorted(
-        (i for i, (x, y) in enumerate(points) if (x > 0 or not x_log) and (y > 0 or not y_log)),
+        (
+            i
+            for i, (x, y) in enumerate(points)
+            if math.isfinite(x) and math.isfinite(y) and (x > 0 or not x_log) and (y > 0 or not y_log)
+        ),
         key=lambda i: points[i][0],
     )
     return replace(

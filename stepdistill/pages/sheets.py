@@ -72,14 +72,28 @@ def read_sheet(data: bytes) -> Sheet | None:
             image.load()
             about = parse_json(image.info[_KEY])
             width, height = about["size"]
-            rows = []
+            rows, most = [], min(map(int, (width, height, *(count for _, count in about["rows"]))))
+            columns = max(count for _, count in about["rows"])
+            size = columns * (width + GAP) + GAP, len(about["rows"]) * (height + LABEL + GAP) + GAP
+            if most < 1 or size != image.size:
+                return None
             for r, (label, count) in enumerate(about["rows"]):
                 top = r * (LABEL + height + GAP) + LABEL
                 places = [GAP + c * (width + GAP) for c in range(count)]
                 pictures = tuple(image.crop((x, top, x + width, top + height)) for x in places)
                 rows.append(Row(str(label), pictures))
             return Sheet(tuple(rows), tuple(map(str, about["prompts"])))
-    except (UnidentifiedImageError, OSError, KeyError, TypeError, ValueError):
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        SyntaxError,  # of a broken PNG
+    ):
         return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,7 @@ from stepdistill.families.size import Size
 from stepdistill.networks.find import find_teacher
 from stepdistill.networks.pipeline_files import SAFETY_CHECKER, components, read_index
 from stepdistill.system.log import quiet_loading
+from stepdistill.system.parsing import parse_json
 
 TEACHERS = Path(__file__).parent / "teachers"
 
@@ -53,7 +53,7 @@ def shipped_teachers() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(TEACHERS.glob("*.json")):
         found[file.stem] = file
-        found |= dict.fromkeys(json.loads(file.read_text("utf-8"))["hub"], file)
+        found |= dict.fromkeys(parse_json(file.read_text("utf-8"))["hub"], file)
     return found
 
 
@@ -114,13 +114,15 @@ def _short_names() -> list[str]:
 
 def _component(library: str, kind: str, folder: Path, where: AbstractContextManager[Any]) -> Any:
     """A component: a network in fake tensors, anything else as it is."""
-    try:
-        found: Any = getattr(importlib.import_module(library), kind)
-    except (ImportError, AttributeError):
-        raise UserError(f"{folder}: {library} has no {kind}, so this teacher cannot be planned") from None
+    # No other module is imported because a folder names it.
+    known = library in ("diffusers", "transformers")
+    found: Any = getattr(importlib.import_module(library), kind, None) if known else None
+    if not isinstance(found, type):
+        raise UserError(f"{folder}: {library} has no {kind}, so this teacher cannot be planned")
+    own_code = {"trust_remote_code": False} if library == "transformers" else {}
     try:
         if not issubclass(found, nn.Module):
-            return found.from_pretrained(folder, local_files_only=True)
+            return cast(Any, found).from_pretrained(folder, local_files_only=True, **own_code)
         if library == "transformers":
             config = found.config_class.from_pretrained(folder, local_files_only=True)
             with where:
@@ -174,16 +176,24 @@ def _encode_in_fake(network: nn.Module, where: AbstractContextManager[Any]) -> N
 def _shipped(file: Path, where: AbstractContextManager[Any], family: Family | None) -> Planned:
     import diffusers
 
-    said = json.loads(file.read_text("utf-8"))
     made: dict[str, Any] = {}
-    for part, (kind, config) in said["components"].items():
-        found: Any = getattr(diffusers, kind)
-        is_network = issubclass(found, nn.Module)
-        made[part] = _network(found, config, where) if is_network else found.from_config(config)
-    pipe = _pipeline(said["pipeline"], made, said.get("arguments", {}))
-    family = family or family_named(said["pipeline"])
-    if said["conditions"]:
-        family = _with_conditions(family, said["conditions"], said.get("guided", True), where)
+    try:
+        said = parse_json(file.read_text("utf-8"))
+        family = family or family_named(str(said["pipeline"]))
+        for part, (kind, config) in said["components"].items():
+            found: Any = getattr(diffusers, kind)
+            is_network = issubclass(found, nn.Module)
+            made[part] = _network(found, config, where) if is_network else found.from_config(config)
+        pipe = _pipeline(str(said["pipeline"]), made, said.get("arguments", {}))
+        if said["conditions"]:
+            family = _with_conditions(family, said["conditions"], said.get("guided", True), where)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"{file} is not a teacher's configs, as stepdistill/planning/teachers has them ({reason})"
+        ) from None
     return Planned(pipe, family, f"{file.stem}, as it ships")
 
 

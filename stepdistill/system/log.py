@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import sys
 import time
@@ -21,6 +20,8 @@ from stepdistill.system.files import written_whole
 from stepdistill.system.parsing import LARGEST, parse_json
 
 STATS = "stats.jsonl"
+LARGEST_NUMBER = 1e300
+"""Of a row: of smaller ones sums and curves can be made."""
 Value = float | str | Sequence[str]
 """What a row of stats.jsonl has under a name."""
 
@@ -202,15 +203,15 @@ def read_stats(folder: Path) -> list[dict[str, Any]]:
             f"{folder / STATS} has the columns of an earlier version (no `update`): train into a new folder"
         )
     for number, row in enumerate(rows, 1):
-        if wrong := _wrong_in(row):
+        if wrong := wrong_in(row):
             raise UserError(
                 f"{folder / STATS}: line {number} is not what a run writes ({wrong}): take the line out"
             )
     return rows
 
 
-def _wrong_in(row: Any) -> str:
-    """What a line has that a run does not write; empty where there is nothing."""
+def wrong_in(row: Any) -> str:
+    """What a row of stats.jsonl has that a run does not write; empty where there is nothing."""
     if not isinstance(row, dict):
         return "no table of numbers"
     update = row.get("update")
@@ -222,8 +223,9 @@ def _wrong_in(row: Any) -> str:
         elif name in ("network", "phase"):
             right = isinstance(value, str)
         else:
-            right = value is None or (type(value) in (int, float) and -math.inf < value < math.inf)
-            right = right and not (type(value) is int and abs(value) >= LARGEST)
+            right = value is None or (
+                type(value) in (int, float) and -LARGEST_NUMBER < value < LARGEST_NUMBER
+            )
         if not right:
             return (
                 f"its {name[:40]} is {'no text' if name in ('network', 'phase', 'worries') else 'no number'}"
@@ -236,4 +238,4 @@ def _jsonable(value: Value) -> float | str | list[str] | None:
         return value
     if isinstance(value, Sequence):
         return list(value)
-    return float(value) if math.isfinite(value) else None
+    return float(value) if -LARGEST_NUMBER < value < LARGEST_NUMBER else None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 LARGEST = 1 << 53
 """Of whole numbers in a file: above it one and the next are the same in float64."""
+
+DEEPEST = 64
+"""Levels of nesting. The deepest of our own files has five."""
 
 
 class Unreadable(ValueError):
@@ -28,11 +32,23 @@ def parse_json(text: str | bytes) -> Any:
         Unreadable: it is not UTF-8, not JSON, nested too deep, or has a number of thousands of digits.
     """
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except RecursionError:
-        raise Unreadable("nested too deep") from None
+        raise Unreadable(f"nested deeper than {DEEPEST}") from None
     except ValueError as error:
         raise Unreadable(str(error)) from None
+    level = [found]
+    for _ in range(DEEPEST + 1):
+        level = [inner for value in level for inner in _inside(value)]
+        if not level:
+            return found
+    raise Unreadable(f"nested deeper than {DEEPEST}")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def printable(text: str) -> str:

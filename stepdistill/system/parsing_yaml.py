@@ -10,10 +10,8 @@ from typing import Any
 
 import yaml
 
-from stepdistill.system.parsing import Unreadable
+from stepdistill.system.parsing import DEEPEST, Unreadable
 
-DEEPEST = 64
-"""Levels of nesting in YAML. The deepest of our own files has five."""
 MOST_VALUES = 100_000
 """Values that a YAML text may stand for once its aliases are written out."""
 LONGEST = 4 << 20

@@ -217,6 +217,8 @@ class Status:
 
 def read_status(folder: Path) -> Status | None:
     """Of a run's folder; None where there is none, or what is there is not what a run writes."""
+    if not RunFolder(folder).status.is_file():
+        return None
     try:
         found = parse_json(RunFolder(folder).status.read_text(encoding="utf-8"))
         # Those of earlier versions know no uptime.

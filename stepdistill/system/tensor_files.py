@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ def read_tensors(file: Path, like: str) -> dict[str, Tensor]:
                 return load_file(file)
             except SafetensorError as error:
                 raise ValueError(str(error)) from None
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("it is a compressed zip, which torch does not write")
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not named tensors")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepdistill.errors import UserError
 from stepdistill.system.files import written_whole
+from stepdistill.system.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def claim_folder(folder: Path, settings: TeacherSettings) -> None:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
         return
     try:
-        found, want = _flat(json.loads(path.read_text())), _flat(wanted)
+        found, want = _flat(parse_json(path.read_text())), _flat(wanted)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): choose a new --output folder") from error
     changed = [

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.system.files import folder_written_whole, remove_folder
+from stepdistill.system.parsing import parse_json
 from stepdistill.teacher_training.settings import StageSettings
 from stepdistill.training.checkpoint import load_optimizer_state, optimizer_state
 
@@ -110,10 +111,10 @@ def _load(folder: Path) -> tuple[int, dict[str, Tensor], History] | None:
     if not kept:
         return None
     try:
-        state = json.loads((kept[-1] / "state.json").read_text())
+        state = parse_json((kept[-1] / "state.json").read_text())
         tensors = load_file(kept[-1] / "state.safetensors")
         return int(state["step"]), tensors, History(state["losses"], state["seconds"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {kept[-1]} is damaged ({error}): delete it to train this stage again"
         ) from error

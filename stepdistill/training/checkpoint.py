@@ -164,9 +164,15 @@ def groups_of(state: Mapping[str, Any]) -> dict[str, list[str]]:
 def load_group(path: Path, files: Sequence[str], like: Like | None = None) -> dict[str, Tensor]:
     """A group's tensors: in full, or in parts as ``like`` says, where all processes call it."""
     found = [path / name for name in files]
-    if like is None and found[0].stem == group_of(files[0]):
-        return load_file(found[0])
-    return read_parts(found, like or (lambda name, shape: None), together=like is not None)
+    try:
+        if like is None and found[0].stem == group_of(files[0]):
+            return load_file(found[0])
+        return read_parts(found, like or (lambda name, shape: None), together=like is not None)
+    except (SafetensorError, KeyError) as error:  # of a file whose hash is in order, which another wrote
+        raise UserError(
+            f"checkpoint {path} is damaged: {files[0]} is no file of tensors ({error}). Delete that folder to resume "
+            "from the one before it"
+        ) from None
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import cast
 
 from stepdistill.data.captions import read_metadata
 from stepdistill.data.partition import check_partition, place_of
@@ -19,6 +17,7 @@ from stepdistill.recipes.rewards import own_reward
 from stepdistill.recipes.sections import AgainstTeacherOptions
 from stepdistill.system.emoji import embedded_teachers
 from stepdistill.system.files import check_folder
+from stepdistill.system.parsing import parse_json
 from stepdistill.system.run_folder import RunFolder, read_status
 from stepdistill.system.shipped import suite_file
 
@@ -47,9 +46,10 @@ def _begun_in(run: Path) -> str | None:
     """The working directory of the process that wrote the run's last checkpoint, where it says so."""
     states = sorted(RunFolder(run).checkpoints.glob("step-*/state.json"))
     try:
-        return cast("str | None", json.loads(states[-1].read_text()).get("folder"))
-    except (IndexError, OSError, ValueError):
+        folder = parse_json(states[-1].read_text()).get("folder")
+    except (IndexError, OSError, ValueError, AttributeError):
         return None
+    return folder if isinstance(folder, str) else None
 
 
 def _check_inputs(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ def write_report(folder: Path, report: RunReport) -> None:
     with written_whole(place.report) as temporary:
         temporary.write_text(report.text(), encoding="utf-8")
     with written_whole(place.page) as temporary:
-        temporary.write_text(run_page(read_run(folder)), encoding="utf-8")
+        temporary.write_text(run_page(read_run(folder)), encoding="utf-8", errors="replace")
 
 
 def score_table(report: RunReport) -> str:

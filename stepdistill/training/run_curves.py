@@ -15,6 +15,8 @@ POINTS = 200
 """Of a curve at most; each is then a mean, in a shade from the lowest to the highest."""
 OTHERS = 12
 """Charts of what a method logs of its own, at most."""
+NETWORKS = 12
+"""Of which there are charts; no method has as many."""
 _KNOWN = {
     *("update", "network", "phase", "loss", "lr", "seconds", "grad_norm", "memory_bytes", "worries"),
     *("diversity", "teacher_diversity", "saturation", "teacher_saturation"),
@@ -64,7 +66,7 @@ class _Ground:
 
     @property
     def networks(self) -> list[str]:
-        return list(dict.fromkeys(str(row.get("network")) for row in self.rows))
+        return list(dict.fromkeys(str(row.get("network")) for row in self.rows))[:NETWORKS]
 
     def plot(self, series: Sequence[Series], unit: str, title: str, scale: Scale, note: str = "") -> str:
         return line_plot(
@@ -120,7 +122,7 @@ def further_curves(rows: Rows, updates: int = 0) -> list[str]:
 def numbers_of_curves(rows: Rows, count: int = 12) -> tuple[list[str], list[list[str]]]:
     """The curves as a table for those who do not see them: head and rows, one a stretch of updates."""
     keys = ["loss", "grad_norm", "diversity", "saturation"]
-    networks = list(dict.fromkeys(str(row.get("network")) for row in rows))
+    networks = list(dict.fromkeys(str(row.get("network")) for row in rows))[:NETWORKS]
     columns = [(key, name) for key in keys for name in networks if _points(rows, key, name)]
     size = max(1, -(-len(rows) // count))
     lines = []
@@ -247,7 +249,9 @@ def _looks(ground: _Ground) -> list[str]:
     }
     for kind, (title, unit, note) in kinds.items():
         start = PREFIX + kind
-        names = dict.fromkeys(key for row in ground.rows for key in row if key.startswith(start))
+        names = list(dict.fromkeys(key for row in ground.rows for key in row if key.startswith(start)))[
+            :NETWORKS
+        ]
         series = [
             Series(key.removeprefix(start).replace("_", " "), _of_look(ground, key.removeprefix(PREFIX)))
             for key in names

@@ -3,7 +3,6 @@ torch."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from stepdistill.errors import UserError
 from stepdistill.pages.numbers import duration
 from stepdistill.pages.sheets import Sheet, read_sheet
 from stepdistill.system.log import STATS, read_stats
-from stepdistill.system.parsing import Unreadable, parse_json
+from stepdistill.system.parsing import Unreadable
 from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.run_folder import RunFolder, Status, read_status
 from stepdistill.training.identity import changed_keys
+from stepdistill.training.run_report import read_report
 
 QUIET_SECONDS = 600.0
 """A run of another machine that has not written for so long is taken to have stopped."""
@@ -141,12 +141,18 @@ def read_run(folder: Path, shown: str | None = None, *, with_rows: bool = True) 
         unread = str(error)
     except (OSError, ValueError) as error:
         unread = f"stats.jsonl cannot be read: {error}"
+    report: dict[str, Any] = {}
+    if place.report.is_file():
+        try:
+            report = read_report(place.report).model_dump(mode="json", by_alias=True)
+        except UserError as error:
+            unread = f"{unread}; {error}".removeprefix("; ")
     text = _text(place.recipe)
     return RunRecord(
         place,
         shown or str(folder),
         read_status(folder),
-        _mapping(_text(place.report)),
+        report,
         _mapping(text),
         changed_keys(text),
         stats,
@@ -163,21 +169,23 @@ def is_run(folder: Path) -> bool:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return (
+            file.read_text(encoding="utf-8") if file.is_file() else ""
+        )  # and no pipe, of which no end comes
     except (OSError, UnicodeDecodeError):
         return ""
 
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        found = parse_json(text) if re.match(r"\s*\{", text) else parse_yaml(text)
-    except (Unreadable, ValueError):
+        found = parse_yaml(text)
+    except Unreadable:
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _sheet(file: Path) -> Sheet | None:
     try:
-        return read_sheet(file.read_bytes())
+        return read_sheet(file.read_bytes()) if file.is_file() else None
     except OSError:
         return None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from stepdistill.errors import UserError
-from stepdistill.system.parsing import Unreadable, parse_json
+from stepdistill.system.parsing import LARGEST, Unreadable, parse_json
 
-Scores = dict[str, dict[str, Any]]
+Count = Annotated[int, Field(ge=0, lt=LARGEST)]
+Seconds = Annotated[float, Field(ge=0, lt=1e15)]
+Steps = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Number = Annotated[int, Field(gt=-LARGEST, lt=LARGEST)] | float
+Scores = dict[str, dict[Steps, Number | None]]
 """Metric -> number of steps -> its value, None where it was not measured."""
 
 
@@ -20,7 +24,7 @@ class Worry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    update: int
+    update: Count
     what: str
 
 
@@ -50,10 +54,10 @@ class Health(BaseModel):
     teacher_saturation: float
     x_std: float | None = None
     grad_norm: float | None = None
-    skipped_files: int = 0
+    skipped_files: Count = 0
     worries: list[Worry] = Field(default_factory=list)
     looks: list[dict[str, float]] = Field(default_factory=list)
-    plateau: int | None = None
+    plateau: Count | None = None
 
     def line(self) -> str:
         """One line: the verdict and its numbers."""
@@ -81,7 +85,7 @@ class Start(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     command: str
-    update: int = 0
+    update: Count = 0
     at: str | None = None
     hardware: str | None = None
     commit: str | None = None
@@ -99,7 +103,7 @@ class Prompts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str | None
-    count: int
+    count: Count
     sha256: str
 
 
@@ -113,8 +117,8 @@ class NetworkPasses(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    with_graph: int = 0
-    without_graph: int = 0
+    with_graph: Count = 0
+    without_graph: Count = 0
 
 
 class Measured(BaseModel):
@@ -159,7 +163,7 @@ class Measured(BaseModel):
     teacher_name: str | None = None
     guidance: float | None = None
     suite: str | None
-    n: int
+    n: Count
     against: str | None = None
     remarks: list[str] = Field(default_factory=list)
     metrics: dict[str, Any] = Field(default_factory=dict)
@@ -169,17 +173,17 @@ class Measured(BaseModel):
     protocol: dict[str, Any] = Field(default_factory=dict)
     teacher: Scores = Field(default_factory=dict)
     student: Scores
-    gap_closed: dict[str, float] = Field(default_factory=dict)
+    gap_closed: dict[Steps, float] = Field(default_factory=dict)
     recall_of_teachers: dict[str, float] = Field(default_factory=dict)
     command: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: str | None = None
     commit: str | None = None
     verification: str | None = None
-    updates: int | None = None
-    updates_planned: int | None = None
-    train_seconds: float | None = None
-    peak_memory_bytes: int | None = None
+    updates: Count | None = None
+    updates_planned: Count | None = None
+    train_seconds: Seconds | None = None
+    peak_memory_bytes: Count | None = None
     passes: dict[str, NetworkPasses] = Field(default_factory=dict)
     warm_start_of: str | None = None
 
@@ -208,13 +212,13 @@ class RunReport(Measured):
     version: Literal[1] = Field(1, alias="schema")
     teacher_changes: list[str] = Field(default_factory=list)
     verification: str
-    train_seconds: float
-    wall_seconds: float
+    train_seconds: Seconds
+    wall_seconds: Seconds
     resumes: list[Start] = Field(default_factory=list)
     prompts: Prompts | None = None
     student_sha256: str | None = None
     health: Health | None = None
-    peak_memory_bytes: int
+    peak_memory_bytes: Count
 
     def text(self) -> str:
         """The file's content."""

@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import stepdistill
 from stepdistill.diffusion.philox import NAME
+from stepdistill.errors import UserError
 from stepdistill.losses.contract import MethodOptions
 from stepdistill.losses.regression import WarmStartOptions
-from stepdistill.networks.passes import Passes
+from stepdistill.networks.passes import WITH, WITHOUT, Passes
 from stepdistill.networks.roles import STUDENT
-from stepdistill.system.log import STATS, read_stats, say
+from stepdistill.system.log import STATS, read_stats, say, wrong_in
+from stepdistill.system.parsing import LARGEST
 from stepdistill.system.processes import ALONE
 from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
 from stepdistill.training.identity import ResolvedRecipe, identity, resolve
 from stepdistill.training.run import Run
+
+_OPTIMIZER = f"optimizer-{STUDENT}"
+_ADAMS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def settings_of(resolved: ResolvedRecipe) -> dict[str, Any] | None:
@@ -91,12 +98,16 @@ class WarmStart:
         """Goes on from what is kept, where there is something, and the run's time suffices for it.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, or no warm start of such a run.
         """
         found, run = checkpoints_in(self.place), self.run
         if not found:
             return
         tensors, state = load_checkpoint(found[-1])
+        if wrong := self._wrong_in(tensors, state):
+            raise UserError(
+                f"{found[-1]} is no warm start of this run ({wrong}): remove it, and it is made again"
+            )
         if 0 < run.options.budget_seconds <= state["seconds"]:
             return
         run.roles.load({**run.roles.state(), **tensors.pop(STUDENT)})
@@ -108,6 +119,50 @@ class WarmStart:
         (run.folder.root / STATS).write_text(rows, encoding="utf-8")
         say(f"warm start: {self.updates:,} updates that {state['made_by']} has made, of the same computation")
 
+    def _wrong_in(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> str:
+        """What is kept that this run would not have kept; empty where there is nothing. Whoever can write to the folder
+        can write hashes that fit."""
+        own = self._tensors()
+        if odd := sorted(tensors.keys() ^ own.keys()):
+            return f"{odd[0]} differs"
+        parameters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        for group, values in tensors.items():
+            if group == _OPTIMIZER:
+                plain = isinstance(self._optimizer, torch.optim.Adam)  # what others keep is their own
+                odd = [name for name, value in values.items() if not _is_of(name, value, parameters, plain)]
+                known = {name.partition(".")[0] for name in values} if plain else set()
+                odd += [f"{i}.{key}" for i in sorted(known) for key in _ADAMS if f"{i}.{key}" not in values]
+            else:
+                told = {name: (value.shape, value.dtype) for name, value in values.items()}
+                kept = {name: (value.shape, value.dtype) for name, value in own[group].items()}
+                odd = sorted(name for name, _ in told.items() ^ kept.items())
+            if odd:
+                return f"{odd[0]} of {group} differs"
+        rows, passes = state.get("rows"), state.get("passes")
+        if not isinstance(rows, list) or [wrong_in(row) or row["update"] for row in rows] != [
+            *range(self.updates)
+        ]:
+            return "its log is not one of that stage"
+        if type(state.get("seconds")) not in (int, float) or not 0 <= state["seconds"] < LARGEST:
+            return "it does not say how long it took"
+        if not isinstance(passes, dict) or not all(map(_are_passes, passes.values())):
+            return "it does not count its passes"
+        name = state.get("made_by")
+        return "" if isinstance(name, str) and name.isprintable() else "it does not say whose it is"
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.run.optimizers[STUDENT]
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """What of the run is kept."""
+        own = (_OPTIMIZER, f"masters-{STUDENT}", "ema")
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            name: part.state() for name, part in self.run.parts.items() if name in own
+        }
+        tensors[STUDENT] = {k: v for k, v in self.run.roles.state().items() if k.startswith(f"{STUDENT}.")}
+        return tensors
+
     @property
     def due(self) -> bool:
         """Whether the run has just made it, and it is to be kept."""
@@ -115,14 +170,29 @@ class WarmStart:
 
     def keep(self) -> None:
         """Keeps it."""
-        run, student = self.run, f"{STUDENT}."
-        own = (f"optimizer-{STUDENT}", f"masters-{STUDENT}", "ema")
-        tensors = {name: part.state() for name, part in run.parts.items() if name in own}
-        tensors[STUDENT] = {k: v for k, v in run.roles.state().items() if k.startswith(student)}
+        run = self.run
         state = {
             "seconds": run.seconds,
             "passes": run.own_passes.by_network,
             "made_by": run.folder.root.name,
             "rows": read_stats(run.folder.root)[: self.updates],
         }
-        save_checkpoint(self.place, self.updates, tensors, state, keep=1)
+        save_checkpoint(self.place, self.updates, self._tensors(), state, keep=1)
+
+
+def _is_of(name: str, value: Tensor, parameters: Sequence[Tensor], plain: bool) -> bool:
+    """Whether an optimiser's tensor is one of a parameter's; of Adam, one that it keeps."""
+    index, _, key = name.partition(".")
+    if not (index.isdecimal() and int(index) < len(parameters)):
+        return False
+    shape = parameters[int(index)].shape
+    right = value.numel() == 1 if key == "step" else value.shape == shape and value.is_floating_point()
+    return not plain or (key in _ADAMS and right)
+
+
+def _are_passes(own: Any) -> bool:
+    return (
+        isinstance(own, dict)
+        and own.keys() == {WITH, WITHOUT}
+        and all(type(count) is int and 0 <= count < LARGEST for count in own.values())
+    )

@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
 
     def _send(self, answer: Answer, with_content: bool) -> None:
-        content = answer.text.encode()
+        content = answer.text.encode("utf-8", "replace")
         opened = _opened(answer.file) if answer.file is not None else None
         if answer.file is not None and opened is None:
             answer, content = Answer(HTTPStatus.NOT_FOUND), b"It went away.\n"

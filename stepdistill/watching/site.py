@@ -185,9 +185,13 @@ class Site:
                 title, text = make()
                 took = time.thread_time() - before
                 seconds = min(max(SECONDS, math.ceil(_SHARE * took)), 60)
-                tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
+                tag = f'"{hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]}"'
                 body = self._bodies[name] = _Body(title, text, tag, stamp, time.monotonic(), seconds)
-        headers = {"ETag": body.tag, "X-Title": quote(body.title), "X-Seconds": str(body.seconds)}
+        headers = {
+            "ETag": body.tag,
+            "X-Title": quote(body.title, errors="replace"),
+            "X-Seconds": str(body.seconds),
+        }
         if query == "body":
             if known == body.tag:
                 return Answer(HTTPStatus.NOT_MODIFIED, headers=headers)

@@ -3,13 +3,18 @@ each input that once was neither."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import tempfile
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +37,9 @@ from strange import (
 )
 
 from stepdistill.cli.doctor_run import examine_run
+from stepdistill.data import tars
+from stepdistill.data.image_archives import open_images
+from stepdistill.data.prompts import open_prompts
 from stepdistill.errors import UserError
 from stepdistill.evaluation.pickled_statistics import read_pickled_statistics
 from stepdistill.evaluation.reference_files import read_reference
@@ -44,6 +52,7 @@ from stepdistill.system.parsing import Unreadable, parse_json
 from stepdistill.system.parsing_yaml import DEEPEST, parse_yaml
 from stepdistill.system.tensor_files import read_tensors
 from stepdistill.training.checkpoint import read_state
+from stepdistill.training.run_record import read_run
 from stepdistill.training.run_report import read_report
 
 
@@ -221,3 +230,77 @@ def test_run_folder_of_other_shapes(tmp_path: Path) -> None:
         (tmp_path / "report.json").write_text(json.dumps({**REPORT, **wrong}))
         with pytest.raises(UserError, match="no table of tables"):
             read_report(tmp_path)
+
+
+def _tar_gz(file: Path, *members: tuple[str, bytes, bytes]) -> None:
+    """A compressed tar of members of any type, whose contents need not be theirs."""
+    with gzip.open(file, "wb", 1) as stream:
+        for name, kind, content in members:
+            head = tarfile.TarInfo(name)
+            head.type, head.size = kind, len(content)
+            stream.write(head.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512))
+        stream.write(b"\0" * 1024)
+
+
+def test_archives_that_stand_for_more_than_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of them is unpacked, in memory or outside."""
+    monkeypatch.setattr(tars, "FREE", 1 << 20)
+    zeros = bytes(12 << 20)
+    made = {
+        name: tmp_path / name
+        for name in ("a.zip", "b.zip", "a.tar.gz", "b.tar.gz", "a.npz", "b.npz", "a.bin")
+    }
+    _tar_gz(made["a.tar.gz"], ("0.png", tarfile.REGTYPE, zeros), ("0.txt", tarfile.REGTYPE, b"a"))
+    _tar_gz(
+        made["b.tar.gz"], ("x", tarfile.GNUTYPE_LONGNAME, bytes(2 << 20)), ("0.txt", tarfile.REGTYPE, b"a")
+    )
+    for name, kind, member in (
+        ("a.zip", zipfile.ZIP_DEFLATED, "../../0.png"),
+        ("b.zip", zipfile.ZIP_BZIP2, "0.png"),
+        ("b.npz", zipfile.ZIP_BZIP2, "mu.npy"),
+        ("a.bin", zipfile.ZIP_DEFLATED, "archive/data.pkl"),
+    ):
+        with zipfile.ZipFile(made[name], "w", kind) as archive:
+            archive.writestr(member, zeros if name == "a.zip" else zeros[: 1 << 20])
+    made["a.npz"].write_bytes(_zip({"arr_0.npy": _npy("(1, 100000, 100000, 3)").replace(b"<f8", b"|u1")}))
+    del zeros
+    assert all(file.stat().st_size < 1 << 17 for file in made.values())
+    wanted: list[tuple[Callable[[], object], str]] = [
+        (lambda: list(open_images(made["a.zip"])), "claims to hold 12582912 bytes"),
+        (lambda: open_images(made["a.tar.gz"]), "unpacks to more than"),
+        (lambda: open_prompts(made["a.tar.gz"]), "unpacks to more than"),
+        (lambda: open_images(made["b.tar.gz"]), "a header of 2097152 bytes"),
+        (lambda: open_prompts(made["b.tar.gz"]), "a header of 2097152 bytes"),
+        (lambda: open_images(made["a.npz"]), "of images of 100000 x 100000 pixels"),
+        (lambda: read_reference(made["b.npz"]), "compressed by bzip2"),
+        (lambda: read_tensors(made["a.bin"], "weights"), "a compressed zip"),
+    ]
+    tracemalloc.start()
+    for call, said in wanted:
+        with pytest.raises(UserError, match=said) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    source = open_images(made["b.zip"], workers=0)
+    assert list(source) == [] and "bzip2" in source.skipped[0].reason
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 << 20, most
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(made)
+    assert not (tmp_path.parents[1] / "0.png").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_links_and_pipes_are_no_files_to_wait_for(tmp_path: Path) -> None:
+    """Nobody writes to the pipes: whoever opens one waits for ever."""
+    run, images = tmp_path / "run", tmp_path / "images"
+    for folder, names in ((run, ("status.json", "stats.jsonl", "report.json")), (images, ("a.png", "a.txt"))):
+        folder.mkdir()
+        for name in names:
+            os.mkfifo(folder / name)
+    (run / "recipe.yaml").write_text("method: dmd\n")
+    (run / "pictures").symlink_to(run)
+    (images / "loop").symlink_to(images)
+    (images / "b.png").symlink_to("/dev/zero")
+    assert examine_run(run) and read_run(run).state == "not known"
+    with pytest.raises(UserError, match="holds no images"):
+        open_images(images)

@@ -61,7 +61,8 @@ def test_a_training_of_which_nothing_is_heard_is_stuck(
     began = datetime.fromtimestamp(psutil.Process(1).create_time(), UTC)
     for seconds, stuck in ((60, False), (120, True)):
         written = max(datetime.now(UTC) - timedelta(seconds=seconds), began)
-        place.status.write_text(json.dumps({**state, "pid": 1, "written": written.isoformat()}))
+        other = {"pid": 1, "boot": "", "written": written.isoformat()}
+        place.status.write_text(json.dumps({**state, **other}))
         ((kind, text),) = said(tmp_path)["state"]
         assert (kind == "broken") == stuck and text.startswith("stuck, it seems: nothing was heard") == stuck
         assert ("end process 1 on" in said(tmp_path)["to do"][-1][1]) == stuck

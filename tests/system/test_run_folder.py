@@ -68,7 +68,8 @@ def test_a_run_whose_process_is_gone_was_killed() -> None:
     assert not Status("training", "training", 1, 2, pid=gone.pid, host="another machine").killed
     own = Status("training", "training", 1, 2)
     assert not own.killed and own.under_way
-    before = replace(own, written="2020-01-01T00:00:00+00:00")  # this number was another process's then
+    # This number was another process's then, as its start of an earlier version's status says.
+    before = replace(own, written="2020-01-01T00:00:00+00:00", boot="", uptime=0.0)
     assert before.killed and not before.under_way
 
 

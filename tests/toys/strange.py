@@ -5,22 +5,34 @@ A case is bytes and the numbers that change them; a piece either takes what it i
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
+import os
 import pickle
+import random
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import run_folders
 import torch
 import yaml
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save as tensors_in_bytes
+
+from stepdistill.training import warm_starts
+from stepdistill.watching.script import SCRIPT
 
 
 class Target(NamedTuple):
@@ -367,6 +379,238 @@ def _told(record: Any) -> None:
     _ = record.state, record.about_state, record.name, record.going, record.samples(), record.previews(3)
 
 
+POISON = [
+    "<script>X9z()</script>", '"><img src=x onerror=X9z()>', "' onmouseover='X9z()", "javascript:X9z()", "\ud800",
+    "</svg><script>X9z()", "</title><script>X9z()</script>", "</style><script>X9z()</script>", "\0", "\x1b[2J", "", " ",
+    "--><script>X9z()</script><!--", "a\nb\r\nX-Evil: X9z", "&lt;script&gt;", "$(touch ran)`touch ran`", "\u202e",
+    "data:text/html,<script>X9z()</script>", "../../x", "https://example.org/X9z", "%s{0}{x}", "$\\frac{X9z",
+    "*|_[a](b)", "x" * 5000,
+]  # fmt: skip
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    -1e308,
+    1e299,
+    float("nan"),
+    float("inf"),
+    10**18,
+    10**300,
+    "x",
+    [],
+    {},
+    [[1]],
+    {"X9z": 1},
+]
+
+
+def poisoned(value: Any, chance: random.Random, often: float = 0.3) -> Any:
+    """A table with some of its texts in the place of markup, and rarely with values and keys of another kind."""
+    if chance.random() < often / 30:
+        return chance.choice(ODD)
+    if isinstance(value, dict):
+        return {
+            chance.choice(POISON) if chance.random() < often / 30 else key: poisoned(inner, chance, often)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [poisoned(inner, chance, often) for inner in value]
+    if isinstance(value, str):
+        return chance.choice(POISON) if chance.random() < often else value
+    return chance.choice(ODD) if chance.random() < often / 10 else value
+
+
+class _Harmless(HTMLParser):
+    """Stops at what a page of ours has not: scripts, handlers, and addresses of elsewhere."""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("iframe", "object", "embed", "base", "form", "script"), tag
+        for name, value in attrs:
+            assert not name.startswith("on") and "X9z" not in name, (tag, name)
+            if name in ("href", "src", "action", "formaction", "srcdoc"):
+                plain = ":" not in (value or "") or value == "data:,"
+                assert plain or (value or "").startswith("data:image/"), value
+
+
+def harmless(page: str) -> None:
+    """Asserts that nothing of others stands in a page as markup."""
+    parser = _Harmless()
+    parser.feed(page)
+    parser.close()
+
+
+def _poisoned_run(folder: Path, chance: random.Random) -> None:
+    """A run's folder, whose files are each in their place, odd, or not there."""
+    _written(
+        folder,
+        "recipe.yaml",
+        _dumped(poisoned({"teacher": "emoji", "method": "dmd", "options": {"a": "b"}}, chance)),
+    )
+    lines = [_json(poisoned(row, chance, 0.1)) for row in run_folders.rows()]
+    if chance.random() < 0.2:
+        lines[chance.randrange(len(lines))] = chance.choice(
+            [b"{", b"\xff", b"[1]", b"", b"null", b'{"update": 3}']
+        )
+    report = {**run_folders.REPORT, "name": "a", "health": {**run_folders.REPORT["health"]}}
+    files = {
+        "stats.jsonl": b"\n".join(lines) + b"\n",
+        "status.json": _json(poisoned(STATUS, chance, 0.1)),
+        "report.json": _json(poisoned(report, chance, 0.2)),
+    }
+    about = {"rows": [["teacher", 2], ["student", 2]], "size": [8, 8], "prompts": ["a", "b"]}
+    notes, file = PngInfo(), io.BytesIO()
+    text = json.dumps(poisoned(about, chance, 0.3))
+    notes.add_itxt("stepdistill rows", text)
+    Image.new("RGB", (22, 54)).save(file, "PNG", pnginfo=notes)
+    files |= dict.fromkeys(
+        ("pictures/samples.png", "pictures/000004.png", "pictures/000008.png"), file.getvalue()
+    )
+    for name, content in files.items():
+        if chance.random() < 0.8:
+            _written(folder, name, content)
+
+
+@contextlib.contextmanager
+def _few_curves(chance: random.Random) -> Iterator[None]:
+    """Draws the curves in one case of ten: they take nearly all of a page's time."""
+    from stepdistill.pages import plots
+
+    drawn = plots._svg
+    if chance.random() < 0.9:
+        plots._svg = lambda *arguments: 'viewBox="0 0 1 1">'
+    try:
+        yield
+    finally:
+        plots._svg = drawn
+
+
+def read_run_pages(folder: Path, number: int) -> None:
+    """A run's page as watch and report.html have it, and the list of runs."""
+    from stepdistill.training.run_page import run_page
+    from stepdistill.training.run_record import read_run
+    from stepdistill.watching.site import Site
+
+    chance = random.Random(number)
+    _poisoned_run(folder / "run", chance)
+    with _few_curves(chance):
+        harmless(run_page(read_run(folder / "run")))
+        for root, path in ((folder, "/"), (folder, "/run/?body"), (folder / "run", "/")):
+            answer = Site(root).answer(path)
+            assert all(value.isprintable() and value.isascii() for value in answer.headers.values())
+            harmless(
+                answer.text.encode("utf-8", "replace").decode().replace(f"<script>{SCRIPT}</script>", "")
+            )
+
+
+def read_compare_pages(folder: Path, number: int) -> None:
+    """Two runs and an evaluation side by side."""
+    from stepdistill.comparison.collect import collect
+    from stepdistill.comparison.page import as_json, html_page
+    from stepdistill.comparison.table import text_tables
+
+    chance = random.Random(number)
+    for name in ("one", "two"):
+        _poisoned_run(folder / name, chance)
+    scores = {"1": {"fd": 2.0, "kid": 0.5}, "2": {"fd": 1.0, "kid": None}}
+    own = {
+        key: run_folders.REPORT[key] for key in ("suite", "n", "metrics", "protocol", "hardware", "against")
+    }
+    _written(folder, "eval.json", _json(poisoned({**own, "pipeline": "x", "scores": scores}, chance, 0.1)))
+    places = [
+        str(folder / name) for name in ("one", "two", "eval.json") if chance.random() < 0.8 or name == "one"
+    ]
+    compared = collect(places, chance.choice(POISON))
+    with _few_curves(chance):
+        harmless(html_page(replace(compared, failed={chance.choice(POISON): chance.choice(POISON)})))
+    json.dumps(as_json(compared))
+    assert all(line.isprintable() for line in text_tables(compared.groups).split("\n"))
+
+
+@cache
+def warm_run() -> tuple[Any, dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """A run that could have a warm start, and what one of it would be."""
+    from accelerate import Accelerator
+    from tiny import tiny_pipeline
+
+    from stepdistill.recipes.recipe import load_recipe
+    from stepdistill.training.assemble import assemble
+    from stepdistill.training.identity import resolve
+    from stepdistill.training.run import Run
+
+    warm_starts.STATS = os.devnull
+    sets = [
+        "student.output=teacher",
+        "train.updates=4",
+        "train.batch=2",
+        "train.average=0.5",
+        "evaluate=false",
+    ]
+    recipe = load_recipe(Path(__file__).parent / "empty.yaml", method="dmd", sets=sets)
+    job = assemble(resolve(recipe), Accelerator(cpu=True), tiny_pipeline("dit"))
+    run = Run(job.objective, recipe, Path())
+    for group in run.optimizers["student"].param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    run.optimizers["student"].step()
+    row = {"network": "student", "loss": 1.0, "seconds": 1.0, "worries": ["a"]}
+    rows = [{"update": i, **row} for i in range(3)]
+    passes = {"student": {"with_graph": 6, "without_graph": 0}}
+    tensors = {
+        name: {k: v.clone() for k, v in group.items()}
+        for name, group in warm_starts.WarmStart(run, 3, Path())._tensors().items()
+    }
+    return run, tensors, {"seconds": 1.0, "passes": passes, "made_by": "another", "rows": rows}
+
+
+def read_warm_start(folder: Path, number: int) -> None:
+    """A kept warm start that another has made, its hashes in order or not."""
+    from safetensors.torch import save
+
+    from stepdistill.training.checkpoint import OWN_HASH, _hash_of
+
+    run, tensors, state = warm_run()
+    chance = random.Random(number)
+    if chance.random() < 0.7:
+        state = poisoned(state, chance, 0.15)
+    files = {}
+    for group, own in tensors.items():
+        own = dict(own)
+        if own and chance.random() < 0.3:
+            name = chance.choice(sorted(own))
+            other: list[torch.Tensor | None] = [
+                None,
+                own[name].reshape(-1)[:0],
+                own[name][None],
+                own[name].to(torch.int8),
+            ]
+            other += [
+                torch.full_like(own[name], float("nan")) if own[name].is_floating_point() else -own[name]
+            ]
+            changed = chance.choice(other)
+            own.pop(name) if changed is None else own.update({name: changed})
+        if chance.random() < 0.1:
+            own[chance.choice(["x", "0.x", "99999.step", "a.b", "-1.step"])] = torch.zeros(2)
+        if chance.random() < 0.95:
+            files[f"{group}.safetensors"] = save(own) if chance.random() < 0.95 else chance.choice(TENSORS)
+    if chance.random() < 0.1:
+        files[chance.choice(["x.safetensors", "roles.safetensors", "student-00001-of-00002.safetensors"])] = (
+            TENSORS[1]
+        )
+    place = folder / "kept" / "step-00000003"
+    for name, content in files.items():
+        _written(place, name, content)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    told = {**state, "step": 3, "files": hashes} if isinstance(state, dict) else state
+    if isinstance(told, dict) and chance.random() < 0.9:
+        told = json.loads(json.dumps(told))
+        told[OWN_HASH] = _hash_of(told)
+    _written(place, "state.json", _json(told))
+    warm_starts.WarmStart(run, 3, folder / "kept").take_over()
+    run.optimizers["student"].step()
+
+
 MANIFEST = {
     "files": {"model_index.json": "0" * 64},
     "tolerance": {"max": 1, "mean": 0.1},
@@ -558,4 +802,7 @@ TARGETS: dict[str, Target] = {
         ),
         read_run_folder,
     ),
+    "run pages": Target(st.integers(0, 1 << 40), read_run_pages),
+    "compare pages": Target(st.integers(0, 1 << 40), read_compare_pages),
+    "warm starts": Target(st.integers(0, 1 << 40), read_warm_start),
 }
