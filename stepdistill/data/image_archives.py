@@ -67,15 +67,8 @@ def open_images(
 
 
 _DAMAGE = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    EOFError,
-    lzma.LZMAError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError,
+)  # fmt: skip
 """What a damaged, shortened or encrypted archive raises (a UserError is a ValueError and passes)."""
 
 
@@ -100,8 +93,8 @@ def _from_zip(file: Path, label: str, resolution: int, workers: int | None) -> I
     members = [info for info in archive().infolist() if not info.is_dir()]
     if (claimed := sum(info.file_size for info in members)) > most_unpacked(file):
         raise UserError(
-            f"{label} claims to hold {claimed} bytes, and is {file.stat().st_size} long: unpack it yourself where that is "
-            "right, and give the folder"
+            f"{label} claims to hold {claimed} bytes, and is {file.stat().st_size} long: unpack it yourself where "
+            "that is right, and give the folder"
         )
     entries = [Entry(info.filename, partial(_zipped, archive, info)) for info in members]
     chosen, foreign = _sorted_images(entries, label)

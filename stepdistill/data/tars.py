@@ -66,8 +66,8 @@ class _Bounded:
     def _reach(self, place: int) -> None:
         if place > self._most:
             raise UserError(
-                f"{self._file} unpacks to more than {self._most} bytes, and is {self._file.stat().st_size} long: unpack "
-                "it yourself where it is right, and give the folder"
+                f"{self._file} unpacks to more than {self._most} bytes, and is {self._file.stat().st_size} long: "
+                "unpack it yourself where it is right, and give the folder"
             )
 
 

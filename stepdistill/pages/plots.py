@@ -118,7 +118,7 @@ def _drawn(each: Series, x_log: bool, y_log: bool) -> Series:
     return replace(
         each,
         points=[points[i] for i in order],
-        errors=[each.errors[i] for i in order] if each.errors else (),
+        errors=[e if 0 <= (e := each.errors[i]) < math.inf else 0.0 for i in order] if each.errors else (),
         band=[each.band[i] for i in order] if each.band else (),
     )
 

@@ -392,3 +392,14 @@ def test_a_job_whose_time_is_over_is_queued_again(tmp_path):
         os.killpg(step.pid, signal.SIGUSR1)
         said = job.communicate(timeout=20)[0].splitlines()
     assert said == ["requeue 12"] and job.returncode == 0
+    # One that fails is not, though the folder still says that it was asked to stop, and Slurm ends the other nodes.
+    (tmp_path / "accelerate").write_text("#!/usr/bin/env bash\nexit 3\n")
+    (tmp_path / "srun").write_text('#!/usr/bin/env bash\necho "$1"\nshift\nexec "$@"\n')
+    done = subprocess.run(
+        [str(script), "recipe.yaml", "--output", str(tmp_path)],
+        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "--kill-on-bad-exit=1\n")
