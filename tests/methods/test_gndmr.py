@@ -161,3 +161,27 @@ def test_the_sample_is_what_the_actions_lead_to_and_the_last_call_is_no_action()
 def test_needs() -> None:
     assert GNDMR.Options().needs == {"noise", "prompts", "reward", "group"}
     assert GNDMR.Options(climb_weight=0.0).needs == {"noise", "prompts", "group"}
+
+
+@pytest.mark.parametrize(
+    ("start", "options"),
+    [(MU, {"matching_weight": 0.0}), (MU - 0.5, {"climb_weight": 0.0})],
+    ids=["by a reward", "by realness"],
+)
+def test_the_policy_alone_climbs(start: float, options: dict[str, Any]) -> None:
+    """Without a field: towards a for R = a^T x, and back to the teacher where the fake network knows the student."""
+    path = PATHS["flow"]
+    method = between(Gaussian(path, start, S), path, field_weight=0.0, **options)
+    net, fake = method.student.net, Gaussian(path, start, S)
+    net.mean = torch.nn.Parameter(torch.full((2, 1, 1), start))
+    fake.mean, method.fake.net = net.mean, fake
+    optimizer = torch.optim.Adam([net.mean], lr=0.02)
+    for step in range(40):
+        optimizer.zero_grad()
+        loss_of(method, "student", grouped(16, 128, step))[0].backward()
+        optimizer.step()
+    moved = (net.mean.detach().flatten() - start).tolist()
+    if options.get("climb_weight") == 0.0:
+        assert all(0.2 < each < 0.8 for each in moved)
+    else:
+        assert moved[0] > 0.2 and moved[1] < -0.2

@@ -59,7 +59,7 @@ SETTINGS = {
     "freeflow": Setting(options=SMOOTH, steps=400),
     "gdd": Setting(options={"discriminator_lr_ratio": 4.0}, steps=1200, lr=3e-3),
     "gndm": Setting(options=FOLLOW, steps=1200, lr=7e-3),
-    # No reward, and the last call by the field.
+    # No reward. It is the field that closes the gap: the policy trains the first call alone, and leaves 0.45 at 0.46.
     "gndmr": Setting(TWO, {**FOLLOW, "climb_weight": 0.0, "field_weight": 1.0}, steps=1200, lr=7e-3),
     "instaflow": Setting(options={"reflow_updates": 150, "l2_updates": 100, "flow_steps": 8}),
     "ladd": Setting(
