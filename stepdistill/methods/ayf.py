@@ -12,10 +12,12 @@ and v the teacher's guided velocity:
 - Both times are sigmoids of N(-0.8, 1).
 
 Start values of ours, where the paper was read second-hand: c = 0.1, the law of times, and the gradient on u in the
-place of f, which weighs a jump by 1 / (t - s). The paper guides by a weaker network (autoguidance); here the weak one
-is the teacher without its prompt, which is classifier-free guidance: at ``guidance: 1`` both are the plain teacher.
-Added: ``warm_start`` on pairs, jumps from where drawings start. Left out: the weak network; aligning the embeddings of
-time, as the student's is the teacher's; the adversarial stage, which is ``terms.gan_weight``.
+place of f, which weighs a jump by 1 / (t - s). The paper guides by a weaker version of the teacher (autoguidance,
+Karras et al. 2024, 2406.02507), v = l v_strong + (1 - l) v_weak: ``teachers.weak`` is one, smaller or less trained, and
+l is ``autoguidance``, fixed at 2, the mean of what was recalled as U(1, 3); give ``guidance: 1`` beside it. Without it
+the weak one is the teacher without its prompt, which is classifier-free guidance. Pairs have ``guidance`` alone, so a
+warm start on them is not that of the guided map. Added: ``warm_start`` on pairs, jumps from where drawings start. Left
+out: aligning the embeddings of time, as the student's is the teacher's; the adversarial stage: ``terms.gan_weight``.
 """
 
 from __future__ import annotations
@@ -26,11 +28,18 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from stepdistill.diffusion.guidance import extrapolate
 from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
-from stepdistill.losses.flow_maps import FlowMapMethod, MapOptions, PointOptions, logit_normal
+from stepdistill.losses.flow_maps import (
+    FlowMapMethod,
+    MapOptions,
+    PointOptions,
+    logit_normal,
+    teacher_velocity,
+)
 
 
 class AYF(FlowMapMethod):
@@ -38,6 +47,9 @@ class AYF(FlowMapMethod):
 
     class Options(PointOptions, MapOptions):
         guidance: float = 3.0  # of the teacher's velocity, and of the cached samples
+        autoguidance: float = (
+            2.0  # lambda, by which teachers.weak guides the teacher, where there is one; 1 is none
+        )
         objective: Literal["eulerian", "lagrangian"] = "eulerian"  # the equation that u is to fulfil
         tangent_warmup: Annotated[int, Field(ge=0)] = 10000  # updates over which r rises
         largest_share: Annotated[float, Field(ge=0, le=1)] = 0.99  # r after them
@@ -45,7 +57,15 @@ class AYF(FlowMapMethod):
         time_mean: float = -0.8  # of the logit of both times
         time_deviation: float = 1.0  # of the same
 
+    weak_teacher = True
     options: Options
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        strong, guide = super().velocity(x, t, cond), self.roles.route.weak
+        if guide is None:
+            return strong
+        weak = teacher_velocity(guide, x, t, cond, self.options.guidance)
+        return extrapolate(weak, strong, self.options.autoguidance)
 
     def share(self, step: int) -> float:
         fade, after = self.options.tangent_warmup, step - self.options.warm_start

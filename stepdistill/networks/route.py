@@ -21,10 +21,12 @@ class Route:
         teachers: by name; the first is the one that is distilled, whose path and conditions all have.
         of_prompt: which of them, by its number, each of the run's prompts belongs to, [P] on the CPU; None where there
             is one teacher.
+        weak: a weaker version of the first, which may guide it at all prompts; no prompt is its own.
     """
 
     teachers: Mapping[str, Teacher]
     of_prompt: Tensor | None = None
+    weak: Teacher | None = None
 
     def predict(
         self, x_t: Tensor, t: Tensor, cond: Condition, prompt: Tensor, guidance: Mapping[str, float]

@@ -27,6 +27,9 @@ from stepdistill.system.shipped import module_summaries, recipe_files
 
 DEFAULT_METHOD = "dmd"
 
+WEAK = "weak"
+"""What ``teachers`` calls the one that guides the recipe's own, instead of having prompts."""
+
 
 class Recipe(Section):
     """Everything a run depends on.
@@ -36,7 +39,9 @@ class Recipe(Section):
         family: ``./file.py`` with the family of the teacher's pipeline, where stepdistill has none for it.
         teachers: further frozen teachers of the same kind, by names of your own: a diffusers folder, a run, or a LoRA
             (its folder or .safetensors) on ``teacher``. Each is for the prompts that ``data.route`` gives it; for
-            methods that learn from several, such as opd. Each is one more network in memory.
+            methods that learn from several, such as opd. The name ``weak`` is for a weaker version of ``teacher``,
+            smaller or less trained, of all prompts: its guide in methods that take one, such as ayf. Each is one more
+            network in memory.
         method: a method's name, or ``./file.py`` with one.
         options: the method's own options; ``methods.method_options`` checks them.
         terms: what is added to any method's loss.
@@ -69,7 +74,12 @@ class Recipe(Section):
             )
         if (base := self.student.base) != "auto":
             _check_base(base, self.train)
-        if odd := sorted(self.teachers.keys() ^ self.data.route.keys()):
+        if WEAK in self.data.route:
+            raise ValueError(
+                f"data.route gives prompts to {WEAK}, but teachers.{WEAK} guides the teacher at all of them: take it "
+                "out of data.route, or rename it in both"
+            )
+        if odd := sorted((self.teachers.keys() - {WEAK}) ^ self.data.route.keys()):
             lacks = (
                 "data.route gives it no prompts" if odd[0] in self.teachers else "teachers has no such name"
             )

@@ -20,21 +20,26 @@ from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.route import Route
 from stepdistill.networks.teacher import PipelineTeacher, Teacher
-from stepdistill.recipes.recipe import Recipe
+from stepdistill.recipes.recipe import WEAK, Recipe
 from stepdistill.training.roles import teacher_type
 
 
 def check_several(recipe: Recipe, kind: type[Method]) -> None:
-    """The method learns from further teachers where the recipe has some.
+    """The method learns from further teachers, or has a guide, where the recipe has such.
 
     Raises:
         UserError: it does not, or networks are sharded.
     """
     if not recipe.teachers:
         return
-    if not kind.several_teachers:
+    if WEAK in recipe.teachers and not kind.weak_teacher:
         raise UserError(
-            f"teachers names {', '.join(recipe.teachers)}, but {recipe.method} learns from one teacher: leave teachers "
+            f"teachers.{WEAK} is to guide the teacher, but in {recipe.method} nothing does: leave it out, or take a "
+            "method with such a guide, such as ayf"
+        )
+    if not kind.several_teachers and (others := recipe.teachers.keys() - {WEAK}):
+        raise UserError(
+            f"teachers names {', '.join(sorted(others))}, but {recipe.method} learns from one teacher: leave teachers "
             "and data.route out, or take a method that learns from several, such as opd"
         )
     if recipe.train.parallel == "sharded":
@@ -125,7 +130,7 @@ def routed(recipe: Recipe, prompts: Sequence[str]) -> Tensor:
         UserError: a prompt has two teachers, or a teacher none of the prompts.
     """
     owner: dict[str, int] = {}
-    names = list(recipe.teachers)
+    names = [name for name in recipe.teachers if name != WEAK]
     for number, name in enumerate(names, 1):
         for prompt in open_prompts(Path(recipe.data.route[name]), f"data.route.{name}"):
             if owner.setdefault(prompt, number) != number:
@@ -145,16 +150,19 @@ def routed(recipe: Recipe, prompts: Sequence[str]) -> Tensor:
 def route_of(
     recipe: Recipe, own: Teacher, others: dict[str, PipelineTeacher], prompts: Sequence[str]
 ) -> Route:
-    """All teachers with the prompts that are theirs; the calls of each are counted as the teacher's."""
+    """All teachers with the prompts that are theirs, and the guide; the calls of each are counted as the teacher's."""
     for each in others.values():
         each.denoiser.counter, each.denoiser.who = own.denoiser.counter, TEACHER
-    return Route({TEACHER: own, **others}, routed(recipe, prompts) if others else None)
+    named = {name: each for name, each in others.items() if name != WEAK}
+    return Route({TEACHER: own, **named}, routed(recipe, prompts) if named else None, others.get(WEAK))
 
 
 def identity_of(route: Route) -> dict[str, str]:
     """SHA-256 of the further teachers, and of which prompt is whose: a run goes on with the very same alone."""
+    others = {name: each for name, each in route.teachers.items() if name != TEACHER}
+    if route.weak is not None:
+        others[WEAK] = route.weak
+    hashes = {f"teachers.{name}": cast(PipelineTeacher, each).fingerprint() for name, each in others.items()}
     if route.of_prompt is None:
-        return {}
-    others = {name: cast(PipelineTeacher, each) for name, each in route.teachers.items() if name != TEACHER}
-    hashes = {f"teachers.{name}": each.fingerprint() for name, each in others.items()}
+        return hashes
     return hashes | {"data.route": hashlib.sha256(route.of_prompt.numpy().tobytes()).hexdigest()}

@@ -12,7 +12,7 @@ from stepdistill.data.prompts import is_tar, open_prompts, read_rich
 from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher, find_lora, local_folder
 from stepdistill.networks.pipeline_files import pipeline_class
-from stepdistill.recipes.recipe import Recipe
+from stepdistill.recipes.recipe import WEAK, Recipe
 from stepdistill.recipes.rewards import own_reward
 from stepdistill.recipes.sections import AgainstTeacherOptions
 from stepdistill.system.emoji import embedded_teachers
@@ -81,7 +81,8 @@ def _check_further(recipe: Recipe) -> None:
                 check_teacher(place)
         except UserError as error:
             raise UserError(f"teachers.{name}: {error}") from None
-        open_prompts(Path(recipe.data.route[name]), f"data.route.{name}")
+        if name != WEAK:
+            open_prompts(Path(recipe.data.route[name]), f"data.route.{name}")
 
 
 def _unless_unread(recipe: Recipe, error: UserError) -> None:

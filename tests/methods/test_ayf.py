@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flow_toy import MU, C, errors, from_the_teacher
@@ -104,6 +106,15 @@ def test_guidance_is_plain_at_one_and_moves_the_mean():
     torch.testing.assert_close(method_of().velocity(x, t, NONE), plain)
     guided = method_of(mean=NULL + 3 * (MU - NULL), guidance=3.0)
     assert float(loss_of(guided, "student", data())[1]["residual"]) < 1e-4
+
+
+@pytest.mark.parametrize("objective", ["eulerian", "lagrangian"])
+def test_a_weaker_teachers_guided_map_is_learnt(objective):
+    """Of Gaussians of one deviation l takes the mean to weak + l (strong - weak), whose map is the zero."""
+    for mean, (low, high) in ((0.5 + 2.5 * (MU - 0.5), (0, 1e-3)), (MU, (0.05, 10))):
+        method = method_of(mean=mean, objective=objective, autoguidance=2.5)
+        method.roles.route = replace(method.roles.route, weak=ToyTeacher(Gaussian(PATH, 0.5, C), PATH))
+        assert low <= float(loss_of(method, "student", data())[1]["residual"]) < high
 
 
 def test_the_share_rises_after_the_warm_start():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
@@ -438,6 +439,20 @@ def ayf_tangents() -> None:
         method = build(AYF, Perceptron(), tangent_offset=offset, tangent_warmup=0, **chosen)
         length = math.sqrt(2) * float(logs(method, batch_of(1))["residual"])
         assert value(method, batch_of(1)) == pytest.approx((length / (length + offset)) ** 2, rel=1e-4)
+
+
+@covers("AYF.autoguidance")
+def autoguidance() -> None:
+    """Away from a weaker teacher, by what lies between the two; nothing where there is none."""
+    x, t = torch.randn(8, *SHAPE), torch.full((8,), 0.6)
+    weak = ToyTeacher(Gaussian(PATH, 0.5, C), PATH)
+    for scale in (1.0, 2.0, 3.5):
+        method = build(AYF, autoguidance=scale)
+        plain = method.velocity(x, t, Condition())
+        method.roles.route = replace(method.roles.route, weak=weak)
+        other = weak.predict(x, t, Condition()).velocity
+        guided = method.velocity(x, t, Condition())
+        torch.testing.assert_close(guided, scale * plain + (1 - scale) * other)
 
 
 @covers("AYF.time_mean", "AYF.time_deviation")

@@ -83,6 +83,27 @@ def test_each_prompt_learns_from_its_own_teacher_and_a_run_knows_them(place: Pat
         train(again.objective, training_data(again, place), recipe, place, accelerator, resume=True)
 
 
+def test_a_weaker_teacher_guides_at_all_prompts_and_a_run_knows_it(place: Path, changed: Path) -> None:
+    def recipe_with(method: str, *more: str) -> Any:
+        sets = [*COMMON[:-1], f"data.prompts={place / 'prompts.txt'}", f"teachers.weak={changed}", *more]
+        return load_recipe(HERE / "empty.yaml", method=method, sets=sets)
+
+    recipe = recipe_with("ayf", "options.guidance=1", "options.pairs=4", "options.pair_steps=2")
+    check_recipe(recipe)
+    accelerator = Accelerator(cpu=True)
+    job = assemble(resolve(recipe), accelerator)
+    route = job.method.roles.route
+    assert list(route.teachers) == [TEACHER] and route.of_prompt is None and route.weak is not None
+    assert identity_of(route).keys() == {"teachers.weak"}
+    own, weak = (each.denoiser.net.conv_out.bias for each in (route.teachers[TEACHER], route.weak))  # type: ignore[union-attr]
+    torch.testing.assert_close(weak, own + 0.5)
+    train(job.objective, training_data(job, place), recipe, place, accelerator)
+    with pytest.raises(UserError, match="in meanflow nothing does: leave it out, or take a method"):
+        assemble(resolve(recipe_with("meanflow")), accelerator)
+    with pytest.raises(UserError, match=r"data\.route gives prompts to weak"):
+        recipe_with("ayf", f"data.route.weak={place / 'other.txt'}")
+
+
 def test_a_lora_may_teach(place: Path, tmp_path: Path) -> None:
     """Saved as diffusers does, on the embedded teacher: its weights are the teacher's with it merged."""
     from diffusers import DiffusionPipeline
