@@ -6,16 +6,20 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_prompts, tiny_teacher
 
+from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath, TrigPath
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Turn
 from stepdistill.losses.gan import discriminator_loss
 from stepdistill.losses.progressive import Jump
 from stepdistill.methods.lightning import Lightning
-from stepdistill.networks.roles import Copies
+from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.testing.toys import Gaussian, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
+from stepdistill.training.parallel import take_turn
 
 PATH = FlowPath()
 COUNT = 64
@@ -262,3 +266,36 @@ def test_stages_without_what_they_need_are_refused(options):
 def test_times_without_their_shares_are_refused(times):
     with pytest.raises(UserError, match=r"options.noise_times are . and options.noise_shares 2"):
         method_of(noise_times=times, noise_shares=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["copies", "adapters"])
+def test_real_networks_are_read_as_maps_and_as_tokens(name, adapters):
+    teacher = tiny_teacher(name)
+    roles = Adapters(teacher, 2) if adapters else Copies(teacher)
+    parts = {"ratios": (2,), "trajectory_updates": 1}
+    method = Lightning(roles, (1.0,), Lightning.Options(**parts))
+    with torch.no_grad():  # an adapter at its start has a gradient in one of its two matrices
+        for weight in (*roles.parameters("student"), *roles.parameters("discriminator")):
+            weight.add_(0.01)
+    cond, draws = teacher.codec.encode(tiny_prompts(name, 2)), Draws(0, 0, 0, 2)
+    clean = draws.normal("clean", teacher.codec.shape)
+    batch = Batch(draws, teacher.codec.shape, cond, torch.arange(2), pairs=Examples(clean, cond, clean))
+    trained = {key: one.parameters(roles) for key, one in method.trained().items()}
+    for step in range(4):  # both turns of both parts
+        turn = method.turn(step)
+        take_turn(trained, turn.network)
+        loss = loss_of(method, turn, batch)[0]
+        found = torch.autograd.grad(loss, trained[turn.network], allow_unused=True)
+        read = [slope is not None for slope in found]
+        assert bool(torch.isfinite(loss)) and any(float(s.abs().max()) > 0 for s in found if s is not None)
+        if turn.network == "student":
+            assert all(read)
+        else:
+            inner = len(roles.parameters("discriminator"))
+            assert all(read[inner:]) and any(read[:inner])
+        method.after_step(turn)
+        if step == 1:
+            at = (clean, torch.full((2,), 0.5), cond)
+            start = roles.teacher.denoiser.predict(*at).x0
+            torch.testing.assert_close(roles["discriminator"].predict(*at).x0, start)
