@@ -66,6 +66,26 @@ def regression(
     return distance(*ends(student, times, batch, span), name)
 
 
+def steps(student: Student, times: tuple[float, ...], batch: Batch) -> tuple[Tensor, Tensor]:
+    """The student's clean prediction at a state of each pair's trajectory, and that whose DDIM step leads to the
+    trajectory's next state, [B, C, H, W] each: for a student that follows the trajectory, where :func:`ends` is for one
+    that sees its end from everywhere.
+
+    Args:
+        student: learns.
+        times: its K times.
+        batch: with pairs, and for K > 1 their states.
+    """
+    pairs = cast(Examples, batch.pairs)
+    noise, index = cast(Tensor, pairs.noise), batch.draws.integers("segment", len(times))
+    between = [] if pairs.states is None else list(pairs.states.unbind(1))
+    every, rows = torch.stack([noise, *between, pairs.x0], 1), torch.arange(len(index), device=index.device)
+    known = constant((*times, 0.0), index.device)
+    x, t = every[rows, index], known[index]
+    wanted = student.path.through(x, t, every[rows, index + 1], known[index + 1])
+    return student.predict(x, t, pairs.cond).x0, wanted.x0
+
+
 def annealed(done: float) -> float:
     """The half cosine from 1 at done = 0 to 0 at done = 1."""
     return 0.5 * (1 + math.cos(math.pi * done))

@@ -15,6 +15,8 @@ DiffusionOPD, 2026, 2605.15055; ``estimator: policy`` is that of Flow-OPD, 2026,
   that was made. Its advantage is here log p_teacher - log p_student of that very step (ours), clipped: in the mean its
   gradient is that of the exact form. The published one, minus the KL of the two Gaussians, does not depend on what was
   drawn, and its gradient is 0 in the mean.
+- ``warm_start`` (ours): the same target at the states of pairs, whose next state is where the step leads; with
+  ``renoise`` their end, as a step with fresh noise leads on from there.
 - ``anchor_weight``: the same divergence to the recipe's own teacher on every prompt (Flow-OPD: 0.04).
 
 Differs from the papers: the student is not guided and takes the guidance over; one update per rollout, so that the
@@ -33,7 +35,8 @@ from stepdistill.diffusion.path import Prediction
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Method, Turn
-from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
+from stepdistill.losses.distances import distance
+from stepdistill.losses.regression import WarmStartOptions, ends, steps, warm_start_rate
 from stepdistill.losses.rollout import Visit, led_to, log_density, mean_of_step, squared, visits
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.route import Route
@@ -125,7 +128,8 @@ class OPD(Method):
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         options = self.options
         if turn.step < options.warm_start:
-            return Loss(regression(self.student, self.times, batch, options.pair_distance))
+            follow = ends if options.renoise else steps
+            return Loss(distance(*follow(self.student, self.times, batch), options.pair_distance))
         compare = self.surrogate if options.estimator == "policy" else self.divergence
         total, apart = batch.noise.new_zeros(len(batch.noise)), list[Tensor]()
         for visit in visits(self.student, self.sampler(), batch, batch.cond, self.eta):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.path import FlowPath
+from stepdistill.diffusion.solvers import trajectory
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import Turn
@@ -232,6 +233,24 @@ def test_a_warm_start_is_by_regression_with_its_own_rate() -> None:
     method = between(Affine(0.0, 0.0), Affine(2.0, 0.0), (1.0,), warm_start=4, warm_start_lr_ratio=10.0)
     batch = toy_batch(8, pairs=lambda z: z + 3.0)
     loss, _ = loss_of(method, Turn("student", 1), batch)
-    torch.testing.assert_close(loss.detach(), batch.pairs.x0.square().mean())  # type: ignore[union-attr]
+    assert batch.pairs is not None
+    torch.testing.assert_close(loss.detach(), batch.pairs.x0.square().mean())
     assert method.lr_ratio(Turn("student", 0)) == 10.0 and method.lr_ratio(Turn("student", 4)) == 1.0
     assert [method.phase(step) for step in (3, 4)] == ["warm start", "on-policy"]
+
+
+@pytest.mark.parametrize("renoise", [False, True])
+def test_a_warm_start_follows_the_trajectory_of_the_pairs(renoise: bool) -> None:
+    """A student that is the teacher has nothing to learn from states of its steps; from their common end it has, and
+    that is what steps with fresh noise need."""
+    teacher = Affine(0.3, 0.5)
+    method = between(Affine(0.3, 0.5), teacher, warm_start=4, renoise=renoise)
+    batch = toy_batch(16, pairs=lambda z: z)
+    assert batch.pairs is not None and batch.pairs.noise is not None
+    times = (*TIMES, 0.0)
+    line = list(
+        trajectory(lambda x, t: method.teacher.predict(x, t, Condition()), batch.pairs.noise, times, "ddim")
+    )
+    batch = replace(batch, pairs=replace(batch.pairs, x0=line[-1], states=torch.stack(line[:-1], 1)))
+    loss = float(loss_of(method, Turn("student", 1), batch)[0].detach())
+    assert loss > 0.01 if renoise else loss == pytest.approx(0, abs=1e-9)
