@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent / "toys")]
 
+import matplotlib  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from strange import TARGETS, Target, read_recipe, warm_run  # noqa: E402
 
@@ -183,6 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as first:  # what is imported once is not a case's
         read_recipe(Path(first), b"method: dmd\nteacher: emoji\n")
         line_plot([Series("a", [(0, 1)])], "x", "y")
+        matplotlib.get_configdir(), matplotlib.get_cachedir()
         if "warm starts" in (arguments.only or TARGETS):
             warm_run()
     watch = Watch()

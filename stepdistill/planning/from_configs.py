@@ -117,18 +117,19 @@ def _component(library: str, kind: str, folder: Path, where: AbstractContextMana
     # No other module is imported because a folder names it.
     known = library in ("diffusers", "transformers")
     found: Any = getattr(importlib.import_module(library), kind, None) if known else None
-    if not isinstance(found, type):
+    if not inspect.isclass(found):
         raise UserError(f"{folder}: {library} has no {kind}, so this teacher cannot be planned")
+    network: Any = found if issubclass(found, nn.Module) else None
     own_code = {"trust_remote_code": False} if library == "transformers" else {}
     try:
-        if not issubclass(found, nn.Module):
+        if network is None:
             return cast(Any, found).from_pretrained(folder, local_files_only=True, **own_code)
         if library == "transformers":
-            config = found.config_class.from_pretrained(folder, local_files_only=True)
+            config = network.config_class.from_pretrained(folder, local_files_only=True)
             with where:
-                return found(config).eval()
-        return _network(found, found.load_config(folder, local_files_only=True), where)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                return network(config).eval()
+        return _network(network, network.load_config(folder, local_files_only=True), where)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder}: its {kind} cannot be made from its config: {reason}; a plan needs the folder's JSON files and "

@@ -26,7 +26,7 @@ Value = float | str | Sequence[str]
 """What a row of stats.jsonl has under a name."""
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]
     """Goes on where the time of day is set back: tqdm waits until that time has come again."""
 
     _time = property(lambda self: time.monotonic, lambda self, clock: None)
