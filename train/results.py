@@ -34,15 +34,19 @@ WENT_ON = {
 SCORE_METHODS = "2026-11-22: the score methods stand on the same warm start"
 IN_PARTS = "in parts"
 BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm start has already"
+LED_AWAY = "2026-11-28: what leads away from a warm start, and what a reward does to pictures by rule"
 FLOW_MAPS = (
     "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
     "start's"
 )
 TRIED = {
     "asd": BEHIND_REGRESSION,
+    "ayf": LED_AWAY,
     "consistency": "2026-11-22: consistency distillation wants levels at every time, and jumps neither long nor short",
+    "crd": LED_AWAY,
     "diff_instruct": SCORE_METHODS,
     "disback": "2026-11-28: DisBack from a plain start, beside DMD",
+    "dmf": LED_AWAY,
     "dmd": "2026-11-22: one-step DMD runs away from a plain start, and stands on a warm start",
     "dmd_emoji_4step": "2026-11-22: four-step DMD starts from states of the teacher's trajectories",
     "dmd_emoji_below_noise": "2026-11-27: bf16 and starts below pure noise",
@@ -56,8 +60,10 @@ TRIED = {
     "instaflow": "2026-11-22: reflow and one-step distillation",
     "lcm": "2026-11-22: LCM needs longer skips and pure noise at the top",
     "lcm_lora_emoji": "2026-11-22: LCM as an adapter",
+    "lightning": LED_AWAY,
+    "mdt_dist": LED_AWAY,
     "meanflow": "2026-11-22: MeanFlow learns slowly",
-    "opd": BEHIND_REGRESSION,
+    "opd": LED_AWAY,
     "pcm": "2026-11-22: consistency methods on a pool of 12 steps",
     "phased_dmd": "2026-11-22: Phased DMD beats its teacher",
     "progressive": BEHIND_REGRESSION,
@@ -73,7 +79,7 @@ TRIED = {
     "tbcm": "2026-11-22: TBCM loses with steps",
     "tcd": "2026-11-22: consistency methods on a pool of 12 steps",
     "tscd": "2026-11-22: TSCD, f-distill, rf++",
-    "twinflow": BEHIND_REGRESSION,
+    "twinflow": LED_AWAY,
     "vdot": BEHIND_REGRESSION,
     "emoji-flow": "2026-11-27: emoji-flow's recipes, and changes that no test noticed",
 }
