@@ -391,8 +391,9 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
     methods = [entry.recipe.method for entry in wanted.entries]
     assert len(set(methods)) == len(methods)
     said = [line for line in wanted.remarks if line.startswith("left out: ")]
-    assert [line.split(": ")[1] for line in said] == ["uni_dad_emoji"]  # no images of a domain are there
-    assert {*methods, *wanted.without_recipe, "uni_dad"} == set(module_summaries("methods"))
+    # No prompts of colours and no images of a domain are there.
+    assert [line.split(": ")[1] for line in said] == ["crd_emoji", "uni_dad_emoji"]
+    assert {*methods, *wanted.without_recipe, "crd", "uni_dad"} == set(module_summaries("methods"))
     with pytest.raises(UserError, match=r"uni_dad_emoji: data\.images: runs/night is not a folder"):
         planning.plan("lcm,uni_dad", "emoji")
     with pytest.raises(UserError, match=r"train\.bach"):

@@ -11,6 +11,7 @@ import pytest
 import test_options_flow
 import test_options_further
 import test_options_matching
+import test_options_onpolicy
 import torch
 from matching_toy import full_batch
 from table_toy import TABLE
@@ -301,6 +302,7 @@ def test_no_option_of_any_method_is_left_out(name: str) -> None:
             if f"{test_options_flow.name_of(said)}.{option}" in covered
         } | set(MethodOptions.model_fields)
         seen |= set(test_options_further.FURTHER.get(name, ()))
+        seen |= set(test_options_onpolicy.EVERY.get(kind, ()))
         seen |= test_options_further.OWN_TEST.get(name, set()) | {"fake_lora_rank"}
     assert set(kind.Options.model_fields) <= seen
 
