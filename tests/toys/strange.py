@@ -539,7 +539,6 @@ def warm_run() -> tuple[Any, dict[str, dict[str, torch.Tensor]], dict[str, Any]]
     from stepdistill.training.identity import resolve
     from stepdistill.training.run import Run
 
-    warm_starts.STATS = os.devnull
     sets = [
         "student.output=teacher",
         "train.updates=4",
@@ -607,7 +606,11 @@ def read_warm_start(folder: Path, number: int) -> None:
         told = json.loads(json.dumps(told))
         told[OWN_HASH] = _hash_of(told)
     _written(place, "state.json", _json(told))
-    warm_starts.WarmStart(run, 3, folder / "kept").take_over()
+    kept, warm_starts.STATS = warm_starts.STATS, os.devnull
+    try:
+        warm_starts.WarmStart(run, 3, folder / "kept").take_over()
+    finally:
+        warm_starts.STATS = kept
     run.optimizers["student"].step()
 
 
