@@ -60,6 +60,7 @@ TRIED = {
     "instaflow": "2026-11-22: reflow and one-step distillation",
     "lcm": "2026-11-22: LCM needs longer skips and pure noise at the top",
     "lcm_lora_emoji": "2026-11-22: LCM as an adapter",
+    "ladd": LED_AWAY,
     "lightning": LED_AWAY,
     "mdt_dist": LED_AWAY,
     "meanflow": "2026-11-22: MeanFlow learns slowly",
