@@ -40,12 +40,13 @@ from tiny_kolors import tiny_kolors
 from stepdistill.cli.doctor import examine_teacher
 from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import Recipe, load_recipe
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import checkpoints_in
 from stepdistill.training.distil import run_recipe
 from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 
 MORE: dict[str, Callable[[Path], Any]] = {"hidream": lambda folder: tiny_hidream(), "kolors": tiny_kolors}
 """Pipelines beside those of tiny.py, from a folder for their files."""

@@ -54,8 +54,8 @@ def flops_of_a_unit(job: Any) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from stepdistill.training.arithmetic import autocast
-    from stepdistill.training.assemble import training_data
     from stepdistill.training.parallel import take_turn
+    from stepdistill.training.training_data import training_data
 
     trained = trained_parameters(job)
     with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:

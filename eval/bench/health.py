@@ -22,11 +22,12 @@ from accelerate import Accelerator
 
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.provenance import provenance
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.monitor import Monitor
 from stepdistill.training.run import Run
+from stepdistill.training.training_data import training_data
 
 METHODS = {
     "dmd": {"fake_updates": 5, "guidance": 2.5},

@@ -30,9 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stepdistill
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 
 PACKAGE = Path(stepdistill.__file__).parent
 UNITS: dict[str, tuple[str, int, tuple[str, ...]]] = {

@@ -22,9 +22,10 @@ from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Method, Turn
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.parallel import take_turn
+from stepdistill.training.training_data import training_data
 
 STEP = 10
 """The update whose random numbers both toolkits are given."""

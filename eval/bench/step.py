@@ -37,11 +37,12 @@ from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.provenance import provenance
 from stepdistill.training import assemble as assembling
 from stepdistill.training.arithmetic import autocast
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import take_turn
 from stepdistill.training.run import Run
+from stepdistill.training.training_data import training_data
 
 WARM, TIMED = 2, 3
 """Units of a short run that are left out, as the first ones make the optimisers' state, and units that are timed."""

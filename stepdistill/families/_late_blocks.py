@@ -11,14 +11,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.families._second_time import OWN, Hears, Told, told_of
+from stepdistill.families._second_time import OWN, Hears, Told, met, told_of
 
 
 class Ends(Hears):
@@ -118,16 +117,15 @@ def folded_ends(net: nn.Module, call: Callable[[], object]) -> nn.Module:
         if isinstance(own, Ends)
         for inner, layer in own.readers(net.get_submodule(name)).items()
     }
-    of_ends = _met(layers, call)
+    of_ends = met(layers, call, lambda layer, output: output)
     told.who, before = None, told.who
     try:
-        of_starts = _met(layers, call)
+        of_starts = met(layers, call, lambda layer, output: output)
     finally:
         told.who = before
     plain = copy.deepcopy(net)
-    for name in layers:
+    for name, (inputs, said) in of_starts.items():
         layer: Any = plain.get_submodule(name)
-        inputs, said = of_starts[name]
         lacking = of_ends[name][1] - said
         if len(lacking) == 1 and layer.bias is not None:
             layer.bias += lacking[0].to(layer.bias)
@@ -140,22 +138,3 @@ def folded_ends(net: nn.Module, call: Callable[[], object]) -> nn.Module:
             del block._forward_pre_hooks[key]
             block._forward_pre_hooks_with_kwargs.pop(key)
     return plain
-
-
-def _met(layers: dict[str, nn.Linear], call: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What comes to layers in a call, [K, D'], and what they say, [K, D]; float64, on the CPU."""
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-
-    def look(layer: nn.Module, args: tuple[Tensor], said: Tensor, name: str) -> None:
-        rows[name].append((args[0].double().cpu(), said.double().cpu()))
-
-    handles = [layer.register_forward_hook(partial(look, name=name)) for name, layer in layers.items()]
-    try:
-        call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        name: (torch.cat([x for x, _ in each]), torch.cat([y for _, y in each]))
-        for name, each in rows.items()
-    }

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -215,15 +215,19 @@ def folded(net: nn.Module, gap: float | None, call: Callable[[], object]) -> nn.
     """
     layers = slotted(net)
     within = gap is not None and all(layer.bias is not None for layer in layers.values())
-    met = {} if within else _met(layers, call)
+
+    def added(layer: Any, output: Tensor) -> Tensor:
+        return cast(Tensor, layer.slots.of[OWN](layer.slots.told.gap))
+
+    seen = {} if within else met(layers, call, added)
     plain = copy.deepcopy(net)
     for name, layer in slotted(plain).items():
         if within:
             device = layer.weight.device
             layer.bias += layer.slots.of[OWN](torch.tensor([gap], device=device))[0].to(layer.bias)
-        elif name in met:  # of several networks, one may have no jump
-            inputs, added = met[name]
-            layer.weight += (torch.linalg.pinv(inputs) @ added).T.to(layer.weight)
+        elif name in seen:  # of several networks, one may have no jump
+            inputs, lacking = seen[name]
+            layer.weight += (torch.linalg.pinv(inputs) @ lacking).T.to(layer.weight)
         del layer.slots
         hooks = layer._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is _beside]:
@@ -231,13 +235,21 @@ def folded(net: nn.Module, gap: float | None, call: Callable[[], object]) -> nn.
     return plain
 
 
-def _met(layers: dict[str, Any], call: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What comes to layers with slots in a call, [K, D'], and what their slots add, [K, D]; float64, on the CPU."""
+def met(
+    layers: dict[str, Any], call: Callable[[], object], said: Callable[[Any, Tensor], Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What comes to layers in a call, [K, D'], and what is asked of them there, [K, D]; float64, on the CPU. Those that
+    the call does not reach are left out.
+
+    Args:
+        layers: by name.
+        call: calls their network.
+        said: from a layer and its output, what is asked.
+    """
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def look(layer: Any, args: tuple[Tensor], said: Tensor, name: str) -> None:
-        added = layer.slots.of[OWN](layer.slots.told.gap)
-        rows[name].append((args[0].double().cpu(), added.double().cpu()))
+    def look(layer: Any, args: tuple[Tensor], output: Tensor, name: str) -> None:
+        rows[name].append((args[0].double().cpu(), said(layer, output).double().cpu()))
 
     handles = [layer.register_forward_hook(partial(look, name=name)) for name, layer in layers.items()]
     try:

@@ -1,9 +1,9 @@
-"""What a recipe comes to: teacher, student, method, sampler and data, fitting together; and its report."""
+"""What a recipe comes to: teacher, student, method and sampler, fitting together."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,12 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stepdistill.attention.kernels import check_attention, fit_attention, told
-from stepdistill.data.batches import Data
 from stepdistill.data.held_out import hold_out
-from stepdistill.data.pairs import PairCache
 from stepdistill.data.partition import parts_of, place_of
-from stepdistill.data.prompts import open_prompts, read_rich
-from stepdistill.data.training_images import EmbeddedImages, Images, find_images
+from stepdistill.data.prompts import open_prompts
 from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import cut_prompts
 from stepdistill.export.adapters import check_options
@@ -28,14 +25,8 @@ from stepdistill.families import family_in
 from stepdistill.families.kinds import LabelFamily
 from stepdistill.families.recorded import Recorded
 from stepdistill.families.size import Size
-from stepdistill.features.clip import ClipFeatures
-from stepdistill.features.load import load_features
-from stepdistill.losses.contract import Method, MethodOptions, PairOptions
-from stepdistill.losses.latent_reward import LatentReward, LatentRewardTerm
+from stepdistill.losses.contract import Method, MethodOptions
 from stepdistill.losses.objective import Objective
-from stepdistill.losses.reward_term import RewardOptions, RewardTerm
-from stepdistill.losses.rewards import Rewards
-from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Term
 from stepdistill.networks.checkpointing import check_checkpointing
 from stepdistill.networks.compiled import check_compile, compiled_parts
 from stepdistill.networks.derivative import takes_exact
@@ -49,20 +40,17 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.recipes.term_options import TermOptions
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
-from stepdistill.system.log import bar, say
-from stepdistill.system.processes import Processes
+from stepdistill.system.log import say
 from stepdistill.system.provenance import provenance
-from stepdistill.system.run_folder import RunFolder
 from stepdistill.training.buckets import buckets_for, check_calls, check_heads
+from stepdistill.training.chosen_terms import chosen_rewards, chosen_terms
 from stepdistill.training.further_teachers import check_several, further_teachers, route_of
 from stepdistill.training.guidance import with_guidance_of
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.memory_needed import warn_of_memory
 from stepdistill.training.optimizers import check_optimizer
 from stepdistill.training.parallel import check_shared_heads
-from stepdistill.training.rewards import PromptFeatures, make_reward, network_of_reward
 from stepdistill.training.roles import roles_for, teacher_type
 from stepdistill.training.weights import check_weights
 
@@ -251,9 +239,9 @@ def assemble(
     sampler = on_stock_grid(sampler, student.path, teacher.pipe.scheduler, passes=teacher.family.passes)
     check_sampler(sampler, student.path, teacher.family)
     method.times = sampler.times
-    rewards = _rewards(recipe, teacher, prompts) if rewarded else None
+    rewards = chosen_rewards(recipe, teacher, prompts) if rewarded else None
     method.rewards = rewards if "reward" in needs else None
-    objective = Objective(method, _terms(recipe, teacher, prompts, rewards)).to(device)
+    objective = Objective(method, chosen_terms(recipe, teacher, prompts, rewards)).to(device)
     if train.context_parallel > 1:
         check_shared_heads(objective, train.context_parallel)
     if buckets:
@@ -321,137 +309,3 @@ def _times(recipe: Recipe, kind: type[Method], teacher: PipelineTeacher) -> tupl
             "set 1.0, or take a method that matches distributions, such as dmd or sid"
         )
     return times
-
-
-def _decoder(recipe: Recipe, teacher: PipelineTeacher) -> Callable[[Tensor], Tensor]:
-    """Clean latents to pictures [B, 3, H, W] in [0, 1], with a graph; of a video its middle frame."""
-    if not teacher.family.differentiable:
-        raise UserError(
-            "terms.perceptual_weight, terms.reward_weight and methods that read a reward need gradients through the "
-            f"decoder, and {recipe.teacher} was recorded, which decodes by a draw of its pipeline: do without"
-        )
-    codec = teacher.codec
-
-    def decode(states: Tensor) -> Tensor:
-        frames = codec.to_frames(states)
-        return frames[:, frames.shape[1] // 2]
-
-    return decode
-
-
-def _rewards(recipe: Recipe, teacher: PipelineTeacher, prompts: Sequence[str]) -> Rewards:
-    """What the recipe's ``terms.reward`` names."""
-    decode, device = _decoder(recipe, teacher), teacher.device
-    return Rewards(decode, tuple(make_reward(name, device, prompts) for name in recipe.terms.rewards))
-
-
-def _reward_term(
-    options: TermOptions, rewards: Rewards, teacher: PipelineTeacher, prompts: Sequence[str]
-) -> RewardTerm:
-    """The term, with a proxy of its own where one is wanted."""
-    how = RewardOptions(
-        of=options.reward_of,
-        share=options.reward_share,
-        after=options.reward_after,
-        last_call=options.reward_last_call,
-        below=options.reward_below,
-        bounded=options.reward_bounded,
-        target=options.reward_target,
-    )
-    if not options.reward_proxy:
-        return RewardTerm(options.reward_weight, rewards, how)
-    named = next((name for name in options.rewards if name.startswith("clip:")), "clip:emoji")
-    network = network_of_reward(named, teacher.device)
-    return LatentRewardTerm(
-        options.reward_weight,
-        rewards,
-        how,
-        LatentReward(teacher.codec.shape, network.dimension),
-        PromptFeatures(network, prompts),
-        options.reward_temperature,
-        options.reward_lr_ratio,
-    )
-
-
-def _terms(
-    recipe: Recipe, teacher: PipelineTeacher, prompts: Sequence[str], rewards: Rewards | None
-) -> list[Term]:
-    """The terms that have a weight."""
-    options, device, terms = recipe.terms, teacher.device, list[Term]()
-    if options.regression_weight:
-        terms.append(RegressionTerm(options.regression_weight, options.regression))
-    if options.perceptual_weight:
-        network = cast(ClipFeatures, load_features(options.perceptual, device=device))
-        decode = _decoder(recipe, teacher)
-        terms.append(PerceptualTerm(options.perceptual_weight, lambda x: network.embed(255 * decode(x))))
-    if options.gan_weight:
-        terms.append(GanTerm(options.gan_weight, teacher.denoiser, options.gan_lr_ratio))
-    if options.reward_weight and rewards is not None:
-        terms.append(_reward_term(options, rewards, teacher, prompts))
-    return terms
-
-
-def rich_of(recipe: Recipe, prompts: Sequence[str]) -> list[str]:
-    """What ``data.rich`` says of each prompt in full; a prompt that it has not says all itself."""
-    rich = read_rich(Path(cast(str, recipe.data.rich)))
-    if not any(prompt in rich for prompt in prompts):
-        raise UserError(
-            f"data.rich: {recipe.data.rich} has a rich caption for none of the prompts to train on: give prompts as "
-            "data.prompts has them, to the letter"
-        )
-    return [rich.get(prompt, prompt) for prompt in prompts]
-
-
-def training_data(run: Assembled, output: Path) -> Data:
-    """Everything the method asked for; makes the pairs that are missing.
-
-    Args:
-        run: what is trained.
-        output: the run folder, where pairs lie that the recipe gives no place.
-    """
-    recipe, accelerator = run.recipe, run.accelerator
-    images: Images | None = None
-    if "images" in run.needs and recipe.data.images is None:
-        images = EmbeddedImages.read()
-    elif "images" in run.needs:
-        images = found = find_images(Path(cast(str, recipe.data.images)))
-        for remark in found.remarks() if accelerator.is_main_process else ():
-            say(remark)
-    processes, group = Processes(accelerator.process_index, accelerator.num_processes), recipe.train.group
-    pairs, remake, main = None, recipe.data.damaged == "remake", processes.main
-    if "pairs" in run.needs:
-        folder = Path(recipe.data.pairs) if recipe.data.pairs else RunFolder(output).pairs
-        options = run.options
-        if not isinstance(options, PairOptions):  # a term's, beside a method without pairs of its own
-            options = PairOptions(guidance=options.guidance)
-        times = run.method.pair_times() if "states" in run.needs else ()
-        seed, dtype = recipe.train.seed, recipe.data.pairs_dtype
-        pairs = PairCache(folder, run.teacher, run.prompts, options, seed, times, dtype, remake)
-    rich = rich_of(recipe, run.prompts) if "rich" in run.needs else None
-    data = Data(
-        run.teacher,
-        run.prompts,
-        recipe.train.seed,
-        images,
-        pairs,
-        processes,
-        remake,
-        run.buckets,
-        group,
-        rich,
-        run.part,
-        recipe.data.part_pairs == "own",
-    )
-    for remark in data.remarks() if main else ():
-        say(remark)
-    if pairs is not None:
-        shown = bar(pairs.count, "pairs", unit="pair", shown=main)
-        pairs.make(data.condition, processes, shown.update)
-        shown.close()
-        accelerator.wait_for_everyone()
-    if accelerator.device.type != "cpu":
-        # Every prompt is encoded; pictures bring encoders and decoder back.
-        terms = recipe.terms
-        decodes = bool({"images", "reward"} & run.needs) or terms.perceptual_weight or terms.reward_weight
-        run.teacher.codec.release("text") if decodes else run.teacher.codec.release("text", "vae")
-    return data

@@ -137,7 +137,7 @@ def _run(
 
     from stepdistill.networks.averages import averaged
     from stepdistill.networks.own_call import TEACHER_STEPS
-    from stepdistill.training.assemble import assemble, training_data
+    from stepdistill.training.assemble import assemble
     from stepdistill.training.cost import passes_before
     from stepdistill.training.exporting import started_by
     from stepdistill.training.finish import finish
@@ -147,6 +147,7 @@ def _run(
     from stepdistill.training.run import check_resume
     from stepdistill.training.scores import against_teacher, check_suite
     from stepdistill.training.tracking import Tracking, check_tracker
+    from stepdistill.training.training_data import training_data
 
     recipe, place = resolved.recipe, RunFolder(output)
     if resume:

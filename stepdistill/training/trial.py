@@ -22,9 +22,10 @@ from stepdistill.data.pairs import PairCache
 from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.objective import shown_name
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.identity import ResolvedRecipe, resolve
 from stepdistill.training.run import Run
+from stepdistill.training.training_data import training_data
 from stepdistill.training.update import update
 
 LONGEST = 12

@@ -26,9 +26,10 @@ from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 
 SIZES = [(32, 32)] * 7 + [(40, 24)] * 5 + [(30, 70)] * 3  # height, width
 SQUARE = [Size(16, 16)]

@@ -24,7 +24,7 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import _terms
+from stepdistill.training.chosen_terms import chosen_terms
 
 Teachers = Callable[[str], PipelineTeacher]
 
@@ -105,7 +105,7 @@ def test_what_a_recording_has_not_is_refused_with_the_reason() -> None:
         teacher.family.features_of(teacher.denoiser.net)
     recipe = load_recipe(sets=["terms.perceptual_weight=1"])
     with pytest.raises(UserError, match=r"need gradients through the decoder.*do without"):
-        _terms(recipe, teacher, ["cat"], None)
+        chosen_terms(recipe, teacher, ["cat"], None)
     with pytest.raises(UserError, match=f"was recorded at {size}"):
         teacher.family.check_size(teacher.pipe, Size(64, 64, 9))
 

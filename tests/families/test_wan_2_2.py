@@ -30,10 +30,11 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.checkpoint import load_checkpoint
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 
 NAME, SIZE = "wan-2.2", SIZES["wan-2.2"]
 FOUR = (1.0, 0.954545, 0.875, 0.7)  # of the teacher's shift; it changes its network at 0.9

@@ -39,10 +39,11 @@ from stepdistill.testing.toys import (
     toy_batch,
     toy_student,
 )
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import take_turn
+from stepdistill.training.training_data import training_data
 
 PATH = FlowPath()
 

@@ -37,9 +37,10 @@ from stepdistill.testing.toys import (
     toy_batch,
     toy_student,
 )
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 
 PATH = FlowPath()
 

@@ -32,9 +32,10 @@ from stepdistill.testing.toys import (
     toy_batch,
     toy_student,
 )
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.preflight import check_recipe
+from stepdistill.training.training_data import training_data
 
 PATH = FlowPath()
 TIMES = (1.0, 0.75, 0.5, 0.25)

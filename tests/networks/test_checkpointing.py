@@ -20,12 +20,13 @@ from stepdistill.networks import checkpointing
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.checkpointing import check_checkpointing, checkpointed
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.checkpoint import checkpoints_in
 from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.previews import Previews
+from stepdistill.training.training_data import training_data
 
 
 def unet() -> Any:

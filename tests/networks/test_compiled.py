@@ -28,10 +28,11 @@ from stepdistill.networks.lora import SharedNetwork
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.testing.contract import batch_for, build
 from stepdistill.testing.toys import SHAPE, ToyFamily
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import take_turn
+from stepdistill.training.training_data import training_data
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,13 @@ from stepdistill.errors import UserError
 from stepdistill.export.verify import verify
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.shipped import of_real_teacher, recipe_files
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.exporting import export_student
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.preflight import check_recipe
 from stepdistill.training.run_report import Start
+from stepdistill.training.training_data import training_data
 
 PAIRS = ("options.pairs=2", "options.pair_steps=2")
 FAKE = ("options.fake_updates=1",)

@@ -21,10 +21,11 @@ from stepdistill.losses.contract import Turn
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.recipes.recipe import Recipe
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.monitor import Monitor, Treatment
+from stepdistill.training.training_data import training_data
 
 
 @dataclass

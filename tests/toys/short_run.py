@@ -12,11 +12,12 @@ from torch import Tensor
 
 from stepdistill.networks.averages import Ema
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.checkpoint import checkpoints_in
 from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 
 LOW = "train.precision=bf16"
 

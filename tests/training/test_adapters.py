@@ -18,13 +18,14 @@ from stepdistill.export.verify import verify
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.lora import lora_layers
 from stepdistill.recipes.recipe import Recipe, load_recipe
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.checkpoint import checkpoints_in
 from stepdistill.training.exporting import export_student
 from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.run_report import Start
+from stepdistill.training.training_data import training_data
 
 
 class Killed(Exception):

@@ -13,9 +13,10 @@ from tiny import MORE, SIZES, VIDEO, tiny_pipeline
 
 from stepdistill.export.student_folder import check_export
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 
 
 @pytest.mark.parametrize("rank", [0, 2])

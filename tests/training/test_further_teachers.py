@@ -14,11 +14,12 @@ from stepdistill.errors import UserError
 from stepdistill.networks.roles import TEACHER
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.emoji import teacher_folder
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.further_teachers import identity_of
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.preflight import check_recipe
+from stepdistill.training.training_data import training_data
 
 COMMON = [
     "train.batch=4",

@@ -27,7 +27,7 @@ from stepdistill.system.run_folder import RunStatus, read_status
 from stepdistill.testing.toys import loss_of
 from stepdistill.training import gradient_means
 from stepdistill.training import preflight as checks
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import (
     OWN_HASH,
     checkpoints_in,
@@ -46,6 +46,7 @@ from stepdistill.training.parallel import OneProcess
 from stepdistill.training.run import Run
 from stepdistill.training.run_report import Start
 from stepdistill.training.schedule import learning_rate
+from stepdistill.training.training_data import training_data
 from stepdistill.training.weights import Weights
 
 
@@ -167,7 +168,8 @@ import test_loop
 from run_toy import METHODS, recipe_of
 from accelerate import Accelerator
 from stepdistill.training.identity import resolve
-from stepdistill.training.assemble import Assembled, assemble, training_data
+from stepdistill.training.assemble import Assembled, assemble
+from stepdistill.training.training_data import training_data
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import parallel_of
 from stepdistill.system.processes import launched

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from stepdistill.errors import UserError
 from stepdistill.recipes.health_options import HealthOptions, SignName
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import OWN_HASH, checkpoints_in
 from stepdistill.training.health import Seen, looks_of
 from stepdistill.training.identity import resolve
@@ -28,6 +28,7 @@ from stepdistill.training.loop import train
 from stepdistill.training.probe import deviation, spread
 from stepdistill.training.run_curves import curves
 from stepdistill.training.signs import SIGNS, growth, plateau
+from stepdistill.training.training_data import training_data
 
 
 def rows_of(folder):
@@ -239,7 +240,8 @@ from accelerate import Accelerator
 from faults import Under, one_image
 from run_toy import recipe_of
 from stepdistill.system.processes import launched
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
+from stepdistill.training.training_data import training_data
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import parallel_of

@@ -15,12 +15,13 @@ from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.passes import Passes
 from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.recipes.sections import StudentOptions
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.cost import passes_before
 from stepdistill.training.health import Seen
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.output_matching import Matching, match_output
+from stepdistill.training.training_data import training_data
 
 
 def kinds(with_graph, without_graph):

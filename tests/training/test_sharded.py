@@ -26,13 +26,14 @@ from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats
 from stepdistill.system.processes import launched
 from stepdistill.training import checkpoint, finish
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import checkpoints_in, load_checkpoint
 from stepdistill.training.distil import run_recipe
 from stepdistill.training.identity import resolve, resolved_yaml
 from stepdistill.training.launcher import as_launched
 from stepdistill.training.loop import train
 from stepdistill.training.parallel import parallel_of
+from stepdistill.training.training_data import training_data
 
 RUNS = {
     # A follower with a discriminator on its features; the same as three adapters on one network; a target that averages

@@ -13,10 +13,11 @@ from stepdistill.losses.fake_score import ScoreMethod
 from stepdistill.methods import find_method, method_names
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats
-from stepdistill.training.assemble import assemble, training_data
+from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import checkpoints_in
 from stepdistill.training.identity import identity, resolve
 from stepdistill.training.loop import train
+from stepdistill.training.training_data import training_data
 from stepdistill.training.warm_starts import settings_of
 
 SAME = ("student.times=[1.0, 0.5]", "student.output=teacher", "options.pairs=8", "options.pair_steps=2",
