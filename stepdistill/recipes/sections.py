@@ -22,6 +22,9 @@ class StudentOptions(Section):
         steps: in how many network calls it draws, at the method's usual times. None takes the method's usual number.
         times: instead of steps, where it jumps from, descending in (0, 1]. A first time below 1 is for
             dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
+        start: what it starts as, where that is not the teacher: a run, a diffusers folder or a Hub name, with a network of
+            the teacher's class and size, such as a student of few steps, or a fine-tune. What it says (eps, v, x0) stays
+            as it is there. Networks that follow the student start as the teacher. Not with ``lora_rank``.
         lora_rank: rank of the adapter that is trained; 0 trains the whole network. Networks that follow the student
             are then adapters, too, all on the teacher's one network (stepdistill/networks/roles.py).
         base: how the network under the adapters is held, the teacher's own: ``auto`` as the teacher is, in float32, or
@@ -43,6 +46,7 @@ class StudentOptions(Section):
 
     steps: Positive | None = None
     times: tuple[float, ...] | None = None
+    start: Annotated[str, Field(min_length=1)] | None = None
     lora_rank: NotNegative = 0
     base: Literal["auto", "bf16", "int8", "nf4"] = "auto"
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -65,6 +69,11 @@ class StudentOptions(Section):
             raise ValueError(
                 f"freeze is {list(self.freeze)} and lora_rank is {self.lora_rank}, but an adapter leaves all of the "
                 "network's own weights as they are: set freeze to [], or lora_rank to 0"
+            )
+        if self.start is not None and self.lora_rank:
+            raise ValueError(
+                f"start is {self.start} and lora_rank is {self.lora_rank}, but adapters all lie on the teacher's own "
+                "network: set lora_rank to 0"
             )
         if self.base != "auto" and self.lora_rank == 0:
             raise ValueError(

@@ -41,6 +41,7 @@ from stepdistill.training.run import Finished, Run
 from stepdistill.training.run_report import Start
 from stepdistill.training.schedule import learning_rate
 from stepdistill.training.signs import Trouble
+from stepdistill.training.student_start import identity_of_start
 from stepdistill.training.unread import Unread
 from stepdistill.training.update import update
 from stepdistill.training.warm_starts import WarmStart
@@ -89,8 +90,10 @@ def train(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     # Of the teachers as they are before they are shared out.
-    inputs = data.identity() | identity_of(objective.method.roles.route) | own_hashes(recipe)
-    parallel.spread(objective.method.roles.stored().values())
+    roles = objective.method.roles
+    inputs = data.identity() | identity_of(roles.route) | own_hashes(recipe)
+    inputs |= identity_of_start(recipe, roles.student)
+    parallel.spread(roles.stored().values())
     run = Run(objective, recipe, folder, inputs, parallel, start, before)
     readers = parallel.readers
     share, left = divmod(options.batch, readers.count * options.accumulate)

@@ -55,6 +55,7 @@ def _begun_in(run: Path) -> str | None:
 def _check_inputs(recipe: Recipe) -> None:
     check_teacher(recipe.teacher)
     _check_further(recipe)
+    _check_start(recipe)
     for name in recipe.terms.rewards:
         if (own := own_reward(name)) and not own.file.is_file():
             raise UserError(f"terms.reward {name}: there is no such file")
@@ -83,6 +84,15 @@ def _check_further(recipe: Recipe) -> None:
             raise UserError(f"teachers.{name}: {error}") from None
         if name != WEAK:
             open_prompts(Path(recipe.data.route[name]), f"data.route.{name}")
+
+
+def _check_start(recipe: Recipe) -> None:
+    """What the student starts as is there."""
+    if recipe.student.start is not None:
+        try:
+            check_teacher(recipe.student.start)
+        except UserError as error:
+            raise UserError(f"student.start: {error}") from None
 
 
 def _unless_unread(recipe: Recipe, error: UserError) -> None:

@@ -22,6 +22,7 @@ from stepdistill.system.log import bar, say
 from stepdistill.system.shipped import cache_folder
 from stepdistill.training.arithmetic import autocast
 from stepdistill.training.output_matching import Matched, Matching, match_output, output_of
+from stepdistill.training.student_start import started_student
 
 
 def roles_for(
@@ -47,6 +48,9 @@ def roles_for(
         UserError: an output that a student of this teacher cannot have.
     """
     own, student = teacher.denoiser.output, recipe.student
+    if student.start is not None:
+        begun = started_student(recipe, kind, options, teacher, told=accelerator.is_main_process)
+        return _ready(Copies(teacher, begun), recipe, kind, times, accelerator)
     output = output_of(student, own, times)
     if kind.own_network and student.output == "auto":
         output = own
@@ -61,11 +65,17 @@ def roles_for(
         )
     if found:
         teacher.start = found.denoiser
-    roles = Copies(teacher)
+    return _ready(Copies(teacher), recipe, kind, times, accelerator)
+
+
+def _ready(
+    roles: Copies, recipe: Recipe, kind: type[Method], times: tuple[float, ...], accelerator: Accelerator
+) -> Copies:
+    """The roles with what a student of its own weights trains of its network."""
     if kind.starts_below:  # a generator, called at its own times alone
         roles.student.keep_serving(times)
-    if student.freeze:
-        freeze(roles, student.freeze, kind, accelerator)
+    if recipe.student.freeze:
+        freeze(roles, recipe.student.freeze, kind, accelerator)
     return roles
 
 

@@ -224,7 +224,7 @@ class Run:
         kept = state["inputs"]
         named = {"teacher": self.recipe.teacher, "data.prompts": self.recipe.data.prompts}
         named |= {"data.images": self.recipe.data.images, "method": self.recipe.method}
-        named |= {"data.rich": self.recipe.data.rich}
+        named |= {"data.rich": self.recipe.data.rich, "student.start": self.recipe.student.start}
         named |= {"family": self.recipe.family, "data.route": ", ".join(self.recipe.data.route.values())}
         named |= {f"teachers.{name}": place for name, place in self.recipe.teachers.items()}
         if changed := [name for name in inputs if kept.get(name) != inputs[name]]:
