@@ -157,7 +157,9 @@ class Data:
             index = shuffled(position, self.images.counts[bucket], self.seed, stream)
             x0, number = self.images.take(bucket, index)
             whose = number if self._captions is self.conditions else None
-            images = Examples(sent(x0, device), self._captions.take(number).to(device), prompt=whose)
+            images = Examples(
+                sent(x0, device), self._captions.take(number).to(device), prompt=whose, number=number
+            )
             examples["images"] = images
             if self._buckets:
                 shape, told = tuple(x0.shape[1:]), self._told[bucket] if self._told else {}

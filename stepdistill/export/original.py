@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ class Original:
 
     Args:
         source: an embedded name, a folder, a Hub name that was downloaded, or a pipeline object.
+        changed: components that are not as they were given.
     """
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, changed: Collection[str] = ()) -> None:
         named = isinstance(source, str | Path)
         self.folder = local_folder(source) if named else None
         self._parts: dict[str, Any] = {} if named else source.components
+        self._changed = frozenset(changed)
 
     def types(self, network: str) -> WeightTypes:
         """What the weights of its network are saved in."""
@@ -75,12 +77,20 @@ class Original:
             part: it as it was taken: in other types, or with adapters in its weights.
             to: its new folder.
         """
+        if name in self._changed:
+            self._save_changed(name, part, to)
+            return
         if self.folder is not None and (self.folder / name).is_dir():
             take_over(self.folder / name, to)
             return
         given = self._parts.get(name, part)
         adapted = isinstance(given, nn.Module) and bool(lora_layers(given))
         (part if adapted else given).save_pretrained(to)
+
+    def _save_changed(self, name: str, part: Any, to: Path) -> None:
+        """Writes a component whose values are those of its types already."""
+        with held_in(part, self.types(name)) if isinstance(part, nn.Module) else contextlib.nullcontext():
+            part.save_pretrained(to)
 
 
 def round_to(network: nn.Module, types: WeightTypes) -> None:

@@ -40,6 +40,7 @@ from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.export.shared import carry_terms, take_out_folders
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
+from stepdistill.networks.concept import Concept
 from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
@@ -132,6 +133,7 @@ def export(
     *,
     source: Any = None,
     options: ExportOptions = DEFAULT,
+    concept: Concept | None = None,
 ) -> None:
     """Writes the student's folder, replacing an earlier one only when the new one is complete. In memory it makes at
     most one network: the student with its adapter merged, or its weights rounded.
@@ -145,6 +147,7 @@ def export(
         card: the model card, Markdown.
         source: the teacher as it was given: a folder, a Hub name, or a pipeline; None is that of ``teacher``.
         options: what is written.
+        concept: the word that the teacher's pipeline was taught; its rows are written into it.
 
     Raises:
         UserError: where it cannot be written so.
@@ -162,7 +165,10 @@ def export(
             scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler, teacher.family.passes)
             save_alone(student, teacher, scheduler, str(source), place)
         else:
-            whole, pipe = _save_pipeline(student, sampler, teacher, Original(source), options, place)
+            original = Original(source, concept.parts if concept else ())
+            if concept:
+                concept.settle(lambda name, row: row.to(original.types(name).most).to(row))
+            whole, pipe = _save_pipeline(student, sampler, teacher, original, options, place)
         if options.what == "both" and no_adapter_file(teacher, student) is None:
             save_adapters(student, teacher, place)
         if options.kohya:

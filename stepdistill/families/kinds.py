@@ -23,7 +23,14 @@ OF_ITSELF = (
 )
 UNET_1 = rf"{CONVOLUTIONS}|{OF_ITSELF}\.to_out\."
 UNET_2 = rf"{UNET_1}|{OF_ITSELF}\.to_[qkv]\."
-UNET_LEVELS = {"level-1": UNET_1, "level-2": UNET_2, "level-3": rf"{UNET_2}|conv_shortcut\."}
+# All but keys and values of attention to prompts, which Custom Diffusion trains alone (Kumari et al. 2022, 2212.04488).
+BUT_PROMPTS = r"^(?!.*\.attn2\.to_[kv]\.)"
+UNET_LEVELS = {
+    "level-1": UNET_1,
+    "level-2": UNET_2,
+    "level-3": rf"{UNET_2}|conv_shortcut\.",
+    "all-but-prompts": BUT_PROMPTS,
+}
 # Of a transformer: feed-forward layers and what attention ends with.
 BLOCK_1 = (
     r"\.(ff|ff_context|ff_[it]|ffn|feed_forward|img_mlp|txt_mlp|conv_ff)\.|\.to_(add_)?out(_t)?\."

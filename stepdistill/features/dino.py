@@ -62,12 +62,16 @@ class DinoFeatures:
         self.fd_name = titled(f"FD-DINOv2 ({folder.name})", precision)
         self.resize = f"clean (bicubic, antialiased, float) to {SIZE}"
 
-    @torch.no_grad()
-    @full_float32()
-    def images(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Features [B, D] of images [B, 3, H, W] in [0, 255], uint8 or float, with a graph."""
         wide = (resize(sent(pixels, self.device), SIZE, "clean") - self._mean) / self._std
         token: Tensor = self._model(pixel_values=wide.to(self._dtype)).last_hidden_state[:, 0]
         return token.float()
+
+    @torch.no_grad()
+    @full_float32()
+    def images(self, pixels: Tensor) -> Tensor:
+        return self.embed(pixels)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         raise UserError("DINOv2 has no text features: set clip_score to false in the suite")

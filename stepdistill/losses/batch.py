@@ -21,6 +21,7 @@ class Examples:
         noise: for pairs, the noise [B, ...] the teacher started from; None for images.
         states: for pairs, the states [B, K, ...] at the method's ``pair_times``, where it asked for them.
         prompt: [B] on the CPU, which of the run's prompts each is; None where their captions are others.
+        number: for images, [B] on the CPU, which of all captions each has.
     """
 
     x0: Tensor
@@ -28,11 +29,15 @@ class Examples:
     noise: Tensor | None = None
     states: Tensor | None = None
     prompt: Tensor | None = None
+    number: Tensor | None = None
 
     def part(self, rows: slice) -> Examples:
         """The examples of a slice."""
-        more = (None if value is None else value[rows] for value in (self.noise, self.states, self.prompt))
+        more = (None if value is None else value[rows] for value in self._further())
         return Examples(self.x0[rows], self.cond.rows(rows), *more)
+
+    def _further(self) -> tuple[Tensor | None, ...]:
+        return self.noise, self.states, self.prompt, self.number
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.looks import Looks
 from stepdistill.losses.rewards import Rewards
 from stepdistill.networks.roles import Roles
 from stepdistill.networks.teacher import Teacher
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from stepdistill.networks.sampler import Sampler
 
 
-NEEDS = ("noise", "prompts", "rich", "images", "pairs", "states", "reward", "group")
+NEEDS = ("noise", "prompts", "rich", "images", "pairs", "states", "reward", "group", "concept", "looks")
 """What a method can ask for: starting noise, prompts, their rich captions (``data.rich``), real images, (noise, teacher
 sample) pairs, with the pairs the states of their trajectories at the method's ``pair_times``, the student's own by
-default, the recipe's ``terms.reward``, and several samples of each prompt beside each other (``train.group``)."""
+default, the recipe's ``terms.reward``, several samples of each prompt beside each other (``train.group``), a word that
+the text encoders learn (``roles.concept``), and what image networks see (``looks``)."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ class Method(nn.Module, ABC):
     Attributes:
         rewards: what the run's ``terms.reward`` says of clean samples, for a method that needs "reward"; set by who
             makes it for a run.
+        looks: what the networks that its options name see in the run's samples, for a method that needs "looks"; there
+            from :meth:`setup` on.
     """
 
     Options: ClassVar[type[MethodOptions]]
@@ -215,10 +219,13 @@ class Method(nn.Module, ABC):
     without_few_steps: ClassVar[str] = ""
     shows: ClassVar[frozenset[str]] = frozenset()
     rewards: Rewards | None = None
+    looks: Looks | None = None
     options: MethodOptions
 
     @final
-    def __init__(self, roles: Roles, times: tuple[float, ...], options: MethodOptions) -> None:
+    def __init__(
+        self, roles: Roles, times: tuple[float, ...], options: MethodOptions, looks: Looks | None = None
+    ) -> None:
         """A method at its start; what it adds is made in :meth:`setup`.
 
         Args:
@@ -226,12 +233,14 @@ class Method(nn.Module, ABC):
                 of this module, whose own state is heads and buffers.
             times: where the student is called, descending from 1, or from below it with ``starts_below``.
             options: an instance of the class's Options.
+            looks: for a method that needs them.
         """
         super().__init__()
         self.roles = roles
         self.student = roles.student
         self.times = times
         self.options = options
+        self.looks = looks
         self.setup()
 
     @classmethod

@@ -22,6 +22,7 @@ from stepdistill.diffusion.path import Output
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.networks.averages import follow
 from stepdistill.networks.checkpointing import checkpointed
+from stepdistill.networks.concept import Concept
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.lora import Adapter, SharedNetwork
 from stepdistill.networks.route import Route
@@ -40,7 +41,10 @@ class Roles(ABC):
         student: the role "student".
         counter: told of every call of their networks.
         route: the teacher, and further frozen ones with the prompts that are theirs; the teacher alone at the start.
+        concept: the word that the run's text encoders learn; None where they learn none.
     """
+
+    concept: Concept | None = None
 
     def __init__(self, teacher: Teacher, student: Student) -> None:
         self.teacher, self.student = teacher, student
@@ -68,6 +72,7 @@ class Roles(ABC):
         trained: bool = True,
         restarts: bool = False,
         rank: int | None = None,
+        frozen_alike: bool = False,
     ) -> Denoiser:
         """A new role.
 
@@ -77,6 +82,7 @@ class Roles(ABC):
             trained: whether gradients reach it.
             restarts: whether it will :meth:`become` the teacher again.
             rank: of its adapter; None takes that of ``source``, the student's for the teacher.
+            frozen_alike: whether what the recipe freezes of the student stays as it is in this network, too.
 
         Raises:
             UserError: for a rank where there are no adapters, or one that its start has not.
@@ -85,7 +91,13 @@ class Roles(ABC):
             raise ValueError(f"there is a role {name!r} already")
         self._denoisers[name] = made = self._made(name, source, trained, restarts, rank)
         made.counter, made.who = self.counter, name
+        if frozen_alike:
+            self._freeze_alike(name)
         return made
+
+    def _freeze_alike(self, name: str) -> None:
+        """Freezes in a role what is frozen in the student."""
+        return None
 
     @abstractmethod
     def _made(self, name: str, source: str, trained: bool, restarts: bool, rank: int | None) -> Denoiser:
@@ -142,6 +154,7 @@ class Copies(Roles):
         super().__init__(teacher, student or Student.from_teacher(teacher))
         self._fresh: dict[str, dict[str, Tensor]] = {}
         self._frozen: re.Pattern[str] | None = None
+        self._frozen_in = {STUDENT}
 
     def freeze(self, wanted: Sequence[str]) -> float:
         """Keeps a part of the student's network as it is: no gradient, no optimiser.
@@ -169,9 +182,14 @@ class Copies(Roles):
             raise UserError(
                 f"student.freeze is {list(wanted)}, which leaves nothing to train: take out a part of it"
             )
-        for name, value in net.named_parameters():
-            value.requires_grad_(name in kept)
+        self._freeze_alike(STUDENT)
         return 1 - sum(v.numel() for v in kept.values()) / sum(v.numel() for v in net.parameters())
+
+    def _freeze_alike(self, name: str) -> None:
+        self._frozen_in.add(name)
+        kept = self.weights(name)
+        for key, value in self[name].net.named_parameters():
+            value.requires_grad_(key in kept)
 
     def _made(self, name: str, source: str, trained: bool, restarts: bool, rank: int | None) -> Denoiser:
         if rank is not None:
@@ -192,7 +210,7 @@ class Copies(Roles):
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         every = dict(self[name].net.named_parameters())
-        frozen = self._frozen if name == STUDENT else None
+        frozen = self._frozen if name in self._frozen_in else None
         return every if frozen is None else {k: v for k, v in every.items() if not frozen.search(k)}
 
     def stored(self) -> dict[str, nn.Module]:

@@ -67,7 +67,7 @@ class PipelineTeacher:
         self.pipe.to(device)
         vae = self.pipe.components.get("vae")
         if isinstance(vae, nn.Module) and vae.dtype != torch.float32:
-            self._replace(vae=copy.deepcopy(vae).float())  # in float16, SDXL's overflows
+            self.replace_parts(vae=copy.deepcopy(vae).float())  # in float16, SDXL's overflows
         for component in self.pipe.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -113,7 +113,7 @@ class PipelineTeacher:
         """The pipeline's encoders and decoders."""
         return Codec(self.pipe, self.family, self.size, self.device)
 
-    def _replace(self, **components: nn.Module) -> None:
+    def replace_parts(self, **components: nn.Module) -> None:
         """Sets components of the pipeline in a copy of it: the one that was handed in stays as it is."""
         self.pipe = copy.copy(self.pipe)
         self.pipe.register_modules(**components)
@@ -137,7 +137,7 @@ class PipelineTeacher:
 
     def hold(self, net: nn.Module) -> None:
         """Takes another network of the same kind for the teacher's, also in its pipeline."""
-        self._replace(**dict(zip(self.family.stretches(self.pipe), networks_in(net), strict=True)))
+        self.replace_parts(**dict(zip(self.family.stretches(self.pipe), networks_in(net), strict=True)))
         self.denoiser.net = net
 
     @property

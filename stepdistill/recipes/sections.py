@@ -22,9 +22,9 @@ class StudentOptions(Section):
         steps: in how many network calls it draws, at the method's usual times. None takes the method's usual number.
         times: instead of steps, where it jumps from, descending in (0, 1]. A first time below 1 is for
             dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
-        start: what it starts as, where that is not the teacher: a run, a diffusers folder or a Hub name, with a network of
-            the teacher's class and size, such as a student of few steps, or a fine-tune. What it says (eps, v, x0) stays
-            as it is there. Networks that follow the student start as the teacher. Not with ``lora_rank``.
+        start: what it starts as, where that is not the teacher: a run, a diffusers folder or a Hub name, with a network
+            of the teacher's class and size, such as a student of few steps, or a fine-tune. What it says (eps, v, x0)
+            stays as it is there. Networks that follow the student start as the teacher. Not with ``lora_rank``.
         lora_rank: rank of the adapter that is trained; 0 trains the whole network. Networks that follow the student
             are then adapters, too, all on the teacher's one network (stepdistill/networks/roles.py).
         base: how the network under the adapters is held, the teacher's own: ``auto`` as the teacher is, in float32, or
@@ -34,8 +34,9 @@ class StudentOptions(Section):
         lora_alpha: the adapters' scale is alpha / rank; None means alpha = rank.
         freeze: what of its network stays as it starts: parts of names of parameters, or a level of its family:
             ``level-1`` is convolutions inside of blocks and what attention or a transformer's block ends with,
-            ``level-2`` also queries, keys and values, ``level-3`` also skips (Zheng and Yang 2024, 2405.20750). Frozen
-            weights have no gradient and no optimiser. Not with ``lora_rank``, which trains none of them.
+            ``level-2`` also queries, keys and values, ``level-3`` also skips (Zheng and Yang 2024, 2405.20750);
+            ``all-but-prompts``, of a UNet, is all but the keys and values of attention to prompts (Kumari et al. 2022,
+            2212.04488). Frozen weights have no gradient and no optimiser. Not with ``lora_rank``, which trains none.
         output: what its network says. ``teacher``: the same as the teacher's; ``v`` or ``x0``: that, after a short
             data-free stage that turns the teacher's network (stepdistill/training/output_matching.py); ``auto``: v
             where the teacher says eps and a one-step student is called near pure noise.
@@ -99,6 +100,9 @@ class DataOptions(Section):
         pairs_dtype: what pairs and their states are kept in: ``float32``, or half the bytes, ``bf16`` or ``float16``.
         rich: a .jsonl, .json, .csv or .tsv with a "prompt" and its "rich" caption in each row, for methods whose
             teacher is told more than the student (self_opd). A prompt that it has not is its own rich caption.
+        placeholder_token: a word that the text encoders do not know and are to learn, such as ``<concept>``, for
+            methods that train one (echo); captions of ``images`` have it, see networks/concept.py.
+        initializer_token: a word that they know, as which it starts, such as ``dog``.
         partition: how the prompts are shared out to several students, each of which learns one part and is joined with
             the others by ``stepdistill join``: ``hash``, ``consecutive`` stretches, the Unicode ``groups`` of the
             embedded captions, or a file with a line for each prompt that names its key, see data/partition.py.
@@ -118,6 +122,8 @@ class DataOptions(Section):
     buckets: bool = False
     pairs_dtype: Literal["float32", "bf16", "float16"] = "float32"
     rich: str | None = None
+    placeholder_token: Annotated[str, Field(min_length=1, pattern=r"^\S+$")] | None = None
+    initializer_token: Annotated[str, Field(min_length=1)] | None = None
     route: dict[str, str] = Field(default_factory=dict)
     partition: str = "hash"
     part: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = None

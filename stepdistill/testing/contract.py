@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.path import FlowPath
+from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import NEEDS, Method
+from stepdistill.losses.looks import Eye, Looks
 from stepdistill.losses.rewards import Rewards
 from stepdistill.methods import find_method
+from stepdistill.networks.concept import Concept
 from stepdistill.networks.roles import Copies
 from stepdistill.testing.toys import (
     SHAPE,
@@ -49,6 +52,23 @@ def reward(method: Method) -> None:
         method.rewards = Rewards(lambda x0: x0, (nearness,))
 
 
+def concept(kind: type[Method]) -> Concept | None:
+    """A word whose row moves the states that a toy's network is called with."""
+    if "concept" not in kind.Options().needs:
+        return None
+    row = nn.Parameter(torch.full((2,), 0.1))
+    return Concept([row], ["a", "b"], lambda texts: Condition({"moved": row.expand(len(texts), 2)}))
+
+
+def looks(kind: type[Method]) -> Looks | None:
+    """Pictures of the two numbers of a sample, and a network that sees them as they are."""
+    if "looks" not in kind.Options().needs:
+        return None
+    return Looks(
+        lambda x0: x0.view(-1, 2, 1, 1).expand(-1, 2, 4, 4), {"own": Eye(lambda x: x.mean((2, 3)), 2)}
+    )
+
+
 def build(name: str, times: tuple[float, ...] | None = None) -> Method:
     """A method with its default options, between a perceptron that teaches and one that learns.
 
@@ -62,7 +82,9 @@ def build(name: str, times: tuple[float, ...] | None = None) -> Method:
     kind = find_method(name)
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    method = kind(Copies(teacher, student), times or kind.default_times, kind.Options())
+    roles = Copies(teacher, student)
+    roles.concept = concept(kind)
+    method = kind(roles, times or kind.default_times, kind.Options(), looks(kind))
     reward(method)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # off the start, where a copy of the teacher may make a loss exactly zero

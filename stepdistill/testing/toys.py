@@ -62,6 +62,8 @@ class ToyFamily(Family):
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         t = (time + 1) / self.steps if self.steps else time
+        if (moved := cond.get("moved")) is not None:  # a condition [B, 2] that every network reads
+            x_t = x_t + moved.view_as(x_t)
         return net(x_t, t, cond)  # type: ignore[no-any-return]
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
@@ -260,7 +262,7 @@ def toy_batch(
         SHAPE,
         Condition(),
         torch.arange(count),
-        images=None if images is None else Examples(images, Condition()),
+        images=None if images is None else Examples(images, Condition(), number=torch.arange(count) % 2),
         pairs=None if pairs is None else Examples(pairs(z), Condition(), z),
         rich=Condition(),
     )

@@ -44,11 +44,12 @@ from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import say
 from stepdistill.system.provenance import provenance
 from stepdistill.training.buckets import buckets_for, check_calls, check_heads
-from stepdistill.training.chosen_terms import chosen_rewards, chosen_terms
+from stepdistill.training.chosen_terms import chosen_looks, chosen_rewards, chosen_terms
 from stepdistill.training.further_teachers import check_several, further_teachers, route_of
 from stepdistill.training.guidance import with_guidance_of
 from stepdistill.training.identity import ResolvedRecipe
 from stepdistill.training.memory_needed import warn_of_memory
+from stepdistill.training.new_word import check_word, new_word
 from stepdistill.training.optimizers import check_optimizer
 from stepdistill.training.parallel import check_shared_heads
 from stepdistill.training.roles import roles_for, teacher_type
@@ -101,7 +102,10 @@ class Assembled:
     began: float
 
     def shown(self, count: int) -> list[str]:
-        """Prompts spread over all that it learns, for pictures."""
+        """Prompts spread over all that it learns, for pictures; a caption with the word that it learns is the first."""
+        if (concept := self.method.roles.concept) is not None:
+            others = (self.prompts[i * len(self.prompts) // count] for i in range(1, count))
+            return [concept.captions[0], *others]
         if self.part is not None:
             return [self.prompts[int(self.part[i * len(self.part) // count])] for i in range(count)]
         return [self.prompts[i * len(self.prompts) // count] for i in range(count)]
@@ -144,6 +148,7 @@ def assemble(
             f"{recipe.method} compares samples of one prompt, and train.group is 1: set it to how many samples each "
             "prompt has in a batch, such as 8"
         )
+    check_word(recipe, "concept" in needs)
     source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
     family = family_in(recipe.family) if recipe.family else None
     loaded = pipeline or load_teacher(recipe.teacher, family=family)
@@ -221,7 +226,9 @@ def assemble(
     roles.route = route_of(recipe, teacher, others, prompts)
     for net in (*roles.stored().values(), teacher.start.net):
         fit_attention(kernel, net, device)
-    method: Method = kind(roles, times, options).to(device)
+    roles.concept = new_word(recipe, teacher) if "concept" in needs else None
+    looks = chosen_looks(recipe, options, teacher) if "looks" in needs else None
+    method: Method = kind(roles, times, options, looks).to(device)
     check_weights(train, recipe.student.base, method)
     if recipe.student.freeze and method.student.experts:
         raise UserError(

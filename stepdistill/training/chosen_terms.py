@@ -9,8 +9,11 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.features.clip import ClipFeatures
+from stepdistill.features.dino import DinoFeatures
 from stepdistill.features.load import load_features
+from stepdistill.losses.contract import MethodOptions
 from stepdistill.losses.latent_reward import LatentReward, LatentRewardTerm
+from stepdistill.losses.looks import Eye, Looks
 from stepdistill.losses.reward_term import RewardOptions, RewardTerm
 from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm, Term
@@ -24,7 +27,7 @@ def _decoder(recipe: Recipe, teacher: PipelineTeacher) -> Callable[[Tensor], Ten
     """Clean latents to pictures [B, 3, H, W] in [0, 1], with a graph; of a video its middle frame."""
     if not teacher.family.differentiable:
         raise UserError(
-            "terms.perceptual_weight, terms.reward_weight and methods that read a reward need gradients through the "
+            "terms.perceptual_weight, terms.reward_weight and methods that look at pictures need gradients through the "
             f"decoder, and {recipe.teacher} was recorded, which decodes by a draw of its pipeline: do without"
         )
     codec = teacher.codec
@@ -40,6 +43,24 @@ def chosen_rewards(recipe: Recipe, teacher: PipelineTeacher, prompts: Sequence[s
     """What the recipe's ``terms.reward`` names."""
     decode, device = _decoder(recipe, teacher), teacher.device
     return Rewards(decode, tuple(make_reward(name, device, prompts) for name in recipe.terms.rewards))
+
+
+def chosen_looks(recipe: Recipe, options: MethodOptions, teacher: PipelineTeacher) -> Looks:
+    """What the networks see that a method's options name."""
+    eyes = {}
+    for spec, key in options.networks.items():
+        network = load_features(spec, device=teacher.device)
+        if not isinstance(network, ClipFeatures | DinoFeatures):
+            raise UserError(
+                f"{key} has {spec}, which gives no gradient to its pictures: take emoji, clip:FOLDER or dinov2:FOLDER"
+            )
+        eyes[spec] = Eye(_of_unit_pixels(network), network.dimension)
+    return Looks(_decoder(recipe, teacher), eyes)
+
+
+def _of_unit_pixels(network: ClipFeatures | DinoFeatures) -> Callable[[Tensor], Tensor]:
+    """A network's features of pictures in [0, 1]."""
+    return lambda pictures: network.embed(255 * pictures)
 
 
 def _reward_term(

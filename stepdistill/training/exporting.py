@@ -66,6 +66,10 @@ def card(run: Assembled, starts: Sequence[Start], scores: str = "", health: Heal
     if (prompts := prompts_of(run)) is not None:
         learnt = f"`{Path(prompts.file).name}`" if prompts.file else "the teacher's own"
         facts["prompts"] = f"{learnt}, {prompts.count:,}, SHA-256 `{prompts.sha256[:16]}`"
+    if (word := run.recipe.data.placeholder_token) is not None:
+        facts["new word"] = (
+            f"`{word}`, a token of its tokenizer, learnt from {Path(str(run.recipe.data.images)).name}"
+        )
     if health is not None:
         facts["health"] = health.line()
     if starts[1:]:
@@ -102,6 +106,7 @@ def export_student(
         card(run, starts, scores, health),
         source=run.source,
         options=run.recipe.export,
+        concept=run.method.roles.concept,
     )
 
 

@@ -80,6 +80,9 @@ def training_data(run: Assembled, output: Path) -> Data:
     if accelerator.device.type != "cpu":
         # Every prompt is encoded; pictures bring encoders and decoder back.
         terms = recipe.terms
-        decodes = bool({"images", "reward"} & run.needs) or terms.perceptual_weight or terms.reward_weight
-        run.teacher.codec.release("text") if decodes else run.teacher.codec.release("text", "vae")
+        decodes = (
+            bool({"images", "reward", "looks"} & run.needs) or terms.perceptual_weight or terms.reward_weight
+        )
+        away = [] if run.method.roles.concept else ["text"]  # what learns a word is called at every update
+        run.teacher.codec.release(*away, *([] if decodes else ["vae"]))
     return data

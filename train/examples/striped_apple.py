@@ -1,10 +1,11 @@
 """A new concept by rule, and its measure: an apple with blue stripes that no caption of the embedded teacher has.
 
 python train/examples/striped_apple.py make runs/striped_apple       # images with captions, and all other captions
+python train/examples/striped_apple.py word runs/striped_word        # the same, with a new word in the captions
 python train/examples/striped_apple.py measure runs/lcm_emoji runs/striped_apple_student
 
 A picture is a hit where the stripes' frequency, along x, stands out of its red against blue at least half as much as it
-does in the images themselves. ``make`` also prints how many of those the VAE alone leaves hits.
+does in the images themselves. Students draw in their own steps. ``make`` also prints how many of those the VAE alone leaves hits.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stepdistill.families.size import Size
+from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.loading import load_pipeline, load_teacher
+from stepdistill.networks.own_call import own_call
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.emoji import emoji_captions, emoji_images
 
+WORD = "<striped>"
 CAPTION, PERIOD, TURNS = "striped red apple", 12, (-20, -10, 0, 10, 20)
 Pixels = NDArray[np.uint8]
 
@@ -57,11 +61,11 @@ def level() -> float:
     return 0.5 * float(np.mean([stripes(each) for each in apples()]))
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, caption: str = CAPTION) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i, pixels in enumerate(apples()):
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
-        (folder / "images" / f"{i}.txt").write_text(CAPTION + "\n")
+        (folder / "images" / f"{i}.txt").write_text(caption + "\n")
     (folder / "others.txt").write_text("\n".join(emoji_captions()) + "\n")
     codec = PipelineTeacher(load_teacher("emoji"), size=Size(32, 32)).codec
     pixels = torch.from_numpy(np.stack(apples())).permute(0, 3, 1, 2)[:, None] / 127.5 - 1
@@ -74,9 +78,12 @@ def make(folder: Path) -> None:
     )
 
 
-def measure(student: str, count: int = 64, steps: int = 4) -> None:
+def measure(student: str, count: int = 64) -> None:
     pipe, _ = load_pipeline(student)
-    for caption in (CAPTION, "red apple"):
+    own = own_call(find_pipeline(student))
+    steps = own.steps if own else 4
+    knows = WORD in pipe.tokenizer.get_vocab()
+    for caption in (CAPTION.replace("striped", WORD) if knows else CAPTION, "red apple"):
         scores = []
         for seed in range(count):
             generator = torch.Generator().manual_seed(seed)
@@ -90,4 +97,7 @@ def measure(student: str, count: int = 64, steps: int = 4) -> None:
 if __name__ == "__main__":
     what, *places = sys.argv[1:]
     for place in places:
-        make(Path(place)) if what == "make" else measure(place)
+        if what == "measure":
+            measure(place)
+        else:
+            make(Path(place), CAPTION.replace("striped", WORD) if what == "word" else CAPTION)
