@@ -122,6 +122,14 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/methods/self_e.py": ["tests/methods/test_self_e.py", OF_FLOWS],
     "stepdistill/losses/rollout.py": ["tests/losses/test_rollout.py", "tests/methods/test_opd.py"],
     "stepdistill/methods/self_opd.py": ["tests/methods/test_self_opd.py", OF_POLICY],
+    "stepdistill/methods/echo.py": ["tests/methods/test_echo.py", "tests/methods/test_options_further.py"],
+    "stepdistill/losses/likeness.py": ["tests/methods/test_echo.py"],
+    "stepdistill/losses/picture_gan.py": [
+        "tests/methods/test_echo.py",
+        "tests/methods/test_options_further.py",
+    ],
+    "stepdistill/networks/concept.py": ["tests/training/test_new_word.py"],
+    "stepdistill/training/student_start.py": ["tests/training/test_student_start.py"],
     "stepdistill/methods/crd.py": ["tests/methods/test_crd.py", OF_POLICY],
     "stepdistill/methods/gndmr.py": ["tests/methods/test_gndmr.py", OF_POLICY],
     "stepdistill/losses/groups.py": [

@@ -101,6 +101,7 @@ class Trained:
         role: whose weights, by its name in ``Method.roles``; None for none.
         extra: weights beside them that are no role's, such as a head.
         follows: whether it follows the student's samples: terms, ``train.lr_of`` and averages are not for it.
+        of_data: of such a one, whether it learns data instead, so that nobody expects it to know those samples.
         features_only: whether features of the role are all that is read: what lies behind them gets no gradient.
         span: the calls of a drawing, from the first to before the second, that it makes; None for all of them, and for
             what makes none.
@@ -109,6 +110,7 @@ class Trained:
     role: str | None = None
     extra: nn.Module | None = None
     follows: bool = False
+    of_data: bool = False
     features_only: bool = False
     span: tuple[int, int] | None = None
 
@@ -262,6 +264,11 @@ class Method(nn.Module, ABC):
             UserError: options that do not go together, or not with the times.
         """
         return None
+
+    @property
+    def leaves_teacher(self) -> bool:
+        """Whether the student is led to other samples than the teacher's, so that no watch should hold it to them."""
+        return False
 
     @property
     def teacher(self) -> Teacher:

@@ -85,7 +85,7 @@ class Echo(Method):
     def trained(self) -> dict[str, Trained]:
         return {
             "student": Trained("student"),
-            "learner": Trained("learner", follows=True),
+            "learner": Trained("learner", follows=True, of_data=True),
             "word": Trained(extra=self.concept, follows=True),
             "discriminator": Trained(extra=self.gan, follows=True),
         }

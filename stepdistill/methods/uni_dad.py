@@ -61,8 +61,12 @@ class UniDAD(ScoreMethod):
         self.gan = FeatureGan(self.fake, deep=True) if self.options.adversarial_weight else None
         self.target = self.roles.add("target") if self.options.target_share else None
 
+    @property
+    def leaves_teacher(self) -> bool:
+        return self.target is not None
+
     def trained(self) -> dict[str, Trained]:
-        target = {"target": Trained("target", follows=True)} if self.target else {}
+        target = {"target": Trained("target", follows=True, of_data=True)} if self.target else {}
         return {**super().trained(), **target}
 
     def turn(self, step: int) -> Turn:

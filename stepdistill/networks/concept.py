@@ -71,8 +71,7 @@ class NewWord(Concept):
         captions: texts that have it, some of them at least.
 
     Raises:
-        UserError: the pipeline has no text encoders, or their derivative is none; the word is known, or not kept whole
-            by a tokenizer; no caption has it.
+        UserError: the pipeline has no text encoders, or their derivative is none; the word is known; no caption has it.
     """
 
     def __init__(self, teacher: PipelineTeacher, token: str, like: str, captions: Sequence[str]) -> None:
@@ -113,8 +112,8 @@ class NewWord(Concept):
             said = self.encode(torch.tensor([next(i for i, text in enumerate(captions) if token in text)]))
         if not any(value.requires_grad for value in said.tensors.values()):
             raise UserError(
-                f"{KEYS[0]} is {token}, but the text encoder of {family.name} pipelines is called without a "
-                "derivative, so that no word can be learnt in it"
+                f"{KEYS[0]} is {token}, but what {type(pipe).__name__} says of a prompt has no derivative in a word, "
+                "so that none can be learnt"
             )
 
     @torch.no_grad()
@@ -141,15 +140,11 @@ def _added(tokenizer: Any, table: nn.Embedding, token: str, like: str, name: str
         raise UserError(
             f"{KEYS[1]} is {like!r}, in which {name} finds no word: give one that it knows, such as cat"
         )
-    if not tokenizer.add_tokens([token]):
+    if len(numbers(token)) == 1 or not tokenizer.add_tokens([token]):
         raise UserError(
             f"{KEYS[0]} is {token}, which {name} knows already: give another, such as <{token.strip('<>')}-1>"
         )
     number = int(tokenizer.convert_tokens_to_ids(token))
-    if number not in numbers(f"a {token} here"):
-        raise UserError(
-            f"{KEYS[0]} is {token}, which {name} does not keep whole: write it in small letters, such as <concept>"
-        )
     return number, table.weight.detach()[start].mean(0)
 
 

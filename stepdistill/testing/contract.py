@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import NEEDS, Method
+from stepdistill.losses.contract import NEEDS, Method, MethodOptions
 from stepdistill.losses.looks import Eye, Looks
 from stepdistill.losses.rewards import Rewards
 from stepdistill.methods import find_method
 from stepdistill.networks.concept import Concept
-from stepdistill.networks.roles import Copies
+from stepdistill.networks.roles import Copies, Roles
 from stepdistill.testing.toys import (
     SHAPE,
     Mixture,
@@ -46,27 +46,20 @@ def nearness(images: Tensor, prompt: Tensor) -> Tensor:
     return -(images - 1).square().flatten(1).mean(1)
 
 
-def reward(method: Method) -> None:
-    """Gives a method that reads rewards one that likes samples near a point."""
-    if "reward" in method.options.needs:
+def equipped(kind: type[Method], roles: Roles, times: tuple[float, ...], options: MethodOptions) -> Method:
+    """A method with all that it asks a run for beside data: a reward that likes samples near a point, a word whose one
+    row moves the states that toys are called with, and a network that sees a sample's two numbers as they are."""
+    looks, needs = None, options.needs
+    if "concept" in needs:
+        row = nn.Parameter(torch.full((2,), 0.1))
+        roles.concept = Concept([row], "ab", lambda texts: Condition({"moved": row.expand(len(texts), 2)}))
+    if "looks" in needs:
+        own = Eye(lambda pictures: pictures.mean((2, 3)), 2)
+        looks = Looks(lambda x0: x0.view(-1, 2, 1, 1).expand(-1, 2, 4, 4), {"own": own})
+    method = kind(roles, times, options, looks)
+    if "reward" in needs:
         method.rewards = Rewards(lambda x0: x0, (nearness,))
-
-
-def concept(kind: type[Method]) -> Concept | None:
-    """A word whose row moves the states that a toy's network is called with."""
-    if "concept" not in kind.Options().needs:
-        return None
-    row = nn.Parameter(torch.full((2,), 0.1))
-    return Concept([row], ["a", "b"], lambda texts: Condition({"moved": row.expand(len(texts), 2)}))
-
-
-def looks(kind: type[Method]) -> Looks | None:
-    """Pictures of the two numbers of a sample, and a network that sees them as they are."""
-    if "looks" not in kind.Options().needs:
-        return None
-    return Looks(
-        lambda x0: x0.view(-1, 2, 1, 1).expand(-1, 2, 4, 4), {"own": Eye(lambda x: x.mean((2, 3)), 2)}
-    )
+    return method
 
 
 def build(name: str, times: tuple[float, ...] | None = None) -> Method:
@@ -82,10 +75,7 @@ def build(name: str, times: tuple[float, ...] | None = None) -> Method:
     kind = find_method(name)
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
-    roles = Copies(teacher, student)
-    roles.concept = concept(kind)
-    method = kind(roles, times or kind.default_times, kind.Options(), looks(kind))
-    reward(method)
+    method = equipped(kind, Copies(teacher, student), times or kind.default_times, kind.Options())
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # off the start, where a copy of the teacher may make a loss exactly zero
         for parameter in weights_of(method):

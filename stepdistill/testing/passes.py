@@ -15,7 +15,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import Method, MethodOptions
 from stepdistill.networks.passes import WITH, WITHOUT, Passes
 from stepdistill.networks.roles import Copies
-from stepdistill.testing.contract import batch_for, reward
+from stepdistill.testing.contract import batch_for, equipped
 from stepdistill.testing.toys import Perceptron, ToyChanges, ToyFamily, ToyTeacher, toy_student
 from stepdistill.training.parallel import take_turn
 
@@ -72,8 +72,7 @@ def passes_of_training(
     path = path or FlowPath()
     student = toy_student(Perceptron(seed=1), path, "v")
     student.family = AnyFamily(path)
-    method = kind(Copies(Guided(path), student), tuple(times), options)
-    reward(method)
+    method = equipped(kind, Copies(Guided(path), student), tuple(times), options)
     steps: dict[tuple[str, str], list[int]] = defaultdict(list)
     for step in range(updates):
         steps[method.turn(step).network, method.phase(step)].append(step)

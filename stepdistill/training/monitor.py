@@ -28,7 +28,7 @@ from stepdistill.training.movement import Movement, names_of
 from stepdistill.training.parallel import Parallel
 from stepdistill.training.probe import LEVELS, Probe
 from stepdistill.training.run import Run
-from stepdistill.training.signs import PREFIX, SIGNS, Trouble, growth
+from stepdistill.training.signs import OF_THE_TEACHERS, PREFIX, SIGNS, Trouble, growth
 from stepdistill.training.unread import Row
 
 WINDOW = 8
@@ -166,10 +166,12 @@ class Monitor:
 
     def _judged(self, seen: dict[str, float], step: int) -> list[Trouble]:
         found: list[Trouble] = []
+        passed_over = OF_THE_TEACHERS if self._run.objective.method.leaves_teacher else frozenset()
 
         def judge(
             sign: SignName, key: str, value: float, bad: bool, network: str = "", where: str = ""
         ) -> None:
+            bad = bad and sign not in passed_over
             enough = bad and self._seen_often(f"{sign} {key}", SIGNS[sign].looks)
             if not bad:
                 self._suspected.pop(f"{sign} {key}", None)

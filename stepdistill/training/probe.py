@@ -68,7 +68,8 @@ class Probe:
         self.t = torch.tensor(levels, device=device).repeat(two)[:few]
         self.eps = Draws(seed, 0, 0, few, device).normal("health level", self.shape)
         spans = [one.span for one in objective.trained.values() if not one.follows]
-        followers = {k: one for k, one in objective.trained.items() if one.follows and one.role is not None}
+        roles = {k: one for k, one in objective.trained.items() if one.follows and one.role is not None}
+        followers = {k: one for k, one in roles.items() if not one.of_data}
         # A follower of samples that are drawn by several networks may follow what only some of them drew.
         self.followers: dict[str, str] = (
             {} if any(spans) else {k: str(one.role) for k, one in followers.items()}

@@ -168,6 +168,10 @@ SIGNS: Mapping[SignName, Sign] = MappingProxyType(
 )
 
 
+OF_THE_TEACHERS: frozenset[SignName] = frozenset({"away", "oversaturation", "spectrum", "drift"})
+"""Signs that the student's samples are not as the teacher's, which one that is led elsewhere need not be."""
+
+
 @dataclass(frozen=True)
 class Trouble:
     """A sign that was seen.

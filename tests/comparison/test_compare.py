@@ -392,8 +392,8 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
     assert len(set(methods)) == len(methods)
     said = [line for line in wanted.remarks if line.startswith("left out: ")]
     # No prompts of colours and no images of a domain are there.
-    assert [line.split(": ")[1] for line in said] == ["crd_emoji", "uni_dad_emoji"]
-    assert {*methods, *wanted.without_recipe, "crd", "uni_dad"} == set(module_summaries("methods"))
+    assert [line.split(": ")[1] for line in said] == ["crd_emoji", "echo_emoji", "uni_dad_emoji"]
+    assert {*methods, *wanted.without_recipe, "crd", "echo", "uni_dad"} == set(module_summaries("methods"))
     with pytest.raises(UserError, match=r"uni_dad_emoji: data\.images: runs/night is not a folder"):
         planning.plan("lcm,uni_dad", "emoji")
     with pytest.raises(UserError, match=r"train\.bach"):

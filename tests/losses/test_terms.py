@@ -28,7 +28,7 @@ from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.testing.contract import reward
+from stepdistill.testing.contract import equipped
 from stepdistill.testing.toys import (
     Gaussian,
     GaussianFlowMap,
@@ -51,9 +51,8 @@ PATH = FlowPath()
 def plain(name="reflow", times=(1.0,)):
     kind = find_method(name)
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
-    method = kind(Copies(teacher, toy_student(Perceptron(seed=1), PATH, "velocity")), times, kind.Options())
-    reward(method)
-    return method
+    roles = Copies(teacher, toy_student(Perceptron(seed=1), PATH, "velocity"))
+    return equipped(kind, roles, times, kind.Options())
 
 
 def batch(step=0):

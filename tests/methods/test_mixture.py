@@ -140,8 +140,8 @@ ON_TABLE = {
 }
 
 
-OF_MANY_STEPS = {"crd", "internalise"}
-"""Methods that make another teacher, and no steps fewer."""
+NO_FEWER_STEPS = {"crd", "echo", "internalise"}
+"""Methods that make another teacher, or teach a student something else."""
 
 
 def gap_closed(name: str, sign: float = 1.0, setting: Setting | None = None, teacher: Any = None) -> float:
@@ -155,7 +155,7 @@ def gap_closed(name: str, sign: float = 1.0, setting: Setting | None = None, tea
     return 1 - after / before
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if name not in OF_MANY_STEPS])
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in NO_FEWER_STEPS])
 def test_a_method_closes_half_the_gap_to_the_mixture(name: str) -> None:
     assert gap_closed(name) > 0.5
 

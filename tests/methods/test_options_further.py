@@ -10,12 +10,27 @@ import torch
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.methods import find_method
 from stepdistill.networks.roles import Copies
-from stepdistill.testing.contract import batch_for, reward
+from stepdistill.testing.contract import batch_for, equipped
 from stepdistill.testing.toys import Perceptron, ToyTeacher, toy_student
 
 UPDATES = 24
 PARTS = {"regression_updates": (2,), "trajectory_updates": 2, "relaxed_updates": 2}
 FURTHER: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
+    "echo": {
+        "identity_weight": (2.0, {}),
+        "squared_weight": (1.0, {}),
+        "wasserstein_weight": (1.0, {}),
+        "adversarial_weight": (1.0, {}),
+        "keep_weight": (0.2, {}),
+        "prior_weight": (0.2, {}),
+        "echo_share": (1.0, {"echo_after": 4, "echo_floor": -1.0}),
+        "echo_after": (8, {"echo_after": 4, "echo_floor": -1.0}),
+        "echo_floor": (1.0, {"echo_after": 4, "echo_floor": -1.0}),
+        "learner_lr_ratio": (2.0, {}),
+        "word_lr_ratio": (2.0, {}),
+        "discriminator_lr_ratio": (2.0, {}),
+        "renoise": (True, {}),
+    },
     "gdd": {
         "discriminator_updates": (3, {}),
         "discriminator_lr_ratio": (2.0, {}),
@@ -93,10 +108,11 @@ FURTHER: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
 }
 
 OWN_TEST = {
+    "echo": {"features"},  # of networks that a run loads
     "opd": {"guidance_of", "anchor_weight"},  # of several teachers
     "self_opd": {"early_decay", "early_updates", "target_decay"},  # of a teacher that rich captions tell more
 }
-"""Options that tests/methods/test_opd.py and test_self_opd.py move."""
+"""Options that tests/methods/test_echo.py, test_opd.py and test_self_opd.py move."""
 
 
 def made(name: str, options: dict[str, Any]) -> Any:
@@ -104,9 +120,7 @@ def made(name: str, options: dict[str, Any]) -> Any:
     teacher = ToyTeacher(Perceptron(seed=0), path, "velocity", unguided=Perceptron(seed=2))
     student = toy_student(Perceptron(seed=1), path, "velocity")
     times = (1.0, 0.5) if len(kind.default_times) == 1 else kind.default_times
-    method = kind(Copies(teacher, student), times, kind.Options(**options))
-    reward(method)
-    return method
+    return equipped(kind, Copies(teacher, student), times, kind.Options(**options))
 
 
 def short_training(method: Any) -> tuple[list[tuple[str, float, float]], object]:

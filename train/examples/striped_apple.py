@@ -5,7 +5,8 @@ python train/examples/striped_apple.py word runs/striped_word        # the same,
 python train/examples/striped_apple.py measure runs/lcm_emoji runs/striped_apple_student
 
 A picture is a hit where the stripes' frequency, along x, stands out of its red against blue at least half as much as it
-does in the images themselves. Students draw in their own steps. ``make`` also prints how many of those the VAE alone leaves hits.
+does in the images themselves; students draw in their own steps. ``make`` also prints how many of the images the VAE
+alone leaves hits.
 """
 
 from __future__ import annotations
