@@ -48,18 +48,18 @@ class Echo(Method):
 
         pairs: int = 512  # the teacher's samples of other prompts
         features: tuple[str, ...] = ("emoji",)  # image networks: of identity the first, of the adversary all
-        identity_weight: Weight = 1.0
-        squared_weight: Weight = 0.1
-        wasserstein_weight: Weight = 0.1
-        adversarial_weight: Weight = 0.05
+        identity_weight: Weight = 1.0  # of the cosine in the first of the features
+        squared_weight: Weight = 0.1  # of latents
+        wasserstein_weight: Weight = 0.1  # of patches
+        adversarial_weight: Weight = 0.05  # of passing for images
         keep_weight: Weight = 1.0  # of staying as it was on other prompts
         prior_weight: Weight = 1.0  # of the learner's, on the teacher's samples
         echo_share: Annotated[float, Field(ge=0, le=1)] = 0.25  # of images that are the student's
         echo_after: Annotated[int, Field(ge=0)] = 800  # updates without
         echo_floor: Annotated[float, Field(ge=-1, le=1)] = 0.5  # least cosine to what it replaces
-        learner_lr_ratio: PositiveFloat = 1.0  # learning rates over train.lr
-        word_lr_ratio: PositiveFloat = 1.0
-        discriminator_lr_ratio: PositiveFloat = 1.0
+        learner_lr_ratio: PositiveFloat = 1.0  # learning rate of the teacher over train.lr
+        word_lr_ratio: PositiveFloat = 1.0  # of the word
+        discriminator_lr_ratio: PositiveFloat = 1.0  # of the heads
         renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
 
         @property

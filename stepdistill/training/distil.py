@@ -16,6 +16,7 @@ from stepdistill.recipes.recipe import DEFAULT_METHOD, Recipe, load_recipe
 from stepdistill.system.log import say
 from stepdistill.system.processes import launched, told
 from stepdistill.system.run_folder import RunFolder, RunStatus
+from stepdistill.system.whole import load_whole
 from stepdistill.training.identity import ResolvedRecipe, changes, resolve, resolved_yaml
 from stepdistill.training.interruption import preemptible
 from stepdistill.training.launcher import as_launched
@@ -149,6 +150,7 @@ def _run(
     from stepdistill.training.tracking import Tracking, check_tracker
     from stepdistill.training.training_data import training_data
 
+    load_whole()
     recipe, place = resolved.recipe, RunFolder(output)
     if resume:
         check_resume(place, recipe)

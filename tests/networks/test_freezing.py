@@ -118,7 +118,7 @@ def test_a_part_that_names_nothing_or_all_is_refused(wanted: list[str], says: st
 
 def test_a_part_is_taken_literally() -> None:
     """`.` is a dot and no pattern; a level alone is one."""
-    assert set(UNet2D.freezable) == {"level-1", "level-2", "level-3"}
+    assert set(UNet2D.freezable) == {"level-1", "level-2", "level-3", "all-but-prompts"}
     roles = roles_of("unet-ddpm")
     with pytest.raises(UserError):
         roles.freeze(["conv.weight.conv"])
