@@ -83,6 +83,8 @@ def training_data(run: Assembled, output: Path) -> Data:
         decodes = (
             bool({"images", "reward", "looks"} & run.needs) or terms.perceptual_weight or terms.reward_weight
         )
-        away = [] if run.method.roles.concept else ["text"]  # what learns a word is called at every update
-        run.teacher.codec.release(*away, *([] if decodes else ["vae"]))
+        if run.method.roles.concept is None:  # what learns a word is called at every update
+            run.teacher.codec.release("text")
+        if not decodes:
+            run.teacher.codec.release("vae")
     return data
