@@ -17,17 +17,22 @@ from faults import FAULTS, Under, one_image, run_with
 from run_toy import HERE, recipe_of
 from safetensors.torch import load_file
 
+from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
+from stepdistill.methods import find_method
+from stepdistill.networks.roles import Copies
 from stepdistill.recipes.health_options import HealthOptions, SignName
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.testing.toys import Perceptron, ToyTeacher, toy_student
 from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import OWN_HASH, checkpoints_in
 from stepdistill.training.health import Seen, looks_of
 from stepdistill.training.identity import resolve
+from stepdistill.training.judging import Judge
 from stepdistill.training.loop import train
 from stepdistill.training.probe import deviation, spread
 from stepdistill.training.run_curves import curves
-from stepdistill.training.signs import SIGNS, growth, plateau
+from stepdistill.training.signs import OF_THE_TEACHERS, SIGNS, growth, plateau
 from stepdistill.training.training_data import training_data
 
 
@@ -344,3 +349,38 @@ def test_what_goes_up_and_down_by_itself_has_not_grown():
     assert growth(before, recent) == 0.0
     assert growth(before, [10 * x for x in recent]) == pytest.approx(10 * 34.6 / 3.65)
     assert growth([1.0] * 9, [9.0] * 8) == 9.0 and growth([0.0] * 9, [9.0] * 8) == 0.0
+
+
+def found_of(judge, **numbers):
+    """Signs that a look finds, whose numbers are those of a healthy run but for some; it looks thrice."""
+    healthy = {
+        "teacher_change": 0.0,
+        "latent_mean": 0.0,
+        "latent_deviation": 1.0,
+        "towards": 0.5,
+        "extremes": 0.01,
+    }
+    judge.of_look({**healthy, "high_frequencies": 1.0}, 0, ["fake"])
+    looks = [judge.of_look({**healthy, **numbers}, step, ["fake"]) for step in (40, 48, 80)]
+    return {trouble.sign for found in looks for trouble in found}
+
+
+def test_a_student_that_is_led_elsewhere_is_not_held_to_its_teacher():
+    numbers = {
+        "latent_mean": 0.9,
+        "towards": -0.5,
+        "extremes": 0.2,
+        "high_frequencies": 2.5,
+        "moved student": 0.2,
+    }
+    assert found_of(Judge(["student"], False), **numbers) == {*OF_THE_TEACHERS, "rate"}
+    assert found_of(Judge(["student"], True), **numbers) == {"rate"}
+    kind = find_method("uni_dad")
+    path = FlowPath()
+    for share in (0.25, 0.0):
+        roles = Copies(
+            ToyTeacher(Perceptron(), path, "velocity"), toy_student(Perceptron(seed=1), path, "velocity")
+        )
+        method = kind(roles, (1.0,), kind.Options(target_share=share))
+        assert method.leaves_teacher == bool(share)
+        assert all(one.of_data == (name == "target") for name, one in method.trained().items())
