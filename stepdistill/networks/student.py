@@ -23,7 +23,13 @@ SecondTime = Literal["embedded", "late_blocks"]
 
 
 class Student(Denoiser):
-    """The network that is distilled: of its own weights, or an adapter on the teacher's."""
+    """The network that is distilled: of its own weights, or an adapter on the teacher's.
+
+    Attributes:
+        start: what it started as, where that is not the teacher.
+    """
+
+    start: str | None = None
 
     @staticmethod
     def from_teacher(teacher: Teacher) -> Student:
@@ -112,6 +118,11 @@ class Student(Denoiser):
             UserError: where the family has no smaller network, nothing would get smaller, or the student is a LoRA.
         """
         self._refuse_lora("a smaller student has new weights", "")
+        if self.start is not None:
+            raise UserError(
+                f"student.start is {self.start}, but options.width={width:g} and options.depth={depth:g} give the "
+                "student a new network: set both to 1, and it keeps that of student.start, whatever its size"
+            )
         self._refuse_several("a smaller student has new weights")
         self.net = self.family.changes.slimmer(self.net, width, depth)
 

@@ -23,8 +23,8 @@ class StudentOptions(Section):
         times: instead of steps, where it jumps from, descending in (0, 1]. A first time below 1 is for
             dmd, sid, sim, diff_instruct and f_distill on a discrete table: the network gets pure noise there.
         start: what it starts as, where that is not the teacher: a run, a diffusers folder or a Hub name, with a network
-            of the teacher's class and size, such as a student of few steps, or a fine-tune. What it says (eps, v, x0)
-            stays as it is there. Networks that follow the student start as the teacher. Not with ``lora_rank``.
+            of the teacher's class, such as a student of few steps, a smaller one, or a fine-tune. What it says (eps, v,
+            x0) stays as it is there. Networks that follow the student start as the teacher. Not with ``lora_rank``.
         lora_rank: rank of the adapter that is trained; 0 trains the whole network. Networks that follow the student
             are then adapters, too, all on the teacher's one network (stepdistill/networks/roles.py).
         base: how the network under the adapters is held, the teacher's own: ``auto`` as the teacher is, in float32, or

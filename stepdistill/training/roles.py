@@ -49,7 +49,7 @@ def roles_for(
     """
     own, student = teacher.denoiser.output, recipe.student
     if student.start is not None:
-        begun = started_student(recipe, kind, options, teacher, told=accelerator.is_main_process)
+        begun = started_student(recipe, options, teacher, told=accelerator.is_main_process)
         return _ready(Copies(teacher, begun), recipe, kind, times, accelerator)
     output = output_of(student, own, times)
     if kind.own_network and student.output == "auto":

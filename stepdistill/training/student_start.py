@@ -1,4 +1,4 @@
-"""A student that starts as another network than the teacher's: one that draws in few steps already, or a fine-tune."""
+"""A student that starts as another network than the teacher's: of few steps already, smaller, or a fine-tune."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from stepdistill.errors import UserError
 from stepdistill.families import family_in
-from stepdistill.losses.contract import Method, MethodOptions
+from stepdistill.losses.contract import MethodOptions
 from stepdistill.networks.fingerprint import networks_hash
 from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.student import Student
@@ -19,27 +19,20 @@ from stepdistill.system.log import say
 KEY = "student.start"
 
 
-def started_student(
-    recipe: Recipe, kind: type[Method], options: MethodOptions, own: PipelineTeacher, *, told: bool
-) -> Student:
+def started_student(recipe: Recipe, options: MethodOptions, own: PipelineTeacher, *, told: bool) -> Student:
     """The student that ``student.start`` names, in float32, to be trained.
 
     Args:
         recipe: what names it.
-        kind, options: of the method.
+        options: of the method.
         own: the teacher, whose encoders it is told by and whose states it draws.
         told: whether it is said where its text encoder is another.
 
     Raises:
-        UserError: it has other weights, states or another noise schedule than the teacher, or says what the recipe does
-            not ask for; or the method gives its student a network of its own.
+        UserError: it has another network class, other states or another noise schedule than the teacher, or says what
+            the recipe does not ask for.
     """
     place = str(recipe.student.start)
-    if kind.own_network:
-        raise UserError(
-            f"{KEY} is {place}, but {recipe.method} gives its student a network of its own, which starts from nothing: "
-            "leave it out"
-        )
     family = family_in(recipe.family) if recipe.family else None
     try:
         pipe = load_teacher(place, family=family)
@@ -65,7 +58,9 @@ def started_student(
         )
     if told and of_its_own.encoder_fingerprint() != own.encoder_fingerprint():
         say(f"{KEY}: {place} has text encoders of its own, and is told what the teacher's say from here on")
-    return Student.from_teacher(of_its_own)
+    begun = Student.from_teacher(of_its_own)
+    begun.start = place
+    return begun
 
 
 def _another(recipe: Recipe, what: str) -> UserError:
@@ -77,11 +72,8 @@ def _another(recipe: Recipe, what: str) -> UserError:
 
 def _apart(other: PipelineTeacher, own: PipelineTeacher) -> str | None:
     """In what a network cannot start another's student."""
-    weights = tuple(
-        {name: value.shape for name, value in each.denoiser.net.state_dict().items()} for each in (other, own)
-    )
-    if weights[0] != weights[1]:
-        return "network"
+    if type(other.denoiser.net) is not type(own.denoiser.net):
+        return "network class"
     if other.codec.shape != own.codec.shape:
         return "size of states"
     times = torch.linspace(0.05, 1, 20)

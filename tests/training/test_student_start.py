@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from run_toy import HERE
 
 from stepdistill.errors import UserError
+from stepdistill.families._slim_unet import slim_unet
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.emoji import teacher_folder
@@ -106,6 +107,24 @@ def test_a_part_of_it_may_be_frozen(tmp_path: Path, of_v: Path) -> None:
     assert torch.equal(bias(job.student), bias(job.teacher.denoiser) + 0.5)
 
 
+def test_a_smaller_network_may_start_it(tmp_path: Path) -> None:
+    """As a slim student is distilled further, whose class is the teacher's."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(teacher_folder("emoji"), local_files_only=True)
+    pipe.unet = slim_unet(pipe.unet, 0.4, 1.0)
+    pipe.save_pretrained(tmp_path / "slim")
+    recipe = recipe_of(tmp_path, tmp_path / "slim", "options.fake_updates=1")
+    job = assembled(recipe)
+    count = [
+        sum(p.numel() for p in each.net.parameters()) for each in (job.student, job.method.roles["fake"])
+    ]
+    assert count[0] < 0.5 * count[1]
+    train(job.objective, training_data(job, tmp_path), recipe, tmp_path, Accelerator(cpu=True))
+    again = recipe_of(tmp_path, tmp_path / "slim", "options.reflow_updates=1", method="slimflow")
+    assert sum(p.numel() for p in assembled(again).student.net.parameters()) == count[0]
+
+
 def test_what_cannot_start_it_is_refused(tmp_path: Path, of_v: Path) -> None:
     with pytest.raises(
         UserError, match=r"start is .* and lora_rank is 4, but adapters all lie on the teacher's"
@@ -117,8 +136,10 @@ def test_what_cannot_start_it_is_refused(tmp_path: Path, of_v: Path) -> None:
         UserError, match=r"student\.output is x0, but student\.start: .* says v, and stays so"
     ):
         assembled(recipe_of(tmp_path, of_v, "student.output=x0"))
-    with pytest.raises(UserError, match=r"slimflow gives its student a network of its own"):
-        assembled(recipe_of(tmp_path, of_v, method="slimflow"))
+    with pytest.raises(
+        UserError, match=r"options\.width=0\.5 and options\.depth=1 give the student a new network"
+    ):
+        assembled(recipe_of(tmp_path, of_v, "options.width=0.5", method="slimflow"))
     linear = saved(tmp_path / "linear", 0.0, beta_schedule="linear")
     with pytest.raises(UserError, match=r"has another noise schedule than emoji"):
         assembled(recipe_of(tmp_path, linear))
