@@ -13,6 +13,7 @@ saved; all other parts are the teacher's own files.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -65,10 +66,13 @@ def student_pipeline(student: Student, sampler: Sampler, teacher: PipelineTeache
     check_sampler(sampler, student.path, family)
     networks, starts = stock_networks(student, sampler, lambda: teacher.codec.encode(["0"]))
     scheduler = stock_scheduler(sampler, student.path, teacher.pipe.scheduler, family.passes)
-    other = family.student_pipeline(teacher.pipe)
+    other = family.student_pipeline(teacher.pipe, networks[0])
     if other is not None:
         (net,) = networks if len(networks) == 1 else [one_network(networks, starts[:-1])]
-        return getattr(diffusers, other)(**{family.network: net, "scheduler": scheduler})
+        kind = getattr(diffusers, other)
+        parts = {**teacher.pipe.components, family.network: net, "scheduler": scheduler}
+        takes = inspect.signature(kind.__init__).parameters
+        return kind(**{name: part for name, part in parts.items() if name in takes})
     pipe = copy.copy(teacher.pipe)
     pipe.register_modules(scheduler=scheduler)
     if not family.put(pipe, networks, starts):

@@ -235,8 +235,9 @@ class Family(ABC):
         frames = images.transpose(1, 2) if self.video else images[:, None]
         return unit_pixels(frames)
 
-    def student_pipeline(self, pipe: Any) -> str | None:
-        """Class (of a denoiser and a scheduler) a student's pipeline is saved as; None keeps the teacher's."""
+    def student_pipeline(self, pipe: Any, net: nn.Module) -> str | None:
+        """Class that a student's pipeline is saved as, of parts of the teacher's and its network; None keeps the
+        teacher's."""
         return None
 
     def call_prompts(self, pipe: Any, prompts: list[str]) -> list[str]:

@@ -69,9 +69,29 @@ class NetworkChanges:
             f"{type(net).__name__}: set it to embedded"
         )
 
+    def any_step(self, net: nn.Module) -> nn.Module:
+        """The network in a class of diffusers' own that is told the end of a jump: another, with its weights.
+
+        Raises:
+            UserError: where there is no such class.
+        """
+        raise UserError(
+            "options.second_time=stock needs a WanTransformer3DModel, whose AnyFlowTransformer3DModel diffusers has, "
+            f"not a {type(net).__name__}: set it to embedded"
+        )
+
     def has_second_time(self, net: Any) -> bool:
-        """Whether the network is one that :meth:`second_time` or :meth:`late_blocks` made."""
+        """Whether the network is one that :meth:`second_time`, :meth:`late_blocks` or :meth:`any_step` made."""
         return told_of(net) is not None
+
+    def told_ends(self, net: nn.Module) -> bool:
+        """Whether a network with a second time is told its own time at s, and not t - s."""
+        told = told_of(net)
+        return told is not None and bool(told.late)
+
+    def draws_in_any_steps(self, net: nn.Module) -> bool:
+        """Whether a stock pipeline tells the network the ends of its jumps, so that it draws in any number of them."""
+        return False
 
     def fold_second_time(self, net: nn.Module, gap: float | None, call: Callable[[], object]) -> nn.Module:
         """The stock network that says what ``net`` does for a student's own jumps.
@@ -84,9 +104,7 @@ class NetworkChanges:
         Raises:
             UserError: for lengths that differ, where the network can hold but one.
         """
-        told = told_of(net)
-        late = told is not None and told.late
-        return folded_ends(net, call) if late else folded(net, gap, call)
+        return folded_ends(net, call) if self.told_ends(net) else folded(net, gap, call)
 
     def without_variance(self, net: nn.Module) -> nn.Module:
         """The network without the outputs that a family's ``call`` cuts off and the student's pipeline does not."""

@@ -75,7 +75,7 @@ class UNet2D(LabelFamily, UNetFamily):
     pipelines = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
     changes = UNetChanges()
 
-    def student_pipeline(self, pipe: Any) -> str | None:
+    def student_pipeline(self, pipe: Any, net: nn.Module) -> str | None:
         # DDIMPipeline turns every scheduler into DDIM, and DDPMPipeline passes no class labels.
         return "ConsistencyModelPipeline" if self.classes(pipe) else "DDPMPipeline"
 

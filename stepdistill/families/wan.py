@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.families._any_step import PIPELINE, WanChanges, call_any_step, is_any_step
 from stepdistill.families.base import call_default
 from stepdistill.families.condition import Condition
 from stepdistill.families.kinds import VideoFamily
@@ -16,21 +17,21 @@ from stepdistill.families.size import Size
 
 class Wan(VideoFamily):
     name = "Wan 2.1, Wan 2.2"
-    pipelines = ("WanPipeline",)
+    pipelines = ("WanPipeline", PIPELINE)
+    changes = WanChanges()
     blocks = "blocks"
     lora_targets = (*VideoFamily.lora_targets, "ffn.net.0.proj", "ffn.net.2")
 
     def adopt(self, pipe: Any) -> None:
-        if pipe.transformer is None or (
-            pipe.transformer_2 is None and pipe.config.boundary_ratio is not None
-        ):
+        second, ratio = getattr(pipe, "transformer_2", None), pipe.config.get("boundary_ratio")
+        if pipe.transformer is None or (second is None and ratio is not None):
             missing = "transformer" if pipe.transformer is None else "transformer_2"
             raise UserError(
                 f"this WanPipeline has no {missing}, which it calls in a stretch of noise: load it with both networks"
             )
 
     def stretches(self, pipe: Any) -> dict[str, float]:
-        ratio = pipe.config.boundary_ratio  # without one, its call uses the first alone
+        ratio = pipe.config.get("boundary_ratio")  # without one, its call uses the first alone
         if ratio is None:
             return {"transformer": 0.0}
         return {"transformer": ratio * pipe.scheduler.config.num_train_timesteps, "transformer_2": 0.0}
@@ -44,6 +45,9 @@ class Wan(VideoFamily):
         pipe.register_modules(transformer=networks[0], transformer_2=second)
         pipe.register_to_config(boundary_ratio=ratio)
         return True
+
+    def student_pipeline(self, pipe: Any, net: nn.Module) -> str | None:
+        return PIPELINE if is_any_step(net) and type(pipe).__name__ != PIPELINE else None
 
     def pixels(self, pipe: Any) -> int:
         return int(pipe.vae_scale_factor_spatial)
@@ -64,6 +68,8 @@ class Wan(VideoFamily):
         return self.encode(pipe, [""], size)
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        if is_any_step(net):
+            return call_any_step(net, x_t, time, cond)
         # Wan 2.2's pipeline tells every token its time, which is one for all but where a picture is given.
         embeds = cond["encoder_hidden_states"]
         output: Tensor = net(

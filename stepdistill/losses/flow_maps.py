@@ -84,7 +84,8 @@ class TwoTimeOptions(WarmStartOptions):
     group: ClassVar[str] = "flow maps"
 
     # How the student is told where a jump ends: embedded, by new weights for t - s beside its timestep; or late_blocks,
-    # without any, the network's late blocks hear s and the others t (Decoupled MeanFlow, 2510.24474).
+    # without any, the network's late blocks hear s and the others t (Decoupled MeanFlow, 2510.24474); or stock, of Wan
+    # 2.1, diffusers' AnyFlowTransformer3DModel, whose pipeline draws in any number of steps.
     second_time: SecondTime = "embedded"
     to_data: float = 0.25  # share of samples whose jump ends in clean data
     time_min: float = (
@@ -178,7 +179,9 @@ class TwoTimeMethod(Method):
         return warm_start_rate(turn.step, self.options)
 
     def sampler(self) -> Sampler:
-        return Sampler(self.times, renoise=False, two_times=True)
+        steps, any_steps = len(self.times), self.student.family.changes.draws_in_any_steps(self.student.net)
+        counts = tuple(n for n in range(1, steps + 1) if steps % n == 0) if any_steps else None
+        return Sampler(self.times, renoise=False, two_times=True, counts=counts)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The velocity v(x, t) that the map is to have, [B, ...]."""

@@ -13,8 +13,8 @@
 Differs: v is the teacher's guided velocity where the paper takes eps - x0 and splits the guidance off the student's own
 output; samples with s = t are weighed as all are, not by a mean over the batch; no weight t sqrt(1 - t), which leaves
 out drawing's first jump. ``guidance`` is on our scale, the paper's w + 1. Start values of ours: a fake update for each
-of the student. Added: ``warm_start`` on pairs. A student's few jumps are folded into its stock class; diffusers'
-``AnyFlowTransformer3DModel``, Wan's network with two times, is not written.
+of the student. Added: ``warm_start`` on pairs. ``second_time: stock`` makes Wan 2.1 the paper's own class,
+which draws in any number of steps; elsewhere a student's few jumps are folded into its stock class.
 """
 
 from __future__ import annotations

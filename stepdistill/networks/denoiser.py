@@ -62,9 +62,8 @@ class Denoiser:
         """The network's output in its own kind, float32 [B, ...], at x_t [B, ...] and t [B]; s [B] is the end of the
         jump, for a network with a second time."""
         if s is not None:
-            told = told_of(self.net)
-            late = told is not None and bool(told.late)
-            cond = cond.with_tensor(GAP, self.family.time(self.path, s) if late else t - s)
+            ends = self.family.changes.told_ends(self.net)
+            cond = cond.with_tensor(GAP, self.family.time(self.path, s) if ends else t - s)
         if self.experts:
             return by_time(
                 t, self.bounds, lambda k, own: self.experts[k].raw(x_t[own], t[own], cond.rows(own))

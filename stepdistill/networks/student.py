@@ -18,8 +18,9 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import Teacher
 
-SecondTime = Literal["embedded", "late_blocks"]
-"""How a network is told where its jump ends: t - s beside its embedded timestep, or s in late blocks."""
+SecondTime = Literal["embedded", "late_blocks", "stock"]
+"""How a network is told where its jump ends: t - s beside its embedded timestep, s in late blocks, or s by a class of
+diffusers' own."""
 
 
 class Student(Denoiser):
@@ -92,6 +93,10 @@ class Student(Denoiser):
                 self.adapter.tell_ends(self.family.changes.late_blocks)
             else:
                 self.net = self.family.changes.late_blocks(self.net)
+        elif how == "stock":
+            self._refuse_lora("options.second_time=stock is another network class", "")
+            self._refuse_several("options.second_time=stock is of one network")
+            self.net = self.family.changes.any_step(self.net)
         elif self.adapter is not None:
             self.adapter.add_slots()
         else:

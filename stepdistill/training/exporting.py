@@ -48,7 +48,7 @@ def summary_of(run: Assembled) -> str:
 def card(run: Assembled, starts: Sequence[Start], scores: str = "", health: Health | None = None) -> str:
     """The student's model card."""
     codec = run.teacher.codec
-    pipeline = codec.family.student_pipeline(codec.pipe) or type(codec.pipe).__name__
+    pipeline = codec.family.student_pipeline(codec.pipe, run.student.net) or type(codec.pipe).__name__
     alone = run.recipe.export.what == "adapter"
     sampler = called_with(run.sampler, run.student) if alone else run.sampler
     call = pipeline_call(pipeline, sampler, codec, run.shown(1))

@@ -51,7 +51,7 @@ def check_suite(run: Assembled) -> None:
     if not isinstance(run.recipe.evaluate, str):
         return
     suite, size, codec = load_suite(run.recipe.evaluate), run.teacher.size, run.teacher.codec
-    name = codec.family.student_pipeline(codec.pipe) or type(codec.pipe).__name__
+    name = codec.family.student_pipeline(codec.pipe, run.student.net) or type(codec.pipe).__name__
     takes = inspect.signature(getattr(diffusers, name).__call__).parameters
     own = size.height == size.width == suite.resolution
     if not (own or suite.draw_resolution or {"height", "width"} <= set(takes)):

@@ -291,6 +291,7 @@ def second_time() -> None:
         (DMF, {"second_time": "embedded"}, "embedded"),
         (MeanFlow, {}, "embedded"),
         (MeanFlow, {"second_time": "late_blocks"}, "late_blocks"),
+        (MeanFlow, {"second_time": "stock"}, "stock"),
     ):
         asked: list[str] = []
 
@@ -301,6 +302,10 @@ def second_time() -> None:
 
             def late_blocks(self, net: nn.Module, asked: list[str] = asked) -> nn.Module:
                 asked.append("late_blocks")
+                return super().second_time(net)
+
+            def any_step(self, net: nn.Module, asked: list[str] = asked) -> nn.Module:
+                asked.append("stock")
                 return super().second_time(net)
 
         student = toy_student(Perceptron(), PATH, "velocity")
