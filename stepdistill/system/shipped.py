@@ -35,9 +35,11 @@ def content_folder(name: Folder) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's cache: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
-    given = os.environ.get("STEPDISTILL_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "stepdistill"
+    """The user's cache: $STEPDISTILL_CACHE, else stepdistill in $XDG_CACHE_HOME, which is ~/.cache where it is not
+    set."""
+    if given := os.environ.get("STEPDISTILL_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stepdistill"
 
 
 def recipe_files() -> dict[str, Path]:

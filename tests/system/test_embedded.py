@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from stepdistill.errors import UserError
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.emoji import embedded_teachers, features_folder, teacher_folder
+from stepdistill.system.shipped import cache_folder
 
 NAME = "emoji-flow"
 
@@ -57,3 +58,13 @@ def test_a_method_on_an_embedded_teacher_means_its_recipe_there() -> None:
     assert load_recipe(None, method="dmd") == load_recipe("dmd_emoji_quick")
     assert load_recipe(None, method="lcm") == load_recipe("lcm_emoji")
     assert load_recipe(None, teacher="some/folder", method="lcm").options == {}
+
+
+def test_the_cache_lies_where_its_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPDISTILL_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value, wanted in (("", tmp_path / "home" / ".cache"), (str(tmp_path / "xdg"), tmp_path / "xdg")):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == wanted / "stepdistill"
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
