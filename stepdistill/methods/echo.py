@@ -11,9 +11,7 @@ are known in kind, from summaries; their weights, c(t), the share of echoed samp
   its pictures from the images. Ours: on other prompts it is held to what it started as (``keep_weight``).
 - The word's turn: both losses at once, both networks frozen: its gradient is the sum of the two branches'.
 - Echo: from ``echo_after`` on a share of the images in the teacher's turn is the student's samples, where these look
-  enough like the image in whose place they stand (``echo_floor``, a cosine).
-
-Differs from the paper, whose heads are on CLIP, DINO and DINOv2. Do not score with ``features``.
+  enough like the image in whose place they stand (``echo_floor``, a cosine). Do not score with ``features``.
 """
 
 from __future__ import annotations
@@ -104,7 +102,9 @@ class Echo(Method):
         images = cast(Examples, batch.images)
         cond = self.concept.encode(cast(Tensor, images.number))
         if turn.network == "discriminator":
-            return Loss(self.gan.for_discriminator(self.drawn(batch, cond), images.x0))
+            with torch.no_grad():
+                made = self.drawn(batch, cond)
+            return Loss(self.gan.for_discriminator(made, images.x0))
         if turn.network == "learner":
             return self.taught(turn, batch, cond)
         found = self.aligned(batch, cond)
@@ -145,5 +145,6 @@ class Echo(Method):
 
     def away(self, batch: Batch) -> Tensor:
         """How far its samples of other prompts are from those of what it started as, a scalar."""
-        before = self.sampler().draw(self.kept, batch.noise, batch.cond, batch.fresh)
-        return (self.sample(batch) - before.detach()).square().mean()
+        with torch.no_grad():
+            before = self.sampler().draw(self.kept, batch.noise, batch.cond, batch.fresh)
+        return (self.sample(batch) - before).square().mean()

@@ -31,6 +31,7 @@ from stepdistill.planning.unit import Unit, unit_of
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.training import roles
 from stepdistill.training.arithmetic import autocast
+from stepdistill.training.identity import resolve
 from stepdistill.training.parallel import take_turn
 from stepdistill.training.roles import exact_state
 from stepdistill.training.run import Run
@@ -163,6 +164,12 @@ class _Tracing:
             self.notes.append(f"train.attention={train.attention} is planned as torch's own")
         if train.compile != "none":
             self.notes.append(f"train.compile={train.compile} is planned as plain networks")
+        if recipe.student.start is not None:
+            self.notes.append("student.start counts as large as the teacher's network")
+        if "concept" in resolve(recipe).options.needs:
+            self.notes.append(
+                "the word's way through the text encoders is left out, and so are decoder and image networks"
+            )
         if terms.perceptual_weight or terms.reward_weight:
             self.notes.append(
                 "terms.perceptual_weight and terms.reward_weight are left out: their networks are read from files"

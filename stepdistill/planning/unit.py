@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stepdistill.attention.kernels import attention, fit_attention
 from stepdistill.diffusion.draws import Draws
@@ -21,9 +22,11 @@ from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Method, MethodOptions, Turn
+from stepdistill.losses.looks import Eye, Looks
 from stepdistill.losses.objective import Objective
 from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, RegressionTerm, Term
+from stepdistill.networks.concept import Concept
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.processes import ALONE
@@ -95,13 +98,13 @@ class Unit:
         def zeros(*more: int) -> Tensor:
             return torch.zeros(count, *more, *shape, device=self.device)
 
-        images = Examples(zeros(), condition()) if "images" in self.needs else None
+        prompt, group = torch.zeros(count, dtype=torch.int64), self.recipe.train.group
+        images = Examples(zeros(), condition(), number=prompt) if "images" in self.needs else None
         pairs = None
         if "pairs" in self.needs:
             states = zeros(len(method.pair_times())) if "states" in self.needs else None
             pairs = Examples(zeros(), condition(), zeros(), states)
         draws = Draws(0, 0, 0, count, self.device)
-        prompt, group = torch.zeros(count, dtype=torch.int64), self.recipe.train.group
         rich = condition() if "rich" in self.needs else None
         return Batch(draws, shape, condition(), prompt, images, pairs, group, rich)
 
@@ -144,7 +147,7 @@ def unit_of(
     """A recipe's networks around a pipeline.
 
     Args:
-        recipe: what is run. What its network says is the teacher's: turning it changes no size.
+        recipe: what is run. What its network says is the teacher's, as which it starts: neither changes a size.
         pipe, family: the teacher, and how it is called.
         device: where.
         within: in what all but the teacher and its conditions is made.
@@ -152,7 +155,7 @@ def unit_of(
     Raises:
         UserError: what does not go together.
     """
-    student = recipe.student.model_copy(update={"output": "teacher"})
+    student = recipe.student.model_copy(update={"output": "teacher", "start": None})
     resolved = resolve(recipe.model_copy(update={"student": student}))
     recipe, kind, options = resolved.recipe, resolved.kind, resolved.options
     teacher = PipelineTeacher(
@@ -175,10 +178,10 @@ def unit_of(
     if not recipe.student.times and kind.shifted_times:
         times = tuple(teacher.path.shifted(time) for time in times)
     with within or nullcontext():
-        accelerator: Any = None  # is asked where the network's output is turned, which it is not
-        roles = roles_for(recipe, kind, options, teacher, [], times, accelerator)
+        roles = roles_for(recipe, kind, options, teacher, [], times, None)
         teacher = cast(PipelineTeacher, roles.teacher)
-        method: Method = kind(roles, times, options).to(device)
+        roles.concept = _concept(teacher, condition) if "concept" in options.needs else None
+        method: Method = kind(roles, times, options, LOOKS if "looks" in options.needs else None).to(device)
         if "reward" in options.needs:  # their networks are read from files: latents are judged themselves
             method.rewards = Rewards(lambda x0: x0, (lambda images, prompt: images.flatten(1).mean(1),))
         check_weights(recipe.train, recipe.student.base, method)
@@ -188,6 +191,29 @@ def unit_of(
         if not recipe.student.lora_rank:
             teacher.compute_in(teacher_type(recipe.train))
     return Unit(recipe, options, teacher, condition, objective, device)
+
+
+def _concept(teacher: PipelineTeacher, condition: Condition) -> Concept:
+    """A word of one row in each text encoder, whose graph to the conditions goes through none."""
+    encoders = [part for part in teacher.pipe.components.values() if hasattr(part, "get_input_embeddings")]
+    sizes = [part.get_input_embeddings().weight.shape[1] for part in encoders]
+    rows = [nn.Parameter(torch.zeros(size, device=teacher.device)) for size in sizes]
+
+    def encode(texts: list[str]) -> Condition:
+        moved = torch.stack([row.mean() for row in rows]).sum()
+        found = condition.repeat(len(texts)).tensors.items()
+        return Condition({k: v + moved if v.is_floating_point() else v for k, v in found})
+
+    return Concept(rows, [""], encode)
+
+
+def _picture(x0: Tensor) -> Tensor:
+    """A small picture [B, 3, 8, 8] of latents, in the place of what a decoder makes of them."""
+    return F.adaptive_avg_pool1d(x0.flatten(1)[:, None], 64).view(-1, 1, 8, 8).expand(-1, 3, 8, 8)
+
+
+LOOKS = Looks(_picture, {"planned": Eye(lambda pictures: pictures.mean((2, 3)), 3)})
+"""In the place of image networks, which are read from files."""
 
 
 def _terms(recipe: Recipe, teacher: PipelineTeacher) -> list[Term]:

@@ -32,7 +32,7 @@ def roles_for(
     teacher: PipelineTeacher,
     prompts: Sequence[str],
     times: tuple[float, ...],
-    accelerator: Accelerator,
+    accelerator: Accelerator | None,
 ) -> Roles:
     """Teacher and student: copies, or with ``student.lora_rank`` adapters on the teacher's network.
 
@@ -42,14 +42,14 @@ def roles_for(
         teacher: as it was loaded. That of the roles is another one where they are adapters.
         prompts: of the samples on which the network is turned into ``student.output``, where it is.
         times: where the student is called.
-        accelerator: where it runs.
+        accelerator: where it runs; None where nothing is trained and nothing said.
 
     Raises:
         UserError: an output that a student of this teacher cannot have.
     """
     own, student = teacher.denoiser.output, recipe.student
     if student.start is not None:
-        begun = started_student(recipe, options, teacher, told=accelerator.is_main_process)
+        begun = started_student(recipe, options, teacher, told=_tells(accelerator))
         return _ready(Copies(teacher, begun), recipe, kind, times, accelerator)
     output = output_of(student, own, times)
     if kind.own_network and student.output == "auto":
@@ -57,6 +57,7 @@ def roles_for(
     exact = held_for_adapters(teacher, recipe.train, student.base) if student.lora_rank else None
     found: Matched | None = None
     if output != own:
+        assert accelerator is not None
         found = _matched(recipe, options, teacher, prompts, output, accelerator)
     if student.lora_rank:
         start = found.adapter if found else None
@@ -79,7 +80,11 @@ def _ready(
     return roles
 
 
-def freeze(roles: Copies, wanted: Sequence[str], kind: type[Method], accelerator: Accelerator) -> None:
+def _tells(accelerator: Accelerator | None) -> bool:
+    return accelerator is not None and accelerator.is_main_process
+
+
+def freeze(roles: Copies, wanted: Sequence[str], kind: type[Method], accelerator: Accelerator | None) -> None:
     """Keeps a part of the student's network as it starts.
 
     Raises:
@@ -91,7 +96,7 @@ def freeze(roles: Copies, wanted: Sequence[str], kind: type[Method], accelerator
             "weights that must be trained: leave it out"
         )
     share = roles.freeze(wanted)
-    if accelerator.is_main_process:
+    if _tells(accelerator):
         say(f"student.freeze: {share:.0%} of its weights stay as they are")
 
 

@@ -14,8 +14,10 @@ from stepdistill.errors import UserError
 from stepdistill.planning.fake import fake_tensors
 from stepdistill.planning.from_configs import TEACHERS, pipeline_of
 from stepdistill.planning.live_bytes import LiveBytes
+from stepdistill.planning.plan import plan
 from stepdistill.planning.quantized_layers import quantised_in_plan
 from stepdistill.planning.table import duration
+from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training import roles
 
 
@@ -77,3 +79,29 @@ def test_memory_is_said_as_on_a_card() -> None:
 
 def test_hours_are_said_in_the_unit_in_which_they_are_read() -> None:
     assert [duration(hours) for hours in (1234.5, 1, 0.5, 0.01)] == ["1,234.5 h", "1.0 h", "30.0 min", "36 s"]
+
+
+@pytest.mark.parametrize(
+    ("name", "roles", "notes"),
+    [
+        ("gdd_i_emoji", {"teacher", "student"}, []),
+        (
+            "echo_emoji",
+            {"teacher", "student", "learner", "start"},
+            [
+                "student.start counts as large as the teacher's network",
+                "the word's way through the text encoders",
+            ],
+        ),
+    ],
+)
+def test_recipes_that_freeze_and_start_elsewhere_are_planned(
+    name: str, roles: set[str], notes: list[str]
+) -> None:
+    seen = plan(load_recipe(name, sets=["student.start=nowhere"] if notes else []), device="cuda").trace
+    assert set(seen.parameters) == roles and 0 < seen.trained["student"] < 0.6 * seen.parameters["teacher"]
+    assert len(seen.notes) == len(notes) and all(map(str.startswith, seen.notes, notes))
+    by_name = {update.network: update.passes for update in seen.updates}
+    if name == "echo_emoji":
+        assert by_name["discriminator"] == {"student": 1.0}
+        assert by_name["student"] == {"student*": 2.0, "learner": 1.0, "start": 1.0}
