@@ -42,9 +42,11 @@ class Roles(ABC):
         counter: told of every call of their networks.
         route: the teacher, and further frozen ones with the prompts that are theirs; the teacher alone at the start.
         concept: the word that the run's text encoders learn; None where they learn none.
+        turned: whether the student's start was made of the teacher's by training, to say another output.
     """
 
     concept: Concept | None = None
+    turned = False
 
     def __init__(self, teacher: Teacher, student: Student) -> None:
         self.teacher, self.student = teacher, student

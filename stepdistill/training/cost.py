@@ -26,7 +26,7 @@ def passes_before(run: Assembled, data: Data) -> Passes:
     cond = data.condition(torch.zeros(1, dtype=torch.long))
     if data.pairs is not None:
         found.add(passes_of_pairs(teacher, cond, data.pairs.options), who="pairs")
-    if run.student.output != teacher.denoiser.output:
+    if run.method.roles.turned:
         samples = PairOptions(
             guidance=run.options.guidance,
             pairs=student.output_samples,

@@ -59,14 +59,18 @@ def roles_for(
     if output != own:
         assert accelerator is not None
         found = _matched(recipe, options, teacher, prompts, output, accelerator)
+    roles: Roles
     if student.lora_rank:
         start = found.adapter if found else None
-        return Adapters(
+        roles = Adapters(
             teacher, student.lora_rank, student.lora_alpha, output=output, start=start, exact=exact
         )
-    if found:
-        teacher.start = found.denoiser
-    return _ready(Copies(teacher), recipe, kind, times, accelerator)
+    else:
+        if found:
+            teacher.start = found.denoiser
+        roles = _ready(Copies(teacher), recipe, kind, times, accelerator)
+    roles.turned = found is not None
+    return roles
 
 
 def _ready(

@@ -16,6 +16,7 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.emoji import teacher_folder
 from stepdistill.training.assemble import Assembled, assemble
+from stepdistill.training.cost import passes_before
 from stepdistill.training.identity import resolve
 from stepdistill.training.loop import train
 from stepdistill.training.preflight import check_recipe
@@ -75,6 +76,7 @@ def test_the_student_alone_starts_there_and_says_what_it_says_there(tmp_path: Pa
     assert job.student.output == "v" and roles["fake"].output == roles.teacher.denoiser.output == "eps"
     assert job.sampler.prediction_type == "v_prediction"
     assert all(value.requires_grad for value in job.student.net.parameters())
+    assert not passes_before(job, training_data(job, tmp_path)).total  # nothing was turned into v
 
 
 def test_a_run_goes_on_with_the_very_same_start_alone(tmp_path: Path) -> None:
