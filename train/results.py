@@ -23,7 +23,6 @@ PLOT = "gap_by_time.png"
 NOT_MEASURED = "# Not measured."
 
 WENT_ON = {
-    **dict.fromkeys(("diff_instruct_emoji", "sim_emoji"), ("sid_emoji", 3000)),
     **dict.fromkeys(
         ("flow_map_eulerian_emoji", "flow_map_lagrangian_emoji", "meanflow_emoji"),
         ("flow_map_semigroup_emoji", 4000),
@@ -35,11 +34,13 @@ SCORE_METHODS = "2026-11-22: the score methods stand on the same warm start"
 IN_PARTS = "in parts"
 BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm start has already"
 LED_AWAY = "2026-11-28: what leads away from a warm start, and what a reward does to pictures by rule"
+OF_WORDS = "2026-11-28: a word for a student of few steps, students of parts, and a domain of ten images"
 FLOW_MAPS = (
     "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
     "start's"
 )
 TRIED = {
+    "anyflow": OF_WORDS,
     "asd": BEHIND_REGRESSION,
     "ayf": LED_AWAY,
     "consistency": "2026-11-22: consistency distillation wants levels at every time, and jumps neither long nor short",
@@ -112,10 +113,12 @@ def anchor(heading: str) -> str:
 
 
 def whole_run(report: RunReport) -> str:
-    """Minutes from start to report, or whose checkpoint the run went on from."""
+    """Minutes from start to report, or whose checkpoint the run went on from, or whose warm start it took over."""
     if report.name in WENT_ON:
         source, update = WENT_ON[report.name]
         return f"went on from {source}, update {update:,}"
+    if report.warm_start_of:
+        return f"warm start of {Path(report.warm_start_of).name}"
     if report.resumes:
         return IN_PARTS
     return f"{report.wall_seconds / 60:.1f}"
