@@ -108,7 +108,7 @@ FURTHER: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
 }
 
 OWN_TEST = {
-    "echo": {"features"},  # of networks that a run loads
+    "echo": {"features"},  # networks that a run loads: tests/training/test_new_word.py
     "opd": {"guidance_of", "anchor_weight"},  # of several teachers
     "self_opd": {"early_decay", "early_updates", "target_decay"},  # of a teacher that rich captions tell more
 }

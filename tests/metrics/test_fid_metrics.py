@@ -451,3 +451,7 @@ def test_dinov2_features_are_the_models_class_token(tmp_path: Path) -> None:
         expected = model(pixel_values=scaled).last_hidden_state[:, 0]
     torch.testing.assert_close(network.images(pixels), expected, rtol=1e-4, atol=1e-5)
     assert network.dimension == 16 and network.sha256 == features_sha256(f"dinov2:{tmp_path}")
+    given = pixels.float().requires_grad_()
+    found = network.embed(given)  # type: ignore[attr-defined]
+    torch.testing.assert_close(found.detach(), network.images(pixels), rtol=1e-4, atol=1e-5)
+    assert float(torch.autograd.grad(found.sum(), given)[0].abs().max()) > 0

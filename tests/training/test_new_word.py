@@ -116,6 +116,22 @@ def test_one_row_is_trained_and_a_stock_pipeline_has_it(place: Path) -> None:
     verify(place / "student")
 
 
+def test_the_networks_that_compare_pictures_are_those_of_the_recipe_and_no_run_is_ranked_by_them(
+    place: Path,
+) -> None:
+    job = assembled(recipe_of(place))
+    looks = job.method.looks
+    assert looks is not None and list(looks.eyes) == ["emoji"]
+    assert job.options.networks == {"emoji": "options.features"}
+    latents = torch.zeros(2, *job.teacher.codec.shape, requires_grad=True)
+    pictures = looks.decode(latents)
+    assert pictures.shape == (2, 3, 32, 32)
+    seen = looks.first.embed(pictures)
+    assert seen.shape == (2, looks.first.dimension)
+    (slope,) = torch.autograd.grad(seen.sum(), latents)
+    assert float(slope.abs().max()) > 0
+
+
 def test_a_run_goes_on_with_its_word(place: Path) -> None:
     whole = trained(place)
     rows = whole.method.roles.concept.rows[0].detach().clone()  # type: ignore[union-attr]
@@ -159,6 +175,9 @@ def test_what_cannot_be_learnt_is_refused(place: Path) -> None:
     refused(r"data\.placeholder_token is heart, which no caption", word="heart")
     refused(r"data\.placeholder_token is apple, which tokenizer knows already", word="apple")
     refused(r"data\.initializer_token say nothing", "data.initializer_token=null")
+    refused(
+        r"options\.features has judge, which gives no gradient to its pictures", "options.features=[judge]"
+    )
     refused(r"echo learns a word from a few images", "data.images=null")
     refused(r"export\.what is adapter, but echo also teaches", "export.what=adapter", "student.freeze=[]",
             "student.lora_rank=2")  # fmt: skip
