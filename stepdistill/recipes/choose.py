@@ -19,9 +19,9 @@ def recipe_of(
 ) -> str | None:
     """The shipped recipe that stands for a method on a teacher, or None.
 
-    Of the recipes of that method on that teacher: METHOD_TEACHER before others, the larger before the smaller; with a
-    budget, the first whose training took no longer when its result in train/results was made (the smallest where none
-    did).
+    Of the recipes of that method on that teacher, but for those of a part of the prompts: METHOD_TEACHER before others,
+    the larger before the smaller; with a budget, the first whose training took no longer when its result in
+    train/results was made (the smallest where none did).
 
     Args:
         method: a shipped method's name.
@@ -36,6 +36,7 @@ def recipe_of(
             name: _samples(tree)
             for name, tree in trees.items()
             if (tree.get("method"), tree.get("teacher")) == (method, place)
+            and "part" not in tree.get("data", {})
         }
         if quick and f"{method}_{place}_quick" in sizes:
             return f"{method}_{place}_quick"

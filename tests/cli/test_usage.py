@@ -130,7 +130,12 @@ def test_a_run_ends_with_its_table_its_health_and_what_to_do_next(
     assert isinstance(report, RunReport)
     numbers = {"diversity": 0.26, "teacher_diversity": 0.27, "saturation": 0.16, "teacher_saturation": 0.31}
     health = Health(verdict="healthy", sentence="As varied as the teacher's.", **numbers)
+    of_classes = {"health": health, "prompts": None}
     _tell_end(report.model_copy(update={"health": health}), RunFolder(Path("runs/my run")))
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "next: stepdistill sample 'runs/my run' --prompt \"...\""
+    )
+    _tell_end(report.model_copy(update=of_classes), RunFolder(Path("runs/my run")))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("run ") and lines[1].startswith("lcm_emoji ")
     assert lines[-4].startswith("healthy: diversity 0.26 (teacher 0.27)")

@@ -330,6 +330,8 @@ def test_results_are_of_shipped_recipes_ranked_and_no_run_is_shorter_than_its_tr
             source, update = results.WENT_ON[report.name]
             assert results.whole_run(report) == f"went on from {source}, update {update:,}"
             assert report.train_seconds > report.wall_seconds  # which is that of the part after it
+        elif report.warm_start_of:
+            assert results.whole_run(report) == f"warm start of {Path(report.warm_start_of).name}"
         elif report.resumes:
             assert results.whole_run(report) == results.IN_PARTS
         else:
