@@ -61,6 +61,11 @@ class Path(ABC):
         """The u whose time is t."""
         return t
 
+    def same_schedule(self, other: Path) -> bool:
+        """Whether both paths have the same noise at the same times."""
+        times = torch.linspace(0.05, 1, 20)
+        return torch.allclose(self.angle(times), other.angle(times), atol=1e-5)
+
     def angle(self, t: Tensor) -> Tensor:
         """atan2(sigma(t), alpha(t)) in [0, pi/2], shape [B]."""
         alpha, sigma = self.alpha_sigma(t)

@@ -1,4 +1,6 @@
-"""EchoDistill: Bidirectional Concept Distillation for One-Step Diffusion Personalization", 2025, 2510.20512. Its losses
+"""EchoDistill: a few-step student learns a new word from a few images, beside a many-step teacher that learns it too.
+
+"EchoDistill: Bidirectional Concept Distillation for One-Step Diffusion Personalization", 2025, 2510.20512. Its losses
 are known in kind, from summaries; their weights, c(t), the share of echoed samples and their filter are guesses, ours.
 
 - Both networks share the word (``data.placeholder_token``), and train keys and values of attention to prompts
@@ -92,8 +94,7 @@ class Echo(Method):
         return Turn(CYCLE[step % len(CYCLE)], step)
 
     def phase(self, step: int) -> str:
-        echoed = self.options.echo_share and step >= self.options.echo_after
-        return "echo" if echoed else "teacher to student"
+        return "echo" if self.options.echo_share and step >= self.options.echo_after else "teacher to student"
 
     def lr_ratio(self, turn: Turn) -> float:
         return cast(float, getattr(self.options, f"{turn.network}_lr_ratio", 1.0))
@@ -120,11 +121,11 @@ class Echo(Method):
     def taught(self, turn: Turn, batch: Batch, cond: Condition) -> Loss:
         """The learner's diffusion loss: of the images, some of them echoed, and of the teacher's samples."""
         x0, options, logs = cast(Examples, batch.images).x0, self.options, dict[str, Tensor]()
-        if options.echo_share and turn.step >= options.echo_after:
+        if self.phase(turn.step) == "echo":
             with torch.no_grad():
                 made, looks = self.drawn(batch, cond), cast(Looks, self.looks)
-            which = batch.draws.uniform("echo") < options.echo_share
-            x0, logs["echoed"] = mixed_in(looks, x0, made, which, options.echo_floor)
+                which = batch.draws.uniform("echo") < options.echo_share
+                x0, logs["echoed"] = mixed_in(looks, x0, made, which, options.echo_floor)
         loss = denoising_loss(self.learner, x0, replace(batch, cond=cond), "output")
         prior = cast(Examples, batch.pairs)
         kept = denoising_loss(self.learner, prior.x0, replace(batch, cond=prior.cond), "output")
@@ -132,13 +133,12 @@ class Echo(Method):
 
     def aligned(self, batch: Batch, cond: Condition) -> Loss:
         """How far the student's samples are from what the learner makes of them, and from passing for images."""
-        path, options = self.student.path, self.options
+        path, options, looks = self.student.path, self.options, cast(Looks, self.looks)
         x, t = self.drawn(batch, cond), path.shifted(batch.draws.uniform("align t"))
         with torch.no_grad():
             x_t = path.noised(x, batch.draws.normal("align eps", batch.shape), t)
             target = self.learner.predict(x_t, t, cond).x0
-        each = apart(cast(Looks, self.looks), x, target, batch.draws)
-        logs = {name: ((1 - t) * value).mean() for name, value in each.items()}
+        logs = {k: ((1 - t) * v).mean() for k, v in apart(looks, x, target, batch.draws).items()}
         aligned = sum(getattr(options, f"{name}_weight") * value for name, value in logs.items())
         logs["adversarial"] = self.gan.for_generator(x)
         return Loss(aligned + options.adversarial_weight * logs["adversarial"], logs)

@@ -76,8 +76,7 @@ class NewWord(Concept):
 
     def __init__(self, teacher: PipelineTeacher, token: str, like: str, captions: Sequence[str]) -> None:
         pipe, family, size = teacher.pipe, teacher.family, teacher.size
-        pairs = {name: name.replace("text_encoder", "tokenizer") for name in pipe.components}
-        pairs = {name: other for name, other in pairs.items() if name != other and _pair(pipe, name, other)}
+        pairs = text_encoders(pipe)
         if not pairs:
             raise UserError(
                 f"{KEYS[0]} is {token}, but {type(pipe).__name__} has no text encoder that could learn a word"
@@ -123,10 +122,18 @@ class NewWord(Concept):
             table.weight[number] = row.to(table.weight)
 
 
-def _pair(pipe: Any, name: str, other: str) -> bool:
-    """Whether a pipeline has a text encoder of that name, and its tokenizer."""
-    encoder, tokenizer = getattr(pipe, name, None), getattr(pipe, other, None)
-    return hasattr(encoder, "get_input_embeddings") and hasattr(tokenizer, "add_tokens")
+def text_encoders(pipe: Any) -> dict[str, str]:
+    """The names of a pipeline's text encoders that have a tokenizer, and those of their tokenizers."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    parts = pipe.components
+    pairs = {name: name.replace("text_encoder", "tokenizer") for name in parts if "text_encoder" in name}
+    kinds = PreTrainedModel, PreTrainedTokenizerBase
+    return {
+        name: other
+        for name, other in pairs.items()
+        if isinstance(parts[name], kinds[0]) and isinstance(parts.get(other), kinds[1])
+    }
 
 
 def _added(tokenizer: Any, table: nn.Embedding, token: str, like: str, name: str) -> tuple[int, Tensor]:

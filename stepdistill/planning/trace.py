@@ -160,20 +160,18 @@ class _Tracing:
 
     def _note(self, recipe: Recipe) -> None:
         train, terms = recipe.train, recipe.terms
-        if self.kernel != train.attention:
-            self.notes.append(f"train.attention={train.attention} is planned as torch's own")
-        if train.compile != "none":
-            self.notes.append(f"train.compile={train.compile} is planned as plain networks")
-        if recipe.student.start is not None:
-            self.notes.append("student.start counts as large as the teacher's network")
-        if "concept" in resolve(recipe).options.needs:
-            self.notes.append(
-                "the word's way through the text encoders is left out, and so are decoder and image networks"
-            )
-        if terms.perceptual_weight or terms.reward_weight:
-            self.notes.append(
-                "terms.perceptual_weight and terms.reward_weight are left out: their networks are read from files"
-            )
+        said = {
+            f"train.attention={train.attention} is planned as torch's own": self.kernel != train.attention,
+            f"train.compile={train.compile} is planned as plain networks": train.compile != "none",
+            "student.start counts as large as the teacher's network": recipe.student.start is not None,
+            "the word's way through the text encoders is left out, and so are decoder and image networks": (
+                "concept" in resolve(recipe).options.needs
+            ),
+            "terms.perceptual_weight and terms.reward_weight are left out: their networks are read from files": (
+                bool(terms.perceptual_weight or terms.reward_weight)
+            ),
+        }
+        self.notes += [note for note, told in said.items() if told]
 
     def run(self, fine_tune: bool) -> Trace:
         with self.live:

@@ -26,7 +26,7 @@ from stepdistill.losses.looks import Eye, Looks
 from stepdistill.losses.objective import Objective
 from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, RegressionTerm, Term
-from stepdistill.networks.concept import Concept
+from stepdistill.networks.concept import Concept, text_encoders
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.processes import ALONE
@@ -195,7 +195,7 @@ def unit_of(
 
 def _concept(teacher: PipelineTeacher, condition: Condition) -> Concept:
     """A word of one row in each text encoder, whose graph to the conditions goes through none."""
-    encoders = [part for part in teacher.pipe.components.values() if hasattr(part, "get_input_embeddings")]
+    encoders = [getattr(teacher.pipe, name) for name in text_encoders(teacher.pipe)]
     sizes = [part.get_input_embeddings().weight.shape[1] for part in encoders]
     rows = [nn.Parameter(torch.zeros(size, device=teacher.device)) for size in sizes]
 

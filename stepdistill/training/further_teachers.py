@@ -115,8 +115,7 @@ def _apart(other: PipelineTeacher, own: PipelineTeacher) -> str | None:
     """In what two teachers cannot teach one student."""
     if other.denoiser.output != own.denoiser.output:
         return "output"
-    times = torch.linspace(0.05, 1, 20)
-    if not torch.allclose(other.path.angle(times), own.path.angle(times), atol=1e-5):
+    if not other.path.same_schedule(own.path):
         return "noise schedule"
     if other.encoder_fingerprint() != own.encoder_fingerprint():
         return "text encoder"

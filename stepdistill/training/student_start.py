@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from stepdistill.errors import UserError
 from stepdistill.families import family_in
 from stepdistill.losses.contract import MethodOptions
@@ -76,12 +74,7 @@ def _apart(other: PipelineTeacher, own: PipelineTeacher) -> str | None:
         return "network class"
     if other.codec.shape != own.codec.shape:
         return "size of states"
-    times = torch.linspace(0.05, 1, 20)
-    return (
-        None
-        if torch.allclose(other.path.angle(times), own.path.angle(times), atol=1e-5)
-        else "noise schedule"
-    )
+    return None if other.path.same_schedule(own.path) else "noise schedule"
 
 
 def identity_of_start(recipe: Recipe, student: Student) -> Mapping[str, str]:
