@@ -271,6 +271,12 @@ class Method(nn.Module, ABC):
         return False
 
     @property
+    def judged_from(self) -> int:
+        """The method's step from which the student's samples tell how training goes: above 0 where they are not what is
+        trained at first, as those of a network that starts from random weights."""
+        return 0
+
+    @property
     def teacher(self) -> Teacher:
         """What is distilled."""
         return self.roles.teacher

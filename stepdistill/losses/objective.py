@@ -89,6 +89,11 @@ class Objective(nn.Module):
         """How the student can be sampled after the run's step."""
         return self.method.sampler_at(step // (len(self._critics) + 1))
 
+    @property
+    def judged_from(self) -> int:
+        """The run's step from which the student's samples tell how training goes."""
+        return self.method.judged_from * (len(self._critics) + 1)
+
     def lr_ratio(self, turn: Turn) -> float:
         """The learning rate of the turn over that of ``train``."""
         term = self._critics.get(turn.network)

@@ -59,8 +59,18 @@ class SlimFlow(Method):
 
     options: Options
 
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the student's network is a smaller one of random weights."""
+        return (self.options.width, self.options.depth) != (1.0, 1.0)
+
+    @property
+    def judged_from(self) -> int:
+        # Until then it learns a flow: drawn in the student's few steps, one of random weights turns from noise to blur.
+        return self.options.reflow_updates if self.starts_anew else 0
+
     def setup(self) -> None:
-        if (self.options.width, self.options.depth) != (1.0, 1.0):
+        if self.starts_anew:
             self.student.make_slimmer(self.options.width, self.options.depth)
             if isinstance(self.student.path, TablePath):
                 self.student.output = "v"
@@ -102,6 +112,9 @@ class SlimFlow(Method):
             logs["guide"] = self.guide(batch)
             loss = loss + options.guide_weight * logs["guide"]
         return Loss(loss, logs)
+
+    def phase(self, step: int) -> str:
+        return "reflow" if step < self.options.reflow_updates else "distillation"
 
     def after_step(self, turn: Turn) -> None:
         if turn.step + 1 == self.options.reflow_updates:

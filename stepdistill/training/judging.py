@@ -29,14 +29,15 @@ class Judge:
     Args:
         networks: what is trained, by its names in ``trained``.
         leaves_teacher: whether the student is led to other samples than the teacher's.
+        judged_from: updates before which its samples say nothing yet.
 
     Attributes:
         open: what is wrong now: sentences by sign and network.
         quiet: the update until which nothing is new: measures are still taking effect.
     """
 
-    def __init__(self, networks: Sequence[str], leaves_teacher: bool) -> None:
-        self._networks = tuple(networks)
+    def __init__(self, networks: Sequence[str], leaves_teacher: bool = False, judged_from: int = 0) -> None:
+        self._networks, self._judged_from = tuple(networks), judged_from
         self._passed_over: frozenset[SignName] = OF_THE_TEACHERS if leaves_teacher else frozenset()
         self.open: dict[str, str] = {}
         self.quiet = 0
@@ -122,6 +123,11 @@ class Judge:
             if (guided := seen.get(f"guided_{level}")) is not None:
                 judge("guidance", level, guided, self._worse("guidance", level, guided), "", level)
         judge("teacher", "", seen["teacher_change"], seen["teacher_change"] > SIGNS["teacher"].bound)
+        for key in ("images", "pairs"):
+            if (apart := seen.get(f"spread_{key}")) is not None:
+                judge("data", key, apart, apart < SIGNS["data"].bound, "", key)
+        if step < self._judged_from:
+            return found
         if (towards := seen.get("towards")) is not None:
             judge("away", "", towards, towards < SIGNS["away"].bound)
         kinds = {"prompts": "different prompts", "noises": "one prompt"}
@@ -136,9 +142,6 @@ class Judge:
         mean, size = seen["latent_mean"], seen["latent_deviation"]
         judge("drift", "mean", mean, self._worse("drift", "mean", mean), "", "another mean than")
         judge("drift", "size", size, self._parted("drift", "size", size), "", "another deviation than")
-        for key in ("images", "pairs"):
-            if (apart := seen.get(f"spread_{key}")) is not None:
-                judge("data", key, apart, apart < SIGNS["data"].bound, "", key)
         return found
 
     def _worse(self, sign: SignName, key: str, value: float) -> bool:

@@ -76,7 +76,8 @@ class Monitor:
         self._run, self._data, self.options, self._parallel = run, data, options, parallel
         self._at_once = at_once
         self.movement = Movement(run, parallel)
-        self.judge = Judge(list(run.trained), run.objective.method.leaves_teacher)
+        objective = run.objective
+        self.judge = Judge(list(run.trained), objective.method.leaves_teacher, objective.judged_from)
         self.rates: dict[str, float] = {}
         self.measures, self.clean = 0, 0
         self.events: list[dict[str, Any]] = []

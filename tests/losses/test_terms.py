@@ -161,7 +161,9 @@ def test_what_the_perceptual_term_wants_holds_no_graph():
 
 
 class Counted(find_method("reflow")):
-    """Keeps the steps it is told, and logs that are not to be written to."""
+    """Keeps the steps it is told, and logs that are not to be written to; its samples are judged from its step 5."""
+
+    judged_from = 5
 
     def setup(self):
         super().setup()
@@ -176,11 +178,20 @@ class Counted(find_method("reflow")):
     def anew(self, turn):
         return frozenset({f"anew {turn.step}"})
 
+    def phase(self, step):
+        return "late" if step >= self.judged_from else "early"
+
 
 def counted():
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
     student = toy_student(Perceptron(seed=1), PATH, "velocity")
     return Counted(Copies(teacher, student), (1.0,), Counted.Options())
+
+
+def test_what_a_method_says_of_its_own_steps_is_said_of_the_runs():
+    for objective, first in ((Objective(counted()), 5), (gan_beside(counted(), 0.1), 10)):
+        assert objective.judged_from == first
+        assert [objective.phase(step) for step in (first - 1, first)] == ["early", "late"]
 
 
 def test_a_method_is_told_its_own_steps_alone():

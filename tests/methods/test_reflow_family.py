@@ -341,6 +341,7 @@ def test_slimflow_begins_its_distillation_with_the_annealed_flow():
     method.after_step(method.turn(1))
     assert float(method.flow.net.error) == pytest.approx(0.3)
     assert set(loss_of(method, "student", pair_batch(8, 2))[1]) == {"distillation", "guide"}
+    assert [method.phase(step) for step in (1, 2)] == ["reflow", "distillation"]
 
 
 def test_slimflow_swaps_in_the_familys_smaller_network():
@@ -351,6 +352,8 @@ def test_slimflow_swaps_in_the_familys_smaller_network():
     assert modules_of(method)["student"].first.out_features == 16
     assert method.flow.net.first.out_features == 16
     assert teacher.denoiser.net.first.out_features == 64
+    assert method.judged_from == method.options.reflow_updates  # a new network's samples say nothing before
+    assert build(SlimFlow, Straight(STRAIGHT)).judged_from == 0
     for share in (0.0, 1.5):
         with pytest.raises(ValueError):
             SlimFlow.Options(width=share)

@@ -359,10 +359,28 @@ def found_of(judge, **numbers):
         "latent_deviation": 1.0,
         "towards": 0.5,
         "extremes": 0.01,
+        "diversity_of_noises": 1.0,
+        "high_frequencies": 1.0,
     }
-    judge.of_look({**healthy, "high_frequencies": 1.0}, 0, ["fake"])
+    judge.of_look(healthy, 0, ["fake"])
     looks = [judge.of_look({**healthy, **numbers}, step, ["fake"]) for step in (40, 48, 80)]
     return {trouble.sign for found in looks for trouble in found}
+
+
+def test_samples_that_are_not_what_is_trained_yet_are_not_judged():
+    """What a network of random weights draws passes from noise to blur: neither is an alarm, nor is what it passed the
+    best that it was."""
+    off = {"diversity_of_noises": 0.4, "high_frequencies": 0.4, "latent_mean": 0.9, "extremes": 0.2}
+    signs = {"collapse", "spectrum", "drift", "oversaturation"}
+    assert found_of(Judge(["student"]), **off) == signs
+    assert not found_of(Judge(["student"], judged_from=81), **off)
+    assert found_of(Judge(["student"], judged_from=81), **{"moved student": 0.2, **off}) == {"rate"}
+    judge = Judge(["student"], judged_from=40)  # the look at 0, at a healthy student, is none of its looks
+    assert not found_of(judge, **off)
+    assert found_of(judge, **{**off, "diversity_of_noises": 0.1, "high_frequencies": 0.1}) == {
+        "collapse",
+        "spectrum",
+    }
 
 
 def test_a_student_that_is_led_elsewhere_is_not_held_to_its_teacher():
