@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stepdistill.comparison.ranking import Group, Row, groups
-from stepdistill.comparison.table import SEEDS, filled, not_told_apart
+from stepdistill.comparison.ranking import Group, Row, groups, ranks
+from stepdistill.comparison.table import filled, notes
 from stepdistill.pages.html import document, embedded_picture, scrolled, table
 from stepdistill.pages.picture_rows import STYLE as ROWS_STYLE
 from stepdistill.pages.picture_rows import picture_rows
@@ -89,9 +89,10 @@ def write(comparison: Comparison, folder: Path) -> Path:
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """compare.json: the groups, one entry a run with its scores by step count and its teacher's, and what failed."""
     runs = []
-    rows = [row for group in groups(comparison.reports) for row in group.rows]
+    found = groups(comparison.reports)
+    rows = [{**asdict(row), "rank": ranks(row, group.rows)} for group in found for row in group.rows]
     for report, folder in zip(comparison.reports, comparison.folders, strict=True):
-        own = {row.steps: asdict(row) for row in rows if row.name == report.name}
+        own = {int(row["steps"]): row for row in rows if row["name"] == report.name}
         first = next(iter(own.values()), {})
         runs.append(
             {"name": report.name, "method": report.method, "folder": folder and str(folder)}
@@ -130,8 +131,8 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 SCORES = (
-    *"gap_closed fd fd_se kid kid_se clip_score clip_score_se second_fd second_fd_se second_fit second_fit_se".split(),
-    *"recall density recall_of_teachers".split(),
+    *"rank gap_closed fd fd_se kid kid_se clip_score clip_score_se".split(),
+    *"second_fd second_fd_se second_fit second_fit_se recall density recall_of_teachers".split(),
     "ms_per_image",
 )
 COSTS = "train_seconds peak_memory_bytes updates updates_planned passes".split()
@@ -196,17 +197,9 @@ def _group(group: Group, number: int) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """The ranked rows, with those whose distance is within the standard errors of each other's."""
-    alike = [", ".join(not_told_apart(row, rows)) for row in rows]
     head, *lines = filled(rows)
-    if any(alike):
-        head = (*head, "FD not told apart from")
-        lines = [(*line, names) for line, names in zip(lines, alike, strict=True)]
-    repeated = any(row.seeds for row in rows)
-    plain = "± is one standard error." if any(row.fd_se is not None for row in rows) else ""
-    apart = " FDs are not told apart where they differ by no more than the sum of their standard errors."
-    note = (SEEDS if repeated else plain) + apart * bool(plain)
-    return table(head, lines, "numbers") + (f"<p class=note>{html.escape(note)}</p>" if note else "")
+    said = " ".join(notes(rows))
+    return table(head, lines, "numbers") + (f"<p class=note>{html.escape(said)}</p>" if said else "")
 
 
 def _plots(group: Group, fd: str) -> str:
@@ -243,7 +236,7 @@ def _plots(group: Group, fd: str) -> str:
 
 
 def _series(name: str, points: Sequence[tuple[float, Row]]) -> Series:
-    errors = [row.fd_error or 0.0 for _, row in points]
+    errors = [row.error_of("fd") or 0.0 for _, row in points]
     return Series(name, [(x, row.fd or 0.0) for x, row in points], errors=errors if any(errors) else ())
 
 

@@ -79,13 +79,13 @@ class Row:
     seeds: int | None = None
     deviation: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def fd_error(self) -> float | None:
-        """Standard error of ``fd``: the evaluation's, and of several trainings that of their mean. The evaluation's
-        counts whole, as all trainings are measured with the same seeds."""
-        if self.fd_se is None or "fd" not in self.deviation:
-            return self.fd_se
-        return math.hypot(self.fd_se, self.deviation["fd"] / math.sqrt(self.seeds or 1))
+    def error_of(self, score: str) -> float | None:
+        """Standard error of a score that has one: the evaluation's, and of several trainings that of their mean. The
+        evaluation's counts whole, as all trainings are measured with the same seeds."""
+        own: float | None = getattr(self, f"{score}_se")
+        if own is None or score not in self.deviation:
+            return own
+        return math.hypot(own, self.deviation[score] / math.sqrt(self.seeds or 1))
 
     def with_own(self, names: Iterable[str]) -> Row:
         """The row with its own metrics in the order of ``names``, also those that it has not."""
@@ -181,6 +181,28 @@ def ranked_by(rows: Sequence[Row]) -> Literal["fd", "second_fd"]:
         return "fd"
     free = all(row.second_fd is not None and "second_fd" not in row.conflicts for row in rows)
     return "second_fd" if free else "fd"
+
+
+def ranks(row: Row, rows: Sequence[Row]) -> tuple[int, int] | None:
+    """The best and the worst place that a row may have among the rows of its number of steps, from 1. A place is sure
+    against those whose distance (see :func:`ranked_by`) differs by more than the sum of the two standard errors; one
+    that is not known counts as 0. None where the row has no rank, or is alone."""
+    by = ranked_by(rows)
+    others = [
+        other
+        for other in rows
+        if other.steps == row.steps and getattr(other, by) is not None and by not in other.conflicts
+    ]
+    if len(others) < 2 or not any(other is row for other in others):
+        return None
+
+    def sure(better: Row, worse: Row) -> bool:
+        errors = (better.error_of(by) or 0.0) + (worse.error_of(by) or 0.0)
+        return bool(getattr(worse, by) - getattr(better, by) > errors)
+
+    return 1 + sum(sure(other, row) for other in others), len(others) - sum(
+        sure(row, other) for other in others
+    )
 
 
 def ranking_notes(rows: Sequence[Row], metrics: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stepdistill.comparison.ranking import Group, Row
+from stepdistill.comparison.ranking import Group, Row, ranks
 from stepdistill.pages.metric_names import marked
 from stepdistill.pages.numbers import with_error
 from stepdistill.system.parsing import printable
@@ -13,6 +13,7 @@ COLUMNS = (
     "run",
     "method",
     "steps",
+    "rank",
     "suite",
     "trainings",
     "gap closed",
@@ -31,14 +32,20 @@ COLUMNS = (
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """The row as text, in the order of COLUMNS and then of its own metrics."""
+def cells(row: Row, places: tuple[int, int] | None) -> tuple[str, ...]:
+    """The row as text, in the order of COLUMNS and then of its own metrics.
+
+    Args:
+        row: one of a comparison.
+        places: its ranks there.
+    """
     share = "" if row.recall_of_teachers is None else f" ({row.recall_of_teachers:.0%})"
     cut = row.updates is not None and row.updates_planned is not None and row.updates < row.updates_planned
     return (
         row.name,
         row.method,
         str(row.steps) if row.steps else "-",
+        "-" if places is None else "-".join(map(str, dict.fromkeys(places))),
         row.suite or "-",
         _number(row.seeds, "{:.0f}"),
         _score(row, "gap_closed", row.gap_closed, None, "{:.3f}"),
@@ -79,27 +86,15 @@ def _score(row: Row, name: str, value: float | None, error: float | None, form: 
     return (said if error is None else f"{said} (± {error:.2g})") + mark
 
 
-def not_told_apart(row: Row, rows: Sequence[Row]) -> list[str]:
-    """Names of the other rows at this number of steps whose distance is within the standard errors of this row's: the
-    difference is at most the sum of the two. Where a standard error is not known nothing is said."""
-    return [
-        other.name
-        for other in rows
-        if other is not row
-        and other.steps == row.steps
-        and None not in (row.fd, row.fd_error, other.fd, other.fd_error)
-        and abs((row.fd or 0) - (other.fd or 0)) <= (row.fd_error or 0) + (other.fd_error or 0)
-    ]
-
-
 def filled(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """COLUMNS, those of your own metrics, and the rows' cells, without the columns in which no row has anything."""
+    places = [ranks(row, rows) for row in rows]
     names = dict.fromkeys(name for row in rows for name in row.own)
     rows = [row.with_own(names) for row in rows]
     second = next((row.second_names for row in rows if row.second_fd is not None), ("FD 2", "fit 2"))
     titles = dict(zip(("FD 2", "fit 2"), second, strict=True))
     head = (*(titles.get(title, title) for title in COLUMNS), *(name.replace("_", " ") for name in names))
-    lines = [head, *(cells(row) for row in rows)]
+    lines = [head, *map(cells, rows, places)]
     kept = [i for i in range(len(head)) if i < 2 or any(line[i] != "-" for line in lines[1:])]
     if len({row.suite for row in rows}) < 2:  # it stands in the title
         kept = [i for i in kept if i != COLUMNS.index("suite")]
@@ -107,8 +102,8 @@ def filled(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned columns for a terminal: names to the left, numbers to the right. Below them stands whose
-    distances are not told apart by their standard errors."""
+    """The rows as aligned columns for a terminal: names to the left, numbers to the right; below them what ranks and
+    errors mean."""
     table = filled(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -118,18 +113,25 @@ def text_table(rows: Sequence[Row]) -> str:
         ).rstrip()
         for line in table
     ]
+    return "\n".join([*lines, *notes(rows)])
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """How ranks and errors of a table are to be read, in sentences."""
+    said = []
     if any(row.seeds for row in rows):
-        lines.append(SEEDS)
-    for i, row in enumerate(rows):
-        if better := not_told_apart(row, rows[:i]):
-            at = f"{row.steps} step{'s' * (row.steps > 1)}: " if row.steps else ""
-            lines.append(
-                f"{at}the FD of {row.name} is not told apart from that of {', '.join(better)}: they lie within their "
-                "standard errors"
-            )
-    return "\n".join(lines)
+        said.append(SEEDS)
+    elif any(row.fd_se is not None for row in rows):
+        said.append("± is one standard error.")
+    if any(len({*(ranks(row, rows) or ())}) > 1 for row in rows):
+        said.append(RANKS)
+    return said
 
 
+RANKS = (
+    "A rank such as 2-5: among the runs of as many steps it may be any of these, as a difference is sure where it is "
+    "more than the sum of the two standard errors."
+)
 SEEDS = (
     "± is the standard deviation between training seeds; in brackets, one standard error of the evaluation."
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stepdistill.comparison.page import Comparison, html_page
-from stepdistill.comparison.ranking import Group, groups
+from stepdistill.comparison.ranking import Group, groups, ranks
 from stepdistill.comparison.table import text_tables
 from stepdistill.evaluation.conflicts import conflicts, loss_saw
 from stepdistill.evaluation.suite import load_suite
@@ -102,6 +102,7 @@ def shown(reports: list[RunReport]) -> tuple[Group, str, str]:
 def test_a_run_is_not_ranked_by_the_network_that_its_loss_saw_but_all_by_the_judge() -> None:
     group, text, page = shown([run("a", 3, 5), run("rewarded", 1, 7, **SAW), run("b", 4, 4)])
     assert names(group) == ["b", "a", "rewarded"]  # by FD-judge; by FD-emoji it would be first
+    assert [ranks(row, group.rows) for row in group.rows] == [(1, 1), (2, 2), (3, 3)]
     for said in (text, page):
         assert (
             "Ranked by FD-judge, as the loss of rewarded (terms.reward) looked through the network of" in said
@@ -116,6 +117,7 @@ def test_where_not_all_have_the_judge_the_run_stands_behind_unranked() -> None:
     for other in (run("b", 4, None), run("b", 4, 4, conflicts={"second_fd": "options.eye"})):
         group, text, _ = shown([run("rewarded", 1, 7, **SAW), other, run("a", 3, 5)])
         assert names(group) == ["a", "b", "rewarded"]
+        assert [ranks(row, group.rows) for row in group.rows] == [(1, 1), (2, 2), None]
         assert "Not ranked, and behind the others: rewarded (terms.reward)" in text
 
 

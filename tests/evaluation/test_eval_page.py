@@ -16,8 +16,8 @@ from PIL import Image
 
 from stepdistill.comparison.collect import collect, write_all
 from stepdistill.comparison.page import html_page as comparison_page
-from stepdistill.comparison.ranking import rank
-from stepdistill.comparison.table import not_told_apart, text_table
+from stepdistill.comparison.ranking import rank, ranks
+from stepdistill.comparison.table import text_table
 from stepdistill.errors import UserError
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.gallery import FILE, Gallery, load_galleries
@@ -190,14 +190,15 @@ def test_two_evaluations_are_ranked_and_close_ones_are_not_told_apart(
     compared = collect([a, b, c], "command")
     rows = rank(compared.reports)
     assert [row.name for row in rows if row.steps == 1] == ["c", "b", "a"]
-    assert [not_told_apart(row, rows) for row in rows if row.steps == 1] == [[], ["a"], ["b"]]
+    assert [ranks(row, rows) for row in rows if row.steps == 1] == [(1, 1), (2, 3), (2, 3)]
     text = text_table(rows)
-    assert "2.70 ± 0.20" in text and "1 step: the FD of a is not told apart from that of b" in text
+    assert "2.70 ± 0.20" in text and re.search(r"^a +\S+ +1 +2-3 ", text, re.M) and "A rank such as" in text
     page = comparison_page(compared)
-    assert "FD not told apart from" in page and "3.00 ± 0.20" in page and "Gap closed" not in page
+    assert "<td>2-3</td>" in page and "3.00 ± 0.20" in page and "Gap closed" not in page
     write_all(compared, tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert numbers["runs"][0]["scores"]["1"]["fd_se"] == 0.2
+    scores = numbers["runs"][0]["scores"]["1"]
+    assert scores["fd_se"] == 0.2 and scores["rank"] == [2, 3]
 
 
 @pytest.mark.parametrize(
