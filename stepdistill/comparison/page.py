@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stepdistill.comparison.charts import charts
 from stepdistill.comparison.ranking import Group, Row, groups, ranks
 from stepdistill.comparison.table import filled, notes
 from stepdistill.pages.html import document, embedded_picture, scrolled, table
 from stepdistill.pages.picture_rows import STYLE as ROWS_STYLE
 from stepdistill.pages.picture_rows import picture_rows
-from stepdistill.pages.plots import Scale, Series, line_plot
 from stepdistill.pages.sheets import read_sheet
 from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder
@@ -32,8 +32,6 @@ ABOUT_RUNS = (
     "done of those planned."
 )
 FACTS = ("pipeline", "summary", "command", "hardware", "commit", "verification")
-FAR = 20.0
-"""Values whose largest is so many times the smallest have a logarithmic axis; others one from 0."""
 
 
 @dataclass(frozen=True)
@@ -193,56 +191,13 @@ def _group(group: Group, number: int) -> list[str]:
         )
         parts += [f"<p>{html.escape(said)}.</p>"] if said else []
     parts += [f"<p class=warning>{html.escape(note)}</p>" for note in group.notes]
-    return [*parts, _table(group.rows), _plots(group, fd)]
+    return [*parts, _table(group.rows), charts(group.rows, fd, _teacher(group.reports).get("fd") or {})]
 
 
 def _table(rows: Sequence[Row]) -> str:
     head, *lines = filled(rows)
     said = " ".join(notes(rows))
     return table(head, lines, "numbers") + (f"<p class=note>{html.escape(said)}</p>" if said else "")
-
-
-def _plots(group: Group, fd: str) -> str:
-    """FD against steps, the teacher's dashed, and FD at each run's best step count against its training time."""
-    rows = [row for row in group.rows if row.fd]
-    by_steps, by_time = [], []
-    unit = 60 if max((row.train_seconds or 0 for row in rows), default=0) > 120 else 1
-    for name in dict.fromkeys(row.name for row in rows):
-        own = [row for row in rows if row.name == name]
-        by_steps.append(_series(name, [(row.steps, row) for row in own]))
-        best = min(own, key=lambda row: row.fd or 0.0)
-        if best.train_seconds:
-            label = f"{name} ({best.steps} step{'s' * (best.steps > 1)})"
-            by_time.append(_series(label, [(best.train_seconds / unit, best)]))
-    teacher = (_teacher(group.reports).get("fd") or {}).items()
-    points = [(float(steps), float(score)) for steps, score in teacher if score]
-    ticks = sorted({row.steps for row in rows} | {steps for steps, _ in points})
-    if points:
-        by_steps.append(Series("teacher", points, dashed=True))
-    note = "Bars: one standard error." if any(series.errors for series in by_steps) else ""
-    plots = [
-        line_plot(by_steps, "steps", fd, ticks, title=f"{fd} against steps", note=note, y_scale=_scale(by_steps, 1)),
-        line_plot(
-            by_time,
-            "training, minutes" if unit == 60 else "training, seconds",
-            fd,
-            title=f"{fd} against training time",
-            note=note,
-            x_scale=_scale(by_time, 0),
-            y_scale=_scale(by_time, 1),
-        ),
-    ]  # fmt: skip
-    return f"<div class=charts>{''.join(plots)}</div>" if any(plots) else ""
-
-
-def _series(name: str, points: Sequence[tuple[float, Row]]) -> Series:
-    errors = [row.error_of("fd") or 0.0 for _, row in points]
-    return Series(name, [(x, row.fd or 0.0) for x, row in points], errors=errors if any(errors) else ())
-
-
-def _scale(series: Sequence[Series], axis: int) -> Scale:
-    values = [point[axis] for each in series for point in each.points]
-    return "log" if values and max(values) > FAR * min(values) > 0 else "zero"
 
 
 def _sheet(title: str, picture: bytes) -> str:

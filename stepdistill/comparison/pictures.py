@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def common_sheet(runs: Sequence[tuple[str, Path]]) -> bytes | None:
     Returns:
         None where one of them has none, or where they are of other prompts or of another size.
     """
-    rows: dict[str, Tensor] = {}
+    teachers: dict[str, Tensor] = {}
     students: dict[str, Tensor] = {}
     seen = set()
     for label, folder in runs:
@@ -47,11 +48,17 @@ def common_sheet(runs: Sequence[tuple[str, Path]]) -> bytes | None:
             if row.label.startswith("student"):
                 students[row.label.replace("student", label, 1)] = pixels
             else:
-                rows.setdefault(row.label, pixels)
+                teachers.setdefault(row.label, pixels)
     if len(seen) != 1:
         return None
     ((prompts, _),) = seen
-    return png_of_rows([*rows.items(), *students.items()], prompts)
+    rows = sorted(teachers.items(), key=lambda row: _steps_of(row[0]), reverse=True)
+    return png_of_rows([*rows, *students.items()], prompts)
+
+
+def _steps_of(label: str) -> int:
+    """Of ``teacher, 25 steps``."""
+    return int(re.sub(r"\D", "", label) or 0)
 
 
 def _tensor(picture: Image.Image) -> Tensor:

@@ -1,31 +1,23 @@
-"""Charts by matplotlib as inline SVG: their text is text and their colours are the page's CSS variables, so that one
-file is read in dark and in light. matplotlib is imported when a chart is drawn."""
+"""Charts of curves."""
 
 from __future__ import annotations
 
-import hashlib
-import html
-import io
-import logging
 import math
-import re
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from stepdistill.pages.drawing import COLOURS, MUTED, chart, colour, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Formatter
 
-COLOURS = 10
-"""Series colours of the style sheet, ``--c0`` to ``--c9``; further series are dashed in the same ones."""
 WIDTH, HEIGHT = 400, 240
 """Of a chart, in its own units: about CSS pixels on a phone."""
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1, 1.6), (5, 1.5, 1, 1.5), (8, 2, 2, 2))
-_NAMED = {0x40: "ink", 0x41: "muted", 0x42: "line"}
-_ONE_AT_A_TIME = threading.Lock()  # matplotlib's settings are the process's
+"""Of the first ten series, of the next ten in the same colours, and so on."""
 
 Scale = Literal["linear", "zero", "log"]
 """Of an axis: as the values lie, from 0 on, or logarithmic."""
@@ -95,13 +87,9 @@ def line_plot(
     shown = [(place, each) for place, each in enumerate(kept) if each.points]
     if not shown:
         return ""
-    drawing = _svg(shown, x_label, y_label, x_ticks, x_scale, y_scale, phases, x_range)
+    svg = _svg(shown, x_label, y_label, x_ticks, x_scale, y_scale, phases, x_range)
     said = _in_words([each for _, each in shown], x_label)
-    named = f"{title or y_label}. {said}"
-    caption = f"<figcaption>{html.escape(title)}</figcaption>" if title else ""
-    under = f"<p class=note>{html.escape(note)}</p>" if note else ""
-    picture = f'<svg role=img aria-label="{html.escape(named)}" {drawing}'
-    return f"<figure class=chart>{caption}{picture}{_legend(shown)}{under}</figure>"
+    return chart(svg, title, f"{title or y_label}. {said}", _legend(shown), note)
 
 
 def _drawn(each: Series, x_log: bool, y_log: bool) -> Series:
@@ -134,30 +122,10 @@ def _svg(
     x_range: tuple[float, float] | None,
 ) -> str:
     """The drawing from its ``viewBox`` attribute on."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says that it looks for fonts, once
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
+    with drawing(WIDTH, HEIGHT) as made:
+        from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "stepdistill",
-        "text.parse_math": False,
-        "font.size": 12,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.unicode_minus": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor"), _code(0x40)),
-        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _code(0x41)),
-        "grid.color": _code(0x42),
-    }
-    with _ONE_AT_A_TIME, matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots()
+        axes = made.axes
         for place, each in shown:
             for piece in _pieces(each, phases):
                 _curve(axes, piece, place)
@@ -182,9 +150,7 @@ def _svg(
         if x_range is not None:
             axes.set_xlim(*x_range)
         _shade(axes, phases)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_a_page(file.getvalue())
+    return made.svg
 
 
 def _pieces(each: Series, phases: Sequence[Phase]) -> list[Series]:
@@ -202,16 +168,16 @@ def _pieces(each: Series, phases: Sequence[Phase]) -> list[Series]:
 
 def _curve(axes: Axes, each: Series, place: int) -> None:
     x, y = zip(*each.points, strict=True)
-    colour, dashes = _code(place % COLOURS), _dashes(each, place)
+    own, dashes = colour(place % COLOURS), _dashes(each, place)
     if each.band:
         low, high = zip(*each.band, strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=own, alpha=0.18, linewidth=0)
     alone = len(x) == 1
     line = axes.errorbar(
         x,
         y,
         yerr=list(each.errors) or None,
-        color=colour,
+        color=own,
         linewidth=1.1 if each.dashed else 1.6,
         marker="o" if (each.marks and not each.dashed) or alone else "",
         markersize=5,
@@ -245,7 +211,7 @@ def _shade(axes: Axes, phases: Sequence[Phase]) -> None:
     left, right = axes.get_xlim()
     for place, phase in enumerate(phases):
         if place % 2 == 0:
-            axes.axvspan(phase.start, phase.end, color=_code(0x41), alpha=0.12, linewidth=0)
+            axes.axvspan(phase.start, phase.end, color=colour(MUTED), alpha=0.12, linewidth=0)
         room = (phase.end - phase.start) / (right - left) * (WIDTH - 60)
         if len(phase.name) * 6 <= room:
             middle = (phase.start + phase.end) / 2
@@ -253,32 +219,6 @@ def _shade(axes: Axes, phases: Sequence[Phase]) -> None:
             axes.text(middle, 1.02, phase.name, transform=transform, ha="center", fontsize=9.5)
     if phases:
         axes.set_xlim(left, right)
-
-
-def _code(number: int) -> str:
-    """A colour that stands for a variable of the style sheet while matplotlib draws."""
-    return f"#f0f0{number:02x}"
-
-
-def _variable(found: re.Match[str]) -> str:
-    number = int(found[1], 16)
-    return f"var(--{_NAMED.get(number, f'c{number}')})"
-
-
-def _for_a_page(drawing: str) -> str:
-    """Of a file of matplotlib's: what stands inside a page, from the attribute ``viewBox`` on. Names that one drawing
-    uses of another's become its own, and what a page says by itself is left out."""
-    own = hashlib.sha256(drawing.encode()).hexdigest()[:8]
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", drawing)  # but for clip paths and marks
-    drawing = re.sub(r'(id="|url\(#|href="#)(?=[pm][0-9a-f]{10})', rf"\g<1>g{own}", drawing)
-    drawing = drawing.replace("xlink:href", "href")
-    drawing = re.sub(r" font-family: [^;]*;", "", drawing)
-    drawing = re.sub(r"#f0f0([0-9a-f]{2})", _variable, drawing)
-    drawing = re.sub(r"\s+", " ", drawing).replace("> <", "><")
-    body = drawing[drawing.index(">") + 1 :].strip()
-    return f'viewBox="0 0 {WIDTH} {HEIGHT}">{body}'
 
 
 def _in_words(series: Sequence[Series], x_label: str) -> str:
@@ -291,14 +231,10 @@ def _in_words(series: Sequence[Series], x_label: str) -> str:
     return "; ".join(parts) + "."
 
 
-def _legend(shown: Sequence[tuple[int, Series]]) -> str:
+def _legend(shown: Sequence[tuple[int, Series]]) -> list[tuple[int, str, str]]:
     if len(shown) < 2 and not shown[0][1].dashed:
-        return ""
-    items = []
-    for place, each in shown:
-        dashes = " ".join(f"{length * 1.5:g}" for length in _dashes(each, place))
-        line = f'<path d="M0 6h26" stroke="var(--c{place % COLOURS})" stroke-width=2 stroke-dasharray="{dashes}"/>'
-        items.append(
-            f"<li><svg class=key viewBox='0 0 26 12' aria-hidden=true>{line}</svg>{html.escape(each.name)}</li>"
-        )
-    return f"<ul class=legend>{''.join(items)}</ul>"
+        return []
+    return [
+        (place % COLOURS, " ".join(f"{length * 1.5:g}" for length in _dashes(each, place)), each.name)
+        for place, each in shown
+    ]

@@ -107,6 +107,19 @@ def test_compare_ranks_by_steps_then_distance_and_writes_page_and_numbers(
     assert numbers["groups"][0]["teacher"]["fd"] == {"1": 5.0, "25": 1.0}
 
 
+def test_more_runs_than_colours_have_a_line_each(tmp_path: Path) -> None:
+    reports = [write_report(tmp_path / f"run{i:02}", {"1": 2.0 + i, "4": 1.5}) for i in range(11)]
+    few, many = (html_page(collect(some, "command")) for some in (reports[:10], reports))
+    assert "FD-emoji against training time" in few and "FD-emoji against training time" not in many
+    labels = re.findall(r'<svg role=img aria-label="([^"]*)"', many)
+    assert [label.partition(".")[0] for label in labels] == [
+        "FD-emoji at each run&#x27;s best step count",
+        "Training time",
+    ]
+    assert labels[0].count("4 steps: 1.5;") == 11 and labels[0].endswith("the teacher in 25 steps: 1.")
+    assert labels[1].count("4 steps: 61") == 11
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -179,7 +192,8 @@ def test_names_are_as_short_as_tells_them_apart() -> None:
 
 
 def test_pictures_of_runs_are_put_together_where_their_prompts_are_the_same(tmp_path: Path) -> None:
-    """The teacher's rows once, each student's under its run's name; another prompt, and there is no common sheet."""
+    """The teacher's rows once, most steps first, each student's under its run's name; of another prompt no common
+    sheet."""
 
     def run(name: str, prompts: list[str], steps: int, value: int) -> tuple[str, Path]:
         rows = [
@@ -191,13 +205,13 @@ def test_pictures_of_runs_are_put_together_where_their_prompts_are_the_same(tmp_
         file.write_bytes(png_of_rows(rows, prompts))
         return name, tmp_path / name
 
-    a, b = run("a", ["cat", "dog"], 4, 100), run("b", ["cat", "dog"], 8, 200)
+    a, b = run("a", ["cat", "dog"], 8, 100), run("b", ["cat", "dog"], 4, 200)
     png = common_sheet([a, b])
     sheet = read_sheet(png) if png else None
     assert sheet is not None and sheet.prompts == ("cat", "dog")
-    labels = ["teacher, 25 steps", "teacher, 4 steps", "teacher, 8 steps", "a, 4 steps", "b, 8 steps"]
+    labels = ["teacher, 25 steps", "teacher, 8 steps", "teacher, 4 steps", "a, 8 steps", "b, 4 steps"]
     assert [row.label for row in sheet.rows] == labels
-    assert [row.pictures[1].getpixel((5, 5))[0] for row in sheet.rows] == [25, 4, 8, 100, 200]
+    assert [row.pictures[1].getpixel((5, 5))[0] for row in sheet.rows] == [25, 8, 4, 100, 200]
     assert common_sheet([a, run("c", ["cat", "fish"], 4, 1)]) is None
     assert common_sheet([a, ("none", tmp_path / "none")]) is None
 
