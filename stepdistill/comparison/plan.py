@@ -210,8 +210,13 @@ def check_entry(entry: Entry) -> None:
     recipe = entry.recipe
     try:
         check_recipe(recipe)
-        needs = resolve(recipe).options.needs | recipe.terms.needs
+        resolved = resolve(recipe)
+        needs = resolved.options.needs | recipe.terms.needs
         embedded = recipe.teacher in embedded_teachers()
+        if resolved.kind.of_few_steps and embedded:
+            raise UserError(
+                f"it goes on from a student of few steps, which {recipe.teacher} is not: give --teacher RUN"
+            )
         if "images" in needs and recipe.data.images is None and not embedded:
             raise UserError("it learns from images: add --set data.images=FOLDER")
         folder = local_folder(recipe.teacher)

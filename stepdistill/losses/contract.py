@@ -199,6 +199,7 @@ class Method(nn.Module, ABC):
         several_teachers: whether it learns from further teachers, each for its prompts (``roles.route``).
         without_few_steps: of a method whose teacher must denoise images at any time, which a student of few steps does
             not: what to do instead where the teacher is one, in a refusal; empty takes any.
+        of_few_steps: whether its teacher is a student of few steps, which it goes on from, and makes no steps fewer.
         weak_teacher: whether a weaker version of the teacher may guide it (``roles.route.weak``).
         shows: what of ``Loss`` its student's turns tell beside the value, out of "sample" and "prediction": terms can
             read what they need there.
@@ -219,6 +220,7 @@ class Method(nn.Module, ABC):
     several_teachers: ClassVar[bool] = False
     weak_teacher: ClassVar[bool] = False
     without_few_steps: ClassVar[str] = ""
+    of_few_steps: ClassVar[bool] = False
     shows: ClassVar[frozenset[str]] = frozenset()
     rewards: Rewards | None = None
     looks: Looks | None = None

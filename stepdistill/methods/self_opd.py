@@ -65,6 +65,7 @@ class SelfOPD(Method):
     """See the module's text."""
 
     default_times = (1.0, 0.75, 0.5, 0.25)
+    of_few_steps = True
 
     class Options(MethodOptions):
         group: ClassVar[str] = "on-policy"

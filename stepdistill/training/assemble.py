@@ -165,10 +165,16 @@ def assemble(
         guidance_2=options.guidance_2,
         owned=pipeline is None,
     )
-    if kind.without_few_steps and (few := why_of_few_steps(teacher, source)):
+    few = why_of_few_steps(teacher, source)
+    if kind.without_few_steps and few:
         raise UserError(
             f"{recipe.method} noises images and has the teacher denoise them, which {recipe.teacher}, a student of few "
             f"steps ({few}), cannot: {kind.without_few_steps}"
+        )
+    if kind.of_few_steps and not few and main:
+        say(
+            f"warning: {recipe.method} goes on from a student of few steps as its teacher, and nothing says that "
+            f"{recipe.teacher} is one: it does not make steps fewer"
         )
     if train.parallel == "sharded" and isinstance(teacher.denoiser.net, SwitchedNetworks):
         raise UserError(

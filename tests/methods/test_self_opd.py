@@ -152,7 +152,9 @@ def test_conditions_that_are_alike_are_equal_in_all_their_tensors() -> None:
     assert bool(alike(Condition(), 3, torch.zeros(3)).all())
 
 
-def test_rich_captions_are_read_and_stand_beside_their_prompts(tmp_path: Path) -> None:
+def test_rich_captions_are_read_and_stand_beside_their_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text("sks\nblue fish\n")
     (tmp_path / "rich.jsonl").write_text('{"prompt": "sks", "rich": "red apple"}\n')
     sets = [f"data.prompts={tmp_path / 'prompts.txt'}", "train.batch=4", "evaluate=false"]
@@ -164,6 +166,7 @@ def test_rich_captions_are_read_and_stand_beside_their_prompts(tmp_path: Path) -
     )
     check_recipe(recipe)
     job = assemble(resolve(recipe), Accelerator(cpu=True))
+    assert "warning: self_opd goes on from a student of few steps" in capsys.readouterr().err
     data = training_data(job, tmp_path)
     batch = data.batch(0, 0, 4, 4)
     encode = job.teacher.codec.encode
