@@ -32,6 +32,7 @@ from stepdistill.evaluation.suite_identity import without_folder
 from stepdistill.evaluation.teacher_pictures import TeacherPictures, batches
 from stepdistill.evaluation.teacher_scores import gap_closed
 from stepdistill.families.kinds import LabelFamily
+from stepdistill.families.size import Size
 from stepdistill.features.at_hand import images_at_hand, texts_at_hand
 from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork
@@ -83,7 +84,7 @@ class AgainstTeacher:
         self.teacher, self.guidance, self.held_out = teacher, guidance, held_out
         self.saw = dict(saw)
         self.counts, self.full = sorted(counts), options.steps
-        self.count = options.pictures or default_count(teacher)
+        self.count = options.pictures or default_count(teacher.size)
         different = min(self.count, len(prompts))
         self.prompts = [prompts[i % different * len(prompts) // different] for i in range(self.count)]
         self.different = len(set(self.prompts))
@@ -315,9 +316,8 @@ class _Held(RowTable):
         yield self._rows[name]
 
 
-def default_count(teacher: PipelineTeacher) -> int:
+def default_count(size: Size) -> int:
     """Pictures where the recipe gives no number: 64, or 256 of 256 x 256 pixels or fewer, or 16 videos."""
-    size = teacher.size
     return 16 if size.frames > 1 else 256 if size.height * size.width <= 256 * 256 else 64
 
 

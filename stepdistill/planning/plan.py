@@ -14,9 +14,11 @@ from stepdistill.data.sizes import CacheSize, latents_size, pairs_size
 from stepdistill.data.training_images import find_images
 from stepdistill.diffusion.solvers import calls_of
 from stepdistill.errors import UserError
+from stepdistill.evaluation.against_teacher import default_count
 from stepdistill.losses.contract import PairOptions
 from stepdistill.planning.trace import Device, Trace, trace
 from stepdistill.recipes.recipe import Recipe
+from stepdistill.system.emoji import embedded_teachers
 from stepdistill.training.identity import resolve
 
 RESERVE = 2**30
@@ -63,6 +65,8 @@ class Plan:
         hours: of the updates, by GPU.
         pairs: of the teacher's that are made before them; 0 where the method has none.
         pair_hours: of these, by GPU; empty without.
+        pictures: of the teacher's, of each kind, by which the student is measured; 0 where it is not by such.
+        picture_hours: of these, by GPU; empty without.
         fits: whether it fits in ``memory``; None where that is not said.
         change: with which it would; None where it fits, or nothing tried does.
         ratio: of the peak of an update over that of an ordinary one of the same adapter; 0 for full weights.
@@ -78,6 +82,8 @@ class Plan:
     hours: dict[str, float]
     pairs: int
     pair_hours: dict[str, float]
+    pictures: int
+    picture_hours: dict[str, float]
     fits: bool | None
     ratio: float
     change: Change | None = None
@@ -143,6 +149,7 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
     speeds = {name: speed for name, speed in GPUS.items() if gpu in (None, name)}
     slower = 1.0 if train.precision == "bf16" else 2.0
     pairs, pair_flops = _pairs(recipe, seen)
+    pictures, picture_flops = _pictures(recipe, seen)
 
     def hours(done: float) -> dict[str, float]:
         return {name: done * slower / (speed * MFU * gpus) / 3600 for name, speed in speeds.items()}
@@ -171,6 +178,8 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
         hours=hours(train.updates * flops),
         pairs=pairs,
         pair_hours=hours(pair_flops) if pairs else {},
+        pictures=pictures,
+        picture_hours=hours(picture_flops) if pictures else {},
         fits=peak + _reserve(device) <= memory if memory else None,
         ratio=update / seen.fine_tune if seen.fine_tune else 0.0,
     )
@@ -210,6 +219,17 @@ def _pairs(recipe: Recipe, seen: Trace) -> tuple[int, float]:
     options = resolve(recipe).options
     drawn = options if isinstance(options, PairOptions) else PairOptions()
     return drawn.pairs, drawn.pairs * calls_of(drawn.pair_solver, drawn.pair_steps) * seen.teacher_call
+
+
+def _pictures(recipe: Recipe, seen: Trace) -> tuple[int, float]:
+    """How many pictures of the teacher's the student is measured by, and the operations that the teacher's calls for
+    them take in full and in few steps; those that are there already count, too."""
+    if recipe.evaluate is not True or recipe.teacher in embedded_teachers():
+        return 0, 0.0
+    options = recipe.against_teacher
+    count = options.pictures or default_count(seen.size)
+    calls = options.steps + sum({1, *seen.step_counts} - {options.steps})
+    return count, count * calls * seen.teacher_call
 
 
 def _disk(recipe: Recipe, seen: Trace) -> dict[str, int]:

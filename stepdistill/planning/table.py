@@ -49,10 +49,14 @@ def table(found: Plan) -> str:
 
 
 def times(found: Plan) -> list[str]:
-    """Hours of the updates, and of the pairs before them."""
+    """Hours of the updates, of the pairs before them, and of the teacher's pictures that the student is set beside."""
     told = {f"{found.recipe['updates']:,} updates": found.hours}
     if found.pairs:
         told = {f"{found.pairs:,} pairs of the teacher, unless they are there": found.pair_hours} | told
+    if found.pictures:
+        told[f"{found.pictures:,} pictures of the teacher to measure by, unless they are there"] = (
+            found.picture_hours
+        )
     return [
         f"{what}, if a GPU reaches {MFU:.0%} of its peak (assumed): "
         + ", ".join(f"{name} {duration(value)}" for name, value in hours.items())

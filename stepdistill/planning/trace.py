@@ -86,7 +86,7 @@ class Trace:
         fine_tune: the most that is held in an ordinary update of one adapter of the same network; 0 for full weights.
         notes: what was left out.
         source: where the configs are from.
-        size: what is drawn.
+        size, step_counts: what is drawn, and the student's numbers of steps.
     """
 
     setup: Peak
@@ -103,6 +103,7 @@ class Trace:
     needs: frozenset[str]
     source: str
     size: Size
+    step_counts: tuple[int, ...]
     teacher_call: float
     fine_tune: int = 0
     notes: list[str] = field(default_factory=list)
@@ -209,6 +210,7 @@ class _Tracing:
             needs=unit.needs,
             source=source,
             size=unit.teacher.size,
+            step_counts=method.sampler().step_counts,
             teacher_call=call,
             fine_tune=usual,
             notes=self.notes,

@@ -76,6 +76,24 @@ def test_pairs_cost_what_calls_of_the_teacher_do(
     assert times(found)[0].startswith("6 pairs of the teacher, unless they are there, if a GPU reaches")
 
 
+def test_pictures_to_measure_by_cost_what_the_teachers_steps_do(teacher: str) -> None:
+    """In its full steps and in those of lcm's students (1, 2, 4, 8), of a size at which 256 are drawn."""
+    found = plan(
+        recipe_of(teacher, "lcm", "train.batch=4", "evaluate=true", "options.guidance=1"), device="cpu"
+    )
+    per_call = found.trace.teacher_call / (found.recipe["updates"] * found.flops)
+    assert found.pictures == 256
+    ratio = found.picture_hours["h100"] / found.hours["h100"]
+    assert ratio == pytest.approx(256 * (25 + 1 + 2 + 4 + 8) * per_call)
+    assert times(found)[-1].startswith(
+        "256 pictures of the teacher to measure by, unless they are there, if a"
+    )
+    sets = ("evaluate=true", "against_teacher.pictures=8", "against_teacher.steps=4", "student.steps=2")
+    found = plan(recipe_of(teacher, "dmd", "train.batch=4", *sets), device="cpu")
+    per_call = found.trace.teacher_call / (found.recipe["updates"] * found.flops)
+    assert found.picture_hours["h100"] / found.hours["h100"] == pytest.approx(8 * (4 + 2 + 1) * per_call)
+
+
 def test_without_pairs_no_hours_of_them_are_said(teacher: str) -> None:
     found = plan(recipe_of(teacher, "tbcm", "train.batch=4"), device="cpu")
     assert found.pairs == 0 and not found.pair_hours and len(times(found)) == 1
