@@ -13,7 +13,19 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from stepdistill.cli import compare, compose, doctor, draw, evaluate, listing, plan, share, train, watch
+from stepdistill.cli import (
+    compare,
+    compose,
+    doctor,
+    draw,
+    evaluate,
+    listing,
+    partition,
+    plan,
+    share,
+    train,
+    watch,
+)
 from stepdistill.cli.usage import epilog, in_one_line
 from stepdistill.errors import OtherProcessError, UserError
 from stepdistill.system.files import disk_error
@@ -30,6 +42,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "stats": evaluate.stats,
     "compare": compare.compare,
     "hybrid": compose.hybrid,
+    "partition": partition.partition,
     "join": compose.join,
     "trace": compose.trace,
     "export": train.export,

@@ -49,6 +49,11 @@ EXAMPLES = {
         "hybrid emoji runs/dmd_emoji_4step --teacher-grid 8 --output hybrid",
         "hybrid my_sdxl runs/latest --teacher-calls 1 --guidance 7 --output my_hybrid",
     ),
+    "partition": (
+        "partition --output parts.txt",
+        "partition --parts 8 --output parts.txt",
+        "partition --teacher my_sdxl --prompts prompts.txt --output parts.txt",
+    ),
     "join": (
         "join runs/part1 runs/part2 runs/part3 runs/part4 --output joined",
         "join runs/one/student runs/two/student --output joined",

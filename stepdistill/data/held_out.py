@@ -48,6 +48,15 @@ class Rest(Sequence[str]):
     def __len__(self) -> int:
         return len(self._texts) - len(self._before)
 
+    @property
+    def whole(self) -> int:
+        """How many texts there are with those that are left out."""
+        return len(self._texts)
+
+    def like(self, others: Sequence[str]) -> list[str]:
+        """Of another sequence, as long as ``whole``, what stands where these texts do."""
+        return [other for number, other in enumerate(others) if number not in self._skipped]
+
     @overload
     def __getitem__(self, index: int) -> str: ...
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepdistill.data.held_out import Rest
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.system.emoji import emoji_captions, emoji_groups
 
@@ -49,7 +50,8 @@ def parts_of(prompts: Sequence[str], partition: str, count: int) -> Tensor:
         prompts: all of a run.
         partition: ``hash``, by the SHA-256 of each prompt; ``consecutive``, equal stretches of their order;
             ``groups``, whole Unicode groups of the embedded captions, of as equal sizes as they allow; or a file with a
-            line for each prompt that names its key, whose keys are shared out so.
+            line for each prompt that names its key, whose keys are shared out so (``stepdistill partition`` makes one).
+            Prompts that are held out have their line, too.
         count: of parts.
 
     Raises:
@@ -82,12 +84,13 @@ def _keys(prompts: Sequence[str], partition: str) -> list[str]:
             )
         return emoji_groups()
     lines = Path(partition).read_text("utf-8").splitlines()
-    if len(lines) != len(prompts):
+    count = prompts.whole if isinstance(prompts, Rest) else len(prompts)
+    if len(lines) != count:
         raise UserError(
-            f"data.partition {partition} has {len(lines)} lines, and there are {len(prompts)} prompts: give one key "
-            "for each, in their order"
+            f"data.partition {partition} has {len(lines)} lines, and there are {count} prompts: give one key for each, "
+            "in their order"
         )
-    return lines
+    return prompts.like(lines) if isinstance(prompts, Rest) else lines
 
 
 def _by_key(keys: Sequence[str], partition: str, count: int) -> Tensor:
