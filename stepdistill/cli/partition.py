@@ -30,7 +30,7 @@ def partition(
     from stepdistill.data.prompts import open_prompts
     from stepdistill.networks.find import check_teacher
     from stepdistill.system.emoji import embedded_teachers, emoji_captions
-    from stepdistill.system.files import check_writable, written_whole
+    from stepdistill.system.files import check_file, written_whole
 
     check_teacher(teacher)
     if prompts is None and teacher not in embedded_teachers():
@@ -38,7 +38,7 @@ def partition(
     texts = emoji_captions() if prompts is None else open_prompts(prompts)
     if len(texts) < parts:
         raise UserError(f"--parts is {parts}, and there are {len(texts)} prompts: give fewer")
-    check_writable(output.parent)
+    check_file(output)
     import torch
 
     from stepdistill.data.clusters import balanced_clusters, prompt_features

@@ -99,6 +99,8 @@ def test_the_command_writes_parts_that_a_recipe_takes(
     assert max(mine.values()) >= 48  # most food is not with people
     with pytest.raises(UserError, match="--parts is 121, and there are 120 prompts"):
         partition(Path("parts.txt"), prompts=Path("prompts.txt"), parts=121)
+    with pytest.raises(UserError, match="is a folder"):
+        partition(tmp_path)
     tiny_pipeline("dit").save_pretrained("dit")
     with pytest.raises(UserError, match="give --prompts FILE"):
         partition(Path("parts.txt"), teacher="dit")
