@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -84,6 +85,34 @@ def test_links_between_files_lead_somewhere() -> None:
             if not (ROOT / path).exists() and not made.match(str(path)):
                 lost.append(f"{name}: {path}")
     assert not lost
+
+
+GAP = re.compile(r"\b[01]\.\d{3}\b")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guides/choose.md", "docs/start/first_student.md"])
+def test_a_gap_that_a_document_quotes_is_of_a_shipped_result(name: str) -> None:
+    """In the lines that name a method or a recipe; runs that are made again change their numbers."""
+    files = (ROOT / "train" / "results").glob("*.json")
+    known = {
+        f"{gap:.3f}" for file in files for gap in json.loads(file.read_text("utf-8"))["gap_closed"].values()
+    }
+    lines = [
+        line for line in (ROOT / name).read_text("utf-8").splitlines() if "|" in line or "gap closed" in line
+    ]
+    quoted = {number for line in lines for number in GAP.findall(line)}
+    assert quoted and quoted <= known
+
+
+def test_numbers_of_methods_come_from_the_shipped_results() -> None:
+    import method_pages
+
+    told = method_pages.facts()
+    assert not [text for facts in told.values() for text in facts.values() if "{" in str(text)]
+    known = {report["name"]: report for report in method_pages.reports()}
+    assert f"(gap {known['lcm_emoji']['gap_closed']['1']:.3f}," in told["lcm"]["avoid"]
+    with pytest.raises(ValueError, match="train/results has no 3 of lcm_emoji"):
+        method_pages.filled("one step (gap {lcm_emoji 3})", method_pages.reports())
 
 
 def test_every_method_has_said_what_it_is_for_and_what_not() -> None:

@@ -112,6 +112,11 @@ def anchor(heading: str) -> str:
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()))
 
 
+def hardware_of(report: RunReport) -> str:
+    """Of a report; older ones have "1 threads"."""
+    return str(report.hardware).replace(" 1 threads ", " 1 thread ")
+
+
 def whole_run(report: RunReport) -> str:
     """Minutes from start to report, or whose checkpoint the run went on from, or whose warm start it took over."""
     if report.name in WENT_ON:
@@ -194,7 +199,7 @@ def table(reports: list[RunReport]) -> str:
         f"Suite {suites}, {reports[0].n:,} images, guidance {reports[0].guidance:g}. The teacher: "
         f"FD-emoji {teacher['fd']['1']:.2f} at 1 step (at its better guidance) and {teacher['fd'][full]:.2f} at "
         f"{full}, CLIP-emoji {teacher['clip_score'][full]:.3f} at {full}. "
-        f"Hardware: {', '.join(sorted({str(report.hardware) for report in reports}))}.",
+        f"Hardware: {'; '.join(sorted({hardware_of(report) for report in reports}))}.",
         "",
         f"| | {HEAD}",
         f"| --- {'| --- ' * HEAD.count('|')}|",

@@ -18,6 +18,8 @@ from stepdistill.system.shipped import content_folder, module_summaries, recipe_
 from stepdistill.testing.contract import build
 
 FACTS = Path(__file__).with_name("methods.yaml")
+PLACE = re.compile(r"\{([a-z][\w-]*) (\w+)\}")
+"""A run and its number of steps, or ``minutes``, in ``methods.yaml``: where a number stands."""
 HEAD = (
     "| run | steps | gap closed | FD-emoji | FD-judge | CLIP-emoji | training, min |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
@@ -31,8 +33,28 @@ def names() -> list[str]:
 
 def facts() -> dict[str, dict[str, Any]]:
     """What methods.yaml says, by method."""
-    read: dict[str, dict[str, Any]] = yaml.safe_load(FACTS.read_text("utf-8"))
+    read: dict[str, dict[str, Any]] = yaml.safe_load(filled(FACTS.read_text("utf-8"), reports()))
     return read
+
+
+def filled(text: str, found: list[dict[str, Any]]) -> str:
+    """The text with the numbers of reports in their places.
+
+    Raises:
+        ValueError: a place for a number that no report has.
+    """
+    known = {report["name"]: report for report in found}
+
+    def number(place: re.Match[str]) -> str:
+        run, key = place.groups()
+        report = known.get(run, {"gap_closed": {}})
+        if key == "minutes" and "train_seconds" in report:
+            return f"{report['train_seconds'] / 60:.1f}"
+        if key not in report["gap_closed"]:
+            raise ValueError(f"{FACTS.name}: train/results has no {key} of {run}")
+        return f"{report['gap_closed'][key]:.3f}"
+
+    return PLACE.sub(number, text)
 
 
 def reports() -> list[dict[str, Any]]:
