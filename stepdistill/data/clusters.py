@@ -20,8 +20,8 @@ from stepdistill.networks.teacher import PipelineTeacher
 
 STARTS, ROUNDS = 8, 100
 """Of Lloyd's algorithm: how often it starts, and rounds of each, at most."""
-AT_ONCE = 1024
-"""Prompts whose conditions are in memory together."""
+AT_ONCE, WIDTH = 1024, 256
+"""Prompts whose conditions are in memory together, and numbers of each that stay there: a million have one GB."""
 
 
 def features_of(cond: Condition) -> Tensor:
@@ -41,13 +41,27 @@ def features_of(cond: Condition) -> Tensor:
 
 
 def prompt_features(teacher: PipelineTeacher, prompts: Sequence[str]) -> Tensor:
-    """:func:`features_of` all prompts [P, D], centred and at length 1. What is encoded stays in the cache, where a
-    training finds it."""
+    """:func:`features_of` all prompts, centred and at length 1; more numbers than WIDTH are projected at random, which
+    keeps distances (Johnson and Lindenstrauss 1984). What is encoded stays in the cache, where a training finds it.
+
+    Returns:
+        [P, D], D at most WIDTH.
+    """
     known = Conditions(teacher, prompts)
     known.rows.make()
     parts = torch.arange(len(prompts)).split(AT_ONCE)
-    found = torch.cat([features_of(known.take(own)) for own in parts])
+    found = torch.cat([narrow(features_of(known.take(own))) for own in parts])
     return F.normalize(found - found.mean(0), dim=1)
+
+
+def narrow(features: Tensor) -> Tensor:
+    """Features [B, D] as they are, or [B, WIDTH] where they are wider."""
+    width = features.shape[1]
+    if width <= WIDTH:
+        return features
+    onto = torch.randn(width, WIDTH, generator=generator_for("clusters", "projection", width))
+    narrowed: Tensor = features @ onto / WIDTH**0.5
+    return narrowed
 
 
 def balanced_clusters(features: Tensor, count: int, seed: int = 0) -> Tensor:

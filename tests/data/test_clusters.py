@@ -10,7 +10,15 @@ import torch
 from tiny import tiny_pipeline
 from torch import Tensor
 
-from stepdistill.data.clusters import _lloyd, _shared_out, balanced_clusters, features_of, sum_of_squares
+from stepdistill.data.clusters import (
+    WIDTH,
+    _lloyd,
+    _shared_out,
+    balanced_clusters,
+    features_of,
+    narrow,
+    sum_of_squares,
+)
 from stepdistill.data.held_out import HELD_OUT, LEAST, Rest, hold_out
 from stepdistill.data.partition import parts_of
 from stepdistill.errors import UserError
@@ -78,6 +86,17 @@ def test_padding_says_nothing_and_each_thing_counts_once() -> None:
     mean = tokens[0, :2].mean(0)
     torch.testing.assert_close(found[0, :4], mean / mean.norm())
     torch.testing.assert_close(found[:, 4:], pooled / pooled.norm(dim=1, keepdim=True))
+
+
+def test_wide_features_keep_their_distances() -> None:
+    points = torch.randn(20, 3000, generator=torch.Generator().manual_seed(0))
+    near = narrow(points)
+    assert near.shape == (20, WIDTH) and narrow(points[:, :WIDTH]).equal(points[:, :WIDTH])
+    ratio = (torch.pdist(near) / torch.pdist(points)).square()
+    # A mean of WIDTH squares deviates from 1 by (2 / WIDTH)^1/2.
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
+    assert float(ratio.std()) == pytest.approx((2 / WIDTH) ** 0.5, rel=0.3)
+    torch.testing.assert_close(narrow(points[:3]), near[:3], rtol=1e-4, atol=1e-3)
 
 
 def test_the_command_writes_parts_that_a_recipe_takes(
