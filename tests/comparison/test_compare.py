@@ -410,7 +410,7 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
     assert len(set(methods)) == len(methods)
     said = [line for line in wanted.remarks if line.startswith("left out: ")]
     # No prompts of colours, no images of a concept or a domain, and no student of few steps are there.
-    left = ["crd", "echo", "self_opd", "uni_dad"]
+    left = ["crd", "echo", "gndmr", "self_opd", "uni_dad"]
     assert [line.split(": ")[1] for line in said] == [f"{name}_emoji" for name in left]
     assert {*methods, *wanted.without_recipe, *left} == set(module_summaries("methods"))
     with pytest.raises(UserError, match=r"uni_dad_emoji: data\.images: runs/night is not a folder"):
