@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.losses.batch import Batch, Examples
-from stepdistill.losses.contract import Loss, Method, Trained, Turn
+from stepdistill.losses.contract import Loss, Method, MethodOptions, Trained, Turn
 from stepdistill.losses.fake_score import rollout
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.losses.regression import WarmStartOptions, regression, warm_start_rate
@@ -48,6 +48,11 @@ class AdversarialMethod(Method):
 
     starts_below = True
     options: AdversarialOptions
+
+    @classmethod
+    def shared_start(cls, options: MethodOptions) -> int:
+        plain = cls.regression is AdversarialMethod.regression and cls.turn is AdversarialMethod.turn
+        return options.warm_start if plain and isinstance(options, AdversarialOptions) else 0
 
     def setup(self) -> None:
         self.gan = self.discriminator()

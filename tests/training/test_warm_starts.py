@@ -9,6 +9,7 @@ from run_toy import recipe_of
 from safetensors.torch import load_file
 
 from stepdistill.errors import UserError
+from stepdistill.losses.adversarial import AdversarialMethod
 from stepdistill.losses.fake_score import ScoreMethod
 from stepdistill.methods import find_method, method_names
 from stepdistill.recipes.recipe import load_recipe
@@ -30,7 +31,8 @@ def recipe(method, folder, *more):
     plain = recipe_of("dmd", 7, *sets, *kept, *more)
     if method == "dmd":
         return plain
-    options = {k: v for k, v in plain.options.items() if k != "pair_weight"}
+    known = find_method(method).Options.model_fields
+    options = {k: v for k, v in plain.options.items() if k in known and k != "pair_weight"}
     return plain.model_copy(update={"method": method, "options": options})
 
 
@@ -46,12 +48,13 @@ def run(method, place, folder, *more):
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}, trained
 
 
-def test_a_run_goes_on_from_the_warm_start_of_another_method_to_the_last_bit(tmp_path, capsys):
+@pytest.mark.parametrize("method", ["dmd", "ladd"])
+def test_a_run_goes_on_from_the_warm_start_of_another_method_to_the_last_bit(method, tmp_path, capsys):
     """Student, optimiser and average, and so all that follows; passes and log are those of a run by itself, and the
     time is that of the stage as it was made. A run that is resumed stays what it is."""
-    alone, own = run("dmd", tmp_path / "alone", None)
+    alone, own = run(method, tmp_path / "alone", None)
     _, first = run("diff_instruct", tmp_path / "first", tmp_path / "kept")
-    taken, second = run("dmd", tmp_path / "second", tmp_path / "kept")
+    taken, second = run(method, tmp_path / "second", tmp_path / "kept")
     assert "warm start: 3 updates that first has made" in capsys.readouterr().err
     assert alone.keys() == taken.keys() and all(torch.equal(alone[name], taken[name]) for name in alone)
     assert own.passes.by_network == second.passes.by_network and second.step == 7
@@ -98,7 +101,9 @@ def test_runs_without_a_stage_of_their_own_kind_share_none():
 def test_a_method_that_shares_its_start_learns_by_the_same_regression(name):
     kind = find_method(name)
     options = kind.Options()
-    if issubclass(kind, ScoreMethod) and name != "uni_dad":  # which takes turns of its own
+    if (
+        issubclass(kind, (ScoreMethod, AdversarialMethod)) and name != "uni_dad"
+    ):  # which takes turns of its own
         options = options.model_copy(update={"warm_start": 5})
         assert kind.shared_start(options) == 5 and kind.shared_start(kind.Options()) == 0
     else:
