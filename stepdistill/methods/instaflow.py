@@ -60,6 +60,13 @@ class InstaFlow(Method):
             min(step // options.reflow_updates, options.rounds) if options.reflow_updates else options.rounds
         )
 
+    def phase(self, step: int) -> str:
+        options, stage = self.options, self.stage(step)
+        if stage < options.rounds:
+            return f"reflow {stage + 1}" if options.rounds > 1 else "reflow"
+        squared = step < options.rounds * options.reflow_updates + options.l2_updates
+        return "squared distillation" if squared and options.distance != "l2" else "distillation"
+
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, stage = self.options, self.stage(turn.step)
         own = stage > 0

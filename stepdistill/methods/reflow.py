@@ -50,6 +50,9 @@ class Reflow(Method):
     def sampler(self) -> Sampler:
         return Sampler(self.times, renoise=False)
 
+    def phase(self, step: int) -> str:
+        return "reflow" if step < self.options.reflow_updates else "distillation"
+
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         pairs = cast(Examples, batch.pairs)
         first = turn.step < self.options.reflow_updates

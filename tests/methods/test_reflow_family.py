@@ -191,6 +191,12 @@ def test_rfpp_compares_features_of_the_frozen_teacher():
 def test_instaflow_goes_through_its_rounds_and_stages():
     method = build(InstaFlow, Straight(STRAIGHT), rounds=2, reflow_updates=3, l2_updates=2, flow_steps=2)
     assert [method.stage(step) for step in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [method.phase(step) for step in (2, 3, 5, 6, 7, 8)] == [
+        *("reflow 1", "reflow 2", "reflow 2"),
+        *("squared distillation", "squared distillation", "distillation"),
+    ]
+    once = build(InstaFlow, Straight(STRAIGHT), reflow_updates=3, l2_updates=2, distance="l2")
+    assert [once.phase(step) for step in (2, 3, 5)] == ["reflow", "distillation", "distillation"]
     seen = []
     for step in range(10):
         logs = loss_of(method, "student", pair_batch(16, step))[1]
