@@ -22,12 +22,7 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 PLOT = "gap_by_time.png"
 NOT_MEASURED = "# Not measured."
 
-WENT_ON = {
-    **dict.fromkeys(
-        ("flow_map_eulerian_emoji", "flow_map_lagrangian_emoji", "meanflow_emoji"),
-        ("flow_map_semigroup_emoji", 4000),
-    ),
-}
+WENT_ON = {"flow_map_eulerian_emoji": ("flow_map_semigroup_emoji", 4000)}
 """Runs that share everything up to an update with another run, whose checkpoint there they went on from."""
 
 SCORE_METHODS = "2026-11-22: the score methods stand on the same warm start"
