@@ -19,6 +19,7 @@ from stepdistill.diffusion.remembered import constant
 from stepdistill.diffusion.solvers import solve, uniform_times
 from stepdistill.families.condition import Condition
 from stepdistill.losses.distances import DistanceName, distance
+from stepdistill.losses.regression import annealed
 from stepdistill.networks.denoiser import Denoiser
 
 
@@ -58,6 +59,17 @@ def distillation_loss(
     # The start of the first segment is pure noise, as in sampling, also where the path keeps a trace of data.
     state = torch.where(per_sample(segment == 0, z), z, state)
     return distance(student.predict(state, t, cond).x0, x, name)
+
+
+def stage_rate(step: int, updates: int) -> float:
+    """The learning rate within a stage whose flow is kept as it ends, over that of ``train``: annealed to 0, as weights
+    at a high rate are no flow to draw pairs with, most of all of a network that says eps (ours).
+
+    Args:
+        step: within the stage, from 0.
+        updates: of the stage.
+    """
+    return annealed(step / updates)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ on top of Liu et al. 2022, "Flow Straight and Fast" (rectified flow), 2209.03003
 - Reflow, ``rounds`` of ``reflow_updates``: E_t |v(x_t, t) - (z - x)|^2 on x_t = (1 - t) x + t z. The first round
   learns from the teacher's pairs. Every further one learns from pairs of the flow that the round before ended with,
   frozen and followed for ``flow_steps`` Euler steps from this step's own noise and prompts: the cache is the teacher's.
+  The rate is annealed over each round (ours).
 - Distillation, the rest: d(z - v(z, 1), x), or for K steps from the K segments' starts; the squared distance for
   ``l2_updates`` updates, then ``distance`` (the paper: 21,500 of L2, then 18,000 of LPIPS). ``own`` is the share of its
   batches whose x is drawn by the reflowed flow, as in the paper; the others take the teacher's pairs.
@@ -27,7 +28,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName
-from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss
+from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss, stage_rate
 from stepdistill.networks.sampler import Sampler
 
 
@@ -66,6 +67,11 @@ class InstaFlow(Method):
             return f"reflow {stage + 1}" if options.rounds > 1 else "reflow"
         squared = step < options.rounds * options.reflow_updates + options.l2_updates
         return "squared distillation" if squared and options.distance != "l2" else "distillation"
+
+    def lr_ratio(self, turn: Turn) -> float:
+        updates = self.options.reflow_updates
+        in_round = self.stage(turn.step) < self.options.rounds
+        return stage_rate(turn.step % updates, updates) if in_round else 1.0
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         options, stage = self.options, self.stage(turn.step)

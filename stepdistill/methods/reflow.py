@@ -8,7 +8,8 @@ Liu et al. 2022, "Flow Straight and Fast", 2209.03003; text-conditional in Liu e
   angle where the signal-to-noise ratios agree, so its weights stay those that diffusers expects.
 - Distillation, the rest (2.2, "distillation"): E |x(z, 1) - x|^2 at the noise end, or for K steps at the K starts of
   equal segments. ``fresh`` is the share of batches drawn on the spot from the reflowed student, frozen at the end of
-  the first stage and followed for ``flow_steps`` Euler steps (the paper regenerates its pairs with that flow).
+  the first stage, over which the rate is annealed (ours), and followed for ``flow_steps`` Euler steps (the paper
+  regenerates its pairs with that flow).
 - The reflow loss is squared, as its minimiser must be the mean velocity; the distance of the distillation is free, and
   one that forgives outliers keeps the student off the mean of what it cannot tell apart.
 
@@ -25,7 +26,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, PairOptions, Turn
 from stepdistill.losses.distances import DistanceName
-from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss
+from stepdistill.losses.reflow import distillation_loss, flow_end, reflow_loss, stage_rate
 from stepdistill.networks.sampler import Sampler
 
 
@@ -52,6 +53,10 @@ class Reflow(Method):
 
     def phase(self, step: int) -> str:
         return "reflow" if step < self.options.reflow_updates else "distillation"
+
+    def lr_ratio(self, turn: Turn) -> float:
+        updates = self.options.reflow_updates
+        return stage_rate(turn.step, updates) if turn.step < updates else 1.0
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         pairs = cast(Examples, batch.pairs)

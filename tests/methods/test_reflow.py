@@ -113,6 +113,7 @@ def test_distillation_is_zero_at_the_map_and_begins_after_the_first_stage():
     path = FlowPath()
     method = reflow(path, Straight(path), reflow_updates=2)
     assert [method.phase(step) for step in (1, 2)] == ["reflow", "distillation"]
+    assert [method.lr_ratio(method.turn(step)) for step in range(4)] == pytest.approx([1, 0.5, 1, 1])
     assert "reflow" in loss_of(method, "student", pair_batch())[1]
     method.after_step(method.turn(0))
     assert "reflow" in loss_of(method, method.turn(1), pair_batch())[1]

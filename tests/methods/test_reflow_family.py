@@ -195,6 +195,8 @@ def test_instaflow_goes_through_its_rounds_and_stages():
         *("reflow 1", "reflow 2", "reflow 2"),
         *("squared distillation", "squared distillation", "distillation"),
     ]
+    rates = [method.lr_ratio(method.turn(step)) for step in range(8)]
+    assert rates == pytest.approx([1, 0.75, 0.25, 1, 0.75, 0.25, 1, 1])  # annealed within each round
     once = build(InstaFlow, Straight(STRAIGHT), reflow_updates=3, l2_updates=2, distance="l2")
     assert [once.phase(step) for step in (2, 3, 5)] == ["reflow", "distillation", "distillation"]
     seen = []
