@@ -30,6 +30,7 @@ IN_PARTS = "in parts"
 BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm start has already"
 LED_AWAY = "2026-11-28: what leads away from a warm start, and what a reward does to pictures by rule"
 OF_WORDS = "2026-11-28: a word for a student of few steps, students of parts, and a domain of ten images"
+ONE_COMPARISON = "2026-11-28: all methods in one comparison, and a flow that was kept at a bad moment"
 FLOW_MAPS = (
     "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
     "start's"
@@ -53,7 +54,7 @@ TRIED = {
     "gndm": BEHIND_REGRESSION,
     "internalise": BEHIND_REGRESSION,
     "rg_lcd_emoji": BEHIND_REGRESSION,
-    "instaflow": "2026-11-22: reflow and one-step distillation",
+    "instaflow": ONE_COMPARISON,
     "lcm": "2026-11-22: LCM needs longer skips and pure noise at the top",
     "lcm_lora_emoji": "2026-11-22: LCM as an adapter",
     "ladd": LED_AWAY,
@@ -65,7 +66,7 @@ TRIED = {
     "phased_dmd": "2026-11-22: Phased DMD beats its teacher",
     "progressive": BEHIND_REGRESSION,
     "rcm": BEHIND_REGRESSION,
-    "reflow": "2026-11-22: reflow and one-step distillation",
+    "reflow": ONE_COMPARISON,
     "rfpp": "2026-11-22: rf++ with the clean distance over t spends its gradient where nothing is left to learn",
     "scm": "2026-11-22: twenty seconds of every method, and sCM was trained too long",
     "self_e": BEHIND_REGRESSION,
