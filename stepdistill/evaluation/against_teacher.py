@@ -24,6 +24,7 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.conflicts import conflicts
 from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.measure import ERRORS, measure
+from stepdistill.evaluation.paired import PAIRED, paired
 from stepdistill.evaluation.reference_files import Reference
 from stepdistill.evaluation.rows import RowTable
 from stepdistill.evaluation.scores import REPORTED
@@ -38,7 +39,6 @@ from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.frechet import Moments
 from stepdistill.metrics.intervals import of_mean
-from stepdistill.metrics.kid import paired_kernel_distance
 from stepdistill.networks.codec import Encoded
 from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
 from stepdistill.networks.sampler import Sampler
@@ -54,7 +54,6 @@ LABEL = "against-teacher@1"
 FIRST_SEED = 2_000_000
 Pictures = Iterable[tuple[list[int], Tensor]]
 """Numbers of pictures, and the pictures uint8 [B, 3, H, W]."""
-PAIRED = ("paired_distance", "paired_distance_se", "paired_rmse", "paired_rmse_se")
 
 
 class AgainstTeacher:
@@ -173,7 +172,7 @@ class AgainstTeacher:
         def compared(drawn: Pictures) -> dict[str, float | None]:
             rows = self._rows(extraction, drawn)
             values = measure(rows, extraction.suite, network, reference, self.teacher.device).values()
-            return {**values, **_paired(rows, full, network)}
+            return {**values, **paired(rows, full, network)}
 
         for steps, each in self.few.items():
             found["teacher"][steps] = compared(each.read())
@@ -324,21 +323,6 @@ def default_count(size: Size) -> int:
 def _reference_of(rows: RowTable, sha256: str) -> Reference:
     features = rows.whole("features")
     return Reference(Moments.of(features), features, {}, sha256)
-
-
-def _paired(drawn: RowTable, teachers: RowTable, network: FeatureNetwork) -> dict[str, float | None]:
-    """Distances of the pictures of the same numbers: of both sets by a kernel, which counts no picture with its own
-    other; and of the pairs, in features, and of pixels in [0, 1]."""
-    own, others = drawn.whole("features"), teachers.whole("features")
-    kernel = paired_kernel_distance(own, others, gamma=network.kernel_scale)
-    found: dict[str, float | None] = {"kid": kernel.value, "kid_se": kernel.standard_error}
-    pairs = zip(drawn.whole("pixels"), teachers.whole("pixels"), strict=True)
-    pixels = torch.stack([((a.float() - b.float()) / 255).square().mean().sqrt() for a, b in pairs])  # [N]
-    apart = 1 - F.cosine_similarity(own, others)  # [N]
-    for name, values in (("paired_distance", apart), ("paired_rmse", pixels)):
-        interval = of_mean(values)
-        found |= {name: interval.value, f"{name}_se": interval.standard_error}
-    return found
 
 
 def _distance(scores: Mapping[str, float | None]) -> float:

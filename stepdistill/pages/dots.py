@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepdistill.pages.drawing import COLOURS, MUTED, chart, colour, drawing
-from stepdistill.pages.plots import WIDTH, Scale
+from stepdistill.pages.plots import WIDTH
 
 ROW, AXIS = 13, 44
 """Height of a line, and of the axis with its label."""
@@ -36,26 +36,23 @@ def dot_plot(
     *,
     title: str = "",
     note: str = "",
-    x_scale: Scale = "zero",
     beside: tuple[str, float] | None = None,
 ) -> str:
-    """A chart of numbers by their names, the first at the top, as HTML; an empty string where there is none.
+    """A chart of numbers by their names, the first at the top, on an axis from 0, as HTML; an empty string where there
+    is none.
 
     Args:
-        dots: what it shows; those that the axis cannot show are left out.
+        dots: what it shows; those that are not finite are left out.
         x_label: under the axis, with its unit.
         title: a heading above it, plain text.
         note: a sentence under it, plain text.
-        x_scale: of the axis.
         beside: a name and a number that all are to be compared with: a dashed line.
     """
-    dots = [dot for dot in dots if math.isfinite(dot.value) and (dot.value > 0 or x_scale != "log")]
+    dots = [dot for dot in dots if math.isfinite(dot.value)]
     if not dots:
         return ""
     kinds = list(dict.fromkeys(dot.kind for dot in dots))
     with drawing(WIDTH, ROW * len(dots) + AXIS) as made:
-        from matplotlib.ticker import StrMethodFormatter
-
         axes = made.axes
         for place, dot in enumerate(dots):
             own = colour(kinds.index(dot.kind) % COLOURS)
@@ -66,11 +63,7 @@ def dot_plot(
         axes.tick_params(axis="y", length=0)
         if beside is not None and math.isfinite(beside[1]):
             axes.axvline(beside[1], color=colour(MUTED), linewidth=1.1, linestyle="--")
-        if x_scale == "log":
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        elif x_scale == "zero":
-            axes.set_xlim(0, 1.04 * max(axes.get_xlim()[1], 1e-12))
+        axes.set_xlim(0, 1.04 * max(axes.get_xlim()[1], 1e-12))
         axes.set_xlabel(x_label)
     legend = [(kinds.index(kind) % COLOURS, "", kind) for kind in kinds if kind]
     said = [f"{dot.name}{f', {dot.kind}' * bool(dot.kind)}: {dot.value:.4g}" for dot in dots]

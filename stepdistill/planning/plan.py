@@ -16,7 +16,8 @@ from stepdistill.diffusion.solvers import calls_of
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import default_count
 from stepdistill.losses.contract import PairOptions
-from stepdistill.planning.trace import Device, Trace, trace
+from stepdistill.planning.trace import Device, trace
+from stepdistill.planning.traced import Trace
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.emoji import embedded_teachers
 from stepdistill.training.identity import resolve

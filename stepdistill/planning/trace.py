@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -17,7 +16,6 @@ from stepdistill.attention.kernels import why_not
 from stepdistill.errors import UserError
 from stepdistill.families import family_in
 from stepdistill.families.condition import Condition
-from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Turn
 from stepdistill.losses.fake_score import denoising_loss
@@ -25,8 +23,9 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Roles
 from stepdistill.planning.fake import ArithmeticOfCuda, derivatives_uncompared, fake_tensors
 from stepdistill.planning.from_configs import pipeline_of
-from stepdistill.planning.live_bytes import LiveBytes, Peak
+from stepdistill.planning.live_bytes import LiveBytes
 from stepdistill.planning.quantized_layers import quantised_in_plan
+from stepdistill.planning.traced import Trace, Update
 from stepdistill.planning.unit import Unit, unit_of
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.training import roles
@@ -47,66 +46,6 @@ SHARED_OUT = tuple(
     for kind in ("weights", "gradients", "optimiser")
 )
 """Kinds of which a GPU holds a part with ``train.parallel: sharded``."""
-
-
-@dataclass
-class Update:
-    """An update of one network.
-
-    Attributes:
-        network: what is trained.
-        share: of all updates of the run.
-        peak: the most that is held in it.
-        flops: operations of it.
-        passes: forward passes of a sample, by who is called; those with a graph after a star.
-    """
-
-    network: str
-    share: float
-    peak: Peak
-    flops: float
-    passes: dict[str, float]
-
-
-@dataclass
-class Trace:
-    """What was seen.
-
-    Attributes:
-        setup: the most that is held until training starts.
-        held: what is held between two updates, by kind.
-        updates: of each network.
-        parameters: of each role, and ``trained`` of each.
-        student, checkpoint: bytes of the student's network in float32, and of a checkpoint.
-        condition, state: bytes of a prompt's conditions, and of a state in float32.
-        components: bytes of the pipeline's other networks.
-        pair_states: states that are kept with each pair.
-        needs: what the method asks of the data.
-        teacher_call: operations of a call of the teacher for one sample, guided as pairs are.
-        fine_tune: the most that is held in an ordinary update of one adapter of the same network; 0 for full weights.
-        notes: what was left out.
-        source: where the configs are from.
-        size, step_counts: what is drawn, and the student's numbers of steps.
-    """
-
-    setup: Peak
-    held: dict[str, int]
-    updates: list[Update]
-    parameters: dict[str, int]
-    trained: dict[str, int]
-    student: int
-    checkpoint: int
-    condition: int
-    state: int
-    components: int
-    pair_states: int
-    needs: frozenset[str]
-    source: str
-    size: Size
-    step_counts: tuple[int, ...]
-    teacher_call: float
-    fine_tune: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def trace(recipe: Recipe, device: Device, gpus: int = 1, fine_tune: bool = False) -> Trace:

@@ -45,6 +45,6 @@ def test_a_chart_grows_with_what_it_shows_and_leaves_out_what_it_cannot() -> Non
         return float(re.findall(r'viewBox="0 0 \d+ (\d+)"', plot)[0])
 
     assert height(40) - height(20) == pytest.approx(height(60) - height(40)) and height(40) > 1.6 * height(20)
-    plot = dot_plot([Dot("a", math.nan), Dot("b", 0.0), Dot("c", 2.0)], "x", x_scale="log")
-    assert len(marks_of(plot)) == 1 and ">c</text>" in plot
+    plot = dot_plot([Dot("a", math.nan), Dot("b", 0.0), Dot("c", 2.0)], "x")
+    assert len(marks_of(plot)) == 2 and ">c</text>" in plot and ">a</text>" not in plot
     assert dot_plot([], "x") == "" == dot_plot([Dot("a", math.inf)], "x")

@@ -10,7 +10,8 @@ from stepdistill.errors import UserError
 from stepdistill.planning.live_bytes import LiveBytes
 from stepdistill.planning.plan import plan
 from stepdistill.planning.table import times
-from stepdistill.planning.trace import Trace, _Tracing, trace
+from stepdistill.planning.trace import _Tracing, trace
+from stepdistill.planning.traced import Trace
 from stepdistill.recipes.recipe import Recipe, load_recipe
 
 COMMON = ("data.prompts=prompts.txt", "evaluate=false", "student.output=teacher", "options.guidance=2")
