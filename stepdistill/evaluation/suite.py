@@ -15,6 +15,7 @@ from stepdistill.data.prompts import FORMS, read_prompts
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.evaluation.scores import StepScores
+from stepdistill.evaluation.suite_files import SuiteFiles
 from stepdistill.evaluation.suite_metrics import WITH_TEXTS, MetricKeys
 from stepdistill.features.load import network_of
 from stepdistill.features.network import FeatureNetwork, Precision
@@ -22,7 +23,7 @@ from stepdistill.metrics.own import OwnMetric, load_metric, metric_file
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.system.parsing import Unreadable
 from stepdistill.system.parsing_yaml import parse_yaml
-from stepdistill.system.shipped import cache_folder, content_folder, suite_file
+from stepdistill.system.shipped import suite_file
 
 
 class ReferenceProtocol(BaseModel):
@@ -235,9 +236,7 @@ class Suite(MetricKeys):
         if self.prompts == "emoji":
             lines = emoji_captions()
         else:
-            file = self._find(self.prompts, "prompts")
-            if file is None:
-                raise UserError(self._missing("prompt file", self.prompts, "prompts", "give --prompts FILE"))
+            file = self._files.found("prompt file", self.prompts, "prompts", "give --prompts FILE")
             lines = read_prompts(file, f"suite {self.label}")
         if self.selection == "shuffled":
             order = torch.randperm(len(lines), generator=generator_for("suite", "prompts"))
@@ -265,7 +264,7 @@ class Suite(MetricKeys):
     def aesthetic_file(self) -> Path:
         """Where the aesthetic head lies, or would lie: absolute, or beside the suite's file."""
         given = Path(self.aesthetic or "").expanduser()
-        return self._find(str(given), "reference") or self.folder / given
+        return self._files.find(str(given), "reference") or self.folder / given
 
     def cmmd_reference_file(self) -> Path | None:
         """Where CMMD's statistics lie; None where they are those of the reference.
@@ -284,13 +283,8 @@ class Suite(MetricKeys):
         return self._statistics(self.second_reference, self.second_features)
 
     def _statistics(self, name: str | None, features: str | None) -> Path | None:
-        if name is None:
-            return None
-        file = self._find(name, "reference")
-        if file is None:
-            advice = f"make it with `stepdistill stats --features {features}`"
-            raise UserError(self._missing("statistics", name, "reference", advice))
-        return file
+        advice = f"make it with `stepdistill stats --features {features}`"
+        return None if name is None else self._files.found("statistics", name, "reference", advice)
 
     def reference_file(self) -> Path:
         """Where the reference statistics lie.
@@ -302,25 +296,12 @@ class Suite(MetricKeys):
             raise UserError(
                 f"suite {self.label} has no reference: give --reference FILE, as `stepdistill stats` makes it"
             )
-        file = self._find(self.reference, "reference")
-        if file is None:
-            advice = "make them with `stepdistill stats`, or give --reference FILE"
-            raise UserError(self._missing("reference statistics", self.reference, "reference", advice))
-        return file
+        advice = "make them with `stepdistill stats`, or give --reference FILE"
+        return self._files.found("reference statistics", self.reference, "reference", advice)
 
-    def _places(self, kind: str) -> tuple[Path, ...]:
-        """Where a file that is named without a folder is looked for."""
-        return self.folder, content_folder("eval") / kind, cache_folder() / kind
-
-    def _find(self, name: str, kind: str) -> Path | None:
-        given = Path(name).expanduser()
-        places = [folder / given for folder in self._places(kind)]  # an absolute path stays what it is
-        return next((place for place in places if place.is_file()), None)
-
-    def _missing(self, what: str, name: str, kind: str, advice: str) -> str:
-        given, source = Path(name).expanduser(), self.source and f" (from: {self.source})"
-        looked = "" if given.is_absolute() else f" in {', '.join(map(str, self._places(kind)))}"
-        return f"suite {self.label}: no {what} {name}{looked}{source}; {advice}"
+    @property
+    def _files(self) -> SuiteFiles:
+        return SuiteFiles(self.label, self.folder, self.source)
 
 
 def load_suite(name_or_path: str | Path | Suite) -> Suite:
