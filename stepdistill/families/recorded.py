@@ -270,6 +270,9 @@ def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | Non
         call |= {"height": size.height, "width": size.width}
     if size is not None:
         call |= dict.fromkeys(takes & {*FRAMES}, size.frames)
+        call |= (
+            {"max_area": size.height * size.width} if "max_area" in takes else {}
+        )  # or it scales to its own
     if "pag_scale" in takes:  # guidance by another call of the network, with attention to nothing but itself
         call["pag_scale"] = 0.0
     if "use_resolution_binning" in takes:  # or other sizes are snapped to those of a list
