@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from pathlib import Path as FilePath
 from typing import Any
@@ -31,7 +33,8 @@ from stepdistill.system.log import quiet_loading
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.travelling import is_own_code, travelling_code, travelling_module
 
-FILTERS = {SAFETY_CHECKER: "safety checker", "watermark": "watermarker"}
+CHECKER = "safety checker"
+FILTERS = {SAFETY_CHECKER: CHECKER, "watermark": "watermarker"}
 """Parts of pipelines that alter pictures after the decoder: a student could not learn what they do, and scores would
 count pictures that were blacked out."""
 
@@ -64,7 +67,7 @@ def load_folder(
     _check_backends(str(index.get("_class_name")), what)
     given: dict[str, Any] = dict(absent_components(folder))
     present = components(index)
-    if not filters and SAFETY_CHECKER in present:
+    if not filters and SAFETY_CHECKER in present and _draws_unchecked(_diffusers_class(index)):
         given |= {SAFETY_CHECKER: None, "requires_safety_checker": False}
     try:
         for name, (library, kind) in present.items():
@@ -130,17 +133,31 @@ def _network(kind: Any, folder: Path, what: str, dtype: torch.dtype | None) -> n
 def filters_of(pipeline: Any) -> list[str]:
     """What FILTERS names in a pipeline object, a folder, or a Hub name that was downloaded; for cards and reports."""
     if not isinstance(pipeline, (str, Path)):
-        return [name for part, name in FILTERS.items() if getattr(pipeline, part, None) is not None]
+        found = [name for part, name in FILTERS.items() if getattr(pipeline, part, None) is not None]
+        return found if _draws_unchecked(type(pipeline)) else [each for each in found if each != CHECKER]
     from diffusers.utils.import_utils import is_invisible_watermark_available
 
     folder = local_folder(pipeline) or Path(pipeline)
     if (folder / ADAPTER).is_file():
         return []
     index = read_index(folder)
-    found = [FILTERS[SAFETY_CHECKER]] if SAFETY_CHECKER in components(index) else []
+    checked = SAFETY_CHECKER in components(index) and _draws_unchecked(_diffusers_class(index))
+    found = [CHECKER] if checked else []
     if str(index.get("_class_name")).startswith("StableDiffusionXL") and is_invisible_watermark_available():
         found.append(FILTERS["watermark"])
     return found
+
+
+def _diffusers_class(index: Mapping[str, Any]) -> Any:
+    """The class of a folder's pipeline; None for one that diffusers does not have."""
+    import diffusers
+
+    return getattr(diffusers, str(index.get("_class_name")), None)
+
+
+def _draws_unchecked(kind: Any) -> bool:
+    """Whether pipelines of the class draw without their safety checker: Cosmos' do not."""
+    return kind is None or "requires_safety_checker" in inspect.signature(kind.__init__).parameters
 
 
 def without_filters(pipe: Any) -> Any:
@@ -148,7 +165,7 @@ def without_filters(pipe: Any) -> Any:
     if not filters_of(pipe):
         return pipe
     plain = copy.copy(pipe)
-    if getattr(pipe, SAFETY_CHECKER, None) is not None:
+    if CHECKER in filters_of(pipe):
         plain.register_modules(**{SAFETY_CHECKER: None})
         plain.register_to_config(requires_safety_checker=False)
     if getattr(pipe, "watermark", None) is not None:
