@@ -47,7 +47,9 @@ class Role:
         name: of a condition.
         axis: of B in a condition's tensor; None where it has none and one prompt's serves for all of its length.
         each: rows of it that belong to one sample, as where every frame of a video has its own.
-        listed: a list of B tensors in place of one.
+        listed: lists that a tensor of each of the B samples lies in, in place of one tensor of all: 1, or 2 where
+            each lies alone in a list of its own.
+        sequence: the axis of a condition's row, without B, that is as long as the prompt.
         shape: of one row of a state, a time or a scale, without B.
         factor: of a state, or of a scale of guidance.
     """
@@ -57,7 +59,8 @@ class Role:
     name: str = ""
     axis: int | None = 0
     each: int = 1
-    listed: bool = False
+    listed: int = 0
+    sequence: int = 0
     shape: tuple[int, ...] = ()
     factor: float = 1.0
 
@@ -70,24 +73,26 @@ class Role:
         if self.kind == "state":
             rows = given.sample.reshape(-1, *self.shape)
             rows = rows if self.factor == 1 else self.factor * rows
-            return list(rows) if self.listed else rows
+            return _as_list(rows, self.listed) if self.listed else rows
         if self.kind in ("time", "scale"):
             value = given.time if self.kind == "time" else self.factor * given.scale
             return value.view(-1, *[1] * len(self.shape)).expand(-1, *self.shape) if self.shape else value
         value = given.cond[self.name]
+        value = value.movedim(1, 1 + self.sequence) if self.sequence else value
         if self.axis is None:
             return value[0]
         if self.each > 1:
             return value.flatten(0, 1)
-        return list(value) if self.listed else value.movedim(0, self.axis).contiguous()
+        return _as_list(value, self.listed) if self.listed else value.movedim(0, self.axis).contiguous()
 
     def take(self, value: Any, rows: int) -> list[Tensor]:
         """The B rows of a condition out of what the network was given here."""
         if self.listed:
-            return list(value)
+            return [inner[0] for inner in value] if self.listed == 2 else list(value)
         if self.each > 1:
             return list(value.unflatten(0, (rows, self.each)))
-        return [value] * rows if self.axis is None else list(value.movedim(self.axis, 0))
+        found = [value] * rows if self.axis is None else list(value.movedim(self.axis, 0))
+        return [row.movedim(self.sequence, 0) for row in found] if self.sequence else found
 
 
 @dataclass
@@ -156,11 +161,14 @@ class Calls:
         return Role("constant", one)
 
     def _listed(self, path: tuple[str, ...], one: Any, later: Any, other: Any) -> Role:
-        own, name = one[0], _name(path)
+        name, deep = _name(path), 1
+        own, then = one[0], [value[0] for value in later]
+        if isinstance(own, list) and len(own) == 1 and isinstance(own[0], Tensor):
+            own, then, deep = own[0], [value[0] for value in then], 2
         if isinstance(own, Tensor):
-            if (state := self._state(name, own, [value[0] for value in later], listed=True)) is not None:
+            if (state := self._state(name, own, then, listed=deep)) is not None:
                 return state
-            return Role("condition", name=_free(name), listed=True)
+            return Role("condition", name=_free(name), listed=deep)
         if any(value != one for value in (*later, other)):
             raise Unlike(f"its argument {name} changes and is no list of tensors")
         return Role("constant each", own)
@@ -169,7 +177,7 @@ class Calls:
         self, path: tuple[str, ...], one: Any, later: list[Any], other: Any, two: Any, scaled: Any
     ) -> Role:
         name, value = _name(path), torch.as_tensor(one)
-        if isinstance(one, Tensor) and (state := self._state(name, one, later, listed=False)) is not None:
+        if isinstance(one, Tensor) and (state := self._state(name, one, later, listed=0)) is not None:
             return state
         axis = _batch_axis(value, two)
         shape = () if value.numel() == 1 else tuple(value.shape[1:] if axis == 0 else value.shape)
@@ -182,17 +190,18 @@ class Calls:
         if value.is_floating_point() and (factor := _factor(scaled)):
             self.embedded.append(name)
             return Role("scale", factor=factor, shape=shape)
+        sequence = _sequence_axis(value, other, axis)
         if axis is not None:
-            return Role("condition", name=_free(name), axis=axis)
+            return Role("condition", name=_free(name), axis=axis, sequence=sequence)
         if isinstance(two, Tensor) and two.shape == (2 * value.shape[0], *value.shape[1:]):
             return Role("condition", name=_free(name), each=len(value))
         if _equal(value, other):
             return Role("constant", one)
         if not isinstance(one, Tensor):
             raise Unlike(f"its argument {name} changes with the prompt and is no tensor")
-        return Role("condition", name=_free(name), axis=None)
+        return Role("condition", name=_free(name), axis=None, sequence=sequence)
 
-    def _state(self, name: str, one: Tensor, later: Sequence[Any], listed: bool) -> Role | None:
+    def _state(self, name: str, one: Tensor, later: Sequence[Any], listed: int) -> Role | None:
         """The role of a tensor that is the scheduler's sample, times a factor."""
         factors = []
         for value, sample, scale in zip((one, *later), self.samples, self.scales, strict=True):
@@ -204,7 +213,10 @@ class Calls:
                 return None
             factors.append(factor)
         if max(factors) - min(factors) > 1e-3 * abs(factors[0]):
-            return None
+            times = ", ".join(f"{factor:.3g}" for factor in factors)
+            raise Unlike(
+                f"its argument {name} is its scheduler's sample times another factor at each step: {times}"
+            )
         self.states.append(name)
         shape = tuple(one.shape if listed else one.shape[1:])
         factor = 1.0 if abs(factors[0] - 1) < 1e-3 else factors[0]
@@ -258,6 +270,20 @@ def _batch_axis(one: Tensor, two: Any) -> int | None:
         return None
     pairs = enumerate(zip(one.shape, two.shape, strict=True))
     return next((axis for axis, sides in pairs if sides == (1, 2)), None)
+
+
+def _sequence_axis(one: Tensor, other: Any, batch: int | None) -> int:
+    """The axis, without that of B, whose length alone goes by the prompt; the first where there is none."""
+    if not isinstance(other, Tensor) or other.ndim != one.ndim:
+        return 0
+    rows = [[side for axis, side in enumerate(each.shape) if axis != batch] for each in (one, other)]
+    changed = [axis for axis, (side, its) in enumerate(zip(*rows, strict=True)) if side != its]
+    return changed[0] if len(changed) == 1 else 0
+
+
+def _as_list(rows: Tensor, deep: int) -> list[Any]:
+    """A list of tensors, or of lists of one tensor each."""
+    return [[row] for row in rows] if deep == 2 else list(rows)
 
 
 def _factor(scaled: Sequence[tuple[float, Any]]) -> float | None:

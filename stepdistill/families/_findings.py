@@ -94,6 +94,8 @@ def rows_of_call(call: Call, sample: Tensor) -> int:
         if isinstance(value, dict):
             value = list(value.values())
         if isinstance(value, (list, tuple)):
+            if all(isinstance(inner, list) and len(inner) == 1 for inner in value):
+                value = [inner[0] for inner in value]  # each state alone in a list of its own
             if value and all(isinstance(inner, Tensor) for inner in value):
                 yield sum(inner.numel() for inner in value)
             else:

@@ -208,9 +208,11 @@ class _Recorder:
             if len(networks) > 1:
                 raise Unlike(f"several networks are called between its steps: {', '.join(networks)}")
             last = draw.steps[1].calls[-1:]
-            if all(len(names) == 1 for names in calls) and rows_of_call(last[0], draw.steps[1].sample) == 1:
+            rows = rows_of_call(last[0], draw.steps[1].sample) if last else 0
+            if all(len(names) == 1 for names in calls) and rows == 1:
                 return draw, off
             seen = f"{max(map(len, calls))} calls of {networks[0] if networks else 'no network'} a step"
+            seen += ", for two states," if rows == 2 else ""
         raise Unlike(f"its guidance cannot be switched off: {seen} at a scale of 1, 0 and -1")
 
     def _at_scales(self, network: str) -> list[tuple[float, Any]]:
