@@ -49,6 +49,8 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         shift: of the grid, t = s u / (1 + (s - 1) u).
         clock_shift: the network is told the u of this shift in place of t.
         renoise: whether there is fresh noise between steps.
+        base_image_seq_len, max_image_seq_len, base_shift, max_shift: not used; some pipelines work ``mu`` out from
+            these, and ask no scheduler whether it has them.
     """
 
     # The bare name, also when diffusers has loaded the file as a dynamic module: it is what a saved pipeline writes.
@@ -61,6 +63,10 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         shift: float = 1.0,
         clock_shift: float = 1.0,
         renoise: bool = True,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
     ) -> None:
         super().__init__(num_train_timesteps, shift)
 
