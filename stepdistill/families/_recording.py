@@ -31,6 +31,7 @@ from stepdistill.families._findings import (
     same_start,
     shift_in,
 )
+from stepdistill.families._guiders import guided_plainly, guiders_of
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.recorded import (
@@ -72,6 +73,8 @@ def record(
         reason = str(found)
     except UserError:
         raise
+    except NameError as error:  # of a package that diffusers imports where it is there
+        reason = f"it needs {error.name}, which is not installed or not defined"
     except Exception as error:
         reason = f"a draw of its own fails ({first_line(error)})"
     raise UserError(
@@ -103,7 +106,9 @@ class _Recorder:
             if length is not None and "max_sequence_length" in self.takes:
                 self.more["max_sequence_length"] = length
 
-    def draw(self, prompts: list[str], seeds: list[int], more: dict[str, Any], **watched: Any) -> Draw:
+    def draw(
+        self, prompts: list[str], seeds: list[int], more: dict[str, Any], pipe: Any = None, **watched: Any
+    ) -> Draw:
         call = {
             **prompt_arguments(self.takes, prompts, self.size),
             **({"num_inference_steps": STEPS} if "num_inference_steps" in self.takes else {}),
@@ -112,7 +117,7 @@ class _Recorder:
             **self.more,
             **more,
         }
-        return watch(self.pipe, call, **watched)
+        return watch(pipe or self.pipe, call, **watched)
 
     def family(self) -> Recorded:
         one, off = self._unguided()
@@ -298,10 +303,15 @@ class _Recorder:
         # Its own default first, where that is none: SDXL takes zeros for it, and not an empty prompt.
         tries = [{}] if own is None or own.default is None else list[dict[str, Any]]()
         tries += [{"negative_prompt": [""]}] if own is not None else []
-        for negative in tries if off else ():
+        guided_pipe, left_out = guided_plainly(self.pipe, scale)
+        for negative in tries if off or guiders_of(self.pipe) else ():
             try:
                 draw = self.draw(
-                    self.prompts[:1], [0], {**dict.fromkeys(off, scale), **negative}, end_after=1
+                    self.prompts[:1],
+                    [0],
+                    {**dict.fromkeys(off, scale), **negative},
+                    guided_pipe,
+                    end_after=1,
                 )
             except Exception as error:  # an empty prompt is not everywhere one
                 words = f"none (guided, its call fails: {type(error).__name__})"
@@ -320,10 +330,12 @@ class _Recorder:
         alike = [all(same_start(prompts[name], value) for name, value in row.tensors.items()) for row in lone]
         if sum(alike) != 1:
             return found, "none (which of two calls is the prompt's cannot be told)"
+        if lone[0].tensors.keys() != lone[1].tensors.keys():
+            return found, "none (what is not guided is called with other arguments)"
         c, u = outs[alike.index(True)], outs[alike.index(False)]
         found = replace(found, null=lone[alike.index(False)])
         said = draw.steps[0].output[:1] if len(draw.steps[0].output) > 1 else draw.steps[0].output
-        words = "by negative prompt" if own else "by a null of its own"
+        words = ("by negative prompt" if own else "by a null of its own") + left_out
         if near(said[0], u + scale * (c - u)):
             return found, words
         if near(said[0], c + scale * (c - u)):

@@ -12,6 +12,7 @@ from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled, w
 from stepdistill.diffusion.path import FlowPath, Path, Prediction
 from stepdistill.errors import UserError
 from stepdistill.families import known_family
+from stepdistill.families._guiders import switched_off
 from stepdistill.families._recording import record
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GUIDANCE, Condition
@@ -74,6 +75,8 @@ class PipelineTeacher:
         self.device = torch.device(device)
         path, output = path_of(self.pipe.scheduler)
         if family is None:
+            if guiders := switched_off(self.pipe):
+                self.replace_parts(**guiders)
             self._take(record(self.pipe, path, output, size, guidance), size)
         net, shape = network_of(self.family, self.pipe), self.codec.shape
         if isinstance(path, FlowPath):
@@ -113,7 +116,7 @@ class PipelineTeacher:
         """The pipeline's encoders and decoders."""
         return Codec(self.pipe, self.family, self.size, self.device)
 
-    def replace_parts(self, **components: nn.Module) -> None:
+    def replace_parts(self, **components: Any) -> None:
         """Sets components of the pipeline in a copy of it: the one that was handed in stays as it is."""
         self.pipe = copy.copy(self.pipe)
         self.pipe.register_modules(**components)

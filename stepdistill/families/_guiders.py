@@ -1,0 +1,31 @@
+"""Guiders: parts of some pipelines that say how often a step calls the network, and mix what it says."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    """A pipeline's guiders, by name."""
+    from diffusers.guiders import BaseGuidance
+
+    return {name: part for name, part in pipe.components.items() if isinstance(part, BaseGuidance)}
+
+
+def switched_off(pipe: Any) -> dict[str, Any]:
+    """Copies of them that hand on what the network says; a pipeline is saved with its own, so a student has these."""
+    return {name: guider.new(enabled=False) for name, guider in guiders_of(pipe).items()}
+
+
+def guided_plainly(pipe: Any, scale: float) -> tuple[Any, str]:
+    """A pipeline whose guiders are plain guidance of a scale, and in words what that leaves out of its own."""
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    own = guiders_of(pipe)
+    if not own:
+        return pipe, ""
+    guided = copy.copy(pipe)
+    guided.register_modules(**{name: ClassifierFreeGuidance(scale) for name in own})
+    other = sorted({type(guider).__name__ for guider in own.values()} - {ClassifierFreeGuidance.__name__})
+    return guided, f" (plainly, not as its {', '.join(other)})" if other else ""
