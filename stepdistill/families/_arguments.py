@@ -233,10 +233,10 @@ def fill(node: Any, given: Given) -> Any:
 
 
 def take(node: Any, value: Any, rows: int) -> dict[str, list[Tensor]]:
-    """The conditions of a call's arguments, each as B rows."""
+    """The conditions of a call's arguments, each as B rows; an unguided half may leave arguments out."""
     if isinstance(node, Role):
         return {node.name: node.take(value, rows)} if node.kind == "condition" else {}
-    keys = node if isinstance(node, dict) else range(len(node))
+    keys = [key for key in node if key in value] if isinstance(node, dict) else range(len(node))
     return {name: found for key in keys for name, found in take(node[key], value[key], rows).items()}
 
 
@@ -244,7 +244,7 @@ def state_rows(node: Any, value: Any) -> int | None:
     """How many states a call's arguments hold; None for a nest without one."""
     if isinstance(node, Role):
         return len(value) if node.kind == "state" else None
-    keys = node if isinstance(node, dict) else range(len(node))
+    keys = [key for key in node if key in value] if isinstance(node, dict) else range(len(node))
     return next((rows for key in keys if (rows := state_rows(node[key], value[key])) is not None), None)
 
 

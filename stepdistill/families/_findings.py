@@ -113,17 +113,30 @@ def reading_of(steps: list[Step]) -> Reading:
     shape = tuple(steps[0].sample.shape[1:])
     outputs = [step.calls[-1].output for step in steps]
     for path, listed, value in _leaves(outputs[0], ()):
-        whole = value.numel() == steps[0].output.numel()
-        halves = range(1, value.ndim) if value.numel() == 2 * steps[0].output.numel() else ()
-        for half in (None,) if whole else halves:
+        for half, last in _parts(value, steps[0].output):
             for sign in (1.0, -1.0):
-                reading = Reading(path, listed, half, sign)
+                reading = Reading(path, listed, half, sign, last)
                 pairs = zip(outputs, steps, strict=True)
                 if all(near(reading.of(output, shape), step.output) for output, step in pairs):
                     return reading
     raise Unlike(
-        "what its scheduler is given is neither what its network returns, nor that negated, nor its half"
+        "what its scheduler is given is neither what its network returns, nor that negated, nor its half, nor the end "
+        "of its sequence"
     )
+
+
+def _parts(value: Tensor, used: Tensor) -> list[tuple[int | None, int | None]]:
+    """The ``half`` and ``last`` of readings that make of what a network returns as many numbers as are used."""
+    axes = range(1, value.ndim)
+    if value.numel() == used.numel():
+        return [(None, None)]
+    longer = [axis for axis in axes if value.ndim == used.ndim and value.shape[axis] > used.shape[axis]]
+    ends = [
+        (None, axis)
+        for axis in longer
+        if value.numel() * used.shape[axis] == used.numel() * value.shape[axis]
+    ]
+    return [*[(axis, None) for axis in axes if value.numel() == 2 * used.numel()], *ends]
 
 
 def _leaves(output: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], bool, Tensor]]:

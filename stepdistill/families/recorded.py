@@ -32,12 +32,14 @@ class Reading:
         listed: it is a list of B tensors there.
         half: the axis along which the first half alone is used; None for all of it.
         sign: what the pipeline multiplies it with.
+        last: the axis of a joint sequence whose last rows alone are used; None for all of them.
     """
 
     path: tuple[Any, ...]
     listed: bool
     half: int | None
     sign: float
+    last: int | None = None
 
     def of(self, output: Any, shape: tuple[int, ...]) -> Tensor:
         """The output [B, ...] in this shape, without B."""
@@ -45,6 +47,10 @@ class Reading:
             output = output[key]
         value: Tensor = torch.stack(list(output)) if self.listed else output
         value = value if self.half is None else value.chunk(2, self.half)[0]
+        if self.last is not None:
+            value = value.split(
+                [value.shape[self.last] - shape[self.last - 1], shape[self.last - 1]], self.last
+            )[1]
         value = value.reshape(-1, *shape)
         return value if self.sign == 1 else self.sign * value
 
@@ -258,6 +264,17 @@ FRAMES = ("num_frames", "frames", "video_length")
 """What calls name the number of frames."""
 
 
+PLAIN: dict[str, Any] = {
+    "pag_scale": 0.0,  # guidance by another call of the network, with attention to nothing but itself
+    "guidance_schedule": None,  # a scale for every step, in place of one
+    "use_resolution_binning": False,  # or other sizes are snapped to those of a list
+    "use_kv_cache": False,  # or the first step alone reads the prompt
+    "enable_prompt_rewrite": False,  # or a language model writes every prompt anew
+    "use_pe": False,
+}
+"""What is switched off in every call that takes it."""
+
+
 def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | None) -> dict[str, Any]:
     """The arguments of a pipeline's call that say what is drawn, of those that it takes."""
     call: dict[str, Any] = {}
@@ -270,11 +287,5 @@ def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | Non
         call |= {"height": size.height, "width": size.width}
     if size is not None:
         call |= dict.fromkeys(takes & {*FRAMES}, size.frames)
-        call |= (
-            {"max_area": size.height * size.width} if "max_area" in takes else {}
-        )  # or it scales to its own
-    if "pag_scale" in takes:  # guidance by another call of the network, with attention to nothing but itself
-        call["pag_scale"] = 0.0
-    if "use_resolution_binning" in takes:  # or other sizes are snapped to those of a list
-        call["use_resolution_binning"] = False
-    return call
+        call |= dict.fromkeys(takes & {"max_area"}, size.height * size.width)  # or it scales to its own
+    return call | {name: value for name, value in PLAIN.items() if name in takes}
