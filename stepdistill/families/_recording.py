@@ -20,6 +20,7 @@ from stepdistill.diffusion.path import Output, Path, TablePath
 from stepdistill.diffusion.shift import shifted
 from stepdistill.errors import UserError, first_line
 from stepdistill.families._arguments import Calls, Unlike, state_rows
+from stepdistill.families._classes import check_class, pictures_taken, unrecorded
 from stepdistill.families._findings import (
     clock_of,
     layout_of,
@@ -66,7 +67,8 @@ def record(
     Raises:
         UserError: the pipeline does something that was not foreseen, saying what.
     """
-    kind = type(pipe).__name__
+    kind = type(pipe)
+    check_class(kind)
     try:
         return _Recorder(pipe, path, output, size, guidance).family()
     except Unlike as found:
@@ -77,26 +79,15 @@ def record(
         reason = f"it needs {error.name}, which is not installed or not defined"
     except Exception as error:
         reason = f"a draw of its own fails ({first_line(error)})"
-    raise UserError(
-        f"no family for {kind}, and it cannot be recorded: {reason}. A family of your own is one file, see "
-        "docs/extend/own_family.md: name it in the recipe's family"
-    )
+        if pictures := pictures_taken(kind):
+            reason += f"; its call takes {', '.join(pictures)}, which no prompt gives"
+    raise unrecorded(kind, reason)
 
 
 class _Recorder:
     def __init__(self, pipe: Any, path: Path, output: Output, size: Size | None, guidance: float) -> None:
         self.pipe, self.path, self.output, self.size, self.scale = pipe, path, output, size, guidance
-        parameters = inspect.signature(type(pipe).__call__).parameters
-        self.takes = frozenset(parameters)
-        told = {"self", "prompt", "batch_size", "class_labels"}
-        if needed := [
-            name
-            for name, each in parameters.items()
-            if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and name not in told
-        ]:
-            raise Unlike(f"its call needs {', '.join(needed)}")
-        if not self.takes & told - {"self"}:
-            raise Unlike("its call takes neither prompts nor class labels nor a batch size")
+        self.takes = frozenset(inspect.signature(type(pipe).__call__).parameters)
         self.prompts = list(TOLD) if "prompt" in self.takes else ["0", "1"]
 
         self.more: dict[str, Any] = {}
@@ -205,6 +196,8 @@ class _Recorder:
         for scale in (1.0, 0.0, -1.0) if named else (1.0,):
             off = dict.fromkeys(named, scale)
             draw = self.draw(self.prompts[:1], [0], off)
+            if isinstance(draw.drawn, tuple):
+                raise Unlike(f"it draws {len(draw.drawn)} things at once, and not pictures or videos alone")
             if len(draw.steps) < 2:
                 raise Unlike(f"its scheduler takes {len(draw.steps)} steps in a draw of {STEPS}")
             calls = [[call.network for call in step.calls] for step in draw.steps[1:]]
@@ -213,12 +206,16 @@ class _Recorder:
             if len(networks) > 1:
                 raise Unlike(f"several networks are called between its steps: {', '.join(networks)}")
             last = draw.steps[1].calls[-1:]
-            rows = rows_of_call(last[0], draw.steps[1].sample) if last else 0
-            if all(len(names) == 1 for names in calls) and rows == 1:
+            if not networks:
+                raise Unlike("it calls none of its networks between the steps of its scheduler")
+            if all(len(names) == 1 for names in calls) and rows_of_call(last[0], draw.steps[1].sample) == 1:
                 return draw, off
-            seen = f"{max(map(len, calls))} calls of {networks[0] if networks else 'no network'} a step"
-            seen += ", for two states," if rows == 2 else ""
-        raise Unlike(f"its guidance cannot be switched off: {seen} at a scale of 1, 0 and -1")
+            most = max(map(len, calls))
+            seen = f"{most} calls of {networks[0]}" if most > 1 else f"a call of {networks[0]} for several states"
+        scales = ", at a guidance scale of 1, 0 and -1" if named else ""
+        raise Unlike(
+            f"its guidance cannot be switched off, or it draws a picture in parts: {seen} a step{scales}"
+        )
 
     def _at_scales(self, network: str) -> list[tuple[float, Any]]:
         """The network's first call of the first prompt at other scales of guidance."""

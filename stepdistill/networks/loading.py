@@ -16,6 +16,7 @@ from torch import nn
 
 from stepdistill.errors import UserError
 from stepdistill.families import Family, family_named, known_family
+from stepdistill.families._classes import check_class
 from stepdistill.networks.adapter_teacher import teacher_named
 from stepdistill.networks.find import find_pipeline, find_teacher, local_folder
 from stepdistill.networks.hub import reason_of
@@ -277,7 +278,6 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family
         UserError: when there is nothing to load, it is no pipeline of diffusers' or its scheduler is not known (said
             before any weight is read), or files are damaged or lack weights.
     """
-    import diffusers
     from diffusers import DiffusionPipeline
 
     quiet_loading()
@@ -287,8 +287,8 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family
         index = read_index(FilePath(place), what) if local else DiffusionPipeline.load_config(place)
         name = str(index.get("_class_name", "of no stated class"))
         if family is None:
-            if known_family(name) is None and not isinstance(getattr(diffusers, name, None), type):
-                family_named(name)  # raises: only pipelines of diffusers' own are recorded
+            if known_family(name) is None:
+                _check_recordable(name)
         elif name not in family.pipelines:
             raise UserError(
                 f"{what} is a {name}, but the recipe's family is for {', '.join(family.pipelines)}: leave it out, or "
@@ -301,6 +301,19 @@ def load_teacher(source: str, dtype: torch.dtype = torch.float32, family: Family
         why = " ".join(str(error).split())[:400] if local else reason_of(source, error)
         raise UserError(f"{what} could not be loaded: {why}") from error
     return load_folder(FilePath(place), what, dtype)
+
+
+def _check_recordable(name: str) -> None:
+    """Refuses a class that no family serves, where its name or its signatures say that it cannot be recorded."""
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type):
+        family_named(name)  # raises: only pipelines of diffusers' own are recorded
+    elif issubclass(
+        found, diffusers.DiffusionPipeline
+    ):  # and no stand-in for one whose libraries are lacking
+        check_class(found)
 
 
 def _scheduler(place: str, index: Any) -> Any:

@@ -43,8 +43,9 @@ def path_of(scheduler: Any) -> tuple[Path, Output]:
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise UserError(
-            f"the teacher's scheduler {name} states no noise schedule: use one with alphas_cumprod (DDPM, DDIM, "
-            "DPMSolver, Euler, LCM, PNDM ...) or a FlowMatch scheduler"
+            f"the teacher's scheduler {name} states no noise schedule that is known here. If its network was trained "
+            "on that of a scheduler with alphas_cumprod (DDPM, DDIM, DPMSolver, Euler, LCM, PNDM ...) or of a "
+            "FlowMatch scheduler, use that one; other networks, as those of tokens, cannot be teachers"
         )
     if scheduler.config.get("rescale_betas_zero_snr") and OUTPUTS[kind] == "eps":
         raise UserError(

@@ -12,6 +12,7 @@ from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled, w
 from stepdistill.diffusion.path import FlowPath, Path, Prediction
 from stepdistill.errors import UserError
 from stepdistill.families import known_family
+from stepdistill.families._classes import check_class
 from stepdistill.families._guiders import switched_off
 from stepdistill.families._recording import record
 from stepdistill.families.base import Family
@@ -63,7 +64,9 @@ class PipelineTeacher:
         self.guidance_2, self.owned = guidance_2, owned
         self.pipe.set_progress_bar_config(disable=True)
         family = family or known_family(type(pipe).__name__)
-        if family is not None:
+        if family is None:
+            check_class(type(self.pipe))
+        else:
             self._take(family, size)
         self.pipe.to(device)
         vae = self.pipe.components.get("vae")
