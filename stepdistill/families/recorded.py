@@ -266,6 +266,7 @@ FRAMES = ("num_frames", "frames", "video_length")
 
 PLAIN: dict[str, Any] = {
     "pag_scale": 0.0,  # guidance by another call of the network, with attention to nothing but itself
+    "sag_scale": 0.0,  # the same, of a blurred picture
     "guidance_schedule": None,  # a scale for every step, in place of one
     "use_resolution_binning": False,  # or other sizes are snapped to those of a list
     "use_kv_cache": False,  # or the first step alone reads the prompt

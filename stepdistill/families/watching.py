@@ -155,6 +155,7 @@ def watch(
         stack.enter_context(_instead(own, "set_timesteps", told, grid_takes))
         stack.enter_context(_instead(own, "step", stepped, _with_generator(step_takes)))
         for name, network in _networks(pipe).items():
+            stack.callback(_restored, _processors_of(network))
             for hook in _hooks(name, network, seen, end_at):
                 stack.callback(hook.remove)
             if instead and name in instead:
@@ -176,6 +177,17 @@ def frames_of(drawn: Any) -> Tensor:
 
 def _networks(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _processors_of(network: nn.Module) -> dict[nn.Module, Any]:
+    """What computes attention in each layer, which some pipelines replace for a draw and leave so."""
+    return {part: part.processor for part in network.modules() if hasattr(part, "set_processor")}
+
+
+def _restored(processors: Mapping[nn.Module, Any]) -> None:
+    for part, processor in processors.items():
+        if part.processor is not processor:
+            part.set_processor(processor)  # type: ignore[operator]
 
 
 def _copied(value: Any) -> Any:
