@@ -1,5 +1,5 @@
-"""Unconditional and class-conditional UNet2DModel on pixels (DDPM and DDIM pipelines; ConsistencyModelPipeline with a
-discrete scheduler, as class-conditional students are exported)."""
+"""Unconditional and class-conditional UNet2DModel on pixels (DDPM, DDIM and PNDM pipelines; ConsistencyModelPipeline
+with a discrete scheduler, as class-conditional students are exported)."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ class UNetChanges(NetworkChanges):
 
 class UNet2D(LabelFamily, UNetFamily):
     name = "unconditional or class-conditional UNet2DModel"
-    pipelines = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+    pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline")
     changes = UNetChanges()
 
     def student_pipeline(self, pipe: Any, net: nn.Module) -> str | None:
-        # DDIMPipeline turns every scheduler into DDIM, and DDPMPipeline passes no class labels.
+        # DDIMPipeline and PNDMPipeline turn every scheduler into their own, and DDPMPipeline passes no class labels.
         return "ConsistencyModelPipeline" if self.classes(pipe) else "DDPMPipeline"
 
     def call_arguments(
