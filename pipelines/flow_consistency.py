@@ -88,7 +88,12 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         self._calls = 0
 
     def step(
-        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        per_token_timesteps: Any = None,
+        return_dict: bool = True,
     ) -> Any:
         """The state at the next time s: (1 - s) x0 + s noise, fresh or the predicted one; x0 itself after the last.
 
@@ -96,6 +101,8 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
             model_output: the velocity [B, ...] at the sample.
             timestep: one of ``timesteps``.
             sample: the state [B, ...]; at the first call after ``set_timesteps`` the noise that pictures start from.
+            per_token_timesteps: a pipeline that has them hands over the velocity negated, as for
+                FlowMatchEulerDiscreteScheduler, which counts from the next time to this one with them.
             return_dict: an output object, or a tuple.
 
         Raises:
@@ -107,7 +114,7 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         if self._keys is None:
             self._keys = keys_of(sample)
         t, s = (float(self.sigmas[i]) for i in (index, index + 1))
-        velocity = model_output.float()
+        velocity = model_output.float() if per_token_timesteps is None else -model_output.float()
         if self.config.renoise:
             x = sample.float() - t * velocity
             if s > 0:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.path import Path, TablePath, TrigPath
 from stepdistill.errors import UserError, first_line
+from stepdistill.families._findings import goes_back
 from stepdistill.families.watching import Draw, frames_of, silent, watch
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.teacher import PipelineTeacher
@@ -83,11 +84,13 @@ def _drawn_again(teacher: PipelineTeacher, prompt: str, seen: Draw) -> Tensor:
     noise = torch.randn((1, *codec.shape), generator=torch.Generator("cpu").manual_seed(0)).to(teacher.device)
     x, cond = family.pack(noise) * getattr(scheduler, "init_noise_sigma", 1.0), codec.encode([prompt])
     scaled = getattr(scheduler, "scale_model_input", lambda state, timestep: state)
+    sign = -1 if goes_back(seen.steps) else 1
     for i, t in enumerate(times_asked(seen, teacher.path)):
         timestep = scheduler.timesteps[i]
         state = family.unpack(scaled(x, timestep), codec.shape)
         said = teacher.denoiser.raw(state, torch.full((1,), t, device=x.device), cond)
-        x = scheduler.step(family.pack(said), timestep, x, **seen.given, return_dict=False)[0]
+        output = sign * family.pack(said)
+        x = scheduler.step(output, timestep, x, **seen.steps[i].given, return_dict=False)[0]
     return codec.to_frames(family.unpack(x, codec.shape)).cpu()
 
 
@@ -116,9 +119,17 @@ def silent_draw(pipe: Any, network: str, call: Mapping[str, Any]) -> Draw:
         pipe: the pipeline.
         network: the name of its network.
         call: its arguments.
+
+    Raises:
+        UserError: it does not draw with its scheduler.
     """
     common = {**call, "generator": [torch.Generator("cpu").manual_seed(0)], "output_type": "np"}
-    first = watch(pipe, common, end_after=1).steps[0].calls[-1].output
+    try:
+        first = watch(pipe, common, end_after=1).steps[0].calls[-1].output
+    except Exception as error:
+        raise UserError(
+            f"{type(pipe).__name__} does not draw with a {type(pipe.scheduler).__name__} ({first_line(error)})"
+        ) from error
     return watch(pipe, common, instead={network: lambda *args, **kwargs: silent(first, 1)})
 
 

@@ -150,6 +150,16 @@ def _leaves(output: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...
             yield from _leaves(output[key], (*path, key))
 
 
+def goes_back(steps: list[Step]) -> bool:
+    """Whether a first step of Euler's goes against what it is given: a scheduler that is told each token's own time
+    counts from the next noise level to this one, and its pipeline hands over the velocity negated."""
+    if len(steps) < 2 or (one := steps[0]).sigma is None or (then := steps[1].sigma) is None:
+        return False
+    return one.output.shape == one.sample.shape and near(
+        one.result, one.sample + (one.sigma - then) * one.output
+    )
+
+
 def linear_layers(net: nn.Module) -> tuple[str, ...]:
     """The linear layers inside lists of equal blocks, by their whole names."""
     lists = [

@@ -23,6 +23,7 @@ from stepdistill.families._arguments import Calls, Unlike, state_rows
 from stepdistill.families._classes import check_class, pictures_taken, unrecorded
 from stepdistill.families._findings import (
     clock_of,
+    goes_back,
     layout_of,
     linear_layers,
     near,
@@ -138,9 +139,10 @@ class _Recorder:
         drawn = Size(frames.shape[3], frames.shape[4], frames.shape[1])
         size = self.size or drawn
         off = {**off, SCALES[0]: self.scale} if calls.embedded else off
+        self.turned, reading = -1 if goes_back(steps) else 1, reading_of(steps)
         found = Recording(
             template=template,
-            reading=reading_of(steps),
+            reading=replace(reading, sign=self.turned * reading.sign),
             state=state,
             packed=tuple(steps[0].sample.shape[1:]),
             order=order,
@@ -283,7 +285,7 @@ class _Recorder:
             )
             with torch.no_grad():
                 said = family.call(net, x, time, cond)
-            wanted = family.unpack(torch.cat([steps[i].output for i in some]), state)
+            wanted = self.turned * family.unpack(torch.cat([steps[i].output for i in some]), state)
             if not near(said, wanted):
                 wrong.append(f"by {float((said - wanted).abs().max()):.2g}")
         return wrong
@@ -332,6 +334,7 @@ class _Recorder:
         c, u = outs[alike.index(True)], outs[alike.index(False)]
         found = replace(found, null=lone[alike.index(False)])
         said = draw.steps[0].output[:1] if len(draw.steps[0].output) > 1 else draw.steps[0].output
+        said = self.turned * said
         words = ("by negative prompt" if own else "by a null of its own") + left_out
         if near(said[0], u + scale * (c - u)):
             return found, words

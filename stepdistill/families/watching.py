@@ -44,6 +44,7 @@ class Step:
         sample: the state it was given, as the pipeline has it.
         output: the network's output as it was given it.
         result: the state it returned.
+        given: what else it was given, by name; a generator as it was before.
     """
 
     calls: tuple[Call, ...]
@@ -52,6 +53,7 @@ class Step:
     sample: Tensor
     output: Tensor
     result: Tensor
+    given: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,7 +67,6 @@ class Draw:
         calls: of networks since the last step.
         noises: standard normal tensors, in the order in which they were drawn.
         scheduler: the copy that took the steps, as it was before the first.
-        given: what else ``step`` was given, by name; a generator as it was before the first.
         drawn: what the pipeline returned; None where the draw was ended before.
     """
 
@@ -75,7 +76,6 @@ class Draw:
     calls: list[Call] = field(default_factory=list)
     noises: list[Tensor] = field(default_factory=list)
     scheduler: Any = None
-    given: dict[str, Any] = field(default_factory=dict)
     drawn: Any = None
 
 
@@ -140,12 +140,12 @@ def watch(
         count, sigmas = len(seen.steps), getattr(own, "sigmas", None)
         if not count:
             seen.scheduler = _plain_copy(own)
-            seen.given = _kept(given)
+        kept = _kept(given)
         result = step(*args, **kwargs) if answer is None else _answer(answer, given)
         state = result[0] if isinstance(result, tuple) else result.prev_sample
         sigma = None if sigmas is None or count >= len(sigmas) else float(sigmas[count])
         time = float(torch.as_tensor(given["timestep"]).flatten()[0])
-        seen.steps.append(Step(tuple(seen.calls), time, sigma, sample, output, state.clone()))
+        seen.steps.append(Step(tuple(seen.calls), time, sigma, sample, output, state.clone(), kept))
         seen.calls.clear()
         if end_after == len(seen.steps):
             raise _Enough
