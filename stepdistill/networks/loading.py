@@ -310,9 +310,7 @@ def _check_recordable(name: str) -> None:
     found = getattr(diffusers, name, None)
     if not isinstance(found, type):
         family_named(name)  # raises: only pipelines of diffusers' own are recorded
-    elif issubclass(
-        found, diffusers.DiffusionPipeline
-    ):  # and no stand-in for one whose libraries are lacking
+    elif issubclass(found, diffusers.DiffusionPipeline):  # the stand-in for one without its libraries is none
         check_class(found)
 
 

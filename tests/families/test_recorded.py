@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from tiny import FLOW, GUIDED, PIPELINES, WITH_VAE, tiny_pipeline, tiny_prompts
@@ -16,6 +17,7 @@ from tiny_unknown import run_of
 from stepdistill.cli.doctor import examine_teacher
 from stepdistill.errors import UserError
 from stepdistill.export.checks import grid_check, silent_draw, teacher_check
+from stepdistill.families._classes import check_class
 from stepdistill.families._recording import record
 from stepdistill.families.size import Size
 from stepdistill.families.stable_diffusion_3 import StableDiffusion3
@@ -121,11 +123,24 @@ def test_what_cannot_be_recorded_is_told_in_one_line() -> None:
     size = Size(32, 16, 9)
     for pipe, reason in (
         (two, "several networks are called between its steps: transformer, transformer_2"),
-        (edit, r"a draw of its own fails \(ValueError: "),
+        (edit, r"a draw of its own fails \(ValueError: .*; its call takes image, which no prompt gives"),
     ):
         with pytest.raises(UserError, match=f"cannot be recorded: {reason}") as caught:
             record(pipe, *path_of(pipe.scheduler), size)
         assert "\n" not in str(caught.value) and "docs/extend/own_family.md" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("KandinskyV22CombinedPipeline", r"several stages, .* \(scheduler, prior_scheduler\)"),
+        ("KandinskyV22Pipeline", "its call needs image_embeds, negative_image_embeds, which no prompt gives"),
+        ("ShapEImg2ImgPipeline", "its call needs image, which no prompt gives"),
+    ],
+)
+def test_a_class_that_cannot_be_recorded_is_refused_by_its_signatures(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"no family for {name}, and it cannot be recorded: .*{reason}"):
+        check_class(getattr(diffusers, name))
 
 
 @pytest.mark.parametrize("name", ["unet-ddim", "sd", "sdxl", "sd3", "flux"])
