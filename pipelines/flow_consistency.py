@@ -92,8 +92,8 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         model_output: torch.Tensor,
         timestep: Any,
         sample: torch.Tensor,
-        per_token_timesteps: Any = None,
         return_dict: bool = True,
+        per_token_timesteps: Any = None,
     ) -> Any:
         """The state at the next time s: (1 - s) x0 + s noise, fresh or the predicted one; x0 itself after the last.
 
@@ -101,9 +101,9 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
             model_output: the velocity [B, ...] at the sample.
             timestep: one of ``timesteps``.
             sample: the state [B, ...]; at the first call after ``set_timesteps`` the noise that pictures start from.
+            return_dict: an output object, or a tuple.
             per_token_timesteps: a pipeline that has them hands over the velocity negated, as for
                 FlowMatchEulerDiscreteScheduler, which counts from the next time to this one with them.
-            return_dict: an output object, or a tuple.
 
         Raises:
             ValueError: for a timestep that is not of the grid.
