@@ -45,13 +45,15 @@ class Role:
         kind: what stands there; a "constant each" is a list of it for each of the B samples.
         value: of a constant.
         name: of a condition.
-        axis: of B in a condition's tensor; None where it has none and one prompt's serves for all of its length.
+        axis: of B in a condition's tensor; None where it has none and one prompt's serves for all of its length. Of a
+            state that has something beside it, the axis along which it stands.
         each: rows of it that belong to one sample, as where every frame of a video has its own.
         listed: lists that a tensor of each of the B samples lies in, in place of one tensor of all: 1, or 2 where
             each lies alone in a list of its own.
         sequence: the axis of a condition's row, without B, that is as long as the prompt.
         shape: of one row of a state, a time or a scale, without B.
         factor: of a state, or of a scale of guidance.
+        beside: what stands before and after a state, the same for all of them.
     """
 
     kind: Literal["constant", "constant each", "state", "time", "scale", "condition"]
@@ -63,6 +65,7 @@ class Role:
     sequence: int = 0
     shape: tuple[int, ...] = ()
     factor: float = 1.0
+    beside: tuple[Tensor, ...] = ()
 
     def fill(self, given: Given) -> Any:
         """What the network is given here."""
@@ -73,6 +76,9 @@ class Role:
         if self.kind == "state":
             rows = given.sample.reshape(-1, *self.shape)
             rows = rows if self.factor == 1 else self.factor * rows
+            if self.beside:
+                before, after = (part.to(rows).expand(len(rows), *part.shape[1:]) for part in self.beside)
+                return torch.cat([before, rows, after], self.axis or 0)
             return _as_list(rows, self.listed) if self.listed else rows
         if self.kind in ("time", "scale"):
             value = given.time if self.kind == "time" else self.factor * given.scale
@@ -93,6 +99,38 @@ class Role:
             return list(value.unflatten(0, (rows, self.each)))
         found = [value] * rows if self.axis is None else list(value.movedim(self.axis, 0))
         return [row.movedim(self.sequence, 0) for row in found] if self.sequence else found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a tensor a state is: all of it, or what is at ``start`` of the axis in so much of it."""
+
+    axis: int
+    start: int
+    length: int
+    inside: bool
+
+    def parts(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is before the state, the state, and what is after it."""
+        end = self.start + self.length
+        sides = (self.start, self.length, value.shape[self.axis] - end)
+        before, found, after = value.split(sides, self.axis)
+        return before, found, after
+
+
+def places_of(value: Tensor, sample: Tensor) -> list[Place]:
+    """Where a state may be in a tensor: it is the tensor, or at either end of a longer axis behind that of B."""
+    if value.numel() == sample.numel():
+        return [Place(0, 0, len(value), False)]
+    longer = [
+        axis
+        for axis in range(1, value.ndim)
+        if value.ndim == sample.ndim and value.shape[axis] > sample.shape[axis]
+    ]
+    if len(longer) != 1 or any(value.shape[axis] < sample.shape[axis] for axis in range(1, value.ndim)):
+        return []
+    (axis,), length = longer, sample.shape[longer[0]]
+    return [Place(axis, start, length, True) for start in (0, value.shape[axis] - length)]
 
 
 @dataclass
@@ -202,25 +240,36 @@ class Calls:
         return Role("condition", name=_free(name), axis=None, sequence=sequence)
 
     def _state(self, name: str, one: Tensor, later: Sequence[Any], listed: int) -> Role | None:
-        """The role of a tensor that is the scheduler's sample, times a factor."""
-        factors = []
-        for value, sample, scale in zip((one, *later), self.samples, self.scales, strict=True):
-            if not isinstance(value, Tensor) or value.numel() != sample.numel():
-                return None
-            flat, own = value.double().flatten(), scale * sample.double().flatten()
-            factor = float((flat @ own) / (own @ own))
-            if (flat - factor * own).abs().max() > 1e-3 * flat.abs().max() or not factor:
-                return None
-            factors.append(factor)
-        if max(factors) - min(factors) > 1e-3 * abs(factors[0]):
-            times = ", ".join(f"{factor:.3g}" for factor in factors)
-            raise Unlike(
-                f"its argument {name} is its scheduler's sample times another factor at each step: {times}"
+        """The role of a tensor that is the scheduler's sample, times a factor, or has it among others."""
+        if not all(isinstance(then, Tensor) and then.shape == one.shape for then in later):
+            return None
+        for place in places_of(one, self.samples[0]):
+            parts = [place.parts(value) for value in (one, *later)]
+            factors = [
+                _multiple(found, scale * sample)
+                for (_, found, _), sample, scale in zip(parts, self.samples, self.scales, strict=True)
+            ]
+            known = [factor for factor in factors if factor]
+            beside = parts[0][::2] if place.inside else ()
+            if len(known) < len(factors) or (
+                place.inside and not all(_all_equal(beside, then[::2]) for then in parts)
+            ):
+                continue
+            if max(known) - min(known) > 1e-3 * abs(known[0]):
+                times = ", ".join(f"{factor:.3g}" for factor in known)
+                raise Unlike(
+                    f"its argument {name} is its scheduler's sample times another factor at each step: {times}"
+                )
+            self.states.append(name)
+            return Role(
+                "state",
+                axis=place.axis,
+                listed=listed,
+                shape=tuple(parts[0][1].shape if listed else parts[0][1].shape[1:]),
+                factor=1.0 if abs(known[0] - 1) < 1e-3 else known[0],
+                beside=beside,
             )
-        self.states.append(name)
-        shape = tuple(one.shape if listed else one.shape[1:])
-        factor = 1.0 if abs(factors[0] - 1) < 1e-3 else factors[0]
-        return Role("state", listed=listed, shape=shape, factor=factor)
+        return None
 
 
 def fill(node: Any, given: Given) -> Any:
@@ -255,6 +304,19 @@ def _name(path: tuple[str, ...]) -> str:
 
 def _free(name: str) -> str:
     return f"{name}_" if name in (GUIDANCE, GAP) else name
+
+
+def _multiple(found: Tensor, own: Tensor) -> float | None:
+    """What a tensor is times another; None where it is no multiple of it."""
+    if found.numel() != own.numel():
+        return None
+    flat, wanted = found.double().flatten(), own.double().flatten()
+    factor = float((flat @ wanted) / (wanted @ wanted))
+    return factor if (flat - factor * wanted).abs().max() <= 1e-3 * flat.abs().max() else None
+
+
+def _all_equal(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
 def _equal(one: Tensor, other: Any) -> bool:

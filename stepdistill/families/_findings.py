@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.shift import shifted
-from stepdistill.families._arguments import Unlike
+from stepdistill.families._arguments import Unlike, places_of
 from stepdistill.families.recorded import Clock, Reading
 from stepdistill.families.watching import Call, Draw, Step
 
@@ -103,6 +103,8 @@ def rows_of_call(call: Call, sample: Tensor) -> int:
                     yield from sizes(inner)
         elif isinstance(value, Tensor):
             yield value.numel()
+            for place in places_of(value, sample)[:1]:
+                yield place.parts(value)[1].numel()
 
     found = set(sizes([*call.args, None, call.kwargs]))  # no list of tensors itself
     return 1 if sample.numel() in found else 2 if 2 * sample.numel() in found else 0

@@ -213,7 +213,11 @@ class _Recorder:
             if all(len(names) == 1 for names in calls) and rows_of_call(last[0], draw.steps[1].sample) == 1:
                 return draw, off
             most = max(map(len, calls))
-            seen = f"{most} calls of {networks[0]}" if most > 1 else f"a call of {networks[0]} for several states"
+            seen = (
+                f"{most} calls of {networks[0]}"
+                if most > 1
+                else f"a call of {networks[0]} for several states"
+            )
         scales = ", at a guidance scale of 1, 0 and -1" if named else ""
         raise Unlike(
             f"its guidance cannot be switched off, or it draws a picture in parts: {seen} a step{scales}"
