@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stepdistill.families._places import multiple_of, places_of
 from stepdistill.families.condition import GAP, GUIDANCE, Condition
 
 
@@ -99,38 +100,6 @@ class Role:
             return list(value.unflatten(0, (rows, self.each)))
         found = [value] * rows if self.axis is None else list(value.movedim(self.axis, 0))
         return [row.movedim(self.sequence, 0) for row in found] if self.sequence else found
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in a tensor a state is: all of it, or what is at ``start`` of the axis in so much of it."""
-
-    axis: int
-    start: int
-    length: int
-    inside: bool
-
-    def parts(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is before the state, the state, and what is after it."""
-        end = self.start + self.length
-        sides = (self.start, self.length, value.shape[self.axis] - end)
-        before, found, after = value.split(sides, self.axis)
-        return before, found, after
-
-
-def places_of(value: Tensor, sample: Tensor) -> list[Place]:
-    """Where a state may be in a tensor: it is the tensor, or at either end of a longer axis behind that of B."""
-    if value.numel() == sample.numel():
-        return [Place(0, 0, len(value), False)]
-    longer = [
-        axis
-        for axis in range(1, value.ndim)
-        if value.ndim == sample.ndim and value.shape[axis] > sample.shape[axis]
-    ]
-    if len(longer) != 1 or any(value.shape[axis] < sample.shape[axis] for axis in range(1, value.ndim)):
-        return []
-    (axis,), length = longer, sample.shape[longer[0]]
-    return [Place(axis, start, length, True) for start in (0, value.shape[axis] - length)]
 
 
 @dataclass
@@ -246,7 +215,7 @@ class Calls:
         for place in places_of(one, self.samples[0]):
             parts = [place.parts(value) for value in (one, *later)]
             factors = [
-                _multiple(found, scale * sample)
+                multiple_of(found, scale * sample)
                 for (_, found, _), sample, scale in zip(parts, self.samples, self.scales, strict=True)
             ]
             known = [factor for factor in factors if factor]
@@ -304,15 +273,6 @@ def _name(path: tuple[str, ...]) -> str:
 
 def _free(name: str) -> str:
     return f"{name}_" if name in (GUIDANCE, GAP) else name
-
-
-def _multiple(found: Tensor, own: Tensor) -> float | None:
-    """What a tensor is times another; None where it is no multiple of it."""
-    if found.numel() != own.numel():
-        return None
-    flat, wanted = found.double().flatten(), own.double().flatten()
-    factor = float((flat @ wanted) / (wanted @ wanted))
-    return factor if (flat - factor * wanted).abs().max() <= 1e-3 * flat.abs().max() else None
 
 
 def _all_equal(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.shift import shifted
-from stepdistill.families._arguments import Unlike, places_of
+from stepdistill.families._arguments import Unlike
+from stepdistill.families._places import places_of
 from stepdistill.families.recorded import Clock, Reading
 from stepdistill.families.watching import Call, Draw, Step
 
 NO_LORA = ("norm", "mod", "adaln", "ada", "time", "scale_shift", "gate", "router")
 """Parts of names of linear layers that stand beside a block's attention and feed-forward layers."""
+
+AT_LENGTH = ", at the length of what is not guided"
 
 
 def layout_of(one: Draw, other: Draw, factor_in: float) -> tuple[tuple[int, ...], Tensor | None]:
@@ -196,6 +199,18 @@ def same_start(one: Tensor, other: Tensor) -> bool:
         if length
         else bool(torch.equal(one, other))
     )
+
+
+def guidance_in(said: Tensor, c: Tensor, u: Tensor, scale: float) -> str:
+    """How outputs for a prompt and for a null became what was said at a scale, in words; none for the usual way."""
+    if near(said, u + scale * (c - u)):
+        return ""
+    if near(said, c + scale * (c - u)):
+        return " (its scale is one less)"
+    guided = u + scale * (c - u)
+    if near(said, guided * (c.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))):
+        return AT_LENGTH
+    return " (which it also changes otherwise, and that is left out)"
 
 
 def _few(values: list[float]) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 from stepdistill.diffusion.path import Output, Path, TablePath
 from stepdistill.diffusion.shift import shifted
 from stepdistill.errors import UserError, first_line
-from stepdistill.families._arguments import Calls, Unlike, state_rows
+from stepdistill.families._arguments import Calls, Unlike
 from stepdistill.families._classes import check_class, pictures_taken, unrecorded
 from stepdistill.families._findings import (
     clock_of,
@@ -30,23 +30,22 @@ from stepdistill.families._findings import (
     passes_in,
     reading_of,
     rows_of_call,
-    same_start,
     shift_in,
 )
-from stepdistill.families._guiders import guided_plainly, guiders_of
+from stepdistill.families._guidance import guidance_of
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.recorded import (
     FRAMES,
-    TOLD,
     Clock,
     FixedGuidance,
     Recorded,
     Recording,
     prompt_arguments,
+    two_prompts,
 )
 from stepdistill.families.size import Size
-from stepdistill.families.watching import Call, Draw, Step, frames_of, watch
+from stepdistill.families.watching import Draw, Step, frames_of, watch
 
 STEPS = 3
 SCALES = ("guidance_scale", "true_cfg_scale")
@@ -89,7 +88,7 @@ class _Recorder:
     def __init__(self, pipe: Any, path: Path, output: Output, size: Size | None, guidance: float) -> None:
         self.pipe, self.path, self.output, self.size, self.scale = pipe, path, output, size, guidance
         self.takes = frozenset(inspect.signature(type(pipe).__call__).parameters)
-        self.prompts = list(TOLD) if "prompt" in self.takes else ["0", "1"]
+        self.prompts = list(two_prompts("prompt" in self.takes))
 
         self.more: dict[str, Any] = {}
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -124,10 +123,10 @@ class _Recorder:
         usual = self.draw([first], [0], own, end_at=network)
         steps = one.steps[:STEPS]
         calls = Calls(
-            one=_nest(steps[0].calls[-1]),
-            later=[_nest(step.calls[-1]) for step in steps[1:]],
-            other=_nest(other.steps[0].calls[-1]),
-            two=_nest(two.steps[0].calls[-1]),
+            one=steps[0].calls[-1].nest,
+            later=[step.calls[-1].nest for step in steps[1:]],
+            other=other.steps[0].calls[-1].nest,
+            two=two.steps[0].calls[-1].nest,
             scaled=scaled,
             samples=[step.sample for step in steps],
             scales=[self._input_scale(step) for step in steps],
@@ -169,14 +168,16 @@ class _Recorder:
         other_size = "" if drawn == size else f", asked for {size} it draws {drawn}"
         found = self._checked(kind, found, one, other, told)
         found, guided = (
-            (found, "an input of the network") if calls.embedded else self._guided(kind, found, off)
+            (found, "an input of the network")
+            if calls.embedded
+            else guidance_of(self.draw, self.pipe, kind, found, off, self.turned)
         )
         kind.remark = (
             f"no family for {type(self.pipe).__name__}: recorded from a draw of its own: replay equal, time "
             f"{found.clock if not isinstance(self.path, TablePath) else 'its table index'}, output "
             f"{'-' if found.reading.sign < 0 else ''}{self.output}, guidance {guided}{other_size}"
         )
-        kind.differentiable, kind.alone = found.plain_vae, bool(found.lengths)
+        kind.differentiable, kind.alone = found.plain_vae, bool(found.lengths or found.one_by_one)
         made: Recorded = kind(replace(found, scale=self.scale))
         return made
 
@@ -200,6 +201,10 @@ class _Recorder:
             draw = self.draw(self.prompts[:1], [0], off)
             if isinstance(draw.drawn, tuple):
                 raise Unlike(f"it draws {len(draw.drawn)} things at once, and not pictures or videos alone")
+            if len(shapes := {step.sample.shape for step in draw.steps}) > 1:
+                raise Unlike(
+                    f"it draws more than pictures: its scheduler steps states of {len(shapes)} shapes"
+                )
             if len(draw.steps) < 2:
                 raise Unlike(f"its scheduler takes {len(draw.steps)} steps in a draw of {STEPS}")
             calls = [[call.network for call in step.calls] for step in draw.steps[1:]]
@@ -227,11 +232,17 @@ class _Recorder:
         """The network's first call of the first prompt at other scales of guidance."""
         if "guidance_scale" not in self.takes:
             return []
-        drawn = [
-            (scale, self.draw(self.prompts[:1], [0], {"guidance_scale": scale}, end_at=network))
-            for scale in (3.0, 7.0)
-        ]
-        return [(scale, _nest(seen.calls[-1])) for scale, seen in drawn]
+        found = list[tuple[float, Any]]()
+        for scale in (3.0, 7.0):
+            more: dict[str, Any] = {"guidance_scale": scale}
+            try:
+                drawn = self.draw(self.prompts[:1], [0], more, end_at=network)
+            except Exception:  # some are guided by no negative prompt but one that is given
+                if "negative_prompt" not in self.takes:
+                    raise
+                drawn = self.draw(self.prompts[:1], [0], {**more, "negative_prompt": [""]}, end_at=network)
+            found.append((scale, drawn.calls[-1].nest))
+        return found
 
     def _input_scale(self, step: Step) -> float:
         """What the scheduler's sample is times to lie on the path: those of Euler keep it as x0 + sigma eps."""
@@ -245,7 +256,7 @@ class _Recorder:
     ) -> Recording:
         """The recording, after it has repeated the calls and the picture."""
         family = kind(found)
-        conditions = [family.conditions(_nest(draw.steps[0].calls[-1]), 1) for draw in (one, other)]
+        conditions = [family.conditions(draw.steps[0].calls[-1].nest, 1) for draw in (one, other)]
         shapes = [{name: value.shape for name, value in each.tensors.items()} for each in conditions]
         try:
             wrong = self._repeated(family, one, other, conditions, told)
@@ -254,17 +265,22 @@ class _Recorder:
         if wrong and (lengths := tuple(name for name in shapes[0] if shapes[0][name] != shapes[1][name])):
             found = replace(found, lengths=lengths)
             family = kind(found)
-            conditions = [family.conditions(_nest(draw.steps[0].calls[-1]), 1) for draw in (one, other)]
+            conditions = [family.conditions(draw.steps[0].calls[-1].nest, 1) for draw in (one, other)]
             wrong = self._repeated(family, one, other, conditions, told)
         if wrong:
             raise Unlike(f"its network, called as was recorded, answers otherwise ({', '.join(wrong)})")
         last, frames = one.steps[-1].result, frames_of(one.drawn)
         states = family.unpack(last, found.state).float()
+        decode = super(Recorded, family).to_frames
         try:
-            plain = super(Recorded, family).to_frames(self.pipe, states)
+            plain = decode(self.pipe, states)
         except Exception:  # whatever a VAE says to states of another layout
             plain = None
         if plain is not None and plain.shape == frames.shape and near(plain.cpu(), frames):
+            try:
+                decode(self.pipe, torch.cat([states, states]))
+            except RuntimeError:  # that of HunyuanVideo 1.5 takes no two videos
+                found = replace(found, one_by_one=True)
             return replace(found, plain_vae=True)
         if not near(family.drawn_frames(self.pipe, states).cpu(), frames):
             raise Unlike("the last state, decoded again, is another picture")
@@ -298,58 +314,3 @@ class _Recorder:
         if isinstance(self.path, TablePath):
             return (step.timestep + 1) / self.path.steps
         return shifted(step.timestep / 1000, clock.shift)
-
-    def _guided(self, kind: type[Recorded], found: Recording, off: dict[str, float]) -> tuple[Recording, str]:
-        """The recording with what guidance starts from, and in words how the pipeline guides."""
-        calls, scale, words = list[Call](), 5.0, "none"
-        own = inspect.signature(type(self.pipe).__call__).parameters.get("negative_prompt")
-        # Its own default first, where that is none: SDXL takes zeros for it, and not an empty prompt.
-        tries = [{}] if own is None or own.default is None else list[dict[str, Any]]()
-        tries += [{"negative_prompt": [""]}] if own is not None else []
-        guided_pipe, left_out = guided_plainly(self.pipe, scale)
-        for negative in tries if off or guiders_of(self.pipe) else ():
-            try:
-                draw = self.draw(
-                    self.prompts[:1],
-                    [0],
-                    {**dict.fromkeys(off, scale), **negative},
-                    guided_pipe,
-                    end_after=1,
-                )
-            except Exception as error:  # an empty prompt is not everywhere one
-                words = f"none (guided, its call fails: {type(error).__name__})"
-                continue
-            calls = [call for call in draw.steps[0].calls if call.network == kind.network]
-            rows = [state_rows(found.template, _nest(call)) or 1 for call in calls]
-            if sum(rows) == 2:
-                break
-        else:
-            return found, words
-        outs = torch.cat([found.reading.of(call.output, found.packed) for call in calls])
-        family = kind(found)
-        both = [family.conditions(_nest(call), count) for call, count in zip(calls, rows, strict=True)]
-        lone = [both[0].rows(slice(i, i + 1)) for i in (0, 1)] if len(both) == 1 else both
-        prompts = family.encode(self.pipe, self.prompts[:1], found.size)
-        alike = [all(same_start(prompts[name], value) for name, value in row.tensors.items()) for row in lone]
-        if sum(alike) != 1:
-            return found, "none (which of two calls is the prompt's cannot be told)"
-        if lone[0].tensors.keys() != lone[1].tensors.keys():
-            return found, "none (what is not guided is called with other arguments)"
-        c, u = outs[alike.index(True)], outs[alike.index(False)]
-        found = replace(found, null=lone[alike.index(False)])
-        said = draw.steps[0].output[:1] if len(draw.steps[0].output) > 1 else draw.steps[0].output
-        said = self.turned * said
-        words = ("by negative prompt" if own else "by a null of its own") + left_out
-        if near(said[0], u + scale * (c - u)):
-            return found, words
-        if near(said[0], c + scale * (c - u)):
-            return found, f"{words} (its scale is one less)"
-        guided = u + scale * (c - u)
-        if near(said[0], guided * (c.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))):
-            kind.keeps_length = True
-            return found, f"{words}, at the length of what is not guided"
-        return found, f"{words} (which it also changes otherwise, and that is left out)"
-
-
-def _nest(call: Call) -> dict[str, Any]:
-    return {"args": call.args, "kwargs": call.kwargs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,7 @@ class Recording:
         lengths: conditions that are sequences of a length of each prompt's own, without a mask.
         null: what guidance starts from.
         plain_vae: whether its VAE alone decodes as the pipeline does.
+        one_by_one: whether its VAE takes no two at once.
     """
 
     template: Any
@@ -116,6 +117,7 @@ class Recording:
     lengths: tuple[str, ...] = ()
     null: Condition | None = None
     plain_vae: bool = False
+    one_by_one: bool = False
 
 
 class FixedGuidance(NetworkChanges):
@@ -214,7 +216,7 @@ class Recorded(Family):
                 "out what learns from images (GAN weights, options.source), or write a family, see "
                 "docs/extend/own_family.md"
             )
-        states = super().to_states(pipe, frames)
+        states = self._one_by_one(super().to_states, pipe, frames)
         if tuple(states.shape[1:]) != self.found.state:
             raise UserError(
                 f"images of {self.found.size} are states of {tuple(states.shape[1:])} to the VAE of this "
@@ -223,7 +225,12 @@ class Recorded(Family):
         return states
 
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
-        return super().to_frames(pipe, x0) if self.found.plain_vae else self.drawn_frames(pipe, x0)
+        plain = self.found.plain_vae
+        return self._one_by_one(super().to_frames, pipe, x0) if plain else self.drawn_frames(pipe, x0)
+
+    def _one_by_one(self, of: Callable[[Any, Tensor], Tensor], pipe: Any, rows: Tensor) -> Tensor:
+        """What its VAE makes of rows, which it may not take together."""
+        return torch.cat([of(pipe, row[None]) for row in rows]) if self.found.one_by_one else of(pipe, rows)
 
     def drawn_frames(self, pipe: Any, x0: Tensor) -> Tensor:
         """The same by a draw whose network is silent and whose steps all end in x0; without a graph."""
@@ -232,7 +239,7 @@ class Recorded(Family):
             rows = state_rows(self.found.template, {"args": args, "kwargs": kwargs}) or 0
             return silent(self.found.silent, rows)
 
-        call = self._call_of([TOLD[0] if self.has_prompts else "0"] * len(x0)) | {
+        call = self._call_of([two_prompts(self.has_prompts)[0]] * len(x0)) | {
             "generator": [torch.Generator("cpu").manual_seed(0) for _ in x0],
             "output_type": "np",
         }
@@ -256,8 +263,9 @@ class Recorded(Family):
         return {**prompt_arguments(self.found.takes, prompts, self.found.size), **self.found.call}
 
 
-TOLD = ("a photograph of a red fox that sleeps in deep snow", "cat")
-"""Two prompts of very different lengths."""
+def two_prompts(has_prompts: bool) -> tuple[str, str]:
+    """Of very different lengths, or the numbers of two classes."""
+    return ("a photograph of a red fox that sleeps in deep snow", "cat") if has_prompts else ("0", "1")
 
 
 FRAMES = ("num_frames", "frames", "video_length")

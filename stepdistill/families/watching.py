@@ -32,6 +32,11 @@ class Call:
     kwargs: dict[str, Any]
     output: Any = None
 
+    @property
+    def nest(self) -> dict[str, Any]:
+        """What it was given, as one nest."""
+        return {"args": self.args, "kwargs": self.kwargs}
+
 
 @dataclass(frozen=True)
 class Step:
