@@ -8,7 +8,7 @@ from typing import Any
 
 def guiders_of(pipe: Any) -> dict[str, Any]:
     """A pipeline's guiders, by name."""
-    from diffusers.guiders import BaseGuidance
+    from diffusers.guiders.guider_utils import BaseGuidance
 
     return {name: part for name, part in pipe.components.items() if isinstance(part, BaseGuidance)}
 
@@ -20,7 +20,7 @@ def switched_off(pipe: Any) -> dict[str, Any]:
 
 def guided_plainly(pipe: Any, scale: float) -> tuple[Any, str]:
     """A pipeline whose guiders are plain guidance of a scale, and in words what that leaves out of its own."""
-    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 
     own = guiders_of(pipe)
     if not own:

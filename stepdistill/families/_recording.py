@@ -79,7 +79,7 @@ def record(
         reason = f"it needs {error.name}, which is not installed or not defined"
     except Exception as error:
         reason = f"a draw of its own fails ({first_line(error)})"
-        if pictures := pictures_taken(kind):
+        if (pictures := pictures_taken(kind)) and "image" in reason.lower():
             reason += f"; its call takes {', '.join(pictures)}, which no prompt gives"
     raise unrecorded(kind, reason)
 

@@ -169,7 +169,7 @@ def watch(
         stack.enter_context(_Noise(seen.noises))
         stack.enter_context(_silence())  # a pipeline that is tried out warns of what it is not meant for
         with suppress(_Enough):
-            seen.drawn = pipe(**call, return_dict=False)[0]
+            seen.drawn = pipe(**_copied(dict(call)), return_dict=False)[0]  # some write into their prompts
     return seen
 
 
