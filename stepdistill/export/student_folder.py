@@ -39,6 +39,7 @@ from stepdistill.export.experts import one_network, stock_networks
 from stepdistill.export.original import Original, held_in, in_float32, round_to
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.export.shared import carry_terms, take_out_folders
+from stepdistill.families._guiders import is_guider
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
 from stepdistill.networks.concept import Concept
@@ -222,7 +223,7 @@ def _save_pipeline(
             size = options.max_shard_size or original.shard_size(name)
             with held_in(part, types) if types.rounds else nullcontext():
                 part.save_pretrained(place / name, max_shard_size=size)
-        elif name == "scheduler":
+        elif name == "scheduler" or is_guider(part):
             part.save_pretrained(place / name)
         else:
             original.save(name, part, place / name)

@@ -6,15 +6,20 @@ import copy
 from typing import Any
 
 
-def guiders_of(pipe: Any) -> dict[str, Any]:
-    """A pipeline's guiders, by name."""
+def is_guider(part: Any) -> bool:
+    """Whether a component is a guider: a student's is its own, and switched off."""
     from diffusers.guiders.guider_utils import BaseGuidance
 
-    return {name: part for name, part in pipe.components.items() if isinstance(part, BaseGuidance)}
+    return isinstance(part, BaseGuidance)
+
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    """A pipeline's guiders, by name."""
+    return {name: part for name, part in pipe.components.items() if is_guider(part)}
 
 
 def switched_off(pipe: Any) -> dict[str, Any]:
-    """Copies of them that hand on what the network says; a pipeline is saved with its own, so a student has these."""
+    """Copies of them that hand on what the network says."""
     return {name: guider.new(enabled=False) for name, guider in guiders_of(pipe).items()}
 
 
