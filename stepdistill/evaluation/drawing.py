@@ -128,6 +128,7 @@ class Drawing:
         drawn = drawn if isinstance(drawn, Tensor) else torch.from_numpy(drawn).movedim(-1, -3)
         if drawn.ndim == 5:  # a video [B, F, 3, H, W] is compared by its middle frame
             drawn = drawn[:, drawn.shape[1] // 2]
+        drawn = drawn[:, :3]  # without transparency
         broken = (~drawn.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
             index = rows[broken[0]]

@@ -63,7 +63,7 @@ else:
 from PIL import Image
 worst, total = 0.0, 0.0
 for i, image in enumerate(images):
-    drawn = numpy.rint(numpy.asarray(image, dtype="float64") * 255)
+    drawn = numpy.rint(numpy.asarray(image, dtype="float64")[..., :3] * 255)
     if drawn.ndim == 4:  # of a video the first, the middle and the last frame are kept
         shown = dict.fromkeys((0, len(drawn) // 2, len(drawn) - 1))
         drawn = numpy.concatenate([drawn[k] for k in shown], axis=1)

@@ -229,11 +229,12 @@ class Family(ABC):
         return states
 
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
-        """The inverse: clean states to frames [B, F, 3, H, W] in [0, 1]; F is 1 for pictures."""
+        """The inverse: clean states to frames [B, F, 3, H, W] in [0, 1]; F is 1 for pictures. What a VAE decodes of
+        transparency is left out."""
         with torch.autocast(x0.device.type, enabled=False):
             images = self.decoded(pipe.vae, self.denormalised(pipe.vae, x0).to(pipe.vae.dtype))
         frames = images.transpose(1, 2) if self.video else images[:, None]
-        return unit_pixels(frames)
+        return unit_pixels(frames[:, :, :3])
 
     def student_pipeline(self, pipe: Any, net: nn.Module) -> str | None:
         """Class that a student's pipeline is saved as, of parts of the teacher's and its network; None keeps the

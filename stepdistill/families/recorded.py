@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stepdistill.diffusion.path import Path, TablePath
 from stepdistill.diffusion.shift import shifted
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families._arguments import Given, fill, state_rows, take
 from stepdistill.families._lengths import length_by_length, padded
 from stepdistill.families.base import Family
@@ -216,7 +216,13 @@ class Recorded(Family):
                 "out what learns from images (GAN weights, options.source), or write a family, see "
                 "docs/extend/own_family.md"
             )
-        states = self._one_by_one(super().to_states, pipe, frames)
+        try:
+            states = self._one_by_one(super().to_states, pipe, frames)
+        except RuntimeError as error:  # as of one that wants transparency beside the colours
+            raise UserError(
+                f"the VAE of this {type(pipe).__name__} does not take images of three colours ({first_line(error)}): "
+                "leave out what learns from images"
+            ) from error
         if tuple(states.shape[1:]) != self.found.state:
             raise UserError(
                 f"images of {self.found.size} are states of {tuple(states.shape[1:])} to the VAE of this "

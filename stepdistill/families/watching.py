@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stepdistill.errors import UserError
+
 
 @dataclass(frozen=True)
 class Call:
@@ -123,6 +125,9 @@ def watch(
         end_after: it ends after so many steps.
         answer: what every step returns in place of its own result.
         instead: functions that are called in place of networks.
+
+    Raises:
+        UserError: the pipeline copies its scheduler to step with several.
     """
     pipe = copy.copy(pipe)
     pipe.scheduler = own = copy.deepcopy(scheduler or pipe.scheduler)
@@ -156,6 +161,13 @@ def watch(
             raise _Enough
         return result
 
+    def copied(memo: Any) -> Any:
+        raise UserError(
+            f"{type(pipe).__name__} draws with several copies of its scheduler, as for sound or for each frame: its "
+            "steps cannot be told from theirs, and it cannot be a teacher"
+        )
+
+    vars(own)["__deepcopy__"] = copied
     with ExitStack() as stack:
         stack.enter_context(_instead(own, "set_timesteps", told, grid_takes))
         stack.enter_context(_instead(own, "step", stepped, _with_generator(step_takes)))
@@ -175,8 +187,8 @@ def watch(
 
 def frames_of(drawn: Any) -> Tensor:
     """What a pipeline drew with ``output_type="np"``, pictures [B, H, W, 3] or videos [B, F, H, W, 3], as frames
-    [B, F, 3, H, W]."""
-    pixels = torch.as_tensor(drawn)
+    [B, F, 3, H, W]; what is drawn of transparency is left out."""
+    pixels = torch.as_tensor(drawn)[..., :3]
     return (pixels if pixels.ndim == 5 else pixels[:, None]).movedim(-1, 2)
 
 
@@ -284,7 +296,7 @@ def silent(output: Any, rows: int) -> Any:
 def _plain_copy(scheduler: Any) -> Any:
     """A copy of a scheduler without what stands in for its methods."""
     plain = copy.copy(scheduler)
-    for name in ("set_timesteps", "step"):
+    for name in ("set_timesteps", "step", "__deepcopy__"):
         vars(plain).pop(name)
     return copy.deepcopy(plain)
 
