@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from stepdistill.families.watching import quietly
+
 
 def is_guider(part: Any) -> bool:
     """Whether a component is a guider: a student's is its own, and switched off."""
@@ -20,7 +22,8 @@ def guiders_of(pipe: Any) -> dict[str, Any]:
 
 def switched_off(pipe: Any) -> dict[str, Any]:
     """Copies of them that hand on what the network says."""
-    return {name: guider.new(enabled=False) for name, guider in guiders_of(pipe).items()}
+    with quietly():  # each says that it is an experiment of diffusers'
+        return {name: guider.new(enabled=False) for name, guider in guiders_of(pipe).items()}
 
 
 def guided_plainly(pipe: Any, scale: float) -> tuple[Any, str]:
@@ -31,6 +34,7 @@ def guided_plainly(pipe: Any, scale: float) -> tuple[Any, str]:
     if not own:
         return pipe, ""
     guided = copy.copy(pipe)
-    guided.register_modules(**{name: ClassifierFreeGuidance(scale) for name in own})
+    with quietly():
+        guided.register_modules(**{name: ClassifierFreeGuidance(scale) for name in own})
     other = sorted({type(guider).__name__ for guider in own.values()} - {ClassifierFreeGuidance.__name__})
     return guided, f" (plainly, not as its {', '.join(other)})" if other else ""

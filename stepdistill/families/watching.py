@@ -179,7 +179,7 @@ def watch(
                 takes = inspect.signature(network.forward)
                 stack.enter_context(_instead(network, "forward", instead[name], takes))
         stack.enter_context(_Noise(seen.noises))
-        stack.enter_context(_silence())  # a pipeline that is tried out warns of what it is not meant for
+        stack.enter_context(quietly())  # a pipeline that is tried out warns of what it is not meant for
         with suppress(_Enough):
             seen.drawn = pipe(**_copied(dict(call)), return_dict=False)[0]  # some write into their prompts
     return seen
@@ -257,7 +257,8 @@ def _instead(owner: Any, name: str, function: Any, signature: inspect.Signature)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def quietly() -> Iterator[None]:
+    """Without what diffusers warns of."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()

@@ -12,13 +12,15 @@ import diffusers
 import pytest
 import torch
 from tiny import FLOW, GUIDED, PIPELINES, WITH_VAE, tiny_pipeline, tiny_prompts
-from tiny_unknown import run_of
+from tiny_unknown import SIZES, run_of, unknown_pipeline
 
 from stepdistill.cli.doctor import examine_teacher
 from stepdistill.errors import UserError
 from stepdistill.export.checks import grid_check, silent_draw, teacher_check
 from stepdistill.families._classes import check_class
+from stepdistill.families._guiders import guiders_of
 from stepdistill.families._recording import record
+from stepdistill.families.recorded import two_prompts
 from stepdistill.families.size import Size
 from stepdistill.families.stable_diffusion_3 import StableDiffusion3
 from stepdistill.networks.denoiser import Denoiser
@@ -82,7 +84,12 @@ def test_the_recorded_family_of_a_known_pipeline_is_the_known_one(name: str, tea
             "FlowConsistency",
             "time 1000 t, output velocity, guidance by negative prompt",
         ),
-        ("LuminaPipeline", 0, "FlowMapEulerDiscrete", "time 1 - t, output -velocity, guidance by neg"),
+        (
+            "MotifVideoPipeline",
+            0,
+            "FlowMatchEulerDiscrete",
+            "(plainly, not as its AdaptiveProjectedGuidance)",
+        ),
     ],
 )
 def test_an_unknown_pipeline_is_recorded_trained_and_verified(
@@ -141,6 +148,68 @@ def test_what_cannot_be_recorded_is_told_in_one_line() -> None:
 def test_a_class_that_cannot_be_recorded_is_refused_by_its_signatures(name: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"no family for {name}, and it cannot be recorded: .*{reason}"):
         check_class(getattr(diffusers, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        # Guided, it fails without a negative prompt.
+        ("EasyAnimatePipeline", "time 1000 t, output velocity, guidance by negative prompt"),
+        # Its scheduler is given each token's own time, and the velocity negated.
+        ("LTXConditionPipeline", "time 1000 t, output velocity, guidance by negative prompt"),
+        # Its guidance is a component; its state stands beside a picture's place.
+        ("MotifVideoPipeline", "by negative prompt (plainly, not as its AdaptiveProjectedGuidance)"),
+        # Its network returns prompt and picture; its VAE decodes transparency, too.
+        ("QwenImage21Pipeline", "time t, output velocity, guidance by negative prompt"),
+        # Each state is alone in a list of its own; it writes into the prompts that it is given.
+        (
+            "ZImageOmniPipeline",
+            "time 1 - t, output -velocity, guidance by negative prompt (its scale is one less)",
+        ),
+        # It replaces the processors of its network's attention, and leaves them so.
+        ("StableDiffusionSAGPipeline", "its table index, output eps, guidance by negative prompt"),
+        ("FluxKontextPipeline", "guidance an input of the network"),
+        ("PNDMPipeline", ""),
+    ],
+)
+def test_a_class_that_nothing_was_written_for_draws_its_pipelines_picture(name: str, found: str) -> None:
+    pipe, size = unknown_pipeline(name), SIZES.get(name)
+    processors = {str(part) for part in pipe.components.values() if hasattr(part, "attn_processors")}
+    teacher = PipelineTeacher(pipe, size=size)
+    assert found in teacher.family.remark
+    assert size is None or (teacher.size.height, teacher.size.width) == (size.height, size.width)
+    apart = teacher_check(teacher, two_prompts(teacher.family.has_prompts)[1], 3)
+    assert apart is not None and apart < 5e-5
+    for part, guider in guiders_of(pipe).items():
+        assert guider._enabled and not teacher.pipe.components[part]._enabled
+    frames = teacher.codec.to_frames(torch.zeros(1, *teacher.codec.shape))
+    assert frames.shape == (1, teacher.size.frames, 3, teacher.size.height, teacher.size.width)
+    assert processors == {str(part) for part in pipe.components.values() if hasattr(part, "attn_processors")}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "Ideogram4Pipeline",
+            "several networks are called between its steps: transformer, unconditional_transf",
+        ),
+        ("LTX2Pipeline", "draws with several copies of its scheduler, as for sound or for each frame"),
+        (
+            "OmniGenPipeline",
+            "a call of transformer for several states a step, at a guidance scale of 1, 0 and -1",
+        ),
+        ("StableDiffusionLDM3DPipeline", "it draws 2 things at once, and not pictures or videos alone"),
+        (
+            "PRXPixelPipeline",
+            "it starts from 2 times standard normal noise|it needs ftfy, which is not installed",
+        ),
+    ],
+)
+def test_a_class_that_cannot_be_served_says_why(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        PipelineTeacher(unknown_pipeline(name), size=SIZES.get(name))
+    assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["unet-ddim", "sd", "sdxl", "sd3", "flux"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
+
+import diffusers
 
 from stepdistill.system.emoji import tokenizer_folder
 
@@ -86,3 +90,19 @@ def clip_text_encoder(width: int, projected: bool, positions: int = 24) -> Any:
         initializer_factor=2.0,
     )
     return CLIPTextModelWithProjection(config).eval() if projected else CLIPTextModel(config).eval()
+
+
+def flow_euler(**more: Any) -> Any:
+    """A scheduler of flow matching."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(**more)
+
+
+def with_pag(kind: str, base: Callable[[], Any], layers: str) -> Callable[[], Any]:
+    """The class with perturbed attention of a pipeline's, with the same components."""
+
+    def made() -> Any:
+        made: Any = getattr(diffusers, kind)
+        parts = {k: v for k, v in base().components.items() if k in signature(made.__init__).parameters}
+        return made(**parts, pag_applied_layers=layers)
+
+    return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,20 @@ import diffusers
 import tiny
 import tiny_more
 import torch
+import unknown_images
+import unknown_images_more
+import unknown_older
+import unknown_videos
 from tiny_parts import (
     BETAS,
     clip_text_encoder,
     clip_tokenizer,
+    flow_euler,
     tiny_t5,
     tiny_t5_tokenizer,
     tiny_vae,
     unet2d_condition,
+    with_pag,
 )
 from torch import nn
 
@@ -81,10 +86,6 @@ SIZES = {
 """What those draw whose own default is that of the real ones."""
 
 
-def _flow(**more: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**more)
-
-
 def _latte() -> Any:
     return diffusers.LattePipeline(
         tokenizer=tiny_t5_tokenizer(),
@@ -125,7 +126,7 @@ def _lumina() -> Any:
             multiple_of=16,
             cross_attention_dim=16,
         ),
-        scheduler=_flow(),
+        scheduler=flow_euler(),
         vae=tiny_vae(blocks=4),
         text_encoder=Gemma2Model(Gemma2Config(**tiny_more.GEMMA)).eval(),
         tokenizer=tiny_more._gemma_tokenizer(),
@@ -155,7 +156,7 @@ def _allegro() -> Any:
 
 def _mochi() -> Any:
     return diffusers.MochiPipeline(
-        scheduler=_flow(invert_sigmas=True),
+        scheduler=flow_euler(invert_sigmas=True),
         vae=diffusers.AutoencoderKLMochi(
             latent_channels=12,
             encoder_block_out_channels=(32, 32, 32, 32),
@@ -187,7 +188,7 @@ def _bria() -> Any:
             joint_attention_dim=16,
             axes_dims_rope=[2, 2, 4],
         ),
-        scheduler=_flow(use_dynamic_shifting=True),
+        scheduler=flow_euler(use_dynamic_shifting=True),
         vae=tiny_vae(shift=0.1, quant=False),
         text_encoder=tiny_t5(16),
         tokenizer=tiny_t5_tokenizer(),
@@ -198,7 +199,7 @@ def _ovis() -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
     return diffusers.OvisImagePipeline(
-        scheduler=_flow(use_dynamic_shifting=True),
+        scheduler=flow_euler(use_dynamic_shifting=True),
         vae=tiny_vae(shift=0.1, quant=False),
         text_encoder=Qwen3Model(Qwen3Config(**tiny_more._qwen(layers=2), head_dim=8)).eval(),
         tokenizer=tiny_more._qwen_tokenizer(),
@@ -235,7 +236,7 @@ def _sana_video() -> Any:
             sample_size=8,
             rope_max_seq_len=32,
         ),
-        scheduler=_flow(shift=7.0),
+        scheduler=flow_euler(shift=7.0),
     )
 
 
@@ -365,15 +366,6 @@ def _lcm() -> Any:
     )
 
 
-def _with_pag(kind: str, base: Callable[[], Any], layers: str) -> Callable[[], Any]:
-    def made() -> Any:
-        made: Any = getattr(diffusers, kind)
-        parts = {k: v for k, v in base().components.items() if k in signature(made.__init__).parameters}
-        return made(**parts, pag_applied_layers=layers)
-
-    return made
-
-
 BUILDERS: dict[str, Callable[[], Any]] = {
     "AllegroPipeline": _allegro,
     "AnimateDiffPipeline": _animate,
@@ -385,13 +377,16 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "LuminaPipeline": _lumina,
     "MochiPipeline": _mochi,
     "OvisImagePipeline": _ovis,
-    "PixArtSigmaPAGPipeline": _with_pag("PixArtSigmaPAGPipeline", tiny_more._pixart_sigma, "blocks.1"),
-    "SanaPAGPipeline": _with_pag("SanaPAGPipeline", tiny_more._sana, "transformer_blocks.1"),
+    "PixArtSigmaPAGPipeline": with_pag("PixArtSigmaPAGPipeline", tiny_more._pixart_sigma, "blocks.1"),
+    "SanaPAGPipeline": with_pag("SanaPAGPipeline", tiny_more._sana, "transformer_blocks.1"),
     "SanaVideoPipeline": _sana_video,
     "SkyReelsV2Pipeline": _sky_reels,
-    "StableDiffusionPAGPipeline": _with_pag("StableDiffusionPAGPipeline", tiny._sd, "mid"),
-    "StableDiffusion3PAGPipeline": _with_pag("StableDiffusion3PAGPipeline", tiny._sd3, "blocks.1"),
-    "StableDiffusionXLPAGPipeline": _with_pag("StableDiffusionXLPAGPipeline", tiny._sdxl, "mid"),
+    "StableDiffusionPAGPipeline": with_pag("StableDiffusionPAGPipeline", tiny._sd, "mid"),
+    "StableDiffusion3PAGPipeline": with_pag("StableDiffusion3PAGPipeline", tiny._sd3, "blocks.1"),
+    "StableDiffusionXLPAGPipeline": with_pag("StableDiffusionXLPAGPipeline", tiny._sdxl, "mid"),
     "TextToVideoSDPipeline": _text_to_video,
 }
 """By class."""
+for _more in (unknown_images, unknown_images_more, unknown_older, unknown_videos):
+    BUILDERS |= _more.BUILDERS
+    SIZES |= _more.SIZES
