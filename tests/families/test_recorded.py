@@ -178,7 +178,7 @@ def test_a_class_that_nothing_was_written_for_draws_its_pipelines_picture(name: 
     teacher = PipelineTeacher(pipe, size=size)
     assert found in teacher.family.remark
     assert size is None or (teacher.size.height, teacher.size.width) == (size.height, size.width)
-    apart = teacher_check(teacher, two_prompts(teacher.family.has_prompts)[1], 3)
+    apart = teacher_check(teacher, two_prompts(teacher.family.has_prompts)[1], 4)
     assert apart is not None and apart < 5e-5
     for part, guider in guiders_of(pipe).items():
         assert guider._enabled and not teacher.pipe.components[part]._enabled
