@@ -79,6 +79,12 @@ class AdversarialMethod(Method):
             return self.options.discriminator_lr_ratio
         return warm_start_rate(turn.step, self.options)
 
+    def anew(self, turn: Turn) -> frozenset[str]:
+        # The regression's gradients are small at its end: by their moments the GAN's first ones would be giant steps.
+        return frozenset(
+            {"student"} if self.options.warm_start and turn.step == self.options.warm_start else ()
+        )
+
     def sampler(self) -> Sampler:
         renoise = self.options.renoise
         return Sampler(
