@@ -16,6 +16,7 @@ from stepdistill.data.image_decoding import fit
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.evaluation.suite import Suite
+from stepdistill.families.plain_calls import AS_ASKED
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
@@ -93,13 +94,10 @@ class Drawing:
             "num_inference_steps": steps,
             "generator": [torch.Generator("cpu").manual_seed(self._suite.seed(i)) for i in rows],
             "output_type": "pt",
+            **{name: value for name, value in AS_ASKED.items() if name in takes},
             **self._own,
             **given,
         }
-        if (
-            "use_resolution_binning" in takes
-        ):  # or a size that is in no list is drawn at another and stretched
-            call.setdefault("use_resolution_binning", False)
         if "prompt" in takes and self._prompts is not None:
             call["prompt"] = [self._prompts[i] for i in rows]
         elif "batch_size" in takes:

@@ -80,11 +80,12 @@ def call_arguments(
     import inspect
 
     from stepdistill.evaluation.drawing import classes_of
+    from stepdistill.families.plain_calls import AS_ASKED
 
     takes = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {**(own.arguments if own else {}), "num_inference_steps": steps}
-    if "use_resolution_binning" in takes:  # as in Drawing: each at its own size
-        arguments.setdefault("use_resolution_binning", False)
+    for name in AS_ASKED.keys() & takes:
+        arguments.setdefault(name, AS_ASKED[name])
     if "class_labels" in takes and classes_of(pipe):
         arguments["class_labels"] = _classes(prompts)
     elif "prompt" in takes:

@@ -19,6 +19,7 @@ from stepdistill.families._lengths import length_by_length, padded
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GUIDANCE, Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
+from stepdistill.families.plain_calls import PLAIN
 from stepdistill.families.size import Size
 from stepdistill.families.watching import frames_of, silent, watch
 
@@ -276,18 +277,6 @@ def two_prompts(has_prompts: bool) -> tuple[str, str]:
 
 FRAMES = ("num_frames", "frames", "video_length")
 """What calls name the number of frames."""
-
-
-PLAIN: dict[str, Any] = {
-    "pag_scale": 0.0,  # guidance by another call of the network, with attention to nothing but itself
-    "sag_scale": 0.0,  # the same, of a blurred picture
-    "guidance_schedule": None,  # a scale for every step, in place of one
-    "use_resolution_binning": False,  # or other sizes are snapped to those of a list
-    "use_kv_cache": False,  # or the first step alone reads the prompt
-    "enable_prompt_rewrite": False,  # or a language model writes every prompt anew
-    "use_pe": False,
-}
-"""What is switched off in every call that takes it."""
 
 
 def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | None) -> dict[str, Any]:

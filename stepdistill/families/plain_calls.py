@@ -1,0 +1,21 @@
+"""What calls of pipelines are told so that they draw what was asked for, and recordings see one plain call a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+AS_ASKED: dict[str, Any] = {
+    "use_resolution_binning": False,  # or other sizes are snapped to those of a list, and stretched
+    "enable_prompt_rewrite": False,  # or a language model writes every prompt anew
+    "use_pe": False,
+}
+"""In every call that takes it, whoever draws: students, teachers, recordings."""
+
+PLAIN: dict[str, Any] = {
+    **AS_ASKED,
+    "pag_scale": 0.0,  # guidance by another call of the network, with attention to nothing but itself
+    "sag_scale": 0.0,  # the same, of a blurred picture
+    "guidance_schedule": None,  # a scale for every step, in place of one
+    "use_kv_cache": False,  # or the first step alone reads the prompt
+}
+"""In every call that takes it while it is recorded, and in its students'."""
