@@ -22,6 +22,7 @@ from stepdistill.losses.regression import WarmStartOptions, regression, warm_sta
 from stepdistill.networks.sampler import Sampler
 
 NotNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdversarialOptions(WarmStartOptions):
@@ -36,6 +37,7 @@ class AdversarialOptions(WarmStartOptions):
         16  # turns of the heads between two of R1, which then weighs so many times as much
     )
     renoise: bool | None = None  # fresh noise between steps, or the predicted; default by the path
+    warm_start_betas: tuple[Beta, Beta] | None = None  # of AdamW in the warm start; default those of train
 
     @property
     def needs(self) -> frozenset[str]:
@@ -52,6 +54,8 @@ class AdversarialMethod(Method):
     @classmethod
     def shared_start(cls, options: MethodOptions) -> int:
         plain = cls.regression is AdversarialMethod.regression and cls.turn is AdversarialMethod.turn
+        # With other betas than those of train it is no other method's.
+        plain = plain and isinstance(options, AdversarialOptions) and options.warm_start_betas is None
         return options.warm_start if plain and isinstance(options, AdversarialOptions) else 0
 
     def setup(self) -> None:
@@ -79,11 +83,8 @@ class AdversarialMethod(Method):
             return self.options.discriminator_lr_ratio
         return warm_start_rate(turn.step, self.options)
 
-    def anew(self, turn: Turn) -> frozenset[str]:
-        # The regression's gradients are small at its end: by their moments the GAN's first ones would be giant steps.
-        return frozenset(
-            {"student"} if self.options.warm_start and turn.step == self.options.warm_start else ()
-        )
+    def betas(self, turn: Turn) -> tuple[float, float] | None:
+        return self.options.warm_start_betas if turn.step < self.options.warm_start else None
 
     def sampler(self) -> Sampler:
         renoise = self.options.renoise

@@ -305,6 +305,10 @@ class Method(nn.Module, ABC):
         """The learning rate of the turn over that of ``train``."""
         return 1.0
 
+    def betas(self, turn: Turn) -> tuple[float, float] | None:
+        """AdamW's betas in the turn; None for those of ``train``."""
+        return None
+
     @abstractmethod
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         """The loss of the network whose turn it is."""

@@ -128,6 +128,10 @@ class Objective(nn.Module):
         if turn.network not in self._critics:
             self.method.after_step(turn)
 
+    def betas(self, turn: Turn) -> tuple[float, float] | None:
+        """AdamW's betas in the turn; None for those of ``train``."""
+        return None if turn.network in self._critics else self.method.betas(turn)
+
     def anew(self, turn: Turn) -> frozenset[str]:
         """What is trained, by name, whose optimiser starts anew after this turn."""
         return frozenset() if turn.network in self._critics else self.method.anew(turn)

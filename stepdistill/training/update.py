@@ -39,6 +39,8 @@ def update(run: Run, turn: Turn, batch: Batch, rate: float) -> tuple[list[dict[s
     norm = parallel.norm(parameters, options.clip)
     for group in optimizer.param_groups:
         group["lr"] = rate
+        if "betas" in group:
+            group["betas"] = objective.betas(turn) or options.betas
     run.weights[name].step(run.step)
     objective.after_step(turn)
     for other in objective.anew(turn):

@@ -87,17 +87,12 @@ def test_turns_alternate_after_the_warm_start_and_the_heads_come_first():
     assert method_of().options.needs == {"noise", "prompts", "images"}
 
 
-@pytest.mark.parametrize("warm_start", [0, 2])
-def test_the_students_optimiser_starts_anew_between_the_regression_and_its_first_turn_against_the_heads(
-    warm_start,
-):
-    """Not at the regression's own last update, after which other methods may take the warm start over."""
-    method = method_of(warm_start=warm_start)
-    turns = [method.turn(step) for step in range(6)]
-    found = [turn.step for turn in turns if method.anew(turn)]
-    assert found == ([warm_start] if warm_start else [])
-    assert [turn.network for turn in turns][warm_start : warm_start + 2] == ["discriminator", "student"]
-    assert all(method.anew(turns[step]) == {"student"} for step in found)
+def test_the_warm_start_has_betas_of_its_own_and_is_then_nobody_elses():
+    method = method_of(warm_start=2, warm_start_betas=(0.9, 0.99))
+    assert [method.betas(method.turn(step)) for step in range(4)] == [(0.9, 0.99)] * 2 + [None] * 2
+    assert method_of(warm_start=2).betas(Turn("student", 0)) is None
+    own, shared = GDD.Options(warm_start=2, warm_start_betas=(0.9, 0.99)), GDD.Options(warm_start=2)
+    assert (GDD.shared_start(own), GDD.shared_start(shared)) == (0, 2)
 
 
 def test_the_penalty_is_lazy_and_weighs_as_if_it_were_not():
