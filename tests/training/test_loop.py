@@ -735,6 +735,36 @@ def test_two_updates_are_adams_with_the_options_of_train(more, rates, tmp_path):
         torch.testing.assert_close(shadow[name], average, rtol=1e-5, atol=1e-7)
 
 
+def test_a_warm_start_has_betas_of_its_own(tmp_path):
+    """The student's first update regresses; its second, the run's third, is against the heads, without momentum."""
+    own = ["options.warm_start=1", "options.warm_start_betas=[0.5, 0.9]", "train.betas=[0.0, 0.99]"]
+    own += [
+        "options.pairs=8",
+        "options.pair_steps=2",
+        "train.updates=3",
+        "train.checkpoint_every=1",
+        "train.clip=0",
+    ]
+    start(load_recipe(HERE / "empty.yaml", method="gdd", sets=[*COMMON, *own]), tmp_path)
+    rows, folders = curve(tmp_path), checkpoints_in(tmp_path / "work" / "checkpoints")
+    assert [row["network"] for row in rows] == ["student", "discriminator", "student"]
+    found = []
+    for folder in (folders[0], folders[-1]):
+        moments = load_file(folder / "optimizer-student.safetensors")
+        keys = sorted(name.rpartition(".")[0] for name in moments if name.endswith("exp_avg"))
+        found.append(
+            [
+                torch.cat([moments[f"{i}.{kind}"].flatten() for i in keys]).double()
+                for kind in ("exp_avg", "exp_avg_sq")
+            ]
+        )
+    (m, v), (m_then, v_then) = found
+    assert float(m.norm()) == pytest.approx(0.5 * rows[0]["grad_norm"], rel=1e-3)
+    assert float(v.sum()) == pytest.approx(0.1 * rows[0]["grad_norm"] ** 2, rel=1e-3)
+    assert float(m_then.norm()) == pytest.approx(rows[2]["grad_norm"], rel=1e-3)
+    torch.testing.assert_close(v_then, 0.99 * v + 0.01 * m_then**2, rtol=1e-4, atol=1e-12)
+
+
 def test_a_budget_ends_a_run_and_another_seed_is_another_run(tmp_path):
     _, trained = start(recipe_of("reflow", 3, "train.budget_seconds=1e-6"), tmp_path / "a")
     assert trained.step == 1
