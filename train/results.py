@@ -31,6 +31,7 @@ BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm s
 LED_AWAY = "2026-11-28: what leads away from a warm start, and what a reward does to pictures by rule"
 OF_WORDS = "2026-11-28: a word for a student of few steps, students of parts, and a domain of ten images"
 ONE_COMPARISON = "2026-11-28: all methods in one comparison, and a flow that was kept at a bad moment"
+MOMENTUM = "2026-11-28: pipelines that nobody had tried, a whole run killed at every call, and momentum for a regression alone"
 FLOW_MAPS = (
     "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
     "start's"
@@ -50,14 +51,15 @@ TRIED = {
     "f_distill": "2026-11-22: TSCD, f-distill, rf++",
     "flow_map": FLOW_MAPS,
     "freeflow": "2026-11-22: FreeFlow runs away after its warm start",
-    "gdd": BEHIND_REGRESSION,
+    "gdd": MOMENTUM,
     "gndm": BEHIND_REGRESSION,
+    "gndmr": MOMENTUM,
     "internalise": BEHIND_REGRESSION,
     "rg_lcd_emoji": BEHIND_REGRESSION,
-    "instaflow": ONE_COMPARISON,
+    "instaflow": MOMENTUM,
     "lcm": "2026-11-22: LCM needs longer skips and pure noise at the top",
     "lcm_lora_emoji": "2026-11-22: LCM as an adapter",
-    "ladd": LED_AWAY,
+    "ladd": MOMENTUM,
     "lightning": LED_AWAY,
     "mdt_dist": LED_AWAY,
     "meanflow": "2026-11-22: MeanFlow learns slowly",
