@@ -31,7 +31,9 @@ BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm s
 LED_AWAY = "2026-11-28: what leads away from a warm start, and what a reward does to pictures by rule"
 OF_WORDS = "2026-11-28: a word for a student of few steps, students of parts, and a domain of ten images"
 ONE_COMPARISON = "2026-11-28: all methods in one comparison, and a flow that was kept at a bad moment"
-MOMENTUM = "2026-11-28: pipelines that nobody tried, a run killed at every call, and momentum for a regression alone"
+MOMENTUM = (
+    "2026-11-28: pipelines that nobody tried, a run killed at every call, and momentum for a regression alone"
+)
 FLOW_MAPS = (
     "2026-11-22: flow maps learn more from whole trajectories, and their objectives need a better map than the warm "
     "start's"
