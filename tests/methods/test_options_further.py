@@ -32,6 +32,7 @@ FURTHER: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "renoise": (True, {}),
     },
     "gdd": {
+        "warm_start_betas": ((0.9, 0.99), {"warm_start": 4}),
         "discriminator_updates": (3, {}),
         "discriminator_lr_ratio": (2.0, {}),
         "penalty_weight": (1.0, {"penalty_every": 2}),
@@ -46,6 +47,7 @@ FURTHER: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "eta": (0.9, {"beta": 5.0}),
     },
     "ladd": {
+        "warm_start_betas": ((0.9, 0.99), {"warm_start": 4}),
         "discriminator_updates": (1, {}),
         "discriminator_lr_ratio": (2.0, {}),
         "penalty_weight": (1.0, {"penalty_every": 2}),
@@ -123,9 +125,9 @@ def made(name: str, options: dict[str, Any]) -> Any:
     return equipped(kind, Copies(teacher, student), times, kind.Options(**options))
 
 
-def short_training(method: Any) -> tuple[list[tuple[str, float, float]], object]:
-    """Whose turn each update was, its rate, its loss; and how the student is drawn at the end."""
-    rows = []
+def short_training(method: Any) -> tuple[list[tuple[Any, ...]], object]:
+    """Whose turn each update was, its rate, its betas, its loss; and how the student is drawn at the end."""
+    rows: list[tuple[Any, ...]] = []
     trained = {name: one.parameters(method.roles) for name, one in method.trained().items()}
     for step in range(UPDATES):
         turn = method.turn(step)
@@ -139,7 +141,7 @@ def short_training(method: Any) -> tuple[list[tuple[str, float, float]], object]
             if slope is not None:
                 parameter.data -= rate * slope
         method.after_step(turn)
-        rows.append((turn.network, method.lr_ratio(turn), round(float(loss.detach()), 9)))
+        rows.append((turn.network, method.lr_ratio(turn), method.betas(turn), round(float(loss.detach()), 9)))
     sampler = method.sampler()
     return rows, (sampler.times, sampler.renoise)
 
