@@ -54,9 +54,11 @@ class AdversarialMethod(Method):
     @classmethod
     def shared_start(cls, options: MethodOptions) -> int:
         plain = cls.regression is AdversarialMethod.regression and cls.turn is AdversarialMethod.turn
-        # With other betas than those of train it is no other method's.
-        plain = plain and isinstance(options, AdversarialOptions) and options.warm_start_betas is None
-        return options.warm_start if plain and isinstance(options, AdversarialOptions) else 0
+        if not plain or not isinstance(options, AdversarialOptions):
+            return 0
+        return (
+            0 if options.warm_start_betas else options.warm_start
+        )  # with betas of its own it is nobody else's
 
     def setup(self) -> None:
         self.gan = self.discriminator()

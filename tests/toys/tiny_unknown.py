@@ -79,6 +79,7 @@ SIZES = {
     "OvisImagePipeline": Size(16, 24),
     "SanaPAGPipeline": Size(32, 32),
     "SanaVideoPipeline": Size(32, 32, 5),
+    "SkyReelsV2DiffusionForcingPipeline": Size(32, 16, 9),
     "SkyReelsV2Pipeline": Size(32, 16, 9),
     "TextToVideoSDPipeline": Size(32, 32, 2),
     "AnimateDiffPipeline": Size(32, 32, 2),
@@ -380,6 +381,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "PixArtSigmaPAGPipeline": with_pag("PixArtSigmaPAGPipeline", tiny_more._pixart_sigma, "blocks.1"),
     "SanaPAGPipeline": with_pag("SanaPAGPipeline", tiny_more._sana, "transformer_blocks.1"),
     "SanaVideoPipeline": _sana_video,
+    "SkyReelsV2DiffusionForcingPipeline": lambda: diffusers.SkyReelsV2DiffusionForcingPipeline(
+        **_sky_reels().components
+    ),
     "SkyReelsV2Pipeline": _sky_reels,
     "StableDiffusionPAGPipeline": with_pag("StableDiffusionPAGPipeline", tiny._sd, "mid"),
     "StableDiffusion3PAGPipeline": with_pag("StableDiffusion3PAGPipeline", tiny._sd3, "blocks.1"),

@@ -29,7 +29,6 @@ SIZES = {
     "AnimateDiffPAGPipeline": Size(32, 32, 2),
     "EasyAnimatePipeline": Size(16, 16, 5),
     "MotifVideoPipeline": Size(32, 16, 9),
-    "SkyReelsV2DiffusionForcingPipeline": Size(32, 16, 9),
     "HeliosPipeline": Size(16, 16, 9),
 }
 
@@ -289,28 +288,6 @@ def _motif_video() -> Any:
     )
 
 
-def _sky_reels_forcing() -> Any:
-    return diffusers.SkyReelsV2DiffusionForcingPipeline(
-        tokenizer=tiny_t5_tokenizer(),
-        text_encoder=tiny_t5(16),
-        transformer=diffusers.SkyReelsV2Transformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=32,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=32,
-        ),
-        vae=tiny._wan().vae,
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
-        ),
-    )
-
-
 def _helios() -> Any:
     return diffusers.HeliosPipeline(
         tokenizer=tiny_t5_tokenizer(),
@@ -343,7 +320,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "AnimateDiffSDXLPipeline": _animate_sdxl,
     "EasyAnimatePipeline": _easy_animate,
     "MotifVideoPipeline": _motif_video,
-    "SkyReelsV2DiffusionForcingPipeline": _sky_reels_forcing,
     "HeliosPipeline": _helios,
     "AnimateDiffPAGPipeline": _animate_pag,
 }
