@@ -49,6 +49,8 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         shift: of the grid, t = s u / (1 + (s - 1) u).
         clock_shift: the network is told the u of this shift in place of t.
         renoise: whether there is fresh noise between steps.
+        invert_sigmas: the network is told 1 - t and says the velocity negated, and ``sigmas`` are 1 - t, as under
+            FlowMatchEulerDiscreteScheduler's key of this name.
         base_image_seq_len, max_image_seq_len, base_shift, max_shift: not used; some pipelines work ``mu`` out from
             these, and ask no scheduler whether it has them.
     """
@@ -63,6 +65,7 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         shift: float = 1.0,
         clock_shift: float = 1.0,
         renoise: bool = True,
+        invert_sigmas: bool = False,
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
         base_shift: float = 0.5,
@@ -83,7 +86,10 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         given = next((list(values) for values in (sigmas, timesteps) if values is not None), [])
         super().set_timesteps(num_inference_steps or len(given), device)
         t, s = self.sigmas[:-1], self.config.clock_shift
-        self.timesteps = self.config.num_train_timesteps * (t / (s + (1 - s) * t))
+        told = t / (s + (1 - s) * t)
+        if self.config.invert_sigmas:
+            told, self.sigmas = 1 - told, 1 - self.sigmas
+        self.timesteps = self.config.num_train_timesteps * told
         self._keys: list[bytes] | None = None
         self._calls = 0
 
@@ -114,7 +120,9 @@ class FlowConsistencyScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[m
         if self._keys is None:
             self._keys = keys_of(sample)
         t, s = (float(self.sigmas[i]) for i in (index, index + 1))
-        velocity = model_output.float() if per_token_timesteps is None else -model_output.float()
+        t, s = (1 - t, 1 - s) if self.config.invert_sigmas else (t, s)
+        negated = self.config.invert_sigmas or per_token_timesteps is not None
+        velocity = -model_output.float() if negated else model_output.float()
         if self.config.renoise:
             x = sample.float() - t * velocity
             if s > 0:

@@ -20,10 +20,15 @@ OTHER_SPACINGS = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
     "use_beta_sigmas",
-    "invert_sigmas",
     "shift_terminal",
 )
 """Keys of diffusers' flow schedulers whose spacing no time shift has."""
+
+
+def counts_up(scheduler: Any) -> bool:
+    """Whether a scheduler's noise levels rise from 0 to 1 as noise goes, as under ``invert_sigmas``."""
+    sigmas: Any = getattr(scheduler, "sigmas", ())
+    return len(sigmas) > 1 and bool(sigmas[0] < sigmas[-1])
 
 
 def shifted(u: Times, s: float) -> Times:

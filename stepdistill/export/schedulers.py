@@ -6,11 +6,12 @@ import math
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
 from stepdistill.diffusion.path import Path as NoisePath
-from stepdistill.diffusion.shift import shifted
+from stepdistill.diffusion.shift import counts_up, shifted
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
@@ -92,6 +93,8 @@ def stock_scheduler(
             scheduler = LCMScheduler(**config, original_inference_steps=sampler.grid or uniform)
         else:
             scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
+        if "variance_type" in teacher_scheduler.config:  # some pipelines ask every scheduler whether it is learned
+            scheduler.register_to_config(variance_type="fixed_small")
     elif isinstance(path, TrigPath):
         if sampler.steps > 1 and not sampler.renoise:
             raise UserError(
@@ -128,21 +131,26 @@ def _flow_scheduler(sampler: Sampler, path: FlowPath, passes: frozenset[str]) ->
     from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     shift, last = _shift(sampler, path), sampler.times[-1]
-    own = travelling_module("flow_consistency").FlowConsistencyScheduler
+    own = partial(
+        travelling_module("flow_consistency").FlowConsistencyScheduler,
+        shift=shift,
+        clock_shift=path.clock_shift,
+        invert_sigmas="negated" in passes,
+    )
     if sampler.renoise and sampler.step_counts != (1,):
         # The stock ones that take fresh noise (FlowMatchLCM, FlowMatchEuler with stochastic_sampling) draw it
         # from the global generator in SD3's pipeline, and their grid ends at 1/1000.
-        return own(shift=shift, clock_shift=path.clock_shift)
+        return own()
     stock: list[Any] = [] if "mu" in passes else [FlowMapEulerDiscreteScheduler(shift=shift)]
     stock.append(FlowMatchEulerDiscreteScheduler(shift=shift))
     if 0 < last < 1 and sampler.step_counts == (sampler.steps,) and "sigmas" not in passes:
         stock.append(FlowMatchEulerDiscreteScheduler(shift_terminal=last))
-    if "own sigmas" in passes:
+    if passes & {"own sigmas", "negated"}:
         stock.clear()
     for scheduler in stock:
         if all(_near(times_of(path, scheduler, n, passes), _even(shift, n)) for n in sampler.step_counts):
             return scheduler
-    return own(shift=shift, clock_shift=path.clock_shift, renoise=False)
+    return own(renoise=False)
 
 
 def _even(shift: float, steps: int) -> tuple[float, ...]:
@@ -225,6 +233,8 @@ def times_of(
     if isinstance(path, TablePath):
         return tuple((value + 1) / path.steps for value in timesteps)
     times = tuple(value / 1000 for value in timesteps)
+    if counts_up(scheduler):
+        times = tuple(1 - time for time in times)
     # A clock that counts its time before the shift that is in the noise levels says little about them.
-    levels = tuple(float(value) for value in scheduler.sigmas[:steps])
+    levels = tuple(float(1 - value if counts_up(scheduler) else value) for value in scheduler.sigmas[:steps])
     return times if _near(times, levels, 1e-4) else levels

@@ -118,11 +118,11 @@ def reading_of(steps: list[Step]) -> Reading:
     shape = tuple(steps[0].sample.shape[1:])
     outputs = [step.calls[-1].output for step in steps]
     for path, listed, value in _leaves(outputs[0], ()):
-        for half, last in _parts(value, steps[0].output):
+        for half, last in _parts(value, steps[0].mean):
             for sign in (1.0, -1.0):
                 reading = Reading(path, listed, half, sign, last)
                 pairs = zip(outputs, steps, strict=True)
-                if all(near(reading.of(output, shape), step.output) for output, step in pairs):
+                if all(near(reading.of(output, shape), step.mean) for output, step in pairs):
                     return reading
     raise Unlike(
         "what its scheduler is given is neither what its network returns, nor that negated, nor its half, nor the end "

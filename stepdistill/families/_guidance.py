@@ -71,8 +71,7 @@ def guidance_of(
         return found, "none (what is not guided is called with other arguments)"
     c, u = outs[alike.index(True)], outs[alike.index(False)]
     found = replace(found, null=lone[alike.index(False)])
-    said = draw.steps[0].output[:1] if len(draw.steps[0].output) > 1 else draw.steps[0].output
-    said = turned * said
+    said = turned * draw.steps[0].mean[:1]
     how = guidance_in(said[0], c, u, scale)
     kind.keeps_length = how == AT_LENGTH
     return found, f"{'by negative prompt' if own else 'by a null of its own'}{left_out}{how}"

@@ -190,7 +190,10 @@ class _Recorder:
             students: Any = FlowMatchEulerDiscreteScheduler()
             with suppress(Exception):  # a pipeline that takes no such scheduler
                 grid = self.draw(self.prompts[:1], [0], off, end_at=network, scheduler=students).grid
-        return frozenset(passes_in(grid, STEPS) | ({"generator"} if one.generator else set()))
+        found = passes_in(grid, STEPS)
+        found |= {"generator"} if one.generator else set()
+        found |= {"negated"} if one.scheduler.config.get("invert_sigmas") else set()
+        return frozenset(found)
 
     def _unguided(self) -> tuple[Draw, dict[str, float]]:
         """A whole draw of the first prompt that calls one network once a step, and what switches guidance off."""
@@ -305,7 +308,7 @@ class _Recorder:
             )
             with torch.no_grad():
                 said = family.call(net, x, time, cond)
-            wanted = self.turned * family.unpack(torch.cat([steps[i].output for i in some]), state)
+            wanted = self.turned * family.unpack(torch.cat([steps[i].mean for i in some]), state)
             if not near(said, wanted):
                 wrong.append(f"by {float((said - wanted).abs().max()):.2g}")
         return wrong

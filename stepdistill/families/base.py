@@ -35,7 +35,8 @@ class Family(ABC):
         clock: what the network is told for a time t of a flow path; on a table it is told the index, whatever this is.
         passes: what the pipeline's call hands to its scheduler: for its grid ``sigmas``, which are 1, 1 - 1/n ... 1/n,
             ``timesteps``, which go from 1000 to 1, ``own sigmas``, which are others still, and ``mu``; for its steps
-            ``generator``, as fresh noise between them needs for a seed to give one picture.
+            ``generator``, as fresh noise between them needs for a seed to give one picture, and ``negated``, which is
+            the velocity, at times that count from the data.
         guidance_argument: what the call names its scale of guidance.
         guidance_off: the scale of a call that is not guided, where the network has no guidance as an input.
         has_prompts: whether conditions come from text prompts.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stepdistill.diffusion.shift import counts_up
 from stepdistill.errors import UserError
 
 
@@ -46,7 +47,7 @@ class Step:
 
     Attributes:
         calls: of networks, since the step before.
-        timestep: the scheduler's time.
+        timestep: the scheduler's time, as of one that counts down with the noise.
         sigma: its noise level, where it has a list of them.
         sample: the state it was given, as the pipeline has it.
         output: the network's output as it was given it.
@@ -61,6 +62,12 @@ class Step:
     output: Tensor
     result: Tensor
     given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Tensor:
+        """The output without the channels of a variance that was learned beside it."""
+        extra = self.output.shape[1:2] != self.sample.shape[1:2]
+        return self.output[:, : self.sample.shape[1]] if extra else self.output
 
 
 @dataclass
@@ -155,6 +162,8 @@ def watch(
         state = result[0] if isinstance(result, tuple) else result.prev_sample
         sigma = None if sigmas is None or count >= len(sigmas) else float(sigmas[count])
         time = float(torch.as_tensor(given["timestep"]).flatten()[0])
+        if sigma is not None and counts_up(own):
+            time, sigma = own.config.num_train_timesteps - time, 1 - sigma
         seen.steps.append(Step(tuple(seen.calls), time, sigma, sample, output, state.clone(), kept))
         seen.calls.clear()
         if end_after == len(seen.steps):

@@ -157,6 +157,39 @@ def test_the_travelling_scheduler_takes_eulers_steps_where_there_is_no_fresh_noi
         assert torch.allclose(x, y, atol=1e-6)
 
 
+@pytest.mark.parametrize("renoise", [True, False])
+def test_the_travelling_scheduler_of_a_negated_velocity_counts_from_the_data(renoise: bool) -> None:
+    """As FlowMatchEulerDiscreteScheduler does under invert_sigmas; the states are the same."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    sampler, path, negated = Sampler((1.0, 6 / 7, 0.6), renoise), FlowPath(), frozenset({"negated"})
+    plain: Any = stock_scheduler(sampler, path, None, frozenset({"own sigmas"}))
+    own: Any = stock_scheduler(sampler, path, None, frozenset({"own sigmas", "negated"}))
+    stock: Any = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    assert times_of(path, own, 3, negated) == pytest.approx(sampler.times)
+    stock.set_timesteps(sigmas=list(sampler.times))
+    plain.set_timesteps(3)
+    own.set_timesteps(3)
+    assert torch.allclose(own.timesteps.float(), stock.timesteps, atol=1e-3)
+    assert torch.allclose(own.sigmas.float(), stock.sigmas, atol=1e-6)
+    x = y = z = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    for told, counted in zip(plain.timesteps, own.timesteps, strict=True):
+        y = plain.step(x.sin(), told, y, return_dict=False)[0]
+        z = stock.step(-x.sin(), counted, z, return_dict=False)[0]
+        x = own.step(-x.sin(), counted, x, return_dict=False)[0]
+        assert torch.allclose(x, y, atol=1e-6) and (renoise or torch.allclose(x, z, atol=1e-5))
+
+
+def test_a_student_answers_pipelines_that_ask_for_a_learned_variance() -> None:
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    for sampler in (Sampler((1.0, 0.5), True), Sampler((1.0, 0.5), False)):
+        learned = DDPMScheduler(variance_type="learned_range")
+        made: Any = stock_scheduler(sampler, TABLE, learned)
+        assert type(made).from_config(made.config).config.variance_type == "fixed_small"
+        assert "variance_type" not in stock_scheduler(sampler, TABLE, DDIMScheduler()).config
+
+
 def test_a_teacher_that_clips_is_told_of() -> None:
     """Its student does not, and whoever reads the numbers should know."""
     plain = teacher_scheduler()

@@ -79,10 +79,10 @@ def test_the_recorded_family_of_a_known_pipeline_is_the_known_one(name: str, tea
     [
         ("AnimateDiffPipeline", 2, "LCM", "time its table index, output eps, guidance by negative prompt"),
         (
-            "BriaPipeline",
+            "MochiPipeline",
             0,
             "FlowConsistency",
-            "time 1000 t, output velocity, guidance by negative prompt",
+            "time 1000 - 1000 t, output -velocity, guidance by negative prompt",
         ),
         (
             "MotifVideoPipeline",
@@ -168,6 +168,8 @@ def test_a_class_that_cannot_be_recorded_is_refused_by_its_signatures(name: str,
         ),
         # It replaces the processors of its network's attention, and leaves them so.
         ("StableDiffusionSAGPipeline", "its table index, output eps, guidance by negative prompt"),
+        # Beside its output, its network says a variance, and its call asks each scheduler whether it takes that.
+        ("IFPipeline", "its table index, output eps, guidance by negative prompt"),
         ("FluxKontextPipeline", "guidance an input of the network"),
         ("PNDMPipeline", ""),
     ],
