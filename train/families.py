@@ -49,14 +49,17 @@ each and draws with plain diffusers again:
 
 - images: Bria, CogView 3 Plus, the first stage of DeepFloyd IF, ERNIE-Image, FIBO 1 and 2, FLUX Kontext, HunyuanImage
   2.1, Kandinsky 3 and 5, Krea 2, LCM, LDM (no fresh noise between steps), LongCat-Image, Lumina, NucleusMoE-Image,
-  Ovis-Image, Qwen-Image 2.1, Z-Image Omni, and the classes with perturbed or self-attention guidance, which is left out;
+  Ovis-Image, Qwen-Image 2.1, Z-Image Omni, and the classes with perturbed or self-attention guidance, which is left
+  out;
 - videos: AnimateDiff (SD and SDXL), EasyAnimate, HunyuanVideo 1.5, Latte, LTX 0.9.5 and later, Mochi (two steps and
   more: its call divides by zero in one), Motif Video, SANA-Video.
 
-What draws in several stages, from pictures, with sound, or frame by frame at times of their own is refused, and told
-why; so are Allegro, whose VAE decodes in tiles alone, and ModelScope's text to video. What is recorded has LoRA, merged
-and as a file where its class takes one, a second time where its network embeds the timestep with a bias, and a scheduler
-by what its call passes. It has no features for a GAN, and takes images where its VAE alone says how.
+LTX-2 has a family, and is distilled with its sound: a state is both. It has no features for a GAN and takes no videos.
+
+What draws in several stages, from pictures, or frame by frame at times of their own is refused, and told why; so are
+Allegro, whose VAE decodes in tiles alone, and ModelScope's text to video. What is recorded has LoRA, merged and as a
+file where its class takes one, a second time where its network embeds the timestep with a bias, and a scheduler by what
+its call passes. It has no features for a GAN, and takes images where its VAE alone says how.
 """
 
 

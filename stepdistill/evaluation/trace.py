@@ -170,6 +170,10 @@ def _traced(one: Asked, prompts: Sequence[str], seeds: int, features: str, devic
         call = call_arguments(pipe, own, [prompt] * seeds, one.steps, one.guidance if own is None else None)
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
         seen = watch(pipe, {**call, "output_type": "np"}, scheduler=scheduler)
+        if seen.copies:
+            raise UserError(
+                f"trace: {one.name} is a {type(pipe).__name__}, which steps more than what is seen"
+            )
         times, states = clean_predictions(seen, family, codec.shape, seeds)
         with torch.no_grad():
             frames = [strip(codec.to_frames(each.to(pipe.device))) for each in states]

@@ -83,8 +83,7 @@ class Hybrid:
         x, cond = torch.cat(noise).to(codec.device), codec.encode(prompts)
         own = teacher.denoiser
         student = Denoiser(self.student, own.path, own.output, own.family, own.shape)
-        code, packed = travelling_module("given_steps"), codec.family.pack(x)
-        keys = code.keys_of(packed)
+        fresh = codec.fresh_noise(travelling_module("given_steps"), x)
         for call, (time, after) in enumerate(zip(self.times, (*self.times[1:], 0.0), strict=True)):
             t, s = at_time(time, x), at_time(after, x)
             if call < self.teacher_calls:
@@ -92,8 +91,7 @@ class Hybrid:
             else:
                 said = student.predict(x, t, cond)
             if after and self.renoise and call >= self.teacher_calls:
-                fresh = codec.family.unpack(code.noise_after(keys, call, packed), codec.shape)
-                x = own.path.noised(said.x0, fresh, s)
+                x = own.path.noised(said.x0, fresh(call), s)
             else:
                 x = said.at(s) if after else said.x0
         return strip(codec.to_frames(x))

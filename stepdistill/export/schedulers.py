@@ -93,7 +93,9 @@ def stock_scheduler(
             scheduler = LCMScheduler(**config, original_inference_steps=sampler.grid or uniform)
         else:
             scheduler = DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
-        if "variance_type" in teacher_scheduler.config:  # some pipelines ask every scheduler whether it is learned
+        if (
+            "variance_type" in teacher_scheduler.config
+        ):  # some pipelines ask every scheduler whether it is learned
             scheduler.register_to_config(variance_type="fixed_small")
     elif isinstance(path, TrigPath):
         if sampler.steps > 1 and not sampler.renoise:

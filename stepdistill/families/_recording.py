@@ -202,6 +202,10 @@ class _Recorder:
         for scale in (1.0, 0.0, -1.0) if named else (1.0,):
             off = dict.fromkeys(named, scale)
             draw = self.draw(self.prompts[:1], [0], off)
+            if draw.copies:
+                raise Unlike(
+                    "it draws with copies of its scheduler, as for sound or each frame, that are not seen"
+                )
             if isinstance(draw.drawn, tuple):
                 raise Unlike(f"it draws {len(draw.drawn)} things at once, and not pictures or videos alone")
             if len(shapes := {step.sample.shape for step in draw.steps}) > 1:

@@ -174,6 +174,10 @@ class Family(ABC):
         """Tokens of a picture, by which a dynamic time shift goes."""
         return state[-1] * state[-2]
 
+    def drawn_tokens(self, pipe: Any, size: Size) -> int:
+        """Tokens of a picture of this size."""
+        return self.tokens(getattr(pipe, self.network), self.state_shape(pipe, size))
+
     def shift(self, pipe: Any, tokens: int) -> float:
         """The shift of a flow teacher's times for pictures of so many tokens, see :func:`shift_of`."""
         return shift_of(pipe.scheduler, tokens)
@@ -197,6 +201,14 @@ class Family(ABC):
     def unpack(self, packed: Tensor, state: tuple[int, ...]) -> Tensor:
         """The inverse, to states of this shape, without B."""
         return packed
+
+    def scheduled(self, pipe: Any, x_t: Tensor, size: Size) -> list[Tensor]:
+        """What each of a pipeline's schedulers sees of states [B, ...]; most have one, which sees all."""
+        return [self.pack(x_t)]
+
+    def unscheduled(self, pipe: Any, parts: list[Tensor], size: Size) -> Tensor:
+        """The inverse."""
+        return self.unpack(parts[0], self.state_shape(pipe, size))
 
     def encoded(self, vae: Any, images: Tensor) -> Tensor:
         """The latents of images [B, 3, H, W], or videos [B, 3, F, H, W], in [-1, 1]: the mode of the posterior."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stepdistill.diffusion.shift import counts_up
-from stepdistill.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ class Draw:
         calls: of networks since the last step.
         noises: standard normal tensors, in the order in which they were drawn.
         scheduler: the copy that took the steps, as it was before the first.
+        copies: of it, that the pipeline made to step other things with, which are not seen.
         drawn: what the pipeline returned; None where the draw was ended before.
     """
 
@@ -90,6 +90,7 @@ class Draw:
     calls: list[Call] = field(default_factory=list)
     noises: list[Tensor] = field(default_factory=list)
     scheduler: Any = None
+    copies: int = 0
     drawn: Any = None
 
 
@@ -132,9 +133,6 @@ def watch(
         end_after: it ends after so many steps.
         answer: what every step returns in place of its own result.
         instead: functions that are called in place of networks.
-
-    Raises:
-        UserError: the pipeline copies its scheduler to step with several.
     """
     pipe = copy.copy(pipe)
     pipe.scheduler = own = copy.deepcopy(scheduler or pipe.scheduler)
@@ -171,10 +169,8 @@ def watch(
         return result
 
     def copied(memo: Any) -> Any:
-        raise UserError(
-            f"{type(pipe).__name__} draws with several copies of its scheduler, as for sound or for each frame: its "
-            "steps cannot be told from theirs, and it cannot be a teacher"
-        )
+        seen.copies += 1
+        return _plain_copy(own)
 
     vars(own)["__deepcopy__"] = copied
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -65,6 +66,23 @@ class Codec:
         where they have one."""
         states = self.family.decoded_part(self.pipe, states, self.size)
         return self._in_place(lambda: self.family.to_frames(self.pipe, states))
+
+    def fresh_noise(self, travelling: ModuleType, start: Tensor) -> Callable[[int], Tensor]:
+        """The noise [B, ...] that follows each network call of a draw from this start, counted from 0, as schedulers
+        that travel draw it.
+
+        Args:
+            travelling: the module of one of them.
+            start: the noise [B, ...] that the draw starts from.
+        """
+        seen = self.family.scheduled(self.pipe, start, self.size)
+        keys = [travelling.keys_of(part) for part in seen]
+
+        def after(call: int) -> Tensor:
+            noises = [travelling.noise_after(own, call, part) for own, part in zip(keys, seen, strict=True)]
+            return self.family.unscheduled(self.pipe, noises, self.size)
+
+        return after
 
     def release(self, *parts: Part) -> None:
         """Moves text encoders or the VAE off the device; what needs them brings them back for as long as it takes."""

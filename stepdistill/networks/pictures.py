@@ -44,10 +44,7 @@ def draw_as_pipeline(
 
     start, fresh = noise(), lambda call: noise()
     if isinstance(student.path, FlowPath):  # the noise of its travelling scheduler
-        code = travelling_module("flow_consistency")
-        packed = codec.family.pack(start)
-        keys = code.keys_of(packed)
-        fresh = lambda call: codec.family.unpack(code.noise_after(keys, call, packed), codec.shape)  # noqa: E731
+        fresh = codec.fresh_noise(travelling_module("flow_consistency"), start)
     states = sampler.draw(student, start, codec.encode(prompts), fresh)
     return strip(codec.to_frames(states))
 

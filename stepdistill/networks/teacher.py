@@ -83,7 +83,7 @@ class PipelineTeacher:
             self._take(record(self.pipe, path, output, size, guidance), size)
         net, shape = network_of(self.family, self.pipe), self.codec.shape
         if isinstance(path, FlowPath):
-            tokens = self.family.tokens(net, shape)
+            tokens = self.family.drawn_tokens(self.pipe, self.size)
             path = FlowPath(
                 shift or self.family.shift(self.pipe, tokens), self.family.clock_shift(self.pipe, tokens)
             )

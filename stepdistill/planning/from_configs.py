@@ -31,6 +31,9 @@ from stepdistill.system.parsing import parse_json
 
 TEACHERS = Path(__file__).parent / "teachers"
 
+ENCODERS = ("text_encoder", "connectors")
+"""How the names of components begin that prompts go through."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -83,7 +86,7 @@ def pipeline_of(teacher: str, where: AbstractContextManager[Any], family: Family
             made[part] = _component(library, kind, folder / part, where)
     pipe = _pipeline(name, made, index)
     for part, component in made.items():
-        if part.startswith("text_encoder") and isinstance(component, nn.Module):
+        if part.startswith(ENCODERS) and isinstance(component, nn.Module):
             _encode_in_fake(component, where)
     return Planned(pipe, family, str(folder))
 
@@ -114,9 +117,10 @@ def _short_names() -> list[str]:
 
 def _component(library: str, kind: str, folder: Path, where: AbstractContextManager[Any]) -> Any:
     """A component: a network in fake tensors, anything else as it is."""
-    # No other module is imported because a folder names it.
-    known = library in ("diffusers", "transformers")
-    found: Any = getattr(importlib.import_module(library), kind, None) if known else None
+    # No other module is imported because a folder names it: these, and a pipeline's own of diffusers.
+    module = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    known = module == library or hasattr(importlib.import_module("diffusers.pipelines"), library)
+    found: Any = getattr(importlib.import_module(module), kind, None) if known else None
     if not inspect.isclass(found):
         raise UserError(f"{folder}: {library} has no {kind}, so this teacher cannot be planned")
     network: Any = found if issubclass(found, nn.Module) else None
@@ -125,8 +129,10 @@ def _component(library: str, kind: str, folder: Path, where: AbstractContextMana
         if network is None:
             return cast(Any, found).from_pretrained(folder, local_files_only=True, **own_code)
         if library == "transformers":
+            from transformers.initialization import no_init_weights
+
             config = network.config_class.from_pretrained(folder, local_files_only=True)
-            with where:
+            with where, no_init_weights():  # which asks of some whether they were drawn well
                 return network(config).eval()
         return _network(network, network.load_config(folder, local_files_only=True), where)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

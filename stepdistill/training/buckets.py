@@ -94,7 +94,7 @@ def check_calls(teacher: PipelineTeacher, sizes: list[Size], prompt: str) -> Non
 
 def _shift(teacher: PipelineTeacher, size: Size) -> float:
     family, pipe = teacher.family, teacher.pipe
-    return family.shift(pipe, family.tokens(teacher.denoiser.net, family.state_shape(pipe, size)))
+    return family.shift(pipe, family.drawn_tokens(pipe, size))
 
 
 def check_heads(objective: Objective) -> None:

@@ -127,13 +127,18 @@ def test_what_cannot_be_recorded_is_told_in_one_line() -> None:
     two.register_to_config(boundary_ratio=0.9)
     edit = StableDiffusionImg2ImgPipeline(**tiny_pipeline("sd").components, requires_safety_checker=False)
     edit.set_progress_bar_config(disable=True)
-    size = Size(32, 16, 9)
-    for pipe, reason in (
-        (two, "several networks are called between its steps: transformer, transformer_2"),
-        (edit, r"a draw of its own fails \(ValueError: .*; its call takes image, which no prompt gives"),
+    sound, size = unknown_pipeline("LTX2Pipeline"), Size(32, 16, 9)
+    for pipe, its_size, reason in (
+        (two, size, "several networks are called between its steps: transformer, transformer_2"),
+        (
+            edit,
+            size,
+            r"a draw of its own fails \(ValueError: .*; its call takes image, which no prompt gives",
+        ),
+        (sound, SIZES["LTX2Pipeline"], "it draws with copies of its scheduler, as for sound or each frame"),
     ):
         with pytest.raises(UserError, match=f"cannot be recorded: {reason}") as caught:
-            record(pipe, *path_of(pipe.scheduler), size)
+            record(pipe, *path_of(pipe.scheduler), its_size)
         assert "\n" not in str(caught.value) and "docs/extend/own_family.md" in str(caught.value)
 
 
@@ -196,7 +201,6 @@ def test_a_class_that_nothing_was_written_for_draws_its_pipelines_picture(name: 
             "Ideogram4Pipeline",
             "several networks are called between its steps: transformer, unconditional_transf",
         ),
-        ("LTX2Pipeline", "draws with several copies of its scheduler, as for sound or for each frame"),
         (
             "OmniGenPipeline",
             "a call of transformer for several states a step, at a guidance scale of 1, 0 and -1",
