@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepdistill.cli.options import Guidance, Pipeline
 from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.sample import Drawn
 
 Steps = Annotated[
     int | None, typer.Option(help="Network calls per picture. [default: a student's own; 25 of a teacher]")
@@ -30,7 +33,12 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from seed + i.")] = 0,
-    output: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
+    output: Annotated[
+        Path, typer.Option(help="Picture file to write; of videos, .mp4, .webp and .gif move.")
+    ] = Path("grid.png"),
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, help="Frames a second. [default: the pipeline's, or 16]")
+    ] = None,
     into: Annotated[
         Path | None,
         typer.Option(help="Folder for one PNG per picture and an index; a begun one is finished."),
@@ -44,7 +52,7 @@ def sample(
     teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 25,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once into it.")] = 8,
 ) -> None:
-    """Draw pictures from prompts: on one grid, or each into a folder."""
+    """Draw pictures or videos from prompts: on one grid, or a picture of each into a folder."""
     given = [*(texts or ()), *(prompt or ())]
     for text in given:
         if text.endswith(PROMPT_FILES) and Path(text).is_file():
@@ -57,12 +65,13 @@ def sample(
         from stepdistill.system.files import check_file
 
         check_file(output)
-        from stepdistill.evaluation.sample import sample as draw
+        from stepdistill.pages.videos import check_video_file
 
-        drawn = draw(student, given, steps=steps, guidance=guidance, seed=seed)
-        from stepdistill.pages.sheets import grid
+        check_video_file(output)
+        from stepdistill.evaluation.sample import sample_frames
 
-        grid(drawn).save(output)
+        drawn = sample_frames(student, given, steps=steps, guidance=guidance, seed=seed)
+        _save(drawn, output, fps)
         print(output)
         return
     from stepdistill.system.processes import launched
@@ -88,6 +97,18 @@ def sample(
     if processes.main:
         for drawer in drawers:
             print(into / drawer.label)
+
+
+def _save(drawn: Drawn, output: Path, fps: float | None) -> None:
+    """Writes videos as such where the file's ending can hold them, else a picture of each, of a video its middle."""
+    from stepdistill.pages.sheets import grid
+    from stepdistill.pages.videos import ANIMATED, FILM, save_video
+
+    kind = output.suffix.lower()
+    if kind == FILM or (kind in ANIMATED and len(drawn.frames[0]) > 1):
+        save_video(output, drawn.frames, fps or drawn.rate, drawn.sound if len(drawn.frames) == 1 else None)
+    else:
+        grid([frames[len(frames) // 2] for frames in drawn.frames]).save(output)
 
 
 def geneval(

@@ -1,8 +1,9 @@
-"""Pictures from any pipeline folder, one a prompt, as a user of the folder would draw them."""
+"""Pictures or videos from any pipeline folder, one a prompt, as a user of the folder would draw them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
@@ -12,6 +13,26 @@ from stepdistill.system.log import say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from stepdistill.pages.videos import Sound
+
+FRAME_RATE = 16.0
+"""Frames a second of videos whose pipeline says nothing."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn.
+
+    Attributes:
+        frames: of each prompt; a picture is one frame.
+        rate: frames a second.
+        sound: of the first prompt's video, where it has one.
+    """
+
+    frames: list[list[Image]]
+    rate: float
+    sound: Sound | None = None
 
 
 def sample(
@@ -23,7 +44,21 @@ def sample(
     seed: int = 0,
     device: str | None = None,
 ) -> list[Image]:
-    """One image per prompt; of a video its middle frame.
+    """One image per prompt; of a video its middle frame. For arguments and errors see :func:`sample_frames`."""
+    drawn = sample_frames(pipeline, prompts, steps=steps, guidance=guidance, seed=seed, device=device)
+    return [frames[len(frames) // 2] for frames in drawn.frames]
+
+
+def sample_frames(
+    pipeline: str,
+    prompts: Sequence[str],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> Drawn:
+    """A picture or a video per prompt.
 
     Args:
         pipeline: an embedded teacher, a diffusers folder, a student's, or a run folder (its student).
@@ -56,12 +91,32 @@ def sample(
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     arguments = call_arguments(pipe, own, prompts, steps, guidance)
     try:
-        drawn = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)[0]
+        drawn, *beside = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)
     except ValueError as error:  # a scheduler that is pinned to a grid says so
         raise UserError(
             f"{type(pipe).__name__} cannot draw with {steps} step{'s' * (steps > 1)}: {' '.join(str(error).split())}"
         ) from None
-    return [item[len(item) // 2] if isinstance(item, list) else item for item in drawn]
+    frames = [item if isinstance(item, list) else [item] for item in drawn]
+    return Drawn(frames, _frame_rate(pipe), _sound(pipe, beside))
+
+
+def _frame_rate(pipe: Any) -> float:
+    import inspect
+
+    told = inspect.signature(pipe.__call__).parameters.get("frame_rate")
+    return float(told.default) if told and isinstance(told.default, int | float) else FRAME_RATE
+
+
+def _sound(pipe: Any, beside: Sequence[Any]) -> Sound | None:
+    """The sound [C, N] of the first video, of a pipeline that returns some beside it."""
+    import torch
+
+    from stepdistill.pages.videos import Sound
+
+    rate = getattr(getattr(pipe, "vocoder", None), "config", {}).get("output_sampling_rate")
+    if rate is None or not beside or not isinstance(beside[0], torch.Tensor):
+        return None
+    return Sound(beside[0][0].float().cpu().reshape(-1, beside[0].shape[-1]).numpy(), int(rate))
 
 
 def call_arguments(
