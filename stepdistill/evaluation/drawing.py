@@ -16,6 +16,7 @@ from stepdistill.data.image_decoding import fit
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.evaluation.suite import Suite
+from stepdistill.families._guiders import guided_at, guiders_of
 from stepdistill.families.plain_calls import AS_ASKED
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
@@ -35,7 +36,7 @@ class Drawing:
         own: further arguments of a student's own call; the suite's size comes before theirs.
 
     Attributes:
-        guidance: the guidance_scale that is passed, None where the call takes none.
+        guidance: the guidance_scale that is passed, or of the pipeline's guiders; None where there is neither.
         seconds: wall time of the last drawing.
         passes: samples that went through the denoiser in the last drawing.
 
@@ -54,6 +55,8 @@ class Drawing:
         own: Mapping[str, Any] | None = None,
     ) -> None:
         self._own = dict(own or {})
+        if guiders_of(pipe):
+            pipe = guided_at(pipe, guidance)
         self._pipe, self._suite, self._prompts, self._trailing = pipe, suite, prompts, trailing
         self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
         _check_fit(pipe, self._takes, suite, prompts)
@@ -65,6 +68,9 @@ class Drawing:
         if "guidance_scale" in self._takes:
             off = GUIDANCE_OFF.get(type(pipe).__name__, 1.0)
             self.guidance = off if guidance is None else float(guidance)
+        self._told = {} if self.guidance is None else {"guidance_scale": self.guidance}
+        if guiders_of(pipe):
+            self.guidance = 1.0 if guidance is None else float(guidance)
         self.seconds, self.passes = 0.0, 0
 
     def batches(self, steps: int, batch: int, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -104,8 +110,7 @@ class Drawing:
             call["batch_size"] = len(rows)
         if self._labels is not None:
             call["class_labels"] = [self._labels[i] for i in rows]
-        if self.guidance is not None:
-            call["guidance_scale"] = self.guidance
+        call |= self._told
         if "intermediate_timesteps" in takes and steps != 2:
             call["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
         if self._eta is not None:

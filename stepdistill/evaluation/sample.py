@@ -85,9 +85,12 @@ def sample_frames(
         say(warning)
     import torch
 
+    from stepdistill.families._guiders import guided_at, guiders_of
     from stepdistill.networks.loading import load_pipeline
 
     pipe, _ = load_pipeline(folder, device, filters=True)
+    if guidance is not None and guiders_of(pipe):
+        pipe, guidance = guided_at(pipe, guidance), None
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     arguments = call_arguments(pipe, own, prompts, steps, guidance)
     try:

@@ -26,6 +26,18 @@ def switched_off(pipe: Any) -> dict[str, Any]:
         return {name: guider.new(enabled=False) for name, guider in guiders_of(pipe).items()}
 
 
+def guided_at(pipe: Any, scale: float | None) -> Any:
+    """A pipeline whose guiders, each as it is otherwise, are at a scale, or off where that is None; itself where it has
+    none."""
+    if not (own := guiders_of(pipe)):
+        return pipe
+    told: dict[str, Any] = {"enabled": False} if scale is None else {"guidance_scale": scale}
+    guided = copy.copy(pipe)
+    with quietly():
+        guided.register_modules(**{name: guider.new(**told) for name, guider in own.items()})
+    return guided
+
+
 def guided_plainly(pipe: Any, scale: float) -> tuple[Any, str]:
     """A pipeline whose guiders are plain guidance of a scale, and in words what that leaves out of its own."""
     from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from PIL import Image
 from tiny import tiny_pipeline
+from tiny_unknown import SIZES, unknown_pipeline
 
 from stepdistill.cli import main
 from stepdistill.data.captions import read_metadata
 from stepdistill.errors import UserError
 from stepdistill.evaluation.draw_into import as_named, draw_into, teacher_of
-from stepdistill.evaluation.drawing import trailing
+from stepdistill.evaluation.drawing import Drawing, trailing
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.sample import sample
+from stepdistill.evaluation.suite import Suite
 from stepdistill.networks.own_call import OwnCall, own_call
 
 PROMPTS = ("red apple", "a dog")
@@ -235,3 +238,35 @@ def test_a_class_conditional_pipeline_draws_all_classes_in_turn(tmp_path: Path) 
     assert len(list((tmp_path / "into" / "teacher").glob("*.png"))) == 2
     with pytest.raises(UserError, match="takes no prompts"):
         draw_into(tmp_path / "other", drawers, PROMPTS, 2, progress=False)
+
+
+def test_a_pipeline_whose_guidance_is_a_component_is_drawn_at_the_asked_scale(tmp_path: Path) -> None:
+    pipe, size = unknown_pipeline("HunyuanImagePipeline"), SIZES["HunyuanImagePipeline"]
+    suite = Suite(
+        name="s", version=1, n=0, first_seed=5, resolution=0, draw_resolution="own", reference="", kid=False,
+        clip_score=False, teacher_steps=1,
+    ).model_copy(update={"n": 1})  # fmt: skip
+    own = {"height": size.height, "width": size.width}
+
+    def drawn(guidance: float | None) -> Any:
+        drawing = Drawing(pipe, suite, ["a red heart"], guidance, False, own=own)
+        assert drawing.guidance == (1.0 if guidance is None else guidance)
+        return next(drawing.batches(2, 1)).int()
+
+    def called(**told: Any) -> Any:
+        other = copy.copy(pipe)
+        other.register_modules(guider=pipe.guider.new(**told))
+        pictures = other(
+            "a red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(5), **own
+        )
+        return torch.as_tensor(np.asarray(pictures.images[0])).permute(2, 0, 1)[None].int()
+
+    for scale in (2.0, 9.0):
+        assert (drawn(scale) - called(guidance_scale=scale)).abs().max() <= 1
+    assert (drawn(None) - called(enabled=False)).abs().max() <= 1
+    assert (drawn(2.0) - drawn(9.0)).abs().max() > 4 < (drawn(None) - drawn(9.0)).abs().max()
+    pipe.save_pretrained(tmp_path)
+    both = [
+        np.asarray(sample(str(tmp_path), ["a red heart"], steps=2, seed=5, guidance=g)[0]) for g in (2.0, 9.0)
+    ]
+    assert np.abs(both[0].astype(int) - both[1]).max() > 4
