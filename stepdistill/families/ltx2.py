@@ -40,6 +40,7 @@ UNGUIDED = {
 class LTX2(LTXVideo):
     name = "LTX-2"
     pipelines = ("LTX2Pipeline",)
+    told_size = True  # or its duration head says how many frames there are
     remark = (
         "LTX-2 is distilled with its sound, under plain guidance of one scale for both: guidance by perturbed blocks, "
         "by one modality without the other, and its rescaling are left out"
@@ -152,9 +153,8 @@ class LTX2(LTXVideo):
 def _tokens(x_t: Tensor, video: Shape, sound: Shape) -> tuple[Tensor, Tensor]:
     """The tokens [B, N, D] of a video and of its sound, whose latents have these shapes, of flat states."""
     seen, heard = x_t.split([math.prod(video), math.prod(sound)], 1)
-    return seen.unflatten(1, video).flatten(2).transpose(1, 2), heard.unflatten(1, sound).transpose(
-        1, 2
-    ).flatten(2)
+    places, moments = seen.unflatten(1, video), heard.unflatten(1, sound)
+    return places.flatten(2).transpose(1, 2), moments.transpose(1, 2).flatten(2)
 
 
 def _state(seen: Tensor, heard: Tensor, video: Shape, sound: Shape) -> Tensor:
