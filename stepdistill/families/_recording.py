@@ -48,8 +48,10 @@ from stepdistill.families.size import Size
 from stepdistill.families.watching import Draw, Step, frames_of, watch
 
 STEPS = 3
-SCALES = ("guidance_scale", "true_cfg_scale")
-"""What pipelines call their scale of guidance; the second is that of those whose network takes one as well."""
+EMBEDDED = ("guidance_scale", "distilled_guidance_scale")
+"""What pipelines call a scale of guidance that is an input of the network; the first is also that of any other."""
+SCALES = (*EMBEDDED, "true_cfg_scale")
+"""All of their scales; the last is that of guidance beside an input."""
 
 
 def record(
@@ -89,6 +91,7 @@ class _Recorder:
         self.pipe, self.path, self.output, self.size, self.scale = pipe, path, output, size, guidance
         self.takes = frozenset(inspect.signature(type(pipe).__call__).parameters)
         self.prompts = list(two_prompts("prompt" in self.takes))
+        self.embedded = next((name for name in EMBEDDED if name in self.takes), None)
 
         self.more: dict[str, Any] = {}
         networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -137,7 +140,7 @@ class _Recorder:
         frames = frames_of(one.drawn)
         drawn = Size(frames.shape[3], frames.shape[4], frames.shape[1])
         size = self.size or drawn
-        off = {**off, SCALES[0]: self.scale} if calls.embedded else off
+        off = {**off, self.embedded: self.scale} if calls.embedded and self.embedded else off
         self.turned, reading = -1 if goes_back(steps) else 1, reading_of(steps)
         found = Recording(
             template=template,
@@ -237,11 +240,11 @@ class _Recorder:
 
     def _at_scales(self, network: str) -> list[tuple[float, Any]]:
         """The network's first call of the first prompt at other scales of guidance."""
-        if "guidance_scale" not in self.takes:
+        if self.embedded is None:
             return []
         found = list[tuple[float, Any]]()
         for scale in (3.0, 7.0):
-            more: dict[str, Any] = {"guidance_scale": scale}
+            more: dict[str, Any] = {self.embedded: scale}
             try:
                 drawn = self.draw(self.prompts[:1], [0], more, end_at=network)
             except Exception:  # some are guided by no negative prompt but one that is given
