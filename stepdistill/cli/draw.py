@@ -68,9 +68,9 @@ def sample(
         from stepdistill.pages.videos import check_video_file
 
         check_video_file(output)
-        from stepdistill.evaluation.sample import sample_frames
+        from stepdistill.evaluation.sample import sample as draw
 
-        drawn = sample_frames(student, given, steps=steps, guidance=guidance, seed=seed)
+        drawn = draw(student, given, steps=steps, guidance=guidance, seed=seed)
         _save(drawn, output, fps)
         print(output)
         return
@@ -108,7 +108,7 @@ def _save(drawn: Drawn, output: Path, fps: float | None) -> None:
     if kind == FILM or (kind in ANIMATED and len(drawn.frames[0]) > 1):
         save_video(output, drawn.frames, fps or drawn.rate, drawn.sound if len(drawn.frames) == 1 else None)
     else:
-        grid([frames[len(frames) // 2] for frames in drawn.frames]).save(output)
+        grid(drawn.pictures).save(output)
 
 
 def geneval(

@@ -55,8 +55,7 @@ class Drawing:
         own: Mapping[str, Any] | None = None,
     ) -> None:
         self._own = dict(own or {})
-        if guiders_of(pipe):
-            pipe = guided_at(pipe, guidance)
+        pipe = guided_at(pipe, guidance)
         self._pipe, self._suite, self._prompts, self._trailing = pipe, suite, prompts, trailing
         self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
         _check_fit(pipe, self._takes, suite, prompts)

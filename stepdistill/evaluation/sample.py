@@ -34,22 +34,13 @@ class Drawn:
     rate: float
     sound: Sound | None = None
 
+    @property
+    def pictures(self) -> list[Image]:
+        """One of each prompt: of a video its middle frame."""
+        return [frames[len(frames) // 2] for frames in self.frames]
+
 
 def sample(
-    pipeline: str,
-    prompts: Sequence[str],
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    device: str | None = None,
-) -> list[Image]:
-    """One image per prompt; of a video its middle frame. For arguments and errors see :func:`sample_frames`."""
-    drawn = sample_frames(pipeline, prompts, steps=steps, guidance=guidance, seed=seed, device=device)
-    return [frames[len(frames) // 2] for frames in drawn.frames]
-
-
-def sample_frames(
     pipeline: str,
     prompts: Sequence[str],
     *,

@@ -7,7 +7,7 @@ neither, the shapes of conditions are stated in it.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ def _component(library: str, kind: str, folder: Path, where: AbstractContextMana
     """A component: a network in fake tensors, anything else as it is."""
     # No other module is imported because a folder names it: these, and a pipeline's own of diffusers.
     module = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
-    known = module == library or hasattr(importlib.import_module("diffusers.pipelines"), library)
+    known = module == library or (library.isidentifier() and importlib.util.find_spec(module) is not None)
     found: Any = getattr(importlib.import_module(module), kind, None) if known else None
     if not inspect.isclass(found):
         raise UserError(f"{folder}: {library} has no {kind}, so this teacher cannot be planned")

@@ -60,7 +60,7 @@ def test_a_student_draws_as_its_proof_was_drawn(runs: Path, place: str) -> None:
     pipe = tiny_pipeline("sd")
     calls: list[float] = []
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    pictures = sample(str(runs / place), PROMPTS, seed=3)
+    pictures = sample(str(runs / place), PROMPTS, seed=3).pictures
     by_hand = pipe(
         PROMPTS[1], num_inference_steps=2, guidance_scale=0.0, height=16, width=16,
         generator=torch.Generator().manual_seed(4),
@@ -163,7 +163,7 @@ def test_pictures_of_student_and_teacher_go_into_folders_and_a_begun_one_is_fini
     drawn = json.loads((into / "teacher" / "drawn.json").read_text())
     assert (drawn["guidance"], drawn["steps"], drawn["trailing"]) == (2.5, 2, True)
     assert Image.open(into / "teacher" / "000000.png").size == (24, 16)  # of the run's data.size
-    (picture,) = sample(str(runs / "done"), [PROMPTS[0]], seed=7)
+    (picture,) = sample(str(runs / "done"), [PROMPTS[0]], seed=7).pictures
     there = np.asarray(Image.open(into / "student" / "000002.png")).astype(int)
     assert np.abs(there - np.asarray(picture).astype(int)).max() <= 2
 
@@ -208,7 +208,7 @@ def test_a_pipeline_with_a_list_of_sizes_draws_at_its_own_also_in_one_step(tmp_p
     folder = tmp_path / "pixart"  # with DPM-Solver, whose one step PixArt cannot read
     tiny_pipeline("pixart-alpha").save_pretrained(folder)
     draw_into(tmp_path / "into", [as_named(str(folder), steps=1)], PROMPTS[:1], 1, progress=False)
-    (picture,) = sample(str(folder), PROMPTS[:1], steps=2)
+    (picture,) = sample(str(folder), PROMPTS[:1], steps=2).pictures
     assert Image.open(tmp_path / "into" / "teacher" / "000000.png").size == picture.size
 
 
@@ -267,6 +267,7 @@ def test_a_pipeline_whose_guidance_is_a_component_is_drawn_at_the_asked_scale(tm
     assert (drawn(2.0) - drawn(9.0)).abs().max() > 4 < (drawn(None) - drawn(9.0)).abs().max()
     pipe.save_pretrained(tmp_path)
     both = [
-        np.asarray(sample(str(tmp_path), ["a red heart"], steps=2, seed=5, guidance=g)[0]) for g in (2.0, 9.0)
+        np.asarray(sample(str(tmp_path), ["a red heart"], steps=2, seed=5, guidance=g).pictures[0])
+        for g in (2.0, 9.0)
     ]
     assert np.abs(both[0].astype(int) - both[1]).max() > 4

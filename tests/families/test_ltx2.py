@@ -13,7 +13,7 @@ from tiny_unknown import SIZES, run_of, unknown_pipeline
 
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
-from stepdistill.evaluation.sample import sample_frames
+from stepdistill.evaluation.sample import sample
 from stepdistill.export.checks import grid_check, silent_draw, teacher_check
 from stepdistill.export.student_folder import pipeline_call, student_pipeline
 from stepdistill.families import family_named
@@ -105,7 +105,7 @@ def test_a_student_is_trained_and_verified(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("stepdistill.training.finish.TEACHER_STEPS", 2)
     said, proof = run_of("LTX2Pipeline", tmp_path, 2)
     assert "LTX-2 is distilled with its sound" in said
-    drawn = sample_frames(str(tmp_path / "run"), [PROMPT])
+    drawn = sample(str(tmp_path / "run"), [PROMPT])
     assert len(drawn.frames[0]) == SIZE.frames and drawn.rate == 24
     assert drawn.sound is not None and drawn.sound.rate == 16000 and len(drawn.sound.samples) == 2
     assert "in 2 step(s) of FlowMatchEulerDiscreteScheduler" in proof and re.search(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from stepdistill.cli.plan import bytes_of
 from stepdistill.errors import UserError
 from stepdistill.planning.fake import fake_tensors
-from stepdistill.planning.from_configs import TEACHERS, pipeline_of
+from stepdistill.planning.from_configs import TEACHERS, _component, pipeline_of
 from stepdistill.planning.live_bytes import LiveBytes
 from stepdistill.planning.plan import plan
 from stepdistill.planning.quantized_layers import quantised_in_plan
@@ -105,3 +107,9 @@ def test_recipes_that_freeze_and_start_elsewhere_are_planned(
     if name == "echo_emoji":
         assert by_name["discriminator"] == {"student": 1.0}
         assert by_name["student"] == {"student*": 2.0, "learner": 1.0, "start": 1.0}
+
+
+@pytest.mark.parametrize("library", ["DiffusionPipeline", "ltx2.export_utils", "os", "..ltx2"])
+def test_a_folder_names_no_module_but_a_pipelines_own(library: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{library} has no Thing, so this teacher cannot be planned"):
+        _component(library, "Thing", tmp_path, nullcontext())
