@@ -34,14 +34,21 @@ def sample(
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from seed + i.")] = 0,
     output: Annotated[
-        Path, typer.Option(help="Picture file to write; of videos, .mp4, .webp and .gif move.")
-    ] = Path("grid.png"),
+        Path | None,
+        typer.Option(help="Picture file to write; of videos, .mp4, .webp and .gif move. [default: grid.png]"),
+    ] = None,
     fps: Annotated[
         float | None, typer.Option(min=0.1, help="Frames a second. [default: the pipeline's, or 16]")
     ] = None,
     into: Annotated[
         Path | None,
-        typer.Option(help="Folder for one PNG per picture and an index; a begun one is finished."),
+        typer.Option(help="Folder for a file per picture and an index; a begun one is finished."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="Of the files in it: png, or of videos mp4, webp or gif. [default: png]"
+        ),
     ] = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="Pictures to draw into it; by default one per prompt.")
@@ -50,7 +57,9 @@ def sample(
         bool, typer.Option("--teacher", help="Into it, also the teacher's pictures from the same seeds.")
     ] = False,
     teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 25,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once into it.")] = 8,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures drawn at once into it. [default: 8; 1 of videos]")
+    ] = None,
 ) -> None:
     """Draw pictures or videos from prompts: on one grid, or a picture of each into a folder."""
     given = [*(texts or ()), *(prompt or ())]
@@ -58,22 +67,21 @@ def sample(
         if text.endswith(PROMPT_FILES) and Path(text).is_file():
             raise UserError(f"{text} is a file, not a prompt: give --prompts {text} --into DIR")
     if into is None:
-        asked = {"--prompts": prompts, "--count": count, "--teacher": teacher or None}
-        wanting = [name for name, value in asked.items() if value is not None]
-        if wanting:
-            raise UserError(f"{wanting[0]} is for pictures in a folder: add --into DIR")
-        from stepdistill.system.files import check_file
-
-        check_file(output)
-        from stepdistill.pages.videos import check_video_file
-
-        check_video_file(output)
+        wanted = {"--prompts": prompts, "--count": count, "--teacher": teacher or None, "--format": kind}
+        for name, value in wanted.items():
+            if value is not None:
+                raise UserError(f"{name} is for files in a folder: add --into DIR")
+        output = output or Path("grid.png")
+        _check_output(output, fps)
         from stepdistill.evaluation.sample import sample as draw
 
-        drawn = draw(student, given, steps=steps, guidance=guidance, seed=seed)
-        _save(drawn, output, fps)
+        _save(draw(student, given, steps=steps, guidance=guidance, seed=seed), output, fps)
         print(output)
         return
+    if output is not None:
+        raise UserError(f"--output {output} is one file, --into {into} a folder of files: give one of them")
+    kind = kind or "png"
+    _check_format(kind, fps)
     from stepdistill.system.processes import launched
 
     processes = launched()
@@ -92,11 +100,35 @@ def sample(
         from stepdistill.system.files import check_folder
 
         check_folder(into)
-    draw_into(into, drawers, given or None, count or len(given), seed=seed, batch=batch, processes=processes)
+    draw_into(
+        into, drawers, given or None, count or len(given), seed=seed, batch=batch, kind=kind, fps=fps,
+        processes=processes,
+    )  # fmt: skip
     processes.part()
     if processes.main:
         for drawer in drawers:
             print(into / drawer.label)
+
+
+def _check_output(output: Path, fps: float | None) -> None:
+    from stepdistill.pages.videos import ANIMATED, FILM, check_kind
+    from stepdistill.system.files import check_file
+
+    check_file(output)
+    check_kind(output.suffix)
+    if fps is not None and output.suffix.lower() not in (FILM, *ANIMATED):
+        raise UserError(f"--fps is of videos, and --output {output} is none: give .mp4, .webp or .gif")
+
+
+def _check_format(kind: str, fps: float | None) -> None:
+    from stepdistill.evaluation.draw_into import FORMATS, PICTURE
+    from stepdistill.pages.videos import check_kind
+
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind}: give one of {', '.join(FORMATS)}")
+    if fps is not None and kind == PICTURE:
+        raise UserError("--fps is of videos: give --format mp4, webp or gif with it")
+    check_kind(f".{kind}")
 
 
 def _save(drawn: Drawn, output: Path, fps: float | None) -> None:
@@ -106,7 +138,8 @@ def _save(drawn: Drawn, output: Path, fps: float | None) -> None:
 
     kind = output.suffix.lower()
     if kind == FILM or (kind in ANIMATED and len(drawn.frames[0]) > 1):
-        save_video(output, drawn.frames, fps or drawn.rate, drawn.sound if len(drawn.frames) == 1 else None)
+        alone = drawn.sounds[0] if drawn.sounds and len(drawn.frames) == 1 else None
+        save_video(output, drawn.frames, fps or drawn.rate, alone)
     else:
         grid(drawn.pictures).save(output)
 

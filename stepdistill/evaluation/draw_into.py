@@ -1,4 +1,4 @@
-"""Pictures of a prompts file by a student, and by its teacher with the same seeds, each into a folder of its own."""
+"""Pictures or videos of a prompts file by a student, and by its teacher from the same seeds, each into its folder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from stepdistill.system.log import bar, say
 from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.processes import ALONE, FAILED, Processes
 from stepdistill.system.run_folder import RunFolder
+
+PICTURE = "png"
+FORMATS = (PICTURE, "mp4", "webp", "gif")
+"""Kinds of files."""
 
 OF_A_GRID = frozenset({"eta", "timesteps", "sigmas", "intermediate_timesteps"})
 """Arguments of a student's call that say how it steps, not what it draws."""
@@ -99,11 +103,13 @@ def draw_into(
     count: int,
     *,
     seed: int = 0,
-    batch: int = 8,
+    batch: int | None = None,
+    kind: str = "png",
+    fps: float | None = None,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Draws the same ``count`` pictures by each drawer into ``folder/LABEL``; those that are there are kept.
+    """Draws the same ``count`` pictures or videos by each drawer into ``folder/LABEL``; those that are there are kept.
 
     Picture i is of prompt i (they begin again where there are fewer), from
     ``torch.Generator("cpu").manual_seed(seed + i)``, at the pipeline's own size.
@@ -114,7 +120,9 @@ def draw_into(
         prompts: None for pipelines that take none; class-conditional ones draw all classes in turn.
         count: pictures of each.
         seed: of the first.
-        batch: pictures drawn at a time.
+        batch: pictures drawn at a time; None is 8, and 1 of videos.
+        kind: of the files: png, of a video its middle frame; or mp4, webp or gif, with all frames.
+        fps: frames a second of a video; None is the pipeline's own rate, or 16.
         processes: those that draw together, each its part; all of them must call this.
         progress: show a bar.
 
@@ -122,16 +130,17 @@ def draw_into(
         How many pictures this process drew now, by label.
 
     Raises:
-        UserError: a pipeline does not load or takes no prompts, or a folder holds other pictures.
+        UserError: a pipeline does not load or takes no prompts, it draws no videos and a kind of videos is asked for,
+            or a folder holds other pictures.
         OtherProcessError: another process ended with an error.
     """
     if count < 1:
         raise UserError(f"--count is {count}, and must be 1 or more")
     drawn: dict[str, int] = {}
     for drawer in drawers:
-        make = partial(_Work, folder / drawer.label, drawer, prompts, count, seed, processes)
+        make = partial(_Work, folder / drawer.label, drawer, prompts, count, seed, kind, fps, processes)
         work = processes.together(make)
-        drawn[drawer.label] = work.draw(batch, processes, shown=progress and processes.main)
+        drawn[drawer.label] = work.draw(batch or work.batch, processes, shown=progress and processes.main)
         processes.gather(None)
         if processes.main:
             work.pictures.index()
@@ -148,10 +157,13 @@ class _Work:
         prompts: Sequence[str] | None,
         count: int,
         seed: int,
+        kind: str,
+        fps: float | None,
         processes: Processes,
     ) -> None:
         from stepdistill.evaluation.drawing import Drawing
         from stepdistill.evaluation.suite import Suite
+        from stepdistill.evaluation.video_pipelines import draws_videos, frame_rate
         from stepdistill.networks.fingerprint import weights_hash
         from stepdistill.networks.loading import load_pipeline, load_teacher
 
@@ -167,7 +179,16 @@ class _Work:
             reference="", kid=False, clip_score=False, teacher_steps=1,
         )  # fmt: skip
         suite = suite.model_copy(update={"n": count})  # of a picture or two no distance is asked
-        self._drawing = Drawing(pipe, suite, texts, drawer.guidance, drawer.trailing, own=drawer.arguments)
+        moves = kind != PICTURE
+        if moves and not draws_videos(pipe):
+            raise UserError(f"{type(pipe).__name__} draws pictures, not videos: give --format {PICTURE}")
+        if draws_videos(pipe) and not moves and processes.main:
+            say("of each video its middle frame is kept; --format mp4 keeps all")
+        self.batch = 1 if draws_videos(pipe) else 8
+        self._rate = float(fps or frame_rate(pipe)) if moves else None
+        self._drawing = Drawing(
+            pipe, suite, texts, drawer.guidance, drawer.trailing, own=drawer.arguments, videos=moves
+        )
         self._steps, self._label = drawer.steps, drawer.label
         settings = {
             "weights_sha256": weights,
@@ -177,8 +198,10 @@ class _Work:
             "guidance": self._drawing.guidance,
             "trailing": drawer.trailing,
             "arguments": dict(drawer.arguments),
+            "format": kind,
+            "fps": self._rate,
         }
-        self.pictures = PictureFolder(folder, texts, range(seed, seed + count), settings)
+        self.pictures = PictureFolder(folder, texts, range(seed, seed + count), settings, kind)
         if processes.main:
             self.pictures.claim()
             (folder / FAILED).unlink(missing_ok=True)
@@ -200,8 +223,13 @@ class _Work:
             for pixels in self._drawing.batches(self._steps, batch, own):
                 processes.go_on(place)
                 saving.settle()
-                for number, image in zip(own[done:], pixels.permute(0, 2, 3, 1).numpy(), strict=False):
-                    saving.put(self.pictures.file(number), image)
+                for i, drawn in enumerate(pixels.movedim(-3, -1).numpy()):
+                    file = self.pictures.file(own[done + i])
+                    if self._rate is None:
+                        saving.put(file, drawn)
+                    else:
+                        sounds = self._drawing.sounds
+                        saving.put_video(file, drawn, self._rate, sounds[i] if sounds else None)
                 done += len(pixels)
                 moving.update(len(pixels))
         return len(own)

@@ -16,8 +16,10 @@ from stepdistill.data.image_decoding import fit
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.evaluation.suite import Suite
+from stepdistill.evaluation.video_pipelines import sounds_of
 from stepdistill.families._guiders import guided_at, guiders_of
 from stepdistill.families.plain_calls import AS_ASKED
+from stepdistill.pages.videos import Sound
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
@@ -34,11 +36,13 @@ class Drawing:
         trailing: see :func:`stepdistill.evaluation.evaluate.evaluate`.
         eta: passed to the call where given.
         own: further arguments of a student's own call; the suite's size comes before theirs.
+        videos: all frames of a video, at the pipeline's own size; else its middle frame stands for it.
 
     Attributes:
         guidance: the guidance_scale that is passed, or of the pipeline's guiders; None where there is neither.
         seconds: wall time of the last drawing.
         passes: samples that went through the denoiser in the last drawing.
+        sounds: of each video of the last batch, where they have some.
 
     Raises:
         UserError: the pipeline and the suite do not fit, or the call takes no eta.
@@ -53,8 +57,9 @@ class Drawing:
         trailing: bool,
         eta: float | None = None,
         own: Mapping[str, Any] | None = None,
+        videos: bool = False,
     ) -> None:
-        self._own = dict(own or {})
+        self._own, self._videos = dict(own or {}), videos
         pipe = guided_at(pipe, guidance)
         self._pipe, self._suite, self._prompts, self._trailing = pipe, suite, prompts, trailing
         self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
@@ -71,9 +76,11 @@ class Drawing:
         if guiders_of(pipe):
             self.guidance = 1.0 if guidance is None else float(guidance)
         self.seconds, self.passes = 0.0, 0
+        self.sounds: list[Sound] = []
 
     def batches(self, steps: int, batch: int, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """The images ``rows`` of the suite in their order, None is all: uint8 [B, 3, H, W] on the CPU."""
+        """The images ``rows`` of the suite in their order, None is all: uint8 [B, 3, H, W] on the CPU; if
+        videos are asked for, [B, F, 3, H, W]."""
         rows = range(self._suite.n) if rows is None else rows
         self.seconds, self.passes = 0.0, 0
         scheduler = self._pipe.scheduler
@@ -119,7 +126,7 @@ class Drawing:
         begin = self._now()
         try:
             with torch.no_grad():
-                drawn = self._pipe(**call, return_dict=False)[0]
+                drawn, *beside = self._pipe(**call, return_dict=False)
         except ValueError as error:  # a scheduler that is pinned to a grid says so
             name = type(self._pipe).__name__
             raise UserError(
@@ -128,18 +135,18 @@ class Drawing:
         self.seconds += self._now() - begin
         # [B, 3, H, W] in [0, 1] on the pipeline's device; some pipelines know no tensors and give arrays [B, H, W, 3].
         drawn = drawn if isinstance(drawn, Tensor) else torch.from_numpy(drawn).movedim(-1, -3)
-        if drawn.ndim == 5:  # a video [B, F, 3, H, W] is compared by its middle frame
+        self.sounds = sounds_of(self._pipe, beside)
+        if drawn.ndim == 5 and not self._videos:  # a video [B, F, 3, H, W] is compared by its middle frame
             drawn = drawn[:, drawn.shape[1] // 2]
-        drawn = drawn[:, :3]  # without transparency
+        drawn = drawn[..., :3, :, :]  # without transparency
         broken = (~drawn.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
             index = rows[broken[0]]
             what = f"prompt {call['prompt'][broken[0]]!r}" if "prompt" in call else f"image {index}"
             seed = self._suite.seed(index)
             raise UserError(f"the pipeline drew NaN or Inf for {what} (seed {seed}, {steps} steps)")
-        return self._sized(
-            (drawn.float() * 255).round().to(torch.uint8).cpu()
-        )  # a quarter of the bytes to copy
+        drawn = (drawn.float() * 255).round().to(torch.uint8).cpu()  # a quarter of the bytes to copy
+        return drawn if self._videos else self._sized(drawn)
 
     def _now(self) -> float:
         """Seconds, when all that the pipeline's device was given is done."""

@@ -1,6 +1,6 @@
 """A folder of drawn pictures that stats, eval, training and outside tools read: one PNG a picture, and an index.
 
-    FOLDER/000000.png ...   picture i
+    FOLDER/000000.png ...   picture i; or 000000.mp4 ..., a video
     FOLDER/metadata.jsonl   {"file_name", "prompt", "seed"}, a line a picture; as image folders of Hugging Face have it
     FOLDER/drawn.json       what drew them
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from stepdistill.pages.videos import Sound
+
 SETTINGS = "drawn.json"
 INDEX = "metadata.jsonl"
 SAVERS = 4
@@ -38,12 +40,18 @@ class PictureFolder:
         prompts: one a picture; None for pipelines that take none.
         seeds: one a picture.
         settings: all that the pictures depend on, for JSON. Their number is no part of it: a folder may grow.
+        ending: of their files' names.
     """
 
     def __init__(
-        self, folder: Path, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Mapping[str, Any]
+        self,
+        folder: Path,
+        prompts: Sequence[str] | None,
+        seeds: Sequence[int],
+        settings: Mapping[str, Any],
+        ending: str = "png",
     ) -> None:
-        self.folder, self.prompts, self.seeds = folder, prompts, seeds
+        self.folder, self.prompts, self.seeds, self._ending = folder, prompts, seeds, ending
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
 
     def claim(self) -> None:
@@ -60,7 +68,7 @@ class PictureFolder:
 
     def file(self, number: int) -> Path:
         """Where a picture lies, or will lie."""
-        return self.folder / f"{number:06}.png"
+        return self.folder / f"{number:06}.{self._ending}"
 
     def missing(self) -> list[int]:
         """The numbers of the pictures that are not there."""
@@ -105,6 +113,10 @@ class Saver:
     def put(self, file: Path, picture: NDArray[Any]) -> None:
         """Writes a picture uint8 [H, W, 3] by and by. A picture that is there is whole."""
         self._under_way.append(self._pool.submit(_save, file, picture))
+
+    def put_video(self, file: Path, frames: NDArray[Any], rate: float, sound: Sound | None = None) -> None:
+        """Writes a video uint8 [F, H, W, 3] by and by, as :func:`stepdistill.pages.videos.save_video` does."""
+        self._under_way.append(self._pool.submit(_save_video, file, frames, rate, sound))
 
     def settle(self) -> None:
         """Waits for what is under way; what failed is raised."""
@@ -174,3 +186,11 @@ def _save(file: Path, picture: NDArray[Any]) -> None:
 
     with written_whole(file) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", compress_level=1)
+
+
+def _save_video(file: Path, frames: NDArray[Any], rate: float, sound: Sound | None) -> None:
+    from PIL import Image
+
+    from stepdistill.pages.videos import save_video
+
+    save_video(file, [[Image.fromarray(frame) for frame in frames]], rate, sound)

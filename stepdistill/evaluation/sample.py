@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from stepdistill.pages.videos import Sound
 
-FRAME_RATE = 16.0
-"""Frames a second of videos whose pipeline says nothing."""
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -27,12 +24,12 @@ class Drawn:
     Attributes:
         frames: of each prompt; a picture is one frame.
         rate: frames a second.
-        sound: of the first prompt's video, where it has one.
+        sounds: of each prompt's video, where they have some.
     """
 
     frames: list[list[Image]]
     rate: float
-    sound: Sound | None = None
+    sounds: list[Sound] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[Image]:
@@ -76,6 +73,7 @@ def sample(
         say(warning)
     import torch
 
+    from stepdistill.evaluation.video_pipelines import frame_rate, sounds_of
     from stepdistill.families._guiders import guided_at, guiders_of
     from stepdistill.networks.loading import load_pipeline
 
@@ -91,26 +89,7 @@ def sample(
             f"{type(pipe).__name__} cannot draw with {steps} step{'s' * (steps > 1)}: {' '.join(str(error).split())}"
         ) from None
     frames = [item if isinstance(item, list) else [item] for item in drawn]
-    return Drawn(frames, _frame_rate(pipe), _sound(pipe, beside))
-
-
-def _frame_rate(pipe: Any) -> float:
-    import inspect
-
-    told = inspect.signature(pipe.__call__).parameters.get("frame_rate")
-    return float(told.default) if told and isinstance(told.default, int | float) else FRAME_RATE
-
-
-def _sound(pipe: Any, beside: Sequence[Any]) -> Sound | None:
-    """The sound [C, N] of the first video, of a pipeline that returns some beside it."""
-    import torch
-
-    from stepdistill.pages.videos import Sound
-
-    rate = getattr(getattr(pipe, "vocoder", None), "config", {}).get("output_sampling_rate")
-    if rate is None or not beside or not isinstance(beside[0], torch.Tensor):
-        return None
-    return Sound(beside[0][0].float().cpu().reshape(-1, beside[0].shape[-1]).numpy(), int(rate))
+    return Drawn(frames, frame_rate(pipe), sounds_of(pipe, beside))
 
 
 def call_arguments(

@@ -34,25 +34,23 @@ class Sound:
     rate: int
 
 
-def check_video_file(path: Path) -> None:
-    """A video can be written to a file of this name, if it is one of videos.
+def check_kind(ending: str) -> None:
+    """Files of this ending can be written, if they are of videos.
 
     Raises:
         UserError: what writes mp4 is not installed.
     """
-    if path.suffix.lower() == FILM:
+    if ending.lower() == FILM:
         try:
             import av  # noqa: F401
         except ImportError:
-            raise UserError(
-                f"--output {path} needs PyAV: pip install 'stepdistill[video]', or give a .webp or .gif"
-            ) from None
+            raise UserError("mp4 needs PyAV: pip install 'stepdistill[video]', or take webp or gif") from None
 
 
 def save_video(
     path: Path, videos: Sequence[Sequence[Image.Image]], rate: float, sound: Sound | None = None
 ) -> None:
-    """Writes videos of one length on a near-square grid, in the format that the file's ending names.
+    """Writes a video as it is, or several of one length on a near-square grid, in the format of the file's ending.
 
     Args:
         path: a .gif or .webp, which goes round, or an .mp4 of H.264 and AAC.
@@ -60,7 +58,9 @@ def save_video(
         rate: frames a second.
         sound: of an .mp4.
     """
-    frames = [grid(list(shown)) for shown in zip(*videos, strict=True)]
+    frames = (
+        list(videos[0]) if len(videos) == 1 else [grid(list(shown)) for shown in zip(*videos, strict=True)]
+    )
     with written_whole(path) as temporary:
         if path.suffix.lower() == FILM:
             _save_film(temporary, frames, rate, sound)

@@ -110,7 +110,19 @@ def test_eval_takes_a_students_own_count_and_refuses_others(runs: Path, tmp_path
             "sample {runs}/done",
             "sample: there is no prompt; give one, such as: stepdistill sample {runs}/done",
         ),
-        ("sample {runs}/done --prompts {file}", "--prompts is for pictures in a folder: add --into DIR"),
+        ("sample {runs}/done --prompts {file}", "--prompts is for files in a folder: add --into DIR"),
+        ("sample emoji x --format mp4", "--format is for files in a folder: add --into DIR"),
+        ("sample emoji x --fps 8", "--fps is of videos, and --output grid.png is none: give .mp4"),
+        ("sample emoji x --into {foreign}/new --fps 8", "--fps is of videos: give --format mp4, webp or gif"),
+        ("sample emoji x --into {foreign}/new --format avi", "--format avi: give one of png, mp4, webp, gif"),
+        (
+            "sample emoji x --into {foreign}/new --output x.png",
+            "--output x.png is one file, --into {foreign}/new",
+        ),
+        (
+            "sample {runs}/done x --into {foreign}/new --format mp4",
+            "StableDiffusionPipeline draws pictures, not videos: give --format png",
+        ),
         (
             "sample {runs}/done x --into {foreign}",
             "{foreign}/student holds other files (it has no drawn.json)",

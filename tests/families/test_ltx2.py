@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from tiny_unknown import SIZES, run_of, unknown_pipeline
 
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
+from stepdistill.evaluation.draw_into import as_named, draw_into
 from stepdistill.evaluation.sample import sample
 from stepdistill.export.checks import grid_check, silent_draw, teacher_check
 from stepdistill.export.student_folder import pipeline_call, student_pipeline
@@ -101,13 +105,31 @@ def test_what_needs_sound_beside_a_video_is_refused(teacher: PipelineTeacher) ->
         family_named("LTX2Pipeline").check_size(teacher.pipe, Size(32, 32, 1))
 
 
-def test_a_student_is_trained_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_is_trained_and_verified_and_draws_videos_with_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("stepdistill.training.finish.TEACHER_STEPS", 2)
     said, proof = run_of("LTX2Pipeline", tmp_path, 2)
     assert "LTX-2 is distilled with its sound" in said
     drawn = sample(str(tmp_path / "run"), [PROMPT])
     assert len(drawn.frames[0]) == SIZE.frames and drawn.rate == 24
-    assert drawn.sound is not None and drawn.sound.rate == 16000 and len(drawn.sound.samples) == 2
+    assert len(drawn.sounds) == 1 and drawn.sounds[0].rate == 16000 and len(drawn.sounds[0].samples) == 2
+    into = tmp_path / "into"
+    drawers = [as_named(str(tmp_path / "run"))]
+    assert draw_into(into, drawers, [PROMPT], 2, kind="mp4", fps=12, progress=False) == {"student": 2}
+    assert json.loads((into / "student" / "drawn.json").read_text())["fps"] == 12
+    assert '"000001.mp4"' in (into / "student" / "metadata.jsonl").read_text()
+    with av.open(str(into / "student" / "000000.mp4")) as film:
+        assert float(film.streams.video[0].average_rate) == 12 and film.streams.audio[0].rate == 16000
+        frames = [np.array(frame.to_image().convert("L")).astype(int) for frame in film.decode(video=0)]
+    grey = [np.array(frame.convert("L")).astype(int) for frame in drawn.frames[0]]
+    assert all(
+        np.abs(a - b).mean() < 6 for a, b in zip(frames, grey, strict=True)
+    )  # of colours, H.264 keeps less
+    with pytest.raises(
+        UserError, match=r"student holds pictures with format mp4, not png, fps 12\.0, not None"
+    ):
+        draw_into(into, drawers, [PROMPT], 2, progress=False)
     assert "in 2 step(s) of FlowMatchEulerDiscreteScheduler" in proof and re.search(
         "by [01]/255 at most", proof
     )
