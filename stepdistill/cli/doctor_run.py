@@ -166,7 +166,7 @@ def _looks(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
         )
         said = [
             f"{key.replace('_', ' ')} {last[PREFIX + key]:.2f}"
-            for key in (*shown, "extremes", "high_frequencies")
+            for key in (*shown, "extremes", "high_frequencies", "motion")
             if isinstance(last.get(PREFIX + key), (int, float))
         ]
         findings.append(Finding("ok", f"look at {last['update'] + 1}", ", ".join(said)))

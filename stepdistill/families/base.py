@@ -241,6 +241,12 @@ class Family(ABC):
         """What of states [B, ...] is decoded to pictures of a size."""
         return states
 
+    def by_frame(self, pipe: Any, states: Tensor, size: Size) -> Tensor | None:
+        """What of states [B, ...] is decoded, frame after frame, [B, F, C, H, W]; None of pictures, and where it is not
+        known which axis is time."""
+        part = self.decoded_part(pipe, states, size)
+        return part.transpose(1, 2) if self.video and part.ndim == 5 else None
+
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
         """The inverse: clean states to frames [B, F, 3, H, W] in [0, 1]; F is 1 for pictures. What a VAE decodes of
         transparency is left out."""

@@ -91,6 +91,9 @@ class CogVideoX(VideoFamily):
     def decoded_part(self, pipe: Any, states: Tensor, size: Size) -> Tensor:
         return states[:, self._more(pipe.transformer, super().state_shape(pipe, size)[1]) :]
 
+    def by_frame(self, pipe: Any, states: Tensor, size: Size) -> Tensor:
+        return self.decoded_part(pipe, states, size)
+
     def to_states(self, pipe: Any, frames: Tensor) -> Tensor:
         states = super().to_states(pipe, frames)
         more = self._more(pipe.transformer, states.shape[1])

@@ -103,6 +103,9 @@ class Kandinsky5(VideoFamily):
 
         return length_by_length(net, ["encoder_hidden_states"], of_one_length, x_t, time, cond)
 
+    def by_frame(self, pipe: Any, states: Tensor, size: Size) -> Tensor:
+        return states.movedim(-1, 2)
+
     def normalised(self, vae: Any, latents: Tensor) -> Tensor:
         return super().normalised(vae, latents).movedim(1, -1)
 

@@ -231,6 +231,11 @@ class Recorded(Family):
             )
         return states
 
+    def by_frame(self, pipe: Any, states: Tensor, size: Size) -> Tensor | None:
+        config = getattr(getattr(pipe, "vae", None), "config", {})
+        channels = config.get("latent_channels") or config.get("z_dim")
+        return super().by_frame(pipe, states, size) if self.found.state[0] == channels else None
+
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
         plain = self.found.plain_vae
         return self._one_by_one(super().to_frames, pipe, x0) if plain else self.drawn_frames(pipe, x0)

@@ -67,6 +67,11 @@ class Codec:
         states = self.family.decoded_part(self.pipe, states, self.size)
         return self._in_place(lambda: self.family.to_frames(self.pipe, states))
 
+    def by_frame(self, states: Tensor) -> Tensor | None:
+        """What of states [B, ...] is decoded, frame after frame, [B, F, C, H, W]; None of pictures, and where it
+        is not known which axis is time."""
+        return self.family.by_frame(self.pipe, states, self.size)
+
     def fresh_noise(self, travelling: ModuleType, start: Tensor) -> Callable[[int], Tensor]:
         """The noise [B, ...] that follows each network call of a draw from this start, counted from 0, as schedulers
         that travel draw it.

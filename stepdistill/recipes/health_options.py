@@ -19,6 +19,7 @@ SignName = Literal[
     "denoising",
     "teacher",
     "collapse",
+    "motion",
     "oversaturation",
     "guidance",
     "spectrum",

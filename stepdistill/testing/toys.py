@@ -175,6 +175,9 @@ class ToyCodec:
     def encode(self, prompts: list[str]) -> Condition:
         return Condition()
 
+    def by_frame(self, states: Tensor) -> None:
+        return None
+
 
 class ToyTeacher:
     """A closed-form network with PipelineTeacher's contract."""

@@ -135,6 +135,8 @@ class Judge:
             if (ratio := seen.get(f"diversity_of_{key}")) is not None:
                 bad = self._fallen("collapse", key, ratio)
                 judge("collapse", key, ratio, bad, "", where)
+        if (moving := seen.get("motion")) is not None:
+            judge("motion", "", moving, self._fallen("motion", "", moving))
         if (share := seen.get("extremes")) is not None:
             judge("oversaturation", "", share, self._worse("oversaturation", "", share))
         if (high := seen.get("high_frequencies")) is not None:
@@ -157,9 +159,8 @@ class Judge:
 
     def _fallen(self, sign: SignName, key: str, ratio: float) -> bool:
         """Whether a ratio that should be 1 is too small, and a part of what it was."""
-        return self._beyond(
-            sign, key, -math.log(max(ratio, 1e-8)), -math.log(SIGNS[sign].bound), -math.log(SIGNS[sign].worse)
-        )
+        fallen = -math.log(min(max(ratio, 1e-8), 1.0))  # what was above 1 has not fallen at 1
+        return self._beyond(sign, key, fallen, -math.log(SIGNS[sign].bound), -math.log(SIGNS[sign].worse))
 
     def _beyond(
         self, sign: SignName, key: str, value: float, bound: float, worse: float | None = None
@@ -168,7 +169,7 @@ class Judge:
         worse = SIGNS[sign].worse if worse is None else worse
         best = self._best.get(name)
         if best is None or value < best:
-            self._best[name] = max(value, 0.0) if sign == "collapse" else value
+            self._best[name] = value
         return best is not None and value > bound and value > best + worse
 
     def _seen_often(self, key: str, looks: int) -> bool:

@@ -57,7 +57,8 @@ class Probe:
         index = torch.tensor([i * data.count // prompts for i in range(prompts)])
         self.count = prompts * noises
         self.cond = data.condition(index.repeat_interleave(noises))
-        self.shape = data.teacher.codec.shape
+        self.codec = data.teacher.codec
+        self.shape = self.codec.shape
         self._draws = Draws(seed, 0, 0, noises, device)
         self.noise = self._draws.normal("health noise", self.shape).repeat(prompts, *[1] * len(self.shape))
         levels = [self.method.teacher.path.shifted(level) for level in LEVELS.values()]
@@ -227,6 +228,11 @@ class Probe:
             found["diversity_of_noises"] = spread(mine.transpose(0, 1)) / max(
                 spread(theirs.transpose(0, 1)), 1e-8
             )
+        moving, taught = (self.codec.by_frame(each) for each in (x, reference))
+        if moving is not None and taught is not None:
+            if taught.shape[1] > 1:
+                found["motion"] = motion(moving) / max(motion(taught), 1e-8)
+            x, reference = moving.flatten(0, 1), taught.flatten(0, 1)
         mean, size = channel_means(reference), deviation(reference)
         found["latent_mean"] = float((channel_means(x) - mean).square().mean().sqrt()) / max(size, 1e-8)
         found["latent_deviation"] = deviation(x) / max(size, 1e-8)
@@ -253,6 +259,11 @@ class Probe:
 def spread(samples: Tensor) -> float:
     """The root mean square difference of two samples [A, B, D] that differ in A and share B."""
     return float((2 * samples.float().var(0).mean()).sqrt())
+
+
+def motion(frames: Tensor) -> float:
+    """The root mean square difference of neighbours among frames [B, F, ...]."""
+    return float(frames.float().diff(dim=1).square().mean().sqrt())
 
 
 def channel_means(x: Tensor) -> Tensor:

@@ -210,6 +210,7 @@ LOOKS: Sequence[tuple[str, str, str, Mapping[str, str], float | None]] = (
             "diversity_of_noises": "diversity of one prompt",
             "latent_deviation": "deviation",
             "high_frequencies": "high frequencies",
+            "motion": "motion",
         },
         None,
     ),

@@ -118,6 +118,14 @@ SIGNS: Mapping[SignName, Sign] = MappingProxyType(
             worse=0.6,
             looks=2,
         ),
+        "motion": Sign(
+            "the student's videos move {value:.2f} times as much as the teacher's",
+            0.5,
+            "as for collapse, of the frames of one video: they come to be one picture",
+            "lower train.lr; more options.fake_updates; phased_dmd, whose early steps go on being drawn as they were",
+            worse=0.6,
+            looks=2,
+        ),
         "oversaturation": Sign(
             "{value:.0%} of the student's latents lie where 1% of the teacher's do",
             0.06,

@@ -207,6 +207,13 @@ def test_ddim_on_our_path_draws_what_the_pipeline_draws(name: str, teacher_of: T
     assert ours.shape == frames.shape
     assert (ours - frames).abs().max() < 1e-3
     assert ours.std() > 0.02  # and they are pictures, not one grey
+    seen = teacher.codec.by_frame(states)
+    assert (seen is not None) == teacher.family.video
+    if seen is not None:  # [B, F, C, H, W]
+        unit = teacher.family.pixels(teacher.pipe)
+        assert seen.shape[:2] == (2, (ours.shape[1] - 1) // teacher.family.stride(teacher.pipe) + 1)
+        assert seen.shape[3:] == (ours.shape[3] // unit, ours.shape[4] // unit)
+        assert seen.numel() == teacher.family.decoded_part(teacher.pipe, states, teacher.size).numel()
 
 
 @pytest.mark.parametrize("name", FLOW)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from faults import FAULTS, Under, one_image, run_with
 from run_toy import HERE, recipe_of
 from safetensors.torch import load_file
+from tiny import tiny_pipeline
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
@@ -30,7 +31,7 @@ from stepdistill.training.health import Seen, looks_of
 from stepdistill.training.identity import resolve
 from stepdistill.training.judging import Judge
 from stepdistill.training.loop import train
-from stepdistill.training.probe import deviation, spread
+from stepdistill.training.probe import deviation, motion, spread
 from stepdistill.training.run_curves import curves
 from stepdistill.training.signs import OF_THE_TEACHERS, SIGNS, growth, plateau
 from stepdistill.training.training_data import training_data
@@ -314,6 +315,31 @@ def test_numbers_of_samples_are_what_they_are_called():
     assert deviation(x) == pytest.approx(1.0, rel=0.02)
     assert spread(x.flatten(1)[:, None]) == pytest.approx(math.sqrt(2), rel=0.02)
     assert spread(x[:1].expand(5, -1, -1, -1).flatten(1)[:, None]) == 0
+    video = x.view(50, 8, 4, 8, 8)
+    assert motion(video) == pytest.approx(math.sqrt(2), rel=0.02)
+    assert motion(video[:, :1].expand(-1, 8, -1, -1, -1)) == 0
+
+
+def test_videos_that_come_to_be_one_picture_are_seen(tmp_path):
+    tiny_pipeline("wan").save_pretrained(tmp_path / "wan")
+
+    def still(under: Under) -> None:
+        """In one step from noise a velocity is the noise without the picture."""
+        plain = under.job.student._called
+
+        def called(x_t, time, cond):
+            x0 = x_t - plain(x_t, time, cond)
+            return x_t - x0.mean(2, keepdim=True)
+
+        under.set(under.job.student, "_called", called)
+
+    more = ["data.size=[16, 32, 9]", "student.times=[1.0]", "options.warm_start=0", "options.pair_weight=0"]
+    recipe = recipe_of("dmd", 4, f"teacher={tmp_path / 'wan'}", "health.every=1", "train.batch=2", *more)
+    outcome = run_with(recipe, tmp_path / "run", still, 2)
+    moving = [row["health_motion"] for row in rows_of(tmp_path / "run")]
+    assert min(moving[:2]) > 0.7 and max(moving[2:]) < 1e-5
+    said = [line for _, _, done in outcome.treatments for line in done.sentences]
+    assert "motion: the student's videos move 0.00 times as much as the teacher's" in said
 
 
 def test_a_loss_that_no_longer_falls_is_a_plateau_and_one_that_falls_is_none():
@@ -360,6 +386,7 @@ def found_of(judge, **numbers):
         "towards": 0.5,
         "extremes": 0.01,
         "diversity_of_noises": 1.0,
+        "motion": 1.0,
         "high_frequencies": 1.0,
     }
     judge.of_look(healthy, 0, ["fake"])
@@ -370,8 +397,14 @@ def found_of(judge, **numbers):
 def test_samples_that_are_not_what_is_trained_yet_are_not_judged():
     """What a network of random weights draws passes from noise to blur: neither is an alarm, nor is what it passed the
     best that it was."""
-    off = {"diversity_of_noises": 0.4, "high_frequencies": 0.4, "latent_mean": 0.9, "extremes": 0.2}
-    signs = {"collapse", "spectrum", "drift", "oversaturation"}
+    off = {
+        "diversity_of_noises": 0.4,
+        "motion": 0.4,
+        "high_frequencies": 0.4,
+        "latent_mean": 0.9,
+        "extremes": 0.2,
+    }
+    signs = {"collapse", "motion", "spectrum", "drift", "oversaturation"}
     assert found_of(Judge(["student"]), **off) == signs
     assert not found_of(Judge(["student"], judged_from=81), **off)
     assert found_of(Judge(["student"], judged_from=81), **{"moved student": 0.2, **off}) == {"rate"}
