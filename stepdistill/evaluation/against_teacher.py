@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -26,7 +26,7 @@ from stepdistill.evaluation.extraction import Extraction
 from stepdistill.evaluation.measure import ERRORS, measure
 from stepdistill.evaluation.paired import PAIRED, paired
 from stepdistill.evaluation.reference_files import Reference
-from stepdistill.evaluation.rows import RowTable
+from stepdistill.evaluation.rows import HeldRows, RowTable
 from stepdistill.evaluation.scores import REPORTED
 from stepdistill.evaluation.suite import Suite
 from stepdistill.evaluation.suite_identity import without_folder
@@ -39,8 +39,9 @@ from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.frechet import Moments
 from stepdistill.metrics.intervals import of_mean
+from stepdistill.metrics.motion import changes_of_strips
 from stepdistill.networks.codec import Encoded
-from stepdistill.networks.pictures import draw_as_pipeline, to_uint8
+from stepdistill.networks.pictures import draw_as_pipeline, shown_frames, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
@@ -52,6 +53,7 @@ AGAINST = "the teacher's pictures"
 """What such scores are measured against, as report.json says it."""
 LABEL = "against-teacher@1"
 FIRST_SEED = 2_000_000
+MOTION = ("motion", "motion_se")
 Pictures = Iterable[tuple[list[int], Tensor]]
 """Numbers of pictures, and the pictures uint8 [B, 3, H, W]."""
 
@@ -172,7 +174,7 @@ class AgainstTeacher:
         def compared(drawn: Pictures) -> dict[str, float | None]:
             rows = self._rows(extraction, drawn)
             values = measure(rows, extraction.suite, network, reference, self.teacher.device).values()
-            return {**values, **paired(rows, full, network)}
+            return {**values, **paired(rows, full, network), **self._motion(rows)}
 
         for steps, each in self.few.items():
             found["teacher"][steps] = compared(each.read())
@@ -180,7 +182,7 @@ class AgainstTeacher:
             plain = compared(self.plain.read())
             found["teacher"][1] = min(found["teacher"][1], plain, key=_distance)
         clip = of_mean(full.whole("clip_score")) if "clip_score" in full else None
-        found["teacher"][self.full] = {"fd": 0.0, **dict.fromkeys(PAIRED, 0.0)}
+        found["teacher"][self.full] = {"fd": 0.0, **dict.fromkeys(PAIRED, 0.0), **self._motion(full)}
         if clip is not None:
             found["teacher"][self.full] |= {"clip_score": clip.value, "clip_score_se": clip.standard_error}
         for steps in self.counts:
@@ -203,7 +205,8 @@ class AgainstTeacher:
                 "fd": network.fd_name,
                 "clip_score": clip_network.clip_name if clip_network else None,
             },
-            "better": {"paired_distance": "lower", "paired_rmse": "lower"},
+            "better": {"paired_distance": "lower", "paired_rmse": "lower"}
+            | ({"motion": "neither"} if "motion" in found["teacher"][self.full] else {}),
             "loss_saw": self.saw,
             "conflicts": conflicts(
                 {
@@ -220,6 +223,13 @@ class AgainstTeacher:
             "student": _by_metric(found["student"]),
             "gap_closed": gaps,
         }
+
+    def _motion(self, rows: RowTable) -> dict[str, float | None]:
+        """How much videos move between the frames that are kept of them; nothing of pictures."""
+        if len(shown := shown_frames(self.teacher.size.frames)) < 2:
+            return {}
+        moving = of_mean(changes_of_strips(rows.whole("pixels"), len(shown)))
+        return {"motion": moving.value, "motion_se": moving.standard_error}
 
     def _suite(self) -> Suite:
         """The metrics; its prompts and its reference are the run's."""
@@ -246,7 +256,7 @@ class AgainstTeacher:
                 raise UserError(f"evaluate: the student drew NaN or Inf for one of {prompts} (seeds {seeds})")
             yield rows, to_uint8(drawn)
 
-    def _rows(self, extraction: Extraction, drawn: Pictures) -> _Held:
+    def _rows(self, extraction: Extraction, drawn: Pictures) -> HeldRows:
         """Rows of pictures in their order, and the pictures' own pixels."""
         found: dict[str, list[Tensor]] = {}
         for numbers, pixels in drawn:
@@ -254,7 +264,7 @@ class AgainstTeacher:
             rows = {**extraction(pixels, prompts), "pixels": pixels}
             for name, value in rows.items():
                 found.setdefault(name, []).append(value.cpu())
-        return _Held({name: torch.cat(some) for name, some in found.items()})
+        return HeldRows({name: torch.cat(some) for name, some in found.items()})
 
     def _protocol(self, network: FeatureNetwork) -> dict[str, str]:
         """All that the numbers depend on: two runs compare only where it is equal."""
@@ -295,24 +305,16 @@ class AgainstTeacher:
                 "The embedded network sees pictures at 32 x 32 pixels, layout and colours but no detail: set "
                 "against_teacher.features=clip:FOLDER, dinov2:FOLDER or inception for more."
             )
+        if self.teacher.size.frames > 1:
+            found.append(
+                "Of videos the first, the middle and the last frame are compared, side by side. Motion: how far one is "
+                "from the next, RMS of pixels in [0, 1]; neither more nor less is better, near the teacher's is."
+            )
         if not (self.held_out or self.labels):
             found.append(
                 "The student learnt from the prompts that are measured: they are too few to hold some out."
             )
         return found
-
-
-class _Held(RowTable):
-    """Rows in memory."""
-
-    def __init__(self, rows: Mapping[str, Tensor]) -> None:
-        self._rows, self.count = rows, len(next(iter(rows.values())))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._rows
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        yield self._rows[name]
 
 
 def default_count(size: Size) -> int:
@@ -334,7 +336,7 @@ def _by_metric(scores: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, A
     """Each score by step count; one that no step count has is left out, but for FD and CLIP score."""
     table = {
         name: {str(steps): found.get(name) for steps, found in sorted(scores.items())}
-        for name in (*REPORTED, *PAIRED)
+        for name in (*REPORTED, *PAIRED, *MOTION)
     }
     kept = ("fd", "clip_score")
     return {

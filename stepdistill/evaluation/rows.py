@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -47,3 +47,16 @@ class _Moved(RowTable):
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         return (block.to(self._device) for block in self._table.blocks(name))
+
+
+class HeldRows(RowTable):
+    """Rows in memory."""
+
+    def __init__(self, rows: Mapping[str, Tensor]) -> None:
+        self._rows, self.count = rows, len(next(iter(rows.values())))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        yield self._rows[name]

@@ -61,9 +61,12 @@ def _parts(
 def strip(frames: Tensor) -> Tensor:
     """Frames [B, F, 3, H, W] as pictures [B, 3, H, W']: of a video the first, the middle and the last side by side, of
     a picture itself."""
-    count = frames.shape[1]
-    shown = dict.fromkeys((0, count // 2, count - 1))
-    return torch.cat([frames[:, i] for i in shown], dim=3)
+    return torch.cat([frames[:, i] for i in shown_frames(frames.shape[1])], dim=3)
+
+
+def shown_frames(count: int) -> list[int]:
+    """Which of so many frames :func:`strip` shows."""
+    return list(dict.fromkeys((0, count // 2, count - 1)))
 
 
 def to_uint8(images: Tensor) -> Tensor:

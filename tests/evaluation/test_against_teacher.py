@@ -17,6 +17,7 @@ import stepdistill
 from stepdistill.data.held_out import HELD_OUT, LEAST, hold_out
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import AGAINST, FIRST_SEED, AgainstTeacher
+from stepdistill.families.size import Size
 from stepdistill.features.load import load_features
 from stepdistill.metrics.frechet import Moments, frechet_distance_of_features
 from stepdistill.metrics.kid import kernel_distance, paired_kernel_distance
@@ -250,3 +251,21 @@ def test_a_suite_of_another_size_than_a_pipeline_can_draw_is_told_before_trainin
     with pytest.raises(UserError, match=r"evaluate: no suite 'emojy'"):
         stepdistill.distill(tiny_pipeline("unet-classes"), "dmd", tmp_path / "run", sets=["evaluate=emojy"])
     assert not (tmp_path / "run").exists()
+
+
+def test_videos_are_measured_for_how_much_they_move() -> None:
+    """Between the frames that are kept of them; a student whose videos stand still is at 0."""
+    teacher = PipelineTeacher(tiny_pipeline("wan"), size=Size(16, 32, 9))
+    protocol = against(teacher, (1,), pictures=4)
+    protocol.prepare()
+    kept = protocol.reference.pictures.read(range(4))
+    assert kept.shape == (4, 3, 16, 3 * 32)
+    still = kept[..., :32].repeat(1, 1, 1, 3)
+    found = protocol.scores(lambda steps: [([0, 1, 2, 3], still)])
+    first, middle, last = (kept[..., i : i + 32].double() / 255 for i in (0, 32, 64))
+    steps = torch.stack([middle - first, last - middle], 1)
+    wanted = float(steps.square().mean(dim=(1, 2, 3, 4)).sqrt().mean())
+    assert wanted > 0.01 and found["teacher"]["motion"]["3"] == pytest.approx(wanted, rel=1e-5)
+    assert found["student"]["motion"] == {"1": 0.0} and found["student"]["motion_se"] == {"1": 0.0}
+    assert found["better"]["motion"] == "neither"
+    assert any("near the teacher's is" in remark for remark in found["remarks"])
