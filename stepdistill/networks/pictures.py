@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from stepdistill.system.float32 import full_float32
 from stepdistill.system.travelling import travelling_module
 
 
-@torch.no_grad()
-@full_float32()
 def draw_as_pipeline(
     student: Student, sampler: Sampler, codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Tensor:
@@ -33,8 +31,24 @@ def draw_as_pipeline(
         prompts: B prompts.
         seeds: B seeds of CPU generators.
     """
-    if parts := _parts(codec, prompts, seeds):
-        return torch.cat([draw_as_pipeline(student, sampler, codec, *part) for part in parts])
+    return torch.cat(
+        [strip(frames) for frames in frames_as_pipeline(student, sampler, codec, prompts, seeds)]
+    )
+
+
+def frames_as_pipeline(
+    student: Student, sampler: Sampler, codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Tensor]:
+    """The same with all frames [B', F, 3, H, W] in [0, 1], as many at a time as are decoded together."""
+    for part in _parts(codec, prompts, seeds):
+        yield _drawn(student, sampler, codec, *part)
+
+
+@torch.no_grad()
+@full_float32()
+def _drawn(
+    student: Student, sampler: Sampler, codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
+) -> Tensor:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     shape = (1, *codec.shape)
 
@@ -46,16 +60,15 @@ def draw_as_pipeline(
     if isinstance(student.path, FlowPath):  # the noise of its travelling scheduler
         fresh = codec.fresh_noise(travelling_module("flow_consistency"), start)
     states = sampler.draw(student, start, codec.encode(prompts), fresh)
-    return strip(codec.to_frames(states))
+    return codec.to_frames(states)
 
 
 def _parts(
     codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[tuple[Sequence[str], Sequence[int]]]:
-    """What is drawn one after the other, as all together would not be decoded on a common card; none where it would."""
+    """What is drawn one after the other, as all together might not be decoded on a common card."""
     most = at_once(codec.shape, DECODED_AT_ONCE, len(prompts))
-    starts = range(0, len(prompts), most) if most < len(prompts) else ()
-    return [(prompts[i : i + most], seeds[i : i + most]) for i in starts]
+    return [(prompts[i : i + most], seeds[i : i + most]) for i in range(0, len(prompts), most)]
 
 
 def strip(frames: Tensor) -> Tensor:
@@ -74,14 +87,26 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8).cpu()
 
 
-@torch.no_grad()
 def teacher_pictures(
     teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
 ) -> Tensor:
     """The teacher's pictures, as :func:`strip` lays them out, after ``steps`` DDIM steps on its schedule's grid."""
+    return torch.cat([strip(frames) for frames in teacher_frames(teacher, prompts, seeds, steps, guidance)])
+
+
+def teacher_frames(
+    teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+) -> Iterator[Tensor]:
+    """The same with all frames [B', F, 3, H, W] in [0, 1], as many at a time as are decoded together."""
+    for part in _parts(teacher.codec, prompts, seeds):
+        yield _taught(teacher, *part, steps, guidance)
+
+
+@torch.no_grad()
+def _taught(
+    teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+) -> Tensor:
     codec = teacher.codec
-    if parts := _parts(codec, prompts, seeds):
-        return torch.cat([teacher_pictures(teacher, *part, steps, guidance) for part in parts])
     shape = (1, *codec.shape)
     noise = torch.cat(
         [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
@@ -91,4 +116,4 @@ def teacher_pictures(
     states = solve(
         lambda x, t: teacher.predict(x, t, cond, guidance=guidance), noise.to(teacher.device), times, "ddim"
     )
-    return strip(codec.to_frames(states))
+    return codec.to_frames(states)

@@ -62,7 +62,7 @@ def embedded_picture(data: bytes, alt: str, *, attributes: str = "", kind: str =
         data: the file.
         alt: plain text in its place.
         attributes: further ones, as HTML.
-        kind: ``png`` or ``jpeg``.
+        kind: ``png``, ``jpeg`` or ``webp``.
     """
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<img alt="{html.escape(alt)}" {attributes} src="{source}">'

@@ -4,6 +4,7 @@ report.html report.json recipe.yaml log.txt stats.jsonl status.json
 method.py family.py           where the method or the family was a file of your own
 pictures/samples.png          the teacher, the teacher at few steps, the student
 pictures/000500.png           previews, by update
+pictures/samples.webp ...     the same of some videos, moving
 student/                      the pipeline
 work/pairs/ work/checkpoints/ may be deleted when the run is done
 """
@@ -39,6 +40,11 @@ CLOCKS_DIFFER = 60.0
 _OLD = ("checkpoints", "pairs", "sheets", "samples.png")
 
 State = Literal["preparing", "training", "finishing", "done", "stopped"]
+
+
+def moving(pictures: Path) -> Path:
+    """Where some of the videos lie whose single frames a file of samples or of a preview shows."""
+    return pictures.with_suffix(".webp")
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ import time
 from pathlib import Path
 
 from stepdistill.evaluation.against_teacher import AgainstTeacher
+from stepdistill.evaluation.video_pipelines import frame_rate
 from stepdistill.export.card import for_folder
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import averaged
 from stepdistill.networks.own_call import TEACHER_STEPS
-from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
+from stepdistill.networks.pictures import frames_as_pipeline, teacher_frames, to_uint8
 from stepdistill.pages.sheets import png_of_rows
 from stepdistill.system.log import read_stats
 from stepdistill.system.memory import peak_memory
-from stepdistill.system.run_folder import RunFolder, RunStatus
+from stepdistill.system.run_folder import RunFolder, RunStatus, moving
 from stepdistill.training.assemble import Assembled
 from stepdistill.training.exporting import card, export_student, prompts_of, student_hash, summary_of
 from stepdistill.training.health import Vitals, health_of
+from stepdistill.training.moving import strips_and_videos, write_moving
 from stepdistill.training.report import score_table, write_report
 from stepdistill.training.run import Finished
 from stepdistill.training.run_report import NetworkPasses, RunReport
@@ -80,13 +82,15 @@ def _samples(run: Assembled, file: Path) -> tuple[Vitals, Vitals]:
     saturated the student's are, and the first teacher's."""
     prompts, seeds, steps = run.shown(16), list(range(16)), run.sampler.steps
     guidance = run.options.guidance
-    full = teacher_pictures(run.teacher, prompts, seeds, TEACHER_STEPS, guidance)
-    few = teacher_pictures(run.teacher, prompts, seeds, steps, guidance)
-    own = draw_as_pipeline(run.student, run.sampler, run.teacher.codec, prompts, seeds)
-    rows = [
-        (f"teacher, {TEACHER_STEPS} steps", to_uint8(full)),
-        (f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(few)),
-        (f"student, {steps} step{'s' * (steps > 1)}", to_uint8(own)),
-    ]
-    file.write_bytes(png_of_rows(rows, prompts))
-    return Vitals.of(own), Vitals.of(full)
+    codec, few = run.teacher.codec, f"{steps} step{'s' * (steps > 1)}"
+    drawn = {
+        f"teacher, {TEACHER_STEPS} steps": teacher_frames(
+            run.teacher, prompts, seeds, TEACHER_STEPS, guidance
+        ),
+        f"teacher, {few}": teacher_frames(run.teacher, prompts, seeds, steps, guidance),
+        f"student, {few}": frames_as_pipeline(run.student, run.sampler, codec, prompts, seeds),
+    }
+    seen = [(label, *strips_and_videos(frames)) for label, frames in drawn.items()]
+    file.write_bytes(png_of_rows([(label, to_uint8(strips)) for label, strips, _ in seen], prompts))
+    write_moving(moving(file), [(label, videos) for label, _, videos in seen], frame_rate(codec.pipe))
+    return Vitals.of(seen[-1][1]), Vitals.of(seen[0][1])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stepdistill.evaluation.video_pipelines import frame_rate
 from stepdistill.networks.averages import Ema, averaged
-from stepdistill.networks.pictures import draw_as_pipeline, teacher_pictures, to_uint8
+from stepdistill.networks.pictures import frames_as_pipeline, teacher_frames, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows
 from stepdistill.system.files import written_whole
-from stepdistill.system.run_folder import RunFolder
+from stepdistill.system.run_folder import RunFolder, moving
 from stepdistill.training.health import Seen, Vitals
+from stepdistill.training.moving import strips_and_videos, write_moving
 
 
 class Previews:
@@ -38,20 +40,28 @@ class Previews:
     ) -> None:
         self.folder, self.student, self.sampler, self.teacher = folder, student, sampler, teacher
         self.prompts, self.seeds = list(prompts), list(range(len(prompts)))
-        drawn = teacher_pictures(teacher, self.prompts, self.seeds, teacher_steps, guidance)
+        drawn, videos = strips_and_videos(
+            teacher_frames(teacher, self.prompts, self.seeds, teacher_steps, guidance)
+        )
         self.reference = Vitals.of(drawn)
-        self.teacher_row = (f"teacher, {teacher_steps} steps", to_uint8(drawn))
+        label = f"teacher, {teacher_steps} steps"
+        self.teacher_row, self.teacher_videos = (label, to_uint8(drawn)), (label, videos)
 
     def look(self, update: int, ema: Ema | None) -> Seen:
         """Draws one preview; its numbers go to the log, its worries above the progress bar."""
+        codec = self.teacher.codec
         with averaged(ema):
-            drawn = draw_as_pipeline(self.student, self.sampler, self.teacher.codec, self.prompts, self.seeds)
+            drawn, videos = strips_and_videos(
+                frames_as_pipeline(self.student, self.sampler, codec, self.prompts, self.seeds)
+            )
         if self.folder is not None:
             self.folder.pictures.mkdir(parents=True, exist_ok=True)
             steps = f"{self.sampler.steps} step{'s' * (self.sampler.steps > 1)}"
-            rows = [self.teacher_row, (f"student, {steps}, after {update} updates", to_uint8(drawn))]
-            with written_whole(self.folder.preview(update)) as temporary:
+            label = f"student, {steps}, after {update} updates"
+            rows = [self.teacher_row, (label, to_uint8(drawn))]
+            with written_whole(file := self.folder.preview(update)) as temporary:
                 temporary.write_bytes(png_of_rows(rows, self.prompts))
+            write_moving(moving(file), [self.teacher_videos, (label, videos)], frame_rate(codec.pipe))
         vitals = Vitals.of(drawn)
         numbers = {
             **{"diversity": vitals.diversity, "teacher_diversity": self.reference.diversity},

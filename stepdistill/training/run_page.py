@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from stepdistill.pages.html import document, table
+from stepdistill.pages.html import document, embedded_picture, scrolled, table
 from stepdistill.pages.metric_names import DIRECTIONS, HIGHER, LOWER, conflict_sentence, marked, name_of
 from stepdistill.pages.numbers import with_error
 from stepdistill.pages.picture_rows import STYLE as ROWS
@@ -67,7 +67,12 @@ def _picture(run: RunRecord) -> str:
         title = f"Student and teacher, after {update:,} updates"
     width = min(max(64, sheet.rows[0].pictures[0].width), 168)
     rows = picture_rows(sheet, name=title, width=width)
-    return f"<h2>{html.escape(title)}</h2><p class=note>The same prompts and seeds in every row.</p>{rows}"
+    said = "The same prompts and seeds in every row."
+    if videos := run.videos():
+        moving = embedded_picture(videos, "the first videos of each row, moving", kind="webp")
+        rows = scrolled(moving, "videos") + rows
+        said += " The first of them move; below, of each the first, the middle and the last frame."
+    return f"<h2>{html.escape(title)}</h2><p class=note>{said}</p>{rows}"
 
 
 def _curves(run: RunRecord) -> str:

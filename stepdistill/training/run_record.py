@@ -15,7 +15,7 @@ from stepdistill.pages.sheets import Sheet, read_sheet
 from stepdistill.system.log import STATS, read_stats
 from stepdistill.system.parsing import Unreadable
 from stepdistill.system.parsing_yaml import parse_yaml
-from stepdistill.system.run_folder import RunFolder, Status, read_status
+from stepdistill.system.run_folder import RunFolder, Status, moving, read_status
 from stepdistill.training.identity import changed_keys
 from stepdistill.training.run_report import read_report
 
@@ -109,6 +109,13 @@ class RunRecord:
         """The teacher's pictures and the student's at the end; None where there are none."""
         return _sheet(self.folder.samples)
 
+    def videos(self) -> bytes:
+        """Some videos of the samples, or before the end of the last preview, as a .webp; of pictures nothing."""
+        if self.done:
+            return _moving(self.folder.samples)
+        last = [*self.folder.previews().values()][-1:]
+        return _moving(last[0]) if last else b""
+
     def previews(self, most: int) -> dict[int, Sheet]:
         """Some of the previews by update, the last one among them, evenly spread."""
         files = list(self.folder.previews().items())
@@ -182,6 +189,15 @@ def _mapping(text: str) -> dict[str, Any]:
     except Unreadable:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _moving(file: Path) -> bytes:
+    """A .webp beside a sheet; nothing where there is none, or it is none."""
+    try:
+        data = moving(file).read_bytes()
+    except OSError:
+        return b""
+    return data if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else b""
 
 
 def _sheet(file: Path) -> Sheet | None:

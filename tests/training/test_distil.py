@@ -109,6 +109,11 @@ def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(na
     assert "| resumed at update | 1 |" in card
     with Image.open(run.student / "verification" / "0.png") as picture:
         assert picture.size == (size.width * (3 if name == "wan" else 1), size.height)
+    films = sorted((output / "pictures").glob("*.webp"))
+    assert ("data:image/webp" in (output / "report.html").read_text()) == bool(films) == (name == "wan")
+    for film in films:
+        with Image.open(film) as moving:
+            assert moving.n_frames == size.frames and moving.width > 4 * size.width
 
 
 def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path, prompts, monkeypatch):
