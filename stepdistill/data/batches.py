@@ -41,7 +41,7 @@ class Data:
         teacher: encodes prompts and images.
         prompts: the prompts to train on.
         seed: the run's seed.
-        images: images with captions, or None.
+        images: images or videos with captions, as the teacher draws the one or the other; or None.
         pairs: cached pairs of the same prompts, or None.
         processes: who share the work; each is to make this.
         remake: whether damaged files of a cache are made again.
@@ -94,7 +94,8 @@ class Data:
                 self._captions = Conditions(teacher, images.captions, "captions", remake)
 
             def encode(pixels: Tensor) -> Tensor:
-                return codec.to_states(pixels.to(teacher.device)[:, None])
+                pixels = pixels.to(teacher.device)
+                return codec.to_states(pixels if pixels.ndim == 5 else pixels[:, None])
 
             def place() -> Path:
                 source = f"{images.sha256()} {' '.join(map(str, sizes))}"

@@ -1,4 +1,4 @@
-"""Latents of images, each decoded and encoded once: a few are kept in memory, all others in shards on the disk."""
+"""Latents of images or videos, each encoded once: a few are kept in memory, all others in shards on the disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Latents:
 
     Args:
         images: what is encoded; not all may turn out to be usable.
-        encode: pixels [B, 3, H, W] in [-1, 1] -> their latents.
+        encode: pixels [B, 3, H, W], or of videos [B, F, 3, H, W], in [-1, 1] -> their latents.
         state: the shape of one, without B, at the first of the sizes, which all have about the same area.
         sizes: what images are cropped and resized to, each to that of the nearest aspect ratio.
         place: the folder of the shards, asked for only where latents do not stay in memory; its name says all that they
@@ -122,7 +122,10 @@ class Latents:
 
     def remarks(self, most: int = 5) -> list[str]:
         """Lines that say what was converted and what was skipped, naming the first."""
-        lines = [f"data.images: {count} images: {what}" for what, count in sorted(self.converted.items())]
+        lines = [
+            f"data.images: {count} {self._images.noun}s: {what}"
+            for what, count in sorted(self.converted.items())
+        ]
         if self.skipped:
             names = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:most])
             more = "; ..." if len(self.skipped) > most else ""
@@ -145,7 +148,7 @@ class Latents:
         own = [range(number * SHARD, min((number + 1) * SHARD, self._count)) for number in numbers]
         nearest = Nearest(tuple((size.height, size.width) for size in self.sizes))
         stream = self._images.decoded([i for rows in own for i in rows], nearest)
-        progress = bar(sum(map(len, own)), "latents", unit="image", shown=shown, lazy=True)
+        progress = bar(sum(map(len, own)), "latents", unit=self._images.noun, shown=shown, lazy=True)
         for number, rows in zip(numbers, own, strict=True):
             parts: dict[str, list[Tensor]] = {}
             waiting: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
@@ -157,10 +160,10 @@ class Latents:
                     skipped.append((name, "; ".join(notes)))
                     continue
                 converted.update(notes)
-                side = pixels.shape[0], pixels.shape[1]
+                side = pixels.shape[-3], pixels.shape[-2]
                 held = waiting.setdefault(side, [])
                 held.append((i, torch.tensor(pixels)))
-                if len(held) == max(1, min(CHUNK, CHUNK_PIXELS // (side[0] * side[1]))):
+                if len(held) == max(1, min(CHUNK, 3 * CHUNK_PIXELS // pixels.size)):
                     self._add(parts, waiting.pop(side))
             for held in waiting.values():
                 self._add(parts, held)
@@ -169,8 +172,8 @@ class Latents:
         progress.close()
 
     def _add(self, parts: dict[str, list[Tensor]], held: list[tuple[int, Tensor]]) -> None:
-        pixels = torch.stack([each.permute(2, 0, 1) for _, each in held]).float() / 127.5 - 1
-        name = _name(Size(*pixels.shape[2:]))
+        pixels = torch.stack([each.movedim(-1, -3) for _, each in held]).float() / 127.5 - 1
+        name = _name(Size(*pixels.shape[-2:]))
         parts.setdefault(name, []).append(self._encode(pixels).cpu())
         parts.setdefault(name + _IMAGE, []).append(torch.tensor([i for i, _ in held]))
 

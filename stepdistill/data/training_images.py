@@ -31,7 +31,13 @@ from stepdistill.system.files import PerProcess
 
 
 class Images(Protocol):
-    """Images with captions, one for each; not all may turn out to be usable."""
+    """Images or videos with captions, one for each; not all may turn out to be usable.
+
+    Attributes:
+        noun: what one of them is.
+    """
+
+    noun: str
 
     @property
     def captions(self) -> Sequence[str]: ...
@@ -41,7 +47,8 @@ class Images(Protocol):
         ...
 
     def decoded(self, numbers: Sequence[int], sizes: Nearest) -> Iterator[Decoded]:
-        """Those images, each in one of the sizes, upright, or why it cannot be used."""
+        """Those images [H, W, 3], or videos [F, H, W, 3], each in one of the sizes, upright, or why it cannot be
+        used."""
         ...
 
 
@@ -56,6 +63,7 @@ class EmbeddedImages:
 
     pixels: Tensor
     captions: list[str]
+    noun = "image"
 
     @staticmethod
     def read() -> EmbeddedImages:
@@ -98,8 +106,8 @@ class _Entries(Sequence[Entry]):
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """Image files with captions, read by the rules of ``image_sources``, but turned upright.
+class CaptionedFiles:
+    """Files of one kind with captions.
 
     Attributes:
         folder: where they lie.
@@ -116,17 +124,21 @@ class ImageFolder:
     nameless: list[Skipped]
 
     @staticmethod
-    def read(folder: Path) -> ImageFolder:
-        """Looks through a folder and all below it, and opens no image.
+    def read(folder: Path, wanted: Callable[[str], bool]) -> CaptionedFiles:
+        """Looks through a folder and all below it, and opens no file but those of captions.
+
+        Args:
+            folder: where.
+            wanted: whether a file is one of them, by its path below the folder.
 
         Raises:
-            UserError: when it holds no image, or a file of captions is no such.
+            UserError: a file of captions is no such.
         """
         stated = read_metadata(folder)
         found = sorted(
             path
             for path in folder.rglob("*")
-            if is_image(path.relative_to(folder).as_posix()) and path.is_file()
+            if wanted(path.relative_to(folder).as_posix()) and path.is_file()
         )
         sources, nameless, names = Counter[str](), list[Skipped](), list[str]()
 
@@ -142,28 +154,63 @@ class ImageFolder:
                 yield caption.text
 
         texts = Texts.of(captions())
-        if not len(texts):
-            raise UserError(f"data.images: {folder} holds no image of {', '.join(sorted(ENDINGS))}")
-        return ImageFolder(folder, Texts.of(names), texts, sources, nameless)
+        return CaptionedFiles(folder, Texts.of(names), texts, sources, nameless)
 
     def sha256(self) -> str:
         """Of names, sizes in bytes and captions, in their order."""
         sizes = ((self.folder / name).stat().st_size for name in self.names)
         return rows_sha256(zip(self.names, sizes, self.captions, strict=True))
 
+    def remarks(self, noun: str) -> list[str]:
+        """Lines that say where captions came from, and what is left out."""
+        origins = ", ".join(f"{count} from {source}" for source, count in self.sources.items())
+        first = [f"data.images: {len(self.names)} {noun}s, captions: {origins}"]
+        return first + [f"data.images: {name} left out: {reason}" for name, reason in self.nameless[:5]]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Image files with captions, read by the rules of ``image_sources``, but turned upright.
+
+    Attributes:
+        files: where they lie.
+    """
+
+    files: CaptionedFiles
+    noun = "image"
+
+    @staticmethod
+    def read(folder: Path) -> ImageFolder:
+        """Looks through a folder and all below it, and opens no image.
+
+        Raises:
+            UserError: when it holds no image, or a file of captions is no such.
+        """
+        found = CaptionedFiles.read(folder, is_image)
+        if not len(found.names):
+            raise UserError(f"data.images: {folder} holds no image of {', '.join(sorted(ENDINGS))}")
+        return ImageFolder(found)
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """One for each."""
+        return self.files.captions
+
+    def sha256(self) -> str:
+        """Of names, sizes in bytes and captions, in their order."""
+        return self.files.sha256()
+
     def decoded(self, numbers: Sequence[int], sizes: Nearest) -> Iterator[Decoded]:
         entries = _Entries(self._entry, numbers)
         return decode_all(entries, sizes, "anywhere", upright=True, workers=None)
 
     def _entry(self, number: int) -> Entry:
-        name = self.names[number]
-        return Entry(printable(name), (self.folder / name).read_bytes)
+        name = self.files.names[number]
+        return Entry(printable(name), (self.files.folder / name).read_bytes)
 
     def remarks(self) -> list[str]:
         """Lines that say where captions came from, and what is left out."""
-        origins = ", ".join(f"{count} from {source}" for source, count in self.sources.items())
-        first = [f"data.images: {len(self.names)} images, captions: {origins}"]
-        return first + [f"data.images: {name} left out: {reason}" for name, reason in self.nameless[:5]]
+        return self.files.remarks(self.noun)
 
 
 @dataclass(frozen=True)
@@ -184,6 +231,7 @@ class ImageTars:
     tar: array[int]
     starts: array[int]
     sizes: array[int]
+    noun = "image"
 
     @staticmethod
     def read(tars: Sequence[Path]) -> ImageTars:

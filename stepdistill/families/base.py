@@ -230,6 +230,10 @@ class Family(ABC):
         shift, scale = affine(vae.config, states)
         return states / scale + shift
 
+    def examples_refused(self, pipe: Any) -> str | None:
+        """Why images or videos cannot be made states; None where they can."""
+        return None
+
     def to_states(self, pipe: Any, frames: Tensor) -> Tensor:
         """Frames [B, F, 3, H, W] in [-1, 1] to states."""
         images = frames.transpose(1, 2) if self.video else frames[:, 0]

@@ -96,10 +96,11 @@ class LTX2(LTXVideo):
         latents: Tensor = states[:, : math.prod(video)].unflatten(1, video)
         return latents
 
+    def examples_refused(self, pipe: Any) -> str:
+        return "LTX-2 learns from no videos here, as they come without sound: leave out what learns from data"
+
     def to_states(self, pipe: Any, frames: Tensor) -> Tensor:
-        raise UserError(
-            "LTX-2 learns from no videos here, as they come without sound: leave out what learns from data"
-        )
+        raise UserError(self.examples_refused(pipe))
 
     def features_of(self, net: nn.Module) -> nn.Module:
         raise UserError(

@@ -210,13 +210,17 @@ class Recorded(Family):
     def null(self, pipe: Any, size: Size) -> Condition | None:
         return None if self.found.null is None else self.found.null.to(pipe.device)
 
+    def examples_refused(self, pipe: Any) -> str | None:
+        if self.found.plain_vae:
+            return None
+        return (
+            f"{type(pipe).__name__} was recorded, and its VAE is not enough to say how it encodes images: leave out "
+            "what learns from images (GAN weights, options.source), or write a family, see docs/extend/own_family.md"
+        )
+
     def to_states(self, pipe: Any, frames: Tensor) -> Tensor:
-        if not self.found.plain_vae:
-            raise UserError(
-                f"{type(pipe).__name__} was recorded, and its VAE is not enough to say how it encodes images: leave "
-                "out what learns from images (GAN weights, options.source), or write a family, see "
-                "docs/extend/own_family.md"
-            )
+        if (reason := self.examples_refused(pipe)) is not None:
+            raise UserError(reason)
         try:
             states = self._one_by_one(super().to_states, pipe, frames)
         except RuntimeError as error:  # as of one that wants transparency beside the colours

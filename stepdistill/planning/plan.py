@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from stepdistill.data.prompts import open_prompts
 from stepdistill.data.row_cache import MEMORY_BYTES, MEMORY_ROWS
 from stepdistill.data.sizes import CacheSize, latents_size, pairs_size
-from stepdistill.data.training_images import find_images
+from stepdistill.data.training_videos import examples_of
 from stepdistill.diffusion.solvers import calls_of
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import default_count
@@ -243,7 +243,8 @@ def _disk(recipe: Recipe, seen: Trace) -> dict[str, int]:
         count, _ = _pairs(recipe, seen)
         pairs.append(pairs_size(count, state, seen.pair_states, data.pairs_dtype))
     if "images" in seen.needs and data.images is not None and Path(data.images).exists():
-        rows.append(latents_size(len(find_images(Path(data.images)).captions), state))
+        images = examples_of(Path(data.images), seen.size.frames, data.fps)
+        rows.append(latents_size(len(images.captions), state))
     large = [each for each in rows if each.count > MEMORY_ROWS or each.bytes > MEMORY_BYTES]
     return found | {f"{each.count:,} {each.what}": each.bytes for each in (*large, *pairs)}
 

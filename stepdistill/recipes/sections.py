@@ -91,7 +91,9 @@ class DataOptions(Section):
         prompts: a text file with one prompt per line, or another kind of file that stepdistill.data.prompts reads; None
             takes the teacher's own captions.
         images: real images with captions, for methods that need them: a folder of them, a webdataset .tar, or a folder
-            of such; None takes the teacher's own.
+            of such; None takes the teacher's own. For a teacher of videos: a folder of them, see
+            data/training_videos.py.
+        fps: frames a second at which videos of ``images`` are taken; None takes every frame.
         pairs: folder of cached (noise, teacher sample) pairs; None keeps them in the run folder.
         size: [height, width] in pixels, with a third number the frames of a video; None takes what the teacher's
             pipeline draws by itself.
@@ -117,6 +119,7 @@ class DataOptions(Section):
 
     prompts: str | None = None
     images: str | None = None
+    fps: Annotated[float, Field(gt=0, le=240)] | None = None
     pairs: str | None = None
     size: tuple[Positive, Positive] | tuple[Positive, Positive, Positive] | None = None
     buckets: bool = False

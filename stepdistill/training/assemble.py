@@ -196,11 +196,7 @@ def assemble(
         raise UserError(
             f"{said}, but {recipe.teacher} draws classes, and a reward reads prompts: do without it"
         )
-    if "images" in needs and teacher.size.frames != 1:
-        raise UserError(
-            f"{recipe.method} with these options learns from images, but {recipe.teacher} draws videos: leave out what "
-            "needs images (GAN weights, options.source), or set data.size to one frame"
-        )
+    _check_examples(recipe, teacher, needs)
     options = with_guidance_of(options, recipe.teacher, teacher, source, told=main)
     held_out, prompts = _prompts(recipe, teacher, embedded)
     if main and held_out:
@@ -289,6 +285,19 @@ def assemble(
         origin=origin,
         began=began,
     )
+
+
+def _check_examples(recipe: Recipe, teacher: PipelineTeacher, needs: frozenset[str]) -> None:
+    """What learns from images, or from videos where the teacher draws those, can be given them."""
+    data, draws = recipe.data, "pictures" if teacher.size.frames == 1 else "videos"
+    if data.fps is not None and draws == "pictures":
+        raise UserError(f"data.fps is {data.fps:g}, but {recipe.teacher} draws pictures: leave it out")
+    if data.buckets and draws == "videos":
+        raise UserError(
+            f"data.buckets is true, but {recipe.teacher} draws videos, of one size: set it to false"
+        )
+    if "images" in needs and (reason := teacher.family.examples_refused(teacher.pipe)) is not None:
+        raise UserError(reason)
 
 
 def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[list[str], Sequence[str]]:

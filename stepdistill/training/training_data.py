@@ -9,7 +9,8 @@ from typing import cast
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_rich
-from stepdistill.data.training_images import EmbeddedImages, Images, find_images
+from stepdistill.data.training_images import EmbeddedImages, Images
+from stepdistill.data.training_videos import examples_of
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import PairOptions
 from stepdistill.recipes.recipe import Recipe
@@ -42,7 +43,8 @@ def training_data(run: Assembled, output: Path) -> Data:
     if "images" in run.needs and recipe.data.images is None:
         images = EmbeddedImages.read()
     elif "images" in run.needs:
-        images = found = find_images(Path(cast(str, recipe.data.images)))
+        place = Path(cast(str, recipe.data.images))
+        images = found = examples_of(place, run.teacher.size.frames, recipe.data.fps)
         for remark in found.remarks() if accelerator.is_main_process else ():
             say(remark)
     processes, group = Processes(accelerator.process_index, accelerator.num_processes), recipe.train.group

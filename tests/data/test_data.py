@@ -244,7 +244,7 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "notes.md").write_text("left alone")
     found = ImageFolder.read(tmp_path)
-    assert list(found.names) == ["b.png", "broken.png", "red_apple.png", "text.jpg"]
+    assert list(found.files.names) == ["b.png", "broken.png", "red_apple.png", "text.jpg"]
     latents = latents_of(found, (16, 16))
     assert [skipped.name for skipped in latents.skipped] == ["broken.png", "text.jpg"]
     assert all("cannot be read" in skipped.reason for skipped in latents.skipped)
@@ -279,8 +279,8 @@ def test_what_has_no_one_way_to_8_bits_is_skipped_by_the_rules_of_evaluation(tmp
     picture(tmp_path / "gray.png", mode="L")
     found = ImageFolder.read(tmp_path)
     latents = latents_of(found)
-    reasons = dict(latents.skipped) | dict(found.nameless)
-    used = [found.names[i] for i in latents.take(0, torch.arange(2))[1]]
+    reasons = dict(latents.skipped) | dict(found.files.nameless)
+    used = [found.files.names[i] for i in latents.take(0, torch.arange(2))[1]]
     assert used == ["a.png", "gray.png"] and latents.counts == [2]
     assert reasons.keys() == {
         "deep.png",
@@ -340,11 +340,11 @@ def test_captions_come_from_the_nearest_metadata_under_any_of_the_names(tmp_path
     (tmp_path / "c.txt").write_text("\ufeffof c\n", "utf-8")
     (tmp_path / "a.txt").write_text("not this")
     found = ImageFolder.read(tmp_path)
-    assert dict(zip(found.names, found.captions, strict=True)) == {
+    assert dict(zip(found.files.names, found.captions, strict=True)) == {
         "a.png": "of a", "b.png": "of b, too", "c.png": "of c",
         "sub/n.png": "nested", "sub/deep/m.png": "line\u2028end", "sub/o_p.png": "o p",
     }  # fmt: skip
-    assert found.sources == {"metadata.jsonl": 2, "metadata.csv": 1, "sub/metadata.jsonl": 1,
+    assert found.files.sources == {"metadata.jsonl": 2, "metadata.csv": 1, "sub/metadata.jsonl": 1,
                              "texts beside them": 1, "their file names": 1}  # fmt: skip
 
 

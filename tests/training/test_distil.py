@@ -22,6 +22,7 @@ from stepdistill.export.student_folder import check_export
 from stepdistill.export.verify import verify
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
+from stepdistill.pages.videos import save_video
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.files import sha256_of
 from stepdistill.system.run_folder import RunFolder, read_status
@@ -353,6 +354,10 @@ def test_a_student_of_few_steps_is_no_teacher_of_what_noises_images(tmp_path, pr
     refused(tmp_path, match, prompts, "train.group=2", method="crd")
 
 
+def test_a_rate_of_frames_is_of_videos(tmp_path, prompts):
+    refused(tmp_path, "data.fps is 8, but .* draws pictures: leave it out", prompts, "data.fps=8")
+
+
 def test_a_gan_needs_images(tmp_path, prompts):
     refused(
         tmp_path,
@@ -362,16 +367,37 @@ def test_a_gan_needs_images(tmp_path, prompts):
     )
 
 
-def test_images_for_a_teacher_of_videos_are_refused(tmp_path, prompts):
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "picture.png")
-    more = ["options.adversarial_weight=0.1", f"data.images={tmp_path / 'images'}", "data.size=[16, 16, 5]"]
+def test_a_teacher_of_videos_is_distilled_with_videos_and_refuses_images(tmp_path, prompts):
+    """A discriminator on its network's features tells its student's videos from those of a folder."""
+    images, videos = tmp_path / "images", tmp_path / "videos"
+    images.mkdir()
+    videos.mkdir()
+    Image.new("RGB", (16, 16)).save(images / "picture.png")
+    for name in ("a dog", "a tree"):
+        moving = [Image.new("RGB", (32, 16), (40 * i, 90, 20)) for i in range(6)]
+        save_video(videos / f"{name}.mp4", [moving], 8)
+    more = [
+        "options.adversarial_weight=0.1",
+        "options.warm_start=0",
+        "options.pair_weight=0",
+        "train.updates=3",
+    ]
+    wanted = ["data.buckets=true", f"data.images={videos}"]
+    more += [prompts, "data.size=[16, 32, 5]", "data.fps=8", "options.fake_updates=1"]
     refused(
-        tmp_path,
-        "dmd with these options learns from images, but .* draws videos",
-        prompts,
-        *more,
-        teacher="wan",
+        tmp_path, "holds no video of .*, and the teacher draws videos",
+        *more, f"data.images={images}", teacher="wan",
+    )  # fmt: skip
+    refused(tmp_path, "data.buckets is true, but .* draws videos", *wanted, *more, teacher="wan")
+    sets = [*SHORT, *more, f"data.images={videos}"]
+    recipe = load_recipe(teacher=str(saved("wan", tmp_path / "wan")), method="dmd", sets=sets)
+    run = run_recipe(recipe, output=tmp_path / "run", command="stepdistill train")
+    assert run.report is not None and re.search("by [01]/255 at most", run.report.verification)
+    rows = [json.loads(line) for line in (run.folder / "stats.jsonl").read_text().splitlines()]
+    assert any("discriminator" in key for row in rows for key in row), rows
+    assert (
+        "2 videos, captions: 2 from their file names; the middle 5 frames of each, 8 frames a second"
+        in (run.folder / "log.txt").read_text()
     )
 
 
