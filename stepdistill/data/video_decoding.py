@@ -87,7 +87,7 @@ def _middle(
         chosen.append(pixels)
     if len(chosen) < count:
         raise Refused(
-            f"is {length:.2f} s long, and {count} frames at {rate:g} a second are {count / rate:.2f} s"
+            f"has {len(chosen)} of the {count} frames at {rate:g} a second that are wanted; it is {length:.2f} s long"
         )
     if abs(rate / own - 1) > 0.01:
         notes = (f"taken at {rate:g} frames a second", *notes)

@@ -78,7 +78,7 @@ def test_what_cannot_be_used_is_named_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[:300])
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{whole}\n#EXT-X-ENDLIST\n")
     for file, reason in (
-        (short, "is 0.40 s long, and 5 frames at 10 a second are 0.50 s"),
+        (short, "has 4 of the 5 frames at 10 a second that are wanted; it is 0.40 s long"),
         (sound, "no video stream"),
         (tmp_path / "cut.mp4", "cannot be read"),
         (tmp_path / "list.mp4", "cannot be read"),
@@ -98,7 +98,7 @@ def test_latents_are_those_of_the_frames_and_batches_have_their_captions(tmp_pat
     assert list(videos.captions) == ["a dog that runs", "a red heart", "short"]
     data = Data(teacher, ["a tree"], 0, videos)
     assert data.skipped == 1
-    assert "1 files skipped: short.mp4: is 0.20 s long" in data.remarks()[-1]
+    assert "1 files skipped: short.mp4: has 2 of the 5 frames" in data.remarks()[-1]
     images = data.batch(0, 0, 2, 2).images
     assert images is not None and images.x0.shape == (2, *teacher.codec.shape)
     for i, number in enumerate(images.number.tolist() if images.number is not None else ()):
