@@ -214,7 +214,10 @@ class _Work:
         with (
             processes.sharing(place),
             bar(
-                len(range(processes.rank, count, processes.count)), label, unit="image", shown=shown
+                len(range(processes.rank, count, processes.count)),
+                label,
+                unit="image" if self._rate is None else "video",
+                shown=shown,
             ) as moving,
             saver() as saving,
         ):

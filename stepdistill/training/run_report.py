@@ -68,7 +68,7 @@ class Health(BaseModel):
         if self.worries:
             said.append(f"{len(self.worries)} warning{'s' * (len(self.worries) > 1)} while it trained")
         if self.skipped_files:
-            said.append(f"{self.skipped_files} image{'s' * (self.skipped_files > 1)} skipped")
+            said.append(f"{self.skipped_files} file{'s' * (self.skipped_files > 1)} skipped")
         return ", ".join(said)
 
 

@@ -142,7 +142,7 @@ def test_a_finished_run_is_healthy_or_says_what_was_skipped(tmp_path: Path) -> N
     (place.work / "pairs" / "big").write_bytes(bytes(5000))
     line = (
         "healthy: diversity 0.19 (teacher 0.20), saturation 12% (teacher 10%), 1 warning while it trained, "
-        "2 images skipped"
+        "2 files skipped"
     )
     assert health.line() == line
     found = said(tmp_path)

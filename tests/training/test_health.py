@@ -28,7 +28,7 @@ def test_the_verdict_is_of_the_end_and_warnings_before_it_are_kept() -> None:
     assert [(worry.update, worry.what) for worry in found.worries] == [(2, *past)]
     assert found.line() == (
         "healthy: diversity 0.18 (teacher 0.20), saturation 12% (teacher 10%), 1 warning while it trained, "
-        "1 image skipped"
+        "1 file skipped"
     )
 
 
