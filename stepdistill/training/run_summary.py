@@ -104,7 +104,7 @@ def _health_text(health: Mapping[str, Any]) -> str:
     wrong = "" if health.get("verdict") == "healthy" else f" {health.get('sentence') or ''}"
     count, skipped = len(health.get("worries") or ()), health.get("skipped_files") or 0
     warned = f" {count} warning{'s' * (count > 1)} while it trained, see below." if count else ""
-    return f"{numbers}{wrong}{warned}{f' {skipped} images could not be read.' if skipped else ''}"
+    return f"{numbers}{wrong}{warned}{f' {skipped} files could not be read.' if skipped else ''}"
 
 
 def _costs(run: RunRecord) -> list[str]:
