@@ -58,6 +58,8 @@ GUARDS: dict[str, list[str]] = {
         "tests/diffusion/test_shift.py",
     ],
     "stepdistill/losses/adversarial.py": ["tests/methods/test_gdd.py"],
+    "stepdistill/data/video_decoding.py": ["tests/data/test_training_videos.py"],
+    "stepdistill/metrics/motion.py": ["tests/evaluation/test_against_teacher.py"],
     "stepdistill/methods/gdd.py": ["tests/methods/test_gdd.py"],
     "stepdistill/methods/ladd.py": ["tests/methods/test_ladd.py"],
     "stepdistill/methods/uni_dad.py": ["tests/methods/test_uni_dad.py"],
