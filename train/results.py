@@ -22,9 +22,6 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 PLOT = "gap_by_time.png"
 NOT_MEASURED = "# Not measured."
 
-WENT_ON = {"flow_map_eulerian_emoji": ("flow_map_semigroup_emoji", 4000)}
-"""Runs that share everything up to an update with another run, whose checkpoint there they went on from."""
-
 SCORE_METHODS = "2026-11-22: the score methods stand on the same warm start"
 IN_PARTS = "in parts"
 BEHIND_REGRESSION = "2026-11-28: the new methods on emoji, and what their warm start has already"
@@ -118,10 +115,7 @@ def hardware_of(report: RunReport) -> str:
 
 
 def whole_run(report: RunReport) -> str:
-    """Minutes from start to report, or whose checkpoint the run went on from, or whose warm start it took over."""
-    if report.name in WENT_ON:
-        source, update = WENT_ON[report.name]
-        return f"went on from {source}, update {update:,}"
+    """Minutes from start to report, or whose warm start the run took over."""
     if report.warm_start_of:
         return f"warm start of {Path(report.warm_start_of).name}"
     if report.resumes:

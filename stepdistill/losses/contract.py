@@ -161,6 +161,11 @@ class MethodOptions(BaseModel):
         return {}
 
     @property
+    def settling(self) -> int:
+        """First updates in which the student's samples tell nothing of how training goes."""
+        return 0
+
+    @property
     def score_scale(self) -> float:
         """The teacher's guidance where the student's samples meet it."""
         return self.guidance
@@ -276,7 +281,7 @@ class Method(nn.Module, ABC):
     def judged_from(self) -> int:
         """The method's step from which the student's samples tell how training goes: above 0 where they are not what is
         trained at first, as those of a network that starts from random weights."""
-        return 0
+        return self.options.settling
 
     @property
     def teacher(self) -> Teacher:

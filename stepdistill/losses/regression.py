@@ -14,6 +14,10 @@ from stepdistill.losses.contract import PairOptions
 from stepdistill.losses.distances import DistanceName, distance
 from stepdistill.networks.student import Student
 
+SETTLING = 100
+"""Updates in which regression at a high rate leads a student from the teacher's many steps to its few: what it draws on
+the way may be anything. In runs that were healthy after, it was so until update 88 and no more at 96."""
+
 
 class WarmStartOptions(PairOptions):
     """Options of a method that may start by regression alone; without a warm start it asks for no pairs."""
@@ -25,6 +29,10 @@ class WarmStartOptions(PairOptions):
     @property
     def needs(self) -> frozenset[str]:
         return super().needs | {"states"} if self.warm_start else super().needs - {"pairs"}
+
+    @property
+    def settling(self) -> int:
+        return min(self.warm_start, SETTLING)
 
 
 def warm_start_rate(step: int, options: WarmStartOptions) -> float:

@@ -116,6 +116,8 @@ class Judge:
             judge("lag", "", lag, lag > SIGNS["lag"].bound, follower)
         for level in LEVELS:
             for key, network in (("teacher", "teacher"), ("follower", follower)):
+                if key == "follower" and step < self._judged_from:
+                    continue  # it is asked of samples that say nothing yet
                 if (error := seen.get(f"{key}_error_{level}")) is not None:
                     judge(
                         "denoising", f"{key} {level}", error, error > SIGNS["denoising"].bound, network, level

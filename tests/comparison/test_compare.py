@@ -342,11 +342,7 @@ def test_results_are_of_shipped_recipes_ranked_and_no_run_is_shorter_than_its_tr
         assert drawn.size == shipped.size
     for report in reports:
         assert report.name in recipe_files() and results.tried(report)
-        if report.name in results.WENT_ON:
-            source, update = results.WENT_ON[report.name]
-            assert results.whole_run(report) == f"went on from {source}, update {update:,}"
-            assert report.train_seconds > report.wall_seconds  # which is that of the part after it
-        elif report.warm_start_of:
+        if report.warm_start_of:
             assert results.whole_run(report) == f"warm start of {Path(report.warm_start_of).name}"
         elif report.resumes:
             assert results.whole_run(report) == results.IN_PARTS
@@ -422,9 +418,10 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
 
 
 def test_a_budget_chooses_the_recipe_that_fits_and_without_one_the_methods_own_is_taken() -> None:
-    """Of DMD's recipes two trained in ten minutes when the shipped results were made, and the quick one in five."""
+    """Of DMD's recipes two trained in thirteen minutes when the shipped results were made, and the quick one in
+    five."""
     assert planning.recipe_of("dmd", "emoji") == "dmd_emoji"
-    assert planning.recipe_of("dmd", "emoji", 600) == "dmd_emoji_below_noise"
+    assert planning.recipe_of("dmd", "emoji", 780) == "dmd_emoji_below_noise"
     assert planning.recipe_of("dmd", "emoji", 300) == "dmd_emoji_quick"
     assert planning.recipe_of("dmd", "emoji", 1) == "dmd_emoji_quick"
     assert planning.recipe_of("dmd", "some/teacher") == "dmd_emoji"
