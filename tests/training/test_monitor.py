@@ -406,14 +406,24 @@ def test_samples_that_are_not_what_is_trained_yet_are_not_judged():
     }
     signs = {"collapse", "motion", "spectrum", "drift", "oversaturation"}
     assert found_of(Judge(["student"]), **off) == signs
+    off["follower_error_low"] = 2.0  # of those samples
+    assert found_of(Judge(["student"]), **off) == {*signs, "denoising"}
+    assert found_of(Judge(["student"], judged_from=81), teacher_error_low=2.0) == {"denoising"}
     assert not found_of(Judge(["student"], judged_from=81), **off)
     assert found_of(Judge(["student"], judged_from=81), **{"moved student": 0.2, **off}) == {"rate"}
+    del off["follower_error_low"]
     judge = Judge(["student"], judged_from=40)  # the look at 0, at a healthy student, is none of its looks
     assert not found_of(judge, **off)
     assert found_of(judge, **{**off, "diversity_of_noises": 0.1, "high_frequencies": 0.1}) == {
         "collapse",
         "spectrum",
     }
+
+
+def test_the_first_hundred_updates_of_a_warm_start_are_not_judged():
+    options = find_method("dmd").Options
+    assert [options(warm_start=count).settling for count in (0, 30, 3000)] == [0, 30, 100]
+    assert find_method("lcm").Options().settling == 0
 
 
 def test_a_student_that_is_led_elsewhere_is_not_held_to_its_teacher():
