@@ -80,13 +80,11 @@ def sample(
         return
     if output is not None:
         raise UserError(f"--output {output} is one file, --into {into} a folder of files: give one of them")
-    kind = kind or "png"
-    _check_format(kind, fps)
     from stepdistill.system.processes import launched
 
     processes = launched()
     from stepdistill.data.prompts import read_prompts
-    from stepdistill.evaluation.draw_into import as_named, draw_into, teacher_of
+    from stepdistill.evaluation.draw_into import PICTURE, as_named, draw_into, teacher_of
 
     if prompts is not None:
         given += read_prompts(prompts, "--prompts")
@@ -101,7 +99,8 @@ def sample(
 
         check_folder(into)
     draw_into(
-        into, drawers, given or None, count or len(given), seed=seed, batch=batch, kind=kind, fps=fps,
+        into, drawers, given or None, count or len(given), seed=seed, batch=batch, kind=kind or PICTURE,
+        fps=fps,
         processes=processes,
     )  # fmt: skip
     processes.part()
@@ -118,17 +117,6 @@ def _check_output(output: Path, fps: float | None) -> None:
     check_kind(output.suffix)
     if fps is not None and output.suffix.lower() not in (FILM, *ANIMATED):
         raise UserError(f"--fps is of videos, and --output {output} is none: give .mp4, .webp or .gif")
-
-
-def _check_format(kind: str, fps: float | None) -> None:
-    from stepdistill.evaluation.draw_into import FORMATS, PICTURE
-    from stepdistill.pages.videos import check_kind
-
-    if kind not in FORMATS:
-        raise UserError(f"--format {kind}: give one of {', '.join(FORMATS)}")
-    if fps is not None and kind == PICTURE:
-        raise UserError("--fps is of videos: give --format mp4, webp or gif with it")
-    check_kind(f".{kind}")
 
 
 def _save(drawn: Drawn, output: Path, fps: float | None) -> None:

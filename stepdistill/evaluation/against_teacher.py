@@ -39,7 +39,7 @@ from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.frechet import Moments
 from stepdistill.metrics.intervals import of_mean
-from stepdistill.metrics.motion import changes_of_strips
+from stepdistill.metrics.motion import changes, frames_of_strips
 from stepdistill.networks.codec import Encoded
 from stepdistill.networks.pictures import draw_as_pipeline, shown_frames, to_uint8
 from stepdistill.networks.sampler import Sampler
@@ -228,7 +228,7 @@ class AgainstTeacher:
         """How much videos move between the frames that are kept of them; nothing of pictures."""
         if len(shown := shown_frames(self.teacher.size.frames)) < 2:
             return {}
-        moving = of_mean(changes_of_strips(rows.whole("pixels"), len(shown)))
+        moving = of_mean(changes(frames_of_strips(rows.whole("pixels"), len(shown))))
         return {"motion": moving.value, "motion_se": moving.standard_error}
 
     def _suite(self) -> Suite:

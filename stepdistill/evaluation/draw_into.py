@@ -13,13 +13,14 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.picture_folder import PictureFolder, saver
 from stepdistill.networks.find import find_pipeline, find_teacher
 from stepdistill.networks.own_call import TEACHER_STEPS, own_call, steps_of
+from stepdistill.pages.videos import ANIMATED, FILM, check_kind
 from stepdistill.system.log import bar, say
 from stepdistill.system.parsing_yaml import parse_yaml
 from stepdistill.system.processes import ALONE, FAILED, Processes
 from stepdistill.system.run_folder import RunFolder
 
 PICTURE = "png"
-FORMATS = (PICTURE, "mp4", "webp", "gif")
+FORMATS = (PICTURE, *(ending.removeprefix(".") for ending in (FILM, *ANIMATED)))
 """Kinds of files."""
 
 OF_A_GRID = frozenset({"eta", "timesteps", "sigmas", "intermediate_timesteps"})
@@ -104,7 +105,7 @@ def draw_into(
     *,
     seed: int = 0,
     batch: int | None = None,
-    kind: str = "png",
+    kind: str = PICTURE,
     fps: float | None = None,
     processes: Processes = ALONE,
     progress: bool = True,
@@ -130,12 +131,17 @@ def draw_into(
         How many pictures this process drew now, by label.
 
     Raises:
-        UserError: a pipeline does not load or takes no prompts, it draws no videos and a kind of videos is asked for,
-            or a folder holds other pictures.
+        UserError: a kind that there is not, or that nothing installed writes; a pipeline does not load or takes no
+            prompts; it draws no videos and they are asked for; or a folder holds other pictures.
         OtherProcessError: another process ended with an error.
     """
     if count < 1:
         raise UserError(f"--count is {count}, and must be 1 or more")
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind}: give one of {', '.join(FORMATS)}")
+    if fps is not None and kind == PICTURE:
+        raise UserError("--fps is of videos: give --format mp4, webp or gif with it")
+    check_kind(f".{kind}")
     drawn: dict[str, int] = {}
     for drawer in drawers:
         make = partial(_Work, folder / drawer.label, drawer, prompts, count, seed, kind, fps, processes)

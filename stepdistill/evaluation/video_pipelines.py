@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.families.plain_calls import FRAMES
 from stepdistill.pages.videos import Sound
 
 FRAME_RATE = 16.0
@@ -16,7 +17,7 @@ FRAME_RATE = 16.0
 
 def draws_videos(pipe: Any) -> bool:
     """Whether the pipeline's call takes a number of frames."""
-    return "num_frames" in inspect.signature(pipe.__call__).parameters
+    return not FRAMES.isdisjoint(inspect.signature(pipe.__call__).parameters)
 
 
 def frame_rate(pipe: Any) -> float:

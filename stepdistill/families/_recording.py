@@ -35,8 +35,8 @@ from stepdistill.families._findings import (
 from stepdistill.families._guidance import guidance_of
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
+from stepdistill.families.plain_calls import FRAMES
 from stepdistill.families.recorded import (
-    FRAMES,
     Clock,
     FixedGuidance,
     Recorded,
@@ -163,7 +163,7 @@ class _Recorder:
             "network": network,
             "passes": self._passes(one, off, network),
             "has_prompts": "prompt" in self.takes,
-            "video": frames.shape[1] > 1 or bool(self.takes & {*FRAMES}),
+            "video": frames.shape[1] > 1 or bool(self.takes & FRAMES),
             "lora_targets": linear_layers(getattr(self.pipe, network)),
             "changes": FixedGuidance() if calls.embedded else NetworkChanges(),
         }

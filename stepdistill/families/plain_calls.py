@@ -11,6 +11,9 @@ AS_ASKED: dict[str, Any] = {
 }
 """In every call that takes it, whoever draws: students, teachers, recordings."""
 
+FRAMES = frozenset({"num_frames", "frames", "video_length"})
+"""What calls of pipelines of videos name the number of frames."""
+
 PLAIN: dict[str, Any] = {
     **AS_ASKED,
     "pag_scale": 0.0,  # guidance by another call of the network, with attention to nothing but itself

@@ -19,7 +19,7 @@ from stepdistill.families._lengths import length_by_length, padded
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GUIDANCE, Condition, joined
 from stepdistill.families.network_changes import NetworkChanges
-from stepdistill.families.plain_calls import PLAIN
+from stepdistill.families.plain_calls import FRAMES, PLAIN
 from stepdistill.families.size import Size
 from stepdistill.families.watching import frames_of, silent, watch
 
@@ -284,10 +284,6 @@ def two_prompts(has_prompts: bool) -> tuple[str, str]:
     return ("a photograph of a red fox that sleeps in deep snow", "cat") if has_prompts else ("0", "1")
 
 
-FRAMES = ("num_frames", "frames", "video_length")
-"""What calls name the number of frames."""
-
-
 def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | None) -> dict[str, Any]:
     """The arguments of a pipeline's call that say what is drawn, of those that it takes."""
     call: dict[str, Any] = {}
@@ -299,6 +295,6 @@ def prompt_arguments(takes: frozenset[str], prompts: list[str], size: Size | Non
     if size is not None and {"height", "width"} <= takes:
         call |= {"height": size.height, "width": size.width}
     if size is not None:
-        call |= dict.fromkeys(takes & {*FRAMES}, size.frames)
+        call |= dict.fromkeys(takes & FRAMES, size.frames)
         call |= dict.fromkeys(takes & {"max_area"}, size.height * size.width)  # or it scales to its own
     return call | {name: value for name, value in PLAIN.items() if name in takes}

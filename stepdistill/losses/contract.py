@@ -161,8 +161,9 @@ class MethodOptions(BaseModel):
         return {}
 
     @property
-    def settling(self) -> int:
-        """First updates in which the student's samples tell nothing of how training goes."""
+    def judged_from(self) -> int:
+        """The method's step from which the student's samples tell how training goes: above 0 where they are not what is
+        trained at first, as those of a network that starts from random weights."""
         return 0
 
     @property
@@ -276,12 +277,6 @@ class Method(nn.Module, ABC):
     def leaves_teacher(self) -> bool:
         """Whether the student is led to other samples than the teacher's, so that no watch should hold it to them."""
         return False
-
-    @property
-    def judged_from(self) -> int:
-        """The method's step from which the student's samples tell how training goes: above 0 where they are not what is
-        trained at first, as those of a network that starts from random weights."""
-        return self.options.settling
 
     @property
     def teacher(self) -> Teacher:

@@ -92,7 +92,7 @@ class Objective(nn.Module):
     @property
     def judged_from(self) -> int:
         """The run's step from which the student's samples tell how training goes."""
-        return self.method.judged_from * (len(self._critics) + 1)
+        return self.method.options.judged_from * (len(self._critics) + 1)
 
     def lr_ratio(self, turn: Turn) -> float:
         """The learning rate of the turn over that of ``train``."""

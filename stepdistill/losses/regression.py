@@ -31,7 +31,7 @@ class WarmStartOptions(PairOptions):
         return super().needs | {"states"} if self.warm_start else super().needs - {"pairs"}
 
     @property
-    def settling(self) -> int:
+    def judged_from(self) -> int:
         return min(self.warm_start, SETTLING)
 
 

@@ -57,20 +57,20 @@ class SlimFlow(Method):
         guide_times: tuple[float, float] = (0.2, 0.8)  # range of m
         distance: DistanceName = "l2"  # of both terms
 
+        @property
+        def starts_anew(self) -> bool:
+            """Whether the student's network is a smaller one of random weights."""
+            return (self.width, self.depth) != (1.0, 1.0)
+
+        @property
+        def judged_from(self) -> int:
+            # Until then it learns a flow: drawn in few steps, one of random weights turns from noise to blur.
+            return self.reflow_updates if self.starts_anew else 0
+
     options: Options
 
-    @property
-    def starts_anew(self) -> bool:
-        """Whether the student's network is a smaller one of random weights."""
-        return (self.options.width, self.options.depth) != (1.0, 1.0)
-
-    @property
-    def judged_from(self) -> int:
-        # Until then it learns a flow: drawn in the student's few steps, one of random weights turns from noise to blur.
-        return self.options.reflow_updates if self.starts_anew else 0
-
     def setup(self) -> None:
-        if self.starts_anew:
+        if self.options.starts_anew:
             self.student.make_slimmer(self.options.width, self.options.depth)
             if isinstance(self.student.path, TablePath):
                 self.student.output = "v"

@@ -17,7 +17,7 @@ from stepdistill.system.files import written_whole
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ANIMATED = (".gif", ".webp")
+ANIMATED = (".webp", ".gif")
 FILM = ".mp4"
 
 

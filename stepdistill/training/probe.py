@@ -21,6 +21,7 @@ from stepdistill.diffusion.solvers import solve
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.objective import Objective
+from stepdistill.metrics.motion import changes
 from stepdistill.metrics.spectrum import high_frequency_share
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler, schedule_times
@@ -231,7 +232,7 @@ class Probe:
         moving, taught = (self.codec.by_frame(each) for each in (x, reference))
         if moving is not None and taught is not None:
             if taught.shape[1] > 1:
-                found["motion"] = motion(moving) / max(motion(taught), 1e-8)
+                found["motion"] = float(changes(moving).mean() / changes(taught).mean().clamp_min(1e-8))
             x, reference = moving.flatten(0, 1), taught.flatten(0, 1)
         mean, size = channel_means(reference), deviation(reference)
         found["latent_mean"] = float((channel_means(x) - mean).square().mean().sqrt()) / max(size, 1e-8)
@@ -259,11 +260,6 @@ class Probe:
 def spread(samples: Tensor) -> float:
     """The root mean square difference of two samples [A, B, D] that differ in A and share B."""
     return float((2 * samples.float().var(0).mean()).sqrt())
-
-
-def motion(frames: Tensor) -> float:
-    """The root mean square difference of neighbours among frames [B, F, ...]."""
-    return float(frames.float().diff(dim=1).square().mean().sqrt())
 
 
 def channel_means(x: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ SIGNS: Mapping[SignName, Sign] = MappingProxyType(
             "the student's videos move {value:.2f} times as much as the teacher's",
             0.5,
             "as for collapse, of the frames of one video: they come to be one picture",
-            "lower train.lr; more options.fake_updates; phased_dmd, whose early steps go on being drawn as they were",
+            "lower train.lr; more options.fake_updates; phased_dmd, which trains high noise by itself",
             worse=0.6,
             looks=2,
         ),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from stepdistill.evaluation.drawing import Drawing, trailing
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.sample import sample
 from stepdistill.evaluation.suite import Suite
+from stepdistill.evaluation.video_pipelines import draws_videos
 from stepdistill.networks.own_call import OwnCall, own_call
 
 PROMPTS = ("red apple", "a dog")
@@ -283,3 +285,8 @@ def test_a_pipeline_whose_guidance_is_a_component_is_drawn_at_the_asked_scale(tm
         for g in (2.0, 9.0)
     ]
     assert np.abs(both[0].astype(int) - both[1]).max() > 4
+
+
+@pytest.mark.parametrize("name", ["WanPipeline", "LattePipeline", "SanaVideoPipeline", "AnimateDiffPipeline"])
+def test_pipelines_of_videos_are_known_whatever_their_calls_name_the_frames(name: str) -> None:
+    assert draws_videos(getattr(diffusers, name)) and not draws_videos(diffusers.StableDiffusionPipeline)

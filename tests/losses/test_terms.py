@@ -163,7 +163,10 @@ def test_what_the_perceptual_term_wants_holds_no_graph():
 class Counted(find_method("reflow")):
     """Keeps the steps it is told, and logs that are not to be written to; its samples are judged from its step 5."""
 
-    judged_from = 5
+    class Options(find_method("reflow").Options):
+        @property
+        def judged_from(self):
+            return 5
 
     def setup(self):
         super().setup()
@@ -179,7 +182,7 @@ class Counted(find_method("reflow")):
         return frozenset({f"anew {turn.step}"})
 
     def phase(self, step):
-        return "late" if step >= self.judged_from else "early"
+        return "late" if step >= self.options.judged_from else "early"
 
 
 def counted():

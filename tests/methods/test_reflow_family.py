@@ -360,8 +360,10 @@ def test_slimflow_swaps_in_the_familys_smaller_network():
     assert modules_of(method)["student"].first.out_features == 16
     assert method.flow.net.first.out_features == 16
     assert teacher.denoiser.net.first.out_features == 64
-    assert method.judged_from == method.options.reflow_updates  # a new network's samples say nothing before
-    assert build(SlimFlow, Straight(STRAIGHT)).judged_from == 0
+    assert (
+        method.options.judged_from == method.options.reflow_updates
+    )  # a new network's samples say nothing before
+    assert SlimFlow.Options().judged_from == 0
     for share in (0.0, 1.5):
         with pytest.raises(ValueError):
             SlimFlow.Options(width=share)
