@@ -56,8 +56,8 @@ each and draws with plain diffusers again:
 
 LTX-2 has a family, and is distilled with its sound: a state is both. It has no features for a GAN and takes no videos.
 
-What draws in several stages, from pictures, or frame by frame at times of their own is refused, and told why; so are
-Allegro, whose VAE decodes in tiles alone, and ModelScope's text to video. What is recorded has LoRA, merged and as a
+What draws in several stages, from pictures, or frame by frame at times of their own is refused, and told why; so is
+Allegro, whose VAE decodes in tiles alone. What is recorded has LoRA, merged and as a
 file where its class takes one, a second time where its network embeds the timestep with a bias, and a scheduler by what
 its call passes. It has no features for a GAN, and takes images where its VAE alone says how.
 """

@@ -17,6 +17,7 @@ from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
 from stepdistill.evaluation.suite import Suite
 from stepdistill.evaluation.video_pipelines import sounds_of
+from stepdistill.families import known_family
 from stepdistill.families._guiders import guided_at, guiders_of
 from stepdistill.families.plain_calls import AS_ASKED
 from stepdistill.pages.videos import Sound
@@ -83,6 +84,8 @@ class Drawing:
         videos are asked for, [B, F, 3, H, W]."""
         rows = range(self._suite.n) if rows is None else rows
         self.seconds, self.passes = 0.0, 0
+        family = known_family(type(self._pipe).__name__)
+        batch = 1 if family is not None and family.alone else batch
         scheduler = self._pipe.scheduler
         given: Mapping[str, Any] = {}
         if self._trailing:

@@ -212,7 +212,7 @@ def clean_predictions(
             alpha, sigma = config.alphas[i], config.sigmas[i]
             x0, _ = code.read(step.output.float(), step.sample.float(), alpha, sigma, config.prediction_type)
             times.append(_time(scheduler, step.timestep, sigma))
-            states.append(family.unpack(x0[:rows], shape))
+            states.append(family.unpack(x0, shape)[:rows])
         return times, states
     path, output = path_of(scheduler)
     if isinstance(path, TrigPath) or getattr(scheduler, "init_noise_sigma", 1.0) not in (1, 1.0):
@@ -220,7 +220,7 @@ def clean_predictions(
             f"trace: the states of a {type(scheduler).__name__} are scaled in a way that is not known here"
         )
     for step, t in zip(seen.steps, times_asked(seen, path), strict=True):
-        x, said = (family.unpack(each[:rows].float(), shape) for each in (step.sample, step.output))
+        x, said = (family.unpack(each.float(), shape)[:rows] for each in (step.sample, step.output))
         times.append(t)
         states.append(_read(path, said, output, x, t))
     return times, states

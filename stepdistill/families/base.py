@@ -46,8 +46,8 @@ class Family(ABC):
         video: whether a state has frames, and its VAE takes [B, 3, F, H, W].
         keeps_length: whether a guided output is given the length, along the last axis of what :meth:`pack` makes of
             it, of the output for the prompt alone.
-        alone: whether prompts of several lengths are drawn one at a time, as the pipeline has no mask for what pads
-            them to the longest.
+        alone: whether prompts are drawn one at a time, as a call of several has no mask for what pads them to the
+            longest, or gives their fresh noise no generator of its own.
         lora_targets: suffixes of the layers that carry LoRA.
         freezable: levels of ``student.freeze``, by name: a regular expression of the names of parameters that stay.
         picture_tokens: which of the outputs of a block of several kinds of tokens are the picture's.

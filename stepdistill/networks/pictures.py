@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,13 +50,15 @@ def _drawn(
     student: Student, sampler: Sampler, codec: Codec, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Tensor:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    shape = (1, *codec.shape)
+    family, shape = codec.family, (1, *codec.shape)
+    start = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(codec.device)
+    packed = family.pack(start[:1]).shape  # as its scheduler draws them
 
-    def noise() -> Tensor:
-        rows = [torch.randn(shape, generator=generator) for generator in generators]
+    def drawn(call: int) -> Tensor:
+        rows = [family.unpack(torch.randn(packed, generator=own), codec.shape) for own in generators]
         return torch.cat(rows).to(codec.device)
 
-    start, fresh = noise(), lambda call: noise()
+    fresh: Callable[[int], Tensor] = drawn
     if isinstance(student.path, FlowPath):  # the noise of its travelling scheduler
         fresh = codec.fresh_noise(travelling_module("flow_consistency"), start)
     states = sampler.draw(student, start, codec.encode(prompts), fresh)

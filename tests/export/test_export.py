@@ -71,6 +71,7 @@ CLASSES = {
     "sd3.5": "StableDiffusion3Pipeline",
     "flux-2": "Flux2Pipeline",
     "kandinsky5": "Kandinsky5T2VPipeline",
+    "text-to-video": "TextToVideoSDPipeline",
 }
 OWN_GRID = {"cogview4": ["flow_consistency"]}
 """Whose scheduler travels, as no stock one has their grid."""

@@ -82,8 +82,9 @@ def close(ours: Tensor, wanted: Tensor) -> bool:
 
 
 def same(name: str) -> Callable[[Tensor, Tensor], bool]:
-    """Bit-equal, or close where a student has its teacher's guidance folded into a bias."""
-    return close if name in EMBEDDED else torch.equal
+    """Bit-equal, or close where a student has its teacher's guidance folded into a bias, and where convolutions over
+    frames round a copy's weights in another order."""
+    return close if name in (*EMBEDDED, "text-to-video") else torch.equal
 
 
 def inputs(teacher: PipelineTeacher, name: str, count: int = 3) -> tuple[Tensor, Tensor, Condition]:
@@ -108,7 +109,9 @@ def test_the_network_is_called_as_the_pipeline_calls_it(name: str, teacher_of: T
         out = -out if name == "lumina2" else out
         time = float(torch.as_tensor(timestep).flatten()[0])
         state = teacher.codec.shape
-        x, out = (teacher.family.unpack(value, state) for value in (x, out))
+        x, out = (
+            value if value.shape[1:] == state else teacher.family.unpack(value, state) for value in (x, out)
+        )
         calls.append((time, x.clone(), out[:, : x.shape[1]]))
 
     hooks = [net.register_forward_hook(note, with_kwargs=True) for net in networks_in(teacher.denoiser.net)]
@@ -365,6 +368,8 @@ def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of
     images = frames[:, 0]
     if name in VIDEO or name == "qwen-image":  # by channel, and frames behind channels
         images = frames.transpose(1, 2)
+    if name == "text-to-video":  # whose VAE is one of pictures
+        images = frames.flatten(0, 1)
     if name == "ltx":  # by numbers that stand beside its weights
         scale = 1 / vae.latents_std[:, None, None, None]
         shift = vae.latents_mean[:, None, None, None]
@@ -388,10 +393,12 @@ def test_latents_are_the_shifted_and_scaled_posterior_mode(name: str, teacher_of
             wanted = torch.cat([wanted[:, :1], wanted], dim=1)
         if name == "kandinsky5":  # whose states have their channels last
             wanted = wanted.movedim(1, -1)
+        if name == "text-to-video":
+            wanted = wanted.unflatten(0, (2, -1)).transpose(1, 2)
         assert torch.allclose(states, wanted.squeeze(2) if name == "qwen-image" else wanted, atol=1e-6)
         told = [torch.zeros(2)] if name == "ltx" else []  # that there is no noise left
         decoded = (vae.decode(mean, *told).sample / 2 + 0.5).clamp(0, 1)
-    wanted = decoded.transpose(1, 2) if images.ndim == 5 else decoded[:, None]
+    wanted = decoded.transpose(1, 2) if images.ndim == 5 else decoded.reshape(frames.shape)
     assert torch.allclose(teacher.codec.to_frames(states), wanted, atol=1e-5)
 
 

@@ -33,7 +33,8 @@ from stepdistill.training.chosen_terms import chosen_terms
 Teachers = Callable[[str], PipelineTeacher]
 
 
-@pytest.mark.parametrize("name", sorted(set(PIPELINES) - {"wan-2.2", "sana-sprint"}))
+# text-to-video's frames lie in its scheduler's batch, which recording refuses.
+@pytest.mark.parametrize("name", sorted(set(PIPELINES) - {"wan-2.2", "sana-sprint", "text-to-video"}))
 def test_the_recorded_family_of_a_known_pipeline_is_the_known_one(name: str, teacher_of: Teachers) -> None:
     """Layout, time, sign, conditions, null, size, pictures, and what its scheduler is passed."""
     small = name == "sana"  # its own size is a thousand pixels

@@ -49,6 +49,7 @@ SAMPLERS = {
     "flux-2": Sampler((1.0, 0.75), False),
     "sana-sprint": Sampler((1.0, 0.8276), True),
     "kandinsky5": Sampler((1.0, 0.9), False),
+    "text-to-video": Sampler(uniform_times(4), True),
 }
 
 
@@ -56,7 +57,12 @@ def drawn(pipe: Any, folder: Path) -> Tensor:
     """What a pipeline draws by a folder's manifest, uint8 [B, 3, H, W]."""
     manifest = json.loads((folder / VERIFICATION / "manifest.json").read_text())
     generators = [torch.Generator().manual_seed(seed) for seed in manifest["seeds"]]
-    images = pipe(**manifest["call"], generator=generators, output_type="np", return_dict=False)[0]
+    call: dict[str, Any] = {**manifest["call"], "output_type": "np", "return_dict": False}
+    if manifest["alone"]:
+        each = zip(call["prompt"], generators, strict=True)
+        images = np.concatenate([pipe(**{**call, "prompt": [p]}, generator=[g])[0] for p, g in each])
+    else:
+        images = pipe(**call, generator=generators)[0]
     return strip(frames_of(images * 255)).round().to(torch.uint8)
 
 

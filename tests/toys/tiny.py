@@ -53,6 +53,7 @@ PIPELINES = (
     "sd3.5",
     "flux-2",
     "kandinsky5",
+    "text-to-video",
 )
 """What ``tiny_pipeline`` builds, one or more for every family."""
 
@@ -66,6 +67,7 @@ MORE = (
     "cog-video-x",
     "cog-video-x-1.5",
     "sana-sprint",
+    "text-to-video",
 )
 """Those of tiny_more.py, with which fewer things are tried that no family has to do with."""
 
@@ -73,7 +75,16 @@ EMBEDDED = ("flux", "flux-2", "hunyuan-video", "sana-sprint")
 """With guidance as an input of the network."""
 
 WITH_TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "schnell", "wan", "wan-2.2", *MORE)
-VIDEO = ("wan", "wan-2.2", "ltx", "hunyuan-video", "cog-video-x", "cog-video-x-1.5", "kandinsky5")
+VIDEO = (
+    "wan",
+    "wan-2.2",
+    "ltx",
+    "hunyuan-video",
+    "cog-video-x",
+    "cog-video-x-1.5",
+    "kandinsky5",
+    "text-to-video",
+)
 WITH_VAE = ("dit", *WITH_TEXT)
 FLOW = ("sd3", "flux", "schnell", "wan", "wan-2.2", *MORE_FLOW)
 GUIDED = (
@@ -99,6 +110,7 @@ SIZES = {
     "hunyuan-video": Size(16, 32, 9),
     "sana-sprint": Size(32, 64),
     "kandinsky5": Size(16, 32, 5),
+    "text-to-video": Size(16, 24, 3),
 }
 """What tiny pipelines draw whose own default is that of the real ones."""
 

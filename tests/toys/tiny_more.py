@@ -594,6 +594,28 @@ def _kandinsky5(visual_cond: bool = False) -> Any:
     return pipe
 
 
+def _text_to_video() -> Any:
+    import diffusers
+
+    unet = diffusers.UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    return diffusers.TextToVideoSDPipeline(
+        vae=tiny_vae(),
+        text_encoder=clip_text_encoder(16, projected=False),
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    )
+
+
 def kandinsky5_beside_a_picture() -> Any:
     """With the channels in which its network can be given a picture to start from, as it is published."""
     return _kandinsky5(visual_cond=True)
@@ -618,6 +640,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "chroma": _chroma,
     "flux-2": _flux_2_dev,
     "kandinsky5": _kandinsky5,
+    "text-to-video": _text_to_video,
 }
 
 GEMMA: dict[str, Any] = {
