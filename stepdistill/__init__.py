@@ -9,6 +9,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.evaluate import evaluate
+    from stepdistill.recipes.recipe import load_recipe
+    from stepdistill.training.distil import distill
 
 __version__ = "0.1.0"
 
