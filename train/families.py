@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from stepdistill.errors import UserError
+from stepdistill.export.adapters import no_adapter_file
 from stepdistill.export.schedulers import check_sampler, stock_scheduler
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.networks.derivative import directional_derivative
@@ -51,15 +52,16 @@ each and draws with plain diffusers again:
   2.1, Kandinsky 3 and 5, Krea 2, LCM, LDM (no fresh noise between steps), LongCat-Image, Lumina, NucleusMoE-Image,
   Ovis-Image, Qwen-Image 2.1, Z-Image Omni, and the classes with perturbed or self-attention guidance, which is left
   out;
-- videos: AnimateDiff (SD and SDXL), EasyAnimate, HunyuanVideo 1.5, Latte, LTX 0.9.5 and later, Mochi (two steps and
-  more: its call divides by zero in one), Motif Video, SANA-Video.
+- videos: Allegro (its VAE decodes in tiles alone: call `pipe.vae.enable_tiling()`), AnimateDiff (SD and SDXL),
+  EasyAnimate, HunyuanVideo 1.5, Latte, LTX 0.9.5 and later, Mochi (two steps and more: its call divides by zero in
+  one), Motif Video, SANA-Video.
 
 LTX-2 has a family, and is distilled with its sound: a state is both. It has no features for a GAN and takes no videos.
 
-What draws in several stages, from pictures, or frame by frame at times of their own is refused, and told why; so is
-Allegro, whose VAE decodes in tiles alone. What is recorded has LoRA, merged and as a
-file where its class takes one, a second time where its network embeds the timestep with a bias, and a scheduler by what
-its call passes. It has no features for a GAN, and takes images where its VAE alone says how.
+What draws in several stages, from pictures, or frame by frame at times of their own is refused, and told why. What is
+recorded has LoRA, merged and as a file where its class takes one, a second time where its network embeds the timestep
+with a bias, and a scheduler by what its call passes. It has no features for a GAN, and takes images where its VAE alone
+says how.
 """
 
 
@@ -91,7 +93,7 @@ def cells(teacher: PipelineTeacher, prompts: list[str]) -> tuple[str, ...]:
     def lora() -> str:
         if not lora_layers(Adapters(teacher, 2).student.net):
             return "no: no layers"
-        loads = callable(getattr(type(teacher.pipe), "save_lora_weights", None))
+        loads = no_adapter_file(teacher) is None
         return "adapter and merged" if loads else "merged alone: its pipeline loads no adapter"
 
     def second_time() -> str:

@@ -33,6 +33,9 @@ def no_adapter_file(teacher: PipelineTeacher, student: Student | None = None) ->
         return f"{kind.__name__} has no load_lora_weights"
     if f"{network}_lora_layers" not in inspect.signature(writer).parameters:
         return f"{kind.__name__}.save_lora_weights takes no layers of its {network}"
+    net = getattr(teacher.pipe, network)
+    if not hasattr(net, "load_lora_adapter"):  # ModelScope's, whose pipeline calls it all the same
+        return f"{type(net).__name__} has no load_lora_adapter"
     if student is not None and student.two_times:
         return "its network was given a second time, which is no adapter"
     return None

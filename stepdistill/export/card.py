@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stepdistill.export.shared import Terms, is_hub_name, loaded_from, shown_name, without_folders
-from stepdistill.networks.pipeline_files import ADAPTER, LORA, tensor_types
+from stepdistill.networks.pipeline_files import ADAPTER, LORA, TILED_VAE, components, read_index, tensor_types
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.travelling import REASONS, travelling_code
 
@@ -71,7 +71,12 @@ def for_folder(card: str, folder: Path) -> str:
     if travelling_code(folder):
         more += ", trust_remote_code=True"
         card = card.replace(STOCK, _code_note(folder))
-    return card.replace(_CALL, f"{_CALL[:-1]}{more})")
+    tiles = (
+        "\npipe.vae.enable_tiling()"
+        if components(read_index(folder)).get("vae", ("",))[-1] == TILED_VAE
+        else ""
+    )
+    return card.replace(_CALL, f"{_CALL[:-1]}{more}){tiles}")
 
 
 def _of_adapter(card: str, folder: Path) -> str:
@@ -109,7 +114,7 @@ CARD = """---
 ```python
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
-image = pipe({call}).images[0]
+{shown} = pipe({call}).{field}[0]
 ```
 
 It is made of stock diffusers classes alone. **Pass `num_inference_steps={steps}`**{guidance_note} The step grid is in
@@ -158,6 +163,7 @@ def model_card(
     pictures: int = 0,
     lora: LoraFacts | None = None,
     alone: bool = False,
+    video: bool = False,
 ) -> str:
     """The Markdown of a student's README.md.
 
@@ -176,6 +182,7 @@ def model_card(
         pictures: how many of the student's own to show.
         lora: where the student is an adapter.
         alone: whether it is exported as that alone.
+        video: whether it draws videos.
     """
     shown = {k: (v[0] if isinstance(v, list) and k == "prompt" else v) for k, v in call.items()}
     shown.pop("batch_size", None)
@@ -189,11 +196,12 @@ def model_card(
         note = f" and the `guidance_scale` you want, such as {scale:g}: it is an input of the network."
     name, terms = shown_name(teacher), terms or Terms({}, None, ())
     base = teacher if is_hub_name(teacher) else terms.base_model
+    kind = "video" if video else "image"
     metadata = {
         "library_name": "diffusers",
         **({"base_model": base} if base else {}),
         **terms.metadata,
-        "pipeline_tag": "text-to-image" if "prompt" in call else "unconditional-image-generation",
+        "pipeline_tag": f"text-to-{kind}" if "prompt" in call else f"unconditional-{kind}-generation",
         "tags": ["stepdistill", "distillation", "few-step", method, *(["lora"] if lora else [])],
     }
     more = {"LoRA": f"rank {lora.rank}, scale {lora.scale:g}, `{LORA}`"} if lora else {}
@@ -207,6 +215,8 @@ def model_card(
         teacher=name,
         method=method,
         steps=steps,
+        shown=kind,
+        field="frames" if video else "images",
         call=", ".join(f"{key}={value!r}" for key, value in shown.items()),
         guidance_note=note,
         guidance=f"{guidance:g}",

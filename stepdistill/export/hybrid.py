@@ -221,6 +221,7 @@ def write_hybrid(
         command=command,
         terms=terms_of(str(source)),
         pictures=len(manifest["seeds"]),
+        video=family.video,
     )
     write_composed(
         folder, made.pipe, family.network, source, call, manifest["seeds"],

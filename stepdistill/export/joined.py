@@ -118,6 +118,7 @@ def write_joined(
         terms=terms_of(str(first.folder)),
         facts={"prompts of each student": ", ".join(str(int((parts == k).sum())) for k in range(count))},
         pictures=count,
+        video=family.video,
     )
     write_composed(
         folder, pipe, family.network, first.folder, call, range(count), draw, card, alone=family.alone

@@ -51,6 +51,8 @@ if base != folder:
     pipe.scheduler = getattr(diffusers, name).from_pretrained(f"{folder}/scheduler")
 if getattr(pipe, "watermark", None) is not None:
     pipe.watermark = None  # SDXL adds one where invisible-watermark is installed, whatever the folder says
+if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":
+    pipe.vae.enable_tiling()  # it decodes no other way
 pipe.set_progress_bar_config(disable=True)
 generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
 def draw(call, generators):

@@ -61,7 +61,7 @@ def write_with_lora(student: str | Path, lora: str, scale: float, folder: Path, 
     try:
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=NAME)
         pipe.set_adapters([NAME], adapter_weights=[scale])
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, AttributeError, RuntimeError, OSError) as error:
         raise UserError(
             f"--add-lora: {file} does not fit this student's {type(before).__name__}: {first_line(error)}"
         ) from error
@@ -72,10 +72,13 @@ def write_with_lora(student: str | Path, lora: str, scale: float, folder: Path, 
 
     @full_float32()
     def draw() -> Tensor:
-        call: Mapping[str, Any] = manifest["call"]
+        call: Mapping[str, Any] = {**manifest["call"], "output_type": "np", "return_dict": False}
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
-        drawn = pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
-        return strip(frames_of(drawn))
+        calls = [(call, generators)]
+        if manifest.get("alone"):
+            each = zip(call["prompt"], generators, strict=True)
+            calls = [({**call, "prompt": [prompt]}, [own]) for prompt, own in each]
+        return torch.cat([strip(frames_of(pipe(**one, generator=own)[0])) for one, own in calls])
 
     note = f"\nThe LoRA `{file.name}` is in its weights at scale {scale:g}.\n"
     card = (source / "README.md").read_text("utf-8") + note

@@ -287,13 +287,15 @@ class _Recorder:
         except Exception:  # whatever a VAE says to states of another layout
             plain = None
         if plain is not None and plain.shape == frames.shape and near(plain.cpu(), frames):
-            try:
-                decode(self.pipe, torch.cat([states, states]))
-            except RuntimeError:  # that of HunyuanVideo 1.5 takes no two videos
-                found = replace(found, one_by_one=True)
-            return replace(found, plain_vae=True)
-        if not near(family.drawn_frames(self.pipe, states).cpu(), frames):
-            raise Unlike("the last state, decoded again, is another picture")
+            found = replace(found, plain_vae=True)
+        else:
+            decode = family.drawn_frames
+            if not near(decode(self.pipe, states).cpu(), frames):
+                raise Unlike("the last state, decoded again, is another picture")
+        try:
+            decode(self.pipe, torch.cat([states, states]))
+        except RuntimeError:  # that of HunyuanVideo 1.5 takes no two videos
+            found = replace(found, one_by_one=True)
         return found
 
     def _repeated(

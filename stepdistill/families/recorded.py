@@ -241,8 +241,8 @@ class Recorded(Family):
         return super().by_frame(pipe, states, size) if self.found.state[0] == channels else None
 
     def to_frames(self, pipe: Any, x0: Tensor) -> Tensor:
-        plain = self.found.plain_vae
-        return self._one_by_one(super().to_frames, pipe, x0) if plain else self.drawn_frames(pipe, x0)
+        decode = super().to_frames if self.found.plain_vae else self.drawn_frames
+        return self._one_by_one(decode, pipe, x0)
 
     def _one_by_one(self, of: Callable[[Any, Tensor], Tensor], pipe: Any, rows: Tensor) -> Tensor:
         """What its VAE makes of rows, which it may not take together."""

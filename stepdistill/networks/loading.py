@@ -24,6 +24,7 @@ from stepdistill.networks.pipeline_files import (
     ADAPTER,
     LORA,
     SAFETY_CHECKER,
+    TILED_VAE,
     absent_components,
     check_files,
     components,
@@ -88,6 +89,8 @@ def load_folder(
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise UserError(f"{what}: diffusers cannot load it: {reason}") from error
+    if type(pipe.components.get("vae")).__name__ == TILED_VAE:
+        pipe.vae.enable_tiling()
     return pipe if filters else without_filters(pipe)
 
 

@@ -24,6 +24,8 @@ SAFETY_CHECKER = "safety_checker"
 ADAPTER = "adapter.json"
 """In the folder of a student that is an adapter alone: which teacher it is for."""
 LORA = "pytorch_lora_weights.safetensors"
+TILED_VAE = "AutoencoderKLAllegro"
+"""It decodes in tiles alone, which whoever draws switches on: no folder says so."""
 _OTHER_WEIGHTS = {
     ".bin",
     ".ckpt",

@@ -90,6 +90,7 @@ def card(run: Assembled, starts: Sequence[Start], scores: str = "", health: Heal
         pictures=PICTURES,
         lora=lora,
         alone=alone,
+        video=run.teacher.family.video,
     )
 
 

@@ -16,6 +16,7 @@ from tiny_unknown import SIZES, run_of, unknown_pipeline
 
 from stepdistill.cli.doctor import examine_teacher
 from stepdistill.errors import UserError
+from stepdistill.export.card import PLAIN, for_folder
 from stepdistill.export.checks import grid_check, silent_draw, teacher_check
 from stepdistill.families._classes import check_class
 from stepdistill.families._guiders import guiders_of
@@ -24,6 +25,7 @@ from stepdistill.families.recorded import two_prompts
 from stepdistill.families.size import Size
 from stepdistill.families.stable_diffusion_3 import StableDiffusion3
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.loading import load_pipeline
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.teacher import PipelineTeacher
@@ -118,6 +120,18 @@ def test_what_a_recording_has_not_is_refused_with_the_reason() -> None:
         chosen_terms(recipe, teacher, ["cat"], None)
     with pytest.raises(UserError, match=f"was recorded at {size}"):
         teacher.family.check_size(teacher.pipe, Size(64, 64, 9))
+
+
+def test_a_vae_that_decodes_in_tiles_alone_decodes_so_and_one_after_another(tmp_path: Path) -> None:
+    """Allegro's, which a folder cannot say of itself and whose tiles hold one video."""
+    unknown_pipeline("AllegroPipeline").save_pretrained(tmp_path / "teacher")
+    pipe = load_pipeline(tmp_path / "teacher")[0]
+    family = record(pipe, *path_of(pipe.scheduler), SIZES["AllegroPipeline"])
+    states = torch.randn(2, *family.found.state, generator=torch.Generator().manual_seed(1))
+    frames = family.to_frames(pipe, states)
+    assert frames.shape == (2, 24, 3, 160, 160) and frames.std() > 0.01
+    assert torch.equal(frames[1:], family.to_frames(pipe, states[1:]))
+    assert "pipe.vae.enable_tiling()" in for_folder(PLAIN, tmp_path / "teacher")
 
 
 def test_what_cannot_be_recorded_is_told_in_one_line() -> None:

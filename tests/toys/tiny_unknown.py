@@ -72,7 +72,7 @@ def run_of(name: str, folder: Path, lora_rank: int) -> tuple[str, str]:
 
 
 SIZES = {
-    "AllegroPipeline": Size(16, 32, 5),
+    "AllegroPipeline": Size(160, 160, 24),
     "BriaPipeline": Size(16, 24),
     "LattePipeline": Size(32, 32, 2),
     "MochiPipeline": Size(16, 32, 7),
@@ -81,7 +81,6 @@ SIZES = {
     "SanaVideoPipeline": Size(32, 32, 5),
     "SkyReelsV2DiffusionForcingPipeline": Size(32, 16, 9),
     "SkyReelsV2Pipeline": Size(32, 16, 9),
-    "TextToVideoSDPipeline": Size(32, 32, 2),
     "AnimateDiffPipeline": Size(32, 32, 2),
 }
 """What those draw whose own default is that of the real ones."""
@@ -139,16 +138,16 @@ def _allegro() -> Any:
         tokenizer=tiny_t5_tokenizer(),
         text_encoder=tiny_t5(16),
         vae=diffusers.AutoencoderKLAllegro(
-            block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=32
+            block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=160
         ),
         transformer=diffusers.AllegroTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=24,
             num_layers=1,
             cross_attention_dim=48,
-            sample_height=2,
-            sample_width=4,
-            sample_frames=2,
+            sample_height=20,
+            sample_width=20,
+            sample_frames=6,
             caption_channels=16,
         ),
         scheduler=diffusers.EulerAncestralDiscreteScheduler(**BETAS),
@@ -320,25 +319,6 @@ def _if() -> Any:
     )
 
 
-def _text_to_video() -> Any:
-    return diffusers.TextToVideoSDPipeline(
-        vae=tiny_vae(),
-        text_encoder=clip_text_encoder(16, projected=False),
-        tokenizer=clip_tokenizer(),
-        unet=diffusers.UNet3DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            cross_attention_dim=16,
-        ),
-        scheduler=diffusers.DDIMScheduler(**BETAS, clip_sample=False),
-    )
-
-
 def _animate() -> Any:
     return diffusers.AnimateDiffPipeline(
         vae=tiny_vae(),
@@ -388,7 +368,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "StableDiffusionPAGPipeline": with_pag("StableDiffusionPAGPipeline", tiny._sd, "mid"),
     "StableDiffusion3PAGPipeline": with_pag("StableDiffusion3PAGPipeline", tiny._sd3, "blocks.1"),
     "StableDiffusionXLPAGPipeline": with_pag("StableDiffusionXLPAGPipeline", tiny._sdxl, "mid"),
-    "TextToVideoSDPipeline": _text_to_video,
 }
 """By class."""
 for _more in (unknown_images, unknown_images_more, unknown_older, unknown_videos):
