@@ -54,20 +54,26 @@ def points(teacher: PipelineTeacher, name: str) -> tuple[Tensor, Condition]:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_at_the_start_every_jump_is_the_teachers(name: str, teacher_of: Teachers) -> None:
-    """Output, jump and velocity equal those without a second time bit for bit at any (t, s), s = t among them."""
+    """Output, jump and velocity equal those without a second time bit for bit at any (t, s), s = t among them;
+    where convolutions over frames round a copy's weights in another order, to 1e-5."""
     teacher = teacher_of(name)
+
+    def equal(ours: Tensor, wanted: Tensor) -> bool:
+        near = name == "text-to-video"
+        return torch.allclose(ours, wanted, rtol=1e-5, atol=1e-5) if near else torch.equal(ours, wanted)
+
     plain, student = Student.from_teacher(teacher), two_timed(teacher)
     assert student.two_times and not plain.two_times
     x, cond = points(teacher, name)
     start, end = torch.tensor([1.0, 0.9, 0.503, 0.2]), torch.tensor([0.0, 0.4, 0.503, 0.0])
     with torch.no_grad():
         own = plain.raw(x, start, cond)
-        assert torch.equal(student.raw(x, start, cond, end), own)
-        assert torch.equal(student.raw(x, start, cond), own)
+        assert equal(student.raw(x, start, cond, end), own)
+        assert equal(student.raw(x, start, cond), own)
         if name not in EMBEDDED:  # of which a student has its scale folded in
-            assert torch.equal(teacher.denoiser.raw(x, start, cond), own)
+            assert equal(teacher.denoiser.raw(x, start, cond), own)
         flow = student.flow_velocity(x, start, end, cond)
-        assert torch.equal(flow, plain.flow_velocity(x, start, end, cond))
+        assert equal(flow, plain.flow_velocity(x, start, end, cond))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
