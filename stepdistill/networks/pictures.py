@@ -52,11 +52,12 @@ def _drawn(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     family, shape = codec.family, (1, *codec.shape)
     start = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(codec.device)
-    packed = family.pack(start[:1]).shape  # as its scheduler draws them
+    packed = family.pack(start[:1]).shape  # in which its scheduler draws noise
 
     def drawn(call: int) -> Tensor:
-        rows = [family.unpack(torch.randn(packed, generator=own), codec.shape) for own in generators]
-        return torch.cat(rows).to(codec.device)
+        noise = torch.cat([torch.randn(packed, generator=own) for own in generators]).to(codec.device)
+        # Where the layouts are one, SANA-Sprint's packing is a scale, which fresh noise has not.
+        return noise if packed == shape else family.unpack(noise, codec.shape)
 
     fresh: Callable[[int], Tensor] = drawn
     if isinstance(student.path, FlowPath):  # the noise of its travelling scheduler
