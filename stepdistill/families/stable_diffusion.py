@@ -26,14 +26,14 @@ class StableDiffusion(UNetFamily):
             time,
             encoder_hidden_states=cond["encoder_hidden_states"],
             timestep_cond=CHANGES.time_condition(net, x_t, cond),
-            added_cond_kwargs=self.added_conditions(cond),
+            **self.added_conditions(cond),
             return_dict=False,
         )[0]
         return output
 
-    def added_conditions(self, cond: Condition) -> dict[str, Tensor] | None:
-        """What the UNet is told besides the prompt's tokens; nothing for 1.x and 2.x."""
-        return None
+    def added_conditions(self, cond: Condition) -> dict[str, Any]:
+        """Arguments of the UNet besides the prompt's tokens; none for 1.x and 2.x."""
+        return {}
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         embeds, _ = pipe.encode_prompt(prompts, pipe.device, 1, False)
@@ -48,8 +48,8 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline", "KolorsPipeline")
     size_conditions = frozenset({"time_ids"})
 
-    def added_conditions(self, cond: Condition) -> dict[str, Tensor] | None:
-        return {name: cond[name] for name in ("text_embeds", "time_ids")}
+    def added_conditions(self, cond: Condition) -> dict[str, Any]:
+        return {"added_cond_kwargs": {name: cond[name] for name in ("text_embeds", "time_ids")}}
 
     @staticmethod
     def _condition(embeds: Tensor, pooled: Tensor, size: Size) -> Condition:

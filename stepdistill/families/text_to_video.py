@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stepdistill.families.base import call_default
-from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
-from stepdistill.families.stable_diffusion import CHANGES, StableDiffusion
+from stepdistill.families.stable_diffusion import StableDiffusion
 
 
 class TextToVideo(StableDiffusion):
@@ -49,16 +48,6 @@ class TextToVideo(StableDiffusion):
     def unpack(self, packed: Tensor, state: tuple[int, ...]) -> Tensor:
         frames: Tensor = packed.unflatten(0, (-1, state[1]))
         return frames.transpose(1, 2)
-
-    def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
-        output: Tensor = net(
-            x_t,
-            time,
-            encoder_hidden_states=cond["encoder_hidden_states"],
-            timestep_cond=CHANGES.time_condition(net, x_t, cond),
-            return_dict=False,
-        )[0]
-        return output
 
     def feature_shape(self, net: Any, state: tuple[int, ...]) -> tuple[int, int, int]:
         channels, height, width = super().feature_shape(net, state)
