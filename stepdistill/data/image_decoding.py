@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from stepdistill.errors import UserError
 from stepdistill.system.shipped import LFS
 
 if TYPE_CHECKING:
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 LARGEST_FILE = 1 << 28
 """Bytes; a member of an archive that claims more is refused."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_PASSING = {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR),
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH),
+}
+"""What the system says when it cannot read now, which says nothing of the file."""
 
 
 class Refused(Exception):
@@ -87,6 +94,9 @@ def decode(name: str, read: Callable[[], bytes], size: Size, *, upright: bool = 
         read: gives its bytes.
         size: see :func:`fit`.
         upright: turn it as its EXIF says that the camera was held.
+
+    Raises:
+        UserError: the system cannot read it now, as where too many files are open or a drive does not answer.
     """
     try:
         content = read()
@@ -96,12 +106,19 @@ def decode(name: str, read: Callable[[], bytes], size: Size, *, upright: bool = 
             return Decoded(name, *to_pixels(image, size, upright=upright))
     except Refused as refused:
         return Decoded(name, None, (str(refused),))
-    except UnidentifiedImageError:
-        return Decoded(name, None, ("cannot be read: it is none of " + ", ".join(FORMATS),))
+    except OSError as error:
+        if error.errno in _PASSING:  # what were kept without it would lack it for good
+            raise UserError(f"{name} cannot be read now: {error.strerror}") from None
+        return Decoded(name, None, (unreadable(error),))
     except Exception as error:  # a damaged file can raise anything in a decoder
-        return Decoded(
-            name, None, (f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}",)
-        )
+        return Decoded(name, None, (unreadable(error),))
+
+
+def unreadable(error: Exception) -> str:
+    """Why a file is not used, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot be read: it is none of " + ", ".join(FORMATS)
+    return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def to_pixels(

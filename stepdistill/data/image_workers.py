@@ -29,14 +29,16 @@ SHARED_MEMORY = "/dev/shm"
 
 def usual_workers(count: int) -> int:
     """How many processes decode so many images where nobody says it: all cores but two, at most 16, and no more than
-    shared memory has room for. 0, which leaves it to threads, for few images, on up to 5 cores (decoding lets go of
-    the interpreter, so that four threads fill them), and where processes cannot be forked, as a spawned one would run
-    the caller's script again."""
+    shared memory has room for; each process of a launch has its share of both. 0, which leaves it to threads, for few
+    images, on up to 5 cores (decoding lets go of the interpreter, so that four threads fill them), and where processes
+    cannot be forked, as a spawned one would run the caller's script again."""
     if sys.platform != "linux" or count < FEW:
         return 0
-    cores = len(os.sched_getaffinity(0))
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) // launched
     room = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
-    return 0 if cores < 6 else min(cores - 2, MOST, room // (2 * (WAITING + 1) * CHUNK_BYTES))
+    most = room // launched // (2 * (WAITING + 1) * CHUNK_BYTES)
+    return 0 if cores < 6 else min(cores - 2, MOST, most)
 
 
 class _Pixels(NamedTuple):
@@ -77,7 +79,7 @@ def decode_in_processes(
         upright: turn images as their EXIF says.
 
     Raises:
-        UserError: a process was ended, as by a system that is out of memory.
+        UserError: a process was ended, as by a system that is out of memory, or cannot read a file now.
     """
     decoder = _Decoder(entries, resolution, upright)
     loader = DataLoader(
@@ -92,6 +94,8 @@ def decode_in_processes(
     try:
         for chunk in loader:
             yield from _unpacked(chunk)
+    except UserError as error:  # a loader adds its process's traceback, which ends with the message
+        raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

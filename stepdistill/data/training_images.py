@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol, overload
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from stepdistill.data.prompts import DAMAGE, BadRow, caption_in, is_tar, webdata
 from stepdistill.data.texts import Texts, opened, rows_sha256
 from stepdistill.errors import UserError
 from stepdistill.system.emoji import emoji_captions, emoji_images
-from stepdistill.system.files import PerProcess
 
 
 class Images(Protocol):
@@ -275,11 +274,9 @@ class ImageTars:
         return rows_sha256(zip(self.names, self.sizes, self.captions, strict=True))
 
     def decoded(self, numbers: Sequence[int], sizes: Nearest) -> Iterator[Decoded]:
-        streams = [PerProcess(partial(opened, file)) for file in self.tars]
-
         def entry(number: int) -> Entry:
             place = self.starts[number], self.sizes[number]
-            return Entry(self.names[number], partial(_part, streams[self.tar[number]], *place))
+            return Entry(self.names[number], partial(_part, self.tars[self.tar[number]], *place))
 
         return decode_all(_Entries(entry, numbers), sizes, "anywhere", upright=True, workers=None)
 
@@ -288,10 +285,11 @@ class ImageTars:
         return [f"data.images: {len(self.names)} images with their captions, in {len(self.tars)} tar files"]
 
 
-def _part(stream: PerProcess[BinaryIO], start: int, size: int) -> bytes:
+def _part(file: Path, start: int, size: int) -> bytes:
     if size > LARGEST_FILE:
         raise Refused(f"claims {size} bytes; {LARGEST_FILE} are allowed")
-    return os.pread(stream().fileno(), size, start)
+    with opened(file) as stream:  # each time: of thousands of tars not all can be open
+        return os.pread(stream.fileno(), size, start)
 
 
 def find_images(place: Path) -> ImageFolder | ImageTars:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepdistill.data.image_decoding import Decoded, Refused, Size, fit
+from stepdistill.data.image_decoding import Decoded, Refused, Size, fit, unreadable
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def decode_video(name: str, file: Path, frames: int, rate: float | None, size: S
     except Refused as refused:
         return Decoded(name, None, (str(refused),))
     except Exception as error:  # a damaged file can raise anything in a decoder
-        return Decoded(
-            name, None, (f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}",)
-        )
+        return Decoded(name, None, (unreadable(error),))
 
 
 def _middle(

@@ -15,6 +15,9 @@ from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.size import Size
 
+TEXT_ENCODER = "text_encoder"
+"""How the names of a pipeline's text encoders begin."""
+
 Part = Literal["text", "vae"]
 Result = TypeVar("Result")
 
@@ -59,13 +62,15 @@ class Codec:
     @torch.no_grad()
     def to_states(self, frames: Tensor) -> Tensor:
         """Frames [B, F, 3, H, W] in [-1, 1] to clean states [B, ...]."""
-        return self._in_place(lambda: self.family.to_states(self.pipe, frames))
+        return self._in_place(lambda: self.family.to_states(self.pipe, frames), texts=False)
 
     def to_frames(self, states: Tensor) -> Tensor:
         """Clean states [B, ...] to frames [B, F, 3, H, W] in [0, 1], F = 1 for pictures; with a graph to the states,
         where they have one."""
         states = self.family.decoded_part(self.pipe, states, self.size)
-        return self._in_place(lambda: self.family.to_frames(self.pipe, states))
+        # A decoding without a graph is a draw, of all the pipeline.
+        texts = not self.family.differentiable
+        return self._in_place(lambda: self.family.to_frames(self.pipe, states), texts)
 
     def by_frame(self, states: Tensor) -> Tensor | None:
         """What of states [B, ...] is decoded, frame after frame, [B, F, C, H, W]; None of pictures, and where it
@@ -92,16 +97,20 @@ class Codec:
     def release(self, *parts: Part) -> None:
         """Moves text encoders or the VAE off the device; what needs them brings them back for as long as it takes."""
         for name, network in self._networks().items():
-            if ("text" in parts and name.startswith("text_encoder")) or ("vae" in parts and name == "vae"):
+            if ("text" in parts and name.startswith(TEXT_ENCODER)) or ("vae" in parts and name == "vae"):
                 network.to("cpu")
 
     def _networks(self) -> dict[str, nn.Module]:
         found: dict[str, Any] = self.pipe.components
         return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
-    def _in_place(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, with every network of the pipeline on the device while it runs."""
-        away = [part for part in self._networks().values() if _device(part).type != self.device.type]
+    def _in_place(self, work: Callable[[], Result], texts: bool = True) -> Result:
+        """What ``work`` returns, with every network of the pipeline on the device while it runs, but for text encoders
+        where it needs none: those of large models would be moved at every picture."""
+        wanted = [
+            part for name, part in self._networks().items() if texts or not name.startswith(TEXT_ENCODER)
+        ]
+        away = [part for part in wanted if _device(part).type != self.device.type]
         for part in away:
             part.to(self.device)
         try:

@@ -98,18 +98,29 @@ def teacher_pictures(
 
 
 def teacher_frames(
-    teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    teacher: PipelineTeacher,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    codec: Codec | None = None,
 ) -> Iterator[Tensor]:
-    """The same with all frames [B', F, 3, H, W] in [0, 1], as many at a time as are decoded together."""
-    for part in _parts(teacher.codec, prompts, seeds):
-        yield _taught(teacher, *part, steps, guidance)
+    """The same with all frames [B', F, 3, H, W] in [0, 1], as many at a time as are decoded together; by another codec
+    than the teacher's, which has encoded the prompts."""
+    codec = codec or teacher.codec
+    for part in _parts(codec, prompts, seeds):
+        yield _taught(teacher, codec, *part, steps, guidance)
 
 
 @torch.no_grad()
 def _taught(
-    teacher: PipelineTeacher, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    teacher: PipelineTeacher,
+    codec: Codec,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
 ) -> Tensor:
-    codec = teacher.codec
     shape = (1, *codec.shape)
     noise = torch.cat(
         [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,6 +16,10 @@ from stepdistill.errors import OtherProcessError, UserError
 if TYPE_CHECKING:
     import torch
 
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others. Ten minutes, the default on GPUs, are less than one of them takes alone for
+pictures of a large teacher, a checkpoint or the report; a process that dies ends the others by the launcher anyway."""
 
 T = TypeVar("T")
 FAILED = ".failed"
@@ -143,7 +148,8 @@ def launched() -> Processes:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
     if state.num_processes != wanted:
         raise UserError(f"{wanted} processes were launched, but accelerate runs {state.num_processes}")
     return Processes(state.process_index, state.num_processes, state.device)

@@ -28,6 +28,7 @@ from stepdistill.families.size import Size
 from stepdistill.losses.contract import Method, MethodOptions
 from stepdistill.losses.objective import Objective
 from stepdistill.networks.checkpointing import check_checkpointing
+from stepdistill.networks.codec import Codec, Encoded
 from stepdistill.networks.compiled import check_compile, compiled_parts
 from stepdistill.networks.derivative import takes_exact
 from stepdistill.networks.distilled import why_of_few_steps
@@ -109,6 +110,11 @@ class Assembled:
         if self.part is not None:
             return [self.prompts[int(self.part[i * len(self.part) // count])] for i in range(count)]
         return [self.prompts[i * len(self.prompts) // count] for i in range(count)]
+
+    def encoded(self, prompts: Sequence[str]) -> Codec:
+        """The teacher's codec with these prompts encoded for good, but where the text encoders learn."""
+        codec = self.teacher.codec
+        return codec if self.method.roles.concept is not None else Encoded.of(codec, prompts)
 
 
 def assemble(

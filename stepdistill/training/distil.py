@@ -186,7 +186,8 @@ def _run(
             status.tell("preparing", "drawing the teacher's pictures")
         guidance, shown = run.options.guidance, run.shown(16)
         kept = place if parallel.main else None
-        preview = Previews(kept, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS)
+        codec = run.encoded(shown)
+        preview = Previews(kept, run.student, run.sampler, run.teacher, shown, guidance, TEACHER_STEPS, codec)
     tracking = None
     if recipe.train.tracker:
         named = {"method": recipe.method, "teacher": recipe.teacher}

@@ -82,12 +82,12 @@ def _samples(run: Assembled, file: Path) -> tuple[Vitals, Vitals]:
     saturated the student's are, and the first teacher's."""
     prompts, seeds, steps = run.shown(16), list(range(16)), run.sampler.steps
     guidance = run.options.guidance
-    codec, few = run.teacher.codec, f"{steps} step{'s' * (steps > 1)}"
+    codec, few = run.encoded(prompts), f"{steps} step{'s' * (steps > 1)}"
     drawn = {
         f"teacher, {TEACHER_STEPS} steps": teacher_frames(
-            run.teacher, prompts, seeds, TEACHER_STEPS, guidance
+            run.teacher, prompts, seeds, TEACHER_STEPS, guidance, codec
         ),
-        f"teacher, {few}": teacher_frames(run.teacher, prompts, seeds, steps, guidance),
+        f"teacher, {few}": teacher_frames(run.teacher, prompts, seeds, steps, guidance, codec),
         f"student, {few}": frames_as_pipeline(run.student, run.sampler, codec, prompts, seeds),
     }
     seen = [(label, *strips_and_videos(frames)) for label, frames in drawn.items()]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from stepdistill.evaluation.video_pipelines import frame_rate
 from stepdistill.networks.averages import Ema, averaged
+from stepdistill.networks.codec import Codec
 from stepdistill.networks.pictures import frames_as_pipeline, teacher_frames, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
@@ -26,6 +27,7 @@ class Previews:
         prompts: at least 2.
         guidance: of the teacher's pictures they are compared with.
         teacher_steps: their steps.
+        codec: encodes the prompts and decodes what is drawn; None is the teacher's.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Previews:
         prompts: Sequence[str],
         guidance: float,
         teacher_steps: int,
+        codec: Codec | None = None,
     ) -> None:
-        self.folder, self.student, self.sampler, self.teacher = folder, student, sampler, teacher
+        self.folder, self.student, self.sampler = folder, student, sampler
+        self.codec = codec or teacher.codec
         self.prompts, self.seeds = list(prompts), list(range(len(prompts)))
         drawn, videos = strips_and_videos(
-            teacher_frames(teacher, self.prompts, self.seeds, teacher_steps, guidance)
+            teacher_frames(teacher, self.prompts, self.seeds, teacher_steps, guidance, self.codec)
         )
         self.reference = Vitals.of(drawn)
         label = f"teacher, {teacher_steps} steps"
@@ -49,10 +53,9 @@ class Previews:
 
     def look(self, update: int, ema: Ema | None) -> Seen:
         """Draws one preview; its numbers go to the log, its worries above the progress bar."""
-        codec = self.teacher.codec
         with averaged(ema):
             drawn, videos = strips_and_videos(
-                frames_as_pipeline(self.student, self.sampler, codec, self.prompts, self.seeds)
+                frames_as_pipeline(self.student, self.sampler, self.codec, self.prompts, self.seeds)
             )
         if self.folder is not None:
             self.folder.pictures.mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,7 @@ class Previews:
             rows = [self.teacher_row, (label, to_uint8(drawn))]
             with written_whole(file := self.folder.preview(update)) as temporary:
                 temporary.write_bytes(png_of_rows(rows, self.prompts))
-            write_moving(moving(file), [self.teacher_videos, (label, videos)], frame_rate(codec.pipe))
+            write_moving(moving(file), [self.teacher_videos, (label, videos)], frame_rate(self.codec.pipe))
         vitals = Vitals.of(drawn)
         numbers = {
             **{"diversity": vitals.diversity, "teacher_diversity": self.reference.diversity},

@@ -14,6 +14,10 @@ from stepdistill.training.parallel import Parallel
 GPU_STEPS = 10
 """Steps between two reads on a GPU where ``train.log_every`` is left open; on a CPU a read waits for nothing."""
 
+READ_SECONDS = 5.0
+"""No more lie between those either: several processes see a wish to stop where they read, and launchers that ask for it
+kill after half a minute."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,17 +39,24 @@ class Row:
     seconds: float
 
 
+def steps_between(most: int, seconds: float) -> int:
+    """Steps between two reads, where one takes so many seconds."""
+    return max(1, min(most, int(READ_SECONDS / max(seconds, 1e-6))))
+
+
 class Unread:
     """The steps since the last read.
 
     Args:
         parallel: who shares the run.
         clock: seconds of the run, now.
-        every: steps between two reads, ``train.log_every``; None takes what suits the device.
+        every: steps between two reads, ``train.log_every``; None takes what suits the device and how long they take.
     """
 
     def __init__(self, parallel: Parallel, clock: Callable[[], float], every: int | None) -> None:
-        self.every = every or (GPU_STEPS if parallel.device.type == "cuda" else 1)
+        self._most = GPU_STEPS if parallel.device.type == "cuda" else 1
+        self.every, self._open = every or self._most, every is None
+        self._read_at: float | None = None
         self._parallel, self._clock = parallel, clock
         self._waiting: list[tuple[Row, dict[str, Tensor], int]] = []
 
@@ -80,4 +91,7 @@ class Unread:
             replace(row, numbers={key: next(number) for key in sums}, seconds=next(time))
             for row, sums, _ in waiting
         ]
+        if self._open and self._read_at is not None:  # of means over processes alone, which are equal in all
+            self.every = steps_between(self._most, (rows[-1].seconds - self._read_at) / len(rows))
+        self._read_at = rows[-1].seconds
         return rows, asking > 0

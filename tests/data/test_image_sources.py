@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -173,11 +174,28 @@ def test_a_decoder_that_was_ended_is_one_line(folder: Path, monkeypatch: pytest.
         list(open_images(folder, workers=1))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_system_cannot_read_now_is_no_skipped_image(
+    folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache would lack it for good."""
+
+    def failing(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(UserError, match=r"^\S+ cannot be read now: Too many open files$"):
+        list(open_images(folder, workers=workers))
+
+
 def test_processes_decode_where_there_are_many_images_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 40}))
     assert image_workers.usual_workers(1000) == 14 and image_workers.usual_workers(999) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of two processes on the machine each has half of it
+    assert image_workers.usual_workers(1000) == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 64 << 20}))
     assert image_workers.usual_workers(1000) == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))

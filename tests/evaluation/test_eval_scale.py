@@ -348,14 +348,16 @@ def test_what_fails_in_one_process_ends_the_others_with_one_message(tmp_path: Pa
 
 
 LAUNCHED = """
-import json, sys
+import json, sys, torch
 from pathlib import Path
 from stepdistill.evaluation import shards
 shards.SIZE = 5
 from stepdistill.cli import main
 from stepdistill.evaluation.evaluate import evaluate
-from stepdistill.system.processes import launched
+from stepdistill.system.processes import PATIENCE, launched
 processes = launched()
+group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+assert group.options._timeout == PATIENCE, group.options._timeout
 out = Path(sys.argv[1])
 sys.argv = ["stepdistill", "eval", "emoji", "--suite", sys.argv[2], "--steps", "1", "--output", str(out)]
 processes.gather(None)  # all are here
