@@ -28,6 +28,7 @@ from stepdistill.networks.lora import Adapter, SharedNetwork
 from stepdistill.networks.route import Route
 from stepdistill.networks.sharding import held_like, load_whole
 from stepdistill.networks.student import Student
+from stepdistill.networks.switched import networks_in
 from stepdistill.networks.teacher import PipelineTeacher, Teacher
 
 STUDENT, TEACHER = "student", "teacher"
@@ -125,6 +126,11 @@ class Roles(ABC):
     @abstractmethod
     def stored(self) -> dict[str, nn.Module]:
         """What lies in memory: networks, each once."""
+
+    def hold_alone(self) -> None:
+        """Before they are shared out among processes: no network beside :meth:`stored` keeps a tensor of them whole,
+        where the teacher's pipeline is nobody else's."""
+        return None
 
     @abstractmethod
     def checkpointed(self) -> AbstractContextManager[None]:
@@ -313,6 +319,12 @@ class Adapters(Roles):
 
     def stored(self) -> dict[str, nn.Module]:
         return {TEACHER: self._shared.net}
+
+    def hold_alone(self) -> None:
+        if self.teacher.owned:
+            pipe = self.teacher.pipe
+            names, networks = self.teacher.family.stretches(pipe), networks_in(self._shared.net)
+            pipe.register_modules(**dict(zip(names, networks, strict=True)))
 
     def checkpointed(self) -> AbstractContextManager[None]:
         return self._shared.checkpointed()

@@ -93,6 +93,8 @@ def train(
     roles = objective.method.roles
     inputs = data.identity() | identity_of(roles.route) | own_hashes(recipe)
     inputs |= identity_of_start(recipe, roles.student)
+    if parallel.in_parts:
+        roles.hold_alone()
     parallel.spread(roles.stored().values())
     run = Run(objective, recipe, folder, inputs, parallel, start, before)
     readers = parallel.readers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from stepdistill.export.verify import verify
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.lora import lora_layers
+from stepdistill.networks.pictures import teacher_pictures
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.training.assemble import Assembled, assemble
 from stepdistill.training.checkpoint import checkpoints_in
@@ -157,3 +160,22 @@ def test_a_bf16_student_on_a_float32_teacher_shares_a_float32_network(tmp_path: 
     exact = found["float32", "float32"][0]
     assert torch.equal(teacher, exact) and torch.equal(other, exact)
     assert torch.equal(student, low) and not torch.equal(student, exact)
+
+
+@pytest.mark.parametrize(("name", "more"), [("sd", []), ("wan-2.2", ["data.size=[32, 16, 9]"])])
+def test_adapters_can_be_all_that_holds_the_networks_tensors(
+    name: str, more: list[str], tmp_path: Path
+) -> None:
+    """As where processes share them out, and any network beside them would keep each tensor whole: in a run the
+    teacher's own network is gone, and its pipeline has the one with the adapters, which draws as before."""
+    job = assemble(resolve(recipe_of(tmp_path, name, "dmd", *more)), Accelerator(cpu=True), None)
+    roles, pipe = job.method.roles, job.teacher.pipe
+    stretches = list(job.teacher.family.stretches(pipe))
+    networks = [weakref.ref(getattr(pipe, each)) for each in stretches]
+    prompts, seeds = job.prompts[:2], [0, 1]
+    before = teacher_pictures(job.teacher, prompts, seeds, 2, 2.0)
+    roles.hold_alone()
+    gc.collect()
+    assert [each() for each in networks] == [None] * len(stretches)
+    assert torch.equal(before, teacher_pictures(job.teacher, prompts, seeds, 2, 2.0))
+    assert lora_layers(getattr(job.teacher.codec.pipe, stretches[0]))
