@@ -16,7 +16,7 @@ import copy
 import inspect
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ from stepdistill.networks.concept import Concept
 from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.streamed import streamed
 from stepdistill.networks.student import Student
-from stepdistill.networks.switched import network_of
+from stepdistill.networks.switched import network_of, networks_in
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.sections import ExportOptions
 from stepdistill.system.files import folder_written_whole, sha256_of
@@ -107,7 +108,7 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
             pipe.register_modules(safety_checker=None)  # it blackens what it takes for unsafe
         generator = [torch.Generator("cpu").manual_seed(0)]
         call = pipeline_call(type(pipe).__name__, sampler, teacher.codec, [prompt])
-        with full_float32(), in_float32(pipe):
+        with full_float32(), in_float32(pipe), _drawable(student, pipe, teacher):
             seen = watch(pipe, {**call, "generator": generator, "output_type": "np"})
         grid_check(seen, sampler, student.path)
     except UserError:
@@ -117,7 +118,7 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
             f"a student of this teacher could not be exported, so nothing was trained: {type(teacher.pipe).__name__} "
             f"does not draw with the student's network and scheduler ({first_line(error)})"
         ) from error
-    with in_float32(pipe):
+    with in_float32(pipe), _drawable(student, pipe, teacher):
         own = draw_as_pipeline(student, sampler, replace(teacher.codec, pipe=pipe), [prompt], [0]).cpu()
     difference = 255 * (strip(frames_of(seen.drawn)) - own).abs()
     if difference.max() > TOLERANCE["max"] or difference.mean() > TOLERANCE["mean"]:
@@ -125,6 +126,15 @@ def check_export(student: Student, sampler: Sampler, teacher: PipelineTeacher, p
             f"a student of this teacher could not be exported, so nothing was trained: {type(pipe).__name__} draws "
             f"another picture than the trainer, by {difference.mean():.3g}/255 on average"
         )
+
+
+def _drawable(student: Student, pipe: Any, teacher: PipelineTeacher) -> AbstractContextManager[None]:
+    """Inside the ``with`` a student that :meth:`Student.exported` gave draws on the teacher's device, and its pipeline
+    does."""
+    names = {teacher.family.network, *teacher.family.stretches(teacher.pipe)}
+    own = [part for name, part in pipe.components.items() if name in names and part is not None]
+    drawn = [net for each in student.experts or (student,) for net in networks_in(each.net)]
+    return streamed([*own, *drawn], teacher.device)
 
 
 def export(
@@ -187,7 +197,8 @@ def export(
         proof = place / VERIFICATION
         proof.mkdir()
         codec = replace(teacher.codec, pipe=pipe)
-        with in_float32(pipe, but=frozenset(teacher.family.stretches(pipe))):
+        stays = frozenset(teacher.family.stretches(pipe))
+        with in_float32(pipe, but=stays), _drawable(whole, pipe, teacher):
             images = to_uint8(draw_as_pipeline(whole, sampler, codec, prompts, seeds))
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")

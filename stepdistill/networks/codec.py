@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.size import Size
+from stepdistill.networks.streamed import device_of
 
 TEXT_ENCODER = "text_encoder"
 """How the names of a pipeline's text encoders begin."""
@@ -110,7 +110,7 @@ class Codec:
         wanted = [
             part for name, part in self._networks().items() if texts or not name.startswith(TEXT_ENCODER)
         ]
-        away = [part for part in wanted if _device(part).type != self.device.type]
+        away = [part for part in wanted if device_of(part).type != self.device.type]
         for part in away:
             part.to(self.device)
         try:
@@ -147,8 +147,3 @@ class Encoded(Codec):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         return joined([self.known[prompt] for prompt in prompts])
-
-
-def _device(network: nn.Module) -> torch.device:
-    first = next(chain(network.parameters(), network.buffers()), None)
-    return torch.device("cpu") if first is None else first.device

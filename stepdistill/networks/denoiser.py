@@ -101,11 +101,12 @@ class Denoiser:
         dtype = torch.get_autocast_dtype(device) if self.compute is None or not low else self.compute
         return torch.autocast(device, dtype, low, cache_enabled=torch.is_grad_enabled())
 
-    def plain_net(self) -> nn.Module:
-        """The network; where it is an adapter on a shared one, an ordinary one in float32 that says the same."""
+    def plain_net(self, device: torch.device | None = None) -> nn.Module:
+        """The network; where it is an adapter on a shared one, an ordinary one in float32 that says the same, on
+        ``device`` or where that is."""
         if self.adapter is None:
             return self.net
-        net = self.adapter.plain()
+        net = self.adapter.plain(device)
         net = net if self.guidance is None else self.family.changes.fold_guidance(net, self.guidance)
         return self.adapter.with_slots(net)
 

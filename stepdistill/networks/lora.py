@@ -255,16 +255,16 @@ class SharedNetwork:
         """Inside the ``with`` the network is the one with this adapter; None: without any."""
         return adapter_on(list(self.layers.values()), name, self._told)
 
-    def plain(self, name: str | None) -> nn.Module:
-        """An ordinary network in float32 that says what this one does with the adapter on, or with none; nothing else
-        is in memory beside it."""
+    def plain(self, name: str | None, device: torch.device | None = None) -> nn.Module:
+        """An ordinary network in float32 that says what this one does with the adapter on, or with none, on ``device``
+        or where this one is; nothing else is in memory beside it."""
         net: Any = self.net
         plain: nn.Module = type(net).from_config(net.config)
         places = plain.state_dict()
         for key, value in merged_tensors(net, name, self.exact):
             places.pop(key).copy_(value)
         assert not places, places.keys()
-        return plain.to(next(self.net.parameters()).device).eval()
+        return plain.to(device or next(self.net.parameters()).device).eval()
 
     def checkpointed(self) -> AbstractContextManager[None]:
         """Inside the ``with`` the network keeps the inputs of its blocks alone for the backward pass, see
@@ -305,9 +305,9 @@ class Adapter:
         """Inside the ``with`` a call of the shared network is one of this network."""
         return self.shared.on(self.name)
 
-    def plain(self) -> nn.Module:
-        """An ordinary network in float32 that says the same."""
-        return self.shared.plain(self.name)
+    def plain(self, device: torch.device | None = None) -> nn.Module:
+        """An ordinary network in float32 that says the same, on ``device`` or where the shared one is."""
+        return self.shared.plain(self.name, device)
 
     @property
     def has_slots(self) -> bool:

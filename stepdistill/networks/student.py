@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
@@ -15,6 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.streamed import on_host
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import Teacher
 
@@ -159,7 +159,8 @@ class Student(Denoiser):
 
         @torch.no_grad()
         def call() -> None:
-            given, ends = cond(), torch.tensor([*sampler.times, 0.0], device=next(net.parameters()).device)
+            place = next(net.parameters()).device
+            given, ends = cond().to(place), torch.tensor([*sampler.times, 0.0], device=place)
             for t, s in zip(ends.split(1), ends[1:].split(1), strict=False):
                 plain.raw(t.new_zeros(1, *self.shape), t, given, s)
 
@@ -167,7 +168,8 @@ class Student(Denoiser):
 
     def exported(self, round_to: Callable[[nn.Module], None] | None = None) -> Student:
         """The student as it is exported: itself, or, where its weights are to be others than those that are trained,
-        one of whole networks of its own in float32.
+        one of whole networks of its own in float32. Those lie in the host's memory, as a GPU that trains large ones has
+        no room for more: see ``streamed``.
 
         Args:
             round_to: rounds a network's weights, in place, to what they are saved in; None leaves them.
@@ -177,7 +179,7 @@ class Student(Denoiser):
             return self
         whole = []
         for each in self.experts or (self,):
-            net = copy.deepcopy(each.net) if each.adapter is None else each.plain_net()
+            net = on_host(each.net) if each.adapter is None else each.plain_net(torch.device("cpu"))
             if round_to is not None:
                 round_to(net)
             whole.append(Student(net, each.path, each.output, each.family, each.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,7 @@ class PipelineTeacher:
         size: what is drawn; None takes the pipeline's own.
         guidance_2: the scale of guided outputs below the stretch of a teacher's first network; None is the same.
         owned: nobody else has the pipeline: its networks may be changed.
+        exact: the state of its network before that was rounded, on the CPU; None where it was not, or lost nothing.
 
     Raises:
         UserError: for a size that the pipeline does not draw, for a shift or a second scale where there is none, or a
@@ -58,10 +60,11 @@ class PipelineTeacher:
         size: Size | None = None,
         guidance_2: float | None = None,
         owned: bool = False,
+        exact: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
-        self.guidance_2, self.owned = guidance_2, owned
+        self.guidance_2, self.owned, self.exact = guidance_2, owned, exact
         self.pipe.set_progress_bar_config(disable=True)
         family = family or known_family(type(pipe).__name__)
         if family is None:

@@ -43,11 +43,13 @@ class Planned:
         pipe: the pipeline, its networks fake.
         family: how it is called.
         source: where its configs are from.
+        encoders: parameters of its text encoders, where ``pipe`` is without them.
     """
 
     pipe: Any
     family: Family
     source: str
+    encoders: int = 0
 
 
 @cache
@@ -194,6 +196,7 @@ def _shipped(file: Path, where: AbstractContextManager[Any], family: Family | No
         pipe = _pipeline(str(said["pipeline"]), made, said.get("arguments", {}))
         if said["conditions"]:
             family = _with_conditions(family, said["conditions"], said.get("guided", True), where)
+        encoders = int(said.get("encoders", 0))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -201,7 +204,7 @@ def _shipped(file: Path, where: AbstractContextManager[Any], family: Family | No
         raise UserError(
             f"{file} is not a teacher's configs, as stepdistill/planning/teachers has them ({reason})"
         ) from None
-    return Planned(pipe, family, f"{file.stem}, as it ships")
+    return Planned(pipe, family, f"{file.stem}, as it ships", encoders)
 
 
 def _with_conditions(

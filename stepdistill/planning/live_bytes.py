@@ -37,6 +37,10 @@ class Peak:
     total: int
     by_kind: dict[str, int]
 
+    def beside(self, kind: str, size: int) -> Peak:
+        """The same with so many bytes of a kind more."""
+        return Peak(self.total + size, {**self.by_kind, kind: size}) if size else self
+
 
 class _End(weakref.ref[torch.UntypedStorage]):
     """Of a storage: tells when it ends."""

@@ -118,10 +118,15 @@ class _Tracing:
             family = family_in(self.recipe.family) if self.recipe.family else None
             planned = pipeline_of(self.recipe.teacher, self.mode, family)
             source, family, pipe = planned.source, planned.family, [planned.pipe]
+            encoders = 0 if self.device == "cpu" else 4 * planned.encoders
             del planned  # a run does not hold the network as it was loaded, either
             with patch.object(roles, "exact_state", self._exact_state), quantised_in_plan():
-                unit = unit_of(self.recipe, pipe.pop(), family, CPU, self.mode)
-        setup = self.live.peak(self.scale)
+                exact = roles.round_on_host(pipe[0], family, self.recipe)
+                if self.device != "cpu":
+                    self.live.begin()  # so far it was in the host's memory
+                unit = unit_of(self.recipe, pipe.pop(), family, CPU, self.mode, exact)
+            del exact
+        setup = self.live.peak(self.scale).beside("text encoders", encoders)
         with self.mode, self.live:
             run = unit.run()
             self._mark(run, unit)

@@ -5,7 +5,7 @@ The same code makes them of fake tensors, to see what they need, and of real one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,7 @@ def unit_of(
     family: Family | None,
     device: torch.device,
     within: AbstractContextManager[Any] | None = None,
+    exact: Mapping[str, Tensor] | None = None,
 ) -> Unit:
     """A recipe's networks around a pipeline.
 
@@ -151,6 +152,7 @@ def unit_of(
         pipe, family: the teacher, and how it is called.
         device: where.
         within: in what all but the teacher and its conditions is made.
+        exact: what was rounded before, see ``PipelineTeacher``.
 
     Raises:
         UserError: what does not go together.
@@ -169,6 +171,7 @@ def unit_of(
         size=Size(*recipe.data.size) if recipe.data.size else None,
         guidance_2=options.guidance_2,
         owned=True,
+        exact=exact,
     )
     prompt = "a photograph of a cat" if teacher.family.has_prompts else "0"
     condition = teacher.codec.encode([prompt])

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -75,8 +76,9 @@ def _umask() -> int:
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
     """A file beside ``file`` to write to, which takes its place when the block ends: a reader, or a process that is
-    killed, never sees half of it. Each process has its own. Where the block fails nothing is left."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    killed, never sees half of it. Each process has its own: those of two containers may have one number. Where the
+    block fails nothing is left."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield temporary
         give_usual_modes(temporary)

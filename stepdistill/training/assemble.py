@@ -53,7 +53,7 @@ from stepdistill.training.memory_needed import warn_of_memory
 from stepdistill.training.new_word import check_word, new_word
 from stepdistill.training.optimizers import check_optimizer
 from stepdistill.training.parallel import check_shared_heads
-from stepdistill.training.roles import roles_for, teacher_type
+from stepdistill.training.roles import roles_for, round_on_host, teacher_type
 from stepdistill.training.weights import check_weights
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def assemble(
     source: Any = pipeline if pipeline is not None else find_teacher(recipe.teacher)
     family = family_in(recipe.family) if recipe.family else None
     loaded = pipeline or load_teacher(recipe.teacher, family=family)
+    exact = round_on_host(loaded, family, recipe) if pipeline is None else None
     warn_of_memory(recipe, loaded, family, accelerator)
     teacher = PipelineTeacher(
         loaded,
@@ -170,6 +171,7 @@ def assemble(
         size=Size(*recipe.data.size) if recipe.data.size else None,
         guidance_2=options.guidance_2,
         owned=pipeline is None,
+        exact=exact,
     )
     few = why_of_few_steps(teacher, source)
     if kind.without_few_steps and few:

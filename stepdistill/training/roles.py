@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from stepdistill.diffusion.path import Output, TablePath
 from stepdistill.errors import UserError
+from stepdistill.families import known_family
+from stepdistill.families.base import Family
 from stepdistill.losses.contract import Method, MethodOptions
-from stepdistill.networks.denoiser import matrices
+from stepdistill.networks.denoiser import in_bfloat16, matrices
 from stepdistill.networks.quantized import check_quantized, quantized
 from stepdistill.networks.roles import Adapters, Copies, Roles
+from stepdistill.networks.switched import network_of
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.recipes.train_options import TrainOptions
@@ -109,26 +113,58 @@ def teacher_type(train: TrainOptions) -> torch.dtype:
     return torch.bfloat16 if (train.teacher_precision or train.precision) == "bf16" else torch.float32
 
 
+def round_on_host(pipe: Any, family: Family | None, recipe: Recipe) -> dict[str, Tensor] | None:
+    """Rounds the network that adapters will share to bfloat16 where it was loaded, before its pipeline goes to a GPU:
+    in float32 a large one would not fit there. Nothing happens where it is held otherwise, or how the pipeline calls it
+    is yet to be recorded.
+
+    Args:
+        pipe: nobody else's.
+        family: of the user's own, or None.
+        recipe: its student, and the precision of its run.
+
+    Returns:
+        What ``PipelineTeacher.exact`` is.
+    """
+    family = family or known_family(type(pipe).__name__)
+    rounds = recipe.student.base in ("auto", "bf16") and base_in_bfloat16(recipe.train)
+    if family is None or not recipe.student.lora_rank or not rounds:
+        return None
+    net = network_of(family, pipe)
+    exact = exact_state(net) if loses_by_rounding(net) else None
+    in_bfloat16(net, in_place=True)
+    return exact
+
+
+def base_in_bfloat16(train: TrainOptions) -> bool:
+    """Whether the network that adapters share is held in bfloat16, as all compute in it."""
+    return teacher_type(train) == torch.bfloat16 and train.precision == "bf16"
+
+
 def held_for_adapters(
     teacher: PipelineTeacher, train: TrainOptions, base: Literal["auto", "bf16", "int8", "nf4"] = "auto"
-) -> dict[str, Tensor] | None:
+) -> Mapping[str, Tensor] | None:
     """Readies the teacher's network for those who share it: in bfloat16 where all compute in it, in float32 elsewhere,
     its adapted layers as ``student.base`` says. One that the teacher owns is changed itself. What is exported was never
-    rounded: where it is, the state before that, on the CPU."""
-    own, exact = teacher_type(train), None
-    low = own == torch.bfloat16 and train.precision == "bf16"
+    rounded: where rounding loses something, the state before that, on the CPU."""
+    low, exact = base_in_bfloat16(train), teacher.exact
     if base == "int8" or base == "nf4":
         check_quantized(base, teacher.device)
         exact = exact_state(teacher.denoiser.net)
-    elif low and any(
-        v.dtype != torch.bfloat16 for m in matrices(teacher.denoiser.net) for v in m.parameters()
-    ):
+    elif low and exact is None and loses_by_rounding(teacher.denoiser.net):
         exact = exact_state(teacher.denoiser.net)
     teacher.compute_in(torch.bfloat16 if low else torch.float32, in_place=teacher.owned)
     if base == "int8" or base == "nf4":
         teacher.hold(quantized(teacher.denoiser.net, base, teacher.family.lora_targets))
-    teacher.denoiser.compute = own
+    teacher.denoiser.compute = teacher_type(train)
     return exact
+
+
+def loses_by_rounding(net: nn.Module) -> bool:
+    """Whether the weights that bfloat16 rounds are others in it: those of a checkpoint that was saved in it are not.
+    Of a plan's, which are without numbers, it is taken so."""
+    wide = (v for m in matrices(net) for v in m.parameters() if v.dtype != torch.bfloat16)
+    return any(is_fake(value) or not torch.equal(value.bfloat16().to(value.dtype), value) for value in wide)
 
 
 def exact_state(net: nn.Module) -> dict[str, Tensor]:
