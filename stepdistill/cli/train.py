@@ -203,13 +203,16 @@ def export(
     print(export_run(run, output, sets))
 
 
-def verify(student: Annotated[Path, typer.Argument(help="Student folder.")]) -> None:
+def verify(
+    student: Annotated[Path, typer.Argument(help="Student folder.")],
+    hours: Annotated[float, typer.Option(min=0.001, help="Hours that it may take.")] = 6.0,
+) -> None:
     """Prove that plain diffusers loads a student and draws what its trainer drew."""
     if not student.is_dir():
         raise UserError(f"{student} is not a folder; give a student's folder, such as runs/NAME/student")
     from stepdistill.export.verify import verify as prove
 
-    print(prove(student))
+    print(prove(student, hours))
 
 
 def _default_run_folder(method: str, teacher: str, resume: bool) -> Path:

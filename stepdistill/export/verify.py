@@ -2,7 +2,8 @@
 
 The folder's files are hashed and compared with its manifest; then a fresh Python process, in which stepdistill cannot
 be imported, loads it with nothing but ``DiffusionPipeline.from_pretrained``, in float32, and draws the manifest's
-prompts and seeds. Of an adapter alone it is the teacher's folder that is loaded so, and then its two files.
+prompts and seeds. Of an adapter alone it is the teacher's folder that is loaded so, and then its two files. A large one
+computes on a GPU, where there is one, and layer by layer, as it may have no room there.
 Code that travels in the folder is run only where it is, byte for byte, a file of ours.
 """
 
@@ -54,14 +55,27 @@ if getattr(pipe, "watermark", None) is not None:
 if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":
     pipe.vae.enable_tiling()  # it decodes no other way
 pipe.set_progress_bar_config(disable=True)
-generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
 def draw(call, generators):
     return pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
 call = manifest["call"]
-if manifest.get("alone"):
-    images = [draw({**call, "prompt": [p]}, [g])[0] for p, g in zip(call["prompt"], generators)]
-else:
-    images = draw(call, generators)
+def draw_all():
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
+    if manifest.get("alone"):
+        return [draw({**call, "prompt": [p]}, [g])[0] for p, g in zip(call["prompt"], generators)]
+    return draw(call, generators)
+networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+size = sum(value.numel() for part in networks for value in part.parameters())
+images = None
+if size > 4e9 and torch.cuda.is_available():  # a processor would take hours
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        pipe.enable_sequential_cpu_offload()
+        images = draw_all()
+    except Exception as error:
+        print("on the processor, as the GPU did not draw:", error, file=sys.stderr)
+        pipe.remove_all_hooks()
+if images is None:
+    images = draw_all()
 from PIL import Image
 worst, total = 0.0, 0.0
 for i, image in enumerate(images):
@@ -74,6 +88,14 @@ for i, image in enumerate(images):
     worst, total = max(worst, float(difference.max())), total + float(difference.mean()) / len(images)
 print("RESULT", json.dumps({"max": worst, "mean": total, "scheduler": type(pipe.scheduler).__name__}))
 """
+
+
+LONGEST = 6.0
+"""Hours that a fresh process may take."""
+
+
+class NotVerified(UserError):
+    """What was to be proved took too long: it may be right."""
 
 
 def in_a_fresh_process(
@@ -167,14 +189,15 @@ def check_unaltered(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: str | Path, timeout: float = 1800) -> Verification:
+def verify(folder: str | Path, hours: float | None = None) -> Verification:
     """Checks a student folder.
 
     Args:
         folder: what ``train`` or ``export`` wrote as ``student/``, or the run folder it lies in.
-        timeout: seconds the fresh process may take.
+        hours: that the fresh process may take; None is LONGEST.
 
     Raises:
+        NotVerified: it took longer.
         UserError: when the folder is no student, a file is missing or altered, it carries foreign code, it does not
             load, or its pictures differ.
     """
@@ -189,7 +212,14 @@ def verify(folder: str | Path, timeout: float = 1800) -> Verification:
                 "so it was not run: verify it with the version that wrote it, or read it and load the folder yourself"
             )
     arguments = [str(folder), str(file), "code" if code else "stock", str(_base(folder))]
-    done = in_a_fresh_process(PROGRAM, arguments, folder, timeout)
+    hours = LONGEST if hours is None else hours
+    try:
+        done = in_a_fresh_process(PROGRAM, arguments, folder, 3600 * hours)
+    except subprocess.TimeoutExpired:
+        raise NotVerified(
+            f"{folder}: plain diffusers had not drawn its pictures again after {hours:g} hours: give it more by "
+            "`stepdistill verify STUDENT --hours N`, or verify it where there is a GPU"
+        ) from None
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if done.returncode or line is None:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -335,6 +335,16 @@ def refused(tmp_path, match, *sets, teacher="sd", method="dmd", **more):
     assert not (tmp_path / "run" / "work" / "checkpoints").exists()
 
 
+@pytest.mark.own_process
+def test_a_proof_that_takes_too_long_is_told_and_the_report_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("stepdistill.export.verify.LONGEST", 1e-9)
+    sets = [*SHORT, "train.updates=2", "options.guidance=1"]
+    distilled = stepdistill.distill(tiny_pipeline("unet-classes"), "dmd", tmp_path / "run", sets=sets)
+    said = "not verified: .*student: plain diffusers had not drawn its pictures again after 1e-09 hours"
+    assert re.match(said, distilled.report.verification) and RunFolder(tmp_path / "run").report.is_file()
+    assert re.search(f"warning: {said}", capsys.readouterr().err)
+
+
 def test_a_teacher_that_draws_from_prompts_needs_prompts(tmp_path):
     refused(tmp_path, "give a text file with one a line in data.prompts")
 
