@@ -44,7 +44,8 @@ def table(found: Plan) -> str:
         )
     lines += times(found)
     disk = ", ".join(f"{name} {size / 2**30:,.2f} GiB" for name, size in found.disk.items())
-    lines += [f"disk: {disk}", *(f"note: {note}" for note in seen.notes)]
+    host = f"host memory: {seen.exported / 2**30:,.2f} GiB, of the student's networks in float32 while it is exported"
+    lines += [f"disk: {disk}", host, *(f"note: {note}" for note in seen.notes)]
     return "\n".join([*lines, *verdict(found)])
 
 

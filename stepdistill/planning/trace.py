@@ -146,6 +146,7 @@ class _Tracing:
             parameters=_parameters(method.roles),
             trained={name: sum(p.numel() for p in own) for name, own in run.trained.items()},
             student=own,
+            exported=own * max(1, len(method.student.experts)),
             checkpoint=sum(_bytes(part.state().values()) for part in run.parts.values()),
             condition=_bytes(unit.condition.tensors.values()),
             state=4 * int(torch.Size(unit.teacher.codec.shape).numel()),

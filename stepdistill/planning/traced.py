@@ -37,6 +37,7 @@ class Trace:
         updates: of each network.
         parameters: of each role, and ``trained`` of each.
         student, checkpoint: bytes of the student's network in float32, and of a checkpoint.
+        exported: bytes of its networks in float32 in the host's memory, as it is exported.
         condition, state: bytes of a prompt's conditions, and of a state in float32.
         components: bytes of the pipeline's other networks.
         pair_states: states that are kept with each pair.
@@ -54,6 +55,7 @@ class Trace:
     parameters: dict[str, int]
     trained: dict[str, int]
     student: int
+    exported: int
     checkpoint: int
     condition: int
     state: int
