@@ -13,8 +13,9 @@ the second was not at hand, and the objective here is a guess.
 
 Differs from the paper: tilted are score and velocity together, where the paper tilts the score of the noise's drift
 alone; no policy gradient; the target is of the teacher, not of a past student, so that a longer run tilts no further.
-At pure noise of a flow path a clean prediction says nothing of its state, and nothing is tilted there. The student is
-a teacher of many steps still: distil it afterwards.
+At pure noise of a flow path a state says nothing of clean data: an exact prediction has no slope there, a network's
+slope is its error, and ``tilt`` leaves the prediction as it is. The student is a teacher of many steps still: distil it
+afterwards.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Method, MethodOptions, Turn
 from stepdistill.losses.rollout import Visit, squared, visits
 from stepdistill.networks.sampler import Sampler
+
+LEAST_ALPHA = 1e-3
+"""The share of data in a state below which it is pure noise."""
 
 
 class Internalise(Method):
@@ -77,8 +81,9 @@ class Internalise(Method):
             moved = said.at(visit.s) + self.options.length * slope / per_sample(size, slope)
             return path.through(visit.x, visit.t, moved, visit.s), reward
         alpha, sigma = path.alpha_sigma(visit.t)
-        up = per_sample(sigma / self.options.beta, slope) * slope
-        x0 = said.x0 + per_sample(sigma / alpha.clamp_min(1e-3), slope) * up
+        told = alpha >= LEAST_ALPHA
+        up = per_sample(torch.where(told, sigma / self.options.beta, 0.0), slope) * slope
+        x0 = said.x0 + per_sample(torch.where(told, sigma / alpha, 0.0), slope) * up
         return Prediction(path, x0, said.eps - up, said.t), reward
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:

@@ -52,7 +52,8 @@ def test_the_target_is_the_exact_prediction_for_the_tilted_law(name: str) -> Non
     path, batch = PATHS[name], toy_batch(8)
     method = between(path, Gaussian(path, MU, S), Gaussian(path, MU, S), beta=0.5)
     exact = Denoiser(tilted(path, 0.5), path, "x0", ToyFamily())
-    for visit in visits(method.student, method.sampler(), batch, Condition(), 0.5)[1:]:  # below pure noise
+    met = visits(method.student, method.sampler(), batch, Condition(), 0.5)
+    for visit in met if name == "table" else met[1:]:  # whose end holds a little of the data; the others' does not
         target, reward = method.target(visit, batch)
         wanted = exact.predict(visit.x, visit.t, Condition())
         torch.testing.assert_close(target.x0, wanted.x0, atol=1e-4, rtol=1e-4)
@@ -60,6 +61,34 @@ def test_the_target_is_the_exact_prediction_for_the_tilted_law(name: str) -> Non
         torch.testing.assert_close(
             reward, linear(Gaussian(path, MU, S)(visit.x, visit.t, Condition()), batch.prompt)
         )
+
+
+class Inexact(nn.Module):
+    """The velocity of the exact denoiser, with a share of error."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.exact, self.error = Gaussian(FlowPath(), MU, S), error
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return (1 - self.error) * (x - self.exact(x, t, cond)) / t[:, None, None, None]
+
+
+def test_at_pure_noise_of_a_flow_path_a_teachers_error_is_no_slope_of_its_reward() -> None:
+    """There the velocity of an exact teacher is x - mu, and the slope of its clean prediction 0."""
+    path, batch = FlowPath(), toy_batch(8)
+    roles = Copies(
+        ToyTeacher(Inexact(0.01), path, "velocity"), toy_student(Inexact(0.01), path, "velocity")
+    )
+    method = Internalise(roles, (1.0, 0.5), Internalise.Options(beta=0.1))
+    method.rewards = Rewards(lambda x0: x0, (linear,))
+    at_noise, below = visits(method.student, method.sampler(), batch, Condition())
+    torch.testing.assert_close(method.gradient(at_noise, batch)[1][0, :, 0, 0], 0.01 * A)
+    target, _ = method.target(at_noise, batch)
+    torch.testing.assert_close(target.velocity, 0.99 * (at_noise.x - MU))
+    torch.testing.assert_close(target.at(at_noise.t), at_noise.x)
+    tilted_below = method.target(below, batch)[0].x0 - method.teacher.predict(below.x, below.t, Condition()).x0
+    assert float(tilted_below.abs().min()) > 0.5
 
 
 def test_the_gradient_goes_through_the_teacher_to_the_state() -> None:
