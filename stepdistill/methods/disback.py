@@ -55,7 +55,7 @@ class DisBack(ScoreMethod):
                 "(options.fake_warm_start) pass no so many different networks: raise it"
             )
         for number in range(1, options.waypoints):
-            self.roles.add(waypoint(number), trained=False)
+            self.roles.add(waypoint(number), trained=False, rank=options.fake_lora_rank)
         self.towards = 0  # the number of the waypoint that the present turn is led to; 0 is the teacher
 
     @property

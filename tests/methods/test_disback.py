@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_teacher
 
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import Turn
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd import DMD
-from stepdistill.networks.roles import Copies
+from stepdistill.networks.roles import Adapters, Copies
 from stepdistill.testing.toys import (
     Affine,
     Gaussian,
@@ -72,6 +73,24 @@ def test_waypoints_are_what_the_fake_network_was_on_its_way():
     for number, update in enumerate(method.recorded_at, 1):
         for one, other in zip(method.roles.parameters(f"waypoint-{number}"), passed[update - 1], strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rank", [None, 2, 8])
+def test_waypoints_of_adapters_take_the_rank_of_the_fake_network_that_they_record(rank):
+    roles = Adapters(tiny_teacher("sd"), 4)
+    options = DisBack.Options(fake_lora_rank=rank, fake_warm_start=4, waypoints=2)
+    method = DisBack(roles, (1.0,), options)
+    turns = [method.turn(step) for step in range(4)]
+    assert {turn.network for turn in turns} == {"fake"} and method.recorded_at == [1]
+    with torch.no_grad():
+        for value in roles.parameters("fake"):
+            value += 1.0
+    for turn in turns:
+        method.after_step(turn)
+    fake, recorded = roles.weights("fake"), roles.weights("waypoint-1")
+    assert all(torch.equal(recorded[name], value) for name, value in fake.items())
+    ranks = {len(value) for name, value in fake.items() if name.endswith("lora_A.weight")}
+    assert ranks == {rank or 4}
 
 
 def test_towards_what_the_fake_network_is_there_is_no_field():
