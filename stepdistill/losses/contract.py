@@ -133,7 +133,7 @@ class MethodOptions(BaseModel):
     Attributes:
         guidance: classifier-free guidance of the teacher that the student takes over; 1 is none.
         guidance_2: that of a teacher with a network for high noise and one for low, in the stretch of the second; None
-            is the same.
+            is the same. It stands for ``guidance`` alone: a scale of another name is the same in both.
         guidance_interval: times at which it is on (Kynkaanniemi et al. 2024, 2404.07724), also in cached pairs.
         guidance_rescale: phi of Lin et al. 2023, 2305.08891, eq. 16, also in cached pairs: 0.7 in the paper, for
             teachers with zero terminal SNR. Nothing to a network that takes its guidance as an input.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.guidance import extrapolate, in_interval, rescaled, with_length_of
-from stepdistill.diffusion.path import FlowPath, Path, Prediction
+from stepdistill.diffusion.path import FlowPath, Path, Prediction, per_sample
 from stepdistill.errors import UserError
 from stepdistill.families import known_family
 from stepdistill.families._classes import check_class
@@ -37,9 +37,9 @@ class PipelineTeacher:
         guidance_interval: times at which guidance is on.
         guidance_rescale: how far guided outputs are drawn to the deviation of those that are not guided.
         shift: of the times, for a flow model; None takes its scheduler's own.
-        guidance: for a network that takes the scale as an input, that of the copies that are trained.
+        guidance: the recipe's scale; for a network that takes it as an input, that of the copies that are trained.
         size: what is drawn; None takes the pipeline's own.
-        guidance_2: the scale of guided outputs below the stretch of a teacher's first network; None is the same.
+        guidance_2: what that scale is below the stretch of a teacher's first network; None is the same.
         owned: nobody else has the pipeline: its networks may be changed.
         exact: the state of its network before that was rounded, on the CPU; None where it was not, or lost nothing.
 
@@ -64,7 +64,8 @@ class PipelineTeacher:
     ) -> None:
         self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
-        self.guidance_2, self.owned, self.exact = guidance_2, owned, exact
+        self.guidance, self.guidance_2 = guidance, guidance_2
+        self.owned, self.exact = owned, exact
         self.pipe.set_progress_bar_config(disable=True)
         family = family or known_family(type(pipe).__name__)
         if family is None:
@@ -98,6 +99,12 @@ class PipelineTeacher:
         if guidance_2 is not None and not isinstance(net, SwitchedNetworks):
             raise UserError(
                 f"options.guidance_2 is {guidance_2:g}, but this teacher has one network for all noise: leave it out"
+            )
+        if guidance_2 is not None and guidance in (0.0, 1.0) and guidance_2 != guidance:
+            raise UserError(
+                f"options.guidance is {guidance:g} and options.guidance_2 {guidance_2:g}, but guidance that is on in the "
+                f"second network's stretch alone is said by its times: set options.guidance={guidance_2:g} and "
+                "options.guidance_interval=[0, B], B the pipeline's boundary_ratio, and leave guidance_2 out"
             )
         self.denoiser: Denoiser = Denoiser(net, path, output, self.family, shape)
         if self.family.changes.takes_guidance(net):
@@ -164,6 +171,11 @@ class PipelineTeacher:
         """What the teacher says about x_t [B, ...] at t [B]; guided prediction is one call of 2 B samples, or of B
         where the network takes the scale as an input.
 
+        Args:
+            x_t, t, cond: of the B samples.
+            guidance: the scale, one or [B]. That of the recipe is ``guidance_2`` in the second network's stretch; any
+                other is itself in both: 0 is the unconditional mode, 1 is no guidance.
+
         Raises:
             UserError: when guidance is asked of a model that has no unconditional mode.
         """
@@ -191,20 +203,27 @@ class PipelineTeacher:
             guidance = self._by_stretch(guidance, t)
         if self.guidance_interval != (0.0, 1.0):
             guidance = in_interval(guidance, t, *self.guidance_interval)
+        out = self._guided(weak, strong, guidance)
+        return self.path.read(out, self.denoiser.output, x_t, t)
+
+    def _guided(self, weak: Tensor, strong: Tensor, guidance: float | Tensor) -> Tensor:
+        """The network's outputs [B, ...], guided as the pipeline does; ``weak`` itself where the scale is 0."""
         out, family = extrapolate(weak, strong, guidance), self.family
         if family.keeps_length:
             kept = with_length_of(family.pack(out), family.pack(strong))
-            out = family.unpack(kept, tuple(x_t.shape[1:]))
+            out = family.unpack(kept, tuple(strong.shape[1:]))
         if self.guidance_rescale:
             out = rescaled(out, strong, self.guidance_rescale)
-        return self.path.read(out, self.denoiser.output, x_t, t)
+        if isinstance(guidance, Tensor):
+            return torch.where(per_sample(guidance == 0, out), weak, out)
+        return out if guidance else weak
 
     def _by_stretch(self, guidance: float | Tensor, t: Tensor) -> Tensor:
-        """The scale [B] at t [B]: below the stretch of the first network, that of the others."""
+        """The scale [B] at t [B]: below the stretch of the first network ``guidance_2``, where it is the recipe's."""
         assert isinstance(self.denoiser.net, SwitchedNetworks) and self.guidance_2 is not None
         first = self.family.time(self.path, t) > self.denoiser.net.bounds[0]
         scale = guidance if isinstance(guidance, Tensor) else torch.full_like(t, guidance)
-        return torch.where(first, scale, self.guidance_2)
+        return torch.where(first | (scale != self.guidance), scale, self.guidance_2)
 
     def _null_like(self, cond: Condition) -> Condition:
         """What guidance starts from, at the size that a condition says."""

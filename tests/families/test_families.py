@@ -15,6 +15,7 @@ from tiny import (
     GUIDED,
     MORE_FLOW,
     PIPELINES,
+    SIZES,
     VIDEO,
     WITH_VAE,
     call_of,
@@ -175,6 +176,21 @@ def test_guided_prediction_is_one_call_of_both_and_extrapolates(name: str, teach
     for i, scale in enumerate(scales.tolist()):
         alone = teacher.predict(x_t, t, cond, guidance=scale)
         assert close(several.x0[i], alone.x0[i])
+
+
+@pytest.mark.parametrize("name", ["sd", "qwen-image", "lumina2"])
+def test_scale_0_is_the_unconditional_mode_whatever_is_done_to_guided_outputs(name: str) -> None:
+    """Neither the strong output's length nor its deviation is given to it, alone and in a batch."""
+    teacher = PipelineTeacher(tiny_pipeline(name), size=SIZES.get(name), guidance_rescale=0.7)
+    assert teacher.family.keeps_length == (name != "sd")
+    x_t, t, cond = inputs(teacher, name)
+    assert teacher.null is not None
+    weak = teacher.predict(x_t, t, teacher.null.repeat(3)).x0
+    assert close(teacher.predict(x_t, t, cond, guidance=0.0).x0, weak)
+    mixed = teacher.predict(x_t, t, cond, guidance=torch.tensor([0.0, 4.0, 0.0])).x0
+    assert close(mixed[[0, 2]], weak[[0, 2]])
+    assert close(mixed[1], teacher.predict(x_t, t, cond, guidance=4.0).x0[1])
+    assert float((mixed[1] - weak[1]).abs().max()) > 1e-2
 
 
 def test_guidance_without_an_unconditional_mode_is_refused(teacher_of: Teachers) -> None:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from run_toy import HERE
 from safetensors.torch import load_file
 from tiny import SIZES, call_of, tiny_pipeline, tiny_prompts
+from torch import Tensor
 
 from stepdistill.diffusion.solvers import solve
 from stepdistill.errors import UserError
@@ -63,6 +64,44 @@ def test_each_network_is_called_and_guided_in_its_own_stretch() -> None:
     assert apart() < 1e-4
     teacher.guidance_2 = None
     assert apart() > 1e-3
+
+
+def test_the_second_scale_stands_for_the_recipes_alone() -> None:
+    """0, 1 and scores' own scales are themselves in both stretches, one by one and within a batch."""
+    teacher = PipelineTeacher(tiny_pipeline(NAME), size=SIZE, guidance=4.0)
+    x, cond = torch.randn(4, *teacher.codec.shape), teacher.codec.encode(tiny_prompts(NAME, 4))
+    stretches = {"first": torch.full((4,), 0.95), "second": torch.full((4,), 0.3)}
+    scales = (0.0, 1.0, 2.5, 4.0, 6.0)
+
+    def said(scale: float | Tensor, t: Tensor) -> Tensor:
+        return teacher.predict(x, t, cond, guidance=scale).x0
+
+    plain = {name: {scale: said(scale, t) for scale in scales} for name, t in stretches.items()}
+    teacher.guidance_2 = 2.5
+    for name, t in stretches.items():
+        for scale in scales:
+            meant = 2.5 if (name, scale) == ("second", 4.0) else scale
+            torch.testing.assert_close(said(scale, t), plain[name][meant])
+    # A score's guidance that is on below t = 0.5 alone is 1 above, where the first network is, and here too.
+    mixed = said(torch.tensor([0.0, 1.0, 4.0, 6.0]), stretches["second"])
+    for row, meant in enumerate((0.0, 1.0, 2.5, 6.0)):
+        torch.testing.assert_close(mixed[row], plain["second"][meant][row])
+
+
+def test_a_second_scale_beside_none_is_refused_and_an_interval_of_its_stretch_says_it() -> None:
+    """The first network's stretch ends at boundary_ratio: with that interval, guided there and plain above."""
+    pipe = tiny_pipeline(NAME)
+    refused = r"guidance is 1 and options.guidance_2 2.5, .* set options.guidance=2.5 and options.guidance_interval"
+    with pytest.raises(UserError, match=refused):
+        PipelineTeacher(pipe, size=SIZE, guidance=1.0, guidance_2=2.5)
+    assert pipe.config.boundary_ratio == 0.9
+    teacher = PipelineTeacher(pipe, size=SIZE, guidance=2.5, guidance_interval=(0.0, 0.9))
+    x, cond = torch.randn(2, *teacher.codec.shape), teacher.codec.encode(tiny_prompts(NAME, 2))
+    above, below = torch.full((2,), 0.95), torch.full((2,), 0.3)
+    guided = teacher.predict(x, above, cond, guidance=2.5).x0
+    torch.testing.assert_close(guided, teacher.predict(x, above, cond).x0)
+    apart = teacher.predict(x, below, cond, guidance=2.5).x0 - teacher.predict(x, below, cond).x0
+    assert float(apart.abs().max()) > 1e-3
 
 
 def test_at_the_bound_it_is_the_first_network_as_in_the_pipeline(teacher_of: Teachers) -> None:
