@@ -9,7 +9,8 @@ DiffusionOPD, 2026, 2605.15055; ``estimator: policy`` is that of Flow-OPD, 2026,
 - Several teachers (``teachers``, ``data.route``): each for its own prompts, with a guidance of its own
   (``guidance_of``); the student learns all of them.
 - Few steps (ours): ``teacher_calls`` m > 1, where the teacher goes from the state to the student's next time in m DDIM
-  steps and the target is the step that ends where those do. The teacher's own grid for K and m = 1 is the paper's form.
+  steps and the target is the step that ends where those do; with ``renoise`` they go on to clean data, as the student's
+  clean prediction is all that its next state keeps. The teacher's own grid for K and m = 1 is the paper's form.
 - ``measured``: d in the next state as there, in the velocity, or in the clean sample, which weigh the steps otherwise.
 - ``estimator: policy`` (Flow-OPD): no gradient of d, but a likelihood-ratio one, advantage times grad log p of the step
   that was made. Its advantage is here log p_teacher - log p_student of that very step (ours), clipped: in the mean its
@@ -101,6 +102,7 @@ class OPD(Method):
         def predict(x: Tensor, t: Tensor) -> Prediction:
             return route.predict(x, t, batch.cond, batch.prompt, self.guidance)
 
+        visit = visit.to_the_end() if self.options.renoise else visit
         return led_to(predict, visit, self.options.teacher_calls)
 
     def mean(self, said: Prediction, visit: Visit) -> Tensor:

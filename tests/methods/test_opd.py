@@ -20,7 +20,16 @@ from stepdistill.losses.rollout import log_density, visits
 from stepdistill.methods.opd import OPD
 from stepdistill.networks.roles import TEACHER, Copies
 from stepdistill.networks.route import Route
-from stepdistill.testing.toys import SHAPE, Affine, Perceptron, ToyTeacher, loss_of, toy_batch, toy_student
+from stepdistill.testing.toys import (
+    SHAPE,
+    Affine,
+    Gaussian,
+    Perceptron,
+    ToyTeacher,
+    loss_of,
+    toy_batch,
+    toy_student,
+)
 
 PATH = FlowPath()
 TIMES = (1.0, 0.6, 0.3)
@@ -88,6 +97,21 @@ def test_the_steps_of_a_rollout_are_the_divergence_of_the_paths() -> None:
         for v in found[:2]
     )
     assert total == pytest.approx(float(kl), rel=0.02)
+
+
+@pytest.mark.parametrize("renoise", [False, True])
+def test_a_student_that_says_its_targets_draws_the_teachers_law(renoise: bool) -> None:
+    """N(0.7, 0.4^2) in 4 steps, from the exact denoiser, whose own mean would have no spread in steps with noise."""
+    times, count = (1.0, 0.75, 0.5, 0.25), 20_000
+    exact = Gaussian(PATH, 0.7, 0.4)
+    method, batch = between(exact, exact, times, renoise=renoise, teacher_calls=24), toy_batch(count)
+    sampler, x = method.sampler(), batch.noise
+    for call, visit in enumerate(visits(method.student, sampler, batch, batch.cond)):
+        visit = replace(visit, x=x)
+        said = method.target(visit, batch, method.roles.route)
+        x = sampler.step(said, visit.s, lambda call=call: batch.fresh(call)).state  # type: ignore[misc]
+    assert float(x.mean()) == pytest.approx(0.7, abs=0.01)
+    assert float(x.std()) == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("calls", [1, 3])
