@@ -6,14 +6,14 @@
 - Velocity matching: |u - sg[u*]|^2 at noised latents, u* = v - t D, where v is the teacher's guided velocity and D
   how u changes along it: MeanFlow's identity at s = 0. The paper divides D by |D| + 0.1, |.| over a whole sample
   (``normalised``): then u* stays within t of v, and the exact map is not its zero.
-- Velocity distillation: x0 = x - t u(x, t) of the student's own states, noised anew to x_r; x0 moves along
+- Velocity distillation: x0 = x - t u(x, t) of the noise that drawings start from, noised anew to x_r; x0 moves along
   sg[u(x_r, r) - u*(x_r, r)], which is (x0_teacher - x0_student) / r: DMD's field with the student's own mean velocity
   in the place of a fake score, which velocity matching keeps true. No second network follows anybody.
 - First velocity matching alone, for ``matching_alone`` updates (ours), then both.
 
 Differs from the paper: one guidance scale for both terms, on our usual scale (theirs are 40 and 100, for the sparse
-conditions of 3-D shapes); times are logit-normal (1, 1) as there. Added: ``warm_start`` on pairs, and K steps, where
-the student's own states are those of its steps.
+conditions of 3-D shapes); times are logit-normal (1, 1) as there; one step alone, the jump to clean data. Further steps
+of such jumps differ in length, which the networks that are exported cannot say. Added: ``warm_start`` on pairs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.diffusion.path import per_sample
+from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
@@ -48,6 +49,14 @@ class MDTDist(FlowMapMethod):
         matching_alone: Annotated[int, Field(ge=0)] = 0  # updates after the warm start without it
 
     options: Options
+
+    def setup(self) -> None:
+        super().setup()
+        if len(self.times) > 1:
+            raise UserError(
+                f"student.times is {list(self.times)}, but mdt_dist learns jumps to clean data alone, and a drawing in "
+                "several steps makes others: set student.times=[1.0], or take meanflow, whose jumps end anywhere"
+            )
 
     def phase(self, step: int) -> str:
         if step < self.options.warm_start:
@@ -88,9 +97,9 @@ class MDTDist(FlowMapMethod):
         return Loss(loss, {**logs, **self.derivative.logs()})
 
     def distillation(self, batch: Batch, share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """u of the student's own states, with its graph, and what it should move against, both [B, ...]."""
+        """u where drawings start, with its graph, and what it should move against, both [B, ...]."""
         options, draws, cond = self.options, batch.draws, batch.cond
-        x, t = self.starts(batch)
+        x, t = self.beginning(batch.noise)
         own = self.student.flow_velocity(x, t, torch.zeros_like(t), cond)
         with torch.no_grad():
             x0 = x - per_sample(t, x) * own
