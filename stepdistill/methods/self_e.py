@@ -95,7 +95,10 @@ class SelfE(TwoTimeMethod):
     @torch.no_grad()
     def evaluated(self, x: Tensor, x_s: Tensor, s: Tensor, cond: Condition, step: int) -> Tensor:
         """x_self [B, ...] of the student's clean predictions x, noised to x_s at s [B]."""
-        strong = weak = teacher_prediction(self.teacher, x_s, s, cond, 1.0).x0
+        scale = (
+            1.0 if self.teacher.denoiser.guidance is None else self.options.guidance
+        )  # an input of the network
+        strong = weak = teacher_prediction(self.teacher, x_s, s, cond, scale).x0
         if self.teacher.has_null:
             weak = teacher_prediction(self.teacher, x_s, s, cond, 0.0).x0
         x = x + self.options.evaluation * (strong - weak)

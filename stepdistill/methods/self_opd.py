@@ -100,6 +100,11 @@ class SelfOPD(Method):
         return self.average.predict(visit.x, visit.t, cast(Condition, batch.rich)).x0
 
     @torch.no_grad()
+    def from_start(self, visit: Visit, cond: Condition) -> Tensor:
+        """The clean prediction [B, ...] of what the student started as: an embedded scale is the recipe's."""
+        return self.teacher.denoiser.predict(visit.x, visit.t, cond).x0
+
+    @torch.no_grad()
     def from_images(self, visit: Visit, images: Examples, allowed: Tensor) -> Tensor:
         """What the student is to say at a state to stay on the trajectory of the images' own denoiser, [B, ...]."""
         path = self.student.path
@@ -119,9 +124,7 @@ class SelfOPD(Method):
         new = self.apart(batch, images.cond, lambda visit: self.from_images(visit, images, allowed))
         if not self.options.keep_weight:
             return Loss(new)
-        kept = self.apart(
-            batch, batch.cond, lambda visit: self.teacher.predict(visit.x, visit.t, batch.cond).x0
-        )
+        kept = self.apart(batch, batch.cond, lambda visit: self.from_start(visit, batch.cond))
         return Loss(new + self.options.keep_weight * kept, {"new": new, "kept": kept})
 
     def apart(self, batch: Batch, cond: Condition, target: Target) -> Tensor:

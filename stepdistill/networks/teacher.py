@@ -102,8 +102,8 @@ class PipelineTeacher:
             )
         if guidance_2 is not None and guidance in (0.0, 1.0) and guidance_2 != guidance:
             raise UserError(
-                f"options.guidance is {guidance:g} and options.guidance_2 {guidance_2:g}, but guidance that is on in the "
-                f"second network's stretch alone is said by its times: set options.guidance={guidance_2:g} and "
+                f"options.guidance is {guidance:g} and options.guidance_2 {guidance_2:g}, but guidance that is on in "
+                f"the second network's stretch alone is said by its times: set options.guidance={guidance_2:g} and "
                 "options.guidance_interval=[0, B], B the pipeline's boundary_ratio, and leave guidance_2 out"
             )
         self.denoiser: Denoiser = Denoiser(net, path, output, self.family, shape)

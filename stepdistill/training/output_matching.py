@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from stepdistill.data.batches import Data
 from stepdistill.data.pairs import PairCache
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.path import Output
+from stepdistill.diffusion.path import Output, Prediction
 from stepdistill.diffusion.philox import NAME
 from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import PairOptions
@@ -127,7 +127,7 @@ class NoisedSamples:
             squares = []
             for step in range(PROBES):
                 x, t, cond = self.at(step, "match probe", low, high)
-                said, wanted = denoiser.predict(x, t, cond), teacher.predict(x, t, cond)
+                said, wanted = denoiser.predict(x, t, cond), self.matching.wanted(x, t, cond)
                 v = [teacher.path.target(each.x0, each.eps, t, "v") for each in (said, wanted)]
                 squares.append(float((v[0] - v[1]).square().mean()))
             found.append(math.sqrt(sum(squares) / PROBES))
@@ -160,7 +160,7 @@ class Matching:
     @property
     def key(self) -> str:
         """A hash of all of it."""
-        options = self.options
+        options, embedded = self.options, self.teacher.denoiser.guidance
         parts = {
             "teacher": self.teacher.fingerprint(),
             "interval": self.teacher.guidance_interval,
@@ -175,8 +175,15 @@ class Matching:
             "batch": self.batch,
             "seed": self.seed,
             "draws": NAME,
+            **({} if embedded is None else {"embedded": embedded}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def wanted(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """What the network is to say: what the teacher's own says, an embedded scale being the recipe's, as in its
+        copies."""
+        return self.teacher.denoiser.predict(x_t, t, cond)
 
     def network(self) -> tuple[Denoiser, dict[str, nn.Parameter]]:
         """The teacher's network as the stage starts with it, and which of its weights are trained."""
@@ -258,7 +265,7 @@ def match_output(
             for step in range(state["step"], steps):
                 x, t, cond = states.at(step, "match")
                 with autocast():
-                    wanted = matching.teacher.predict(x, t, cond)
+                    wanted = matching.wanted(x, t, cond)
                     target = copy.path.target(wanted.x0, wanted.eps, t, copy.output)
                     loss = (copy.raw(x, t, cond) - target).square().mean()
                 loss.backward()

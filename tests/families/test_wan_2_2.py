@@ -91,7 +91,9 @@ def test_the_second_scale_stands_for_the_recipes_alone() -> None:
 def test_a_second_scale_beside_none_is_refused_and_an_interval_of_its_stretch_says_it() -> None:
     """The first network's stretch ends at boundary_ratio: with that interval, guided there and plain above."""
     pipe = tiny_pipeline(NAME)
-    refused = r"guidance is 1 and options.guidance_2 2.5, .* set options.guidance=2.5 and options.guidance_interval"
+    refused = (
+        r"guidance is 1 and options.guidance_2 2.5, .* set options.guidance=2.5 and options.guidance_interval"
+    )
     with pytest.raises(UserError, match=refused):
         PipelineTeacher(pipe, size=SIZE, guidance=1.0, guidance_2=2.5)
     assert pipe.config.boundary_ratio == 0.9

@@ -53,7 +53,9 @@ def test_the_target_is_the_exact_prediction_for_the_tilted_law(name: str) -> Non
     method = between(path, Gaussian(path, MU, S), Gaussian(path, MU, S), beta=0.5)
     exact = Denoiser(tilted(path, 0.5), path, "x0", ToyFamily())
     met = visits(method.student, method.sampler(), batch, Condition(), 0.5)
-    for visit in met if name == "table" else met[1:]:  # whose end holds a little of the data; the others' does not
+    for visit in (
+        met if name == "table" else met[1:]
+    ):  # whose end holds a little of the data; the others' does not
         target, reward = method.target(visit, batch)
         wanted = exact.predict(visit.x, visit.t, Condition())
         torch.testing.assert_close(target.x0, wanted.x0, atol=1e-4, rtol=1e-4)
@@ -77,9 +79,7 @@ class Inexact(nn.Module):
 def test_at_pure_noise_of_a_flow_path_a_teachers_error_is_no_slope_of_its_reward() -> None:
     """There the velocity of an exact teacher is x - mu, and the slope of its clean prediction 0."""
     path, batch = FlowPath(), toy_batch(8)
-    roles = Copies(
-        ToyTeacher(Inexact(0.01), path, "velocity"), toy_student(Inexact(0.01), path, "velocity")
-    )
+    roles = Copies(ToyTeacher(Inexact(0.01), path, "velocity"), toy_student(Inexact(0.01), path, "velocity"))
     method = Internalise(roles, (1.0, 0.5), Internalise.Options(beta=0.1))
     method.rewards = Rewards(lambda x0: x0, (linear,))
     at_noise, below = visits(method.student, method.sampler(), batch, Condition())
@@ -87,7 +87,9 @@ def test_at_pure_noise_of_a_flow_path_a_teachers_error_is_no_slope_of_its_reward
     target, _ = method.target(at_noise, batch)
     torch.testing.assert_close(target.velocity, 0.99 * (at_noise.x - MU))
     torch.testing.assert_close(target.at(at_noise.t), at_noise.x)
-    tilted_below = method.target(below, batch)[0].x0 - method.teacher.predict(below.x, below.t, Condition()).x0
+    tilted_below = (
+        method.target(below, batch)[0].x0 - method.teacher.predict(below.x, below.t, Condition()).x0
+    )
     assert float(tilted_below.abs().min()) > 0.5
 
 

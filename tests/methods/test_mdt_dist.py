@@ -75,7 +75,9 @@ def test_distillation_takes_a_shift_of_the_students_samples_back(shift):
 
 
 def test_several_steps_are_refused_as_they_make_jumps_that_are_not_learnt():
-    with pytest.raises(UserError, match=r"student.times is \[1.0, 0.5\], .* set student.times=\[1.0\], or take") as told:
+    with pytest.raises(
+        UserError, match=r"student.times is \[1.0, 0.5\], .* set student.times=\[1.0\], or take"
+    ) as told:
         method_of(times=(1.0, 0.5))
     assert "\n" not in str(told.value)
 

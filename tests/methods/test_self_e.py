@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from flow_toy import MU, C, Twinned
+from tiny import SIZES, tiny_pipeline, tiny_prompts
 
 from stepdistill.diffusion.path import FlowPath, per_sample
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.contract import Turn
+from stepdistill.losses.flow_maps import teacher_prediction
 from stepdistill.losses.twin import TWIN, twin_prediction
 from stepdistill.methods.self_e import SelfE
 from stepdistill.networks.roles import Copies
+from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.testing.toys import (
     SHAPE,
     Gaussian,
@@ -130,6 +133,21 @@ def test_the_auxiliary_term_takes_a_shift_of_the_students_samples_back(shift):
     torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-5)
     half = method_of(net=Twinned(MU + shift, C), null=False, auxiliary_after=0, auxiliary=0.5)
     torch.testing.assert_close(2 * (half.evaluated(x, x, s, NONE, 0) - x), moved, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_with_an_embedded_scale_evaluates_at_that_of_the_recipe():
+    """There is no mode without a prompt: what is left is the guided field of the teacher and the student's twin."""
+    teacher = PipelineTeacher(tiny_pipeline("flux"), size=SIZES["flux"], guidance=3.5)
+    options = SelfE.Options(guidance=3.5, auxiliary_after=0, auxiliary=0.5)
+    method = SelfE(Copies(teacher), (1.0, 0.5), options)
+    generator = torch.Generator().manual_seed(3)
+    x, x_s = (torch.randn(2, *teacher.codec.shape, generator=generator) for _ in range(2))
+    s, cond = torch.tensor([0.6, 0.3]), teacher.codec.encode(tiny_prompts("flux", 2))
+    found = method.evaluated(x, x_s, s, cond, 0)
+    real = teacher_prediction(teacher, x_s, s, cond, 3.5).x0
+    twin = twin_prediction(method.student, x_s, s, cond).x0
+    torch.testing.assert_close(found, x + 0.5 * (real - twin))
+    assert float((real - teacher_prediction(teacher, x_s, s, cond, 1.0).x0).abs().max()) > 0.05
 
 
 def test_at_the_teachers_guidance_both_parts_are_the_guided_field():

@@ -10,9 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from run_toy import HERE
+from tiny import SIZES, tiny_pipeline, tiny_prompts
 from torch import Tensor, nn
 
 from stepdistill.data.prompts import read_rich
+from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
@@ -21,6 +23,7 @@ from stepdistill.losses.contract import Turn
 from stepdistill.losses.rollout import visits
 from stepdistill.methods.self_opd import SelfOPD, alike, among
 from stepdistill.networks.roles import Copies
+from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.testing.toys import (
     SHAPE,
@@ -144,6 +147,24 @@ def test_other_prompts_hold_the_student_to_the_network_that_it_was() -> None:
         float(loss_of(fresh, "student", images_of(toy_batch(8), torch.zeros(8, *SHAPE)))[1]["kept"].detach())
         == 0
     )
+
+
+def test_with_an_embedded_scale_the_network_that_it_was_is_the_teacher_at_that_scale() -> None:
+    pipe = tiny_pipeline("flux")
+    teacher = PipelineTeacher(pipe, size=SIZES["flux"], guidance=3.5)
+    method = SelfOPD(
+        Copies(teacher), (1.0, 0.5), SelfOPD.Options.model_validate({"source": "images", "guidance": 3.5})
+    )
+    draws = Draws(0, 0, 0, 2)
+    batch = Batch(draws, teacher.codec.shape, teacher.codec.encode(tiny_prompts("flux", 2)), torch.arange(2))
+    for visit in visits(method.student, method.sampler(), batch, batch.cond):
+        started, kept = (
+            method.student.predict(visit.x, visit.t, batch.cond).x0,
+            method.from_start(visit, batch.cond),
+        )
+        torch.testing.assert_close(kept, started, atol=1e-5, rtol=1e-5)
+        plain = teacher.predict(visit.x, visit.t, batch.cond).x0
+        assert float((plain - kept).abs().max()) > 0.1
 
 
 def test_conditions_that_are_alike_are_equal_in_all_their_tensors() -> None:

@@ -108,6 +108,25 @@ def test_the_turned_network_says_what_the_teacher_says(tmp_path: Path) -> None:
     assert not any(value.requires_grad for value in found.denoiser.net.parameters())
 
 
+def test_an_embedded_scale_is_the_recipes_in_what_is_matched(tmp_path: Path) -> None:
+    """In the teacher's own kind its copy, which has the scale folded in, has nothing to learn; at scale 1 it would."""
+    pipe = tiny_pipeline("sd")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = type(pipe.unet).from_config(pipe.unet.config, time_cond_proj_dim=32)
+        torch.nn.init.normal_(net.time_embedding.cond_proj.weight, std=0.3)
+    pipe.register_modules(unet=net)
+    teacher = PipelineTeacher(pipe, guidance=7.5)
+    options = StudentOptions(output_samples=8)
+    made = Matching(teacher, "eps", tiny_prompts("sd", 2), 7.5, options, 4, 0)
+    states = NoisedSamples(made, tmp_path, lambda samples: None)
+    assert max(states.errors(made.network()[0])) < 1e-4
+    x, t, cond = states.at(0, "match")
+    assert float((made.wanted(x, t, cond).eps - teacher.predict(x, t, cond).eps).abs().max()) > 0.01
+    other = PipelineTeacher(pipe, guidance=3.0)
+    assert Matching(other, "eps", made.prompts, 7.5, options, 4, 0).key != made.key
+
+
 def test_a_stage_cut_off_goes_on_bit_for_bit_and_is_then_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
