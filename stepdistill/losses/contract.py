@@ -275,8 +275,9 @@ class Method(nn.Module, ABC):
 
     @property
     def leaves_teacher(self) -> bool:
-        """Whether the student is led to other samples than the teacher's, so that no watch should hold it to them."""
-        return False
+        """Whether the student is led to other samples than the teacher's, so that no watch should hold it to them: by
+        a new word or captions that tell more, and by what a method says."""
+        return not self.options.needs.isdisjoint({"concept", "rich"})
 
     @property
     def teacher(self) -> Teacher:

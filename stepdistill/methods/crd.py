@@ -89,6 +89,10 @@ class CRD(Method):
             self.roles.add(name, "student", trained=False) for name in ("old", "drawing")
         )
 
+    @property
+    def leaves_teacher(self) -> bool:
+        return True
+
     def phase(self, step: int) -> str:
         return "reference" if step < self.options.reference_updates else "reward"
 

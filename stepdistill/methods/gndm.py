@@ -44,6 +44,10 @@ class GNDM(ScoreMethod):
 
     options: Options
 
+    @property
+    def leaves_teacher(self) -> bool:
+        return self.options.climb_weight > 0
+
     def views(self, x: Tensor, batch: Batch) -> Views:
         scale, group = self.options.score_scale, batch.group
         return views_of(self.fake, self.teacher, x, batch, self.options, scale, group=group)

@@ -67,6 +67,10 @@ class GNDMR(ScoreMethod):
             )
 
     @property
+    def leaves_teacher(self) -> bool:
+        return self.options.climb_weight > 0
+
+    @property
     def actions(self) -> int:
         """How many of the calls are the policy's."""
         return min(self.options.policy_steps, len(self.times) - 1)

@@ -56,6 +56,10 @@ class Internalise(Method):
 
     options: Options
 
+    @property
+    def leaves_teacher(self) -> bool:
+        return True
+
     def sampler(self) -> Sampler:
         return Sampler(self.times, False)
 

@@ -86,6 +86,10 @@ class OPD(Method):
         self.anchor = Route({TEACHER: self.teacher})
         self.guidance = {name: options.guidance_of.get(name, options.guidance) for name in names}
 
+    @property
+    def leaves_teacher(self) -> bool:
+        return len(self.roles.route.teachers) > 1
+
     def lr_ratio(self, turn: Turn) -> float:
         return warm_start_rate(turn.step, self.options)
 

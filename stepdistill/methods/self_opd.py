@@ -88,6 +88,10 @@ class SelfOPD(Method):
         if self.options.source == "captions":
             self.average = self.roles.add("target", "student", trained=False)
 
+    @property
+    def leaves_teacher(self) -> bool:
+        return True
+
     def sampler(self) -> Sampler:
         renoise = self.options.renoise
         return Sampler(

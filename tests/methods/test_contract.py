@@ -41,6 +41,20 @@ def test_losses_are_finite_and_reach_only_the_network_whose_turn_it_is(name, tim
     check_losses(name, times)
 
 
+def test_the_watch_holds_no_student_to_its_teacher_that_is_led_elsewhere():
+    """By a reward, new images or captions, a word: where the options say so."""
+    led = {name for name in method_names() if build(name).leaves_teacher}
+    assert led == {"crd", "echo", "gndmr", "internalise", "self_opd", "uni_dad"}
+    images = build("self_opd")
+    images.options = images.Options(source="images")
+    assert images.leaves_teacher
+    for name in ("gndm", "gndmr"):
+        made = build(name)
+        for weight in (0.0, 0.5):
+            made.options = made.Options(climb_weight=weight)
+            assert made.leaves_teacher == bool(weight)
+
+
 def test_methods_that_match_distributions_start_below_pure_noise():
     """The noise itself is the network's input: net(z, t) is what is matched, what is drawn, and what a warm start
     regresses on."""

@@ -204,6 +204,12 @@ def test_each_teacher_has_a_guidance_of_its_own() -> None:
     assert [float(row.mean()) for row in said] == pytest.approx([1.0, 2.0, 3.0, 2.0])
 
 
+def test_further_teachers_lead_away_from_the_recipes_own() -> None:
+    alone = between(Affine(0.0, 0.0), Affine(1.0, 0.0))
+    several = between(Affine(0.0, 0.0), Affine(1.0, 0.0), others={"night": Affine(1.0, 0.0)}, owner=[0, 1])
+    assert not alone.leaves_teacher and several.leaves_teacher
+
+
 def test_an_anchor_draws_every_prompt_to_the_recipes_own_teacher() -> None:
     """A student at 0, half of its prompts with a teacher at 1, the others, and the anchor, at 2."""
     batch = toy_batch(4)
