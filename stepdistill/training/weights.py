@@ -32,7 +32,7 @@ from stepdistill.training.optimizers import optimizer_of
 
 
 def check_weights(options: TrainOptions, base: str, method: Method) -> None:
-    """Refuses weights in bfloat16, or on a quantised ``base``, where what is learnt is a derivative.
+    """Refuses weights in bfloat16, or adapters on a ``base`` that is rounded, where what is learnt is a derivative.
 
     Raises:
         UserError: saying what to set.
@@ -51,6 +51,11 @@ def check_weights(options: TrainOptions, base: str, method: Method) -> None:
     if base in ("int8", "nf4"):
         raise UserError(
             f"student.base is {base}, {takes}, which quantised layers have not: set student.base=auto"
+        )
+    if method.student.compute == torch.bfloat16:
+        raise UserError(
+            f"train.precision is {options.precision} and what the adapters lie on bfloat16, {takes}, which are noise "
+            "there: set train.teacher_precision=float32 and student.base=auto, which hold it in float32"
         )
 
 

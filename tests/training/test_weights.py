@@ -9,13 +9,18 @@ import pytest
 import torch
 from run_toy import HERE
 from short_run import LOW, run
+from tiny import tiny_prompts, tiny_teacher
 from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
+from stepdistill.methods.dmd import DMD
+from stepdistill.methods.meanflow import MeanFlow
+from stepdistill.networks.derivative import Derivative
+from stepdistill.networks.roles import Adapters
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.train_options import TrainOptions
-from stepdistill.training.weights import Weights, rounded
+from stepdistill.training.weights import Weights, check_weights, rounded
 
 
 def test_stochastic_rounding_takes_a_neighbour_and_is_the_value_on_average() -> None:
@@ -139,3 +144,32 @@ def test_bytes_of_a_weight(weights: str, optimizer: str, size: int) -> None:
 def test_what_does_not_go_together_is_one_line(sets: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_recipe(HERE / "empty.yaml", method="dmd", sets=sets)
+
+
+def slopes_of_adapters(held: torch.dtype, around: bool = True) -> tuple[MeanFlow, Tensor]:
+    """MeanFlow with adapters on a base held so, and how its velocity changes in a direction, with autocast around."""
+    teacher = tiny_teacher("sd3")
+    teacher.compute_in(held)
+    method = MeanFlow(Adapters(teacher, 2), (1.0,), MeanFlow.Options())
+    cond, generator = teacher.codec.encode(tiny_prompts("sd3", 4)), torch.Generator().manual_seed(0)
+    x, t = torch.randn(4, *teacher.codec.shape, generator=generator), torch.tensor([0.9, 0.7, 0.5, 0.3])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=around):
+        velocity = lambda x, t: method.student.predict(x, t, cond).velocity  # noqa: E731
+        moves = (torch.randn(x.shape, generator=generator), torch.ones(4))
+        return method, Derivative("difference", 5e-3)(velocity, (x, t), moves)
+
+
+def test_derivatives_of_adapters_are_taken_on_a_base_in_float32_and_refused_on_another() -> None:
+    """A base in bfloat16 computes every call in it: rounding over a short step is 20 times what it is in float32."""
+    (wide, exact), (low, rough) = (slopes_of_adapters(dtype) for dtype in (torch.float32, torch.bfloat16))
+    plain = slopes_of_adapters(torch.float32, around=False)[1]
+    assert torch.equal(exact, plain)
+    assert float((rough - exact).norm() / exact.norm()) > 0.02
+    check_weights(options("float32", teacher_precision="float32"), "auto", wide)
+    for base in ("auto", "bf16"):
+        with pytest.raises(
+            UserError, match=r"set train\.teacher_precision=float32 and student.base=auto"
+        ) as told:
+            check_weights(options("float32"), base, low)
+        assert "\n" not in str(told.value)
+    check_weights(options("float32"), "auto", DMD(low.roles, (1.0,), DMD.Options()))
