@@ -1,9 +1,10 @@
 """A student that also says what its own samples look like: its twin, the same network told so in its second time.
 
 A jump from t to s has t - s in [0, 1]. The twin is called with ``TWIN`` in the place of that length, which no jump has,
-and is trained to denoise the student's samples: a fake score without a second network. At the start a second time
-changes nothing, so the twin starts as the teacher. (TwinFlow, 2512.05150, tells it by times of the other sign, which a
-timestep's pretrained embedding has never seen; Self-E, 2512.22374, by a prompt of its own.)
+and is trained to denoise the student's samples: a fake score without a second network. At the start an embedded second
+time changes nothing, so the twin starts as the teacher; late blocks (``second_time``) hear a time past 1,
+which they have never met, and it first learns to be one. (TwinFlow, 2512.05150, tells it by times of the other sign,
+which a timestep's pretrained embedding has never seen; Self-E, 2512.22374, by a prompt of its own.)
 """
 
 from __future__ import annotations

@@ -58,6 +58,10 @@ class AnyFlow(FlowMapMethod):
         score_guidance: float | None = None  # of the real score where it should differ
 
         @property
+        def score_scale(self) -> float:
+            return self.guidance if self.score_guidance is None else self.score_guidance
+
+        @property
         def alone(self) -> int:
             """The student's updates before the matching."""
             return self.warm_start + self.map_updates
@@ -108,10 +112,9 @@ class AnyFlow(FlowMapMethod):
     def field(self, x: Tensor, batch: Batch) -> Tensor:
         """Where DMD moves the samples x [B, ...] away from."""
         options, draws = self.options, batch.draws
-        scale = options.guidance if options.score_guidance is None else options.score_guidance
         r = draws.uniform("score t", self.least, self.last)
         x_r = STRAIGHT.noised(x, draws.normal("score eps", tuple(x.shape[1:])), r)
-        real = teacher_prediction(self.teacher, x_r, r, batch.cond, scale).x0
+        real = teacher_prediction(self.teacher, x_r, r, batch.cond, options.score_scale).x0
         apart = self.fake.predict_on(STRAIGHT, x_r, r, batch.cond).x0 - real
         return apart / per_sample((x - real).abs().flatten(1).mean(1) + 1e-6, x)
 

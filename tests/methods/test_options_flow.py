@@ -528,6 +528,7 @@ def anyflow_scores() -> None:
     """A fake network of the guided mean leaves no field."""
     for options, scale in (({"guidance": 3.0}, 3.0), ({"guidance": 3.0, "score_guidance": 1.5}, 1.5)):
         method = build(AnyFlow, **options)
+        assert method.options.score_scale == scale  # what a run's watch compares at
         method.fake.net, method.fake.output = Gaussian(PATH, 0.2 + scale * (MU - 0.2), C), "x0"
         assert float(method.field(torch.randn(8, *SHAPE), batch_of(8)).abs().max()) < 1e-4
 
