@@ -1,4 +1,4 @@
-"""The standard error of a Frechet distance, from moments kept in groups while images stream by."""
+"""The standard error of a Frechet distance: from moments kept in groups while images stream by, and of pairs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+from torch import Tensor
 
-from stepdistill.metrics.frechet import Moments, frechet_distance
-from stepdistill.metrics.intervals import Interval
+from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_between
+from stepdistill.metrics.intervals import Interval, jackknife
 
 GROUPS = 20
 """How many: 20 know the error to about 16 %."""
@@ -43,3 +44,22 @@ def frechet_interval(groups: Sequence[Moments], reference: Moments, *, level: fl
     )
     error = math.sqrt((len(filled) - 1) * float(values.var(correction=0)))
     return Interval(frechet_distance(whole, reference), error, level)
+
+
+def paired_frechet_interval(x: Tensor, y: Tensor, *, level: float = 0.95) -> Interval:
+    """The distance between features of pairs, which may depend on each other, such as pictures of one prompt and noise.
+    Its error is the jackknife's that leaves a group out of both sides together: other seeds move both.
+
+    Args:
+        x, y: features [N, D], N >= 3.
+        level: probability of the interval.
+
+    Raises:
+        ValueError: fewer than 3 pairs, or of two numbers.
+    """
+    count = len(x)
+    if count < 3 or len(y) != count:
+        raise ValueError(f"a paired jackknife needs at least 3 pairs, there are {count} and {len(y)}")
+    return jackknife(
+        lambda kept: frechet_distance_between(x[kept], y[kept]), count, groups=min(GROUPS, count), level=level
+    )
