@@ -4,21 +4,18 @@ reports; imports no torch."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from stepdistill.comparison.differences import differences
 from stepdistill.errors import UserError
-from stepdistill.training.run_report import Measured, RunReport
+from stepdistill.evaluation.scores import AGAINST
+from stepdistill.training.run_report import Measured
 
-# Numbers under two values of one of these cannot be ranked, nor of any field of the protocol that both reports state.
-SAME_FIELDS = ("suite", "n")
-# What only adds a score or an error of its own moves no other.
-APART = ("diversity", "standard_errors")
-# What makes an evaluation's number mean anything: a report that does not state it is not ranked with one that does.
-ESSENTIAL = ("resize", "features_sha256", "reference_sha256", "suite_sha256")
+SURE = 2.0
+"""Standard errors of a difference from which it is sure: wrong in 5 % of pairs that are equal."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class Row:
         updates, updates_planned: updates done, and in the recipe; fewer where a budget ended the training.
         passes: network passes of the training, of teacher, student and followers together, its pairs included.
         suite: name and version.
+        against: what it was measured against; None where the report does not say.
         second_names: what its suite calls ``second_fd`` and ``second_fit``.
         conflicts: scores in the eyes of a network that the run's loss looked through, and the keys that say so.
         own: your own metrics: value and standard error by name.
@@ -73,6 +71,7 @@ class Row:
     updates_planned: int | None
     passes: int | None
     suite: str | None = None
+    against: str | None = None
     second_names: tuple[str, str] = ("FD 2", "fit 2")
     conflicts: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
@@ -147,7 +146,7 @@ def has_scores(report: Measured) -> bool:
 
 
 def rank(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None) -> list[Row]:
-    """One row per run and number of steps: by steps, then by Frechet distance, best first; see :func:`ranked_by`.
+    """One row per run and number of steps: by steps, then by distance, best first; see :func:`ranked_by`.
 
     Args:
         reports: that compare.
@@ -173,20 +172,28 @@ def rank(reports: Sequence[Measured], repeats: Mapping[str, str] | None = None) 
     return sorted(rows, key=place)
 
 
-def ranked_by(rows: Sequence[Row]) -> Literal["fd", "second_fd"]:
-    """Whose Frechet distance ranks: that of the suite's features; where the loss of a run looked through their network,
-    that of the second features, if every run has it and none looked through theirs. Otherwise the run has no rank and
-    stands behind the others."""
-    if not any("fd" in row.conflicts for row in rows):
-        return "fd"
+def ranked_by(rows: Sequence[Row]) -> Literal["fd", "kid", "second_fd"]:
+    """The distance that ranks: the Frechet distance of the suite's features, and against the teacher's pictures the
+    kernel distance; where the loss of a run looked through their network, the Frechet distance of the second features,
+    if every run has it and none looked through theirs. Otherwise the run has no rank and stands behind the others."""
+    first = _first_choice(rows)
+    if not any(first in row.conflicts for row in rows):
+        return first
     free = all(row.second_fd is not None and "second_fd" not in row.conflicts for row in rows)
-    return "second_fd" if free else "fd"
+    return "second_fd" if free else first
+
+
+def _first_choice(rows: Sequence[Row]) -> Literal["fd", "kid"]:
+    """Against the teacher's pictures KID: the Frechet distance of few pictures is far from 0 for a student of the
+    teacher's distribution that draws other pictures, and not for one that draws the same."""
+    return "kid" if rows and all(row.against == AGAINST for row in rows) else "fd"
 
 
 def ranks(row: Row, rows: Sequence[Row]) -> tuple[int, int] | None:
     """The best and the worst place that a row may have among the rows of its number of steps, from 1. A place is sure
-    against those whose distance (see :func:`ranked_by`) differs by more than the sum of the two standard errors; one
-    that is not known counts as 0. None where the row has no rank, or is alone."""
+    against those whose distance (see :func:`ranked_by`) differs by more than SURE standard errors of the difference,
+    the root of the two errors' squares; it is sure against none where an error is not known. None where the row has no
+    rank, or is alone."""
     by = ranked_by(rows)
     others = [
         other
@@ -197,8 +204,10 @@ def ranks(row: Row, rows: Sequence[Row]) -> tuple[int, int] | None:
         return None
 
     def sure(better: Row, worse: Row) -> bool:
-        errors = (better.error_of(by) or 0.0) + (worse.error_of(by) or 0.0)
-        return bool(getattr(worse, by) - getattr(better, by) > errors)
+        errors = better.error_of(by), worse.error_of(by)
+        if errors[0] is None or errors[1] is None:
+            return False
+        return bool(getattr(worse, by) - getattr(better, by) > SURE * math.hypot(errors[0], errors[1]))
 
     return 1 + sum(sure(other, row) for other in others), len(others) - sum(
         sure(row, other) for other in others
@@ -206,12 +215,18 @@ def ranks(row: Row, rows: Sequence[Row]) -> tuple[int, int] | None:
 
 
 def ranking_notes(rows: Sequence[Row], metrics: Mapping[str, Any]) -> list[str]:
-    """What is to be said of a ranking where losses have looked through networks that score; sentences."""
+    """What is to be said of a ranking against the teacher's pictures, or where losses have looked through networks that
+    score; sentences."""
+    choice, by = _first_choice(rows), ranked_by(rows)
     first, second = metrics.get("fd") or "FD", metrics.get("second_fd") or "the second features' FD"
     found = []
-    seen = {row.name: row.conflicts["fd"] for row in rows if "fd" in row.conflicts}
+    if by == "kid":
+        found.append(
+            "Ranked by KID, as an FD of few pictures is lower where a student draws the very pictures of its teacher."
+        )
+    seen = {row.name: row.conflicts[choice] for row in rows if choice in row.conflicts}
     said = ", ".join(f"{name} ({key})" for name, key in seen.items())
-    if seen and ranked_by(rows) == "second_fd":
+    if seen and by == "second_fd":
         found.append(f"Ranked by {second}, as the loss of {said} looked through the network of {first}.")
     elif seen:
         found.append(
@@ -263,45 +278,6 @@ def _mean(name: str, rows: Sequence[Row]) -> Row:
     )
 
 
-def differences(reports: Sequence[Measured]) -> list[str]:
-    """What was not measured alike, each field with its values. Command, machine, versions, commit and times do not
-    matter; neither do seeds of images that were there already, which nobody states. Suites of one hash are alike: the
-    later version has every score of the earlier."""
-    protocols = [report.protocol for report in reports]
-    keys = dict.fromkeys(key for protocol in protocols for key in protocol)
-    hashes = {protocol.get("suite_sha256") for protocol in protocols}
-    same = ("n",) if len(hashes) == 1 and None not in hashes else SAME_FIELDS
-    found = [_values(field, ((report, getattr(report, field)) for report in reports)) for field in same]
-    for key in sorted(keys, key=lambda key: key == "suite_sha256"):  # which differs with most others: last
-        if key not in APART:
-            needed = key in ESSENTIAL
-            stated = (
-                (
-                    report,
-                    protocol.get(key, "not stated" if needed and not isinstance(report, RunReport) else None),
-                )
-                for report, protocol in zip(reports, protocols, strict=True)
-            )
-            found.append(_values(f"protocol.{key}", stated))
-    return [text for text in found if text]
-
-
-def _values(field: str, stated: Iterable[tuple[Measured, Any]]) -> str:
-    """The values of a field and who has them, where there is more than one; None is not a value."""
-    by_value: dict[str, str] = {}
-    for report, value in stated:
-        if value is not None:
-            by_value.setdefault(str(value), report.name)
-    if len(by_value) < 2:
-        return ""
-    return f"{field} differs: " + ", ".join(f"{_short(value)} ({name})" for value, name in by_value.items())
-
-
-def _short(value: str) -> str:
-    """Hashes by their first digits."""
-    return f"{value[:16]}..." if re.fullmatch("[0-9a-f]{64}", value) else value
-
-
 def _rows(report: Measured) -> list[Row]:
     steps_seen = dict.fromkeys(steps for scores in report.student.values() for steps in scores)
     return [_row(report, steps) for steps in steps_seen]
@@ -336,6 +312,7 @@ def _row(report: Measured, steps: str) -> Row:
         updates_planned=report.updates_planned,
         passes=report.all_passes,
         suite=report.suite,
+        against=report.against,
         second_names=(
             str(report.metrics.get("second_fd") or "FD 2"),
             str(report.metrics.get("second_fit") or "fit 2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stepdistill.comparison.ranking import Group, Row, ranks
+from stepdistill.comparison.ranking import Group, Row, ranked_by, ranks
 from stepdistill.pages.metric_names import marked
 from stepdistill.pages.numbers import with_error
 from stepdistill.system.parsing import printable
@@ -123,15 +123,24 @@ def notes(rows: Sequence[Row]) -> list[str]:
         said.append(SEEDS)
     elif any(row.fd_se is not None for row in rows):
         said.append("± is one standard error.")
-    if any(len({*(ranks(row, rows) or ())}) > 1 for row in rows):
+    placed = [row for row in rows if ranks(row, rows) is not None]
+    if any(len({*(ranks(row, rows) or ())}) > 1 for row in placed):
         said.append(RANKS)
+    unknown = [row for row in placed if row.error_of(ranked_by(rows)) is None]
+    if unknown:
+        said.append(NO_ERRORS if len(unknown) == len(placed) else SOME_ERRORS)
     return said
 
 
 RANKS = (
     "A rank such as 2-5: among the runs of as many steps it may be any of these, as a difference is sure where it is "
-    "more than the sum of the two standard errors."
+    "more than twice its standard error, the root of the two errors' squares."
 )
+NO_ERRORS = (
+    "No standard errors are known, so no place is sure; the order is that of the distances. `intervals: true` in a "
+    "suite computes them."
+)
+SOME_ERRORS = "Where no standard error is known no place is sure."
 SEEDS = (
     "± is the standard deviation between training seeds; in brackets, one standard error of the evaluation."
 )

@@ -26,11 +26,11 @@ from stepdistill.evaluation.measure import measure
 from stepdistill.evaluation.paired import ERRORS, PAIRED, gaps_closed, paired
 from stepdistill.evaluation.reference_files import Reference
 from stepdistill.evaluation.rows import HeldRows, RowTable
-from stepdistill.evaluation.scores import REPORTED
+from stepdistill.evaluation.scores import AGAINST, REPORTED
 from stepdistill.evaluation.suite import Suite
 from stepdistill.evaluation.suite_identity import without_folder
 from stepdistill.evaluation.teacher_pictures import TeacherPictures, batches
-from stepdistill.evaluation.teacher_remarks import AGAINST, remarks
+from stepdistill.evaluation.teacher_remarks import remarks
 from stepdistill.families.kinds import LabelFamily
 from stepdistill.families.size import Size
 from stepdistill.features.at_hand import images_at_hand, texts_at_hand

@@ -11,6 +11,8 @@ from typing import Any
 from stepdistill.pages.metric_names import marked
 from stepdistill.pages.numbers import with_error
 
+AGAINST = "the teacher's pictures"
+"""What scores of a student beside its teacher's own pictures are measured against, as report.json says it."""
 REPORTED = (
     "fd fd_se kid kid_se clip_score clip_score_se precision recall density coverage diversity second_fd second_fd_se "
     "second_fit second_fit_se seconds_per_image"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepdistill.evaluation.scores import AGAINST
 from stepdistill.features.network import FeatureNetwork
-
-AGAINST = "the teacher's pictures"
-"""What such scores are measured against, as report.json says it."""
 
 
 def remarks(

@@ -92,8 +92,8 @@ def test_compare_ranks_by_steps_then_distance_and_writes_page_and_numbers(
     lines = command(capsys, monkeypatch, "compare", a, b, "--output", str(tmp_path / "out"))
     same = ["0.800", "0.800", "(95%)", "2.0", "61", "s", "90", "of", "100", "3", "MiB"]
     assert [line.split() for line in lines[1:4]] == [
-        ["b", "dmd", "1", "1", "0.750", "2.000", *same],
-        ["a", "dmd", "1", "2", "0.500", "3.000", *same],
+        ["b", "dmd", "1", "1-2", "0.750", "2.000", *same],
+        ["a", "dmd", "1", "1-2", "0.500", "3.000", *same],
         ["a", "dmd", "4", "-", "0.875", "1.500", *same],
     ]
     assert "density" not in lines[0]  # measured by none

@@ -17,7 +17,7 @@ import stepdistill
 from stepdistill.data.held_out import HELD_OUT, LEAST, hold_out
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import FIRST_SEED, AgainstTeacher
-from stepdistill.evaluation.teacher_remarks import AGAINST
+from stepdistill.evaluation.scores import AGAINST
 from stepdistill.families.size import Size
 from stepdistill.features.load import load_features
 from stepdistill.metrics.kid import paired_kernel_distance

@@ -74,8 +74,8 @@ def test_an_evaluation_of_a_run_asks_the_runs_report(tmp_path: Path) -> None:
 
 def run(name: str, fd: float, judge: float | None, **changes: Any) -> RunReport:
     version = 1 if judge is None else 2
-    scores = {"fd": fd, "clip_score": 0.8} | (
-        {} if judge is None else {"second_fd": judge, "second_fit": 2.0}
+    scores = {"fd": fd, "fd_se": 0.01, "clip_score": 0.8} | (
+        {} if judge is None else {"second_fd": judge, "second_fd_se": 0.01, "second_fit": 2.0}
     )
     names = {"fd": "FD-emoji", "clip_score": "CLIP-emoji", "second_fd": "FD-judge", "second_fit": "judge fit"}
     return RunReport(
@@ -107,7 +107,8 @@ def test_a_run_is_not_ranked_by_the_network_that_its_loss_saw_but_all_by_the_jud
         assert (
             "Ranked by FD-judge, as the loss of rewarded (terms.reward) looked through the network of" in said
         )
-        assert "1.000*" in said and "3.000" in said and "3.000*" not in said and "0.900*" in said
+        assert "1.000 ± 0.010*" in said and "3.000 ± 0.010" in said and "0.900*" in said
+        assert "3.000 ± 0.010*" not in said
         assert "FD-judge" in said and "judge fit" in said
     plain, text, _ = shown([run("a", 3, 5), run("b", 4, 4)])
     assert names(plain) == ["a", "b"] and plain.notes == [] and "*" not in text

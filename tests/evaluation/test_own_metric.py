@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from stepdistill.cli.listing import copy_shipped
-from stepdistill.comparison.ranking import differences
+from stepdistill.comparison.differences import differences
 from stepdistill.errors import UserError
 from stepdistill.evaluation import teacher_scores as teacher_cache
 from stepdistill.evaluation.evaluate import evaluate

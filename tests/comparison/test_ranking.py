@@ -1,0 +1,97 @@
+"""Which places of a ranking are sure, and which distance ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stepdistill.comparison.page import Comparison, html_page
+from stepdistill.comparison.ranking import Group, Row, groups, ranks
+from stepdistill.comparison.table import NO_ERRORS, RANKS, SOME_ERRORS, notes, text_tables
+from stepdistill.evaluation.scores import AGAINST
+from stepdistill.training.run_report import RunReport
+
+SEEN = {"fd": "terms.reward", "kid": "terms.reward"}
+
+
+def run(
+    name: str, fd: float, error: float | None, *, kid: float | None = None, **changes: object
+) -> RunReport:
+    scores = {"fd": fd, "fd_se": error, "kid": kid, "kid_se": None if kid is None else 0.01}
+    return RunReport.model_validate(
+        {
+            "name": name, "method": "lcm", "suite": "own@1", "n": 64, "metrics": {"fd": "FD-emoji"},
+            "student": {key: {"1": value} for key, value in scores.items()}, "verification": "",
+            **dict.fromkeys(("train_seconds", "wall_seconds", "peak_memory_bytes"), 1), **changes,
+        }
+    )  # fmt: skip
+
+
+def group_of(*reports: RunReport) -> Group:
+    (group,) = groups(reports)
+    return group
+
+
+def places(*reports: RunReport) -> list[tuple[int, int] | None]:
+    rows = group_of(*reports).rows
+    return [ranks(row, rows) for row in rows]
+
+
+@pytest.mark.parametrize(("apart", "sure"), [(0.99, False), (1.01, True)])
+def test_a_difference_is_sure_above_twice_the_root_of_the_summed_squares(apart: float, sure: bool) -> None:
+    """Errors 0.3 and 0.4: that root is 0.5. Their sum, 0.7, would be passed by both."""
+    found = places(run("a", 2.0, 0.3), run("b", 2.0 + apart, 0.4))
+    assert found == ([(1, 1), (2, 2)] if sure else [(1, 2), (1, 2)])
+
+
+def test_of_equal_pairs_five_in_a_hundred_are_told_apart() -> None:
+    values = 5 + torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)).double()
+    template = group_of(run("a", 5.0, 1.0)).rows[0]
+    told = 0
+    for pair in values.tolist():
+        rows = [
+            Row(**{**vars(template), "name": name, "fd": fd}) for name, fd in zip("ab", pair, strict=True)
+        ]
+        told += ranks(rows[0], rows) != (1, 2)
+    assert told / 1000 == pytest.approx(0.0455, abs=3 * math.sqrt(0.0455 / 1000))
+
+
+def test_without_errors_no_place_is_sure_and_the_table_says_so() -> None:
+    bare = [run("a", 1.0, None), run("b", 9.0, None), run("c", 50.0, None)]
+    assert places(*bare) == [(1, 3)] * 3
+    assert notes(group_of(*bare).rows) == [RANKS, NO_ERRORS]
+    assert [row.name for row in group_of(*bare).rows] == ["a", "b", "c"]
+    page = html_page(Comparison(bare, [None] * 3))
+    assert "<td>1-3</td>" in page and "No standard errors are known, so no place is sure" in page
+    mixed = [run("a", 1.0, 0.1), run("b", 9.0, None), run("c", 50.0, 0.1)]
+    assert places(*mixed) == [(1, 2), (1, 3), (2, 3)]
+    assert SOME_ERRORS in notes(group_of(*mixed).rows)
+    known = group_of(run("a", 1.0, 0.1), run("b", 9.0, 0.1)).rows
+    assert notes(known) == ["± is one standard error."]
+
+
+def test_against_the_teachers_pictures_runs_are_ranked_by_the_kernel_distance() -> None:
+    """``same`` draws roughly its teacher's pictures; ``other`` other ones, of nearly the teacher's distribution."""
+    pair = [
+        run("same", 2.0, 0.1, kid=0.2, against=AGAINST),
+        run("other", 9.0, 0.1, kid=0.02, against=AGAINST),
+    ]
+    found = group_of(*pair)
+    assert [row.name for row in found.rows] == ["other", "same"]
+    assert [ranks(row, found.rows) for row in found.rows] == [(1, 1), (2, 2)]
+    assert found.notes[0].startswith("Ranked by KID, ") and found.notes[0] in text_tables([found])
+    real = group_of(*(report.model_copy(update={"against": "real images"}) for report in pair))
+    assert [row.name for row in real.rows] == ["same", "other"] and not real.notes
+
+
+def test_a_run_whose_loss_saw_the_network_stands_behind_those_that_rank_by_the_kernel_distance() -> None:
+    found = group_of(
+        run("rewarded", 1.0, 0.1, kid=0.01, against=AGAINST, conflicts=SEEN),
+        run("a", 3.0, 0.1, kid=0.3, against=AGAINST),
+        run("b", 3.0, 0.1, kid=0.2, against=AGAINST),
+    )
+    assert [row.name for row in found.rows] == ["b", "a", "rewarded"]
+    assert [ranks(row, found.rows) for row in found.rows] == [(1, 1), (2, 2), None]
+    assert any("behind the others: rewarded (terms.reward)" in note for note in found.notes)
