@@ -1,7 +1,7 @@
 """What a suite's networks say of images, one row an image, from which every score is computed.
 
 features        [B, D]     of the suite's own network
-logits          [B, 1008]  of Inception, for the Inception score
+logits          [B, 1008]  of Inception, without bias, for the Inception score
 spatial         [B, 2023]  of Inception, for sFID
 clip_score      [B]        cosine of image and prompt
 clip_embedding  [B, E]     for CMMD, where its network is not that of ``features``

@@ -97,6 +97,10 @@ def suite_sha256(suite: Suite) -> str:
         "features": weights_sha256(suite.features),
         "reference": sha256_of(suite.reference_file()),
     }
+    if suite.inception_score:
+        content["inception_score"] = (
+            "logits without bias"  # of images that were measured with it, scores are others
+        )
     if networks := suite.networks():
         content |= {"networks": {key: weights_sha256(spec) for key, spec in networks.items()}}
         content |= {"files": _further_files(suite)}

@@ -158,7 +158,7 @@ class InceptionFeatures:
 
     @full_float32()
     def activations(self, pixels: Tensor, layer: Layer = "2048") -> Activations:
-        """Features, logits (for the Inception score) and spatial features (for sFID) of uint8 [B, 3, H, W].
+        """Features, logits without bias (for the Inception score) and spatial features (sFID) of uint8 [B, 3, H, W].
 
         Raises:
             UserError: the weights are the TorchScript file, whose inner layers cannot be read.

@@ -64,7 +64,8 @@ class Activations:
 
     Attributes:
         features: of the layer asked for, [B, 64 | 192 | 768 | 2048], averaged over positions.
-        logits: [B, 1008] with bias; None before the last layer.
+        logits: [B, 1008] without the last layer's bias, as the Inception score of the literature reads them (Salimans'
+            code, ADM's evaluator, torch-fidelity's ``logits_unbiased``); None before the last layer.
         spatial: [B, 2023] of sFID; None where the pass ended before it.
     """
 
@@ -108,7 +109,6 @@ class Inception(nn.Module):
             for unit in later_units(block):
                 self._keep(f"{block.name}.{unit.name}", *_folded(state, f"{block.name}.{unit.name}"))
         self.register_buffer("fc_weight", state["fc.weight"].float())
-        self.register_buffer("fc_bias", state["fc.bias"].float())
         self.eval()
 
     def _keep(self, name: str, weight: Tensor, bias: Tensor) -> None:
@@ -147,7 +147,7 @@ class Inception(nn.Module):
         features = x.mean((2, 3), dtype=torch.float32)
         if layer == "768":
             return Activations(features, None, spatial)
-        logits = F.linear(features, self.get_buffer("fc_weight"), self.get_buffer("fc_bias"))
+        logits = F.linear(features, self.get_buffer("fc_weight"))
         return Activations(features, logits, spatial)
 
     def _block(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:

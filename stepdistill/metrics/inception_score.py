@@ -29,7 +29,7 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> InceptionScore:
     """Of logits [N, C] in the order of the images.
 
     Args:
-        logits: of the classes, or their log-probabilities.
+        logits: of the classes, or their log-probabilities; the literature's are those of Inception without bias.
         splits: consecutive parts of (nearly) N / splits images that are scored each for itself; the literature has 10.
             One split does not depend on the order; of more, images in the order of their classes score near 1.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,8 @@ from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.evaluation.rows import Rows, RowTable
 from stepdistill.evaluation.statistics import make_statistics
 from stepdistill.evaluation.suite import Suite, load_suite
-from stepdistill.evaluation.suite_identity import suite_sha256
+from stepdistill.evaluation.suite_identity import APART as SUITE_APART
+from stepdistill.evaluation.suite_identity import suite_sha256, weights_sha256
 from stepdistill.features.clip import ClipFeatures
 from stepdistill.features.inception import PUBLIC, STATE_SHA256, InceptionFeatures, usual_folders
 from stepdistill.features.inception_network import random_state
@@ -41,6 +44,7 @@ from stepdistill.metrics.kid import kernel_distance
 from stepdistill.metrics.prdc import Balls, recall
 from stepdistill.metrics.sfid import sfid
 from stepdistill.system.emoji import emoji_captions, emoji_images, features_folder, tokenizer_folder
+from stepdistill.system.files import sha256_of
 
 DRAWN, REAL = emoji_images()[:12], emoji_images()[100:109]
 
@@ -376,6 +380,17 @@ def test_what_only_adds_an_error_does_not_move_the_suites_hash_and_a_metric_does
     assert suite_sha256(emoji) == EMOJI == suite_sha256(emoji.changed({"intervals": True}))
     assert suite_sha256(emoji.changed({"fid_infinity": True})) != EMOJI
     suite = everything(files)
+    # The rule by which a score is computed counts: the Inception score's logits once had a bias.
+    plain = gaussian_suite(features=suite.features, resize="tf1", inception_score=True)
+    content = {
+        "suite": {**plain.model_dump(mode="json", exclude_defaults=True, exclude=SUITE_APART)},
+        "prompts": None,
+        "features": weights_sha256(plain.features),
+        "reference": sha256_of(plain.reference_file()),
+        "inception_score": "logits without bias",
+    }
+    content["suite"] |= {"version": plain.adds_to, "features": "inception"}
+    assert suite_sha256(plain) == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     for key in ("clip_prefix", "cmmd", "pick_score", "aesthetic", "clip_network"):
         other = {"clip_prefix": "", "aesthetic": "gone"}.get(key, "emoji")
         assert suite_sha256(suite.changed({key: other})) != suite_sha256(suite), key

@@ -145,7 +145,7 @@ def test_pytorch_equals_clean_fids_pytorch_fid(
 
 def test_inception_equals_torch_fidelitys_at_every_layer(folders: tuple[Path, Path], weights: Path) -> None:
     module = tool("torch_fidelity.feature_extractor_inceptionv3")
-    names = ["64", "192", "768", "2048", "logits"]
+    names = ["64", "192", "768", "2048", "logits_unbiased"]
     theirs = module.FeatureExtractorInceptionV3("random", names, feature_extractor_weights_path=str(weights))
     spatial: list[Tensor] = []
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: spatial.append(out[:, :7]))
@@ -158,29 +158,49 @@ def test_inception_equals_torch_fidelitys_at_every_layer(folders: tuple[Path, Pa
     found = ours.activations(pixels)
     assert found.logits is not None and found.spatial is not None
     same_features(found.features, expected["2048"])
-    same_features(found.logits, expected["logits"])
+    same_features(found.logits, expected["logits_unbiased"])
     same_features(found.spatial, spatial[0].permute(0, 2, 3, 1).flatten(1))
 
 
-def test_tf1_kid_score_precision_and_recall_equal_torch_fidelity(
+def test_the_inception_score_equals_torch_fidelitys_default(
     folders: tuple[Path, Path], weights: Path
 ) -> None:
+    """Of the layer that it takes by itself, logits without bias; with bias the score is another."""
+    theirs = tool("torch_fidelity").calculate_metrics(
+        input1=str(folders[0]),
+        isc=True,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        isc_splits=2,
+        samples_shuffle=False,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    ours = network(weights, "tf1")
+    logits = torch.cat([ours.activations(p).logits for p in open_images(folders[0]).batches(COUNT)])
+    score = inception_score(logits, splits=2)
+    same(score.value - 1, theirs["inception_score_mean"] - 1)  # of random weights it is near 1
+    same(score.deviation, theirs["inception_score_std"])
+    biased = inception_score(logits + random_state()["fc.bias"], splits=2).value
+    assert abs(biased - score.value) > 10 * TOLERANCE * (score.value - 1)
+
+
+def test_tf1_kid_precision_and_recall_equal_torch_fidelity(folders: tuple[Path, Path], weights: Path) -> None:
     theirs = tool("torch_fidelity").calculate_metrics(
         input1=str(folders[0]),
         input2=str(folders[1]),
         fid=True,
         kid=True,
-        isc=True,
         prc=True,
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights),
         feature_layer_fid="64",
         feature_layer_kid="64",
-        feature_layer_isc="64",
         feature_layer_prc="64",
         kid_subsets=1,
         kid_subset_size=COUNT,
-        isc_splits=2,
         samples_shuffle=False,
         cuda=False,
         cache=False,
@@ -190,9 +210,6 @@ def test_tf1_kid_score_precision_and_recall_equal_torch_fidelity(
     drawn, real = (early(network(weights, "tf1"), folder) for folder in folders)
     same(frechet_distance_between(drawn, real), theirs["frechet_inception_distance"])
     same(kernel_distance(drawn, real).value, theirs["kernel_inception_distance_mean"])
-    score = inception_score(drawn, splits=2)
-    same(score.value, theirs["inception_score_mean"])
-    assert score.deviation == pytest.approx(theirs["inception_score_std"], abs=TOLERANCE * score.value)
     balls = Balls.between(real, drawn, 3)
     assert precision(balls) == pytest.approx(theirs["precision"], abs=1e-6)
     assert recall(balls) == pytest.approx(theirs["recall"], abs=1e-6)
