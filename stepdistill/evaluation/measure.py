@@ -38,8 +38,8 @@ INFINITY_GROUPS = 10
 SPLITS = 10
 ERRORS = (
     f"fd, second_fd, sfid, recall, coverage: jackknife over {GROUPS} random groups; fid_infinity: over "
-    f"{INFINITY_GROUPS}; kid, cmmd: jackknife over images; inception_score: deviation between {SPLITS} splits; the "
-    "others: of a mean"
+    f"{INFINITY_GROUPS}; kid, cmmd: jackknife over drawn images; inception_score: deviation between {SPLITS} splits; "
+    "the others: of a mean"
 )
 """How standard errors are computed, for reports."""
 

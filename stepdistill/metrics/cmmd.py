@@ -22,8 +22,8 @@ def cmmd(x: Tensor, y: Tensor, *, unbiased: bool = False, block: int = 1024) -> 
     """CMMD between embeddings x [N, D] and y [M, D], which are normalised here, with its standard error.
 
     Args:
-        x: embeddings [N, D], N >= 3.
-        y: embeddings [M, D], M >= 3.
+        x: embeddings [N, D], N >= 3, of drawn images: the standard error is over them.
+        y: embeddings [M, D], M >= 3, of real images.
         unbiased: leave out the pairs of a sample with itself; the paper's numbers do not.
         block: rows of the kernel matrix held at a time.
 

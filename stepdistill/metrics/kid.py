@@ -18,8 +18,8 @@ def kernel_distance(x: Tensor, y: Tensor, *, gamma: float | None = None, block: 
     """Unbiased cubic MMD^2 between features x [N, D] and y [M, D].
 
     Args:
-        x: features [N, D], N >= 3.
-        y: features [M, D], M >= 3.
+        x: features [N, D], N >= 3, of drawn images: the standard error is over them.
+        y: features [M, D], M >= 3, of real images.
         gamma: scale of the inner product; None is 1 / D, the literature's KID.
         block: rows of the kernel matrix held at a time.
 
