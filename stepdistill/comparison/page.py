@@ -13,6 +13,7 @@ from typing import Any
 from stepdistill.comparison.charts import charts
 from stepdistill.comparison.ranking import Group, Row, groups, ranks
 from stepdistill.comparison.table import filled, notes
+from stepdistill.comparison.teachers import teachers
 from stepdistill.pages.html import document, embedded_picture, scrolled, table
 from stepdistill.pages.picture_rows import STYLE as ROWS_STYLE
 from stepdistill.pages.picture_rows import picture_rows
@@ -85,7 +86,8 @@ def write(comparison: Comparison, folder: Path) -> Path:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """compare.json: the groups, one entry a run with its scores by step count and its teacher's, and what failed."""
+    """compare.json: the groups with their teachers, one entry a run with its scores by step count and its teacher's,
+    and what failed."""
     runs = []
     found = groups(comparison.reports)
     rows = [{**asdict(row), "rank": ranks(row, group.rows)} for group in found for row in group.rows]
@@ -109,7 +111,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "notes": list(group.notes),
                 "metrics": group.reports[0].metrics,
                 "better": group.reports[0].better,
-                "teacher": _teacher(group.reports),
+                "teachers": [asdict(teacher) for teacher in teachers(group.reports)],
                 "over_seeds": [asdict(row) for row in group.rows if row.seeds is not None],
             }
             for group in comparison.groups
@@ -134,15 +136,6 @@ SCORES = (
     "ms_per_image",
 )
 COSTS = "train_seconds peak_memory_bytes updates updates_planned passes".split()
-
-
-def _teacher(reports: Sequence[Measured]) -> dict[str, dict[str, Any]]:
-    """The teachers' scores of all reports by metric and step count; the first report that has one is taken."""
-    found: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for metric, scores in report.teacher.items():
-            found[metric] = {**scores, **found.get(metric, {})}
-    return found
 
 
 def html_page(comparison: Comparison) -> str:
@@ -191,7 +184,7 @@ def _group(group: Group, number: int) -> list[str]:
         )
         parts += [f"<p>{html.escape(said)}.</p>"] if said else []
     parts += [f"<p class=warning>{html.escape(note)}</p>" for note in group.notes]
-    return [*parts, _table(group.rows), charts(group.rows, fd, _teacher(group.reports).get("fd") or {})]
+    return [*parts, _table(group.rows), charts(group.rows, fd, teachers(group.reports))]
 
 
 def _table(rows: Sequence[Row]) -> str:

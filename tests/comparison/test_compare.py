@@ -104,7 +104,8 @@ def test_compare_ranks_by_steps_then_distance_and_writes_page_and_numbers(
     numbers = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [run["name"] for run in numbers["runs"]] == ["a", "b"]
     assert numbers["runs"][0]["scores"]["4"]["fd"] == 1.5 and numbers["runs"][0]["updates"] == 90
-    assert numbers["groups"][0]["teacher"]["fd"] == {"1": 5.0, "25": 1.0}
+    (teacher,) = numbers["groups"][0]["teachers"]
+    assert teacher["name"] is None and teacher["scores"]["fd"] == {"1": 5.0, "25": 1.0}
 
 
 def test_more_runs_than_colours_have_a_line_each(tmp_path: Path) -> None:
