@@ -7,6 +7,7 @@ Every time that is evenly spread here goes by it: pairs, grids, times of scores,
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, TypeVar
 
@@ -48,18 +49,24 @@ def shift_of(scheduler: Any, tokens: int, stretched: bool = False) -> float:
     Raises:
         UserError: where its times are no time shift of even ones.
     """
-    config = scheduler.config
-    found = [key for key in OTHER_SPACINGS if config.get(key) and not (stretched and key == "shift_terminal")]
+    config, read = scheduler.config, _read_by(scheduler)
+    found = [key for key in OTHER_SPACINGS if read.get(key) and not (stretched and key == "shift_terminal")]
     if found:
         raise UserError(
-            f"the teacher's {type(scheduler).__name__} has {found[0]}={config[found[0]]}, a spacing of times that is "
+            f"the teacher's {type(scheduler).__name__} has {found[0]}={read[found[0]]}, a spacing of times that is "
             "no time shift: give one in options.shift"
         )
-    if not config.get("use_dynamic_shifting"):
+    if not read.get("use_dynamic_shifting"):
         # DPMSolver, UniPC and their like in flow mode have it under another name.
-        return float(config.get("shift", config.get("flow_shift", 1.0)))
+        return float(read.get("shift", read.get("flow_shift", 1.0)))
     # Those name no lengths, and the pipelines take these.
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     mu = low + (high - low) * (tokens - few) / (many - few)
-    return float(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+    return float(mu if read.get("time_shift_type") == "linear" else math.exp(mu))
+
+
+def _read_by(scheduler: Any) -> dict[str, Any]:
+    """What of its config a scheduler reads itself: ``from_config`` also keeps what another class had, unread."""
+    own = inspect.signature(type(scheduler).__init__).parameters
+    return {key: value for key, value in scheduler.config.items() if key in own}

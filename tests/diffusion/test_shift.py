@@ -96,6 +96,31 @@ def test_the_shift_is_that_of_the_pipeline(config: dict[str, Any]) -> None:
     assert torch.cat(called).tolist() == pytest.approx([path.shifted(u) for u in uniform_times(5)], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        ("UniPCMultistepScheduler", {"shift": 7.0}),
+        ("DPMSolverMultistepScheduler", {"shift": 7.0}),
+        ("DPMSolverMultistepScheduler", {"shift": 7.0, "shift_terminal": 0.1}),
+        ("SASolverScheduler", {"shift": 7.0, "use_dynamic_shifting": True}),
+    ],
+)
+def test_what_from_config_keeps_of_another_class_is_not_read(kind: str, kept: dict[str, Any]) -> None:
+    """diffusers keeps the former scheduler's keys, its shift beside the flow_shift that the new one draws with."""
+    import diffusers
+
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": SHIFT}
+    made = getattr(diffusers, kind).from_config(scheduler(**kept).config, **flow)
+    assert {**made.config, **kept} == made.config
+    assert shift_of(made, 100) == SHIFT
+    made.set_timesteps(4)
+    drawn = [float(sigma) for sigma in made.sigmas[:4]]
+    assert drawn == pytest.approx([shifted(u, SHIFT) for u in uniform_times(4)], abs=1e-3)
+
+    back = scheduler().from_config(made.config, shift=5.0, shift_terminal=None, use_dynamic_shifting=False)
+    assert back.config["flow_shift"] == SHIFT and shift_of(back, 100) == 5.0
+
+
 def test_a_dynamic_shift_grows_with_the_image() -> None:
     dynamic = scheduler(use_dynamic_shifting=True)  # mu from 0.5 at 256 tokens to 1.15 at 4096
     assert shift_of(dynamic, 256) == pytest.approx(1.6487, abs=1e-4)
