@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+from torch import Tensor
+
 from stepdistill.diffusion.path import FlowPath, TablePath, TrigPath
 from stepdistill.diffusion.path import Path as NoisePath
 from stepdistill.diffusion.shift import counts_up, shifted
@@ -73,19 +75,17 @@ def stock_scheduler(
         )
         config = {key: teacher_scheduler.config[key] for key in keep}
         config["rescale_betas_zero_snr"] = teacher_scheduler.config.get("rescale_betas_zero_snr", False)
-        if (betas := _other_betas(teacher_scheduler, config)) is not None:
-            config |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
+        # Schedulers call a network first at the end of their table, so it ends there.
         last = path.steps if sampler.grid else round(sampler.times[0] * path.steps)
-        if last < path.steps:  # schedulers call a network first at the end of their table, so it ends there
-            betas = betas or teacher_scheduler.betas.tolist()
-            config |= {"num_train_timesteps": last, "trained_betas": betas[:last]}
-            config["rescale_betas_zero_snr"] = False
+        if last < path.steps or not _makes_table(config, teacher_scheduler.alphas_cumprod):
+            betas = _betas_of(teacher_scheduler)[:last]
+            config |= {"num_train_timesteps": last, "trained_betas": betas, "rescale_betas_zero_snr": False}
         config["prediction_type"] = sampler.prediction_type or config["prediction_type"]
         config["clip_sample"] = False
         # Read by neither scheduler on these grids; Stable Diffusion pipelines rewrite any other value, and warn.
         config["steps_offset"] = 1
         if sampler.gamma is not None:
-            scheduler = TCDScheduler(**config, original_inference_steps=sampler.grid or path.steps)
+            scheduler = TCDScheduler(**config, original_inference_steps=sampler.grid or last)
         elif sampler.renoise or sampler.steps == 1:
             uniform = sampler.steps if last % sampler.steps == 0 else last
             # With as many original steps as the student has, a call that forgets num_inference_steps (and so asks
@@ -164,16 +164,24 @@ def _near(times: Sequence[float], wanted: Sequence[float], allowed: float = ALLO
     return max(abs(a - b) for a, b in zip(times, wanted, strict=True)) <= allowed
 
 
-def _other_betas(scheduler: Any, config: dict[str, Any]) -> list[float] | None:
-    """The betas of a teacher whose table is not the one that these keys of its config make (CogVideoX shifts the
-    signal-to-noise ratio of its own by a further key); None where they make it."""
+def _makes_table(config: dict[str, Any], table: Tensor) -> bool:
+    """Whether these keys of a teacher's config make its table of alphas: CogVideoX shifts the signal-to-noise ratio of
+    its own by a further key, and DDPM has schedules of betas that no scheduler of a student has."""
     from diffusers import DDIMScheduler
 
-    table, made = scheduler.alphas_cumprod.double(), cast(Any, DDIMScheduler(**config))
-    if (table - made.alphas_cumprod).abs().max() < 1e-6:
-        return None
-    ratios = table[1:] / table[:-1]
-    return [float(1 - table[0]), *(1 - ratios).tolist()]
+    try:
+        made = cast(Any, DDIMScheduler(**config))
+    except NotImplementedError:
+        return False
+    return bool((table.double() - made.alphas_cumprod).abs().max() < 1e-6)
+
+
+def _betas_of(scheduler: Any) -> list[float]:
+    """The betas that make a teacher's table of alphas: its own, but where it rescales the table alone (CogVideoX)."""
+    table, betas = scheduler.alphas_cumprod.double(), scheduler.betas
+    if (table - (1 - betas.double()).cumprod(0)).abs().max() < 1e-6:
+        return cast(list[float], betas.tolist())
+    return [float(1 - table[0]), *(1 - table[1:] / table[:-1]).tolist()]
 
 
 def _shift(sampler: Sampler, path: FlowPath) -> float:

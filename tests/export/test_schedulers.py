@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from stepdistill.export.schedulers import (
     times_of,
 )
 from stepdistill.networks.sampler import Sampler
+from stepdistill.networks.scheduler_path import path_of
 from stepdistill.testing.toys import ToyFamily
 
 TABLE = TablePath.from_alphas_cumprod(teacher_scheduler().alphas_cumprod)
@@ -178,6 +180,47 @@ def test_the_travelling_scheduler_of_a_negated_velocity_counts_from_the_data(ren
         z = stock.step(-x.sin(), counted, z, return_dict=False)[0]
         x = own.step(-x.sin(), counted, x, return_dict=False)[0]
         assert torch.allclose(x, y, atol=1e-6) and (renoise or torch.allclose(x, z, atol=1e-5))
+
+
+TABLES = (
+    "CogVideoXDDIM CogVideoXDPM DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep "
+    "DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM "
+    "LMSDiscrete PNDM SASolver TCD UniPCMultistep"
+).split()
+
+
+@pytest.mark.parametrize("rescaled", [False, True], ids=["plain", "zero-snr"])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_students_table_is_its_teachers_up_to_where_it_ends(name: str, rescaled: bool) -> None:
+    """CogVideoX's schedulers rescale their alphas and not their betas."""
+    import diffusers
+
+    kind: Any = getattr(diffusers, f"{name}Scheduler")
+    own = inspect.signature(kind.__init__).parameters
+    if rescaled and "rescale_betas_zero_snr" not in own:
+        pytest.skip("it has no such key")
+    config = {"rescale_betas_zero_snr": True} if rescaled else {}
+    for schedule in ("scaled_linear", "sigmoid", "laplace"):
+        for shift in (1.0, 3.0) if "snr_shift_scale" in own else (None,):
+            more: dict[str, Any] = {} if shift is None else {"snr_shift_scale": shift}
+            try:
+                teacher = kind(beta_schedule=schedule, prediction_type="v_prediction", **config, **more)
+            except NotImplementedError:
+                assert schedule != "scaled_linear"
+                continue
+            path, _ = path_of(teacher)
+            for sampler in (
+                Sampler((1.0,), True),
+                Sampler((0.4,), True),
+                Sampler((0.8, 0.4), True),
+                Sampler((0.8, 0.4), False),
+                Sampler((0.8, 0.4), True, gamma=0.3),
+            ):
+                made: Any = stock_scheduler(sampler, path, teacher)
+                last = round(sampler.times[0] * 1000)
+                assert len(made.alphas_cumprod) == last
+                off = (made.alphas_cumprod.double() - teacher.alphas_cumprod[:last].double()).abs().max()
+                assert off < 1e-6, (schedule, more, sampler)
 
 
 def test_a_student_answers_pipelines_that_ask_for_a_learned_variance() -> None:
