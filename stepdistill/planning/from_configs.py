@@ -34,6 +34,9 @@ TEACHERS = Path(__file__).parent / "teachers"
 ENCODERS = ("text_encoder", "connectors")
 """How the names of components begin that prompts go through."""
 
+RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+"""Classes that folders name and transformers has under another name by now, as diffusers takes them, too."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -122,7 +125,10 @@ def _component(library: str, kind: str, folder: Path, where: AbstractContextMana
     # No other module is imported because a folder names it: these, and a pipeline's own of diffusers.
     module = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
     known = module == library or (library.isidentifier() and importlib.util.find_spec(module) is not None)
-    found: Any = getattr(importlib.import_module(module), kind, None) if known else None
+    found: Any = None
+    if known:
+        place = importlib.import_module(module)
+        found = getattr(place, kind, None) or getattr(place, RENAMED.get(kind, kind), None)
     if not inspect.isclass(found):
         raise UserError(f"{folder}: {library} has no {kind}, so this teacher cannot be planned")
     network: Any = found if issubclass(found, nn.Module) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import flagging_checker, tiny_pipeline
 from torch import nn
 
 from stepdistill.cli.plan import bytes_of
@@ -113,3 +114,22 @@ def test_recipes_that_freeze_and_start_elsewhere_are_planned(
 def test_a_folder_names_no_module_but_a_pipelines_own(library: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{library} has no Thing, so this teacher cannot be planned"):
         _component(library, "Thing", tmp_path, nullcontext())
+
+
+def test_a_folder_that_names_a_class_by_its_former_name_is_planned(tmp_path: Path) -> None:
+    """As Stable Diffusion's folders of 2022 do, and diffusers reads them."""
+    import transformers
+
+    pipe = tiny_pipeline("sd")
+    pipe.register_modules(feature_extractor=flagging_checker()["feature_extractor"])
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text("utf-8"))
+    assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    index["feature_extractor"][1] = "CLIPFeatureExtractor"
+    (tmp_path / "model_index.json").write_text(json.dumps(index), "utf-8")
+    planned = pipeline_of(str(tmp_path), torch.device("meta"))
+    assert isinstance(planned.pipe.feature_extractor, transformers.CLIPImageProcessor)
+    seen = plan(
+        load_recipe("dmd_emoji", sets=[f"teacher={tmp_path}", "data.prompts=null"]), device="cuda"
+    ).trace
+    assert seen.parameters["teacher"] == sum(value.numel() for value in pipe.unet.parameters())
