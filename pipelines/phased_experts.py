@@ -17,6 +17,9 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
+FILES = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+"""Arguments of from_pretrained that say where its files are."""
+
 
 def changed(given: Any, place: Sequence[str], value: torch.Tensor) -> Any:
     """A nest of dicts with the value at ``place`` replaced by one row [1, ...], repeated for each of its own."""
@@ -65,6 +68,7 @@ class PhasedExperts(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         kind = getattr(diffusers, network)
+        self._keep_in_fp32_modules = getattr(kind, "_keep_in_fp32_modules", None)
         self.bounds = list(bounds)
         own = changes or [{} for _ in range(len(bounds) + 1)]
         self.experts = torch.nn.ModuleList(kind.from_config({**network_config, **each}) for each in own)
@@ -72,6 +76,25 @@ class PhasedExperts(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.places = [list(each["place"]) for each in null or []]
         for i, each in enumerate(null or []):
             self.register_buffer(f"null_{i}", torch.zeros(each["shape"], dtype=getattr(torch, each["dtype"])))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers loads it; what the experts' class keeps in float32 stays in float32."""
+        files = {name: kwargs[name] for name in FILES if name in kwargs}
+        config = cls.load_config(pretrained_model_name_or_path, **files)
+        kind = getattr(diffusers, config["network"])
+        cls._keep_in_fp32_modules = getattr(
+            kind, "_keep_in_fp32_modules", None
+        )  # diffusers asks the class alone
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        finally:
+            cls._keep_in_fp32_modules = None
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """Of each expert, whose class says which layers are left alone."""
+        for expert in self.experts:
+            expert.enable_layerwise_casting(*args, **kwargs)
 
     @property
     def config(self) -> FrozenDict:

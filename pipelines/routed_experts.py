@@ -18,6 +18,9 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
+FILES = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+"""Arguments of from_pretrained that say where its files are."""
+
 
 def told(given: Any, place: Sequence[str]) -> torch.Tensor:
     """What a call says at a place among its keywords, as one row of numbers for each sample [B, D]."""
@@ -61,10 +64,30 @@ class RoutedExperts(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         kind = getattr(diffusers, network)
+        self._keep_in_fp32_modules = getattr(kind, "_keep_in_fp32_modules", None)
         self.place = list(place)
         self.students = torch.nn.ModuleList(kind.from_config(dict(network_config)) for _ in range(count))
         self.register_buffer("anchors", torch.zeros(prompts, width))
         self.register_buffer("owners", torch.zeros(prompts, dtype=torch.int64))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers loads it; what the students' class keeps in float32 stays in float32."""
+        files = {name: kwargs[name] for name in FILES if name in kwargs}
+        config = cls.load_config(pretrained_model_name_or_path, **files)
+        kind = getattr(diffusers, config["network"])
+        cls._keep_in_fp32_modules = getattr(
+            kind, "_keep_in_fp32_modules", None
+        )  # diffusers asks the class alone
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        finally:
+            cls._keep_in_fp32_modules = None
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """Of each student, whose class says which layers are left alone."""
+        for student in self.students:
+            student.enable_layerwise_casting(*args, **kwargs)
 
     @property
     def config(self) -> FrozenDict:
