@@ -12,6 +12,7 @@ import yaml
 
 from stepdistill.export.shared import Terms, is_hub_name, loaded_from, shown_name, without_folders
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, TILED_VAE, components, read_index, tensor_types
+from stepdistill.networks.tiles import tiles_in, tiles_in_words
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.travelling import REASONS, travelling_code
 
@@ -71,12 +72,15 @@ def for_folder(card: str, folder: Path) -> str:
     if travelling_code(folder):
         more += ", trust_remote_code=True"
         card = card.replace(STOCK, _code_note(folder))
-    tiles = (
-        "\npipe.vae.enable_tiling()"
-        if components(read_index(folder)).get("vae", ("",))[-1] == TILED_VAE
-        else ""
-    )
-    return card.replace(_CALL, f"{_CALL[:-1]}{more}){tiles}")
+    return card.replace(_CALL, f"{_CALL[:-1]}{more}){_tiles(folder)}")
+
+
+def _tiles(folder: Path) -> str:
+    """Lines that have the VAE decode as it did; each begins a new one."""
+    said = tiles_in(folder)
+    if not (folder / ADAPTER).is_file() and components(read_index(folder)).get("vae", ("",))[-1] == TILED_VAE:
+        said |= {"use_tiling": True}
+    return "".join(f"\n{line}" for line in tiles_in_words(said))
 
 
 def _of_adapter(card: str, folder: Path) -> str:
@@ -89,7 +93,7 @@ def _of_adapter(card: str, folder: Path) -> str:
     note = (
         _code_note(folder) if found else "It is an adapter for stock diffusers classes, without the teacher."
     )
-    return card.replace(PLAIN, text).replace(STOCK, note)
+    return card.replace(PLAIN, f"{text}{_tiles(folder)}").replace(STOCK, note)
 
 
 def _code_note(folder: Path) -> str:

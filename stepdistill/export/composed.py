@@ -16,6 +16,7 @@ from stepdistill.export.shared import carry_terms, take_out_folders
 from stepdistill.export.student_folder import TOLERANCE, hashes
 from stepdistill.networks.own_call import VERIFICATION
 from stepdistill.networks.pictures import to_uint8
+from stepdistill.networks.tiles import KEY, tiles_of
 from stepdistill.system.files import folder_written_whole
 
 
@@ -64,7 +65,6 @@ def write_composed(
         pipe.save_config(place)
         carry_terms(str(source), place)
         take_out_folders(place)
-        (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()
         with in_float32(pipe, but=frozenset({network})):
@@ -79,7 +79,10 @@ def write_composed(
             "tolerance": TOLERANCE,
             "files": hashes(place),
         }
+        if tiles := tiles_of(pipe.components.get("vae")):
+            manifest[KEY] = tiles
         (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")
 
 
 def config_of(net: nn.Module) -> dict[str, Any]:

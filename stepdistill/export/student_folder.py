@@ -50,6 +50,7 @@ from stepdistill.networks.streamed import streamed
 from stepdistill.networks.student import Student
 from stepdistill.networks.switched import network_of, networks_in
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.networks.tiles import KEY, tiles_of
 from stepdistill.recipes.sections import ExportOptions
 from stepdistill.system.files import folder_written_whole, sha256_of
 from stepdistill.system.float32 import full_float32
@@ -193,7 +194,6 @@ def export(
             save_comfyui(student, sampler, teacher, used, source, prompts[0], place)
         carry_terms(source, place)
         take_out_folders(place)
-        (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")
         proof = place / VERIFICATION
         proof.mkdir()
         codec = replace(teacher.codec, pipe=pipe)
@@ -211,7 +211,10 @@ def export(
             "tolerance": TOLERANCE,
             "files": hashes(place),
         }
+        if tiles := tiles_of(pipe.components.get("vae")):
+            manifest[KEY] = tiles
         (proof / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (place / "README.md").write_text(for_folder(card, place), encoding="utf-8")
 
 
 def _save_pipeline(

@@ -31,6 +31,7 @@ from stepdistill.networks.pipeline_files import (
     read_index,
 )
 from stepdistill.networks.scheduler_path import path_of
+from stepdistill.networks.tiles import set_tiles, tiles_in
 from stepdistill.system.log import quiet_loading
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.travelling import is_own_code, travelling_code, travelling_module
@@ -91,6 +92,7 @@ def load_folder(
         raise UserError(f"{what}: diffusers cannot load it: {reason}") from error
     if type(pipe.components.get("vae")).__name__ == TILED_VAE:
         pipe.vae.enable_tiling()
+    set_tiles(pipe.components.get("vae"), tiles_in(folder))
     return pipe if filters else without_filters(pipe)
 
 
@@ -259,6 +261,7 @@ def _load_adapter(folder: Path, what: str) -> Any:
 
     pipe = load_teacher(teacher_named(folder)[0])
     pipe.load_lora_weights(folder, weight_name=LORA)
+    set_tiles(pipe.components.get("vae"), tiles_in(folder))
     place = folder / "scheduler"
     kind = str(parse_json((place / "scheduler_config.json").read_text("utf-8"))["_class_name"])
     code = [file for file in travelling_code(folder) if is_own_code(file)]

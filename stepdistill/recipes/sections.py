@@ -97,6 +97,8 @@ class DataOptions(Section):
         pairs: folder of cached (noise, teacher sample) pairs; None keeps them in the run folder.
         size: [height, width] in pixels, with a third number the frames of a video; None takes what the teacher's
             pipeline draws by itself.
+        tiling: whether the teacher's VAE works in tiles, as large pictures and videos ask for: less memory, and colours
+            may differ a little from tile to tile. Its student does so, too, which its card and its proof say.
         buckets: whether each image is cropped to the nearest of several aspect ratios, all of about the area of
             ``size``, and not to that of ``size`` itself; the images of a batch are then of one ratio.
         pairs_dtype: what pairs and their states are kept in: ``float32``, or half the bytes, ``bf16`` or ``float16``.
@@ -122,6 +124,7 @@ class DataOptions(Section):
     fps: Annotated[float, Field(gt=0, le=240)] | None = None
     pairs: str | None = None
     size: tuple[Positive, Positive] | tuple[Positive, Positive, Positive] | None = None
+    tiling: bool = False
     buckets: bool = False
     pairs_dtype: Literal["float32", "bf16", "float16"] = "float32"
     rich: str | None = None

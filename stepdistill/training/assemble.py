@@ -40,6 +40,7 @@ from stepdistill.networks.shared_tokens import check_shared_tokens, check_split
 from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.networks.tiles import switch_on
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import say
@@ -159,6 +160,8 @@ def assemble(
     family = family_in(recipe.family) if recipe.family else None
     loaded = pipeline or load_teacher(recipe.teacher, family=family)
     exact = round_on_host(loaded, family, recipe) if pipeline is None else None
+    if recipe.data.tiling:
+        switch_on(loaded)
     warn_of_memory(recipe, loaded, family, accelerator)
     teacher = PipelineTeacher(
         loaded,
