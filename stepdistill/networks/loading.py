@@ -20,6 +20,7 @@ from stepdistill.families._classes import check_class
 from stepdistill.networks.adapter_teacher import teacher_named
 from stepdistill.networks.find import find_pipeline, find_teacher, local_folder
 from stepdistill.networks.hub import reason_of
+from stepdistill.networks.offloading import check_unmoved
 from stepdistill.networks.pipeline_files import (
     ADAPTER,
     LORA,
@@ -235,9 +236,12 @@ def load_pipeline(
         filters: keep a safety checker and a watermarker, which alter pictures after they are drawn.
 
     Raises:
-        UserError: the path is not a folder with a model_index.json, it is damaged, or diffusers cannot load it.
+        UserError: the path is not a folder with a model_index.json, it is damaged, or diffusers cannot load it; the
+            object is offloaded and there is a device.
     """
     if not isinstance(pipeline, (str, Path)):
+        if device is not None:
+            check_unmoved(pipeline)
         pipe, label = pipeline if filters else without_filters(pipeline), type(pipeline).__name__
     else:
         folder, label = find_pipeline(pipeline), str(pipeline)

@@ -23,6 +23,7 @@ from stepdistill.networks.codec import Codec
 from stepdistill.networks.denoiser import Denoiser, in_bfloat16
 from stepdistill.networks.fingerprint import weights_hash
 from stepdistill.networks.loading import with_merged_adapters, without_filters
+from stepdistill.networks.offloading import check_unmoved
 from stepdistill.networks.scheduler_path import path_of
 from stepdistill.networks.switched import SwitchedNetworks, network_of, networks_in
 
@@ -44,8 +45,8 @@ class PipelineTeacher:
         exact: the state of its network before that was rounded, on the CPU; None where it was not, or lost nothing.
 
     Raises:
-        UserError: for a size that the pipeline does not draw, for a shift or a second scale where there is none, or a
-            scheduler of its own whose spacing is no shift.
+        UserError: for a pipeline that is offloaded, for a size that it does not draw, for a shift or a second scale where
+            there is none, or a scheduler of its own whose spacing is no shift.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class PipelineTeacher:
         owned: bool = False,
         exact: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_unmoved(pipe)
         self.pipe: Any = with_merged_adapters(without_filters(pipe))
         self.guidance_interval, self.guidance_rescale = guidance_interval, guidance_rescale
         self.guidance, self.guidance_2 = guidance, guidance_2
