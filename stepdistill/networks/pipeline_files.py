@@ -41,6 +41,7 @@ _OTHER_WEIGHTS = {
     ".tflite",
 }
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_VARIANT = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.([^.-]+)(-\d+-of-\d+)?\.safetensors")
 
 
 def read_index(folder: Path, what: str = "") -> dict[str, Any]:
@@ -115,6 +116,8 @@ def check_files(folder: Path, what: str) -> None:
     _check_code(folder, index, what)
     names = components(index)
     names.pop(SAFETY_CHECKER, None)  # is not loaded
+    for name in sorted(names):
+        _check_variant(folder, name, what)
     for file in _files(folder, names):
         short = file.relative_to(folder).as_posix()
         if is_lfs_pointer(file):
@@ -132,6 +135,23 @@ def check_files(folder: Path, what: str) -> None:
                 raise UserError(
                     f"{what}: {short} is cut off or no safetensors file ({error}): get it again"
                 ) from None
+
+
+def _check_variant(folder: Path, name: str, what: str) -> None:
+    """A component has weights without a variant, which are those that are loaded, where it has one.
+
+    Raises:
+        UserError: it has those of a variant alone.
+    """
+    files = [file.name for file in sorted((folder / name).glob("*.safetensors"))]
+    found = [match for file in files if (match := _VARIANT.fullmatch(file))]
+    if found and not any(_WEIGHTS.fullmatch(file) for file in files):
+        variant = found[0][3]
+        raise UserError(
+            f"{what}: {name} has weights of the variant {variant} alone ({found[0][0]}), but those without one are "
+            f"read: save it again, DiffusionPipeline.from_pretrained({str(folder)!r}, "
+            f"variant={variant!r}).save_pretrained('OTHER'), and name that folder"
+        )
 
 
 def _check_json(content: Any, file: Path, kind: str, what: str) -> None:

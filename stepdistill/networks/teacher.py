@@ -45,8 +45,8 @@ class PipelineTeacher:
         exact: the state of its network before that was rounded, on the CPU; None where it was not, or lost nothing.
 
     Raises:
-        UserError: for a pipeline that is offloaded, for a size that it does not draw, for a shift or a second scale where
-            there is none, or a scheduler of its own whose spacing is no shift.
+        UserError: for a pipeline that is offloaded, for a size that it does not draw, for a shift or a second scale
+            where there is none, or a scheduler of its own whose spacing is no shift.
     """
 
     def __init__(
