@@ -55,7 +55,8 @@ if getattr(pipe, "watermark", None) is not None:
 if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":
     pipe.vae.enable_tiling()  # it decodes no other way
 for name, value in manifest.get("vae", {}).items():
-    setattr(pipe.vae, name, value)  # tiles, which no folder says
+    if isinstance(value, (bool, int, float)):
+        setattr(pipe.vae, name, value)  # tiles, which no folder says
 pipe.set_progress_bar_config(disable=True)
 def draw(call, generators):
     return pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
