@@ -96,7 +96,9 @@ def trace(
     prompt: Annotated[list[str] | None, typer.Option(help="What is drawn; may repeat.")] = None,
     seeds: Annotated[int, typer.Option(min=2, help="Pictures of each prompt, for the diversity.")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Of pipelines that are no students.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Of pipelines that are no students.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Of pipelines that are no students. [default: a pipeline's own]")
+    ] = None,
     features: Annotated[str, typer.Option(help="Network in which diversity is measured.")] = "emoji",
     output: Annotated[Path, typer.Option(help="Folder for trace.html, trace.png and trace.json.")] = Path(
         "trace"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepdistill.cli.options import Guidance, Pipeline
+from stepdistill.cli.options import Guidance, MeasuredGuidance, Pipeline
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def geneval(
     output: Annotated[Path, typer.Option(help="Folder to write to; a begun one is finished.")],
     steps: Steps = None,
     samples: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures of each prompt.")] = 4,
-    guidance: Guidance = None,
+    guidance: MeasuredGuidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture j of prompt i: seed + samples * i + j.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     trailing: Annotated[

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from stepdistill.cli.options import MeasuredGuidance
 from stepdistill.errors import UserError
 from stepdistill.networks.find import check_no_runs, find_pipeline
 
@@ -39,8 +40,8 @@ def evaluate_pipeline(
             help="Step counts, separated by commas. [default: a student's own; of a teacher the suite's, 25 of most]"
         ),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 100,
+    guidance: MeasuredGuidance = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 100,
     trailing: Annotated[
         bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")
     ] = False,

@@ -11,7 +11,14 @@ import typer
 Pipeline = Annotated[
     str, typer.Argument(help="Embedded teacher, diffusers folder or run folder (its student).")
 ]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
+SCALE = "Classifier-free guidance scale; 1 is none."
+Guidance = Annotated[
+    float | None, typer.Option(help=f"{SCALE} [default: a student's own; a teacher's pipeline's]")
+]
+MeasuredGuidance = Annotated[
+    float | None, typer.Option(help=f"{SCALE} [default: a student's own; none of a teacher]")
+]
+"""Of verbs whose pictures are measured: a score names its scale, and without one there is none."""
 
 
 def command_line() -> str:

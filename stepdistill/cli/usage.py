@@ -31,7 +31,7 @@ EXAMPLES = {
     ),
     "geneval": (
         "geneval runs/latest --prompts evaluation_metadata.jsonl --output geneval",
-        "geneval my_sdxl --prompts evaluation_metadata.jsonl --output teacher --steps 25",
+        "geneval my_sdxl --prompts evaluation_metadata.jsonl --output teacher --steps 25 --guidance 5",
         "geneval runs/latest --prompts evaluation_metadata.jsonl --output geneval --samples 4",
     ),
     "stats": (

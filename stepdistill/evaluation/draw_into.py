@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stepdistill.data.texts import rows_sha256
 from stepdistill.errors import UserError
@@ -35,7 +35,7 @@ class Drawer:
         folder: of the pipeline; a Hub name of a teacher's.
         label: what it is called in messages.
         steps: network calls per picture.
-        guidance: guidance_scale; None is no guidance.
+        guidance: guidance_scale; None is no guidance, "own" the pipeline's own.
         trailing: see :func:`stepdistill.evaluation.evaluate.evaluate`.
         arguments: further arguments of its call.
     """
@@ -43,18 +43,19 @@ class Drawer:
     folder: str | Path
     label: str
     steps: int
-    guidance: float | None
+    guidance: float | Literal["own"] | None
     trailing: bool
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def as_named(pipeline: str, steps: int | None = None, guidance: float | None = None) -> Drawer:
-    """The pipeline of a name, a student's as its own call has it, or any other.
+    """The pipeline of a name, as :func:`stepdistill.evaluation.sample.sample` draws it: a student by its own call, any
+    other with the guidance and the spacing of steps that it has by default.
 
     Args:
         pipeline: as :func:`stepdistill.networks.find.find_pipeline` takes it.
         steps: None is a student's own count, and 25 of any other pipeline.
-        guidance: None is that of a student's own call, and none of any other pipeline.
+        guidance: None is that of a student's own call, and the default of any other pipeline's.
 
     Raises:
         UserError: no such pipeline, or a step count that the student was not trained for.
@@ -63,7 +64,7 @@ def as_named(pipeline: str, steps: int | None = None, guidance: float | None = N
     own = own_call(folder)
     count = steps_of(own, steps)
     if own is None:
-        return Drawer(folder, "teacher", count, guidance, True)
+        return Drawer(folder, "teacher", count, "own" if guidance is None else guidance, False)
     if (warning := own.warning(guidance)) is not None:
         say(warning)
     scale = own.input_guidance if guidance is None else guidance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,11 +19,15 @@ from stepdistill.evaluation.suite import Suite
 from stepdistill.evaluation.video_pipelines import sounds_of
 from stepdistill.families import known_family
 from stepdistill.families._guiders import guided_at, guiders_of
+from stepdistill.families.base import call_default
 from stepdistill.families.plain_calls import AS_ASKED
 from stepdistill.pages.videos import Sound
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
+
+OwnGuidance = Literal["own"]
+"""Stands for the guidance that a pipeline has by default."""
 
 
 class Drawing:
@@ -33,14 +37,15 @@ class Drawing:
         pipe: the pipeline.
         suite: how many images, their seeds, labels and sizes.
         prompts: one an image, None for a suite without.
-        guidance: guidance_scale; None is no guidance.
+        guidance: guidance_scale; None is no guidance, "own" what the pipeline's call does where it is told nothing.
         trailing: see :func:`stepdistill.evaluation.evaluate.evaluate`.
         eta: passed to the call where given.
         own: further arguments of a student's own call; the suite's size comes before theirs.
         videos: all frames of a video, at the pipeline's own size; else its middle frame stands for it.
 
     Attributes:
-        guidance: the guidance_scale that is passed, or of the pipeline's guiders; None where there is neither.
+        guidance: the guidance_scale that is passed, the call's default, or that of the pipeline's guiders; None where
+            there is none of these.
         seconds: wall time of the last drawing.
         passes: samples that went through the denoiser in the last drawing.
         sounds: of each video of the last batch, where they have some.
@@ -54,14 +59,15 @@ class Drawing:
         pipe: Any,
         suite: Suite,
         prompts: Sequence[str] | None,
-        guidance: float | None,
+        guidance: float | OwnGuidance | None,
         trailing: bool,
         eta: float | None = None,
         own: Mapping[str, Any] | None = None,
         videos: bool = False,
     ) -> None:
         self._own, self._videos = dict(own or {}), videos
-        pipe = guided_at(pipe, guidance)
+        if guidance != "own":
+            pipe = guided_at(pipe, guidance)
         self._pipe, self._suite, self._prompts, self._trailing = pipe, suite, prompts, trailing
         self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
         _check_fit(pipe, self._takes, suite, prompts)
@@ -69,15 +75,23 @@ class Drawing:
         if eta is not None and "eta" not in self._takes:
             raise UserError(f"eta is {eta:g}, but the call of {type(pipe).__name__} takes no eta")
         self._eta = eta
-        self.guidance = None
-        if "guidance_scale" in self._takes:
-            off = GUIDANCE_OFF.get(type(pipe).__name__, 1.0)
-            self.guidance = off if guidance is None else float(guidance)
-        self._told = {} if self.guidance is None else {"guidance_scale": self.guidance}
-        if guiders_of(pipe):
-            self.guidance = 1.0 if guidance is None else float(guidance)
+        self.guidance, self._told = self._guidance(guidance)
         self.seconds, self.passes = 0.0, 0
         self.sounds: list[Sound] = []
+
+    def _guidance(self, wanted: float | OwnGuidance | None) -> tuple[float | None, dict[str, float]]:
+        """The scale for the record, and what the call is told of it."""
+        pipe, takes_scale = self._pipe, "guidance_scale" in self._takes
+        if wanted == "own":
+            default = call_default(pipe, "guidance_scale") if takes_scale else None
+            scales = [getattr(guider, "guidance_scale", None) for guider in guiders_of(pipe).values()]
+            return next(iter(scales), default), {}
+        off = GUIDANCE_OFF.get(type(pipe).__name__, 1.0)
+        scale = off if wanted is None else float(wanted)
+        told = {"guidance_scale": scale} if takes_scale else {}
+        if guiders_of(pipe):
+            return (1.0 if wanted is None else scale), told
+        return (scale if takes_scale else None), told
 
     def batches(self, steps: int, batch: int, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
         """The images ``rows`` of the suite in their order, None is all: uint8 [B, 3, H, W] on the CPU; if

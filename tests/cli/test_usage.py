@@ -43,6 +43,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, li
         ("train --steps four", "train: invalid value for '--steps': "),
         ("train --method lcm --size 512", "--size 512: give HEIGHTxWIDTH in pixels, such as 1024x1024"),
         ("sample", "sample: missing argument "),
+        ("eval emoji --batch 0", "eval: invalid value for '--batch': "),
         ("ls foo", "ls: invalid value for "),
     ],
 )
@@ -89,6 +90,18 @@ def test_every_verb_has_three_examples_of_options_that_it_has() -> None:
             if "--suite" in words:
                 suite = words[words.index("--suite") + 1]
                 assert suite in suite_files() or suite.endswith(".yaml")
+            if verb in ("eval", "geneval") and "--steps" in words:  # a teacher, measured unguided else
+                assert "--guidance" in words
+
+
+@pytest.mark.parametrize(
+    ("verb", "default"),
+    [("sample", "a teacher's pipeline's"), ("eval", "none of a teacher"), ("geneval", "none of a teacher")],
+)
+def test_the_help_says_how_a_teacher_is_guided_by_default(verb: str, default: str) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    (option,) = [parameter for parameter in commands[verb].params if parameter.name == "guidance"]
+    assert option.help.endswith(f"[default: a student's own; {default}]")
 
 
 def test_near_names_are_at_most_five_and_then_a_command() -> None:

@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -20,7 +20,7 @@ from tiny_unknown import SIZES, unknown_pipeline
 from stepdistill.cli import main
 from stepdistill.data.captions import read_metadata
 from stepdistill.errors import UserError
-from stepdistill.evaluation.draw_into import as_named, draw_into, teacher_of
+from stepdistill.evaluation.draw_into import Drawer, as_named, draw_into, teacher_of
 from stepdistill.evaluation.drawing import Drawing, trailing
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.sample import sample
@@ -218,10 +218,26 @@ def test_a_prompt_that_is_a_file_of_prompts_is_refused(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_teacher_is_drawn_with_its_own_guidance_on_a_grid_and_into_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "sd"  # its scheduler leads, from a timestep before the last
+    tiny_pipeline("sd").save_pretrained(folder)
+    draw_into(tmp_path / "into", [as_named(str(folder), steps=2)], PROMPTS, 2, progress=False)
+    drawn = json.loads((tmp_path / "into" / "teacher" / "drawn.json").read_text())
+    assert (drawn["guidance"], drawn["trailing"]) == (7.5, False)
+    on_grid = sample(str(folder), PROMPTS, steps=2).pictures
+    for number, picture in enumerate(on_grid):
+        there = np.asarray(Image.open(tmp_path / "into" / "teacher" / f"00000{number}.png")).astype(int)
+        assert np.abs(there - np.asarray(picture).astype(int)).max() <= 2
+    (unguided,) = sample(str(folder), PROMPTS[:1], steps=2, guidance=1).pictures
+    assert np.abs(np.asarray(unguided).astype(int) - np.asarray(on_grid[0])).max() > 2
+    assert as_named(str(folder), guidance=2.0).guidance == 2.0
+
+
 def test_a_pipeline_with_a_list_of_sizes_draws_at_its_own_also_in_one_step(tmp_path: Path) -> None:
     folder = tmp_path / "pixart"  # with DPM-Solver, whose one step PixArt cannot read
     tiny_pipeline("pixart-alpha").save_pretrained(folder)
-    draw_into(tmp_path / "into", [as_named(str(folder), steps=1)], PROMPTS[:1], 1, progress=False)
+    drawers = [Drawer(folder, "teacher", 1, None, True)]
+    draw_into(tmp_path / "into", drawers, PROMPTS[:1], 1, progress=False)
     (picture,) = sample(str(folder), PROMPTS[:1], steps=2).pictures
     assert Image.open(tmp_path / "into" / "teacher" / "000000.png").size == picture.size
 
@@ -262,9 +278,10 @@ def test_a_pipeline_whose_guidance_is_a_component_is_drawn_at_the_asked_scale(tm
     ).model_copy(update={"n": 1})  # fmt: skip
     own = {"height": size.height, "width": size.width}
 
-    def drawn(guidance: float | None) -> Any:
+    def drawn(guidance: float | Literal["own"] | None) -> Any:
         drawing = Drawing(pipe, suite, ["a red heart"], guidance, False, own=own)
-        assert drawing.guidance == (1.0 if guidance is None else guidance)
+        its_own = pipe.guider.guidance_scale
+        assert drawing.guidance == {None: 1.0, "own": its_own}.get(guidance, guidance)
         return next(drawing.batches(2, 1)).int()
 
     def called(**told: Any) -> Any:
@@ -278,6 +295,7 @@ def test_a_pipeline_whose_guidance_is_a_component_is_drawn_at_the_asked_scale(tm
     for scale in (2.0, 9.0):
         assert (drawn(scale) - called(guidance_scale=scale)).abs().max() <= 1
     assert (drawn(None) - called(enabled=False)).abs().max() <= 1
+    assert (drawn("own") - called()).abs().max() <= 1
     assert (drawn(2.0) - drawn(9.0)).abs().max() > 4 < (drawn(None) - drawn(9.0)).abs().max()
     pipe.save_pretrained(tmp_path)
     both = [
