@@ -9,6 +9,7 @@ import typer
 
 from stepdistill.cli.options import Guidance, MeasuredGuidance, Pipeline
 from stepdistill.errors import UserError
+from stepdistill.system.seeds import LARGEST_SEED
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.sample import Drawn
@@ -32,7 +33,7 @@ def sample(
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Picture i is drawn from seed + i.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option(help="Picture file to write; of videos, .mp4, .webp and .gif move. [default: grid.png]"),
@@ -141,7 +142,9 @@ def geneval(
     steps: Steps = None,
     samples: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures of each prompt.")] = 4,
     guidance: MeasuredGuidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Picture j of prompt i: seed + samples * i + j.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Picture j of prompt i: seed + samples * i + j.")
+    ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     trailing: Annotated[
         bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")

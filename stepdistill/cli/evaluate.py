@@ -101,13 +101,14 @@ def evaluate_pipeline(
             _check_output(output)
         from stepdistill.evaluation.suite import load_suite
 
-        protocol = load_suite(suite or DEFAULT_SUITE).derive(n=n, prompts=prompts, precision=precision)
-        if diversity:
-            protocol = protocol.with_diversity(diversity)
+        protocol = load_suite(suite or DEFAULT_SUITE)
         if reference is not None:
             from stepdistill.evaluation.reference import for_reference
 
             protocol = for_reference(protocol, reference)
+        protocol = protocol.derive(n=n, prompts=prompts, precision=precision)
+        if diversity:
+            protocol = protocol.with_diversity(diversity)
         return counts, folder, protocol
 
     counts, folder, protocol = processes.together(check)

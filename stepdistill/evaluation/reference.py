@@ -26,6 +26,7 @@ from stepdistill.evaluation.reference_files import Reference, read_reference
 from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork, Precision
 from stepdistill.metrics.frechet import Moments
+from stepdistill.system.files import sha256_of
 from stepdistill.system.log import bar
 from stepdistill.system.prefetch import ahead
 
@@ -176,9 +177,10 @@ def _check_statement(file: Path, suite: Suite, network: FeatureNetwork) -> None:
 
 
 def for_reference(suite: Suite, file: Path) -> Suite:
-    """The suite with another reference. A suite that leaves n open (``folder``) takes features, resize, resolution and
-    precision from what the file says of itself. What a suite states of its file (``reference_protocol``) is kept where
-    the other one has the same name.
+    """The suite with another reference, which its label then names. A suite that leaves n open (``folder``) takes
+    features, resize, resolution and precision from what the file says of itself: give n after it. The suite's own file
+    in another place changes nothing, and what a suite states of its file (``reference_protocol``) is kept where the
+    other one has the same name.
 
     Raises:
         UserError: the file is missing, damaged, or does not say what made it.
@@ -186,8 +188,10 @@ def for_reference(suite: Suite, file: Path) -> Suite:
     if not file.is_file():
         raise UserError(f"no reference statistics {file}: make them with stepdistill stats")
     changed: dict[str, Any] = {"reference": str(file.absolute())}
-    if suite.second_features is not None:  # whose statistics are of the suite's own images
-        changed |= {"second_features": None, "second_reference": None}
+    if suite.reference and not _is_own(suite, file):
+        changed["derived"] = (*suite.derived, f"reference={file.name}")
+        if suite.second_features is not None:  # whose statistics are of the suite's own images
+            changed |= {"second_features": None, "second_reference": None}
     if file.name != Path(suite.reference).name:  # what the suite states is of its own file
         changed["reference_protocol"] = None
     if suite.n == 0:
@@ -204,6 +208,17 @@ def for_reference(suite: Suite, file: Path) -> Suite:
             "kid": reference.features is not None,
         }
     return suite.changed(changed)
+
+
+def _is_own(suite: Suite, file: Path) -> bool:
+    """Whether a file is the suite's own reference: of its name and, where that one is here, of its content."""
+    if file.name != Path(suite.reference).name:
+        return False
+    try:
+        own = suite.reference_file()
+    except UserError:
+        return True
+    return sha256_of(own) == sha256_of(file)
 
 
 def _features_of(source: ImageSource, network: FeatureNetwork, progress: bool) -> Tensor:

@@ -23,6 +23,7 @@ from stepdistill.metrics.own import OwnMetric, load_metric, metric_file
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.system.parsing import Unreadable
 from stepdistill.system.parsing_yaml import parse_yaml
+from stepdistill.system.seeds import LARGEST_SEED
 from stepdistill.system.shipped import suite_file
 
 
@@ -87,7 +88,7 @@ class Suite(MetricKeys):
     n: int = Field(ge=0)
     prompts: str | None = None
     selection: Literal["first", "shuffled"] = "first"
-    first_seed: int = Field(default=0, ge=0)
+    first_seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     labels: Literal["balanced", "uniform"] = "balanced"
     resolution: int = Field(ge=0)
     draw_resolution: Annotated[int, Field(ge=0)] | Literal["own"] = 0

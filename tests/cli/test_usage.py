@@ -44,6 +44,11 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, li
         ("train --method lcm --size 512", "--size 512: give HEIGHTxWIDTH in pixels, such as 1024x1024"),
         ("sample", "sample: missing argument "),
         ("eval emoji --batch 0", "eval: invalid value for '--batch': "),
+        ("sample emoji x --seed 99999999999999999999", "sample: invalid value for '--seed': "),
+        (
+            "geneval emoji --prompts x --output y --seed 4611686018427387905",
+            "geneval: invalid value for '--seed'",
+        ),
         ("ls foo", "ls: invalid value for "),
     ],
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -331,6 +332,10 @@ def test_from_two_folders_to_a_report(
     Path("edm.npz").write_bytes(b"")  # what a suite states of its own file says nothing of another one
     assert for_reference(named, Path("edm.npz")).reference_protocol == named.reference_protocol
     assert for_reference(named, Path("real.safetensors")).reference_protocol is None
+    assert run(monkeypatch, *"eval real --suite folder --reference real.safetensors --n 70".split()) == 0
+    assert (
+        "| real | folder@1+n=70 |" in capsys.readouterr().out
+    )  # the suite leaves n open, not what n is given
     batch = torch.from_numpy(pixels[100:170]).permute(0, 3, 1, 2)
     direct = score_images(torch.split(batch, 23), None, suite)
     assert report["scores"]["0"]["fd"] == pytest.approx(direct.fd, rel=1e-5)
@@ -388,6 +393,29 @@ def test_from_two_folders_to_a_report(
                 assert f"  {name}: {reason}" in told
             assert "odd: 1 images: CMYK to RGB" in told
     assert not Path("x.safetensors").exists() and not Path("it_ran").exists()
+
+
+def test_another_reference_is_another_suite_and_the_same_in_another_place_is_not(tmp_path: Path) -> None:
+    suite, pixels = load_suite("emoji"), emoji_images()[:40]
+    other, renamed, moved = (tmp_path / name for name in ("other/emoji.safetensors", "b.safetensors", "c"))
+    for folder in (other.parent, moved):
+        folder.mkdir()
+    network = suite.network()
+    make_statistics(open_images(pixels), network, other, resolution=32, progress=False)
+    renamed.write_bytes(other.read_bytes())
+    shutil.copy(suite.reference_file(), moved / "emoji.safetensors")
+    assert for_reference(suite, renamed).label == "emoji@2+reference=b.safetensors"
+    changed = for_reference(suite, other)
+    assert changed.label == "emoji@2+reference=emoji.safetensors" and changed.second_features is None
+    assert changed.derive(n=50).label == f"{changed.label}+n=50"
+    same = for_reference(suite, moved / "emoji.safetensors")
+    assert same.label == "emoji@2" and same.second_features == suite.second_features
+    assert suite_sha256(same) == suite_sha256(suite) != suite_sha256(changed)
+    # A suite whose reference is not here is told where it lies.
+    away = load_suite("cifar10-50k")
+    assert for_reference(away, other).label == "cifar10-50k@1+reference=emoji.safetensors"
+    (tmp_path / away.reference).write_bytes(b"x")
+    assert for_reference(away, tmp_path / away.reference).label == "cifar10-50k@1"
 
 
 def test_the_number_of_images_is_the_suites_or_an_error() -> None:
