@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -128,7 +129,9 @@ def copy_shipped(
     name: Annotated[
         str, typer.Argument(help="Name of a shipped recipe or suite, or own_method: a method to start from.")
     ],
-    dest: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
+    dest: Annotated[
+        str, typer.Argument(help="File or folder to copy it to; a folder that is new ends with a slash.")
+    ],
     full: Annotated[
         bool, typer.Option("--full", help="A recipe with every key and what it means; a suite always is.")
     ] = False,
@@ -143,7 +146,11 @@ def copy_shipped(
     if name not in known:
         near = did_you_mean(name, known, "stepdistill ls")
         raise UserError(f"{name} is not a shipped recipe or suite {near}")
-    target = dest / f"{name}{known[name].suffix}" if dest.is_dir() else dest
+    target, named_folder = Path(dest), dest.endswith(("/", os.sep))
+    if named_folder and target.is_file():
+        raise UserError(f"{dest} is a file: give a folder, or leave the slash out")
+    if named_folder or target.is_dir():
+        target /= f"{name}{known[name].suffix}"
     if target.exists():
         raise UserError(f"{target} exists already: give another name")
     if name in suites:
@@ -153,6 +160,8 @@ def copy_shipped(
     else:
         text = _in_full(name) if full and name in recipes else known[name].read_text("utf-8")
     try:
+        if named_folder:
+            target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None

@@ -189,6 +189,26 @@ def test_cp_copies_a_recipe_byte_for_byte_and_keeps_what_is_there(
     assert (tmp_path / "my.py").read_bytes() == content.template_files()["own_method"].read_bytes()
 
 
+def test_cp_makes_a_folder_whose_name_ends_with_a_slash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        output_of(capsys, monkeypatch, "cp", "dmd_emoji", "mine/recipes/") == "mine/recipes/dmd_emoji.yaml\n"
+    )
+    assert Path("mine/recipes/dmd_emoji.yaml").is_file()
+    assert output_of(capsys, monkeypatch, "cp", "dmd_emoji", "named") == "named\n" and Path("named").is_file()
+    for place, reason in (
+        ("named/", "named/ is a file: give a folder"),
+        ("named/in/", "cannot be written: "),
+    ):
+        monkeypatch.setattr(sys, "argv", ["stepdistill", "cp", "dmd_emoji", place])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and reason in said and said.count("\n") == 1
+
+
 def test_run_folders_are_numbered_and_found_again(tmp_path: Path) -> None:
     for number in ("", "-2", "-10"):
         (tmp_path / f"dmd_emoji{number}").mkdir()

@@ -175,7 +175,7 @@ def test_shipped_metrics_are_named_in_the_same_list(tmp_path: Path) -> None:
 
 def test_a_copied_suite_is_the_shipped_one_under_its_own_name_with_every_key(tmp_path: Path) -> None:
     for name, file in suite_files().items():
-        copy_shipped(name, tmp_path / f"my_{name}.yaml")
+        copy_shipped(name, str(tmp_path / f"my_{name}.yaml"))
         text = (tmp_path / f"my_{name}.yaml").read_text()
         mine, shipped = load_suite(tmp_path / f"my_{name}.yaml"), load_suite(name)
         assert mine == shipped.model_copy(
@@ -191,7 +191,7 @@ def test_a_copied_suite_is_the_shipped_one_under_its_own_name_with_every_key(tmp
             for key in keys - yaml.safe_load(file.read_text()).keys()
         }
     with pytest.raises(UserError, match=r"emojy is not a shipped recipe or suite .did you mean emoji"):
-        copy_shipped("emojy", tmp_path / "x.yaml")
+        copy_shipped("emojy", str(tmp_path / "x.yaml"))
 
 
 def test_the_moments_that_compute_gets_are_those_of_the_reference() -> None:

@@ -73,7 +73,7 @@ def test_every_key_has_a_line() -> None:
 
 @pytest.mark.parametrize("name", ["lcm_emoji", "dmd2_sdxl_1step", "phased_dmd_wan22"])
 def test_a_recipe_in_full_has_every_key_and_reads_back_to_an_equal_one(name: str, tmp_path: Path) -> None:
-    listing.copy_shipped(name, tmp_path / "full.yaml", full=True)
+    listing.copy_shipped(name, str(tmp_path / "full.yaml"), full=True)
     resolved = resolve(load_recipe(name)).recipe
     assert load_recipe(tmp_path / "full.yaml") == resolved
     tree = yaml.safe_load((tmp_path / "full.yaml").read_text())
