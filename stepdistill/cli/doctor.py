@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepdistill.cli.findings import Finding, State, print_findings
+from stepdistill.cli.options import sides_of
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
 
     Args:
         source: an embedded teacher, a diffusers folder or a Hub name.
-        size: what is drawn, as in data.size: "512,512" or "480,832,81"; None is the pipeline's own.
+        size: what is drawn: "512x512" or "480x832x81", also with commas; None is the pipeline's own.
         family: a file of one's own.
     """
     import torch
@@ -226,12 +227,10 @@ def examine_teacher(source: str, size: str | None = None, family: str | None = N
     device = "cuda" if torch.cuda.is_available() else "cpu"
     findings: list[Finding] = []
     try:
-        sides = [int(side) if side.strip().isdecimal() else 0 for side in (size or "1,1").split(",")]
-        if len(sides) not in (2, 3) or 0 in sides:
-            raise UserError(f"--size is {size}: give height,width or height,width,frames")
+        drawn_at = Size(*sides_of(size)) if size is not None else None
         own = family_in(family) if family else None
         pipe = load_teacher(source, family=own)
-        teacher = PipelineTeacher(pipe, device, own, size=Size(*sides) if size else None)
+        teacher = PipelineTeacher(pipe, device, own, size=drawn_at)
         findings.append(Finding("ok", "family", teacher.family.remark or teacher.family.name))
         if why := why_guided_already(teacher, source):
             text = f"in the teacher's weights already: {why}; set options.guidance=1"
@@ -291,7 +290,7 @@ def doctor(
         str | None, typer.Option(help="Check this teacher: embedded, diffusers folder or Hub name.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="What it draws, as in data.size: 512,512 or 480,832,81.")
+        str | None, typer.Option(metavar="HxW", help="What it draws: 512x512, or of a video 480x832x81.")
     ] = None,
     family: Annotated[str | None, typer.Option(help="A family of your own, ./file.py.")] = None,
 ) -> None:
@@ -303,6 +302,10 @@ def doctor(
 
         print_findings(examine_run(run))
         return
+    if teacher is None and (size is not None or family is not None):
+        raise UserError(
+            f"--{'family' if size is None else 'size'} is the teacher's: add --teacher, or leave it out"
+        )
     findings = examine() if teacher is None else examine_teacher(teacher, size, family)
     print_findings(findings)
     if any(finding.state == "broken" for finding in findings):

@@ -57,7 +57,9 @@ def sample(
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Into it, also the teacher's pictures from the same seeds.")
     ] = False,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 25,
+    teacher_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the teacher. [default: 25]")
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Pictures drawn at once into it. [default: 8; 1 of videos]")
     ] = None,
@@ -68,7 +70,8 @@ def sample(
         if text.endswith(PROMPT_FILES) and Path(text).is_file():
             raise UserError(f"{text} is a file, not a prompt: give --prompts {text} --into DIR")
     if into is None:
-        wanted = {"--prompts": prompts, "--count": count, "--teacher": teacher or None, "--format": kind}
+        wanted = {"--prompts": prompts, "--count": count, "--teacher": teacher or None, "--format": kind,
+                  "--teacher-steps": teacher_steps, "--batch": batch}  # fmt: skip
         for name, value in wanted.items():
             if value is not None:
                 raise UserError(f"{name} is for files in a folder: add --into DIR")
@@ -79,6 +82,8 @@ def sample(
         _save(draw(student, given, steps=steps, guidance=guidance, seed=seed), output, fps)
         print(output)
         return
+    if teacher_steps is not None and not teacher:
+        raise UserError("--teacher-steps is the teacher's: add --teacher, or leave it out")
     if output is not None:
         raise UserError(f"--output {output} is one file, --into {into} a folder of files: give one of them")
     from stepdistill.system.processes import launched
@@ -86,6 +91,7 @@ def sample(
     processes = launched()
     from stepdistill.data.prompts import read_prompts
     from stepdistill.evaluation.draw_into import PICTURE, as_named, draw_into, teacher_of
+    from stepdistill.networks.own_call import TEACHER_STEPS
 
     if prompts is not None:
         given += read_prompts(prompts, "--prompts")
@@ -94,7 +100,7 @@ def sample(
     drawers = [as_named(student, steps, guidance)]
     if teacher and drawers[0].label == "teacher":
         raise UserError(f"--teacher: {student} is no student, and draws for itself: leave --teacher out")
-    drawers += [teacher_of(student, teacher_steps)] if teacher else []
+    drawers += [teacher_of(student, teacher_steps or TEACHER_STEPS)] if teacher else []
     if processes.main:
         from stepdistill.system.files import check_folder
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["float32", "bf16"]
-DEFAULT_SUITE, BY_TEACHER = "emoji", "teacher"
+DEFAULT_SUITE, BY_TEACHER, DEFAULT_BATCH = "emoji", "teacher", 100
 WORKERS = "Processes that decode images; 0 leaves it to threads. Default: by their number and the cores."
 
 
@@ -41,7 +41,7 @@ def evaluate_pipeline(
         ),
     ] = None,
     guidance: MeasuredGuidance = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 100,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures drawn at once. [default: 100]")] = None,
     trailing: Annotated[
         bool, typer.Option("--trailing", help="Space the teacher's steps from its end.")
     ] = False,
@@ -77,7 +77,8 @@ def evaluate_pipeline(
     processes = launched()
     if (run := _measured_by_teacher(pipeline, suite)) is not None:
         given = {"--guidance": guidance, "--trailing": trailing or None, "--diversity": diversity or None,
-                 "--reference": reference, "--prompts": prompts, "--precision": precision}  # fmt: skip
+                 "--reference": reference, "--prompts": prompts, "--precision": precision, "--batch": batch,
+                 "--workers": workers}  # fmt: skip
         if foreign := [name for name, value in given.items() if value is not None]:
             raise UserError(
                 f"{foreign[0]} is of suites, and {run} is measured against its teacher's pictures: give --suite"
@@ -112,13 +113,14 @@ def evaluate_pipeline(
         return counts, folder, protocol
 
     counts, folder, protocol = processes.together(check)
+    at_once = batch or DEFAULT_BATCH
     place = None if output is None or _is_report(output) else output
     if folder is None:
         if not processes.main:  # reading images is the work of one
             return
         from stepdistill.evaluation.given_images import evaluate_images
 
-        report = evaluate_images(pipeline, protocol, batch=batch, output=place, workers=workers)
+        report = evaluate_images(pipeline, protocol, batch=at_once, output=place, workers=workers)
     else:
         from stepdistill.evaluation.evaluate import evaluate
 
@@ -127,7 +129,7 @@ def evaluate_pipeline(
             suite=protocol,
             steps=counts,
             guidance=guidance,
-            batch=batch,
+            batch=at_once,
             trailing=trailing,
             output=place,
             processes=processes,

@@ -49,7 +49,8 @@ def push(
             typer.echo(f"stepdistill: {warning}", err=True)
         print(listing(planned))
         if dry_run:
-            print(f"not pushed: {write(planned, output or home / 'hub')}")
+            whom = ", to a private repository" if private else ""
+            print(f"not pushed{whom}: {write(planned, output or home / 'hub')}")
         else:
             print(upload(planned, private=private))
 

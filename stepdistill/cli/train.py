@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from enum import Enum
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stepdistill.cli.options import command_line
+from stepdistill.cli.options import command_line, sides_of
 from stepdistill.errors import UserError
 from stepdistill.system.packages import check_installed
 from stepdistill.system.processes import told
@@ -100,17 +99,13 @@ def _short_flags(
     size: str | None,
 ) -> dict[str, tuple[str, str]]:
     """Key -> the option that sets it, and its value in YAML."""
-    if size is not None and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size):
-        raise UserError(
-            f"--size {size}: give HEIGHTxWIDTH in pixels, such as 1024x1024; of a video, xFRAMES too"
-        )
     values: dict[str, tuple[str, object]] = {
         "student.steps": ("--steps", steps),
         "student.lora_rank": ("--lora", lora),
         "data.prompts": ("--prompts", prompts),
         "options.guidance": ("--guidance", guidance),
         "train.updates": ("--updates", updates),
-        "data.size": ("--size", [int(side) for side in size.split("x")] if size else None),
+        "data.size": ("--size", sides_of(size) if size is not None else None),
     }
     return {key: (flag, json.dumps(value)) for key, (flag, value) in values.items() if value is not None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import typer
 
 from stepdistill.cli import VERBS, app, main
+from stepdistill.cli.options import sides_of
 from stepdistill.cli.train import _short_flags, _tell_end
 from stepdistill.cli.usage import EXAMPLES
 from stepdistill.errors import UserError, did_you_mean
@@ -41,7 +43,9 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, li
         ("train --lora-rank 4", "train: there is no option --lora-rank: give --lora VALUE; "),
         ("train --lr 1", "train: there is no option --lr: give --set train.lr=VALUE; "),
         ("train --steps four", "train: invalid value for '--steps': "),
-        ("train --method lcm --size 512", "--size 512: give HEIGHTxWIDTH in pixels, such as 1024x1024"),
+        ("train --method lcm --size 512", "--size is 512: give HEIGHTxWIDTH in pixels, such as 1024x1024"),
+        ("doctor --size 32x32", "--size is the teacher's: add --teacher, or leave it out"),
+        ("doctor --family ./f.py", "--family is the teacher's: add --teacher, or leave it out"),
         ("sample", "sample: missing argument "),
         ("eval emoji --batch 0", "eval: invalid value for '--batch': "),
         ("sample emoji x --seed 99999999999999999999", "sample: invalid value for '--seed': "),
@@ -139,6 +143,41 @@ def test_short_options_are_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert (recipe.student.steps, recipe.student.lora_rank, recipe.student.times) == (4, 64, None)
     assert (recipe.data.prompts, recipe.data.size) == ("my file.txt", (512, 768))
     assert (recipe.options["guidance"], recipe.train.updates) == (7.5, 2000)
+
+
+@pytest.mark.parametrize(
+    ("size", "sides"),
+    [
+        ("512x768", [512, 768]),
+        ("512,768", [512, 768]),
+        ("480, 832, 81", [480, 832, 81]),
+        ("480x832x81", [480, 832, 81]),
+    ],
+)
+def test_a_size_is_given_with_crosses_or_commas(size: str, sides: list[int]) -> None:
+    assert sides_of(size) == sides
+    assert _short_flags(None, None, None, None, None, size)["data.size"] == ("--size", json.dumps(sides))
+
+
+@pytest.mark.parametrize("size", ["", "512", "0x512", "512x", "512x512x3x3", "512;512", "-1x4", "1.5x2"])
+def test_what_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(UserError, match=f"--size is {re.escape(size)}: give HEIGHTxWIDTH in pixels"):
+        sides_of(size)
+
+
+@pytest.mark.parametrize(
+    "option", ["--batch 4", "--workers 0", "--guidance 2", "--trailing", "--diversity 4", "--precision bf16"]
+)
+def test_a_run_measured_by_its_teacher_takes_no_option_of_suites(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("recipe.yaml", "report.json"):
+        (tmp_path / name).write_text("{}")
+    status, text = said(capsys, monkeypatch, f"eval {tmp_path} --suite teacher {option}")
+    expected = (
+        f"stepdistill: {option.split()[0]} is of suites, and {tmp_path} is measured against its teacher's"
+    )
+    assert status == 2 and text.startswith(expected)
 
 
 def test_a_run_ends_with_its_table_its_health_and_what_to_do_next(

@@ -114,6 +114,12 @@ def test_eval_takes_a_students_own_count_and_refuses_others(runs: Path, tmp_path
         ),
         ("sample {runs}/done --prompts {file}", "--prompts is for files in a folder: add --into DIR"),
         ("sample emoji x --format mp4", "--format is for files in a folder: add --into DIR"),
+        ("sample emoji x --batch 4", "--batch is for files in a folder: add --into DIR"),
+        ("sample emoji x --teacher-steps 4", "--teacher-steps is for files in a folder: add --into DIR"),
+        (
+            "sample {runs}/done x --into {foreign}/new --teacher-steps 4",
+            "--teacher-steps is the teacher's: add --teacher, or leave it out",
+        ),
         ("sample emoji x --fps 8", "--fps is of videos, and --output grid.png is none: give .mp4"),
         ("sample emoji x --into {foreign}/new --fps 8", "--fps is of videos: give --format mp4, webp or gif"),
         ("sample emoji x --into {foreign}/new --format avi", "--format avi: give one of png, mp4, webp, gif"),

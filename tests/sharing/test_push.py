@@ -149,6 +149,8 @@ def test_the_verb_says_at_once_what_it_cannot_do(run: Path, capsys: pytest.Captu
     push(run, "me/tiny", dry_run=True)
     assert f"files for me/tiny\nnot pushed: {run / 'hub'}\n" in capsys.readouterr().out
     assert (run / "hub" / CARD).is_file()
+    push(run, "me/tiny", private=True, dry_run=True)
+    assert f"\nnot pushed, to a private repository: {run / 'hub'}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="--output is for --dry-run"):
         push(run, "me/tiny", output=run / "other")
     with pytest.raises(UserError, match="--base-model is x, and must be OWNER/NAME"):
