@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -77,14 +78,45 @@ def test_marks_are_words_and_continued_lines_are_one_command(tmp_path: Path) -> 
 
 def test_links_between_files_lead_somewhere() -> None:
     listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
-    made = re.compile(r"^docs/(methods/\w+|reference/\w+|start/notebook)\.md$")
     lost = []
     for name in listed.stdout.split():
         uri = repository_pages.uri_of(PurePosixPath(name))
         for path in repository_pages.links((ROOT / name).read_text("utf-8"), uri):
-            if not (ROOT / path).exists() and not made.match(str(path)):
+            if not (ROOT / path).exists():
                 lost.append(f"{name}: {path}")
     assert not lost
+
+
+@pytest.mark.parametrize(
+    ("uri", "link", "page"),
+    [
+        ("guides/choose.md", "../../stepdistill/methods/dmd.py", "../methods/dmd.md"),
+        ("start/first_student.md", "../first_student.ipynb", "notebook.md"),
+        ("files/README.md", "docs/first_student.ipynb", "../start/notebook.md"),
+        ("measure/own_suite.md", "../../stepdistill/evaluation/suite.py", "../reference/suite.md"),
+        ("methods/dmd.md", "../../stepdistill/methods/dmd.py", "../files/stepdistill/methods/dmd.py.md"),
+        ("guides/choose.md", "../../stepdistill/methods/_x.py", "../files/stepdistill/methods/_x.py.md"),
+    ],
+)
+def test_a_link_to_what_a_page_is_generated_from_leads_to_the_page(uri: str, link: str, page: str) -> None:
+    assert repository_pages.relinked(f"[x]({link})", uri) == f"[x]({page})"
+
+
+def test_what_links_are_led_to_is_generated_and_what_they_name_is_here() -> None:
+    import method_pages
+    import notebook
+    import reference_pages
+
+    made = {*reference_pages.pages(), *method_pages.pages(ROOT), "start/notebook.md"}
+    assert notebook.page(ROOT / "docs" / "first_student.ipynb")
+    assert made >= set(repository_pages.GENERATED.values())
+    names = [
+        *repository_pages.GENERATED,
+        *(f"stepdistill/methods/{name}.py" for name in method_pages.names()),
+    ]
+    for name in names:
+        assert (ROOT / name).is_file()
+        assert repository_pages.generated_from(PurePosixPath(name), "index.md") in made
 
 
 GAP = re.compile(r"\b[01]\.\d{3}\b")
@@ -102,6 +134,24 @@ def test_a_gap_that_a_document_quotes_is_of_a_shipped_result(name: str) -> None:
     ]
     quoted = {number for line in lines for number in GAP.findall(line)}
     assert quoted and quoted <= known
+
+
+def test_numbers_of_the_first_student_are_of_the_shipped_results() -> None:
+    def shipped(name: str) -> dict[str, Any]:
+        return json.loads((ROOT / "train" / "results" / f"{name}.json").read_text("utf-8"))
+
+    page, front = ((ROOT / name).read_text("utf-8") for name in ("docs/start/first_student.md", "README.md"))
+    first = shipped("dmd_emoji_quick")
+    student, health = first["student"], first["health"]
+    distance = f"{student['fd']['1']:.2f} ± {student['fd_se']['1']:.2f}"
+    assert f"`FD {distance}`" in page and f"  {distance}  " in front
+    assert f"`FD-judge {student['second_fd']['1']:.2f}`, `judge fit {student['second_fit']['1']:.1f}`" in page
+    varied = f"healthy: diversity {health['diversity']:.2f} (teacher {health['teacher_diversity']:.2f}), saturation "
+    assert varied in page and varied in front
+    for name, steps in (("dmd_emoji", "1"), ("lcm_emoji", "4")):
+        run = shipped(name)
+        minutes, gap = run["train_seconds"] / 60, run["gap_closed"][steps]
+        assert f"`stepdistill train {name}` ({minutes:.1f} minutes of training, gap closed {gap:.3f})" in page
 
 
 def test_numbers_of_methods_come_from_the_shipped_results() -> None:

@@ -1,6 +1,7 @@
 """Links to files of the repository: what they point at becomes a page of the site, which is whole without the checkout.
 
-A link is written as in the repository, relative to the file it stands in, so that it works on a code host, too.
+A link is written as in the repository, relative to the file it stands in, so that it works on a code host, too. One to
+a file from which a page is generated, such as a method's, becomes one to that page.
 """
 
 from __future__ import annotations
@@ -13,6 +14,15 @@ from pathlib import Path, PurePosixPath
 LINK = re.compile(r"(\]\(|<img src=\")([^()\s#\"]+)(#[^()\s\"]*)?(\)|\")")
 FILES = "files"
 """The folder of the site where these pages lie."""
+GENERATED = {
+    "docs/first_student.ipynb": "start/notebook.md",
+    "stepdistill/methods/__init__.py": "methods/index.md",
+    "stepdistill/recipes/recipe.py": "reference/recipe.md",
+    "stepdistill/evaluation/suite.py": "reference/suite.md",
+    "stepdistill/evaluation/evaluate.py": "reference/python.md",
+    "stepdistill/training/run_report.py": "reference/python.md",
+}
+"""A file of the repository, and the page that is generated from it; those of methods are found by their names."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "sh", ".json": "json", ".cfg": "ini"}
 
 
@@ -21,6 +31,15 @@ def uri_of(path: PurePosixPath) -> str:
     if path.is_relative_to("docs"):
         return str(path.relative_to("docs"))
     return f"{FILES}/{path}" + ("" if path.suffix in (".md", ".png") else ".md")
+
+
+def generated_from(path: PurePosixPath, uri: str) -> str | None:
+    """The page that a page's link to a file is led to in its place; generated pages show their sources themselves."""
+    if uri in GENERATED.values() or uri.startswith("methods/"):
+        return None
+    if path.parent == PurePosixPath("stepdistill/methods") and not path.stem.startswith("_"):
+        return f"methods/{path.stem}.md"
+    return GENERATED.get(str(path))
 
 
 def place_of(uri: str) -> PurePosixPath:
@@ -59,7 +78,12 @@ def linked(root: Path, pages: Mapping[str, str], always: Iterable[str]) -> list[
     """
     found: dict[PurePosixPath, None] = {}
     waiting = [(PurePosixPath(path), "mkdocs.yml") for path in always]
-    waiting += [(path, uri) for uri, text in pages.items() for path in links(text, uri)]
+    waiting += [
+        (path, uri)
+        for uri, text in pages.items()
+        for path in links(text, uri)
+        if generated_from(path, uri) is None
+    ]
     while waiting:
         path, source = waiting.pop()
         if path in found or path.is_relative_to("docs"):
@@ -68,8 +92,11 @@ def linked(root: Path, pages: Mapping[str, str], always: Iterable[str]) -> list[
             raise FileNotFoundError(f"{source} links to {path}, which is no file of the repository")
         found[path] = None
         if path.suffix == ".md":
+            uri = uri_of(path)
             waiting += [
-                (target, str(path)) for target in links((root / path).read_text("utf-8"), uri_of(path))
+                (target, str(path))
+                for target in links((root / path).read_text("utf-8"), uri)
+                if generated_from(target, uri) is None
             ]
     return sorted(found)
 
@@ -89,7 +116,8 @@ def relinked(text: str, uri: str) -> str:
     def moved(found: re.Match[str]) -> str:
         if "://" in found[2] or found[2].startswith("mailto:"):
             return found[0]
-        target = uri_of(PurePosixPath(posixpath.normpath(place_of(uri).parent / found[2])))
+        path = PurePosixPath(posixpath.normpath(place_of(uri).parent / found[2]))
+        target = generated_from(path, uri) or uri_of(path)
         return (
             f"{found[1]}{posixpath.relpath(target, posixpath.dirname(uri) or '.')}{found[3] or ''}{found[4]}"
         )

@@ -148,7 +148,10 @@ def stats(
     images: Annotated[str, typer.Argument(help="Real images: a folder, zip, npz or tar.")],
     output: Annotated[Path, typer.Option(help="Statistics file to write (.safetensors).")],
     features: Annotated[
-        str, typer.Option(help="emoji, inception, inception:FILE, clip:FOLDER or dinov2:FOLDER.")
+        str,
+        typer.Option(
+            help="emoji, judge, inception, inception:FILE, clip:FOLDER, dinov2:FOLDER or module:NAME of your own."
+        ),
     ] = "emoji",
     resize: Annotated[
         str, typer.Option(help="How images reach the network: clean, tf1 or pytorch.")

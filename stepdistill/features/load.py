@@ -8,7 +8,7 @@ A network is named by a specification:
     inception:FILE    the same from a file: a state dict or clean-fid's TorchScript
     clip:FOLDER       a transformers CLIPModel with its tokenizer, or a hub id: clip:openai/clip-vit-base-patch32
     dinov2:FOLDER     a transformers Dinov2Model, or a hub id: dinov2:facebook/dinov2-large
-    module:NAME       one's own: the function NAME, as package.module:function, makes it (see module_features.py)
+    module:NAME       one's own: the function NAME, as package.module:function, makes it (see own_module.py)
 
 Every network states how it resizes and the SHA-256 of its weights: a score without them says nothing.
 """

@@ -1,8 +1,8 @@
 """sFID: the Frechet distance in features that keep their place in the image (Nash et al. 2021, 2103.03841, sec. 5).
 
 The features are the first 7 channels of one convolution of Inception at its 17 x 17 positions, 2,023 numbers, as ADM's
-evaluator reads them (``mixed_6/conv``): see :class:`stepdistill.inception.Activations`. It tells apart images whose
-parts are in the wrong places, which FID's averages over positions do not see.
+evaluator reads them (``mixed_6/conv``): see :class:`stepdistill.features.inception_network.Activations`. It tells apart
+images whose parts are in the wrong places, which FID's averages over positions do not see.
 """
 
 from __future__ import annotations
