@@ -31,7 +31,7 @@ def hybrid(
     """Put the guided teacher's first steps before a student's others, as one pipeline that plain diffusers loads."""
     from stepdistill.export.verify import student_folder, verify
     from stepdistill.networks.find import check_teacher
-    from stepdistill.sharing.drawers import distilled_at
+    from stepdistill.networks.own_call import distilled_at
 
     check_teacher(teacher)
     folder = student_folder(student)

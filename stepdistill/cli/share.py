@@ -72,8 +72,8 @@ def demo(
 ) -> None:
     """Draw from several students and the teacher on a local page, and vote blindly."""
     from stepdistill.networks.find import check_teacher
+    from stepdistill.networks.own_call import distilled_at
     from stepdistill.sharing.drawers import (
-        distilled_at,
         first_prompt,
         short_names,
         student_drawer,

@@ -12,7 +12,7 @@ from stepdistill.data.texts import rows_sha256
 from stepdistill.errors import UserError
 from stepdistill.evaluation.picture_folder import PictureFolder, saver
 from stepdistill.networks.find import find_pipeline, find_teacher
-from stepdistill.networks.own_call import TEACHER_STEPS, own_call, steps_of
+from stepdistill.networks.own_call import TEACHER_STEPS, distilled_at, own_call, steps_of
 from stepdistill.pages.videos import ANIMATED, FILM, check_kind
 from stepdistill.system.log import bar, say
 from stepdistill.system.parsing_yaml import parse_yaml
@@ -89,13 +89,12 @@ def teacher_of(pipeline: str, steps: int = TEACHER_STEPS) -> Drawer:
             "not known: draw the teacher by its own name"
         )
     recipe: dict[str, Any] = parse_yaml(run.recipe.read_text("utf-8")) or {}
-    guidance = (recipe.get("options") or {}).get("guidance")
     size = (recipe.get("data") or {}).get("size")
     own = own_call(run.student)
     told = {key: value for key, value in (own.arguments if own else {}).items() if key not in OF_A_GRID}
     told.update(zip(("height", "width", "num_frames"), size or (), strict=False))
     name = find_teacher(str(recipe.get("teacher")))
-    return Drawer(name, "teacher", steps, guidance, True, told)
+    return Drawer(name, "teacher", steps, distilled_at(run.student), True, told)
 
 
 def draw_into(

@@ -20,7 +20,7 @@ from stepdistill.evaluation.video_pipelines import sounds_of
 from stepdistill.families import known_family
 from stepdistill.families._guiders import guided_at, guiders_of
 from stepdistill.families.base import call_default
-from stepdistill.families.plain_calls import AS_ASKED
+from stepdistill.families.plain_calls import drawing_call
 from stepdistill.pages.videos import Sound
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
@@ -120,11 +120,9 @@ class Drawing:
     def _draw(self, rows: Sequence[int], steps: int, given: Mapping[str, Any]) -> Tensor:
         takes, size = self._takes, self._suite.draw_resolution or self._suite.resolution
         call: dict[str, Any] = {
-            "num_inference_steps": steps,
+            **drawing_call(takes, steps, self._own),
             "generator": [torch.Generator("cpu").manual_seed(self._suite.seed(i)) for i in rows],
             "output_type": "pt",
-            **{name: value for name, value in AS_ASKED.items() if name in takes},
-            **self._own,
             **given,
         }
         if "prompt" in takes and self._prompts is not None:
@@ -134,8 +132,6 @@ class Drawing:
         if self._labels is not None:
             call["class_labels"] = [self._labels[i] for i in rows]
         call |= self._told
-        if "intermediate_timesteps" in takes and steps != 2:
-            call["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
         if self._eta is not None:
             call["eta"] = self._eta
         if size and size != "own" and {"height", "width"} <= takes:

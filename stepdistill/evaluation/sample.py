@@ -108,12 +108,10 @@ def call_arguments(
     import inspect
 
     from stepdistill.evaluation.drawing import classes_of
-    from stepdistill.families.plain_calls import AS_ASKED
+    from stepdistill.families.plain_calls import drawing_call
 
     takes = inspect.signature(pipe.__call__).parameters
-    arguments: dict[str, Any] = {**(own.arguments if own else {}), "num_inference_steps": steps}
-    for name in AS_ASKED.keys() & takes:
-        arguments.setdefault(name, AS_ASKED[name])
+    arguments = drawing_call(takes.keys(), steps, own.arguments if own else None)
     if "class_labels" in takes and classes_of(pipe):
         arguments["class_labels"] = _classes(prompts)
     elif "prompt" in takes:
@@ -125,8 +123,6 @@ def call_arguments(
         arguments |= {} if scale is None else {"guidance_scale": scale}
     elif guidance is not None:
         raise UserError(f"--guidance {guidance:g}: {type(pipe).__name__} has no guidance; leave it out")
-    if steps != 2 and "intermediate_timesteps" in takes:
-        arguments["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
     return arguments
 
 

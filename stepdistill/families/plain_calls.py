@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 AS_ASKED: dict[str, Any] = {
@@ -10,6 +11,26 @@ AS_ASKED: dict[str, Any] = {
     "use_pe": False,
 }
 """In every call that takes it, whoever draws: students, teachers, recordings."""
+
+
+def of_count(steps: int) -> dict[str, Any]:
+    """What a call that takes ``intermediate_timesteps``, SANA-Sprint's, is told of so many steps: its default is the
+    second of two, and an error for any other number."""
+    return {} if steps == 2 else {"intermediate_timesteps": None}
+
+
+def drawing_call(takes: Collection[str], steps: int, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of a call that draws in so many steps, whoever draws; prompts and guidance come beside them.
+
+    Args:
+        takes: names of the arguments that the call takes.
+        steps: network calls per picture.
+        own: further arguments of a student's own call.
+    """
+    asked = {name: value for name, value in AS_ASKED.items() if name in takes}
+    counted = of_count(steps) if "intermediate_timesteps" in takes else {}
+    return {**asked, **(own or {}), "num_inference_steps": steps, **counted}
+
 
 FRAMES = frozenset({"num_frames", "frames", "video_length"})
 """What calls of pipelines of videos name the number of frames."""

@@ -18,6 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.families._embedded_guidance import EmbeddedGuidance
 from stepdistill.families.base import call_default
 from stepdistill.families.condition import GUIDANCE, Condition
+from stepdistill.families.plain_calls import of_count
 from stepdistill.families.sana import Sana
 from stepdistill.families.size import Size
 
@@ -89,5 +90,4 @@ class SanaSprint(Sana):
         return packed / SIGMA_DATA
 
     def grid_arguments(self, steps: int) -> dict[str, Any]:
-        # Its call's default is the second of two steps, and an error for any other number.
-        return {} if steps == 2 else {"intermediate_timesteps": None}
+        return of_count(steps)

@@ -1,4 +1,4 @@
-"""How a student is called: what its folder's proof was drawn with. Imports no torch."""
+"""How a student is called: what its folder's proof was drawn with, and its teacher beside it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.system.parsing import parse_json
+from stepdistill.system.parsing_yaml import parse_yaml
+from stepdistill.system.run_folder import RunFolder
 
 VERIFICATION = "verification"
 """The folder of a student's proof; its manifest.json says with which call the pictures beside it were drawn."""
@@ -99,3 +101,16 @@ def own_call(folder: Path) -> OwnCall | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} cannot be read ({error}): export the student again") from None
+
+
+def distilled_at(student: Path) -> float | None:
+    """The teacher's guidance scale at which a student was distilled, as its run's recipe says; None without one.
+
+    Args:
+        student: its folder, in that of its run.
+    """
+    recipe = RunFolder(student.parent).recipe
+    if not recipe.is_file():
+        return None
+    found = ((parse_yaml(recipe.read_text("utf-8")) or {}).get("options") or {}).get("guidance")
+    return None if found is None else float(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.export.verify import read_manifest, student_folder
-from stepdistill.system.parsing_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,13 +67,13 @@ class Drawer:
         """
         import torch
 
+        from stepdistill.families.plain_calls import drawing_call
+
         steps = self.steps if steps is None else steps
         if steps not in self.step_counts:
             counts = ", ".join(map(str, self.step_counts))
             raise UserError(f"{self.name} draws in {counts} step(s), not in {steps}")
-        call = {**self.call, "num_inference_steps": steps}
-        if "intermediate_timesteps" in call and steps != 2:
-            call["intermediate_timesteps"] = None  # SANA-Sprint's default is for two steps alone
+        call = drawing_call(inspect.signature(self.pipe.__call__).parameters.keys(), steps, self.call)
         if self.condition == "class_labels":
             if not prompt.strip().isdigit():
                 raise UserError(f"{self.name} draws classes: give the number of one, not {prompt!r}")
@@ -141,8 +141,6 @@ def teacher_drawer(teacher: str, guidance: float | None = None, device: str | No
     Raises:
         UserError: it cannot be loaded, or has no guidance.
     """
-    import inspect
-
     import torch
 
     from stepdistill.networks.loading import load_pipeline, load_teacher
@@ -156,16 +154,6 @@ def teacher_drawer(teacher: str, guidance: float | None = None, device: str | No
     call = {} if guidance is None else {"guidance_scale": guidance}
     condition = next((key for key in ("prompt", "class_labels") if key in takes), None)
     return Drawer(f"teacher {Path(teacher).name}", pipe, TEACHER_STEPS, 25, call, condition)
-
-
-def distilled_at(folder: Path) -> float | None:
-    """The guidance scale at which a student was distilled, as its run's recipe says; None where there is none."""
-
-    recipe = folder.parent / "recipe.yaml"
-    if not recipe.is_file():
-        return None
-    found = (parse_yaml(recipe.read_text("utf-8")) or {}).get("options", {}).get("guidance")
-    return None if found is None else float(found)
 
 
 def first_prompt(folder: Path) -> str:

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from stepdistill.errors import UserError
+from stepdistill.networks.own_call import distilled_at
 from stepdistill.sharing.demo_page import Demo, caption, enlarged, standing, verdict
 from stepdistill.sharing.drawers import (
     Drawer,
-    distilled_at,
     first_prompt,
     short_names,
     student_drawer,
@@ -96,6 +96,21 @@ def test_a_student_draws_its_own_pictures_and_in_no_other_count(run: Path) -> No
         300,
         20,
     )
+
+
+def test_a_teacher_that_takes_middle_times_draws_in_any_number_and_what_was_asked_for() -> None:
+    import torch
+    from tiny import SIZES, tiny_pipeline
+
+    pipe, size = tiny_pipeline("sana-sprint"), SIZES["sana-sprint"]
+    own = {"height": size.height, "width": size.width}
+    drawer = Drawer("teacher", pipe, (1, 2, 3), 3, own, "prompt")
+    for steps, told in ((3, {"intermediate_timesteps": None}), (2, {})):
+        plain = pipe(
+            ["a red heart"], num_inference_steps=steps, use_resolution_binning=False, **own, **told,
+            generator=[torch.Generator().manual_seed(7)],
+        ).images[0]  # fmt: skip
+        assert np.array_equal(np.array(drawer.draw("a red heart", 7, steps).image), np.array(plain))
 
 
 def test_the_teacher_draws_with_the_guidance_it_is_given() -> None:
