@@ -21,9 +21,7 @@ _NAMES = {
     "network_evaluations": "denoiser passes per image",
 }
 LOWER, HIGHER = "lower is better", "higher is better"
-DIRECTIONS = dict.fromkeys(
-    "fd second_fd kid sfid cmmd fid_infinity fd_infinity".split(), LOWER
-) | dict.fromkeys(
+DIRECTIONS = dict.fromkeys("fd second_fd kid sfid cmmd fid_infinity".split(), LOWER) | dict.fromkeys(
     "clip_score second_fit precision recall density coverage inception_score pick_score aesthetic".split(),
     HIGHER,
 )
