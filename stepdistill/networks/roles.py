@@ -321,9 +321,10 @@ class Adapters(Roles):
         return {TEACHER: self._shared.net}
 
     def hold_alone(self) -> None:
-        if self.teacher.owned:
-            pipe = self.teacher.pipe
-            names, networks = self.teacher.family.stretches(pipe), networks_in(self._shared.net)
+        teacher = self.teacher
+        if isinstance(teacher, PipelineTeacher) and teacher.owned:
+            pipe = teacher.pipe
+            names, networks = teacher.family.stretches(pipe), networks_in(self._shared.net)
             pipe.register_modules(**dict(zip(names, networks, strict=True)))
 
     def checkpointed(self) -> AbstractContextManager[None]:

@@ -44,12 +44,13 @@ def streamed(networks: Iterable[nn.Module], device: torch.device) -> Iterator[No
 @contextmanager
 def layer_by_layer(network: nn.Module, device: torch.device) -> Iterator[None]:
     """The same for one network, by the hooks of diffusers' group offloading."""
-    from diffusers.hooks import HookRegistry, apply_group_offloading
     from diffusers.hooks.group_offloading import (
         _GROUP_OFFLOADING,
         _LAYER_EXECUTION_TRACKER,
         _LAZY_PREFETCH_GROUP_OFFLOADING,
+        apply_group_offloading,
     )
+    from diffusers.hooks.hooks import HookRegistry
 
     apply_group_offloading(network, device, offload_device=torch.device("cpu"), offload_type="leaf_level")
     try:
