@@ -45,8 +45,9 @@ def tiles_in(folder: Path) -> dict[str, Any]:
 
 def set_tiles(vae: Any, tiles: dict[str, Any]) -> None:
     """Gives a VAE these attributes; None has none."""
-    for name, value in tiles.items() if vae is not None else ():
-        setattr(vae, name, value)
+    if vae is not None:
+        for name, value in tiles.items():
+            setattr(vae, name, value)
 
 
 def tiles_in_words(tiles: dict[str, Any]) -> list[str]:
