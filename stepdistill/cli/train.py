@@ -200,7 +200,9 @@ def export(
 
 def verify(
     student: Annotated[Path, typer.Argument(help="Student folder.")],
-    hours: Annotated[float, typer.Option(min=0.001, help="Hours that it may take.")] = 6.0,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Hours that it may take. [default: 6]")
+    ] = None,
 ) -> None:
     """Prove that plain diffusers loads a student and draws what its trainer drew."""
     if not student.is_dir():

@@ -74,7 +74,7 @@ if size > 4e9 and torch.cuda.is_available():  # a processor would take hours
     try:
         pipe.enable_sequential_cpu_offload()
         images = draw_all()
-    except Exception as error:
+    except Exception as error:  # whatever it is, the processor draws what it can
         print("on the processor, as the GPU did not draw:", error, file=sys.stderr)
         pipe.remove_all_hooks()
 if images is None:

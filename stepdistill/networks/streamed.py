@@ -13,13 +13,11 @@ from torch import nn
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where a network computes; the CPU for one without weights."""
-    first = next(chain(network.parameters(), network.buffers()), None)
-    if first is None:
-        return torch.device("cpu")
-    # Those of diffusers know where they compute while they are streamed.
-    found: torch.device = getattr(network, "device", first.device)
-    return found
+    """Where a network computes, also while it is streamed; the CPU for one without weights."""
+    from diffusers.models.modeling_utils import get_parameter_device
+
+    empty = next(chain(network.parameters(), network.buffers()), None) is None
+    return torch.device("cpu") if empty else get_parameter_device(network)
 
 
 def on_host(network: nn.Module) -> nn.Module:
