@@ -28,6 +28,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.networks.tiles import tiles_of
 from stepdistill.system.log import say
 from stepdistill.system.memory import sent
 from stepdistill.system.prefetch import ahead
@@ -99,6 +100,8 @@ class Data:
 
             def place() -> Path:
                 source = f"{images.sha256()} {' '.join(map(str, sizes))}"
+                if tiles := tiles_of(teacher.pipe.components.get("vae")):
+                    source += f" {sorted(tiles.items())}"  # their seams are in the latents
                 return cached_at("latents", teacher, teacher.vae_fingerprint(), source)
 
             self.images = Latents(images, encode, codec.shape, sizes, place, remake)

@@ -17,6 +17,7 @@ from stepdistill.diffusion.shift import counts_up, shifted
 from stepdistill.diffusion.solvers import uniform_times
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.families.plain_calls import of_count
 from stepdistill.networks.sampler import Sampler
 from stepdistill.system.travelling import travelling_module
 
@@ -229,8 +230,7 @@ def times_of(
 ) -> tuple[float, ...]:
     """The times at which a diffusers scheduler calls the network in ``steps`` steps of a pipeline that passes these."""
     if isinstance(path, TrigPath):
-        # Its pipeline says where the second of two steps lies; the others are even.
-        scheduler.set_timesteps(steps, **({} if steps == 2 else {"intermediate_timesteps": None}))
+        scheduler.set_timesteps(steps, **of_count(steps))
         return tuple(min(1.0, float(value) / (math.pi / 2)) for value in scheduler.timesteps[:-1])
     given: dict[str, Any] = {}
     if "timesteps" in passes:  # as CogView4Pipeline has them

@@ -145,6 +145,26 @@ def test_latents_on_the_disk_are_those_in_memory_and_go_on_where_they_stopped(
     assert len(calls) == made and again.counts == kept.counts
 
 
+def test_latents_of_a_vae_that_works_in_tiles_lie_in_a_folder_of_their_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their seams are in the latents."""
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(latents_module, "MEMORY_BYTES", 0)
+    teacher, images = tiny_teacher("sd"), find_images(folder)
+
+    def place() -> Path:
+        latents = Data(teacher, ["a"], 0, images=images).images
+        wanted = None if latents is None else latents.wanted()
+        assert wanted is not None
+        return wanted.folder
+
+    whole = place()
+    assert place() == whole
+    teacher.pipe.vae.enable_tiling()
+    assert place() != whole
+
+
 def test_buckets_have_the_area_of_the_size_and_the_units_of_the_pipeline() -> None:
     """SDXL's at 1024: sides in steps of 64, ratios up to 2, areas within a twentieth; an image goes to the nearest."""
     family = tiny_teacher("sdxl").family
