@@ -184,7 +184,7 @@ def _group(group: Group, number: int) -> list[str]:
         )
         parts += [f"<p>{html.escape(said)}.</p>"] if said else []
     parts += [f"<p class=warning>{html.escape(note)}</p>" for note in group.notes]
-    return [*parts, _table(group.rows), charts(group.rows, fd, teachers(group.reports))]
+    return [*parts, _table(group.rows), charts(group.rows, group.reports[0].metrics, teachers(group.reports))]
 
 
 def _table(rows: Sequence[Row]) -> str:

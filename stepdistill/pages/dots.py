@@ -38,8 +38,8 @@ def dot_plot(
     note: str = "",
     beside: tuple[str, float] | None = None,
 ) -> str:
-    """A chart of numbers by their names, the first at the top, on an axis from 0, as HTML; an empty string where there
-    is none.
+    """A chart of numbers by their names, the first at the top, on an axis from 0 (or below, where one is), as HTML; an
+    empty string where there is none.
 
     Args:
         dots: what it shows; those that are not finite are left out.
@@ -63,7 +63,8 @@ def dot_plot(
         axes.tick_params(axis="y", length=0)
         if beside is not None and math.isfinite(beside[1]):
             axes.axvline(beside[1], color=colour(MUTED), linewidth=1.1, linestyle="--")
-        axes.set_xlim(0, 1.04 * max(axes.get_xlim()[1], 1e-12))
+        left, right = axes.get_xlim()
+        axes.set_xlim(left if any(dot.value < 0 for dot in dots) else 0, 1.04 * max(right, 1e-12))
         axes.set_xlabel(x_label)
     legend = [(kinds.index(kind) % COLOURS, "", kind) for kind in kinds if kind]
     said = [f"{dot.name}{f', {dot.kind}' * bool(dot.kind)}: {dot.value:.4g}" for dot in dots]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -84,6 +85,18 @@ def test_against_the_teachers_pictures_runs_are_ranked_by_the_kernel_distance() 
     assert found.notes[0].startswith("Ranked by KID, ") and found.notes[0] in text_tables([found])
     real = group_of(*(report.model_copy(update={"against": "real images"}) for report in pair))
     assert [row.name for row in real.rows] == ["same", "other"] and not real.notes
+
+
+@pytest.mark.parametrize("least", [0.02, -0.001])
+def test_charts_show_the_distance_that_ranks(least: float) -> None:
+    """A kernel distance without bias may be below zero."""
+    pair = [
+        run("same", 2.0, 0.1, kid=0.2, against=AGAINST),
+        run("other", 9.0, 0.1, kid=least, against=AGAINST),
+    ]
+    charts = re.findall(r'<svg role=img aria-label="([^"]*)"', html_page(Comparison(pair, [None] * 2)))
+    assert [label.partition(".")[0] for label in charts] == ["KID against steps", "KID against training time"]
+    assert f"{least:g}" in charts[0]
 
 
 def test_a_run_whose_loss_saw_the_network_stands_behind_those_that_rank_by_the_kernel_distance() -> None:
