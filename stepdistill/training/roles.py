@@ -114,9 +114,9 @@ def teacher_type(train: TrainOptions) -> torch.dtype:
 
 
 def round_on_host(pipe: Any, family: Family | None, recipe: Recipe) -> dict[str, Tensor] | None:
-    """Rounds the network that adapters will share to bfloat16 where it was loaded, before its pipeline goes to a GPU:
-    in float32 a large one would not fit there. Nothing happens where it is held otherwise, or how the pipeline calls it
-    is yet to be recorded.
+    """Rounds the network that adapters will share to bfloat16 where it was loaded, before its pipeline goes to a GPU,
+    and is quantised there if it is to be: in float32 a large one would not fit there. Nothing happens where it is held
+    in float32, or how the pipeline calls it is yet to be recorded.
 
     Args:
         pipe: nobody else's.
@@ -127,12 +127,13 @@ def round_on_host(pipe: Any, family: Family | None, recipe: Recipe) -> dict[str,
         What ``PipelineTeacher.exact`` is.
     """
     family = family or known_family(type(pipe).__name__)
-    rounds = recipe.student.base in ("auto", "bf16") and base_in_bfloat16(recipe.train)
-    if family is None or not recipe.student.lora_rank or not rounds:
+    if family is None or not recipe.student.lora_rank or not base_in_bfloat16(recipe.train):
         return None
     net = network_of(family, pipe)
     exact = exact_state(net) if loses_by_rounding(net) else None
     in_bfloat16(net, in_place=True)
+    if recipe.student.base in ("int8", "nf4") and exact is None:
+        exact = exact_state(net)
     return exact
 
 
@@ -150,7 +151,7 @@ def held_for_adapters(
     low, exact = base_in_bfloat16(train), teacher.exact
     if base == "int8" or base == "nf4":
         check_quantized(base, teacher.device)
-        exact = exact_state(teacher.denoiser.net)
+        exact = exact or exact_state(teacher.denoiser.net)
     elif low and exact is None and loses_by_rounding(teacher.denoiser.net):
         exact = exact_state(teacher.denoiser.net)
     teacher.compute_in(torch.bfloat16 if low else torch.float32, in_place=teacher.owned)

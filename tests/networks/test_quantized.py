@@ -11,18 +11,20 @@ import pytest
 import torch
 from run_toy import HERE
 from short_run import LOW, run
-from tiny import shaken, tiny_prompts, tiny_teacher
+from tiny import shaken, tiny_pipeline, tiny_prompts, tiny_teacher
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
 from stepdistill.networks import quantized as module
+from stepdistill.networks.denoiser import matrices
 from stepdistill.networks.lora import lora_layers
-from stepdistill.networks.quantized import LIBRARIES, check_quantized, quantized
+from stepdistill.networks.quantized import LIBRARIES, check_quantized, plain_tensors, quantized
 from stepdistill.networks.roles import Adapters
+from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.training.exporting import export_student
-from stepdistill.training.roles import held_for_adapters
+from stepdistill.training.roles import held_for_adapters, round_on_host
 from stepdistill.training.run_report import Start
 
 BITS: tuple[Any, ...] = tuple(
@@ -106,6 +108,31 @@ def test_roles_on_a_quantised_base_are_those_on_its_widened_weights(bits: Any, n
     for grad, other in zip(grads, theirs, strict=True):
         assert grad is not None and other is not None
         torch.testing.assert_close(grad, other, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_quantised_on_a_device_goes_there_in_bfloat16(bits: Any, saved: torch.dtype) -> None:
+    """It is what it would be without that, and so is what is exported."""
+    sets = ["student.lora_rank=2", f"student.base={bits}", "train.precision=bf16"]
+    recipe = load_recipe(None, method="dmd", sets=sets)
+
+    def pipe() -> Any:
+        made = tiny_pipeline("sd3")
+        made.transformer.to(saved).float()
+        return made
+
+    at_once, before = PipelineTeacher(pipe(), owned=True), pipe()
+    own = {key: value.clone() for key, value in before.transformer.state_dict().items()}
+    exact = round_on_host(before, None, recipe)
+    assert exact is not None and all(torch.equal(exact[key], value) for key, value in own.items())
+    assert {layer.weight.dtype for layer in matrices(before.transformer)} == {torch.bfloat16}
+    rounded = PipelineTeacher(before, owned=True, exact=exact)
+    assert held_for_adapters(rounded, recipe.train, bits) is exact
+    held_for_adapters(at_once, recipe.train, bits)
+    states = [plain_tensors(each.denoiser.net.state_dict()) for each in (at_once, rounded)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 @pytest.mark.parametrize("bits", BITS)
