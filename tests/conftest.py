@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from fresh import FreshProcesses
+from tiny_folder import SHARED
 
 if TYPE_CHECKING:
     import subprocess
@@ -20,6 +25,35 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The processes of pytest-xdist share the cores out, before any of them imports torch: more threads than cores are slow.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+# Made by the process that starts the others, which are told of it.
+OWN = (
+    None
+    if SHARED in os.environ
+    else os.environ.setdefault(SHARED, tempfile.mkdtemp(prefix="stepdistill-tests-"))
+)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+    if OWN is not None:
+        shutil.rmtree(OWN, ignore_errors=True)
+
+
+_imported = 0
+
+
+@pytest.fixture(autouse=True)
+def imports_are_no_garbage() -> Iterator[None]:
+    """What tests import (torch, diffusers, transformers) is a million objects that live as long as the process: the
+    collector need not go through them over and over."""
+    yield
+    global _imported
+    if len(sys.modules) > _imported + 300:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import stepdistill
-from stepdistill.methods import method_names
+from stepdistill.system.shipped import method_names
 from stepdistill.training.parallel import take_turn
 
 sys.path.insert(0, str(Path(__file__).parent / "toys"))

@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "docs" / "generate"))
 import commands  # noqa: E402
 import repository_pages  # noqa: E402
 
+from stepdistill.system.shipped import method_names  # noqa: E402
+
 BLOCKS = [block for file in commands.documents() for block in commands.blocks(file)]
 
 
@@ -103,10 +105,9 @@ def test_a_link_to_what_a_page_is_generated_from_leads_to_the_page(uri: str, lin
 
 
 def test_what_links_are_led_to_is_generated_and_what_they_name_is_here() -> None:
-    import method_pages
     import reference_pages
 
-    methods = method_pages.names()
+    methods = method_names()
     made = {*reference_pages.pages(), "methods/index.md", "start/notebook.md"}
     made |= {f"methods/{name}.md" for name in methods}
     for name in (*repository_pages.GENERATED, *(f"stepdistill/methods/{name}.py" for name in methods)):
@@ -162,8 +163,6 @@ def test_numbers_of_methods_come_from_the_shipped_results() -> None:
 
 def test_every_method_has_said_what_it_is_for_and_what_not() -> None:
     import yaml
-
-    from stepdistill.methods import method_names
 
     told = yaml.safe_load((ROOT / "docs" / "generate" / "methods.yaml").read_text("utf-8"))
     assert {name: set(facts) for name, facts in told.items()} == {

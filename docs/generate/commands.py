@@ -22,7 +22,7 @@ import typer
 
 from stepdistill.cli import app
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.system.shipped import module_summaries, recipe_files, suite_files
+from stepdistill.system.shipped import method_names, recipe_files, suite_files
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_LATER = ("Needs a finished run", "Takes seconds")
@@ -107,7 +107,7 @@ def check(command: tuple[str, ...]) -> None:
         return
     verb = group.commands[command[0]]
     given = verb.make_context(command[0], list(command[1:])).params
-    known = {"method": module_summaries("methods"), "suite": suite_files(), "recipe": recipe_files()}
+    known = {"method": method_names(), "suite": suite_files(), "recipe": recipe_files()}
     for key, names in known.items():
         name = given.get(key)
         if isinstance(name, str) and not (name in names or name.isupper() or name.endswith((".yaml", ".py"))):

@@ -17,6 +17,8 @@ import repository_pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
+from stepdistill.system.shipped import method_names
+
 ROOT = Path(__file__).resolve().parents[2]
 LOG = logging.getLogger("mkdocs.hooks.generate")
 FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(https?:[^\"]+)\"")
@@ -38,7 +40,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     nav: list[dict[str, Any]] = config.nav or []
     for entry in nav:
         if "Methods" in entry:
-            entry["Methods"] = ["methods/index.md", *(f"methods/{name}.md" for name in method_pages.names())]
+            entry["Methods"] = ["methods/index.md", *(f"methods/{name}.md" for name in method_names())]
     return config
 
 

@@ -14,7 +14,7 @@ from markdown.extensions.toc import slugify
 
 from stepdistill.methods import find_method, needs
 from stepdistill.recipes.recipe import load_recipe
-from stepdistill.system.shipped import content_folder, module_summaries, recipe_files
+from stepdistill.system.shipped import content_folder, method_names, module_summaries, recipe_files
 from stepdistill.testing.contract import build
 
 FACTS = Path(__file__).with_name("methods.yaml")
@@ -24,11 +24,6 @@ HEAD = (
     "| run | steps | gap closed | FD-emoji | FD-judge | CLIP-emoji | training, min |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
 )
-
-
-def names() -> list[str]:
-    """The methods, by alphabet."""
-    return list(module_summaries("methods"))
 
 
 def facts() -> dict[str, dict[str, Any]]:
@@ -78,7 +73,7 @@ def pages(root: Path) -> dict[str, str]:
     """The pages of all methods and the one that lists them."""
     found, told = reports(), facts()
     log = log_entries((root / "LOG.md").read_text("utf-8"))
-    made = {f"methods/{name}.md": page(name, told[name], found, log) for name in names()}
+    made = {f"methods/{name}.md": page(name, told[name], found, log) for name in method_names()}
     return {"methods/index.md": index(found, told)} | made
 
 
@@ -199,7 +194,7 @@ def log_entries(text: str) -> dict[str, list[tuple[str, str]]]:
     entries: dict[str, list[tuple[str, str]]] = {}
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         title = part.partition("\n")[0].strip()
-        for name in names():
+        for name in method_names():
             if re.search(rf"`{name}`|\b{name}_emoji|train {name}\b|^[^\n]*\b{re.escape(name)}\b", part):
                 entries.setdefault(name, []).append((title, slugify(title, "-")))
     return entries

@@ -11,7 +11,7 @@ from stepdistill.errors import UserError, did_you_mean
 from stepdistill.recipes.choose import recipe_of, tree_of
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.system.emoji import embedded_teachers
-from stepdistill.system.shipped import module_summaries, recipe_files
+from stepdistill.system.shipped import method_names, recipe_files
 from stepdistill.training.identity import resolve
 from stepdistill.training.preflight import check_recipe
 
@@ -153,7 +153,7 @@ def plan(
 
 def _choose(methods: str, teacher: str, budget: float) -> _Chosen:
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    known, shipped = module_summaries("methods"), recipe_files()
+    known, shipped = method_names(), recipe_files()
     everything, chosen = names == ["all"], _Chosen()
     for name in known if everything else dict.fromkeys(names):
         if name.endswith((".yaml", ".yml")) or name in shipped:

@@ -16,14 +16,10 @@ from stepdistill.losses.contract import NEEDS, Method
 from stepdistill.recipes.messages import explain
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.python_files import module_of
+from stepdistill.system.shipped import method_names
 
 if TYPE_CHECKING:
     from stepdistill.losses.contract import MethodOptions
-
-
-def method_names() -> list[str]:
-    """Names of the methods that come with the package: the files of this folder."""
-    return sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
 
 
 def find_method(name: str) -> type[Method]:

@@ -20,6 +20,8 @@ COLOURS = 10
 """Series colours of the style sheet, ``--c0`` to ``--c9``."""
 INK, MUTED, LINE = 0x40, 0x41, 0x42
 _NAMED = {INK: "ink", MUTED: "muted", LINE: "line"}
+PAD = 3
+"""Units between the edge of a drawing and what is written in it."""
 _ONE_AT_A_TIME = threading.Lock()  # matplotlib's settings are the process's
 
 
@@ -65,13 +67,24 @@ def drawing(width: int, height: int) -> Iterator[Drawing]:
     }
     made = Drawing()
     with _ONE_AT_A_TIME, matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasSVG(figure)
-        made.axes = figure.subplots()
+        # About where they will be, as ticks depend on it.
+        made.axes = figure.add_axes((54 / width, 36 / height, 1 - 60 / width, 1 - 46 / height))
         yield made
+        _fill(made.axes, width, height)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     made.svg = f'viewBox="0 0 {width} {height}">{_for_a_page(file.getvalue())}'
+
+
+def _fill(axes: Axes, width: int, height: int) -> None:
+    """Gives the axes all the room that their labels leave. matplotlib's own layouts measure these twice."""
+    own, whole = axes.get_window_extent(), axes.get_tightbbox(for_layout_only=True)
+    assert whole is not None
+    left, bottom = PAD + own.x0 - whole.x0, PAD + own.y0 - whole.y0
+    right, top = width - PAD - (whole.x1 - own.x1), height - PAD - (whole.y1 - own.y1)
+    axes.set_position((left / width, bottom / height, (right - left) / width, (top - bottom) / height))
 
 
 def _variable(found: re.Match[str]) -> str:

@@ -23,7 +23,7 @@ from stepdistill.recipes.term_options import TermOptions
 from stepdistill.recipes.train_options import TrainOptions
 from stepdistill.system.parsing import Unreadable
 from stepdistill.system.parsing_yaml import parse_yaml
-from stepdistill.system.shipped import module_summaries, recipe_files
+from stepdistill.system.shipped import method_names, recipe_files
 
 DEFAULT_METHOD = "dmd"
 
@@ -224,7 +224,7 @@ def _find_recipe(name: str | Path | None, teacher: str | None, method: str | Non
         return Path(name)
     shipped = recipe_files()
     if str(name) not in shipped:
-        if name in module_summaries("methods"):
+        if name in method_names():
             raise UserError(
                 f"{name} is a method, not a recipe: give --method {name}, or a name of `stepdistill ls recipes`"
             )
@@ -280,6 +280,6 @@ def _check_method(recipe: Recipe, file: Path | None) -> None:
             copy = (file or Path()).parent / "method.py"
             kept = f"; the run keeps a copy of it: add --set method={copy}" if copy.is_file() else ""
             raise UserError(f"{source}method is {recipe.method}, and there is no such file{kept}")
-    elif recipe.method not in (known := module_summaries("methods")):
+    elif recipe.method not in (known := method_names()):
         near = did_you_mean(recipe.method, known, "stepdistill ls methods")
         raise UserError(f"{source}{recipe.method} is not a method {near}")

@@ -79,6 +79,11 @@ def is_lfs_pointer(file: Path) -> bool:
         return stream.read(len(LFS)) == LFS
 
 
+def method_names() -> list[str]:
+    """Names of the methods that come with the package, read without importing any."""
+    return sorted(path.stem for path in (_PACKAGE / "methods").glob("[!_]*.py"))
+
+
 def module_summaries(package: Literal["methods", "families"]) -> dict[str, str]:
     """What a subpackage offers, with the first line of each docstring, read without importing anything."""
     found: dict[str, str] = {}

@@ -401,7 +401,7 @@ def test_budgets(text: str, seconds: float | None) -> None:
 
 def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
     wanted = planning.plan("all", "emoji", 600, ["train.batch=8"])
-    from stepdistill.system.shipped import module_summaries
+    from stepdistill.system.shipped import method_names
 
     methods = [entry.recipe.method for entry in wanted.entries]
     assert len(set(methods)) == len(methods)
@@ -409,7 +409,7 @@ def test_all_plans_one_recipe_a_method_and_names_the_methods_without() -> None:
     # No prompts of colours, no images of a concept or a domain, and no student of few steps are there.
     left = ["crd", "echo", "gndmr", "self_opd", "uni_dad"]
     assert [line.split(": ")[1] for line in said] == [f"{name}_emoji" for name in left]
-    assert {*methods, *wanted.without_recipe, *left} == set(module_summaries("methods"))
+    assert {*methods, *wanted.without_recipe, *left} == set(method_names())
     with pytest.raises(UserError, match=r"uni_dad_emoji: data\.images: runs/night is not a folder"):
         planning.plan("lcm,uni_dad", "emoji")
     with pytest.raises(UserError, match=r"train\.bach"):

@@ -17,9 +17,10 @@ from stepdistill.losses.objective import Objective, shown_name
 from stepdistill.losses.reward_term import RewardOptions, RewardTerm
 from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import Shown
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import Sampler
+from stepdistill.system.shipped import method_names
 from stepdistill.testing.contract import batch_for, build
 from stepdistill.testing.toys import Perceptron, ToyTeacher, clear, toy_batch, toy_student
 

@@ -21,13 +21,14 @@ from stepdistill.losses.regression import ends
 from stepdistill.losses.reward_term import RewardTerm
 from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import GanTerm, PerceptualTerm, RegressionTerm
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
 from stepdistill.methods.flow_map import FlowMap
 from stepdistill.networks.averages import Ema
 from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.recipe import load_recipe
+from stepdistill.system.shipped import method_names
 from stepdistill.testing.contract import equipped
 from stepdistill.testing.toys import (
     Gaussian,

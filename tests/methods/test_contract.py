@@ -9,7 +9,8 @@ import torch
 
 import stepdistill
 from stepdistill.diffusion.solvers import uniform_times
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
+from stepdistill.system.shipped import method_names
 from stepdistill.testing import BrokenContract, check_method
 from stepdistill.testing.contract import (
     batch_for,

@@ -15,7 +15,7 @@ from table_toy import eps_teacher
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.diffusion.path import FlowPath
-from stepdistill.methods import method_names
+from stepdistill.system.shipped import method_names
 from stepdistill.testing.toys import SHAPE, Mixture
 
 # The fake network must keep up with a student that leaves a point within some hundred updates.
@@ -34,33 +34,33 @@ SETTINGS = {
             **FOLLOW,
             "counts": (1, 2),
             "map_lr_ratio": 1.0,
-            "tangent_warmup": 100,
+            "tangent_warmup": 70,
             "noise_share": 0.25,
             "power": 0.5,
             "offset": 0.1,
             "map_weight": 0.1,
             **SMOOTH,
         },
-        steps=1200,
+        steps=840,
         lr=7e-3,
     ),
     "ayf": Setting(options={"tangent_warmup": 100, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2),
     "consistency": Setting(),
-    "diff_instruct": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "diff_instruct": Setting(options=FOLLOW, steps=840, lr=7e-3),
     "disback": Setting(
-        options={**FOLLOW, "fake_warm_start": 100, "waypoints": 3, "interval": 40}, steps=1200, lr=7e-3
+        options={**FOLLOW, "fake_warm_start": 70, "waypoints": 3, "interval": 40}, steps=840, lr=7e-3
     ),
-    "dmd": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "dmd": Setting(options=FOLLOW, steps=600, lr=7e-3),
     "dmf": Setting(
         options={"adaptive": False, "offset": 0.1, **SMOOTH, "derivative_step": 0.1}, steps=400, lr=1e-2
     ),
-    "f_distill": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "f_distill": Setting(options=FOLLOW, steps=840, lr=7e-3),
     "flow_map": Setting(options={"tangent_warmup": 0, **SMOOTH}, lr=1e-2),
     "freeflow": Setting(options=SMOOTH, steps=400),
     "gdd": Setting(options={"discriminator_lr_ratio": 4.0}, steps=1200, lr=3e-3),
-    "gndm": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "gndm": Setting(options=FOLLOW, steps=600, lr=7e-3),
     # No reward. It is the field that closes the gap: the policy trains the first call alone, and leaves 0.45 at 0.46.
-    "gndmr": Setting(TWO, {**FOLLOW, "climb_weight": 0.0, "field_weight": 1.0}, steps=1200, lr=7e-3),
+    "gndmr": Setting(TWO, {**FOLLOW, "climb_weight": 0.0, "field_weight": 1.0}, steps=840, lr=7e-3),
     "instaflow": Setting(options={"reflow_updates": 150, "l2_updates": 100, "flow_steps": 8}),
     "ladd": Setting(
         options={"discriminator_updates": 1, "discriminator_lr_ratio": 4.0, "noise_mean": -1.0},
@@ -93,17 +93,17 @@ SETTINGS = {
     "pcm": Setting(TWO, {"grid": 16, "start_share": 0.25, "huber": 0.03}, steps=400),
     # The plain KL weighs low noise by 1 / sigma^2, which short runs do better without.
     "phased_dmd": Setting(
-        (1.0, 0.75), {**FOLLOW, "phase_updates": 80, "score_times": (0.1, 0.98)}, steps=1200, lr=7e-3
+        (1.0, 0.75), {**FOLLOW, "phase_updates": 80, "score_times": (0.1, 0.98)}, steps=840, lr=7e-3
     ),
     "rcm": Setting(
         options={
-            "tangent_warmup": 50,
+            "tangent_warmup": 25,
             "noise_share": 0.25,
             "fake_updates": 1,
             "fake_lr_ratio": 2.0,
             **SMOOTH,
         },
-        steps=800,
+        steps=400,
     ),
     "progressive": Setting(options={"ratios": (2, 2, 2), "stage_updates": 100}, steps=400),
     "reflow": Setting(options={"reflow_updates": 200}),
@@ -111,32 +111,32 @@ SETTINGS = {
     "scm": Setting(
         options={"tangent_warmup": 50, "adaptive": False, "noise_share": 0.25, **SMOOTH}, steps=400
     ),
-    "self_e": Setting(TWO, {"coupled": True, "auxiliary_after": 100, "noise_share": 0.5}, steps=600),
+    "self_e": Setting(TWO, {"coupled": True, "auxiliary_after": 100, "noise_share": 0.5}, steps=420),
     "self_opd": Setting(options={"source": "images", "keep_weight": 0.0}),
     # Alpha above 1 goes up the squared gap of the scores, and runs away where the fake one lags behind.
-    "sid": Setting(options={**FOLLOW, "alpha": 1.0}, steps=1200, lr=7e-3),
-    "sim": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "sid": Setting(options={**FOLLOW, "alpha": 1.0}, steps=600, lr=7e-3),
+    "sim": Setting(options=FOLLOW, steps=840, lr=7e-3),
     "slimflow": Setting(options={"width": 0.5, "reflow_updates": 300}, steps=600, lr=1e-2),
     "tbcm": Setting(options={"route": 8, "points": 4, "huber": 0.03}),
-    "tcd": Setting(TWO, {"huber": 0.03, **JUMPS}, steps=500),
+    "tcd": Setting(TWO, {"huber": 0.03, **JUMPS}, steps=350),
     "tscd": Setting(TWO, {"stage_updates": 100, **JUMPS}, steps=500),
     "twinflow": Setting(options={"velocity": "teacher", "target_decay": 0.5}, steps=600),
     "uni_dad": Setting(options=FOLLOW, steps=1600, lr=7e-3),
-    "vdot": Setting(options=FOLLOW, steps=1200, lr=7e-3),
+    "vdot": Setting(options=FOLLOW, steps=600, lr=7e-3),
 }
 
 
 # An eps network's x0 is fourteen times as nervous at pure noise: a smaller rate, and a fake network that keeps up.
-EPS: dict[str, Any] = {"options": {"fake_updates": 2, "fake_lr_ratio": 3.0}, "steps": 600, "lr": 1e-3}
+EPS: dict[str, Any] = {"options": {"fake_updates": 2, "fake_lr_ratio": 3.0}, "steps": 420, "lr": 1e-3}
 ON_TABLE = {
-    "diff_instruct": Setting(**{**EPS, "steps": 900, "lr": 2e-3}),
+    "diff_instruct": Setting(**{**EPS, "steps": 630, "lr": 2e-3}),
     "dmd": Setting(**EPS),
     "f_distill": Setting(**EPS),
     "phased_dmd": Setting(
         (1.0, 0.75), {**EPS["options"], "phase_updates": 80, "score_times": (0.1, 0.98)}, 900, 1e-3
     ),
     "sid": Setting(**{**EPS, "options": {**EPS["options"], "alpha": 1.0}}),
-    "sim": Setting(**{**EPS, "steps": 900, "lr": 2e-3}),
+    "sim": Setting(**{**EPS, "steps": 630, "lr": 2e-3}),
 }
 
 

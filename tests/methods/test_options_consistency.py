@@ -20,7 +20,7 @@ from stepdistill.diffusion.path import FlowPath, Path
 from stepdistill.export.schedulers import on_stock_grid
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.losses.contract import MethodOptions, PairOptions, Turn
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.lcm import LCM
 from stepdistill.methods.pcm import PCM
@@ -31,6 +31,7 @@ from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tscd import TSCD
 from stepdistill.networks.roles import Copies
 from stepdistill.networks.sampler import schedule_times
+from stepdistill.system.shipped import method_names
 from stepdistill.testing.toys import (
     Perceptron,
     ToyFamily,

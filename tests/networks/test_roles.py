@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
 from stepdistill.networks.denoiser import Denoiser, in_bfloat16
 from stepdistill.networks.lora import adapter_on, add_lora, lora_layers, merged_state
 from stepdistill.networks.roles import Adapters, Copies, Roles
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.recipes.train_options import TrainOptions
+from stepdistill.system.shipped import method_names
 from stepdistill.training.roles import held_for_adapters
 
 SHARES: dict[str, Callable[[PipelineTeacher], Roles]] = {

@@ -10,9 +10,10 @@ import yaml
 from pydantic import BaseModel, Field
 
 from stepdistill.cli import listing
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.recipes.reference import Key, in_yaml, keys_of, kind_of, option_keys, recipe_keys
+from stepdistill.system.shipped import method_names
 from stepdistill.training.identity import resolve
 
 

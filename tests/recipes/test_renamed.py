@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from stepdistill.errors import UserError
-from stepdistill.methods import find_method, method_names, method_options
+from stepdistill.methods import find_method, method_options
 from stepdistill.recipes.recipe import Recipe, load_recipe
 from stepdistill.recipes.renamed import ELSEWHERE, RENAMED, SCHEDULES
 from stepdistill.recipes.term_options import TermOptions
 from stepdistill.recipes.train_options import TrainOptions
+from stepdistill.system.shipped import method_names
 
 EMPTY = Path(__file__).parents[1] / "toys" / "empty.yaml"
 

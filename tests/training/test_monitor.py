@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from faults import FAULTS, Under, one_image, run_with
-from run_toy import HERE, recipe_of
+from run_toy import HERE, emoji_recipe_of
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
@@ -71,8 +71,8 @@ class Killed(Exception):
 def test_a_run_with_looks_is_the_run_without_them_and_resumes_with_the_same_looks(tmp_path):
     """Weights, moments, average and curve to the last bit, and in the second part the numbers of every look: also of
     one whose weights were taken before the checkpoint."""
-    start(recipe_of("dmd", 12, "health.every=0"), tmp_path / "without")
-    start(recipe_of("dmd", 12, "health.every=4"), tmp_path / "with")
+    start(emoji_recipe_of("dmd", 12, "health.every=0"), tmp_path / "without")
+    start(emoji_recipe_of("dmd", 12, "health.every=4"), tmp_path / "with")
     plain, watched = rows_of(tmp_path / "without"), rows_of(tmp_path / "with")
     numbers = [{k: v for k, v in row.items() if k.startswith("health_")} for row in watched]
     assert [bool(each) for each in numbers] == [update % 4 == 3 for update in range(12)]
@@ -87,26 +87,28 @@ def test_a_run_with_looks_is_the_run_without_them_and_resumes_with_the_same_look
             raise Killed
         return Seen({}, [])
 
-    again = recipe_of("dmd", 12, "health.every=4", "train.preview_every=1", "train.checkpoint_every=3")
+    again = emoji_recipe_of("dmd", 12, "health.every=4", "train.preview_every=1", "train.checkpoint_every=3")
     with pytest.raises(Killed):
         start(
-            recipe_of("dmd", 12, "health.every=4", "train.preview_every=1"), tmp_path / "parts", preview=kill
+            emoji_recipe_of("dmd", 12, "health.every=4", "train.preview_every=1"),
+            tmp_path / "parts",
+            preview=kill,
         )
     assert checkpoints_in(tmp_path / "parts" / "work" / "checkpoints")[-1].name == "step-00000005"
     with pytest.raises(UserError, match=r"train\.checkpoint_every"):
         start(again, tmp_path / "parts", resume=True)
-    start(recipe_of("dmd", 12, "health.every=4"), tmp_path / "parts", resume=True)
+    start(emoji_recipe_of("dmd", 12, "health.every=4"), tmp_path / "parts", resume=True)
     assert rows_of(tmp_path / "parts") == watched
     assert_equal(tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "with"))
 
 
 def test_a_checkpoint_of_a_run_that_was_not_watched_is_gone_on_from(tmp_path):
-    start(recipe_of("lcm", 5), tmp_path)
+    start(emoji_recipe_of("lcm", 5), tmp_path)
     last = checkpoints_in(tmp_path / "work" / "checkpoints")[-1]
     state = json.loads((last / "state.json").read_text())
     del state[OWN_HASH], state["files"]["health.safetensors"]
     (last / "state.json").write_text(json.dumps(state))
-    assert start(recipe_of("lcm", 5), tmp_path, resume=True).step == 5
+    assert start(emoji_recipe_of("lcm", 5), tmp_path, resume=True).step == 5
 
 
 class PoisonedOnce:
@@ -130,7 +132,7 @@ class PoisonedOnce:
 
 def test_a_run_that_rolls_back_goes_on_from_the_checkpoint_with_the_changed_rate_and_says_so(tmp_path):
     """It is the run that is resumed from there at half the rate, to the last bit."""
-    recipe = recipe_of("lcm", 12, "health.every=4", "health.on_trouble=roll_back")
+    recipe = emoji_recipe_of("lcm", 12, "health.every=4", "health.on_trouble=roll_back")
     outcome = run_with(recipe, tmp_path / "back", PoisonedOnce(7))
     assert outcome.ended is None and outcome.recognised == 8 and outcome.signs == ["not_finite"]
     rows = rows_of(tmp_path / "back")
@@ -141,12 +143,14 @@ def test_a_run_that_rolls_back_goes_on_from_the_checkpoint_with_the_changed_rate
         "the student times 0.5"
     ]
     assert not any("worries" in row for row in rows if row["update"] != 5)
-    start(recipe_of("lcm", 12, "health.every=4", "train.keep=9"), tmp_path / "whole")
+    start(emoji_recipe_of("lcm", 12, "health.every=4", "train.keep=9"), tmp_path / "whole")
     for later in checkpoints_in(tmp_path / "whole" / "work" / "checkpoints"):
         if later.name > "step-00000005":
             shutil.rmtree(later)
     slower = lambda under: under.set(under.job.objective, "lr_ratio", lambda turn: 0.5)  # noqa: E731
-    run_with(recipe_of("lcm", 12, "health.every=4"), tmp_path / "slower", slower, resume=tmp_path / "whole")
+    run_with(
+        emoji_recipe_of("lcm", 12, "health.every=4"), tmp_path / "slower", slower, resume=tmp_path / "whole"
+    )
     assert_equal(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "slower"))
     states = [checkpoints_in(tmp_path / name / "work" / "checkpoints")[-1] for name in ("back", "slower")]
     back, slower = (json.loads((each / "state.json").read_text())["passes"] for each in states)
@@ -156,7 +160,9 @@ def test_a_run_that_rolls_back_goes_on_from_the_checkpoint_with_the_changed_rate
 
 def test_a_run_that_rolled_back_and_was_killed_is_slower_still(tmp_path):
     """The checkpoint that it went back to is the last one, and has the changed rate."""
-    recipe = recipe_of("lcm", 12, "health.every=4", "health.on_trouble=roll_back", "train.checkpoint_every=2")
+    recipe = emoji_recipe_of(
+        "lcm", 12, "health.every=4", "health.on_trouble=roll_back", "train.checkpoint_every=2"
+    )
     poison = PoisonedOnce(7)
     with pytest.raises(Killed):
         run_with(recipe, tmp_path, lambda under: kill_after(under, poison))
@@ -182,7 +188,7 @@ def kill_after(under, poison):
 def test_a_sign_slows_the_run_down_and_then_stops_it(tmp_path):
     """When a measure had time and the sign is still there, and no more of them are allowed."""
     more = ["health.every=4", "health.actions={data: slow_down}", "health.most=1"]
-    outcome = run_with(recipe_of("lcm", 40, *more), tmp_path, one_image)
+    outcome = run_with(emoji_recipe_of("lcm", 40, *more), tmp_path, one_image)
     assert [(at, signs, done.action) for at, signs, done in outcome.treatments] == [
         (4, ["data"], "slow_down"),
         (20, ["data"], "stop"),
@@ -197,7 +203,7 @@ def test_a_sign_slows_the_run_down_and_then_stops_it(tmp_path):
 
 
 def test_what_is_only_said_is_said_once_while_it_lasts(tmp_path):
-    outcome = run_with(recipe_of("lcm", 12, "health.every=4"), tmp_path, one_image)
+    outcome = run_with(emoji_recipe_of("lcm", 12, "health.every=4"), tmp_path, one_image)
     assert [at for at, _, _ in outcome.treatments] == [4] and outcome.ended is None
 
 
@@ -212,7 +218,7 @@ QUICK = [name for name in FAULTS if name not in ("wrong sign", "too high rate")]
 def begun(tmp_path_factory):
     """A run of 16 updates, with two looks."""
     folder = tmp_path_factory.mktemp("begun") / "run"
-    outcome = run_with(recipe_of("dmd", 16, *SHORT), folder)
+    outcome = run_with(emoji_recipe_of("dmd", 16, *SHORT), folder)
     assert not outcome.treatments
     return folder
 
@@ -225,7 +231,7 @@ def test_a_fault_is_recognised(name, begun, tmp_path):
         "oversaturating guidance": "guidance", "NaN in one sample": "not_finite", "stale average": "average",
         "data of one image": "data",
     }  # fmt: skip
-    recipe = recipe_of("dmd", 56, *SHORT, "health.on_trouble=stop")
+    recipe = emoji_recipe_of("dmd", 56, *SHORT, "health.on_trouble=stop")
     state = checkpoints_in(begun / "work" / "checkpoints")[-1] / "state.json"
     shutil.copytree(begun, tmp_path / "begun")
     copy = tmp_path / "begun" / state.relative_to(begun)
@@ -245,7 +251,7 @@ sys.path[:0] = sys.argv[1:2]
 from unittest.mock import patch
 from accelerate import Accelerator
 from faults import Under, one_image
-from run_toy import recipe_of
+from run_toy import emoji_recipe_of
 from stepdistill.system.processes import launched
 from stepdistill.training.assemble import assemble
 from stepdistill.training.training_data import training_data
@@ -259,7 +265,7 @@ parallel = parallel_of("auto", launched(), accelerator.device)
 if accelerator.is_main_process:
     folder.mkdir(parents=True, exist_ok=True)
 accelerator.wait_for_everyone()
-recipe = recipe_of("lcm", 14, "health.every=3", "health.on_trouble=roll_back", "health.most=1")
+recipe = emoji_recipe_of("lcm", 14, "health.every=3", "health.on_trouble=roll_back", "health.most=1")
 job = assemble(resolve(recipe), accelerator, None)
 data = training_data(job, folder)
 with contextlib.ExitStack() as undo:
@@ -285,7 +291,7 @@ def test_two_gloo_processes_find_and_do_what_one_does(tmp_path):
     launch += ["--main_process_port", "29531", str(script), str(HERE), str(tmp_path / "two")]
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    recipe = recipe_of("lcm", 14, "health.every=3", "health.on_trouble=roll_back", "health.most=1")
+    recipe = emoji_recipe_of("lcm", 14, "health.every=3", "health.on_trouble=roll_back", "health.most=1")
     run_with(recipe, tmp_path / "one", one_image, 6)
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert [row["lr"] for row in one] == [1e-4] * 5 + [0.5e-4] * 9 == [row["lr"] for row in two]
@@ -335,7 +341,9 @@ def test_videos_that_come_to_be_one_picture_are_seen(tmp_path):
         under.set(under.job.student, "_called", called)
 
     more = ["data.size=[16, 32, 9]", "student.times=[1.0]", "options.warm_start=0", "options.pair_weight=0"]
-    recipe = recipe_of("dmd", 4, f"teacher={tmp_path / 'wan'}", "health.every=1", "train.batch=2", *more)
+    recipe = emoji_recipe_of(
+        "dmd", 4, f"teacher={tmp_path / 'wan'}", "health.every=1", "train.batch=2", *more
+    )
     outcome = run_with(recipe, tmp_path / "run", still, 2)
     moving = [row["health_motion"] for row in rows_of(tmp_path / "run")]
     assert min(moving[:2]) > 0.7 and max(moving[2:]) < 1e-5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stepdistill.diffusion.path import FlowPath
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
+from stepdistill.system.shipped import method_names
 from stepdistill.testing.passes import passes_of_training
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from PIL import Image
 from run_toy import COMMON, HERE, METHODS
 from safetensors.torch import load_file
+from small_images import pictures
 from tiny import tiny_pipeline, tiny_teacher
 
 from stepdistill.errors import UserError
@@ -198,10 +198,7 @@ def test_two_and_three_processes_that_share_their_networks_are_one(tmp_path):
     """Curves and checkpoints of every kind of network, and of one whose calls two share. A checkpoint of one process
     is gone on with by two, down to sheets and an exported and verified student; one of two by three; and of three,
     killed while they saved the next one, by one."""
-    (tmp_path / "images").mkdir()
-    for i in range(8):
-        image = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
-        Image.fromarray(image.numpy()).save(tmp_path / "images" / f"picture {i}.png")
+    pictures(tmp_path / "images", 8, 16)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     loop(recipe_of("dmd", tmp_path), one / "dmd")
     cut(one / "dmd", two / "resumed")

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from stepdistill.errors import UserError
 from stepdistill.losses.adversarial import AdversarialMethod
 from stepdistill.losses.fake_score import ScoreMethod
-from stepdistill.methods import find_method, method_names
+from stepdistill.methods import find_method
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.log import read_stats
+from stepdistill.system.shipped import method_names
 from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import checkpoints_in
 from stepdistill.training.identity import identity, resolve
