@@ -38,9 +38,10 @@ measured.
 
 {table}
 
-GiB at the peak: what torch holds at the worst moment, of an update or before the first one, when text encoders are
-there too; a card needs 1 GiB more. An ordinary LoRA's is the same of one adapter of the same network that is fine-tuned
-on pictures. On disk lie the kept checkpoints, the student, and caches of 1,000 prompts and of the pairs.
+GiB at the peak: what torch holds at the worst moment, of an update, while a picture is decoded, or before the first
+update, when text encoders are there too; a card needs 1 GiB more. An ordinary LoRA's is the same of one adapter of the
+same network that is fine-tuned on pictures. On disk lie the kept checkpoints, the student, and caches of 1,000 prompts
+and of the pairs.
 """
 
 

@@ -145,7 +145,7 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
     seen = _trace(recipe, device, gpus, usual)
     train = recipe.train
     update = max(each.peak.total for each in seen.updates)
-    peak = max(update, seen.setup.total)
+    peak = max(update, seen.setup.total, 0 if seen.picture is None else seen.picture.total)
     flops = gpus // train.context_parallel * sum(each.share * each.flops for each in seen.updates)
     speeds = {name: speed for name, speed in GPUS.items() if gpu in (None, name)}
     slower = 1.0 if train.precision == "bf16" else 2.0

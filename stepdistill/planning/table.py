@@ -21,6 +21,8 @@ def table(found: Plan) -> str:
     for name, count in seen.parameters.items():
         lines.append(f"{name:<26}{count / 1e6:>10,.1f}{seen.trained.get(name, 0) / 1e6:>10,.1f}")
     columns = {"setup": seen.setup} | {f"{each.network}'s update": each.peak for each in seen.updates}
+    if seen.picture is not None:
+        columns["a picture"] = seen.picture
     kinds = sorted({kind for peak in columns.values() for kind in peak.by_kind} - {OTHER})
     lines += ["", f"{'GiB on a GPU, at the peak':<26}" + "".join(f"{name:>18}" for name in columns)]
     for each in [*kinds, OTHER]:

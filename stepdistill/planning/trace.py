@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
 from torch.utils._pytree import tree_leaves
 
 from stepdistill.attention.kernels import why_not
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families import family_in
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
@@ -21,9 +21,10 @@ from stepdistill.losses.contract import Turn
 from stepdistill.losses.fake_score import denoising_loss
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Roles
+from stepdistill.networks.tiles import switch_on
 from stepdistill.planning.fake import ArithmeticOfCuda, derivatives_uncompared, fake_tensors
 from stepdistill.planning.from_configs import pipeline_of
-from stepdistill.planning.live_bytes import LiveBytes
+from stepdistill.planning.live_bytes import LiveBytes, Peak
 from stepdistill.planning.quantized_layers import quantised_in_plan
 from stepdistill.planning.traced import Trace, Update
 from stepdistill.planning.unit import Unit, unit_of
@@ -118,6 +119,8 @@ class _Tracing:
             family = family_in(self.recipe.family) if self.recipe.family else None
             planned = pipeline_of(self.recipe.teacher, self.mode, family)
             source, family, pipe = planned.source, planned.family, [planned.pipe]
+            if self.recipe.data.tiling:
+                switch_on(pipe[0])
             encoders = 0 if self.device == "cpu" else 4 * planned.encoders
             del planned  # a run does not hold the network as it was loaded, either
             with patch.object(roles, "exact_state", self._exact_state), quantised_in_plan():
@@ -135,6 +138,7 @@ class _Tracing:
             with unit.training(self.kernel), derivatives_uncompared():
                 updates = [self._update(run, turn, share, batch) for turn, share in unit.turns()]
                 held = self.live.held(self.scale)
+                picture = self._picture(unit)
                 call = self._teacher_call(unit, batch)
                 usual = self._fine_tune(run, batch) if fine_tune and self.recipe.student.lora_rank else 0
         net, method = unit.method.student.net, unit.method
@@ -142,6 +146,7 @@ class _Tracing:
         return Trace(
             setup=setup,
             held=held,
+            picture=picture,
             updates=updates,
             parameters=_parameters(method.roles),
             trained={name: sum(p.numel() for p in own) for name, own in run.trained.items()},
@@ -220,6 +225,18 @@ class _Tracing:
             done += extra * (live.flops - before)
             passes["student"] = passes.get("student", 0.0) + extra
         return Update(turn.network, share, peak, done * self.parts, passes)
+
+    def _picture(self, unit: Unit) -> Peak | None:
+        """What decoding takes of previews and samples, which are decoded one by one."""
+        codec = unit.teacher.codec
+        self.live.begin()
+        try:
+            with torch.no_grad():
+                codec.to_frames(torch.zeros(1, *codec.shape))
+        except (UnsupportedFakeTensorException, NotImplementedError, RuntimeError, ValueError) as error:
+            self.notes.append(f"decoding a picture is left out ({type(error).__name__}: {first_line(error)})")
+            return None
+        return self.live.peak(self.scale)
 
     def _teacher_call(self, unit: Unit, batch: Batch) -> float:
         """What it does for each sample of a batch."""

@@ -34,6 +34,7 @@ class Trace:
     Attributes:
         setup: the most that is held until training starts.
         held: what is held between two updates, by kind.
+        picture: the most that is held between two updates while a picture is decoded; None where that cannot be known.
         updates: of each network.
         parameters: of each role, and ``trained`` of each.
         student, checkpoint: bytes of the student's network in float32, and of a checkpoint.
@@ -51,6 +52,7 @@ class Trace:
 
     setup: Peak
     held: dict[str, int]
+    picture: Peak | None
     updates: list[Update]
     parameters: dict[str, int]
     trained: dict[str, int]

@@ -368,6 +368,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_two_launched_processes_give_the_number_of_one(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(LAUNCHED)
     suite = ROOT / "eval" / "suites" / "emoji-quick.yaml"

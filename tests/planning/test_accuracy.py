@@ -50,6 +50,8 @@ def test_plans_count_the_bytes_of_real_tensors(teacher: str, method: str, sets: 
     assert planned.trained == real.trained
     for one, other in zip(planned.updates, real.updates, strict=True):
         assert (one.flops, one.passes, one.peak) == (other.flops, other.passes, other.peak)
+    assert planned.picture == real.picture and planned.picture is not None
+    assert planned.picture.total > sum(planned.held.values())
 
 
 def test_processes_that_share_calls_divide_the_gpus(teacher: str) -> None:

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import stepdistill
 from stepdistill.system.shipped import content_folder
 
 METHOD = """
 from pathlib import Path
+
+import pytest
 
 import stepdistill
 from stepdistill import extend as sd
@@ -37,6 +41,7 @@ class Own(sd.Method):
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_package_is_taken_away_under_way_is_exported_and_measured(tmp_path: Path) -> None:
     """The method deletes every Python file of the copy of the package that it runs from."""
     package = tmp_path / "place" / "stepdistill"

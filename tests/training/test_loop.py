@@ -219,6 +219,7 @@ def switched(parallel, folder):
         save_file(state, folder / f"switched-{weights}-{parallel.rank}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_equal_one(tmp_path):
     """The same curve and weights, for every method, of two nodes with one process each: two launches. And of networks
     that are switched by time the same bits of weights and moments, where a process or all of them have no sample for

@@ -281,6 +281,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_find_and_do_what_one_does(tmp_path):
     """They go back to the same checkpoint at the same update, and go on at the same rate."""
     script = tmp_path / "two.py"
