@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from fresh import FreshProcesses
-from tiny_folder import SHARED
+from tiny_folder import shared_folder
 
 if TYPE_CHECKING:
     import subprocess
@@ -27,18 +25,11 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
-# Made by the process that starts the others, which are told of it.
-OWN = (
-    None
-    if SHARED in os.environ
-    else os.environ.setdefault(SHARED, tempfile.mkdtemp(prefix="stepdistill-tests-"))
-)
+shared_folder()  # made here, as the processes of pytest-xdist are told of it by the environment
 
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
-    if OWN is not None:
-        shutil.rmtree(OWN, ignore_errors=True)
 
 
 _imported = 0
