@@ -110,6 +110,7 @@ def main() -> None:
         rows = {each: rows[each] for each in names() if each in rows}
         ROWS.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         FILE.write_text(text(rows), "utf-8")
+    FILE.write_text(text(rows), "utf-8")  # the words around the table may have changed
 
 
 if __name__ == "__main__":
