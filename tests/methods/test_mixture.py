@@ -121,7 +121,7 @@ SETTINGS = {
     "tcd": Setting(TWO, {"huber": 0.03, **JUMPS}, steps=350),
     "tscd": Setting(TWO, {"stage_updates": 100, **JUMPS}, steps=500),
     "twinflow": Setting(options={"velocity": "teacher", "target_decay": 0.5}, steps=600),
-    "uni_dad": Setting(options=FOLLOW, steps=1600, lr=7e-3),
+    "uni_dad": Setting(options={**FOLLOW, "fake_lr_ratio": 3.0}, steps=900, lr=7e-3),
     "vdot": Setting(options=FOLLOW, steps=600, lr=7e-3),
 }
 
