@@ -42,6 +42,11 @@ ROOT = Path(__file__).resolve().parent.parent
 OF_CONSISTENCY, OF_FLOWS = "tests/methods/test_options_consistency.py", "tests/methods/test_options_flow.py"
 OF_POLICY = "tests/methods/test_options_onpolicy.py"
 SHARED = ["tests/losses/test_fake_score.py", "tests/methods/test_options_matching.py"]
+OF_METRICS = [
+    "tests/metrics/test_metrics.py",
+    "tests/metrics/test_fid_metrics.py",
+    "tests/evaluation/test_paired.py",
+]
 OF_FAMILIES = ["tests/networks/test_codec.py", "tests/families/test_families.py"]
 GUARDS: dict[str, list[str]] = {
     "stepdistill/losses/fake_score.py": [
@@ -60,6 +65,27 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/losses/adversarial.py": ["tests/methods/test_gdd.py"],
     "stepdistill/data/video_decoding.py": ["tests/data/test_training_videos.py"],
     "stepdistill/metrics/motion.py": ["tests/evaluation/test_against_teacher.py"],
+    **{
+        f"stepdistill/metrics/{name}.py": OF_METRICS
+        for name in (
+            *("clip_score", "cmmd", "diversity", "fid_infinity", "frechet", "frechet_interval"),
+            *("inception_score", "intervals", "kid", "mmd", "pick_score", "prdc", "sample_size", "sfid"),
+        )
+    },
+    "stepdistill/metrics/spectrum.py": ["tests/metrics/test_spectrum.py"],
+    "stepdistill/metrics/colours.py": [
+        "tests/training/test_rewards.py",
+        "tests/evaluation/test_own_metric.py",
+    ],
+    "stepdistill/evaluation/paired.py": ["tests/evaluation/test_paired.py"],
+    "stepdistill/comparison/ranking.py": [
+        "tests/comparison/test_ranking.py",
+        "tests/comparison/test_teachers.py",
+    ],
+    "stepdistill/diffusion/path.py": ["tests/diffusion/test_path.py", "tests/diffusion/test_shift.py"],
+    "stepdistill/diffusion/shift.py": ["tests/diffusion/test_shift.py"],
+    "stepdistill/diffusion/solvers.py": ["tests/diffusion/test_path.py", "tests/diffusion/test_shift.py"],
+    "stepdistill/diffusion/draws.py": ["tests/diffusion/test_draws.py"],
     "stepdistill/methods/gdd.py": ["tests/methods/test_gdd.py"],
     "stepdistill/methods/ladd.py": ["tests/methods/test_ladd.py"],
     "stepdistill/methods/uni_dad.py": ["tests/methods/test_uni_dad.py"],
@@ -359,8 +385,11 @@ LONG = (
     "embedded_teacher",
     "a_teacher_needs_no_unconditional_mode",
     "learns_the_density_ratio",
+    "embedded_images",
+    "a_process_without_stepdistill",
+    "a_stock_folder",
 )
-CHOICE = ["-m", "not slow", "-k", " and ".join(f"not {name}" for name in LONG)]
+CHOICE = ["-m", "slow or not slow", "-k", " and ".join(f"not {name}" for name in LONG)]
 
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 OPPOSITE = {

@@ -150,6 +150,24 @@ def test_numbers_of_the_first_student_are_of_the_shipped_results() -> None:
         assert f"`stepdistill train {name}` ({minutes:.1f} minutes of training, gap closed {gap:.3f})" in page
 
 
+def test_the_plans_of_the_front_page_are_those_of_their_table() -> None:
+    def rows(name: str) -> dict[str, list[str]]:
+        lines = (ROOT / name).read_text("utf-8").splitlines()
+        cells = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")
+        ]
+        return {row[0]: row for row in cells}
+
+    known, told = rows("docs/reference/plans.md"), rows("README.md")
+    quoted = [row for name, row in told.items() if name in known]
+    assert len(quoted) == 6
+    for name, peak, card, disk, time in quoted:
+        hours = float(known[name][8].removesuffix(" h").replace(",", ""))
+        wanted = [f"{known[name][4]} GiB", known[name][6], f"{known[name][7]} GiB"]
+        assert [peak, card, disk] == wanted, name
+        assert float(time.removesuffix(" hours").replace(",", "")) == pytest.approx(hours, abs=0.5), name
+
+
 def test_numbers_of_methods_come_from_the_shipped_results() -> None:
     import method_pages
 

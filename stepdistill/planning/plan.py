@@ -188,9 +188,6 @@ def _planned(recipe: Recipe, device: Device, gpus: int, memory: int, gpu: str | 
 
 def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
     """The trace; what fake tensors cannot do is said in a line."""
-    from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
-
-    unable: tuple[type[Exception], ...] = (UnsupportedFakeTensorException, NotImplementedError, RuntimeError)
     share, notes = recipe.train.context_parallel, list[str]()
     if gpus % share:
         raise UserError(
@@ -205,7 +202,7 @@ def _trace(recipe: Recipe, device: Device, gpus: int, usual: bool) -> Trace:
         return replace(found, notes=[*found.notes, *notes])
     except UserError:
         raise
-    except unable as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{recipe.method} with these options cannot be planned for {recipe.teacher}: it asks for numbers that "

@@ -77,6 +77,7 @@ def test_triton_on_a_gpu(case: Any, dtype: torch.dtype) -> None:
     assert max(found.values()) < BOUND[dtype], found
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_in_its_interpreter() -> None:
     """One key, hidden rows, grouped heads, an added mask, several tiles of rows and columns."""
@@ -95,6 +96,7 @@ def test_triton_in_its_interpreter() -> None:
             assert max(v for k, v in row.items() if k != "case") < bound, row
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("name", ["forward", "tangent", "of_queries", "of_keys"])

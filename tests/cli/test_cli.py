@@ -311,6 +311,7 @@ def test_doctor_compares_versions_with_the_supported_range(installed: str | None
     assert ("pip install 'torch>=2.10'" in finding.text) == (state == "broken")
 
 
+@pytest.mark.slow
 def test_ls_methods_says_of_each_what_it_is_for_and_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import yaml
 from stepdistill.cli import main
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_all_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

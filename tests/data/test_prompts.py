@@ -41,6 +41,7 @@ def as_table(file: Path) -> None:
         csv.writer(stream).writerows([("id", "prompt"), *enumerate(TEXTS)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "write"), [("a.txt", as_text), ("a.jsonl", as_json_lines), ("a.csv", as_table)]
 )

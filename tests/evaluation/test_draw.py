@@ -276,6 +276,7 @@ def test_a_class_conditional_pipeline_draws_all_classes_in_turn(tmp_path: Path) 
         draw_into(tmp_path / "other", drawers, PROMPTS, 2, progress=False)
 
 
+@pytest.mark.slow
 def test_a_pipeline_whose_guidance_is_a_component_is_drawn_at_the_asked_scale(tmp_path: Path) -> None:
     pipe, size = unknown_pipeline("HunyuanImagePipeline"), SIZES["HunyuanImagePipeline"]
     suite = Suite(

@@ -127,6 +127,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         load_pipeline(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_shipped_reference_is_what_the_command_makes(tmp_path: Path) -> None:
     suite = load_suite("emoji")
     network = suite.network()
@@ -167,6 +168,7 @@ def test_an_npz_reference_gives_the_same_distance_and_a_foreign_one_is_refused(t
         )
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_distance_of_real_images_falls_as_one_over_n() -> None:
     # n images drawn without replacement from the N of the reference: the bias goes as 1/n - 1/N.
     order = torch.randperm(3781, generator=torch.Generator().manual_seed(0))

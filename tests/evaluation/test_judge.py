@@ -123,6 +123,7 @@ def quick(**changes: object) -> Suite:
     return load_suite("emoji-quick").changed({"n": 150, **changes})
 
 
+@pytest.mark.slow
 def test_the_second_features_move_no_other_score_and_are_the_judges_own(judge: Judge) -> None:
     images, suite = emoji_images()[:150], quick()
     plain = evaluate_images(

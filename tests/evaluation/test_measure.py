@@ -126,6 +126,7 @@ def everything(files: Path, **changes: Any) -> Suite:
     )
 
 
+@pytest.mark.slow
 def test_every_metric_of_one_suite_equals_its_function_by_hand(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def test_inception_equals_torch_fidelitys_at_every_layer(folders: tuple[Path, Pa
     same_features(found.spatial, spatial[0].permute(0, 2, 3, 1).flatten(1))
 
 
+@pytest.mark.slow
 def test_the_inception_score_equals_torch_fidelitys_default(
     folders: tuple[Path, Path], weights: Path
 ) -> None:

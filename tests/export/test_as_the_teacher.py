@@ -59,6 +59,7 @@ def exported(
     return folder
 
 
+@pytest.mark.slow
 def test_types_and_shards_are_the_teachers_and_all_other_parts_its_files(tmp_path: Path) -> None:
     """Weights are the same file, texts are copies; what is not loaded is left; the proof holds in a fresh process."""
     teacher = saved("sd3", tmp_path / "t", max_shard_size="10KB")

@@ -162,6 +162,7 @@ def test_plain_diffusers_draws_what_the_student_drew(name: str, exported: Callab
     assert (run.folder / "README.md").read_text() == "# A card\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_A_FRESH_PROCESS)
 def test_verify_passes_in_a_process_without_stepdistill(
     name: str, exported: Callable[[str], Exported]

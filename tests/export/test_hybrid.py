@@ -90,6 +90,7 @@ def test_with_all_calls_it_is_the_guided_teacher_on_that_grid(name, teacher_of, 
     assert not torch.allclose(found.steps[0].output, unguided.steps[0].output, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "grid"), [("sd", None), ("sd", 8), ("sdxl", None), ("sd3", 4)])
 def test_plain_diffusers_draws_the_teachers_first_steps_and_the_students_others(
     name, grid, teacher_of, tmp_path

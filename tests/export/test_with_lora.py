@@ -35,6 +35,7 @@ def folders(teacher, place):
     return place / "student", place / "other" / "pytorch_lora_weights.safetensors"
 
 
+@pytest.mark.slow
 def test_at_scale_0_it_is_the_student_bit_for_bit_and_at_others_what_diffusers_draws(teacher_of, tmp_path):
     student, lora = folders(teacher_of("sd"), tmp_path)
     write_with_lora(student, str(lora), 0.0, tmp_path / "none")

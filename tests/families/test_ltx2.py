@@ -105,6 +105,7 @@ def test_what_needs_sound_beside_a_video_is_refused(teacher: PipelineTeacher) ->
         family_named("LTX2Pipeline").check_size(teacher.pipe, Size(32, 32, 1))
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_and_verified_and_draws_videos_with_sound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

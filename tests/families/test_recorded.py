@@ -77,6 +77,7 @@ def test_the_recorded_family_of_a_known_pipeline_is_the_known_one(name: str, tea
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rank", "grid", "found"),
     [

@@ -190,6 +190,7 @@ def run_of(method: str, rank: int, folder: Path, *more: str) -> Trained:
     return Trained(None, recipe, folder).again()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_phased_student_is_a_wan_pipeline_that_switches_where_its_phases_meet(
     rank: int, tmp_path: Path

@@ -399,6 +399,7 @@ def test_of_several_experts_the_one_that_is_trained_has_the_whole_term():
         Objective(experts(), [RewardTerm(0.5, Rewards(lambda x0: x0, ()))])
 
 
+@pytest.mark.slow
 def test_a_run_with_every_term_on_the_embedded_teacher(tmp_path):
     sets = [
         f"data.prompts={HERE / 'prompts.txt'}", "train.updates=4", "train.batch=4", "train.preview_every=0",

@@ -265,6 +265,7 @@ def test_target_is_an_average_or_the_student_without_gradient():
 NARROW = {"sigma_max": 10.0, "log_mean": 0.0, "log_deviation": 1.2, "target_decay": 0.0, "weight": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

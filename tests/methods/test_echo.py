@@ -143,6 +143,7 @@ def test_the_student_is_held_to_what_it_started_as_on_other_prompts() -> None:
     assert "start" not in {one.role for one in method.trained().values()}
 
 
+@pytest.mark.slow
 def test_a_student_told_the_word_goes_to_the_images_and_without_it_stays() -> None:
     """Images at (2, 2), where the start draws nothing."""
     method = made(squared_weight=1.0, adversarial_weight=0.2)

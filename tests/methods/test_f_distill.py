@@ -256,6 +256,7 @@ def test_the_logit_learns_the_density_ratio():
     assert float(torch.corrcoef(torch.stack([read, exact]))[0, 1]) > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["js", "forward_kl"])
 def test_training_brings_a_gaussian_student_home(divergence):
     """All networks learning, the ratio from the discriminator: mean and deviation close more than half their gaps."""

@@ -269,6 +269,7 @@ def test_its_own_samples_serve_as_data(objective: str) -> None:
     assert float(loss_of(method, "student", toy_batch(32))[1]["residual"]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "steps"), [("lagrangian", 700), ("semigroup", 200)])
 def test_one_step_moves_from_the_teachers_mean_to_the_trajectories_end(objective: str, steps: int) -> None:
     """The Eulerian objective is MeanFlow's, and is shown to learn there."""

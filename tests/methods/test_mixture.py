@@ -155,17 +155,20 @@ def gap_closed(name: str, sign: float = 1.0, setting: Setting | None = None, tea
     return 1 - after / before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in method_names() if name not in NO_FEWER_STEPS])
 def test_a_method_closes_half_the_gap_to_the_mixture(name: str) -> None:
     assert gap_closed(name) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_TABLE)
 def test_matching_closes_two_fifths_of_it_with_eps_heads_on_a_table(name: str) -> None:
     """Stable Diffusion's kind of network and of times; the student starts at the very end of the table."""
     assert gap_closed(name, setting=ON_TABLE[name], teacher=eps_teacher()) > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["consistency", "dmd", "flow_map", "reflow"])
 def test_the_same_training_up_the_loss_does_not(name: str) -> None:
     """One of each family: it is the objective that closes the gap, and not the training."""

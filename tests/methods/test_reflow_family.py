@@ -427,6 +427,7 @@ LEARNING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_a_student_with_random_weights_learns_the_mixture(name):
     """One-step samples close half the energy distance to it, and half the way to where each noise's flow ends."""

@@ -131,6 +131,7 @@ def test_guidance_moves_the_trajectory():
     torch.testing.assert_close(loss_of(guided, "student", batch)[0], loss_of(moved, "student", batch)[0])
 
 
+@pytest.mark.slow
 def test_training_brings_one_step_to_the_end_of_the_ode():
     method = mixture_method(TBCM, guidance=1.0, points=8, route=8, huber=0.03)
     before = error(method, 1)

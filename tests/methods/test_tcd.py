@@ -172,6 +172,7 @@ def test_the_sampler_of_the_method():
         stock_scheduler(tcd(FlowPath(), Perceptron(), gamma=0.3).sampler(), FlowPath(), None)
 
 
+@pytest.mark.slow
 def test_training_brings_one_and_four_steps_to_the_end_of_the_ode():
     method = mixture_method(
         TCD, source="images", guidance=1.0, noise_share=0.2, grid=16, target_decay=0.5, huber=0.03

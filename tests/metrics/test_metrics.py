@@ -183,6 +183,7 @@ def test_clean_resize_equals_pillow() -> None:
     assert np.abs(ours.numpy() - theirs).max() < 3e-3
 
 
+@pytest.mark.slow
 def test_embedded_images_and_captions_match() -> None:
     images, captions = emoji_images(), emoji_captions()
     assert images.shape == (3781, 32, 32, 3) and images.dtype == np.uint8 and len(captions) == 3781

@@ -71,6 +71,7 @@ def test_it_hears_the_end_of_a_jump_at_its_own_time_as_diffusers_pipeline_says_i
     torch.testing.assert_close(seen["r_timestep"], 1000 * s[:, None].expand(-1, frames))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["meanflow", "anyflow"])
 def test_a_student_is_a_stock_pipeline_that_draws_in_any_number_of_steps(method: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("red apple\ndog\n")

@@ -120,6 +120,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_with_checkpointing_as_without(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,6 +33,7 @@ def counted(recipe: Recipe) -> Trace:
     return _Tracing(recipe, "cpu", 1, torch.device("cpu"), LiveBytes(64), {}).run(False)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sets"),
     [

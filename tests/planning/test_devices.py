@@ -42,6 +42,7 @@ class OnGpu:
         self.open.pop().close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl-lora", "sd35-medium-full", "flux-lora"])
 def test_a_measured_update_is_on_the_device_alone(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from file_faults import FAULTS, points
 MOST = {"checkpoints": 16, "cache shards": 8, "pair shards": 6, "evaluation shards": 4, "export": 8, "run": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="processes cannot be forked here")
 @pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
 def test_a_fault_at_a_call_loses_nothing_that_was_finished(

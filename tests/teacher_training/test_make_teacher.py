@@ -29,6 +29,7 @@ from stepdistill.teacher_training.settings import TINY, StageSettings, claim_fol
 from stepdistill.teacher_training.stage import learning_rate, seeded, train_stage
 from stepdistill.teacher_training.tokenizer import learn_merges, train_tokenizer
 
+pytestmark = pytest.mark.slow  # nearly all need the two teachers that are made here
 SCRIPT = Path(__file__).parents[2] / "train" / "make_teacher.py"
 
 

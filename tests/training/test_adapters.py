@@ -105,6 +105,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_adapters_train_resume_exactly_and_are_exported(run: str, tmp_path: Path) -> None:
     """Every role moves; a kill between two checkpoints changes nothing; no checkpoint holds a weight of the teacher's,

@@ -62,6 +62,7 @@ def prompts(tmp_path):
     return f"data.prompts={file}"
 
 
+@pytest.mark.slow
 def test_runs_of_two_precisions_follow_each_other_in_one_process(tmp_path):
     losses = {}
     for precision in ("float32", "bf16", "float32"):
@@ -78,6 +79,7 @@ def test_runs_of_two_precisions_follow_each_other_in_one_process(tmp_path):
     assert losses["float32"][0] == losses["float32"][1] != losses["bf16"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(name, rank, tmp_path, prompts):
@@ -117,6 +119,7 @@ def test_packed_and_moving_teachers_are_distilled_and_their_students_verified(na
             assert moving.n_frames == size.frames and moving.width > 4 * size.width
 
 
+@pytest.mark.slow
 def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path, prompts, monkeypatch):
     """SD3 folder, own prompts, two Euler steps: student verified, measured against the teacher's pictures, every file
     of the run there and readable."""
@@ -196,6 +199,7 @@ def test_a_flow_teacher_is_distilled_by_dmd_and_its_run_folder_is_whole(tmp_path
     assert "num_inference_steps=2" in (run.student / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_takes_its_adapter(
     tmp_path, prompts
 ):
@@ -274,6 +278,7 @@ def test_a_lora_run_is_exported_again_from_its_checkpoint_and_a_stock_pipeline_t
     assert far_from_the_trainers(pipe) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "more", "steps"),
     [
@@ -293,6 +298,7 @@ def test_a_run_with_a_second_time_ends_in_the_stock_class(method, more, steps, t
     assert config["_class_name"] == "UNet2DConditionModel" and config["time_cond_proj_dim"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "times", "more"),
     [

@@ -48,6 +48,7 @@ def sets_of(name: str, method: str, folder: Path) -> list[str]:
     return sets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "steps"),
     [
@@ -90,6 +91,7 @@ def test_classes_and_adapters_leave_room_for_a_second_time(name: str, rank: int,
     assert not (run.student / "pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_in_bfloat16_says_what_was_saved(tmp_path: Path) -> None:
     """Where there is no bias, folding changes weights, which are rounded once more: the proof is of those."""
     teacher = tiny_pipeline("klein")

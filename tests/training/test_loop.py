@@ -79,6 +79,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(METHODS))
 def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_path):
     """Weights, optimisers, averages, targets and the logged curve. The kill falls after step 7, so two steps past the
@@ -331,6 +332,7 @@ def test_the_teacher_is_untouched_and_the_same_seed_gives_the_same_loss(method, 
     assert all(p.grad is None for p in first.teacher.denoiser.net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 def test_a_signal_ends_the_step_and_the_resumed_run_is_the_unbroken_one(number, tmp_path):
     """Ctrl-C and schedulers' signals in the middle of step 7 leave a checkpoint of 7 whole steps (one more than the

@@ -68,6 +68,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_with_looks_is_the_run_without_them_and_resumes_with_the_same_looks(tmp_path):
     """Weights, moments, average and curve to the last bit, and in the second part the numbers of every look: also of
     one whose weights were taken before the checkpoint."""
@@ -130,6 +131,7 @@ class PoisonedOnce:
         under.set(under.data, "batch", batch)
 
 
+@pytest.mark.slow
 def test_a_run_that_rolls_back_goes_on_from_the_checkpoint_with_the_changed_rate_and_says_so(tmp_path):
     """It is the run that is resumed from there at half the rate, to the last bit."""
     recipe = emoji_recipe_of("lcm", 12, "health.every=4", "health.on_trouble=roll_back")
@@ -158,6 +160,7 @@ def test_a_run_that_rolls_back_goes_on_from_the_checkpoint_with_the_changed_rate
     assert student[0] == student[1] + 3 * 4  # the updates that were made in vain
 
 
+@pytest.mark.slow
 def test_a_run_that_rolled_back_and_was_killed_is_slower_still(tmp_path):
     """The checkpoint that it went back to is the last one, and has the changed rate."""
     recipe = emoji_recipe_of(
@@ -185,6 +188,7 @@ def kill_after(under, poison):
     under.set(under.data, "batch", batch)
 
 
+@pytest.mark.slow
 def test_a_sign_slows_the_run_down_and_then_stops_it(tmp_path):
     """When a measure had time and the sign is still there, and no more of them are allowed."""
     more = ["health.every=4", "health.actions={data: slow_down}", "health.most=1"]
@@ -223,6 +227,7 @@ def begun(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_a_fault_is_recognised(name, begun, tmp_path):
     """tests/injections.py makes the same of a student that draws, with every fault and the usual distance of looks."""

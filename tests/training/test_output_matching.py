@@ -127,6 +127,7 @@ def test_an_embedded_scale_is_the_recipes_in_what_is_matched(tmp_path: Path) -> 
     assert Matching(other, "eps", made.prompts, 7.5, options, 4, 0).key != made.key
 
 
+@pytest.mark.slow
 def test_a_stage_cut_off_goes_on_bit_for_bit_and_is_then_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

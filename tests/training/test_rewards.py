@@ -207,6 +207,7 @@ def test_a_missing_file_is_told_before_anything_is_loaded(tmp_path):
         distill("emoji", "lcm", tmp_path / "run", sets=["terms.reward=./nothing.py:f"])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_a_copy_of_a_reward_of_ones_own(names, tmp_path):
     """A file beside the recipe, two rewards, the proxy: one short run of RG-LCD; the copy is what the run was of."""
     shutil.copyfile(names["file"].rpartition(":")[0], tmp_path / "own.py")

@@ -49,6 +49,7 @@ def run(method, place, folder, *more):
     return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}, trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dmd", "ladd"])
 def test_a_run_goes_on_from_the_warm_start_of_another_method_to_the_last_bit(method, tmp_path, capsys):
     """Student, optimiser and average, and so all that follows; passes and log are those of a run by itself, and the
