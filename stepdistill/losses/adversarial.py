@@ -7,6 +7,7 @@ regression on pairs: where distributions do not overlap, a discriminator points 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar, cast
 
 import torch
@@ -63,9 +64,9 @@ class AdversarialMethod(Method):
     def setup(self) -> None:
         self.gan = self.discriminator()
 
+    @abstractmethod
     def discriminator(self) -> FeatureGan:
         """The heads."""
-        return FeatureGan(self.teacher.denoiser, deep=True)
 
     def trained(self) -> dict[str, Trained]:
         return {**super().trained(), "discriminator": Trained(extra=self.gan, follows=True)}

@@ -101,8 +101,7 @@ class LADD(AdversarialMethod):
         """alpha(t) |x - x0_T(x noised to t)|^2, whose gradient goes through x where it is not noised."""
         path, draws = self.teacher.path, batch.draws
         t = path.shifted(draws.uniform("distillation t"))
-        with torch.no_grad():
-            x_t = path.noised(x, draws.normal("distillation eps", tuple(x.shape[1:])), t)
-            seen = self.teacher.predict(x_t, t, batch.cond, guidance=self.options.guidance).x0
+        x_t = path.noised(x, draws.normal("distillation eps", tuple(x.shape[1:])), t)
+        seen = self.teacher.predict(x_t, t, batch.cond, guidance=self.options.guidance).x0  # without a graph
         alpha, _ = path.alpha_sigma(t)
         return (per_sample(alpha, x) * (x - seen).square()).mean()

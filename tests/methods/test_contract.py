@@ -56,6 +56,17 @@ def test_the_watch_holds_no_student_to_its_teacher_that_is_led_elsewhere():
             assert made.leaves_teacher == bool(weight)
 
 
+def test_what_makes_no_call_of_a_drawing_follows_the_student():
+    """Terms and averages are not for it. Two learn data, so that nobody expects them to know the student's samples, and
+    of one features are all that is read."""
+    flags = {(name, key): one for name in method_names() for key, one in build(name).trained().items()}
+    for (_, key), one in flags.items():
+        assert one.follows == (key != "student" and not key.startswith("expert"))
+    of_data = {place for place, one in flags.items() if one.of_data}
+    assert of_data == {("uni_dad", "target"), ("echo", "learner")}
+    assert [place for place, one in flags.items() if one.features_only] == [("lightning", "discriminator")]
+
+
 def test_methods_that_match_distributions_start_below_pure_noise():
     """The noise itself is the network's input: net(z, t) is what is matched, what is drawn, and what a warm start
     regresses on."""

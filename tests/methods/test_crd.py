@@ -140,7 +140,7 @@ def test_the_reference_is_guided_and_weighs_good_samples_more() -> None:
     )
     added = float((heavy[0] - light[0]).detach())
     # A is 1/2 in the mean, and all are as far away.
-    assert added == pytest.approx(float(heavy[1]["reference"].detach()) * (0.5 * (1 - 1e-3) + 1e-3), rel=1e-3)
+    assert added == pytest.approx(float(heavy[1]["reference"].detach()) * (0.5 * (1 - 1e-3) + 1e-3), rel=1e-4)
 
 
 def test_samples_of_a_group_share_their_times_and_not_their_noise() -> None:
@@ -207,3 +207,22 @@ def test_a_gaussian_moves_to_where_its_reward_is_higher() -> None:
         method.after_step(Turn("student", step))
     moved = (net.mean.detach().flatten() - MU).tolist()
     assert moved[0] > 0.1 and moved[1] < -0.1
+
+
+def test_an_advantage_is_clipped_and_what_is_apart_weighs_by_clip_over_beta() -> None:
+    """At the old and the reference, where the loss is c / beta times the variance of what is left of A in groups."""
+    method = between(Gaussian(PATH, MU, S), Gaussian(PATH, MU, S), advantage_clip=0.8, beta=2.0)
+    loss, logs = loss_of(method, "student", grouped(8))
+    _, scores = method.judged(grouped(8))
+    of_groups = scores[0].view(2, 8)
+    standard = (of_groups - of_groups.mean(1, keepdim=True)) / of_groups.std(1, correction=0, keepdim=True)
+    share = standard.clamp(-0.8, 0.8) / 1.6 + 0.5
+    assert bool((standard.abs() > 0.8).any())
+    assert float(loss.detach()) == pytest.approx(0.8 / 2 * float(share.var(1, correction=0).mean()), rel=1e-3)
+    assert float(logs["reward"]) == pytest.approx(float(scores.mean()))
+
+
+def test_its_averages_take_no_gradient_and_its_students_steps_no_fresh_noise() -> None:
+    method = apart()
+    assert not any(p.requires_grad for name in ("old", "drawing") for p in method.roles.parameters(name))
+    assert not method.sampler().renoise

@@ -94,12 +94,18 @@ def test_the_warm_start_has_betas_of_its_own_and_is_then_nobody_elses():
     own, shared = GDD.Options(warm_start=2, warm_start_betas=(0.9, 0.99)), GDD.Options(warm_start=2)
     assert (GDD.shared_start(own), GDD.shared_start(shared)) == (0, 2)
 
+    class Other(GDD):
+        def turn(self, step):
+            return Turn("student", step)
+
+    assert Other.shared_start(shared) == 0
+
 
 def test_the_penalty_is_lazy_and_weighs_as_if_it_were_not():
     """Every n-th turn of the heads, n times; none without a weight."""
     images = torch.randn(16, 2, 1, 1)
     batch = toy_batch(16, images=images)
-    method = method_of(penalty_weight=0.5, penalty_every=4, discriminator_updates=2, warm_start=1)
+    method = method_of(penalty_weight=0.5, penalty_every=4, discriminator_updates=3, warm_start=1)
     critics = [step for step in range(30) if method.turn(step).network == "discriminator"]
     logs = [loss_of(method, Turn("discriminator", step), batch) for step in critics]
     assert [i for i, (_, said) in enumerate(logs) if "penalty" in said] == list(range(0, len(critics), 4))

@@ -55,6 +55,11 @@ def test_a_group_shares_its_noise_and_its_normaliser_and_keeps_a_shift_of_the_me
     expected = (0.3 * sigma**2 / variance / size).repeat_interleave(4)
     torch.testing.assert_close(field.flatten(1), expected[:, None].expand(-1, 2), rtol=1e-3, atol=1e-5)
     assert bool((field > 0).all())
+    with torch.no_grad():
+        x = MU - 0.3 + S * batch.noise
+        method.fake.net = Gaussian(PATH, MU - 0.3, S)
+        field, logs = method.field(x, batch), method.match(x, batch)[1]
+    assert bool((field < 0).all()) and float(logs["field"]) == pytest.approx(float(field.abs().mean()))
 
 
 def test_the_normaliser_does_not_move_the_fixed_point():

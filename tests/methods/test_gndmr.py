@@ -185,3 +185,31 @@ def test_the_policy_alone_climbs(start: float, options: dict[str, Any]) -> None:
         assert all(0.2 < each < 0.8 for each in moved)
     else:
         assert moved[0] > 0.2 and moved[1] < -0.2
+
+
+def test_fresh_noise_of_the_steps_after_the_actions_is_counted_on() -> None:
+    path, batch = PATHS["flow"], toy_batch(8)
+    method = between(Perceptron(seed=1), path, renoise=True)
+    state, middle, late = method.policy(batch)[-1].step.state, torch.full((8,), 0.5), torch.full((8,), 0.25)
+    with torch.no_grad():
+        x = path.noised(method.student.predict(state, middle, batch.cond).x0, batch.fresh(2), late)
+        wanted = method.student.predict(x, late, batch.cond).x0
+    assert torch.equal(method.generate(batch), wanted)
+
+
+def test_realness_of_a_stretch_of_noise_is_the_sum_of_its_parts() -> None:
+    """It is an integral over time, taken by random times."""
+    path, x = PATHS["flow"], torch.full((4, 2, 1, 1), MU + 0.3)
+    found = []
+    for low, high in ((0.2, 0.8), (0.2, 0.4), (0.4, 0.8)):
+        method = between(Gaussian(path, MU, S), path, noisings=20, score_times=(low, high))
+        method.fake.net = Gaussian(path, MU + 1.0, S)
+        with torch.no_grad():
+            found.append(float(method.realness(x.repeat(500, 1, 1, 1), grouped(4, 2000)).mean()))
+    assert abs(found[0]) > 0.1 and found[0] == pytest.approx(found[1] + found[2], rel=0.03)
+
+
+def test_the_reward_that_is_logged_is_the_mean_of_the_samples() -> None:
+    method, batch = between(Gaussian(PATHS["flow"], MU, S)), grouped(4)
+    _, logs = method.advantage(x := method.generate(batch).detach(), batch)
+    assert float(logs["reward"]) == pytest.approx(float(linear(x, batch.prompt).mean()))

@@ -101,6 +101,7 @@ def test_the_gradient_goes_through_the_teacher_to_the_state() -> None:
     slope = method.gradient(visit, batch)[1]
     wanted = 0.5 * S**2 / (0.25 * S**2 + 0.25) * A[None, :, None, None].expand(4, *SHAPE)
     torch.testing.assert_close(slope, wanted)
+    assert not visit.x.requires_grad and not method.sampler().renoise
 
 
 def test_many_steps_of_the_targets_draw_the_tilted_law() -> None:
@@ -150,3 +151,14 @@ def test_the_loss_is_in_the_velocity_and_trains_the_student_alone() -> None:
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-3) and set(logs) == {"reward"}
     loss.backward()
     assert method.student.net.mean.grad is not None and method.teacher.denoiser.net.mean.grad is None
+
+
+def test_a_unit_is_of_all_values_of_a_picture() -> None:
+    path, direction = FlowPath(), torch.randn(8, generator=torch.Generator().manual_seed(0))
+    gaussian = Gaussian(path, MU, S)
+    method = between(path, gaussian, gaussian, lambda x, prompt: x.flatten(1) @ direction, move="unit")
+    visit = visits(method.student, method.sampler(), toy_batch(6), Condition())[1]
+    visit = replace(visit, x=torch.randn(6, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
+    moved = method.target(visit, toy_batch(6))[0].at(visit.s)
+    moved = moved - method.teacher.predict(visit.x, visit.t, Condition()).at(visit.s)
+    torch.testing.assert_close(moved.flatten(1).norm(dim=1), torch.full((6,), 0.1), atol=1e-5, rtol=1e-3)

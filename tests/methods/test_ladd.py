@@ -69,6 +69,8 @@ def test_the_student_is_called_at_its_times_by_their_shares_on_noised_latents():
     shares = [float((t == time).float().mean()) for time in method.times]
     assert shares == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.03)
     assert set(method_of(times=(1.0,), first_share=0.1).times_of(batch).tolist()) == {1.0}
+    two = method_of(times=(1.0, 0.5), first_share=0.1).times_of(batch)
+    assert float((two == 0.5).float().mean()) == pytest.approx(0.9, abs=0.03)
 
 
 def test_at_pure_noise_nothing_of_the_latents_is_seen():
@@ -141,3 +143,9 @@ def test_sources_and_turns():
         loss_of(method_of(source=own), "discriminator", images)[0] for own in ("images", "pairs")
     )
     assert not torch.allclose(of_images, of_pairs)
+
+
+def test_noise_between_steps_is_fresh_but_on_a_flow_path_or_as_the_option_says():
+    for path, renoise, fresh in ((PATH, None, False), (TrigPath(), None, True), (PATH, True, True)):
+        assert method_of(path=path, renoise=renoise).sampler().renoise is fresh
+    assert method_of(path=TrigPath(), renoise=False).sampler().renoise is False

@@ -114,6 +114,17 @@ def test_the_relaxed_discriminator_is_given_no_start():
     assert not torch.equal(without, method.gan.logits(jump, [end[0] + 1], batch, of_start=False)[0])
 
 
+def test_its_turn_has_no_graph_to_the_student_and_says_how_far_both_kinds_are_told_apart():
+    method, batch = method_of(**TRAJECTORY), batch_of()
+    loss, logs = loss_of(method, Turn("discriminator", 0), batch)
+    jump = method.jump(batch, 0)
+    ends = [method.taught(jump, 0), method.student.predict(jump.start, jump.t, jump.cond).at(jump.s)]
+    real, made = method.gan.logits(jump, ends, batch, of_start=True)
+    torch.testing.assert_close(logs["told_apart"], (real - made).mean())
+    weights = list(method.student.net.parameters())
+    assert not any(g is not None for g in torch.autograd.grad(loss, weights, allow_unused=True))
+
+
 def test_what_a_part_shows_the_discriminator():
     """The start in the trajectory's part alone, in turns of both."""
     for options, sees in ((TRAJECTORY, 3), (RELAXED, 2)):
@@ -145,6 +156,11 @@ def test_clean_ends_alone_are_noised_and_both_kinds_alike():
     method.gan.eye.features = lambda x, t, cond: seen.append((x, t)) or torch.zeros(len(x), 32, 1, 1)
     ends = [torch.zeros_like(jump.start), torch.ones_like(jump.start)]
     method.gan.logits(jump, ends, batch, of_start=False)
+    three = method_of(path=path, noise_times=(0.2, 0.4, 0.6), noise_shares=(1.0, 1.0, 1.0))
+    t = three.gan.looks_at(jump.s, batch, (1.0, 1.0, 1.0))[clean]
+    for time in (0.2, 0.4, 0.6):
+        near = torch.isclose(t, torch.tensor(path.shifted(time)))
+        assert float(near.float().mean()) == pytest.approx(1 / 3, abs=0.03)
     (zero, t), (one, again) = seen
     alpha = path.alpha_sigma(t)[0] / path.alpha_sigma(jump.s)[0]
     assert torch.equal(t, again)

@@ -284,3 +284,17 @@ def test_a_warm_start_follows_the_trajectory_of_the_pairs(renoise: bool) -> None
     batch = replace(batch, pairs=replace(batch.pairs, x0=line[-1], states=torch.stack(line[:-1], 1)))
     loss = float(loss_of(method, Turn("student", 1), batch)[0].detach())
     assert loss > 0.01 if renoise else loss == pytest.approx(0, abs=1e-9)
+
+
+def test_how_far_both_are_apart_is_logged_as_a_root_mean_square_over_the_visits() -> None:
+    method, batch = between(Affine(0.3, 0.5), Affine(0.1, 0.6)), toy_batch(16)
+    with torch.no_grad():
+        logs = method.loss(Turn("student", 0), batch).logs
+        squares = [
+            (
+                method.student.predict(visit.x, visit.t, batch.cond).x0
+                - method.target(visit, batch, method.roles.route).x0
+            ).square()
+            for visit in visits(method.student, method.sampler(), batch, batch.cond, method.eta)
+        ]
+    assert float(logs["apart"]) == pytest.approx(float(torch.stack(squares).mean().sqrt()), rel=1e-5)

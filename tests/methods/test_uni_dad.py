@@ -115,3 +115,12 @@ def test_heads_read_the_fake_network_at_its_depths():
     plain = method.match(method.generate(batch), batch)[0]
     torch.testing.assert_close(value, plain + 0.1 * logs["gan"])
     assert isinstance(batch.images, Examples)
+
+
+def test_the_field_that_is_logged_is_its_mean_size():
+    method, batch = method_of(**PLAIN), toy_batch(16)
+    x = method.generate(batch).detach()
+    with torch.no_grad():
+        field = method.field(method.views(x, batch), batch)
+    assert float(method.match(x, batch)[1]["field"]) == pytest.approx(float(field.abs().mean()))
+    assert not method_of(target_share=0.0, **PLAIN).leaves_teacher
