@@ -32,6 +32,7 @@ from stepdistill.diffusion.shift import shifted
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
+from stepdistill.losses.distances import rms
 from stepdistill.losses.fake_score import FakeTurnOptions, denoising_loss, loss_with_gradient, turn_at
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, teacher_prediction
 from stepdistill.networks.derivative import Way
@@ -125,8 +126,8 @@ class AnyFlow(FlowMapMethod):
         x, _, t, s, cond = self.points(batch, a, b)
         along = self.equations.along(x, t, s, cond)
         now = self.student.flow_velocity(x, t, s, cond)
-        error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(step), along)
-        return adaptive(error, options.power, options.offset), error.detach().square().mean().sqrt()
+        error = now - self.equations.eulerian(x, t, s, cond, now, self.share(step), along)
+        return adaptive(error, options.power, options.offset), rms(error)
 
     def loss(self, turn: Turn, batch: Batch) -> Loss:
         options = self.options

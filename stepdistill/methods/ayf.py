@@ -33,6 +33,7 @@ from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
+from stepdistill.losses.distances import rms
 from stepdistill.losses.flow_maps import (
     FlowMapMethod,
     MapOptions,
@@ -92,9 +93,9 @@ class AYF(FlowMapMethod):
         if options.objective == "lagrangian":
             s = self.read_ends(draws, t, s)
         now = self.student.flow_velocity(x, t, s, cond)
-        tangent = self.tangent(x, t, s, cond, now.detach(), self.share(turn.step))
+        tangent = self.tangent(x, t, s, cond, now, self.share(turn.step))
         length = tangent.flatten(1).norm(dim=1)
         g = tangent / per_sample(length + options.tangent_offset, x)
         error = now - (now + g).detach()
-        logs = {"residual": tangent.square().mean().sqrt(), **self.derivative.logs()}
+        logs = {"residual": rms(tangent), **self.derivative.logs()}
         return Loss(error.flatten(1).square().sum(1).mean(), logs)

@@ -32,6 +32,7 @@ from stepdistill.diffusion.change_of_path import STRAIGHT
 from stepdistill.families._second_time import sinusoid
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
+from stepdistill.losses.distances import rms
 from stepdistill.losses.flow_maps import FlowMapMethod, MapOptions, PointOptions, logit_normal
 from stepdistill.networks.student import SecondTime
 
@@ -74,9 +75,6 @@ class DMF(FlowMapMethod):
     def trained(self) -> dict[str, Trained]:
         return {"student": Trained("student", self.log_variance)}
 
-    def share(self, step: int) -> float:
-        return 1.0
-
     def distance(self, error: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """l of errors [B, ...] of jumps from t to s [B]; a scalar."""
         w = torch.zeros_like(t) if self.log_variance is None else self.log_variance(t, s)
@@ -101,10 +99,10 @@ class DMF(FlowMapMethod):
         x_r = STRAIGHT.noised(x0, draws.normal("r eps", tuple(x0.shape[1:])), r)
         still = self.student.flow_velocity(x_r, r, r, cond) - self.velocity(x_r, r, cond)
         now = self.student.flow_velocity(x, t, s, cond)
-        jump = now - self.equations.eulerian(x, t, s, cond, now.detach(), 1.0, along)
+        jump = now - self.equations.eulerian(x, t, s, cond, now, 1.0, along)
         loss = (self.distance(still, r, r) + self.distance(jump, t, s)) / 2
         logs = {
-            "residual": jump.detach().square().mean().sqrt(),
-            "velocity": still.detach().square().mean().sqrt(),
+            "residual": rms(jump),
+            "velocity": rms(still),
         }
         return Loss(loss, {**logs, **self.derivative.logs()})

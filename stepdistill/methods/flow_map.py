@@ -31,6 +31,7 @@ from stepdistill.diffusion.path import per_sample
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
+from stepdistill.losses.distances import rms
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, teacher_velocity
 
 
@@ -104,5 +105,5 @@ class FlowMap(FlowMapMethod):
             share = self.share(turn.step)
             target[i] = self.target(x[i], t[i], s[i], cond.rows(i), now[i], g[i], share)
         error = now - target
-        logs = {"residual": error.detach().square().mean().sqrt(), **self.derivative.logs()}
+        logs = {"residual": rms(error), **self.derivative.logs()}
         return Loss(adaptive(error, options.power, options.offset), logs)

@@ -30,6 +30,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
+from stepdistill.losses.distances import rms
 from stepdistill.losses.fake_score import loss_with_gradient
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, logit_normal
 
@@ -89,7 +90,7 @@ class MDTDist(FlowMapMethod):
         now = self.student.flow_velocity(x, t, s, cond)
         error = now - self.target(x, t, s, cond, now.detach(), share)
         loss = adaptive(error, options.power, options.offset) / error[0].numel()
-        logs = {"residual": error.detach().square().mean().sqrt()}
+        logs = {"residual": rms(error)}
         if self.distils(turn.step):
             own, field = self.distillation(batch, share)
             loss = loss + options.distillation_weight * 2 * loss_with_gradient(own, field)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
+from stepdistill.losses.distances import rms
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, logit_normal
 
 
@@ -45,6 +46,6 @@ class MeanFlow(FlowMapMethod):
         x, _, t, s, cond = self.points(batch, a, b)
         along = self.equations.along(x, t, s, cond)
         now = self.student.flow_velocity(x, t, s, cond)
-        error = now - self.equations.eulerian(x, t, s, cond, now.detach(), self.share(turn.step), along)
-        logs = {"residual": error.detach().square().mean().sqrt(), **self.derivative.logs()}
+        error = now - self.equations.eulerian(x, t, s, cond, now, self.share(turn.step), along)
+        logs = {"residual": rms(error), **self.derivative.logs()}
         return Loss(adaptive(error, options.power, options.offset), logs)

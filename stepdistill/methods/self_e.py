@@ -34,7 +34,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Turn
-from stepdistill.losses.distances import distance
+from stepdistill.losses.distances import distance, rms
 from stepdistill.losses.flow_maps import PointOptions, TwoTimeMethod, teacher_prediction
 from stepdistill.losses.twin import twin_prediction
 
@@ -131,7 +131,7 @@ class SelfE(TwoTimeMethod):
             if len(i):
                 x_self[i] = self.evaluated(own[i], x_s[i], read[i], cond.rows(i), turn.step)
             loss = (x - self.target(data, x_self, self.weight(t, s))).square().mean()
-            logs = {"data": (own - data).square().mean(), "evaluation": (x_self - own).square().mean().sqrt()}
+            logs = {"data": (own - data).square().mean(), "evaluation": rms(x_self - own)}
         if options.auxiliary_after is not None:
             logs["own"] = (twin_prediction(self.student, x_s, read, cond).x0 - own).square().mean()
             loss = loss + logs["own"]

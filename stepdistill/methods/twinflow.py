@@ -35,7 +35,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import Target
 from stepdistill.losses.contract import Loss, Turn
-from stepdistill.losses.distances import robust
+from stepdistill.losses.distances import rms, robust
 from stepdistill.losses.flow_maps import PointOptions, TwoTimeMethod, WarmMapOptions
 from stepdistill.losses.map_equations import SHORTEST
 from stepdistill.losses.twin import twin_prediction
@@ -113,8 +113,8 @@ class TwinFlow(TwoTimeMethod):
         by_data = self.options.velocity == "data"
         v = (x - x0) / per_sample(t, x) if by_data else self.velocity(x, t, cond)
         now = self.student.flow_velocity(x, t, s, cond)
-        error = now - self.wanted(x, v, t, s, cond, now.detach())
-        logs = {"residual": error.detach().square().mean().sqrt()}
+        error = now - self.wanted(x, v, t, s, cond, now)
+        logs = {"residual": rms(error)}
         each = robust(error) * (torch.tan((1 - (t - s)) * math.pi / 2.5) + 1)
         if len(i := first.nonzero()[:, 0]):
             own = (x[i] - per_sample(t[i], x) * now[i]).detach()

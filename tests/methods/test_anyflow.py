@@ -126,3 +126,16 @@ def test_the_loss_is_the_matching_and_the_map():
         method_of(GaussianFlowMap(1.2, C), map_weight=5.0, map_updates=1), Turn("student", 0), batch
     )[0]
     torch.testing.assert_close(alone, parts[1] - parts[0])
+
+
+def test_the_field_is_divided_by_a_mean_over_all_values_of_a_picture():
+    method, batch = method_of(score_guidance=1.0), data(8)
+    method.fake.net = Gaussian(PATH, MU + 0.5, C)
+    x = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = method.field(x, batch)
+    r = batch.draws.uniform("score t", method.least, method.last)
+    x_r = PATH.noised(x, batch.draws.normal("score eps", (2, 3, 3)), r)
+    real = method.teacher.predict(x_r, r, batch.cond).x0
+    apart = method.fake.predict(x_r, r, batch.cond).x0 - real
+    wanted = apart / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

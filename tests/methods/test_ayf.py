@@ -10,6 +10,7 @@ from flow_toy import MU, C, errors, from_the_teacher
 
 from stepdistill.diffusion.path import FlowPath, per_sample
 from stepdistill.families.condition import Condition
+from stepdistill.losses.batch import Examples
 from stepdistill.losses.contract import Turn
 from stepdistill.losses.flow_maps import logit_normal
 from stepdistill.methods.ayf import AYF
@@ -100,6 +101,19 @@ def test_tangents_are_divided_by_their_length():
     assert float(logs["residual"]) == pytest.approx(float((length.square().mean() / 2).sqrt()), rel=1e-4)
 
 
+def test_a_length_is_of_all_values_of_a_picture():
+    shape, count = (2, 2, 2), 16
+    batch = toy_batch(count)
+    z = batch.draws.normal("pair", shape)
+    batch = replace(batch, shape=shape, pairs=Examples(MU + C * z, NONE, z))
+    method = method_of(1.5)
+    x, _, t, s, cond = points(method, batch)
+    now = method.student.flow_velocity(x, t, s, cond)
+    length = method.tangent(x, t, s, cond, now, 1.0).square().sum((1, 2, 3)).sqrt()
+    loss, _ = loss_of(method, "student", batch)
+    torch.testing.assert_close(loss.detach(), (length / (length + 0.1)).square().mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_guidance_is_plain_at_one_and_moves_the_mean():
     x, t = torch.randn(8, 2, 1, 1), torch.full((8,), 0.6)
     plain = ToyTeacher(Gaussian(PATH, MU, C), PATH).predict(x, t, NONE).velocity
@@ -115,6 +129,20 @@ def test_a_weaker_teachers_guided_map_is_learnt(objective):
         method = method_of(mean=mean, objective=objective, autoguidance=2.5)
         method.roles.route = replace(method.roles.route, weak=ToyTeacher(Gaussian(PATH, 0.5, C), PATH))
         assert low <= float(loss_of(method, "student", data())[1]["residual"]) < high
+    assert AYF.weak_teacher
+
+
+def test_half_of_the_jumps_to_data_end_where_the_teacher_is_read_by_the_lagrangian_equation_alone():
+    for objective in ("eulerian", "lagrangian"):
+        method, batch, ends = method_of(objective=objective, time_deviation=100.0), data(), []
+        own = method.student.flow_velocity
+        method.student.flow_velocity = lambda x, t, s, cond, own=own, ends=ends: (
+            ends.append(s) or own(x, t, s, cond)
+        )
+        loss_of(method, "student", batch)
+        _, _, t, s, _ = method.points(batch, *(logit_normal(batch.draws, n, -0.8, 100.0) for n in ("a", "b")))
+        wanted = method.read_ends(batch.draws, t, s)
+        assert torch.equal(ends[0], wanted if objective == "lagrangian" else s) and not torch.equal(s, wanted)
 
 
 def test_the_share_rises_after_the_warm_start():

@@ -107,3 +107,19 @@ def test_one_step_moves_from_the_teachers_mean_to_the_trajectories_end():
     )
     start, end = errors(from_the_teacher(DMF, options), steps=400)
     assert end < 0.5 * start, (start, end)
+
+
+def test_a_distance_is_of_all_values_of_a_picture():
+    error, t = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5)
+    wanted = torch.log(error.square().mean((1, 2, 3)) + 0.01).mean()
+    torch.testing.assert_close(dmf(adaptive=False).distance(error, t, t), wanted)
+
+
+def test_velocities_are_learnt_within_the_times_that_there_are():
+    """Also where a logit-normal time is 0 or 1 to the last bit."""
+    method, asked = dmf(time_deviation=100.0), []
+    own = method.student.flow_velocity
+    method.student.flow_velocity = lambda x, t, s, cond: asked.append(t) or own(x, t, s, cond)
+    loss = loss_of(method, "student", data())[0]
+    assert bool(torch.isfinite(loss)) and method.least > 0
+    assert all(bool(((t >= method.least) & (t <= method.last)).all()) for t in asked) and asked

@@ -14,6 +14,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import noised
 from stepdistill.losses.continuous_time import trig_velocity
+from stepdistill.losses.contract import Turn
 from stepdistill.methods.dmd import DMD
 from stepdistill.methods.rcm import RCM
 from stepdistill.methods.scm import SCM
@@ -127,6 +128,8 @@ def test_the_score_term_is_dmds():
     parts = [gradients(each, batch) for each in (both, alone, dmd)]
     for whole, consistency, score in zip(*parts, strict=True):
         torch.testing.assert_close(whole - consistency, weight * score, rtol=1e-3, atol=1e-6)
+    sizes = [loss_of(each, "student", batch)[1]["field"] for each in (both, dmd)]
+    torch.testing.assert_close(*sizes)
     one, other = (
         loss_of(each, "fake", batch)[0]
         for each in (both, method_of(DMD, times=(1.0,), fake=fake, fake_loss="output"))
@@ -156,6 +159,7 @@ def test_the_derivative_is_whole_from_the_start_and_the_rest_fades_in(path, shar
 
 def test_the_warm_up_is_of_consistency_alone_and_the_fake_score_comes_first_after_it():
     method = method_of(tangent_warmup=3, fake_updates=4)
+    assert "field" in method.loss(Turn("student", 3), data(step=3)).logs
     assert "".join(method.turn(s).network[0] for s in range(14)) == "sss" + "ffffs" * 2 + "f"
     assert "field" not in loss_of(method, "student", data(step=2))[1]
     assert "field" in loss_of(method, "student", data(step=7))[1]

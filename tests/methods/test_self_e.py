@@ -204,3 +204,4 @@ def test_what_cannot_be_is_said():
     x, _, s = points()
     assert float((method.evaluated(x, x, s, NONE, 0) - x).abs().max()) < 1e-5  # the twin is the teacher
     assert SelfE.Options(warm_start=5, source="images").needs == {"noise", "prompts", "images"}
+    assert SelfE.Options(source="student").needs == {"noise", "prompts"}

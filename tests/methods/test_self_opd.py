@@ -85,6 +85,7 @@ def test_the_teacher_is_an_average_that_gets_no_gradient_and_slows_down() -> Non
     assert float(method.average.net.shift) == pytest.approx(0.001 + 0.0001 * 0.999, rel=1e-3)
     loss_of(method, "student", toy_batch(4))[0].backward()
     assert method.average.net.shift.grad is None and method.student.net.shift.grad is not None
+    assert not method.average.net.shift.requires_grad
 
 
 def images_of(batch: Batch, clean: Tensor, label: Tensor | None = None) -> Batch:
@@ -135,6 +136,20 @@ def test_a_student_with_fresh_noise_is_told_the_trajectorys_end_and_another_wher
         )
         loss, _ = loss_of(method, "student", batch)
         assert float(loss.detach()) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_with_fresh_noise_the_target_of_the_first_of_many_calls_is_that_of_one_call() -> None:
+    """Of several images the clean prediction at noise is their mean, and the trajectory's end is one of them."""
+    count = 16
+    clean = torch.where(torch.arange(count) % 2 < 1, 1.0, -1.0)[:, None, None, None].expand(count, *SHAPE)
+    batch, ends = images_of(toy_batch(count), clean), []
+    for times in ((1.0,), TIMES):
+        method = between(Affine(0.0, 0.0), Affine(0.0, 0.0), times, source="images", renoise=True)
+        visit = visits(method.student, method.sampler(), batch, batch.cond)[0]
+        everyone = torch.ones(count, count, dtype=torch.bool)
+        ends.append(method.from_images(visit, batch.images, everyone))  # type: ignore[arg-type]
+    torch.testing.assert_close(*ends)
+    assert float(ends[0].abs().mean()) > 0.8
 
 
 def test_other_prompts_hold_the_student_to_the_network_that_it_was() -> None:

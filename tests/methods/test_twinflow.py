@@ -106,7 +106,7 @@ def test_a_twin_that_is_real_moves_nothing():
     torch.testing.assert_close(one_step[0], without[0])
 
 
-@pytest.mark.parametrize("shift", [0.2, -0.2])
+@pytest.mark.parametrize("shift", [0.2, -0.2, 4.0, -4.0])
 def test_the_twins_difference_takes_a_shift_of_the_samples_back(shift):
     """F_twin - F_real = -(x0_twin - x0_real) / t, and descent of its loss goes home."""
     method = method_of(Twinned(MU + shift, C), velocity="teacher", parts=(1, 0, 0, 0))
@@ -201,3 +201,39 @@ def test_phases_and_what_cannot_be():
     torch.testing.assert_close(loss, method.regression(data()) + own * logs["twin"])
     with pytest.raises(UserError, match=r"options.parts are all 0"):
         method_of(parts=(0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_what_jumps_learn_is_a_number_also_where_the_student_itself_says_it(decay):
+    method, batch = method_of(Perceptron(seed=3), parts=(0, 0, 1, 0), target_decay=decay), data()
+    a, b = (batch.draws.uniform(name, method.least, method.last) for name in ("a", "b"))
+    x, x0, t, s, _ = method.points(batch, a, b)
+    now = method.student.flow_velocity(x, t, s, NONE)
+    error = now - method.wanted(x, (x - x0) / per_sample(t, x), t, s, NONE, now).detach()
+    weight, weights = torch.tan((1 - (t - s)) * math.pi / 2.5) + 1, list(method.student.net.parameters())
+    wanted = torch.autograd.grad((weight * robust(error)).mean(), weights)
+    loss, logs = loss_of(method, "student", batch)
+    for one, other in zip(torch.autograd.grad(loss, weights), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert float(logs["residual"]) == pytest.approx(float(error.detach().square().mean().sqrt()))
+
+
+def test_a_one_step_jump_moves_against_the_field_at_its_own_sample_noised_anew():
+    """Its loss at t = 1, s = 0 beside that without the field, whose value and gradient are those of |F - sg[F - f]|."""
+    plain, method = (
+        method_of(Perceptron(seed=3), parts=(1, 0, 0, 0), rectify=weight) for weight in (0.0, 0.5)
+    )
+    batch, weights = data(), list(method.student.net.parameters())
+    x, one = batch.draws.normal("eps", SHAPE), torch.ones(64)
+    now = method.student.flow_velocity(x, one, torch.zeros(64), NONE)
+    x_r, _, r = method.noised_anew(batch, "renoise", (x - now).detach(), torch.arange(64))
+    field = method.field(x_r, r, NONE)
+    assert not field.requires_grad
+    own = 0.5 * robust(now - (now - field).detach()).mean()
+    (whole, logs), (without, _) = (loss_of(each, "student", batch) for each in (method, plain))
+    torch.testing.assert_close(whole - without, own)
+    torch.testing.assert_close(logs["field"], field.abs().mean())
+    found = torch.autograd.grad(whole, weights, retain_graph=True)
+    rest = torch.autograd.grad(without, list(plain.student.net.parameters()))
+    for each, left, added in zip(found, rest, torch.autograd.grad(own, weights), strict=True):
+        torch.testing.assert_close(each, left + added, rtol=1e-4, atol=1e-6)
