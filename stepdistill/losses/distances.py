@@ -60,3 +60,8 @@ def robust(residual: Tensor, c: float = 1e-3) -> Tensor:
 def rms(residual: Tensor) -> Tensor:
     """The root mean square of a residual, for the log."""
     return residual.detach().square().mean().sqrt()
+
+
+def mean_size(field: Tensor) -> Tensor:
+    """The mean absolute value of a field, for the log."""
+    return field.detach().abs().mean()

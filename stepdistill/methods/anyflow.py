@@ -32,7 +32,7 @@ from stepdistill.diffusion.shift import shifted
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained, Turn
-from stepdistill.losses.distances import rms
+from stepdistill.losses.distances import mean_size, rms
 from stepdistill.losses.fake_score import FakeTurnOptions, denoising_loss, loss_with_gradient, turn_at
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, teacher_prediction
 from stepdistill.networks.derivative import Way
@@ -144,6 +144,6 @@ class AnyFlow(FlowMapMethod):
             loss = options.map_weight * loss if matches else loss
         if matches:
             x = self.rollout(batch)
-            logs["field"] = (field := self.field(x.detach(), batch)).abs().mean()
+            logs["field"] = mean_size(field := self.field(x.detach(), batch))
             loss = loss + loss_with_gradient(x, field)
         return Loss(loss, {**logs, **self.derivative.logs()})

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Trained
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, loss_with_gradient, rollout
 from stepdistill.losses.gan import FeatureGan, relativistic_loss
 from stepdistill.networks.sampler import Sampler
@@ -113,7 +114,7 @@ class ASD(ScoreMethod):
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             field, place = self.views(x, batch).field, self.place(batch)
-        logs = {"field": field.abs().mean()}
+        logs = {"field": mean_size(field)}
         if self.own is not None and place < len(self.counts) - 1:
             with torch.no_grad():
                 y = self.drawn(place + 1, batch, "other ")

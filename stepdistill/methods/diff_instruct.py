@@ -26,6 +26,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.path import per_sample
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, loss_with_gradient
 
 
@@ -51,4 +52,4 @@ class DiffInstruct(ScoreMethod):
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             field = self.field(x, batch)
-        return loss_with_gradient(x, field), {"field": field.abs().mean()}
+        return loss_with_gradient(x, field), {"field": mean_size(field)}

@@ -27,6 +27,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views, loss_with_gradient, views_of
 
 
@@ -93,7 +94,7 @@ class DisBack(ScoreMethod):
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             field = self.views(x, batch).field
-        return loss_with_gradient(x, field), {"field": field.abs().mean()}
+        return loss_with_gradient(x, field), {"field": mean_size(field)}
 
 
 def waypoint(number: int) -> str:

@@ -35,6 +35,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Turn
 from stepdistill.losses.decoupled_guidance import augmentation_field
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import (
     ScoreMethod,
     ScoreOptions,
@@ -116,7 +117,7 @@ class DMD(ScoreMethod):
             field = self.field(x, batch)
             if self.reweighting is not None:
                 field = field * self.reweighting.weights(x, self.rewards, batch.prompt)
-        loss, logs = loss_with_gradient(x, field), {"field": field.abs().mean()}
+        loss, logs = loss_with_gradient(x, field), {"field": mean_size(field)}
         if options.first_step_weight:
             logs["first_step"] = first_step_loss(
                 self.student,

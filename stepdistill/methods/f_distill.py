@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.path import per_sample
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Turn
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, loss_with_gradient
 from stepdistill.losses.gan import FeatureGan
 from stepdistill.losses.running_means import StepSums
@@ -114,6 +115,6 @@ class FDistill(ScoreMethod):
             weight = self.weight(gan.logits(views.x_t, views.t, batch.cond), views.t)
             field = per_sample(weight, x) * views.error / (views.distance + 1e-6)
         return loss_with_gradient(x, field), {
-            "field": field.abs().mean(),
+            "field": mean_size(field),
             "weight_std": weight.std(correction=0),
         }

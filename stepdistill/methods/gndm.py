@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views, loss_with_gradient, views_of
 from stepdistill.losses.groups import mean_of_group
 
@@ -66,7 +67,7 @@ class GNDM(ScoreMethod):
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             field = self.field(x, batch)
-            logs = {"field": field.abs().mean()}
+            logs = {"field": mean_size(field)}
             if self.options.climb_weight:
                 field = field - self.options.climb_weight * self.climb(x, field, batch)
         return loss_with_gradient(x, field), logs

@@ -30,7 +30,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
-from stepdistill.losses.distances import rms
+from stepdistill.losses.distances import mean_size, rms
 from stepdistill.losses.fake_score import loss_with_gradient
 from stepdistill.losses.flow_maps import FlowMapMethod, JumpOptions, adaptive, logit_normal
 
@@ -94,7 +94,7 @@ class MDTDist(FlowMapMethod):
         if self.distils(turn.step):
             own, field = self.distillation(batch, share)
             loss = loss + options.distillation_weight * 2 * loss_with_gradient(own, field)
-            logs["field"] = field.abs().mean()
+            logs["field"] = mean_size(field)
         return Loss(loss, {**logs, **self.derivative.logs()})
 
     def distillation(self, batch: Batch, share: float = 1.0) -> tuple[Tensor, Tensor]:

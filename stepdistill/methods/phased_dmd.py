@@ -33,6 +33,7 @@ from stepdistill.diffusion.remembered import at_time
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Method, Trained, Turn
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import (
     FakeLoss,
     FakeScoreOptions,
@@ -127,7 +128,7 @@ class PhasedDMD(Method):
         return self.generate(batch, self.options.phases - 1)
 
     def field(self, x_s: Tensor, batch: Batch, since: float) -> Tensor:
-        """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where they should move away from."""
+        """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where they should move away from, a number."""
         own = self.options
         views = views_of(self.fake, self.teacher, x_s, batch, own, own.score_scale, since=since)
         ratio, _ = self.fake.path.kernel(at_time(since, x_s), views.t)
@@ -144,7 +145,6 @@ class PhasedDMD(Method):
         if inner < options.warm_start:
             return Loss(regression(self.student, self.times, batch, options.pair_distance, self.spans[phase]))
         x_s = self.generate(batch, phase)
-        with torch.no_grad():
-            field = self.field(x_s, batch, since)
-        logs = {"field": field.abs().mean(), "x_std": x_s.detach().std()}
+        field = self.field(x_s, batch, since)
+        logs = {"field": mean_size(field), "x_std": x_s.detach().std()}
         return Loss(loss_with_gradient(x_s, field), logs, None if since else x_s)

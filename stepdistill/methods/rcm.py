@@ -31,6 +31,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.continuous_time import ContinuousConsistency, ContinuousOptions, trig_velocity
 from stepdistill.losses.contract import Loss, Trained, Turn
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import (
     FakeLoss,
     FakeScoreOptions,
@@ -122,5 +123,5 @@ class RCM(ContinuousConsistency):
         x = self.generate(batch)
         with torch.no_grad():
             field = views_of(self.fake, self.teacher, x, batch, options, options.score_scale).field
-        logs["field"] = field.abs().mean()
+        logs["field"] = mean_size(field)
         return Loss(loss + options.score_weight * loss_with_gradient(x, field), logs)

@@ -26,6 +26,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views
 
 
@@ -53,4 +54,4 @@ class SiD(ScoreMethod):
 
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         views = self.views(x, batch)
-        return self.divergence(views), {"error": views.error.detach().abs().mean()}
+        return self.divergence(views), {"error": mean_size(views.error)}

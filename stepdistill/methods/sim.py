@@ -28,6 +28,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.path import per_sample
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views
 
 
@@ -63,4 +64,4 @@ class SIM(ScoreMethod):
 
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         views = self.views(x, batch)
-        return self.divergence(views).mean(), {"error": views.error.detach().abs().mean()}
+        return self.divergence(views).mean(), {"error": mean_size(views.error)}

@@ -26,7 +26,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import SourceOptions, Target, examples, jump, last_time, noised
 from stepdistill.losses.contract import Loss, Method, Trained, Turn
-from stepdistill.losses.distances import elementwise_huber, rms
+from stepdistill.losses.distances import elementwise_huber, mean_size, rms
 from stepdistill.losses.fake_score import (
     FakeScoreOptions,
     denoising_loss,
@@ -129,7 +129,7 @@ class TSCD(Method):
             x = rollout(self.student, ONE_STEP, batch)
             views = views_of(self.fake, self.teacher, x, batch, options, options.score_scale)
             field = views.error / (views.distance.detach() + 1e-6)
-            logs["field"] = field.abs().mean()
+            logs["field"] = mean_size(field)
             loss = loss + options.score_weight * loss_with_gradient(x, field)
         return Loss(loss, logs)
 

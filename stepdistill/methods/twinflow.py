@@ -35,7 +35,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.consistency import Target
 from stepdistill.losses.contract import Loss, Turn
-from stepdistill.losses.distances import rms, robust
+from stepdistill.losses.distances import mean_size, rms, robust
 from stepdistill.losses.flow_maps import PointOptions, TwoTimeMethod, WarmMapOptions
 from stepdistill.losses.map_equations import SHORTEST
 from stepdistill.losses.twin import twin_prediction
@@ -119,7 +119,7 @@ class TwinFlow(TwoTimeMethod):
         if len(i := first.nonzero()[:, 0]):
             own = (x[i] - per_sample(t[i], x) * now[i]).detach()
             x_r, _, r = self.noised_anew(batch, "renoise", own, rows[i])
-            logs["field"] = (field := self.field(x_r, r, cond.rows(i))).abs().mean()
+            logs["field"] = mean_size(field := self.field(x_r, r, cond.rows(i)))
             moved = robust(now[i] - (now[i] - field).detach())
             each = each.index_add(0, i, self.options.rectify * moved)
         return each, logs

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Trained, Turn
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import (
     ScoreMethod,
     ScoreOptions,
@@ -103,4 +104,4 @@ class UniDAD(ScoreMethod):
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             field = self.field(self.views(x, batch), batch)
-        return loss_with_gradient(x, field), {"field": field.abs().mean()}
+        return loss_with_gradient(x, field), {"field": mean_size(field)}

@@ -29,6 +29,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from stepdistill.losses.batch import Batch
+from stepdistill.losses.distances import mean_size
 from stepdistill.losses.fake_score import ScoreMethod, ScoreOptions, Views, loss_with_gradient
 from stepdistill.losses.transport import (
     displacement,
@@ -105,7 +106,7 @@ class VDOT(ScoreMethod):
         if options.through_networks:
             cost = self.transport_cost(views) / (scale.flatten() * x[0].numel())
             loss = loss_with_gradient(x, field) + options.transport_weight * cost.mean()
-            return loss, {"field": field.abs().mean(), "transport": cost.detach().mean()}
+            return loss, {"field": mean_size(field), "transport": cost.detach().mean()}
         moved = options.transport_weight * self.transport(views) / scale
-        logs = {"field": field.abs().mean(), "transport": moved.abs().mean()}
+        logs = {"field": mean_size(field), "transport": mean_size(moved)}
         return loss_with_gradient(x, field + moved), logs

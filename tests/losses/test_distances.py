@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from stepdistill.losses.distances import distance, elementwise_huber, pseudo_huber, rms, robust
+from stepdistill.losses.distances import distance, elementwise_huber, mean_size, pseudo_huber, rms, robust
 
 GENERATOR = torch.Generator().manual_seed(0)
 A, B = (torch.randn(5, 2, 3, 3, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
@@ -50,7 +49,8 @@ def test_the_robust_one_has_twice_a_roots_slope():
     torch.testing.assert_close(slope, wanted)
 
 
-def test_the_root_mean_square_for_the_log_holds_no_graph():
-    found: Tensor = rms(R.clone().requires_grad_())
-    assert not found.requires_grad
-    torch.testing.assert_close(found, (SQUARES.sum() / 90).sqrt())
+def test_what_is_for_the_log_holds_no_graph():
+    for size, wanted in ((rms, (SQUARES.sum() / 90).sqrt()), (mean_size, R.abs().sum() / 90)):
+        found = size(R.clone().requires_grad_())
+        assert not found.requires_grad
+        torch.testing.assert_close(found, wanted)

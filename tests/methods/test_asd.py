@@ -268,3 +268,10 @@ def test_one_stock_scheduler_draws_in_each_of_the_step_counts(path, renoise):
         assert drawn.times == pytest.approx(sampler.times[:: 4 // count], abs=1.5e-3)
     name = type(stock_scheduler(sampler, path, teacher_scheduler())).__name__
     assert name == ("LCMScheduler" if renoise else "DDIMScheduler") or path is not TABLE
+
+
+def test_its_heads_are_trained_with_the_fake_network():
+    method = method_of()
+    heads = list(method.trained()["fake"].extra.parameters())
+    assert heads and all(any(own is head for head in heads) for own in method.own.parameters())
+    assert method_of(self_weight=0.0).trained()["fake"].extra is None

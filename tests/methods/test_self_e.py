@@ -105,6 +105,9 @@ def test_the_target_is_as_long_as_the_data():
     target = method.target(x, x.flip(0) + 0.4, method.weight(t, s))
     torch.testing.assert_close(target.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
     assert not torch.allclose(target, x)
+    data, other = torch.randn(2, len(t), 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    target = method.target(data, other, method.weight(t, s))
+    torch.testing.assert_close(target.flatten(1).norm(dim=1), data.flatten(1).norm(dim=1))
 
 
 def test_no_gradient_runs_through_what_evaluates():
@@ -116,6 +119,8 @@ def test_no_gradient_runs_through_what_evaluates():
     x_s = PATH.noised(seen.detach(), batch.draws.normal("self eps", SHAPE), s)
     with torch.no_grad():
         target = method.target(x, method.evaluated(seen, x_s, s, cond, 0), method.weight(t, s))
+    apart = (seen.detach() - x).square().mean()
+    torch.testing.assert_close(loss_of(method, "student", batch)[1]["data"], apart)
     own = (twin_prediction(method.student, x_s, s, cond).x0 - seen.detach()).square().mean()
     mean = method.student.net.mean
     wanted = torch.autograd.grad((seen - target).square().mean() + own, mean)[0]
