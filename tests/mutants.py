@@ -420,6 +420,46 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "return found[0], found[1], torch.stack(slopes).sum(0).mean() if slopes else found[(1)].new_zeros(())",
     ): "both are of one kind",
     (
+        "stepdistill/methods/disback.py",
+        "self.towards = 0  # the number of the waypoint that the present turn is led to; 0 is the teacher",
+        "self.towards = (1)  # the number of the waypoint that the present turn is led to; 0 is the teacher",
+    ): "every loss sets it before it is read",
+    (
+        "stepdistill/methods/disback.py",
+        "return views_of(self.fake, target, x, batch, options, 1.0)",
+        "return views_of(self.fake, target, x, batch, options, (1.5))",
+    ): "a network in the teacher's place is not guided",
+    (
+        "stepdistill/methods/disback.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "views hold no graph",
+    (
+        "stepdistill/methods/asd.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "views hold no graph, and what more steps draw is a number in both turns",
+    (
+        "stepdistill/methods/asd.py",
+        "leaf = x.detach().requires_grad_()",
+        "leaf = (x).requires_grad_()",
+    ): "the slope in it is the same",
+    (
+        "stepdistill/methods/asd.py",
+        'logs |= {"own": told.detach(), "share": pull.norm() / field.norm().clamp_min(1e-12)}',
+        'logs |= {"own": (told), "share": pull.norm() / field.norm().clamp_min(1e-12)}',
+    ): "what is logged is read alone",
+    (
+        "stepdistill/methods/asd.py",
+        'logs |= {"own": told.detach(), "share": pull.norm() / field.norm().clamp_min(1e-12)}',
+        'logs |= {"own": told.detach(), "share": pull.norm() / (field.norm())}',
+    ): "a guard against 0 / 0",
+    (
+        "stepdistill/methods/echo.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "what is drawn there is a number, and nothing that draws it takes a gradient in that turn",
+    (
         "stepdistill/metrics/cmmd.py",
         "return (-squares.clamp_min(0) / (2 * SIGMA**2)).exp()",
         "return (-(squares) / (2 * SIGMA**2)).exp()",

@@ -88,7 +88,7 @@ class MDTDist(FlowMapMethod):
         x, _, t, s, cond = self.points(batch, start, start)
         share = self.share(turn.step)
         now = self.student.flow_velocity(x, t, s, cond)
-        error = now - self.target(x, t, s, cond, now.detach(), share)
+        error = now - self.target(x, t, s, cond, now, share)
         loss = adaptive(error, options.power, options.offset) / error[0].numel()
         logs = {"residual": rms(error)}
         if self.distils(turn.step):

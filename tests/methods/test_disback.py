@@ -58,6 +58,9 @@ def test_the_way_back_ends_at_the_teacher():
     assert updates[0] == 15
     assert [method.target_of(step) for step in updates] == [2, 2, 1, 1] + [0] * 9
     assert [method.turn(step).network for step in range(14)] == ["student"] * 4 + ["fake"] * 10
+    short = method_of(waypoints=3, fake_warm_start=10, fake_updates=1, interval=1)
+    assert [short.target_of(step) for step in (0, 11, 13, 15)] == [2, 2, 1, 0]
+    assert not any(p.requires_grad for n in (1, 2) for p in method.roles.parameters(f"waypoint-{n}"))
 
 
 def test_waypoints_are_what_the_fake_network_was_on_its_way():

@@ -199,3 +199,15 @@ def test_patches_are_those_of_the_picture_and_its_smaller_selves() -> None:
     along = torch.nn.functional.normalize(direction, dim=2).sum(2).square().mean(1) * 0.25
     torch.testing.assert_close(found, along)
     assert patch_distance(large, large, draws).tolist() == [0.0, 0.0]
+
+
+def test_what_the_student_started_as_takes_no_gradient_and_the_learner_is_frozen_where_the_student_is() -> (
+    None
+):
+    method, plain = made(), Copies(ToyTeacher(Perceptron(), PATH), toy_student(Perceptron(), PATH))
+    assert not any(p.requires_grad for p in method.kept.net.parameters())
+    plain.freeze(["first"])
+    frozen = equipped(Echo, plain, (1.0,), Echo.Options.model_validate({"guidance": 1.0}))
+    for name in ("student", "learner"):
+        taken = {key for key, p in frozen.roles[name].net.named_parameters() if p.requires_grad}
+        assert taken and not any(key.startswith("first") for key in taken)

@@ -82,6 +82,25 @@ def test_several_steps_are_refused_as_they_make_jumps_that_are_not_learnt():
     assert "\n" not in str(told.value)
 
 
+def test_divided_the_derivative_is_over_its_length_and_a_tenth_at_any_end():
+    """u* = v - (t - s) D / (|D| + 0.1); a jump of no length learns v."""
+    method = method_of(mean=1.3)
+    x, t = torch.randn(32, 2, 3, 3, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 1, 32)
+    for s in (0.5 * t, t):
+        now = method.student.flow_velocity(x, t, s, Condition()).detach()
+        v, _ = method.equations.along(x, t, s, Condition())
+        change = v - method.equations.eulerian(x, t, s, Condition(), now)
+        gap = (t - s).view(-1, 1, 1, 1)
+        wanted = (
+            v - change / (change.square().sum((1, 2, 3), keepdim=True).sqrt() / gap + 0.1)
+            if s is not t
+            else v
+        )
+        torch.testing.assert_close(
+            method.target(x, t, s, Condition(), now, 1.0), wanted, rtol=1e-3, atol=1e-4
+        )
+
+
 def test_distillation_waits_for_its_update():
     method = method_of(warm_start=2, matching_alone=3)
     assert [method.distils(step) for step in (4, 5)] == [False, True]
