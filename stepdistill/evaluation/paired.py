@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def gaps_closed(
     Raises:
         UserError: the teacher's KID with one step is within two standard errors of 0, so there is no gap.
     """
-    one, error = teacher_one["kid"] or 0.0, teacher_one["kid_se"] or 0.0
+    one, error = cast(float, teacher_one["kid"]), cast(float, teacher_one["kid_se"])
     if one <= SURE * error:
         raise UserError(f"the teacher's KID with one step is {one:.3g} ± {error:.2g}, not told apart from 0")
-    return {str(steps): gap_closed(scores["kid"] or 0.0, one, 0.0) for steps, scores in student.items()}
+    return {str(steps): gap_closed(cast(float, scores["kid"]), one, 0.0) for steps, scores in student.items()}

@@ -40,6 +40,24 @@ def test_other_pictures_of_the_teachers_distribution_close_the_gap(count: int) -
     assert torch.tensor(frechet).mean() == pytest.approx({64: 0.19, 256: 0.81}[count], abs=0.02)
 
 
+def test_pairs_are_compared_in_pixels_and_in_features_and_errors_are_of_their_means() -> None:
+    draws = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 40, 512, generator=draws)
+    pixels = torch.randint(0, 256, (2, 40, 3, 4, 4), generator=draws, dtype=torch.uint8)
+    one, other = (
+        HeldRows({"features": rows, "pixels": seen}) for rows, seen in zip(features, pixels, strict=True)
+    )
+    found = paired(one, other, load_features("emoji"))
+    cosines = (features[0] * features[1]).sum(1) / features[0].norm(dim=1) / features[1].norm(dim=1)
+    apart = (pixels[0].double() - pixels[1].double()) / 255
+    for name, values in (
+        ("paired_distance", 1 - cosines),
+        ("paired_rmse", apart.square().mean((1, 2, 3)).sqrt()),
+    ):
+        assert found[name] == pytest.approx(float(values.mean()), rel=1e-4)
+        assert found[f"{name}_se"] == pytest.approx(float(values.std() / 40**0.5), rel=1e-3)
+
+
 def test_no_gap_where_the_teachers_first_step_is_not_told_apart() -> None:
     student: dict[int, dict[str, float | None]] = {1: {"kid": 0.1}, 4: {"kid": -0.1}}
     assert gaps_closed(student, {"kid": 0.4, "kid_se": 0.19}) == pytest.approx({"1": 0.75, "4": 1.25})

@@ -42,6 +42,7 @@ def test_the_huber_distance_of_lcms_code_is_of_each_value():
 
 def test_the_robust_one_has_twice_a_roots_slope():
     size, c = SQUARES / 18, 0.7
+    assert torch.equal(robust(1e-3 * R), robust(1e-3 * R, 1e-3))
     torch.testing.assert_close(robust(R, c), size / (size + c**2).sqrt())
     leaf = R.clone().requires_grad_()
     (slope,) = torch.autograd.grad(robust(leaf, c).sum(), leaf)
