@@ -506,6 +506,41 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "straight = len(features) >= (6 / features.shape[1])",
     ): "two ways to one number",
     (
+        "stepdistill/metrics/fid_infinity.py",
+        "each = 12 // parts",
+        "each = (13) // parts",
+    ): "the same for every number of parts",
+    (
+        "stepdistill/metrics/frechet.py",
+        "few, many = (x, y) if len(x) <= len(y) else (y, x)",
+        "few, many = (x, y) if (len(x) < len(y)) else (y, x)",
+    ): "a distance is the same from both sides",
+    (
+        "stepdistill/metrics/frechet.py",
+        "few, many = (x, y) if len(x) <= len(y) else (y, x)",
+        "few, many = (x, y) if (len(x) > len(y)) else (y, x)",
+    ): "a distance is the same from both sides",
+    (
+        "stepdistill/metrics/frechet.py",
+        "few, many = (x, y) if len(x) <= len(y) else (y, x)",
+        "few, many = ((y, x) if len(x) <= len(y) else (x, y))",
+    ): "a distance is the same from both sides",
+    (
+        "stepdistill/metrics/frechet.py",
+        "if count > dimension:",
+        "if (count >= dimension):",
+    ): "two ways to one number",
+    (
+        "stepdistill/metrics/frechet.py",
+        "if 2 * len(few) > few.shape[1]:",
+        "if (2 * len(few) <= few.shape[1]):",
+    ): "two ways to one number",
+    (
+        "stepdistill/metrics/frechet.py",
+        "if 2 * len(few) > few.shape[1]:",
+        "if (2 * len(few) >= few.shape[1]):",
+    ): "two ways to one number",
+    (
         "stepdistill/metrics/cmmd.py",
         "return (-squares.clamp_min(0) / (2 * SIGMA**2)).exp()",
         "return (-(squares) / (2 * SIGMA**2)).exp()",

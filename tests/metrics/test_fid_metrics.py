@@ -149,6 +149,23 @@ def test_fid_infinitys_error_is_the_spread_over_sets() -> None:
     assert least == again != other
 
 
+@pytest.mark.parametrize(
+    "count", [36, 72], ids=["of fewer images than their moments have numbers", "of more"]
+)
+def test_fid_infinity_is_the_end_of_a_line_through_the_parts_of_one_order(count: int) -> None:
+    reference = Moments.from_statistics(torch.full((8,), 0.3), 1.5 * torch.eye(8), 1_000_000)
+    features = normal(count, 8)
+    shuffled = features[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    distances = [
+        np.mean([frechet_distance(Moments.of(part), reference) for part in shuffled.chunk(parts)])
+        for parts in (6, 4, 3, 2, 1)
+    ]
+    slope, end = np.polyfit([parts / count for parts in (6, 4, 3, 2, 1)], distances, 1)
+    found = fid_infinity(features, reference)
+    assert found.distances == pytest.approx(distances, rel=1e-6)
+    assert (found.value.value, found.slope) == pytest.approx((end, slope), rel=1e-5)
+
+
 def test_cmmd_equals_the_sum_over_pairs_and_the_kernels_bias_is_as_stated() -> None:
     x, y = normal(9, 6), normal(7, 6, seed=1) + 0.5
     u, v = (side / side.norm(dim=1, keepdim=True) for side in (x, y))
