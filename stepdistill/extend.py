@@ -15,8 +15,8 @@ from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch, Examples
 from stepdistill.losses.contract import Loss, Method, MethodOptions, PairOptions, Trained, Turn
-from stepdistill.metrics.intervals import of_mean
 from stepdistill.metrics.own import DrawnImages, RealImages
+from stepdistill.metrics.standard_errors import of_mean
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Roles
 from stepdistill.networks.sampler import Sampler

@@ -37,8 +37,8 @@ from stepdistill.features.at_hand import images_at_hand, texts_at_hand
 from stepdistill.features.load import features_sha256
 from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.frechet import Moments
-from stepdistill.metrics.intervals import of_mean
 from stepdistill.metrics.motion import changes, frames_of_strips
+from stepdistill.metrics.standard_errors import of_mean
 from stepdistill.networks.codec import Encoded
 from stepdistill.networks.pictures import draw_as_pipeline, shown_frames, to_uint8
 from stepdistill.networks.sampler import Sampler

@@ -22,12 +22,12 @@ from stepdistill.metrics.cmmd import cmmd
 from stepdistill.metrics.fid_infinity import fid_infinity
 from stepdistill.metrics.float64 import float64_device
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
-from stepdistill.metrics.frechet_interval import GROUPS, frechet_interval
+from stepdistill.metrics.frechet_error import GROUPS, frechet_estimate
 from stepdistill.metrics.inception_score import inception_score
-from stepdistill.metrics.intervals import from_leaving_out, of_mean
 from stepdistill.metrics.kid import kernel_distance
 from stepdistill.metrics.own import NEEDS, DrawnImages, OwnMetric, RealImages
 from stepdistill.metrics.prdc import Balls, coverage, density, precision, recall
+from stepdistill.metrics.standard_errors import from_leaving_out, of_mean
 
 BLOCK = 400 * GROUPS
 """Rows held at a time; a multiple of the groups, so that every block starts with group 0."""
@@ -190,16 +190,16 @@ def _in_features(rows: RowTable, suite: Suite, network: FeatureNetwork, referenc
 
 
 def _mean(name: str, values: Tensor) -> Found:
-    interval = of_mean(values)
-    return {name: interval.value, f"{name}_se": interval.standard_error}
+    estimate = of_mean(values)
+    return {name: estimate.value, f"{name}_se": estimate.standard_error}
 
 
 def _left_out(name: str, value: float, without: Tensor) -> Found:
     """A mean over real images, and the jackknife's error from those without each group of drawn images [G, M]."""
     if not len(without):
         return {name: value, f"{name}_se": None}
-    interval = from_leaving_out(value, without.double().mean(1))
-    return {name: value, f"{name}_se": interval.standard_error}
+    estimate = from_leaving_out(value, without.double().mean(1))
+    return {name: value, f"{name}_se": estimate.standard_error}
 
 
 def _distance(rows: RowTable, name: str, reference: Moments, with_error: bool) -> tuple[float, float | None]:
@@ -221,8 +221,8 @@ def _distance(rows: RowTable, name: str, reference: Moments, with_error: bool) -
             group.add(mixed[place :: len(groups)])
     if not with_error:
         return frechet_distance(groups[0], reference), None
-    interval = frechet_interval(groups, reference)
-    return interval.value, interval.standard_error
+    estimate = frechet_estimate(groups, reference)
+    return estimate.value, estimate.standard_error
 
 
 def in_random_order(rows: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.rows import RowTable
 from stepdistill.evaluation.teacher_scores import gap_closed
 from stepdistill.features.network import FeatureNetwork
-from stepdistill.metrics.frechet_interval import GROUPS, paired_frechet_interval
-from stepdistill.metrics.intervals import of_mean
+from stepdistill.metrics.frechet_error import GROUPS, paired_frechet_estimate
 from stepdistill.metrics.kid import paired_kernel_distance
+from stepdistill.metrics.standard_errors import of_mean
 
 PAIRED = (
     *("fd", "fd_se", "kid", "kid_se"),
@@ -33,7 +33,7 @@ def paired(drawn: RowTable, teachers: RowTable, network: FeatureNetwork) -> dict
     picture with its own other; and of the pairs, in features, and of pixels in [0, 1]. Errors leave out pairs: both
     pictures of a noise move with it."""
     own, others = drawn.whole("features"), teachers.whole("features")
-    frechet = paired_frechet_interval(own, others)
+    frechet = paired_frechet_estimate(own, others)
     kernel = paired_kernel_distance(own, others, gamma=network.kernel_scale)
     found: dict[str, float | None] = {
         "fd": network.fd_scale * frechet.value,
@@ -45,8 +45,8 @@ def paired(drawn: RowTable, teachers: RowTable, network: FeatureNetwork) -> dict
     pixels = torch.stack([((a.float() - b.float()) / 255).square().mean().sqrt() for a, b in pairs])  # [N]
     apart = 1 - F.cosine_similarity(own, others)  # [N]
     for name, values in (("paired_distance", apart), ("paired_rmse", pixels)):
-        interval = of_mean(values)
-        found |= {name: interval.value, f"{name}_se": interval.standard_error}
+        estimate = of_mean(values)
+        found |= {name: estimate.value, f"{name}_se": estimate.standard_error}
     return found
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from stepdistill.metrics.colours import hue_share, hues_of
-from stepdistill.metrics.intervals import of_mean
 from stepdistill.metrics.own import DrawnImages, RealImages
+from stepdistill.metrics.standard_errors import of_mean
 
 ENOUGH = 0.5
 """Share of the ink in the named hue that makes an image a hit: our choice."""

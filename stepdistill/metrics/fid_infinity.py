@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
-from stepdistill.metrics.intervals import Interval, jackknife
+from stepdistill.metrics.standard_errors import Estimate, jackknife
 
 PARTS = (6, 4, 3, 2, 1)
 
@@ -32,7 +32,7 @@ class FrechetInfinity:
         distances: the mean distance of parts of each size.
     """
 
-    value: Interval
+    value: Estimate
     slope: float
     sizes: tuple[float, ...]
     distances: tuple[float, ...]
@@ -64,10 +64,10 @@ def fid_infinity(features: Tensor, reference: Moments, *, groups: int = 0, seed:
             groups=groups,
             seed=seed,
         )
-        interval = Interval(value, spread.standard_error)
+        estimate = Estimate(value, spread.standard_error)
     else:
-        interval = Interval(value, 0.0)
-    return FrechetInfinity(interval, slope, tuple(count / parts for parts in PARTS), distances)
+        estimate = Estimate(value, 0.0)
+    return FrechetInfinity(estimate, slope, tuple(count / parts for parts in PARTS), distances)
 
 
 def _distances(features: Tensor, reference: Moments) -> tuple[float, ...]:

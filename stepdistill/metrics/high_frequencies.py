@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from stepdistill.metrics.intervals import of_mean
 from stepdistill.metrics.own import DrawnImages, RealImages
 from stepdistill.metrics.spectrum import high_frequency_share
+from stepdistill.metrics.standard_errors import of_mean
 
 
 class HighFrequencies:

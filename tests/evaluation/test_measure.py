@@ -39,10 +39,10 @@ from stepdistill.metrics.cmmd import cmmd
 from stepdistill.metrics.fid_infinity import fid_infinity
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
 from stepdistill.metrics.inception_score import inception_score
-from stepdistill.metrics.intervals import of_mean
 from stepdistill.metrics.kid import kernel_distance
 from stepdistill.metrics.prdc import Balls, recall
 from stepdistill.metrics.sfid import sfid
+from stepdistill.metrics.standard_errors import of_mean
 from stepdistill.system.emoji import emoji_captions, emoji_images, features_folder, tokenizer_folder
 from stepdistill.system.files import sha256_of
 

@@ -12,7 +12,7 @@ from stepdistill.evaluation.paired import gaps_closed, paired
 from stepdistill.evaluation.rows import HeldRows
 from stepdistill.features.load import load_features
 from stepdistill.metrics.frechet import frechet_distance_between
-from stepdistill.metrics.frechet_interval import paired_frechet_interval
+from stepdistill.metrics.frechet_error import paired_frechet_estimate
 from stepdistill.metrics.kid import kernel_distance, paired_kernel_distance
 from stepdistill.system.shipped import content_folder
 
@@ -78,6 +78,7 @@ def test_the_paired_kernel_distance_is_unbiased_for_pairs_that_depend_on_each_ot
     others = torch.tensor([kernel_distance(a, b).value for a, b in zip(x, y, strict=True)])
     assert others.mean() < -5 * error
     assert paired_kernel_distance(x[0], x[0]).value == 0
+    assert paired_kernel_distance(x[0, :3], y[0, :3]).standard_error > 0
     with pytest.raises(ValueError, match="at least 3 pairs, there are 2 and 2"):
         paired_kernel_distance(x[0, :2], y[0, :2])
 
@@ -99,7 +100,7 @@ def test_the_error_of_a_paired_frechet_distance_is_its_spread(
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(60, 256, 8, generator=draws, dtype=torch.float64)
     y = kept * x + noise * torch.randn(60, 256, 8, generator=draws, dtype=torch.float64) + shift
-    found = [paired_frechet_interval(a, b) for a, b in zip(x, y, strict=True)]
+    found = [paired_frechet_estimate(a, b) for a, b in zip(x, y, strict=True)]
     spread = torch.tensor([each.value for each in found]).std()
     assert low < torch.tensor([each.standard_error for each in found]).mean() / spread < high
     assert found[0].value == pytest.approx(frechet_distance_between(x[0], y[0]))
@@ -107,7 +108,7 @@ def test_the_error_of_a_paired_frechet_distance_is_its_spread(
 
 def test_a_paired_frechet_distance_needs_three_pairs() -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    assert paired_frechet_interval(x, x + 1).value == pytest.approx(4)
+    assert paired_frechet_estimate(x, x + 1).value == pytest.approx(4)
     for a, b in ((x[:2], x[:2]), (x, x[:2])):
         with pytest.raises(ValueError, match=f"at least 3 pairs, there are {len(a)} and 2"):
-            paired_frechet_interval(a, b)
+            paired_frechet_estimate(a, b)

@@ -287,6 +287,14 @@ def test_diversity_is_the_mean_over_pairs() -> None:
     assert found.standard_error == pytest.approx(float(torch.tensor(each).std()) / math.sqrt(6), abs=1e-6)
 
 
+def test_a_direction_without_variance_changes_no_distance() -> None:
+    """More images than dimensions, and a covariance that has no Cholesky factor."""
+    x, y = normal(50, 3), 1.5 * normal(60, 3, seed=1) + 0.2
+    wider = [torch.cat([side, torch.zeros(len(side), 1)], 1) for side in (x, y)]
+    plain, flat = (frechet_distance(*(Moments.of(side) for side in pair)) for pair in ((x, y), wider))
+    assert flat == pytest.approx(plain, rel=1e-6) and plain > 0.1
+
+
 def test_diversity_of_one_image_is_zero_of_opposites_two_and_of_a_basis_one() -> None:
     basis = torch.eye(4)[None]
     assert pairwise_diversity(basis).value == pytest.approx(1.0)

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from stepdistill.metrics.frechet import Moments, frechet_distance, frechet_distance_between
-from stepdistill.metrics.intervals import Interval, jackknife
+from stepdistill.metrics.standard_errors import Estimate, jackknife
 
 GROUPS = 20
 """How many: 20 know the error to about 16 %."""
 
 
-def frechet_interval(groups: Sequence[Moments], reference: Moments, *, level: float = 0.95) -> Interval:
+def frechet_estimate(groups: Sequence[Moments], reference: Moments) -> Estimate:
     """The distance of all groups together, with the jackknife's error: one group left out at a time, whose moments are
     subtracted, so that it costs a distance a group and no second pass over features.
 
     Args:
         groups: moments of random groups of nearly equal size; those without images are left out.
         reference: of the real images.
-        level: probability of the interval.
 
     Raises:
         ValueError: fewer than two groups have images, or too few images remain without one.
@@ -43,16 +42,15 @@ def frechet_interval(groups: Sequence[Moments], reference: Moments, *, level: fl
         dtype=torch.float64,
     )
     error = math.sqrt((len(filled) - 1) * float(values.var(correction=0)))
-    return Interval(frechet_distance(whole, reference), error, level)
+    return Estimate(frechet_distance(whole, reference), error)
 
 
-def paired_frechet_interval(x: Tensor, y: Tensor, *, level: float = 0.95) -> Interval:
+def paired_frechet_estimate(x: Tensor, y: Tensor) -> Estimate:
     """The distance between features of pairs, which may depend on each other, such as pictures of one prompt and noise.
     Its error is the jackknife's that leaves a group out of both sides together: other seeds move both.
 
     Args:
         x, y: features [N, D], N >= 3.
-        level: probability of the interval.
 
     Raises:
         ValueError: fewer than 3 pairs, or of two numbers.
@@ -61,5 +59,5 @@ def paired_frechet_interval(x: Tensor, y: Tensor, *, level: float = 0.95) -> Int
     if count < 3 or len(y) != count:
         raise ValueError(f"a paired jackknife needs at least 3 pairs, there are {count} and {len(y)}")
     return jackknife(
-        lambda kept: frechet_distance_between(x[kept], y[kept]), count, groups=min(GROUPS, count), level=level
+        lambda kept: frechet_distance_between(x[kept], y[kept]), count, groups=min(GROUPS, count)
     )

@@ -1,7 +1,7 @@
-"""Confidence intervals of metrics: of means in closed form, of anything else by resampling images.
+"""Standard errors of metrics: of means in closed form, of anything else by resampling images.
 
-An interval speaks of the drawn images alone: how far the number would move with other seeds. It knows nothing of the
-bias that a metric has at a given N, which moves the whole interval.
+An error speaks of the drawn images alone: how far the number would move with other seeds. It knows nothing of the bias
+that a metric has at a given N.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -18,35 +17,19 @@ from stepdistill.metrics.float64 import wide
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A normal interval around a value.
+class Estimate:
+    """A value and how sure it is.
 
     Attributes:
         value: the metric on all images.
         standard_error: of it.
-        level: probability, as 0.95.
     """
 
     value: float
     standard_error: float
-    level: float = 0.95
-
-    @property
-    def low(self) -> float:
-        """The lower end."""
-        return self.value - self._reach
-
-    @property
-    def high(self) -> float:
-        """The upper end."""
-        return self.value + self._reach
-
-    @property
-    def _reach(self) -> float:
-        return NormalDist().inv_cdf((1 + self.level) / 2) * self.standard_error
 
 
-def of_mean(values: Tensor, *, level: float = 0.95) -> Interval:
+def of_mean(values: Tensor) -> Estimate:
     """Of a mean over images, from one number an image [N]: CLIP score, precision, density. Not of recall and coverage,
     which are means over the real images.
 
@@ -55,12 +38,12 @@ def of_mean(values: Tensor, *, level: float = 0.95) -> Interval:
     """
     _check(len(values))
     numbers = wide(values)
-    return Interval(float(numbers.mean()), float(numbers.std()) / math.sqrt(len(numbers)), level)
+    return Estimate(float(numbers.mean()), float(numbers.std()) / math.sqrt(len(numbers)))
 
 
 def jackknife(
-    statistic: Callable[[Tensor], float], count: int, *, groups: int = 20, level: float = 0.95, seed: int = 0
-) -> Interval:
+    statistic: Callable[[Tensor], float], count: int, *, groups: int = 20, seed: int = 0
+) -> Estimate:
     """Of any statistic of ``count`` images, by leaving out one group of them at a time, at ``groups`` + 1 evaluations.
     The groups are random and of nearly equal size; no image is repeated, which would upset nearest neighbours.
 
@@ -76,10 +59,10 @@ def jackknife(
         [statistic(torch.cat([*parts[:i], *parts[i + 1 :]]).sort().values) for i in range(groups)],
         dtype=torch.float64,
     )
-    return from_leaving_out(statistic(torch.arange(count)), values, level=level)
+    return from_leaving_out(statistic(torch.arange(count)), values)
 
 
-def from_leaving_out(value: float, without: Tensor, *, level: float = 0.95) -> Interval:
+def from_leaving_out(value: float, without: Tensor) -> Estimate:
     """The jackknife of a value from those without one group of images each [G].
 
     Raises:
@@ -87,9 +70,9 @@ def from_leaving_out(value: float, without: Tensor, *, level: float = 0.95) -> I
     """
     _check(len(without))
     variance = float(wide(without).var(correction=0))
-    return Interval(value, math.sqrt((len(without) - 1) * variance), level)
+    return Estimate(value, math.sqrt((len(without) - 1) * variance))
 
 
 def _check(count: int) -> None:
     if count < 2:
-        raise ValueError(f"an interval needs at least 2 values, there is {count}")
+        raise ValueError(f"a standard error needs at least 2 values, there is {count}")
