@@ -13,7 +13,7 @@ from sampler_toy import Output, teacher_scheduler
 from stepdistill.diffusion.path import FlowPath, Prediction, TablePath, TrigPath
 from stepdistill.diffusion.solvers import solve
 from stepdistill.families.condition import Condition
-from stepdistill.losses.rollout import led_to, log_density, visits
+from stepdistill.losses.rollout import led_to, log_density, squared, visits
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sampler import Sampler
 from stepdistill.testing.toys import Gaussian, Perceptron, ToyFamily, toy_batch, toy_student
@@ -90,6 +90,20 @@ def test_what_is_visited_is_what_is_drawn_and_has_no_graph(renoise: bool) -> Non
     assert [bool(v.std) for v in found] == [renoise, renoise, renoise, False]
     for visit, later in pairwise(found):
         assert torch.equal(visit.step.state, later.x)
+
+
+def test_a_rollout_may_end_early() -> None:
+    student, sampler, batch = toy_student(Perceptron(), FlowPath()), Sampler(TIMES, False), toy_batch(4)
+    every = visits(student, sampler, batch, Condition())
+    for calls in range(1, len(TIMES) + 1):
+        some = visits(student, sampler, batch, Condition(), calls=calls)
+        assert [visit.time for visit in some] == list(TIMES[:calls])
+        assert torch.equal(some[-1].step.state, every[calls - 1].step.state)
+
+
+def test_a_mean_square_is_of_all_values_of_a_picture() -> None:
+    error = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(squared(error), error.square().mean((1, 2, 3)))
 
 
 def test_the_density_of_a_step_is_that_of_its_gaussian() -> None:

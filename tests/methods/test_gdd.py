@@ -92,7 +92,7 @@ def test_the_warm_start_has_betas_of_its_own_and_is_then_nobody_elses():
     assert [method.betas(method.turn(step)) for step in range(4)] == [(0.9, 0.99)] * 2 + [None] * 2
     assert method_of(warm_start=2).betas(Turn("student", 0)) is None
     own, shared = GDD.Options(warm_start=2, warm_start_betas=(0.9, 0.99)), GDD.Options(warm_start=2)
-    assert (GDD.shared_start(own), GDD.shared_start(shared)) == (0, 2)
+    assert (GDD.shared_start(own), GDD.shared_start(shared)) == (0, 2) and GDD.starts_below
 
     class Other(GDD):
         def turn(self, step):

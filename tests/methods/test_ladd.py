@@ -134,7 +134,7 @@ def test_real_latents_bring_their_own_conditions(monkeypatch):
 
 
 def test_sources_and_turns():
-    assert method_of().options.needs == {"noise", "prompts", "pairs"}
+    assert method_of().options.needs == {"noise", "prompts", "pairs"} and not LADD.starts_below
     assert method_of(source="images").options.needs == {"noise", "prompts", "images"}
     assert method_of(warm_start=2).options.needs == {"noise", "prompts", "pairs", "states"}
     assert [method_of().turn(step).network[0] for step in range(10)] == list("dddds") * 2
