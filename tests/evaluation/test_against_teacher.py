@@ -116,6 +116,7 @@ def test_the_teacher_at_one_step_is_at_its_better_guidance(teacher: PipelineTeac
     assert (found["kid"]["1"], found["paired_rmse"]["1"]) == pytest.approx(min(scores), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gap_is_closed_by_the_kernel_distance(capsys: pytest.CaptureFixture[str]) -> None:
     """1 - KID / KID of the teacher with one step, of a teacher whose first step is far from its third; of 7 pictures
     that KID is not told apart from 0, and there is no gap."""

@@ -209,6 +209,7 @@ def test_a_gallery_keeps_squares_of_one_size() -> None:
     assert small(wide, 5).unique().tolist() == [200] and small(wide, 20).shape == (1, 3, 20, 20)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_from_its_shards(
     teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

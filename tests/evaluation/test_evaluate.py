@@ -344,6 +344,7 @@ def test_trailing_leaves_the_pipeline_its_own_scheduler(teacher: Any) -> None:
     assert teacher.scheduler is before
 
 
+@pytest.mark.slow
 def test_teacher_scores_come_back_from_the_cache(teacher: Any, tmp_path: Path) -> None:
     folder = teacher_folder("emoji")
     first = teacher_scores(folder, tiny(), steps=[1, 2], guidance=1.0, progress=False)
@@ -372,6 +373,7 @@ def test_teacher_scores_come_back_from_the_cache(teacher: Any, tmp_path: Path) -
     assert teacher_scores(folder, tiny(), steps=1, guidance=1.0, progress=False)[1].cached is None
 
 
+@pytest.mark.slow
 def test_the_shipped_scores_of_the_embedded_teacher_are_reproduced() -> None:
     folder = teacher_folder("emoji")
     shipped = teacher_scores(folder, "emoji-quick", steps=1, guidance=2.5)[1]

@@ -148,6 +148,7 @@ def test_the_second_features_move_no_other_score_and_are_the_judges_own(judge: J
     assert "FD-judge" in header and "judge fit" in header and "FD-judge" not in plain.markdown()
 
 
+@pytest.mark.slow
 def test_fd_judge_of_the_real_images_is_0_and_of_some_of_them_the_bias_of_their_number(judge: Judge) -> None:
     suite = load_suite("emoji")
     reference = load_reference(suite, suite.network()).second

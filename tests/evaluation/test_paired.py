@@ -40,14 +40,21 @@ def test_other_pictures_of_the_teachers_distribution_close_the_gap(count: int) -
     assert torch.tensor(frechet).mean() == pytest.approx({64: 0.19, 256: 0.81}[count], abs=0.02)
 
 
-def test_pairs_are_compared_in_pixels_and_in_features_and_errors_are_of_their_means() -> None:
+def test_pairs_are_compared_in_pixels_and_in_features_and_errors_are_of_their_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     draws = torch.Generator().manual_seed(0)
     features = torch.randn(2, 40, 512, generator=draws)
     pixels = torch.randint(0, 256, (2, 40, 3, 4, 4), generator=draws, dtype=torch.uint8)
     one, other = (
         HeldRows({"features": rows, "pixels": seen}) for rows, seen in zip(features, pixels, strict=True)
     )
-    found = paired(one, other, load_features("emoji"))
+    network = load_features("emoji")
+    found = paired(one, other, network)
+    monkeypatch.setattr(network, "fd_scale", 100 * network.fd_scale)
+    scaled = paired(one, other, network)
+    for name in ("fd", "fd_se"):
+        assert scaled[name] == pytest.approx(100 * float(found[name] or 0)) and found[name]
     cosines = (features[0] * features[1]).sum(1) / features[0].norm(dim=1) / features[1].norm(dim=1)
     apart = (pixels[0].double() - pixels[1].double()) / 255
     for name, values in (

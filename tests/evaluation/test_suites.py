@@ -339,6 +339,7 @@ def test_a_prompt_file_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         read_prompts(tmp_path / "j.tar")
 
 
+@pytest.mark.slow
 def test_imagenet256_computes_all_that_it_names_from_a_file_as_adm_makes_it(
     pipes: dict[str, Any], tmp_path: Path
 ) -> None:

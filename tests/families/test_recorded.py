@@ -123,6 +123,7 @@ def test_what_a_recording_has_not_is_refused_with_the_reason() -> None:
         teacher.family.check_size(teacher.pipe, Size(64, 64, 9))
 
 
+@pytest.mark.slow
 def test_a_vae_that_decodes_in_tiles_alone_decodes_so_and_one_after_another(tmp_path: Path) -> None:
     """Allegro's, which a folder cannot say of itself and whose tiles hold one video."""
     unknown_pipeline("AllegroPipeline").save_pretrained(tmp_path / "teacher")

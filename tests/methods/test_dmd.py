@@ -232,6 +232,7 @@ def test_turns_follow_the_two_time_scales():
     assert turns[5:].count("student") == 10
 
 
+@pytest.mark.slow
 def test_gradient_flow_brings_a_gaussian_student_home():
     """A few hundred alternating updates of exact Gaussian students: mean and deviation come within 0.04."""
     path = FlowPath()

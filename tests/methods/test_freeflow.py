@@ -295,6 +295,7 @@ def test_on_whole_trajectories_it_is_zero_at_the_exact_map_also_for_jumps_of_no_
         assert float(loss_of(method, "student", batch)[0]) > 5e-3
 
 
+@pytest.mark.slow
 def test_training_without_data_brings_the_student_to_the_trajectories_end() -> None:
     """Both networks learn, from noise alone; one step of the teacher's weights gives its mean at the start."""
     method = from_the_teacher(FreeFlow, FreeFlow.Options(guidance=1.0, derivative="difference"))

@@ -222,6 +222,7 @@ def test_the_discriminator_cannot_tell_a_consistent_student():
     assert float(loss_of(method, "discriminator", data_batch(64))[0]) == pytest.approx(2.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_brings_a_step_a_phase_to_the_end_of_the_ode():
     method = mixture_method(PCM, (1.0, 0.5), source="images", guidance=1.0, start_share=0.3, grid=16)
     before = error(method, 2)

@@ -235,6 +235,7 @@ def test_the_sampler_of_the_method():
     assert (flow.gamma, flow.renoise) == (None, False)
 
 
+@pytest.mark.slow
 def test_training_through_the_stages_brings_few_steps_to_the_end_of_the_ode():
     """One step loses a third of its error and more (of three seeds, 0.46 to 0.54 of it); four steps are at their floor
     before, and stay there."""

@@ -379,6 +379,7 @@ def test_missing_weights_are_one_message_with_name_place_and_hash(
         pytest.skip("this machine has the public weights in its temporary folder")
 
 
+@pytest.mark.slow
 def test_features_of_a_file_name_their_weights_and_give_what_the_metrics_read(weights: Path) -> None:
     network = load_features(f"inception:{weights}", resize="tf1")
     assert network.sha256 == features_sha256(f"inception:{weights}") and "not FID's" in network.fd_name

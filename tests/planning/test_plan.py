@@ -116,6 +116,7 @@ def test_a_folder_names_no_module_but_a_pipelines_own(library: str, tmp_path: Pa
         _component(library, "Thing", tmp_path, nullcontext())
 
 
+@pytest.mark.slow
 def test_a_folder_that_names_a_class_by_its_former_name_is_planned(tmp_path: Path) -> None:
     """As Stable Diffusion's folders of 2022 do, and diffusers reads them."""
     import transformers

@@ -384,6 +384,7 @@ def test_a_gan_needs_images(tmp_path, prompts):
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_of_videos_is_distilled_with_videos_and_refuses_images(tmp_path, prompts):
     """A discriminator on its network's features tells its student's videos from those of a folder."""
     images, videos = tmp_path / "images", tmp_path / "videos"

@@ -81,6 +81,7 @@ def test_transformers_become_flow_maps_and_stock_students(
     assert kind == (of_tables[steps] if name == "dit" else flow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rank"), [("unet-classes", 0), ("sd3", 2)])
 def test_classes_and_adapters_leave_room_for_a_second_time(name: str, rank: int, tmp_path: Path) -> None:
     """A LoRA's slot is merged and folded with it; no file of the adapter alone could say what it adds."""

@@ -107,6 +107,7 @@ def test_ten_steps_equal_five_and_a_kill_and_a_resume_bit_for_bit(method, tmp_pa
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_an_optimiser_that_starts_anew_resumes_bit_for_bit(tmp_path):
     """Phased DMD's second phase begins after step 3, where its fake network is the teacher again: its optimiser has
     then seen that phase's two updates alone, and a checkpoint of that very step, without moments, goes on exactly."""

@@ -206,6 +206,7 @@ def test_a_sign_slows_the_run_down_and_then_stops_it(tmp_path):
     assert "To do: look at data.images" in outcome.ended
 
 
+@pytest.mark.slow
 def test_what_is_only_said_is_said_once_while_it_lasts(tmp_path):
     outcome = run_with(emoji_recipe_of("lcm", 12, "health.every=4"), tmp_path, one_image)
     assert [at for at, _, _ in outcome.treatments] == [4] and outcome.ended is None

@@ -82,6 +82,7 @@ def said(teacher: PipelineTeacher, text: str) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_one_row_is_trained_and_a_stock_pipeline_has_it(place: Path) -> None:
     plain = PipelineTeacher(load_teacher("emoji"))
     job = trained(place)
@@ -132,6 +133,7 @@ def test_the_networks_that_compare_pictures_are_those_of_the_recipe_and_no_run_i
     assert float(slope.abs().max()) > 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_word(place: Path) -> None:
     whole = trained(place)
     rows = whole.method.roles.concept.rows[0].detach().clone()  # type: ignore[union-attr]

@@ -168,6 +168,7 @@ def test_the_key_tells_apart_what_the_result_depends_on(
     assert base.key == matching(teacher_of("sd")).key != change(base).key
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_turns_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = PipelineTeacher(tiny_pipeline("sd"))
     found = run(matching(teacher, steps=30, output_lr=1e-2, lora_rank=4), tmp_path)
