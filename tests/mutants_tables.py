@@ -548,6 +548,16 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "GROUPS = (21)",
     ): "how many is a choice",
     (
+        "stepdistill/metrics/standard_errors.py",
+        "statistic: Callable[[Tensor], float], count: int, *, groups: int = 20, seed: int = 0",
+        "statistic: Callable[[Tensor], float], count: int, *, groups: int = 20, seed: int = (1)",
+    ): "any order does",
+    (
+        "stepdistill/metrics/standard_errors.py",
+        "statistic: Callable[[Tensor], float], count: int, *, groups: int = 20, seed: int = 0",
+        "statistic: Callable[[Tensor], float], count: int, *, groups: int = (21), seed: int = 0",
+    ): "how many is a choice",
+    (
         "stepdistill/metrics/cmmd.py",
         "return (-squares.clamp_min(0) / (2 * SIGMA**2)).exp()",
         "return (-(squares) / (2 * SIGMA**2)).exp()",

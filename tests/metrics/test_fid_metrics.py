@@ -242,13 +242,15 @@ def test_an_aesthetic_head_is_its_chain_of_linear_layers(tmp_path: Path) -> None
         load_aesthetic_head(tmp_path / "other.pth")
 
 
-def test_intervals_have_the_width_of_the_mean() -> None:
+def test_the_jackknifes_error_is_that_of_a_mean() -> None:
     values = normal(400) + 1
     exact = of_mean(values)
     assert exact.standard_error == pytest.approx(float(values.std()) / 20)
     found = jackknife(lambda chosen: float(values[chosen].mean()), 400, groups=400)
     assert found.value == pytest.approx(exact.value)
     assert found.standard_error == pytest.approx(exact.standard_error)
+    with pytest.raises(ValueError, match="at least 2 values, there is 1"):
+        jackknife(lambda chosen: float(values[chosen].mean()), 400, groups=1)
     with pytest.raises(ValueError, match="at least 2"):
         of_mean(values[:1])
 
