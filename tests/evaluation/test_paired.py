@@ -90,6 +90,26 @@ def test_the_paired_kernel_distance_is_unbiased_for_pairs_that_depend_on_each_ot
         paired_kernel_distance(x[0, :2], y[0, :2])
 
 
+@pytest.mark.parametrize("gamma", [None, 0.3])
+def test_the_paired_kernel_distance_is_the_mean_over_unequal_pairs(gamma: float | None) -> None:
+    """By the sum itself; the error by leaving each pair out in turn."""
+    x, y = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def k(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a @ b * (1 / 5 if gamma is None else gamma) + 1) ** 3)
+
+    def mean(kept: list[int]) -> float:
+        pairs = [(i, j) for i in kept for j in kept if i != j]
+        return sum(k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in pairs) / len(
+            pairs
+        )
+
+    found = paired_kernel_distance(x, y, gamma=gamma)
+    assert found.value == pytest.approx(mean(list(range(7))))
+    without = torch.tensor([mean([i for i in range(7) if i != left]) for left in range(7)])
+    assert found.standard_error == pytest.approx(float((6 * without.var(correction=0)).sqrt()), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kept", "noise", "shift", "low", "high"),
     [
