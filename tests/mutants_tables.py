@@ -558,6 +558,16 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "statistic: Callable[[Tensor], float], count: int, *, groups: int = (21), seed: int = 0",
     ): "how many is a choice",
     (
+        "stepdistill/methods/twinflow.py",
+        "own = (x[i] - per_sample(t[i], x) * now[i]).detach()",
+        "own = (x[i] - per_sample(t[i], x) * now[i])",
+    ): "the field is a number",
+    (
+        "stepdistill/metrics/kid.py",
+        "without = (whole - 2 * rows) / ((count - 1) * (count - 2))  # [N]",
+        "without = ((whole + 2 * rows)) / ((count - 1) * (count - 2))  # [N]",
+    ): "its variance alone is read",
+    (
         "stepdistill/metrics/cmmd.py",
         "return (-squares.clamp_min(0) / (2 * SIGMA**2)).exp()",
         "return (-(squares) / (2 * SIGMA**2)).exp()",

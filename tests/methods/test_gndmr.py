@@ -189,12 +189,15 @@ def test_the_policy_alone_climbs(start: float, options: dict[str, Any]) -> None:
 
 def test_fresh_noise_of_the_steps_after_the_actions_is_counted_on() -> None:
     path, batch = PATHS["flow"], toy_batch(8)
-    method = between(Perceptron(seed=1), path, renoise=True)
-    state, middle, late = method.policy(batch)[-1].step.state, torch.full((8,), 0.5), torch.full((8,), 0.25)
+    method = between(Perceptron(seed=1), path, renoise=True, policy_steps=1)
+    x = method.policy(batch)[-1].step.state
     with torch.no_grad():
-        x = path.noised(method.student.predict(state, middle, batch.cond).x0, batch.fresh(2), late)
-        wanted = method.student.predict(x, late, batch.cond).x0
-    assert torch.equal(method.generate(batch), wanted)
+        for call, (t, s) in enumerate(((0.75, 0.5), (0.5, 0.25)), 1):
+            said = method.student.predict(x, torch.full((8,), t), batch.cond).x0
+            x = path.noised(said, batch.fresh(call), torch.full((8,), s))
+        wanted = method.student.predict(x, torch.full((8,), 0.25), batch.cond).x0
+    torch.testing.assert_close(method.generate(batch), wanted)
+    assert not GNDMR.starts_below
 
 
 def test_realness_of_a_stretch_of_noise_is_the_sum_of_its_parts() -> None:

@@ -221,14 +221,15 @@ def test_what_jumps_learn_is_a_number_also_where_the_student_itself_says_it(deca
 def test_a_one_step_jump_moves_against_the_field_at_its_own_sample_noised_anew():
     """Its loss at t = 1, s = 0 beside that without the field, whose value and gradient are those of |F - sg[F - f]|."""
     plain, method = (
-        method_of(Perceptron(seed=3), parts=(1, 0, 0, 0), rectify=weight) for weight in (0.0, 0.5)
+        method_of(Perceptron(seed=3), parts=(1, 0, 0, 0), rectify=weight, velocity="teacher")
+        for weight in (0.0, 0.5)
     )
     batch, weights = data(), list(method.student.net.parameters())
     x, one = batch.draws.normal("eps", SHAPE), torch.ones(64)
     now = method.student.flow_velocity(x, one, torch.zeros(64), NONE)
     x_r, _, r = method.noised_anew(batch, "renoise", (x - now).detach(), torch.arange(64))
     field = method.field(x_r, r, NONE)
-    assert not field.requires_grad
+    assert not field.requires_grad and float(field.std()) > 0.01
     own = 0.5 * robust(now - (now - field).detach()).mean()
     (whole, logs), (without, _) = (loss_of(each, "student", batch) for each in (method, plain))
     torch.testing.assert_close(whole - without, own)
@@ -237,3 +238,14 @@ def test_a_one_step_jump_moves_against_the_field_at_its_own_sample_noised_anew()
     rest = torch.autograd.grad(without, list(plain.student.net.parameters()))
     for each, left, added in zip(found, rest, torch.autograd.grad(own, weights), strict=True):
         torch.testing.assert_close(each, left + added, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_twin_learns_is_a_number():
+    method, batch = method_of(Perceptron(seed=3), parts=(0, 0, 0, 1)), data()
+    weights, one = list(method.student.net.parameters()), torch.ones(64)
+    x0 = (batch.noise - method.student.flow_velocity(batch.noise, one, 0 * one, NONE)).detach()
+    x_r, eps, r = method.noised_anew(batch, "twin", x0, torch.arange(64))
+    wanted = robust(twin_prediction(method.student, x_r, r, NONE).velocity - (eps - x0)).mean()
+    found = torch.autograd.grad(loss_of(method, "student", batch)[0], weights)
+    for one, other in zip(found, torch.autograd.grad(wanted, weights), strict=True):
+        torch.testing.assert_close(one, other)
