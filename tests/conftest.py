@@ -47,11 +47,6 @@ def imports_are_no_garbage() -> Iterator[None]:
         _imported = len(sys.modules)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, so that no process waits for another at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
 @pytest.fixture(scope="session")
 def teacher_of() -> Callable[[str], PipelineTeacher]:
     """teacher_of(name) for a name of ``tiny.PIPELINES``: the same object at every call."""

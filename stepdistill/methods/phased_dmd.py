@@ -128,7 +128,7 @@ class PhasedDMD(Method):
         return self.generate(batch, self.options.phases - 1)
 
     def field(self, x_s: Tensor, batch: Batch, since: float) -> Tensor:
-        """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where they should move away from, a number."""
+        """a (score_fake - score_real) at noised states x_s [B, C, H, W]: where to move away from, without a graph."""
         own = self.options
         views = views_of(self.fake, self.teacher, x_s, batch, own, own.score_scale, since=since)
         ratio, _ = self.fake.path.kernel(at_time(since, x_s), views.t)
