@@ -33,7 +33,10 @@ from accelerate import Accelerator
 from fresh import FreshProcesses
 from run_toy import HERE
 from safetensors.torch import load_file
-from tiny import EMBEDDED, GUIDED, PIPELINES, SIZES, VIDEO, tiny_pipeline, tiny_prompts
+from tiny import EMBEDDED, GUIDED, PIPELINES, SIZES, tiny_pipeline, tiny_prompts
+from tiny_from_picture import BUILDERS as FROM_PICTURE
+from tiny_from_picture import SIZES as PICTURE_SIZES
+from tiny_from_picture import pictured, tiny_from_picture
 from tiny_hidream import tiny_hidream
 from tiny_kolors import tiny_kolors
 
@@ -58,13 +61,13 @@ FAILED = "FAILED: "
 
 def sides_of(name: str) -> list[int]:
     """What is drawn, as in data.size; empty where it is the pipeline's own."""
-    size = SIZES.get(name)
-    return [] if size is None else [size.height, size.width, size.frames][: 3 if name in VIDEO else 2]
+    size = (SIZES | PICTURE_SIZES).get(name)
+    return [] if size is None else [size.height, size.width, size.frames][: 3 if size.frames > 1 else 2]
 
 
 def recipe_of(name: str, folder: Path, method: str, *more: str) -> Recipe:
     """A run of a few updates on the pipeline in ``folder / "teacher"``."""
-    guided = name in (*GUIDED, *EMBEDDED, *MORE)
+    guided = name in (*GUIDED, *EMBEDDED, *MORE, *FROM_PICTURE)
     sets = [
         *("student.output=teacher", "train.batch=2", "train.lr=1e-3", "train.average=0.5", "evaluate=false"),
         *("train.checkpoint_every=1", "train.preview_every=0", f"options.guidance={2 if guided else 1}"),
@@ -162,6 +165,15 @@ def tried(ask: Callable[[], str]) -> str:
         return f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def tried_on(name: str, folder: Path) -> tuple[Any, list[str]]:
+    """A pipeline, and two prompts."""
+    if name in FROM_PICTURE:
+        return tiny_from_picture(name), pictured(folder, 2, PICTURE_SIZES[name])
+    if name in MORE:
+        return MORE[name](folder), ["a red heart", "blue fish"]
+    return tiny_pipeline(name), tiny_prompts(name, 2)
+
+
 def row_of(name: str) -> dict[str, str]:
     """What was found of a pipeline, by the heads of the table."""
     began, row = time.perf_counter(), dict[str, str]()
@@ -169,9 +181,8 @@ def row_of(name: str) -> dict[str, str]:
         folder = Path(place)
 
         def build() -> str:
-            pipe = MORE[name](folder) if name in MORE else tiny_pipeline(name)
+            pipe, prompts = tried_on(name, folder)
             pipe.save_pretrained(folder / "teacher")
-            prompts = ["a red heart", "blue fish"] if name in MORE else tiny_prompts(name, 2)
             (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
             row["teacher check"], row["grid check"] = checks_of(name, folder / "teacher")
             return row["teacher check"]
@@ -210,7 +221,7 @@ def main(names: list[str], file: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    every = [*PIPELINES, *MORE]
+    every = [*PIPELINES, *FROM_PICTURE, *MORE]
     if importlib.util.find_spec("sentencepiece") is None:
         every.remove("kolors")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

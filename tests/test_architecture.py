@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "stepdistill"
 FLOORS = """
 errors
 system
-diffusion recipes pages metrics attention
+diffusion recipes pages pictures metrics attention
 families features
 networks
 losses

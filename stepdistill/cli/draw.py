@@ -31,6 +31,10 @@ def sample(
     prompts: Annotated[
         Path | None, typer.Option(help="Their file: .txt, .jsonl, .json, .csv, .tsv or .tar; needs --into.")
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture to draw from, of all PROMPTs; or may repeat, one for each."),
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Picture i is drawn from seed + i.")] = 0,
@@ -69,6 +73,7 @@ def sample(
     for text in given:
         if text.endswith(PROMPT_FILES) and Path(text).is_file():
             raise UserError(f"{text} is a file, not a prompt: give --prompts {text} --into DIR")
+    given = _from_pictures(given, image or [])
     if into is None:
         wanted = {"--prompts": prompts, "--count": count, "--teacher": teacher or None, "--format": kind,
                   "--teacher-steps": teacher_steps, "--batch": batch}  # fmt: skip
@@ -114,6 +119,23 @@ def sample(
     if processes.main:
         for drawer in drawers:
             print(into / drawer.label)
+
+
+def _from_pictures(prompts: list[str], pictures: list[Path]) -> list[str]:
+    """The prompts with the pictures that they are drawn from."""
+    if not pictures:
+        return prompts
+    if len(pictures) not in (1, len(prompts)):
+        raise UserError(
+            f"--image is given {len(pictures)} times for {len(prompts)} prompts: give one, or one for each"
+        )
+    from stepdistill.pictures.given import with_picture
+
+    every = pictures * len(prompts) if len(pictures) == 1 else pictures
+    try:
+        return [with_picture(text, file) for text, file in zip(prompts, every, strict=True)]
+    except ValueError as error:
+        raise UserError(f"--image: {error}") from None
 
 
 def _check_output(output: Path, fps: float | None) -> None:

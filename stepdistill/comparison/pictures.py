@@ -16,6 +16,7 @@ from stepdistill.evaluation.gallery import load_galleries
 from stepdistill.export.verify import read_manifest
 from stepdistill.families.watching import frames_of
 from stepdistill.networks.loading import load_pipeline, load_teacher
+from stepdistill.networks.own_call import proof_calls, proof_prompts
 from stepdistill.networks.pictures import strip, teacher_pictures, to_uint8
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows, read_sheet
@@ -82,7 +83,7 @@ def draw_students(
         UserError: a pipeline that does not load.
     """
     manifests = [read_manifest(folder / "student") for _, folder in runs]
-    prompts: Any = manifests[0]["call"].get("prompt", manifests[0]["call"].get("class_labels"))
+    prompts: Any = proof_prompts(manifests[0], runs[0][1] / "student")
     seeds = manifests[0]["seeds"]
     if teacher == DEFAULT_TEACHER:
         captions = emoji_captions()
@@ -96,15 +97,17 @@ def draw_students(
         drawn = teacher_pictures(source, texts, seeds, steps, guidance)
         rows.append((f"teacher, {steps} step{'s' * (steps > 1)}", to_uint8(drawn)))
     for (label, folder), manifest in zip(runs, manifests, strict=True):
-        call = dict(manifest["call"])
-        if "prompt" in call:
+        call, parts = dict(manifest["call"]), list[Tensor]()
+        if teacher == DEFAULT_TEACHER and "prompt" in call:
             call["prompt"] = prompts
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pipe, _ = load_pipeline(folder / "student", device)
-        with torch.no_grad():
-            drawn = pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
+        for some, of in proof_calls({**manifest, "call": call, "seeds": seeds}, folder / "student"):
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in of]
+            with torch.no_grad():
+                drawn = pipe(**some, generator=generators, output_type="np", return_dict=False)[0]
+            parts.append(strip(frames_of(drawn)))
         steps = call["num_inference_steps"]
-        rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(strip(frames_of(drawn)))))
+        rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(torch.cat(parts))))
     return png_of_rows(rows, [str(prompt) for prompt in prompts or ()])
 
 

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from stepdistill.data.prompts import DAMAGE, BadRow, file_rows, named, text_in, text_of
+from stepdistill.data.prompts import DAMAGE, BadRow, file_rows, named, prompt_of, text_in
 from stepdistill.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -52,7 +52,7 @@ def read_metadata(folder: Path) -> dict[Path, Caption]:
                 if name is None or not isinstance(row[name], str) or not row[name].strip():
                     raise BadRow(f"{place} has no {FILE_KEY}")
                 image = Path(os.path.normpath(file.parent / row[name].strip()))
-                found[image] = Caption(text_of(row, place).strip(), source)
+                found[image] = Caption(prompt_of(row, place, file.parent), source)
         except BadRow as problem:
             raise UserError(f"data.images: {file}: {problem}") from None
         except DAMAGE as error:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stepdistill.data.image_decoding import LARGEST_FILE, Decoded, Entry, Refused, fit, to_pixels
 from stepdistill.data.image_names import ENDINGS, is_image, natural, sample_of
 from stepdistill.data.image_sources import ImageSource, Reading, Skipped, decode_all
 from stepdistill.data.tars import most_unpacked, open_tar
 from stepdistill.errors import UserError
+from stepdistill.pictures.decoding import LARGEST_FILE, Decoded, Entry, Refused, fit, to_pixels
 from stepdistill.system.files import PerProcess
 
 ARCHIVES = (".zip", ".npz", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from stepdistill.data.image_decoding import Decoded, Entry, Size, decode
 from stepdistill.errors import UserError
+from stepdistill.pictures.decoding import Decoded, Entry, Size, decode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -170,7 +170,7 @@ def decode_all(
 
     Args:
         entries: what to decode.
-        resolution: see :func:`stepdistill.data.image_decoding.fit`.
+        resolution: see :func:`stepdistill.pictures.decoding.fit`.
         reading: who may read them.
         upright: turn them as their EXIF says.
         workers: processes that decode; 0 is threads, None what fits their number and the machine. What is read in order

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stepdistill.data.image_decoding import Decoded, Entry, Size, decode, most_pixels
 from stepdistill.errors import UserError
+from stepdistill.pictures.decoding import Decoded, Entry, Size, decode, most_pixels
 
 FEW = 1000
 """Fewer images are decoded by threads: processes would hardly have started."""
@@ -70,11 +70,11 @@ class _Decoder(Dataset[_Pixels]):
 def decode_in_processes(
     entries: Sequence[Entry], resolution: Size, workers: int, *, upright: bool = False
 ) -> Iterator[Decoded]:
-    """The images of entries in order, as :func:`stepdistill.data.image_decoding.decode` gives them.
+    """The images of entries in order, as :func:`stepdistill.pictures.decoding.decode` gives them.
 
     Args:
         entries: what to decode; each process reads its own.
-        resolution: see :func:`stepdistill.data.image_decoding.fit`.
+        resolution: see :func:`stepdistill.pictures.decoding.fit`.
         workers: processes, at least 1.
         upright: turn images as their EXIF says.
 

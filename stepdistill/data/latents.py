@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.data.image_decoding import Nearest
 from stepdistill.data.image_sources import Skipped
 from stepdistill.data.row_cache import CHUNK, MEMORY_BYTES, MEMORY_ROWS, SHARD
 from stepdistill.data.shards import Shards, Tensors, grouped
@@ -20,6 +19,7 @@ from stepdistill.data.sizes import Wanted, latents_size
 from stepdistill.data.training_images import Images
 from stepdistill.errors import UserError
 from stepdistill.families.size import Size
+from stepdistill.pictures.decoding import Nearest
 from stepdistill.system.log import bar
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.processes import ALONE, Processes

@@ -5,7 +5,8 @@
     .csv, .tsv                   the column "prompt", "caption" or "text"
     .tar (.tar.gz, .tgz, ...)    a webdataset: of each sample, in the order of the names, its .txt, .json or .cls
 
-Names of keys and columns count without case. Imports no torch, so that a mistake is told at once.
+Names of keys and columns count without case. A prompt may name a picture that is drawn from, see ``pictures.given``.
+Imports no torch, so that a mistake is told at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from stepdistill.data.image_names import natural, of_macos, sample_of
 from stepdistill.data.tars import open_tar
 from stepdistill.data.texts import Texts
 from stepdistill.errors import UserError
+from stepdistill.pictures.given import KEY as PICTURE_KEY
+from stepdistill.pictures.given import found_from, with_picture
 from stepdistill.system.parsing import Unreadable, parse_json
 from stepdistill.system.shipped import is_lfs_pointer
 
@@ -142,13 +145,13 @@ def _of_json(file: Path) -> Iterator[str]:
     if not isinstance(content, (dict, list)):
         raise BadRow("is neither a list nor a table of prompts")
     rows = content.items() if isinstance(content, dict) else enumerate(content, 1)
-    return (text_of(row, f"entry {key}") for key, row in rows)
+    return (prompt_of(row, f"entry {key}", file.parent) for key, row in rows)
 
 
 def _of_lines(file: Path) -> Texts:
     texts = Texts(file, _parser(file))
     for row in file_rows(file):
-        text_of(row.content, row.place)
+        prompt_of(row.content, row.place, file.parent)
         texts.add(row.start, row.size)
     return texts
 
@@ -216,21 +219,38 @@ def _parser(file: Path) -> Callable[[bytes], str]:
     if (delimiter := _DELIMITERS.get(file.suffix.lower())) is not None:
         with file.open("rb") as stream:
             header = csv.DictReader(_Lines(stream), delimiter=delimiter).fieldnames
-        return partial(_cell, tuple(header or ()), delimiter)
-    return _in_json if file.suffix.lower() == ".jsonl" else _line
+        return partial(_cell, file.parent, tuple(header or ()), delimiter)
+    return partial(_in_json if file.suffix.lower() == ".jsonl" else _line, file.parent)
 
 
-def _line(content: bytes) -> str:
-    return _utf8(content, "").strip()
+def _line(folder: Path, content: bytes) -> str:
+    return prompt_of(_utf8(content, ""), "", folder)
 
 
-def _in_json(content: bytes) -> str:
-    return text_of(parse_json(_utf8(content, "")), "").strip()
+def _in_json(folder: Path, content: bytes) -> str:
+    return prompt_of(parse_json(_utf8(content, "")), "", folder)
 
 
-def _cell(header: Sequence[str], delimiter: str, content: bytes) -> str:
+def _cell(folder: Path, header: Sequence[str], delimiter: str, content: bytes) -> str:
     table = csv.DictReader(_Lines(io.BytesIO(content)), header, delimiter=delimiter)
-    return text_of(next(table), "").strip()
+    return prompt_of(next(table), "", folder)
+
+
+def prompt_of(row: Any, place: str, folder: Path) -> str:
+    """The prompt of a row of a file in ``folder``: its text, with the picture that the row names.
+
+    Raises:
+        BadRow: it has none, or its picture is no path.
+    """
+    text, name = text_of(row, place).strip(), named(row, PICTURE_KEY)
+    if name is not None and row[name] not in (None, ""):
+        if not isinstance(row[name], str):
+            raise BadRow(f"{place}: {name} is {row[name]!r}, not the path of a picture")
+        try:
+            text = with_picture(text, row[name].strip())
+        except ValueError as error:
+            raise BadRow(f"{place}: {name}: {error}") from None
+    return found_from(text, folder)
 
 
 def text_of(row: Any, place: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, overload
 
 from stepdistill.errors import UserError
+from stepdistill.pictures.given import identity
 from stepdistill.system.files import PerProcess
 
 
@@ -98,10 +99,12 @@ def _stamp(state: os.stat_result) -> tuple[int, int]:
 
 
 def rows_sha256(rows: Iterable[object]) -> str:
-    """SHA-256 of the rows as one JSON list, none of them held."""
+    """SHA-256 of the rows as one JSON list, none of them held; of a picture that a prompt names its content counts, not
+    its place."""
     digest = hashlib.sha256(b"[")
     for number, row in enumerate(rows):
-        digest.update((", " if number else "").encode() + json.dumps(row).encode())
+        known = identity(row) if isinstance(row, str) else row
+        digest.update((", " if number else "").encode() + json.dumps(known).encode())
     digest.update(b"]")
     return digest.hexdigest()
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.captions import caption_of, printable, read_metadata
-from stepdistill.data.image_decoding import LARGEST_FILE, Decoded, Entry, Nearest, Refused
 from stepdistill.data.image_names import ENDINGS, is_image, natural
 from stepdistill.data.image_sources import Skipped, decode_all
 from stepdistill.data.prompts import DAMAGE, BadRow, caption_in, is_tar, webdataset
 from stepdistill.data.texts import Texts, opened, rows_sha256
 from stepdistill.errors import UserError
+from stepdistill.pictures.decoding import LARGEST_FILE, Decoded, Entry, Nearest, Refused
 from stepdistill.system.emoji import emoji_captions, emoji_images
 
 

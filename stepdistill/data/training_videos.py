@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepdistill.data.captions import printable
-from stepdistill.data.image_decoding import Decoded, Nearest
 from stepdistill.data.image_names import of_macos
 from stepdistill.data.texts import rows_sha256
 from stepdistill.data.training_images import CaptionedFiles, ImageFolder, ImageTars, find_images
 from stepdistill.data.video_decoding import FORMATS, check_reader, decode_video
 from stepdistill.errors import UserError
+from stepdistill.pictures.decoding import Decoded, Nearest
 from stepdistill.system.prefetch import ahead
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepdistill.data.image_decoding import Decoded, Refused, Size, fit, unreadable
 from stepdistill.errors import UserError
+from stepdistill.pictures.decoding import Decoded, Refused, Size, fit, unreadable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,7 +42,7 @@ def decode_video(name: str, file: Path, frames: int, rate: float | None, size: S
         file: where it lies.
         frames: how many, F.
         rate: how many of them a second, of each the nearest of the video's own; None takes every frame.
-        size: of each frame, see :func:`stepdistill.data.image_decoding.fit`.
+        size: of each frame, see :func:`stepdistill.pictures.decoding.fit`.
     """
     import av
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from stepdistill.data.image_decoding import fit
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
+from stepdistill.evaluation.asked import asked_of
 from stepdistill.evaluation.suite import Suite
 from stepdistill.evaluation.video_pipelines import sounds_of
 from stepdistill.families import known_family
@@ -22,6 +22,8 @@ from stepdistill.families._guiders import guided_at, guiders_of
 from stepdistill.families.base import call_default
 from stepdistill.families.plain_calls import drawing_call
 from stepdistill.pages.videos import Sound
+from stepdistill.pictures.decoding import fit
+from stepdistill.pictures.given import check_named, words_of
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
@@ -118,7 +120,7 @@ class Drawing:
             self._pipe.scheduler = scheduler
 
     def _draw(self, rows: Sequence[int], steps: int, given: Mapping[str, Any]) -> Tensor:
-        takes, size = self._takes, self._suite.draw_resolution or self._suite.resolution
+        takes = self._takes
         call: dict[str, Any] = {
             **drawing_call(takes, steps, self._own),
             "generator": [torch.Generator("cpu").manual_seed(self._suite.seed(i)) for i in rows],
@@ -126,7 +128,8 @@ class Drawing:
             **given,
         }
         if "prompt" in takes and self._prompts is not None:
-            call["prompt"] = [self._prompts[i] for i in rows]
+            some = [self._prompts[i] for i in rows]
+            call |= asked_of(self._pipe, some, {**call, **self._sides()})
         elif "batch_size" in takes:
             call["batch_size"] = len(rows)
         if self._labels is not None:
@@ -134,8 +137,7 @@ class Drawing:
         call |= self._told
         if self._eta is not None:
             call["eta"] = self._eta
-        if size and size != "own" and {"height", "width"} <= takes:
-            call.update(height=size, width=size)
+        call |= self._sides()
         begin = self._now()
         try:
             with torch.no_grad():
@@ -160,6 +162,12 @@ class Drawing:
             raise UserError(f"the pipeline drew NaN or Inf for {what} (seed {seed}, {steps} steps)")
         drawn = (drawn.float() * 255).round().to(torch.uint8).cpu()  # a quarter of the bytes to copy
         return drawn if self._videos else self._sized(drawn)
+
+    def _sides(self) -> dict[str, int]:
+        """The size that the call is told by the suite."""
+        size = self._suite.draw_resolution or self._suite.resolution
+        told = size and size != "own" and {"height", "width"} <= self._takes
+        return {"height": size, "width": size} if told and isinstance(size, int) else {}
 
     def _now(self) -> float:
         """Seconds, when all that the pipeline's device was given is done."""
@@ -191,7 +199,7 @@ def cut_prompts(pipe: Any, prompts: Sequence[str]) -> list[str]:
             continue
         most, cut = tokenizer.model_max_length, 0
         for first in range(0, len(prompts), 1024):  # of a million prompts the tokens are many
-            ids = tokenizer(list(prompts[first : first + 1024]), verbose=False).input_ids
+            ids = tokenizer(words_of(prompts[first : first + 1024]), verbose=False).input_ids
             cut += sum(len(each) > most for each in ids)
         if cut:
             lines.append(
@@ -226,6 +234,8 @@ def _check_fit(pipe: Any, takes: frozenset[str], suite: Suite, prompts: Sequence
             raise UserError(
                 f"{name} draws from prompts, suite {suite.label} has none: take one that has, or give --prompts FILE"
             )
+        family = known_family(name)
+        check_named(prompts, family is not None and family.from_picture, name, "prompts")
         return
     classes = classes_of(pipe)
     if prompts is not None:

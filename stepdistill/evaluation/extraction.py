@@ -30,6 +30,7 @@ from stepdistill.features.network import FeatureNetwork
 from stepdistill.metrics.aesthetic import AestheticHead, load_aesthetic_head
 from stepdistill.metrics.clip_score import cosines
 from stepdistill.metrics.pick_score import pick_scores
+from stepdistill.pictures.given import words_of
 
 
 class Extraction:
@@ -101,7 +102,7 @@ class Extraction:
             raise UserError(
                 f"{len(prompts or [])} prompts for {len(pixels)} images; suite {suite.label} needs one an image"
             )
-        texts = list(prompts or [])
+        texts = words_of(prompts or [])
         rows, seen = self._own_rows(pixels), dict[str, Tensor]()
         if "features" in rows:
             seen[suite.features] = rows["features"]

@@ -80,16 +80,30 @@ def sample(
     pipe, _ = load_pipeline(folder, device, filters=True)
     if guidance is not None and guiders_of(pipe):
         pipe, guidance = guided_at(pipe, guidance), None
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    arguments = call_arguments(pipe, own, prompts, steps, guidance)
-    try:
-        drawn, *beside = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)
-    except ValueError as error:  # a scheduler that is pinned to a grid says so
-        raise UserError(
-            f"{type(pipe).__name__} cannot draw with {steps} step{'s' * (steps > 1)}: {' '.join(str(error).split())}"
-        ) from None
-    frames = [item if isinstance(item, list) else [item] for item in drawn]
-    return Drawn(frames, frame_rate(pipe), sounds_of(pipe, beside))
+    at_once = 1 if draws_alone(pipe, own) else len(prompts)
+    frames, sounds = list[list[Any]](), list[Any]()
+    for first in range(0, len(prompts), at_once):
+        some = prompts[first : first + at_once]
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(some))]
+        arguments = call_arguments(pipe, own, some, steps, guidance)
+        try:
+            drawn, *beside = pipe(**arguments, generator=generators, output_type="pil", return_dict=False)
+        except ValueError as error:  # a scheduler that is pinned to a grid says so
+            raise UserError(
+                f"{type(pipe).__name__} cannot draw with {steps} step{'s' * (steps > 1)}: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+        frames += [item if isinstance(item, list) else [item] for item in drawn]
+        sounds += sounds_of(pipe, beside)
+    return Drawn(frames, frame_rate(pipe), sounds)
+
+
+def draws_alone(pipe: Any, own: OwnCall | None) -> bool:
+    """Whether a pipeline draws one prompt at a time."""
+    from stepdistill.families import known_family
+
+    family = known_family(type(pipe).__name__)
+    return (family is not None and family.alone) or (own is not None and own.alone)
 
 
 def call_arguments(
@@ -107,6 +121,7 @@ def call_arguments(
     """
     import inspect
 
+    from stepdistill.evaluation.asked import asked_of
     from stepdistill.evaluation.drawing import classes_of
     from stepdistill.families.plain_calls import drawing_call
 
@@ -115,7 +130,7 @@ def call_arguments(
     if "class_labels" in takes and classes_of(pipe):
         arguments["class_labels"] = _classes(prompts)
     elif "prompt" in takes:
-        arguments["prompt"] = list(prompts)
+        arguments |= asked_of(pipe, prompts, arguments)
     else:
         arguments["batch_size"] = len(prompts)
     if "guidance_scale" in takes:

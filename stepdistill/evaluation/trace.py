@@ -19,7 +19,7 @@ from torch import Tensor
 from stepdistill.diffusion.path import Path as NoisePath
 from stepdistill.diffusion.path import TrigPath
 from stepdistill.errors import UserError
-from stepdistill.evaluation.sample import call_arguments
+from stepdistill.evaluation.sample import call_arguments, draws_alone
 from stepdistill.export.checks import times_asked
 from stepdistill.export.schedulers import stock_scheduler
 from stepdistill.families import Family, known_family
@@ -167,6 +167,10 @@ def _traced(one: Asked, prompts: Sequence[str], seeds: int, features: str, devic
     network = load_features(features, device=pipe.device)
     pictures, times, rows = [], list[float](), list[Tensor]()
     for prompt in prompts:
+        if draws_alone(pipe, own):
+            raise UserError(
+                f"trace: {one.name} is a {type(pipe).__name__}, which draws one picture at a time"
+            )
         call = call_arguments(pipe, own, [prompt] * seeds, one.steps, one.guidance if own is None else None)
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
         seen = watch(pipe, {**call, "output_type": "np"}, scheduler=scheduler)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from stepdistill.export.shared import Terms, is_hub_name, loaded_from, shown_name, without_folders
+from stepdistill.networks.own_call import IMAGE
 from stepdistill.networks.pipeline_files import ADAPTER, LORA, TILED_VAE, components, read_index, tensor_types
 from stepdistill.networks.tiles import tiles_in, tiles_in_words
 from stepdistill.system.parsing import parse_json
@@ -150,6 +151,17 @@ from diffusers import DiffusionPipeline
 """
 
 
+_LOADING = "from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n"
+_PICTURE = 'image=load_image("picture.png"), '
+
+
+def _task(kind: str, prompted: bool, drawn_from: bool) -> str:
+    """What the Hub calls what a pipeline does, which draws images or videos."""
+    if not prompted:
+        return f"unconditional-{kind}-generation"
+    return f"{'image' if drawn_from else 'text'}-to-{kind}"
+
+
 def model_card(
     *,
     teacher: str,
@@ -190,6 +202,7 @@ def model_card(
     """
     shown = {k: (v[0] if isinstance(v, list) and k == "prompt" else v) for k, v in call.items()}
     shown.pop("batch_size", None)
+    drawn_from = shown.pop(IMAGE, None) is not None
     if isinstance(shown.get("class_labels"), list):
         shown["class_labels"] = shown["class_labels"][:1]
     scale = call.get("guidance_scale")
@@ -205,12 +218,13 @@ def model_card(
         "library_name": "diffusers",
         **({"base_model": base} if base else {}),
         **terms.metadata,
-        "pipeline_tag": f"text-to-{kind}" if "prompt" in call else f"unconditional-{kind}-generation",
+        "pipeline_tag": _task(kind, "prompt" in call, drawn_from),
         "tags": ["stepdistill", "distillation", "few-step", method, *(["lora"] if lora else [])],
     }
     more = {"LoRA": f"rank {lora.rank}, scale {lora.scale:g}, `{LORA}`"} if lora else {}
     shown_pictures = " ".join(f"![{i}](verification/{i}.png)" for i in range(pictures))
-    return CARD.format(
+    card = CARD.replace("from diffusers import DiffusionPipeline\n", _LOADING) if drawn_from else CARD
+    return card.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         title=f"{name} in {steps} step{'s' * (steps > 1)} ({method})",
         pictures=f"{shown_pictures}\n\n" if pictures else "",
@@ -221,7 +235,7 @@ def model_card(
         steps=steps,
         shown=kind,
         field="frames" if video else "images",
-        call=", ".join(f"{key}={value!r}" for key, value in shown.items()),
+        call=_PICTURE * drawn_from + ", ".join(f"{key}={value!r}" for key, value in shown.items()),
         guidance_note=note,
         guidance=f"{guidance:g}",
         summary=summary,

@@ -14,7 +14,7 @@ from stepdistill.export.card import for_folder
 from stepdistill.export.original import Original, held_in, in_float32, round_to
 from stepdistill.export.shared import carry_terms, take_out_folders
 from stepdistill.export.student_folder import TOLERANCE, hashes
-from stepdistill.networks.own_call import VERIFICATION
+from stepdistill.networks.own_call import VERIFICATION, kept_call
 from stepdistill.networks.pictures import to_uint8
 from stepdistill.networks.tiles import KEY, tiles_of
 from stepdistill.system.files import folder_written_whole
@@ -72,7 +72,7 @@ def write_composed(
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
         manifest = {
-            "call": dict(call),
+            "call": kept_call(call, place),
             "seeds": list(seeds),
             "step_counts": [call["num_inference_steps"]],
             "alone": alone,

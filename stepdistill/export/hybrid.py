@@ -33,7 +33,7 @@ from stepdistill.export.verify import read_manifest, student_folder
 from stepdistill.families.watching import Draw
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.loading import load_pipeline, with_merged_adapters
-from stepdistill.networks.own_call import OwnCall, own_call
+from stepdistill.networks.own_call import OwnCall, own_call, refuse_pictures
 from stepdistill.networks.pictures import strip
 from stepdistill.networks.sampler import schedule_times
 from stepdistill.networks.scheduler_path import OUTPUTS, PREDICTION_TYPES, path_of
@@ -195,6 +195,7 @@ def write_hybrid(
     assert own is not None
     pipe = with_merged_adapters(load_pipeline(source, teacher.device)[0])
     family, call = teacher.family, dict(manifest["call"])
+    refuse_pictures(call, "hybrid")
     if not hasattr(pipe, family.network):
         raise UserError(
             f"{student} is a {type(pipe).__name__}, and {name} a {type(teacher.pipe).__name__}: give the student's own "

@@ -25,6 +25,7 @@ from stepdistill.export.verify import read_manifest
 from stepdistill.families import Family, known_family
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.loading import load_pipeline, with_merged_adapters
+from stepdistill.networks.own_call import refuse_pictures
 from stepdistill.networks.pictures import strip
 from stepdistill.system.float32 import full_float32
 from stepdistill.system.log import bar
@@ -78,6 +79,7 @@ def write_joined(
     pipes = [with_merged_adapters(load_pipeline(each.folder, device)[0]) for each in members]
     manifests = [read_manifest(each.folder) for each in members]
     kind = type(pipes[0]).__name__
+    refuse_pictures(manifests[0]["call"], "join")
     family = known_family(kind)
     if family is None:
         raise UserError(f"join: a {kind} is not of a family whose prompts are known here")

@@ -43,7 +43,7 @@ from stepdistill.families._guiders import is_guider
 from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.codec import Codec
 from stepdistill.networks.concept import Concept
-from stepdistill.networks.own_call import VERIFICATION
+from stepdistill.networks.own_call import VERIFICATION, kept_call
 from stepdistill.networks.pictures import draw_as_pipeline, strip, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.streamed import streamed
@@ -204,7 +204,7 @@ def export(
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(proof / f"{i}.png")
         asked = called_with(sampler, student) if alone else sampler
         manifest = {
-            "call": pipeline_call(type(pipe).__name__, asked, teacher.codec, prompts),
+            "call": kept_call(pipeline_call(type(pipe).__name__, asked, teacher.codec, prompts), place),
             "seeds": list(seeds),
             "step_counts": sorted({sampler.steps, *sampler.step_counts}),
             "alone": teacher.family.alone,

@@ -20,7 +20,7 @@ from stepdistill.errors import UserError
 from stepdistill.networks.adapter_teacher import place_note, teacher_named
 from stepdistill.networks.find import local_folder
 from stepdistill.networks.fingerprint import weights_hash
-from stepdistill.networks.own_call import VERIFICATION
+from stepdistill.networks.own_call import IMAGE, VERIFICATION
 from stepdistill.networks.pipeline_files import ADAPTER
 from stepdistill.system.files import sha256_of
 from stepdistill.system.inside import is_inside
@@ -61,10 +61,15 @@ pipe.set_progress_bar_config(disable=True)
 def draw(call, generators):
     return pipe(**call, generator=generators, output_type="np", return_dict=False)[0]
 call = manifest["call"]
+from PIL import Image
+given = [Image.open(f"{folder}/{name}").convert("RGB") for name in call.get("image", ())]
+if given:
+    call["image"] = given
 def draw_all():
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
     if manifest.get("alone"):
-        return [draw({**call, "prompt": [p]}, [g])[0] for p, g in zip(call["prompt"], generators)]
+        each = [{"prompt": [p], **({"image": given[i]} if given else {})} for i, p in enumerate(call["prompt"])]
+        return [draw({**call, **own}, [g])[0] for own, g in zip(each, generators)]
     return draw(call, generators)
 networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 size = sum(value.numel() for part in networks for value in part.parameters())
@@ -79,7 +84,6 @@ if size > 4e9 and torch.cuda.is_available():  # a processor would take hours
         pipe.remove_all_hooks()
 if images is None:
     images = draw_all()
-from PIL import Image
 worst, total = 0.0, 0.0
 for i, image in enumerate(images):
     drawn = numpy.rint(numpy.asarray(image, dtype="float64")[..., :3] * 255)
@@ -169,6 +173,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         call, tolerance = manifest["call"], manifest["tolerance"]
         int(call["num_inference_steps"]), float(tolerance["max"]), float(tolerance["mean"])
         [int(seed) for seed in manifest["seeds"]]
+        for name in call.get(IMAGE, ()):
+            if name not in manifest["files"]:
+                raise ValueError(f"call has {name}, which is no file of the folder")
         for name, sha256 in manifest["files"].items():
             if not isinstance(sha256, str) or not is_inside(name):
                 raise ValueError(f"files has {name}, which is no file of the folder")

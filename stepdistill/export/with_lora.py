@@ -6,7 +6,6 @@ Sliders, styles and concepts of a base model act on a student that was distilled
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from stepdistill.families import known_family
 from stepdistill.families.watching import frames_of
 from stepdistill.networks.find import find_lora
 from stepdistill.networks.loading import load_pipeline, with_merged_adapters
+from stepdistill.networks.own_call import proof_call, proof_calls
 from stepdistill.networks.pictures import strip
 from stepdistill.system.float32 import full_float32
 
@@ -72,17 +72,17 @@ def write_with_lora(student: str | Path, lora: str, scale: float, folder: Path, 
 
     @full_float32()
     def draw() -> Tensor:
-        call: Mapping[str, Any] = {**manifest["call"], "output_type": "np", "return_dict": False}
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in manifest["seeds"]]
-        calls = [(call, generators)]
-        if manifest.get("alone"):
-            each = zip(call["prompt"], generators, strict=True)
-            calls = [({**call, "prompt": [prompt]}, [own]) for prompt, own in each]
-        return torch.cat([strip(frames_of(pipe(**one, generator=own)[0])) for one, own in calls])
+        drawn = []
+        for call, seeds in proof_calls(manifest, source):
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            drawn.append(
+                strip(frames_of(pipe(**call, generator=generators, output_type="np", return_dict=False)[0]))
+            )
+        return torch.cat(drawn)
 
     note = f"\nThe LoRA `{file.name}` is in its weights at scale {scale:g}.\n"
     card = (source / "README.md").read_text("utf-8") + note
     write_composed(
-        folder, merged, family.network, source, manifest["call"], manifest["seeds"], draw, card,
+        folder, merged, family.network, source, proof_call(manifest, source), manifest["seeds"], draw, card,
         alone=bool(manifest.get("alone")),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from stepdistill.families._pixels import unit_pixels
 from stepdistill.families.condition import Condition
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
+from stepdistill.pictures.given import pictures_of, words_of
 
 
 class Family(ABC):
@@ -43,6 +44,7 @@ class Family(ABC):
         any_size: whether its call takes a height and a width.
         told_size: whether the call is told them even where they are the network's own, as its default is another.
         size_conditions: names of the conditions that say the size of what is drawn.
+        from_picture: whether it draws from a picture beside the prompt, which names it, see ``pictures.given``.
         video: whether a state has frames, and its VAE takes [B, 3, F, H, W].
         keeps_length: whether a guided output is given the length, along the last axis of what :meth:`pack` makes of
             it, of the output for the prompt alone.
@@ -67,6 +69,7 @@ class Family(ABC):
     any_size: ClassVar[bool] = True
     told_size: ClassVar[bool] = False
     size_conditions: ClassVar[frozenset[str]] = frozenset()
+    from_picture: ClassVar[bool] = False
     video: ClassVar[bool] = False
     keeps_length: ClassVar[bool] = False
     alone: ClassVar[bool] = False
@@ -91,6 +94,11 @@ class Family(ABC):
     @abstractmethod
     def null(self, pipe: Any, size: Size) -> Condition | None:
         """The condition (B = 1) that classifier-free guidance starts from; None where the model has none."""
+
+    def unguided(self, null: Condition, cond: Condition) -> Condition:
+        """What guidance starts from for the samples of a condition: :meth:`null`, at the size that these say."""
+        told = {name: cond[name][:1] for name in self.size_conditions & null.tensors.keys()}
+        return Condition({**null.tensors, **told})
 
     @abstractmethod
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
@@ -282,7 +290,12 @@ class Family(ABC):
         scale = self.guidance_off if guidance is None else guidance
         sides = {"height": size.height, "width": size.width} if size else {}
         frames = {"num_frames": size.frames} if size and self.video else {}
-        return {"prompt": prompts, self.guidance_argument: scale, **sides, **frames}
+        asked: dict[str, Any] = {"prompt": prompts}
+        if self.from_picture:
+            assert size is not None, "such a family is told its size"
+            pictures = pictures_of(prompts, size.height, size.width)
+            asked = {"prompt": words_of(prompts), "image": pictures if len(pictures) > 1 else pictures[0]}
+        return {**asked, self.guidance_argument: scale, **sides, **frames}
 
     def own_arguments(self, pipe: Any) -> dict[str, Any]:
         """What a call of this very pipeline must be told, as its class's defaults are not what its network takes."""

@@ -9,6 +9,7 @@ AS_ASKED: dict[str, Any] = {
     "use_resolution_binning": False,  # or other sizes are snapped to those of a list, and stretched
     "enable_prompt_rewrite": False,  # or a language model writes every prompt anew
     "use_pe": False,
+    "_auto_resize": False,  # or a picture to draw from is
 }
 """In every call that takes it, whoever draws: students, teachers, recordings."""
 

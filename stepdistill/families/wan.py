@@ -27,7 +27,8 @@ class Wan(VideoFamily):
         if pipe.transformer is None or (second is None and ratio is not None):
             missing = "transformer" if pipe.transformer is None else "transformer_2"
             raise UserError(
-                f"this WanPipeline has no {missing}, which it calls in a stretch of noise: load it with both networks"
+                f"this {type(pipe).__name__} has no {missing}, which it calls in a stretch of noise: load it with both "
+                "networks"
             )
 
     def stretches(self, pipe: Any) -> dict[str, float]:

@@ -15,8 +15,8 @@ from stepdistill.families.condition import Condition, joined
 from stepdistill.families.size import Size
 from stepdistill.networks.streamed import device_of
 
-TEXT_ENCODER = "text_encoder"
-"""How the names of a pipeline's text encoders begin."""
+TEXT_ENCODER = ("text_encoder", "image_encoder")
+"""How the names of a pipeline's encoders of prompts begin, and of the pictures that these name."""
 
 Part = Literal["text", "vae"]
 Result = TypeVar("Result")

@@ -200,7 +200,8 @@ class PipelineTeacher:
             raise UserError(
                 f"guidance {guidance} needs an unconditional mode, which {self.family.name} has not: set 1"
             )
-        weak, strong = self.denoiser.raw_pair(x_t, t, self._null_like(cond), cond)
+        null = self.family.unguided(self.null, cond)
+        weak, strong = self.denoiser.raw_pair(x_t, t, null, cond)
         if self.guidance_2 is not None:
             guidance = self._by_stretch(guidance, t)
         if self.guidance_interval != (0.0, 1.0):
@@ -227,19 +228,14 @@ class PipelineTeacher:
         scale = guidance if isinstance(guidance, Tensor) else torch.full_like(t, guidance)
         return torch.where(first | (scale != self.guidance), scale, self.guidance_2)
 
-    def _null_like(self, cond: Condition) -> Condition:
-        """What guidance starts from, at the size that a condition says."""
-        null = self.null or Condition()
-        told = {name: cond[name][:1] for name in self.family.size_conditions & null.tensors.keys()}
-        return Condition({**null.tensors, **told})
-
     def fingerprint(self) -> str:
         """SHA-256 of the weights and configs of the pipeline: what the teacher's samples depend on."""
         return weights_hash(self.pipe)
 
     def encoder_fingerprint(self) -> str:
-        """The same of what prompts are encoded with: of all but its denoiser, its VAE and its scheduler."""
-        others = ("vae", "scheduler")
+        """The same of what prompts are encoded with: of all but its denoiser, its scheduler and, where no picture is
+        encoded with them, its VAE."""
+        others = ("scheduler",) if self.family.from_picture else ("vae", "scheduler")
         return weights_hash(self.pipe, lambda name: name in others or name.startswith(self.family.network))
 
     def vae_fingerprint(self) -> str:

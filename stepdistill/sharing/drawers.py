@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.export.verify import read_manifest, student_folder
+from stepdistill.networks.own_call import refuse_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,6 +123,7 @@ def student_drawer(folder: Path, name: str, device: str | None = None) -> Drawer
     from stepdistill.networks.loading import load_pipeline
 
     call = dict(read_manifest(folder)["call"])
+    refuse_pictures(call, "demo")
     counts, steps = step_counts_of(folder), int(call.pop("num_inference_steps"))
     condition = next((key for key in ("prompt", "class_labels") if key in call), None)
     for key in ("prompt", "class_labels", "batch_size"):

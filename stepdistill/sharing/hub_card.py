@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stepdistill.networks.own_call import IMAGE
 from stepdistill.networks.pipeline_files import ADAPTER, INDEX, LORA
 from stepdistill.system.parsing import parse_json
 from stepdistill.system.parsing_yaml import parse_yaml
@@ -85,7 +86,8 @@ def _pipeline_tag(pipeline: str, call: Mapping[str, Any]) -> str:
     if "prompt" not in call:
         return "unconditional-image-generation"
     family = known_family(pipeline)
-    return "text-to-video" if family is not None and family.video else "text-to-image"
+    kind = "video" if family is not None and family.video else "image"
+    return f"{'image' if IMAGE in call else 'text'}-to-{kind}"
 
 
 def _from_repo(card: str, repo: str) -> str:

@@ -22,6 +22,7 @@ from stepdistill.families.condition import Condition
 from stepdistill.families.size import Size
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.loading import load_pipeline
+from stepdistill.networks.own_call import refuse_pictures
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.system.files import folder_written_whole, sha256_of
@@ -122,6 +123,7 @@ def one_step(student: Path) -> tuple[OneStep, Inputs, dict[str, Any]]:
     """
     manifest = check_unaltered(student)
     call = manifest["call"]
+    refuse_pictures(call, "--format")
     if (steps := int(call["num_inference_steps"])) != 1:
         raise UserError(
             f"{student} draws in {steps} steps, with a scheduler between them: --format is for students of one step"

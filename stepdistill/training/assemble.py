@@ -41,6 +41,7 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.networks.tiles import switch_on
+from stepdistill.pictures.given import check_named
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import say
@@ -315,6 +316,7 @@ def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[
     """Those that are held out, and those to learn from."""
     if recipe.data.prompts is not None:
         prompts = open_prompts(Path(recipe.data.prompts))
+        check_named(prompts, teacher.family.from_picture, type(teacher.pipe).__name__)
         return ([], prompts) if embedded else hold_out(prompts)
     if embedded:
         return [], emoji_captions()

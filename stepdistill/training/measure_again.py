@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation.against_teacher import AgainstTeacher
-from stepdistill.evaluation.sample import call_arguments
+from stepdistill.evaluation.sample import call_arguments, draws_alone
 from stepdistill.evaluation.teacher_pictures import batches
 from stepdistill.families.watching import frames_of
 from stepdistill.networks.find import find_pipeline
@@ -79,7 +79,9 @@ def _drawn(
     against: AgainstTeacher, pipe: object, own: OwnCall, steps: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """The student's pictures by its pipeline's own call."""
-    for rows in batches(range(against.count), against.teacher):
+    every = range(against.count)
+    alone = [[i] for i in every] if draws_alone(pipe, own) else None
+    for rows in alone or batches(every, against.teacher):
         generators = [torch.Generator("cpu").manual_seed(against.seeds[i]) for i in rows]
         arguments = call_arguments(pipe, own, [against.prompts[i] for i in rows], steps)
         with torch.no_grad():

@@ -15,6 +15,7 @@ from stepdistill.features.judge import load_judge
 from stepdistill.features.load import load_features
 from stepdistill.losses.rewards import Reward
 from stepdistill.metrics.colours import NOUNS, hue_share, hues_of, ink
+from stepdistill.pictures.given import words_of
 from stepdistill.recipes.rewards import own_reward, reward_kind
 from stepdistill.system.python_files import module_of
 
@@ -41,7 +42,7 @@ class PromptFeatures:
             if len(self._texts) + len(missing) > KEPT:
                 self._texts.clear()
                 missing = sorted(set(numbers))
-            features = self.network.texts([self.prompts[i] for i in missing])
+            features = self.network.texts(words_of(self.prompts[i] for i in missing))
             self._texts.update(zip(missing, features, strict=True))
         return torch.stack([self._texts[i] for i in numbers])
 
@@ -74,7 +75,7 @@ class CaptionReward:
         self.fit, self.name, self.prompts = fit, name, prompts
 
     def __call__(self, images: Tensor, prompt: Tensor) -> Tensor:
-        found: Any = self.fit(images, [self.prompts[i] for i in prompt.tolist()])
+        found: Any = self.fit(images, words_of(self.prompts[i] for i in prompt.tolist()))
         if not isinstance(found, Tensor) or found.shape != (len(images),):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UserError(
@@ -97,7 +98,7 @@ class ColourReward:
     """
 
     def __init__(self, prompts: Sequence[str], device: torch.device) -> None:
-        self.hues = hues_of(list(prompts))
+        self.hues = hues_of(words_of(prompts))
         if bool(self.hues.isnan().all()):
             raise UserError(
                 "terms.reward is colour, but no prompt names a hue of a thing of one colour, such as 'red heart' "

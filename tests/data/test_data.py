@@ -15,7 +15,7 @@ from PIL import Image
 
 from stepdistill.data.batches import Data
 from stepdistill.data.image_archives import open_images
-from stepdistill.data.image_decoding import Nearest
+from stepdistill.pictures.decoding import Nearest
 from stepdistill.data.latents import Latents
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts

@@ -18,7 +18,7 @@ import stepdistill
 from stepdistill.data import latents as latents_module
 from stepdistill.data.batches import Data
 from stepdistill.data.buckets import bucket_sizes, turn
-from stepdistill.data.image_decoding import Nearest
+from stepdistill.pictures.decoding import Nearest
 from stepdistill.data.latents import Latents
 from stepdistill.data.training_images import find_images
 from stepdistill.errors import UserError

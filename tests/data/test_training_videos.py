@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_pipeline
 
 from stepdistill.data.batches import Data
-from stepdistill.data.image_decoding import Decoded, Nearest
+from stepdistill.pictures.decoding import Decoded, Nearest
 from stepdistill.data.training_videos import VideoFolder
 from stepdistill.data.video_decoding import decode_video
 from stepdistill.errors import UserError

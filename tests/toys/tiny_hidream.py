@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_more import _qwen, _qwen_tokenizer
+from tiny_more import _qwen, qwen_tokenizer
 from tiny_parts import clip_text_encoder, clip_tokenizer, tiny_t5, tiny_t5_tokenizer, tiny_vae
 
 
@@ -49,7 +49,7 @@ def tiny_hidream() -> Any:
             text_encoder_4=LlamaForCausalLM(
                 LlamaConfig(**_qwen(layers=2), attn_implementation="eager")
             ).eval(),
-            tokenizer_4=_qwen_tokenizer(),
+            tokenizer_4=qwen_tokenizer(),
             transformer=transformer.eval(),
         )
     pipe.set_progress_bar_config(disable=True)

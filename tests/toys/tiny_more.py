@@ -80,7 +80,6 @@ def _qwen_image() -> Any:
         QwenImagePipeline,
         QwenImageTransformer2DModel,
     )
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
@@ -100,19 +99,6 @@ def _qwen_image() -> Any:
         latents_mean=[-0.7, 0.1, 0.4, 0.9],
         latents_std=[2.8, 1.4, 0.9, 1.7],
     )
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **_qwen(layers=1),
-            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 8,
-            "intermediate_size": 8,
-            "num_heads": 2,
-            "out_hidden_size": 16,
-        },
-    )
     return QwenImagePipeline(
         transformer=transformer,
         # As it is published, but for the length of its longest picture.
@@ -120,9 +106,21 @@ def _qwen_image() -> Any:
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
         vae=vae,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
-        tokenizer=_qwen_tokenizer(),
+        text_encoder=qwen_vl(),
+        tokenizer=qwen_tokenizer(),
     )
+
+
+def qwen_vl(**tokens: int) -> Any:
+    """A Qwen2.5-VL with these ids of special tokens."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(
+        text_config={**_qwen(layers=1), "rope_scaling": rope}, vision_config=vision, **tokens
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def _z_image() -> Any:
@@ -147,7 +145,7 @@ def _z_image() -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(shift=0.1, quant=False),
         text_encoder=Qwen3Model(Qwen3Config(**_qwen(layers=2), head_dim=8)).eval(),
-        tokenizer=_qwen_tokenizer(),
+        tokenizer=qwen_tokenizer(),
     )
 
 
@@ -214,7 +212,7 @@ def _klein() -> Any:
     # Its prompts are what the layers 9, 18 and 27 say.
     encoder = Qwen3ForCausalLM(Qwen3Config(**_qwen(layers=27, width=8), head_dim=4)).eval()
     return Flux2KleinPipeline(
-        **_flux_2(guidance_embeds=False), text_encoder=encoder, tokenizer=_qwen_tokenizer()
+        **_flux_2(guidance_embeds=False), text_encoder=encoder, tokenizer=qwen_tokenizer()
     )
 
 
@@ -222,7 +220,7 @@ def _flux_2_dev() -> Any:
     from diffusers import Flux2Pipeline
     from transformers import MistralConfig, MistralModel
 
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     tokenizer.chat_template = CHAT.replace("m['content']", "m['content'][0]['text']")
     # Of its layers 10, 20 and 30.
     encoder = MistralModel(MistralConfig(**_qwen(layers=30, width=8), head_dim=4)).eval()
@@ -583,7 +581,7 @@ def _kandinsky5(visual_cond: bool = False) -> Any:
         transformer=transformer,
         vae=_hunyuan_video().vae,
         text_encoder=_qwen_image().text_encoder,
-        tokenizer=_qwen_tokenizer(),
+        tokenizer=qwen_tokenizer(),
         text_encoder_2=clip_text_encoder(16, projected=False, positions=77),
         tokenizer_2=clip_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
@@ -682,12 +680,12 @@ CHAT = (
 )
 
 
-def _qwen_tokenizer() -> Any:
-    """A Qwen tokenizer of single bytes."""
+def qwen_tokenizer(*more: str) -> Any:
+    """A Qwen tokenizer of single bytes, and of more special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary, merges=[], extra_special_tokens=special[1:], model_max_length=2048

@@ -106,3 +106,11 @@ def with_pag(kind: str, base: Callable[[], Any], layers: str) -> Callable[[], An
         return made(**parts, pag_applied_layers=layers)
 
     return made
+
+
+def tiny_clip_vision() -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = CLIPVisionConfig(**size, num_attention_heads=2, projection_dim=8, image_size=32, patch_size=8)
+    return CLIPVisionModel(config).eval()

@@ -202,7 +202,7 @@ def _ovis() -> Any:
         scheduler=flow_euler(use_dynamic_shifting=True),
         vae=tiny_vae(shift=0.1, quant=False),
         text_encoder=Qwen3Model(Qwen3Config(**tiny_more._qwen(layers=2), head_dim=8)).eval(),
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
         transformer=diffusers.OvisImageTransformer2DModel(
             in_channels=16,
             out_channels=16,

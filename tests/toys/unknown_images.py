@@ -34,7 +34,7 @@ def _qwen2_5_vl(layers: int) -> Any:
 def qwen3_vl_processor() -> Any:
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    tokenizer = tiny_more._qwen_tokenizer()
+    tokenizer = tiny_more.qwen_tokenizer()
     pads = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     tokenizer.add_special_tokens({"extra_special_tokens": pads})
     chat = tiny_more.CHAT.replace(
@@ -79,7 +79,7 @@ def _hunyuan_image(guided: bool = True) -> Any:
         ),
         scheduler=flow_euler(shift=7.0),
         text_encoder=_qwen2_5_vl(layers=2),
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
         text_encoder_2=T5EncoderModel(T5Config(vocab_size=1510, **sizes)).eval(),
         tokenizer_2=ByT5Tokenizer(),
         guider=guiders[0],
@@ -127,7 +127,7 @@ def _krea2() -> Any:
         scheduler=flow_euler(use_dynamic_shifting=True, max_image_seq_len=6400),
         vae=tiny_more._qwen_image().vae,
         text_encoder=Qwen3VLModel(qwen3_vl(layers=2)).eval(),
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
         transformer=diffusers.Krea2Transformer2DModel(
             in_channels=16,
             num_layers=2,
@@ -167,7 +167,7 @@ def _prx_pixel() -> Any:
         ),
         scheduler=flow_euler(shift=3.0),
         text_encoder=Qwen3Model(Qwen3Config(**tiny_more._qwen(layers=2), head_dim=8)).eval(),
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
     )
 
 
@@ -179,7 +179,7 @@ def _longcat() -> Any:
         scheduler=flow_euler(use_dynamic_shifting=True),
         vae=diffusers.AutoencoderKL(**{**tiny_vae(shift=0.1, quant=False).config, "latent_channels": 16}),
         text_encoder=tiny_more._qwen_image().text_encoder,
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
         text_processor=Qwen2VLProcessor(
             image_processor=processor.image_processor,
             tokenizer=processor.tokenizer,
@@ -214,7 +214,7 @@ def _ideogram() -> Any:
             mrope_section=(2, 1, 1),
         )
 
-    tokenizer = tiny_more._qwen_tokenizer()
+    tokenizer = tiny_more.qwen_tokenizer()
     tokenizer.chat_template = tiny_more.CHAT.replace("m['content']", "m['content'][0]['text']")
     return diffusers.Ideogram4Pipeline(
         scheduler=flow_euler(),
@@ -277,7 +277,7 @@ def _ernie() -> Any:
                 },
             )
         ).eval(),
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
         scheduler=flow_euler(shift=3.0),
     )
 

@@ -73,7 +73,7 @@ def _fibo() -> Any:
         scheduler=flow_euler(use_dynamic_shifting=True),
         vae=_small_wan_vae(),
         text_encoder=SmolLM3ForCausalLM(SmolLM3Config(**config)).eval(),
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
     )
 
 

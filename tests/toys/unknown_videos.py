@@ -76,7 +76,7 @@ def _hunyuan_video_1_5() -> Any:
         text_encoder=Qwen2_5_VLTextModel(
             Qwen2_5_VLTextConfig(**tiny_more._qwen(layers=3), rope_scaling=rope)
         ).eval(),
-        tokenizer=tiny_more._qwen_tokenizer(),
+        tokenizer=tiny_more.qwen_tokenizer(),
         text_encoder_2=T5EncoderModel(T5Config(vocab_size=384, **glyphs)).eval(),
         tokenizer_2=ByT5Tokenizer(),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
@@ -228,7 +228,7 @@ def _easy_animate() -> Any:
         text_config={**tiny_more._qwen(layers=2), "rope_scaling": rope},
         vision_config={"depth": 1, "embed_dim": 8, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 1},
     )
-    tokenizer = tiny_more._qwen_tokenizer()
+    tokenizer = tiny_more.qwen_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }} {{ m['content'][0]['text'] }}\n{% endfor %}assistant"
     )
