@@ -1,7 +1,13 @@
-"""Wan 2.1 and 2.2 that draw a video from its first frame: its latents and a mask are further channels of a state."""
+"""Wan 2.1 and 2.2 that draw a video from its first frame.
+
+Its latents and a mask are further channels of a state; or, where a pipeline says ``expand_timesteps`` (Wan 2.2 5B), they
+stand in the state's own first frame, whose tokens are told the time 0. What the network says of that frame is nothing,
+and its pipeline puts the picture in its place at the end: here the output there is the one velocity that ends in it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -27,12 +33,8 @@ class WanFromPicture(FromPicture, Wan):
     alone = True  # its call takes one picture
 
     def adopt(self, pipe: Any) -> None:
-        if pipe.config.get("expand_timesteps"):
-            raise UserError(
-                "this WanImageToVideoPipeline puts its picture in place of a state's first frame (expand_timesteps, Wan "
-                "2.2 5B), which no family here does: take Wan 2.1 or Wan 2.2 A14B, or load it as a WanPipeline, which "
-                "draws from text"
-            )
+        if importlib.util.find_spec("ftfy") is None:
+            raise UserError("a WanImageToVideoPipeline reads prompts with ftfy, which is not installed: pip install ftfy")
         super().adopt(pipe)
 
     def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
@@ -48,19 +50,11 @@ class WanFromPicture(FromPicture, Wan):
         return found.with_tensor(SEEN, torch.cat(seen))
 
     def _picture(self, pipe: Any, frame: Tensor, size: Size) -> Tensor:
-        """The further channels [1, C, F, H, W] of a frame [1, 3, H, W]: where it stands, and the latents of the video
-        that is grey after it."""
+        """What a frame [1, 3, H, W] is to the network: the latents of the video [1, C, F, H, W] that is grey after it,
+        below channels that say where it stands; or its own, of one frame."""
         state = torch.zeros(1, *self.state_shape(pipe, size), device=pipe.device)  # or it would draw noise
-        _, beside = pipe.prepare_latents(
-            frame,
-            1,
-            len(state[0]),
-            size.height,
-            size.width,
-            size.frames,
-            torch.float32,
-            pipe.device,
-            latents=state,
+        _, beside, *_ = pipe.prepare_latents(
+            frame, 1, len(state[0]), size.height, size.width, size.frames, torch.float32, pipe.device, latents=state
         )
         found: Tensor = beside
         return found
@@ -69,11 +63,23 @@ class WanFromPicture(FromPicture, Wan):
         return super().encode(pipe, [""], size)
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        picture = cond[PICTURE].to(x_t)
+        inside = picture.shape[1] == x_t.shape[1]  # else it has the channels of the mask too
+        states = torch.cat([picture, x_t[:, :, 1:]], 2) if inside else torch.cat([x_t, picture], 1)
         output: Tensor = net(
-            hidden_states=torch.cat([x_t, cond[PICTURE].to(x_t)], 1),
-            timestep=time,
+            hidden_states=states,
+            timestep=self._of_tokens(net, x_t, time) if inside else time,
             encoder_hidden_states=cond["encoder_hidden_states"],
             encoder_hidden_states_image=cond.get(SEEN),
             return_dict=False,
         )[0]
-        return output
+        if not inside:
+            return output
+        t = (time / 1000).view(-1, 1, 1, 1, 1).to(x_t)
+        return torch.cat([((x_t[:, :, :1] - picture) / t).to(output), output[:, :, 1:]], 2)
+
+    def _of_tokens(self, net: Any, x_t: Tensor, time: Tensor) -> Tensor:
+        """The time of each token [B, N]: 0 for those of the first frame."""
+        frames = x_t.shape[2]
+        told = time[:, None] * (torch.arange(frames, device=time.device) > 0)
+        return told.repeat_interleave(self.tokens(net, tuple(x_t.shape[1:])) // frames, 1)

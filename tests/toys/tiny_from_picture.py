@@ -19,8 +19,9 @@ from stepdistill.families.size import Size
 from stepdistill.pictures.given import with_picture
 
 
-def _wan_i2v(two: bool = False) -> Any:
-    """Of Wan 2.1, whose network is told CLIP's picture too, or of 2.2, which has two."""
+def _wan_i2v(two: bool = False, inside: bool = False) -> Any:
+    """Of Wan 2.1, whose network is told CLIP's picture too, of 2.2, which has two, or of 2.2 5B, whose state holds the
+    picture."""
     from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
     from transformers import CLIPImageProcessor
 
@@ -28,10 +29,13 @@ def _wan_i2v(two: bool = False) -> Any:
 
     def network() -> Any:
         more = {} if two else {"image_dim": 16, "added_kv_proj_dim": 24}
-        return WanTransformer3DModel.from_config(text.transformer.config, in_channels=12, **more)
+        more = {} if inside else {"in_channels": 12, **more}
+        return WanTransformer3DModel.from_config(text.transformer.config, **more)
 
     parts = {name: text.components[name] for name in ("vae", "scheduler", "text_encoder", "tokenizer")}
-    if two:
+    if inside:
+        parts |= {"expand_timesteps": True}
+    elif two:
         parts |= {"transformer_2": network(), "boundary_ratio": 0.9}
     else:
         square = {"height": 32, "width": 32}
@@ -81,12 +85,13 @@ SEEN = {
 BUILDERS: dict[str, Callable[[], Any]] = {
     "wan-i2v": _wan_i2v,
     "wan-2.2-i2v": lambda: _wan_i2v(two=True),
+    "wan-2.2-ti2v": lambda: _wan_i2v(inside=True),
     "kontext": _kontext,
     "qwen-edit": lambda: _edit(plus=False),
     "qwen-edit-plus": lambda: _edit(plus=True),
 }
 SIZES = {
-    **dict.fromkeys(("wan-i2v", "wan-2.2-i2v"), SIZES["wan"]),
+    **dict.fromkeys(("wan-i2v", "wan-2.2-i2v", "wan-2.2-ti2v"), SIZES["wan"]),
     "kontext": Size(16, 24),
     **dict.fromkeys(("qwen-edit", "qwen-edit-plus"), Size(64, 256)),
 }
