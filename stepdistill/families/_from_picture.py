@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,15 @@ class FromPicture(Family):
     from_picture = True
     told_size = True
     of_picture: ClassVar[frozenset[str]] = frozenset({PICTURE})
+
+    def latents_of(self, pipe: Any, pictures: list[Image], size: Size) -> Tensor:
+        """The latents [B, ...] of pictures of the size that is drawn, as they stand beside a state's."""
+        # One by one: of large pictures several together would not be encoded on a common card.
+        return torch.cat([self.to_states(pipe, frame[None]) for frame in as_frames(pictures, pipe.device)])
+
+    def shape_of(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        """The shape of those of one, without B."""
+        return self.state_shape(pipe, size)
 
     def unguided(self, null: Condition, cond: Condition) -> Condition:
         own = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.families._from_picture import PICTURE, FromPicture, as_frames, pictures_named
+from stepdistill.families._from_picture import PICTURE, FromPicture, pictures_named
 from stepdistill.families._packing import grid_ids
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.flux import Flux
@@ -20,10 +20,8 @@ class FluxKontext(FromPicture, Flux):
     pipelines = ("FluxKontextPipeline",)
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-        frames = as_frames(pictures_named(prompts, size), pipe.device)
-        return (
-            super().encode(pipe, words_of(prompts), size).with_tensor(PICTURE, self.to_states(pipe, frames))
-        )
+        latents = self.latents_of(pipe, pictures_named(prompts, size), size)
+        return super().encode(pipe, words_of(prompts), size).with_tensor(PICTURE, latents)
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         tokens, ids = self.pack(x_t), grid_ids(x_t)

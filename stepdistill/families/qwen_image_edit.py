@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from stepdistill.families._from_picture import NULL, PICTURE, FromPicture, as_frames, pictures_named
+from stepdistill.families._from_picture import NULL, PICTURE, FromPicture, pictures_named
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.qwen_image import QwenImage
 from stepdistill.families.size import Size
@@ -24,41 +24,32 @@ class QwenImageEdit(FromPicture, QwenImage):
     alone = True  # its call takes one prompt
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-        rows = zip(pictures_named(prompts, size), words_of(prompts), strict=True)
-        return joined([self._one(pipe, picture, words) for picture, words in rows])
+        pictures = pictures_named(prompts, size)
+        rows = zip(pictures, words_of(prompts), strict=True)
+        found = joined([self._told(pipe, picture, words) for picture, words in rows])
+        return found.with_tensor(PICTURE, self.latents_of(pipe, pictures, size))
 
     def null(self, pipe: Any, size: Size) -> Condition | None:
         own = self.encode(pipe, [NO_WORDS], size)
         return Condition({name: own[name] for name in (EMBEDS, EMBEDS_MASK)})
 
-    def _one(self, pipe: Any, picture: Image, words: str) -> Condition:
-        told, drawn = (self._resized(pipe, picture, area) for area in self._areas(pipe))
-        texts = {prefix: self._read(pipe, told, text) for prefix, text in (("", words), (NULL, NO_WORDS))}
-        tensors = {
-            prefix + name: value for prefix, text in texts.items() for name, value in text.tensors.items()
-        }
-        return Condition({**tensors, PICTURE: self.to_states(pipe, as_frames([drawn], pipe.device))})
+    def latents_of(self, pipe: Any, pictures: list[Image], size: Size) -> Tensor:
+        area = _stock().VAE_IMAGE_SIZE
+        return super().latents_of(pipe, [_resized(pipe, picture, area) for picture in pictures], size)
 
-    def _read(self, pipe: Any, picture: Image, words: str) -> Condition:
-        """What its text encoder makes of a prompt and the picture."""
+    def shape_of(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        return self.state_shape(pipe, _at_area(size, _stock().VAE_IMAGE_SIZE))
+
+    def _told(self, pipe: Any, picture: Image, words: str) -> Condition:
+        """What the text encoder makes of a prompt and its picture, and of no words and that."""
         plus = type(pipe).__name__ == "QwenImageEditPlusPipeline"
-        embeds, mask = pipe.encode_prompt([words], [picture] if plus else picture, pipe.device)
-        mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
-        return Condition({EMBEDS: embeds, EMBEDS_MASK: mask.bool()})
-
-    def _areas(self, pipe: Any) -> tuple[int, int]:
-        """Pixels of the picture for the text encoder, and for the network."""
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
-
-        own = type(pipe).__name__ == "QwenImageEditPlusPipeline"
-        return plus.CONDITION_IMAGE_SIZE if own else plus.VAE_IMAGE_SIZE, plus.VAE_IMAGE_SIZE
-
-    def _resized(self, pipe: Any, picture: Image, area: int) -> Image:
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
-
-        width, height = calculate_dimensions(area, picture.width / picture.height)
-        resized: Image = pipe.image_processor.resize(picture, height, width)
-        return resized
+        seen = _resized(pipe, picture, _stock().CONDITION_IMAGE_SIZE if plus else _stock().VAE_IMAGE_SIZE)
+        found = dict[str, Tensor]()
+        for prefix, text in (("", words), (NULL, NO_WORDS)):
+            embeds, mask = pipe.encode_prompt([text], [seen] if plus else seen, pipe.device)
+            mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
+            found |= {prefix + EMBEDS: embeds, prefix + EMBEDS_MASK: mask.bool()}
+        return Condition(found)
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         tokens, picture = self.pack(x_t), cond[PICTURE]
@@ -75,3 +66,22 @@ class QwenImageEdit(FromPicture, QwenImage):
 
     def picture(self, net: nn.Module, output: Any, state: tuple[int, ...]) -> Tensor:
         return super().picture(net, output, state)[:, : self.tokens(net, state)]
+
+
+def _stock() -> Any:
+    """The module of the pipelines that says how many pixels their pictures have."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
+    return pipeline_qwenimage_edit_plus
+
+
+def _at_area(size: Size, area: int) -> Size:
+    """The size of so many pixels at the same aspect ratio, as the pipelines round it."""
+    width, height = _stock().calculate_dimensions(area, size.width / size.height)
+    return Size(height, width)
+
+
+def _resized(pipe: Any, picture: Image, area: int) -> Image:
+    size = _at_area(Size(picture.height, picture.width), area)
+    resized: Image = pipe.image_processor.resize(picture, size.height, size.width)
+    return resized

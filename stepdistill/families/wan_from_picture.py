@@ -11,6 +11,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
@@ -34,7 +35,9 @@ class WanFromPicture(FromPicture, Wan):
 
     def adopt(self, pipe: Any) -> None:
         if importlib.util.find_spec("ftfy") is None:
-            raise UserError("a WanImageToVideoPipeline reads prompts with ftfy, which is not installed: pip install ftfy")
+            raise UserError(
+                "a WanImageToVideoPipeline reads prompts with ftfy, which is not installed: pip install ftfy"
+            )
         super().adopt(pipe)
 
     def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
@@ -42,22 +45,27 @@ class WanFromPicture(FromPicture, Wan):
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         pictures = pictures_named(prompts, size)
-        latents = [self._picture(pipe, frame, size) for frame in as_frames(pictures, pipe.device)]
-        found = super().encode(pipe, words_of(prompts), size).with_tensor(PICTURE, torch.cat(latents))
+        latents = self.latents_of(pipe, pictures, size)
+        found = super().encode(pipe, words_of(prompts), size).with_tensor(PICTURE, latents)
         if pipe.transformer.config.image_dim is None:
             return found
         seen = [pipe.encode_image(picture, pipe.device) for picture in pictures]
         return found.with_tensor(SEEN, torch.cat(seen))
 
-    def _picture(self, pipe: Any, frame: Tensor, size: Size) -> Tensor:
-        """What a frame [1, 3, H, W] is to the network: the latents of the video [1, C, F, H, W] that is grey after it,
-        below channels that say where it stands; or its own, of one frame."""
+    def latents_of(self, pipe: Any, pictures: list[Image], size: Size) -> Tensor:
+        """Those of the video that is grey after the picture, below channels that say where it stands; or its own, of
+        one frame."""
         state = torch.zeros(1, *self.state_shape(pipe, size), device=pipe.device)  # or it would draw noise
-        _, beside, *_ = pipe.prepare_latents(
-            frame, 1, len(state[0]), size.height, size.width, size.frames, torch.float32, pipe.device, latents=state
-        )
-        found: Tensor = beside
-        return found
+        sides = (size.height, size.width, size.frames, torch.float32, pipe.device)
+        frames = as_frames(pictures, pipe.device)
+        made = [pipe.prepare_latents(one, 1, state.shape[1], *sides, latents=state)[1] for one in frames]
+        return torch.cat(made)
+
+    def shape_of(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        channels, frames, *sides = self.state_shape(pipe, size)
+        if pipe.config.get("expand_timesteps"):
+            return channels, 1, *sides
+        return self.stride(pipe) + channels, frames, *sides
 
     def null(self, pipe: Any, size: Size) -> Condition | None:
         return super().encode(pipe, [""], size)

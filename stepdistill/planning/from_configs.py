@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from stepdistill.errors import UserError, did_you_mean
 from stepdistill.families import Family, family_named
+from stepdistill.families._from_picture import PICTURE, FromPicture
 from stepdistill.families.condition import MASK, Condition
 from stepdistill.families.size import Size
 from stepdistill.networks.find import find_teacher
@@ -31,7 +32,7 @@ from stepdistill.system.parsing import parse_json
 
 TEACHERS = Path(__file__).parent / "teachers"
 
-ENCODERS = ("text_encoder", "connectors")
+ENCODERS = ("text_encoder", "image_encoder", "connectors")
 """How the names of components begin that prompts go through."""
 
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
@@ -84,7 +85,7 @@ def pipeline_of(teacher: str, where: AbstractContextManager[Any], family: Family
     folder = _folder(teacher)
     index = read_index(folder, f"teacher {teacher}")
     name = str(index.get("_class_name", "of no stated class"))
-    family = family or family_named(name)
+    family = _with_zero_pictures(family or family_named(name), where)
     made: dict[str, Any] = {}
     for part, (library, kind) in components(index).items():
         if part != SAFETY_CHECKER:
@@ -188,6 +189,20 @@ def _encode_in_fake(network: nn.Module, where: AbstractContextManager[Any]) -> N
     cast(Any, network).forward = forward
 
 
+def _with_zero_pictures(family: Family, where: AbstractContextManager[Any]) -> Family:
+    """A family that draws from pictures, whose latents are zeros made where the networks are."""
+    base: Any = type(family)
+    if not issubclass(base, FromPicture):
+        return family
+
+    class Blank(base):  # type: ignore[misc]
+        def latents_of(self, pipe: Any, pictures: list[Any], size: Size) -> Tensor:
+            with where:
+                return torch.zeros(len(pictures), *self.shape_of(pipe, size))
+
+    return cast(Family, Blank())
+
+
 def _shipped(file: Path, where: AbstractContextManager[Any], family: Family | None) -> Planned:
     import diffusers
 
@@ -230,7 +245,11 @@ def _with_conditions(
 
     class Told(base):  # type: ignore[misc]
         def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-            return zeros(len(prompts))
+            if not isinstance(self, FromPicture):
+                return zeros(len(prompts))
+            with where:
+                picture = torch.zeros(len(prompts), *self.shape_of(pipe, size))
+            return zeros(len(prompts)).with_tensor(PICTURE, picture)
 
         def null(self, pipe: Any, size: Size) -> Condition | None:
             return zeros(1) if guided else None
