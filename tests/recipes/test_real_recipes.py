@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from PIL import Image
-from tiny import SIZES, VIDEO, tiny_pipeline
+from tiny import SIZES, tiny_pipeline
+from tiny_from_picture import BUILDERS as FROM_PICTURE
+from tiny_from_picture import SIZES as PICTURE_SIZES
+from tiny_from_picture import tiny_from_picture
 
 from stepdistill.errors import UserError
 from stepdistill.export.verify import verify
@@ -40,6 +44,12 @@ REAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "dmd2_flux_lora": ("flux", FAKE),
     "phased_dmd_qwen_image_lora": ("qwen-image", (*FAKE, "options.phase_updates=1", "train.updates=4")),
     "phased_dmd_wan22": ("wan-2.2", (*FAKE, "options.phase_updates=1", "train.updates=4")),
+    "dmd2_flux_kontext_lora": ("kontext", FAKE),
+    "phased_dmd_qwen_image_edit_lora": (
+        "qwen-edit-plus",
+        (*FAKE, "options.phase_updates=1", "train.updates=4"),
+    ),
+    "phased_dmd_wan22_i2v": ("wan-2.2-i2v", (*FAKE, "options.phase_updates=1", "train.updates=4")),
     "sim_pixart": ("pixart-alpha", FAKE),
     "instaflow_sd15": (
         "sd",
@@ -71,21 +81,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
         (folder / "images" / f"{i}.txt").write_text(("a red heart", "blue fish")[i])
+    rows = [{"prompt": "make it red", "input_image": f"images/{i}.png"} for i in range(2)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def run_of(name: str, inputs: Path, output: Path, *more: str) -> Any:
     """The run of a shrunken recipe, trained."""
     tiny, own = REAL[name]
-    recipe, size = load_recipe(name), SIZES.get(tiny)
-    sets = [*COMMON, f"data.prompts={inputs / 'prompts.txt'}"]
+    recipe, size = load_recipe(name), (SIZES | PICTURE_SIZES).get(tiny)
+    file = "prompts.jsonl" if tiny in FROM_PICTURE else "prompts.txt"
+    sets = [*COMMON, f"data.prompts={inputs / file}"]
     sets += [f"data.images={inputs / 'images'}"] if recipe.data.images else []
     sets += ["student.lora_rank=2"] if recipe.student.lora_rank else []
-    sides = [size.height, size.width, size.frames][: 3 if tiny in VIDEO else 2] if size else None
+    sides = [size.height, size.width, size.frames][: 3 if size.frames > 1 else 2] if size else None
     sets += [f"data.size={sides or 'null'}", *own, *more]
     recipe = load_recipe(name, teacher=tiny, sets=sets)
     accelerator = Accelerator(cpu=True)
-    run = assemble(resolve(recipe), accelerator, tiny_pipeline(tiny))
+    pipe = tiny_from_picture(tiny) if tiny in FROM_PICTURE else tiny_pipeline(tiny)
+    run = assemble(resolve(recipe), accelerator, pipe)
     train(run.objective, training_data(run, output), recipe, output, accelerator)
     return run
 
