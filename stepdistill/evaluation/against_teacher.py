@@ -44,6 +44,7 @@ from stepdistill.networks.pictures import draw_as_pipeline, shown_frames, to_uin
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.pictures.given import identity
 from stepdistill.recipes.sections import AgainstTeacherOptions
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import ALONE, Processes
@@ -289,7 +290,7 @@ class AgainstTeacher:
         }
         if self.texts is not None:
             told |= {"clip_network": without_folder(self.texts), "clip_sha256": features_sha256(self.texts)}
-        own = json.dumps([LABEL, self.count, self.prompts, told], sort_keys=True)
+        own = json.dumps([LABEL, self.count, [*map(identity, self.prompts)], told], sort_keys=True)
         return {**told, "suite_sha256": hashlib.sha256(own.encode()).hexdigest()}
 
 

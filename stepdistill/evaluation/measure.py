@@ -28,6 +28,7 @@ from stepdistill.metrics.kid import kernel_distance
 from stepdistill.metrics.own import NEEDS, DrawnImages, OwnMetric, RealImages
 from stepdistill.metrics.prdc import Balls, coverage, density, precision, recall
 from stepdistill.metrics.standard_errors import from_leaving_out, of_mean
+from stepdistill.pictures.given import words_of
 
 BLOCK = 400 * GROUPS
 """Rows held at a time; a multiple of the groups, so that every block starts with group 0."""
@@ -110,7 +111,7 @@ def _own_metrics(
             rows.count,
             rows.whole("features") if "features" in metric.needs and "features" in rows else None,
             _Batches(rows, "images") if "images" in metric.needs else None,
-            prompts if "prompts" in metric.needs else None,
+            words_of(prompts) if prompts is not None and "prompts" in metric.needs else None,
         )
         known = reference.features if "reference" in metric.needs else None
         real = RealImages(moments.count, moments.mean, moments.covariance, known)

@@ -43,6 +43,7 @@ from stepdistill.metrics.kid import kernel_distance
 from stepdistill.metrics.prdc import Balls, recall
 from stepdistill.metrics.sfid import sfid
 from stepdistill.metrics.standard_errors import of_mean
+from stepdistill.pictures.given import with_picture
 from stepdistill.system.emoji import emoji_captions, emoji_images, features_folder, tokenizer_folder
 from stepdistill.system.files import sha256_of
 
@@ -244,7 +245,11 @@ def test_a_network_is_run_once_for_all_its_metrics(files: Path, monkeypatch: pyt
     images = ClipFeatures.images
     monkeypatch.setattr(ClipFeatures, "images", lambda self, x: seen.append(len(x)) or images(self, x))
     rows = Extraction(suite)(batch(DRAWN), emoji_captions()[: len(DRAWN)])
-    assert seen == [len(DRAWN)] and set(rows) == {"features", "clip_score", "pick_score", "aesthetic"}
+    named = [with_picture(caption, "a.png") for caption in emoji_captions()[: len(DRAWN)]]
+    from_pictures = Extraction(suite)(batch(DRAWN), named)
+    for metric in ("clip_score", "pick_score"):  # of the words alone
+        assert torch.equal(from_pictures[metric], rows[metric])
+    assert seen == [len(DRAWN)] * 2 and set(rows) == {"features", "clip_score", "pick_score", "aesthetic"}
     network = suite.network()
     reference = load_reference(suite, network)
     found = measure(InMemory(rows, 5), suite, network, reference)

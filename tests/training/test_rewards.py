@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from stepdistill.features.load import load_features
 from stepdistill.metrics.colours import HUES, hue_of, hue_share
 from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.pictures.given import with_picture
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.recipes.rewards import REWARDS as NAMED
 from stepdistill.system import emoji
@@ -56,6 +58,17 @@ def names(tmp_path_factory):
         "module": "module:own_reward_on_the_path:brightness",
         "file": f"{folder / 'own.py'}:brightness",
     }
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_prompt_is_judged_by_its_words_whatever_picture_it_names(name, names, monkeypatch):
+    monkeypatch.syspath_prepend(Path(names["file"].rpartition(":")[0]).parent)
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    plain, named = (
+        make_reward(names[name], CPU, prompts)(images, torch.arange(4))
+        for prompts in (PROMPTS, [with_picture(prompt, "a.png") for prompt in PROMPTS])
+    )
+    assert torch.equal(plain, named)
 
 
 def pictures(count=3, seed=0):
