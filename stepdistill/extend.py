@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Path, Prediction, per_sample
+from stepdistill.families._from_picture import PICTURE, FromPicture, pictures_named
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.kinds import LabelFamily, TransformerFamily
@@ -22,9 +23,11 @@ from stepdistill.networks.roles import Roles
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher, Teacher
+from stepdistill.pictures.given import words_of
 
 __all__ = [
     "GUIDANCE",
+    "PICTURE",
     "Batch",
     "Condition",
     "Denoiser",
@@ -32,6 +35,7 @@ __all__ = [
     "Draws",
     "Examples",
     "Family",
+    "FromPicture",
     "LabelFamily",
     "Loss",
     "Method",
@@ -52,4 +56,6 @@ __all__ = [
     "Turn",
     "of_mean",
     "per_sample",
+    "pictures_named",
+    "words_of",
 ]

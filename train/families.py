@@ -48,8 +48,8 @@ of `pipelines/` and travels with the student.
 Any other pipeline that draws from prompts alone is recorded. `python tests/recorded_classes.py` distils some, exports
 each and draws with plain diffusers again:
 
-- images: Bria, CogView 3 Plus, the first stage of DeepFloyd IF, ERNIE-Image, FIBO 1 and 2, FLUX Kontext, HunyuanImage
-  2.1, Kandinsky 3 and 5, Krea 2, LCM, LDM (no fresh noise between steps), LongCat-Image, Lumina, NucleusMoE-Image,
+- images: Bria, CogView 3 Plus, the first stage of DeepFloyd IF, ERNIE-Image, FIBO 1 and 2, HunyuanImage 2.1,
+  Kandinsky 3 and 5, Krea 2, LCM, LDM (no fresh noise between steps), LongCat-Image, Lumina, NucleusMoE-Image,
   Ovis-Image, Qwen-Image 2.1, Z-Image Omni, and the classes with perturbed or self-attention guidance, which is left
   out;
 - videos: Allegro (its VAE decodes in tiles alone: call `pipe.vae.enable_tiling()`), AnimateDiff (SD and SDXL),
@@ -58,10 +58,14 @@ each and draws with plain diffusers again:
 
 LTX-2 has a family, and is distilled with its sound: a state is both. It has no features for a GAN and takes no videos.
 
-What draws in several stages, from pictures, or frame by frame at times of their own is refused, and told why. What is
-recorded has LoRA, merged and as a file where its class takes one, a second time where its network embeds the timestep
-with a bias, and a scheduler by what its call passes. It has no features for a GAN, and takes images where its VAE alone
-says how.
+FLUX Kontext, Qwen-Image-Edit and Wan from a picture have families too: each prompt names its picture
+([Prompts, images and pairs](../guides/data.md#pictures-to-draw-from)). Of Qwen-Image-Edit Plus' several pictures one is
+taken.
+
+What draws in several stages, from pictures in other ways, or frame by frame at times of their own is refused, and told
+why. What is recorded has LoRA, merged and as a file where its class takes one, a second time where its network embeds
+the timestep with a bias, and a scheduler by what its call passes. It has no features for a GAN, and takes images where
+its VAE alone says how.
 """
 
 
@@ -137,10 +141,13 @@ def text_of(teacher_of: Callable[[str], PipelineTeacher]) -> str:
         teacher_of: the tiny teacher of a name of ``tiny.PIPELINES``.
     """
     import tiny
+    import tiny_from_picture
     from tiny_hidream import tiny_hidream
 
     teachers = [(teacher_of(name), tiny.tiny_prompts(name, 1)) for name in tiny.PIPELINES]
     teachers.append((PipelineTeacher(tiny_hidream()), ["a red heart"]))
+    for name, size in tiny_from_picture.SIZES.items():
+        teachers.append((PipelineTeacher(tiny_from_picture.tiny_from_picture(name), size=size), [""]))
     rows: dict[tuple[str, ...], None] = {}
     for teacher, prompts in teachers:
         first = f"{teacher.family.name}: {', '.join(teacher.family.pipelines)}"

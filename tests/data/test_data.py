@@ -15,7 +15,6 @@ from PIL import Image
 
 from stepdistill.data.batches import Data
 from stepdistill.data.image_archives import open_images
-from stepdistill.pictures.decoding import Nearest
 from stepdistill.data.latents import Latents
 from stepdistill.data.pairs import PairCache
 from stepdistill.data.prompts import read_prompts
@@ -27,6 +26,7 @@ from stepdistill.families.size import Size
 from stepdistill.losses.contract import PairOptions
 from stepdistill.networks.loading import load_teacher
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.pictures.decoding import Nearest
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.system.processes import Processes
 from stepdistill.training.preflight import check_recipe

@@ -18,13 +18,13 @@ import stepdistill
 from stepdistill.data import latents as latents_module
 from stepdistill.data.batches import Data
 from stepdistill.data.buckets import bucket_sizes, turn
-from stepdistill.pictures.decoding import Nearest
 from stepdistill.data.latents import Latents
 from stepdistill.data.training_images import find_images
 from stepdistill.errors import UserError
 from stepdistill.families.size import Size
 from stepdistill.losses.batch import Batch
 from stepdistill.losses.contract import Loss, Turn
+from stepdistill.pictures.decoding import Nearest
 from stepdistill.recipes.recipe import load_recipe
 from stepdistill.training.assemble import assemble
 from stepdistill.training.identity import resolve

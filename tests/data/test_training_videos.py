@@ -12,12 +12,12 @@ import torch
 from tiny import tiny_pipeline
 
 from stepdistill.data.batches import Data
-from stepdistill.pictures.decoding import Decoded, Nearest
 from stepdistill.data.training_videos import VideoFolder
 from stepdistill.data.video_decoding import decode_video
 from stepdistill.errors import UserError
 from stepdistill.families.size import Size
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.pictures.decoding import Decoded, Nearest
 
 WHOLE = Nearest(((16, 32),))
 

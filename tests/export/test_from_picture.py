@@ -109,7 +109,9 @@ def test_a_student_is_sampled_from_pictures(name: str, made: dict[str, Made], tm
         assert np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(picture).astype(int)).max() <= 1
     with pytest.raises(UserError, match="prompt 1, 'a cat', names no picture, but .* draws from one: write"):
         sample(str(run.folder), ["a cat"])
-    with pytest.raises(UserError, match="demo: this student draws from a picture, which is not served here yet"):
+    with pytest.raises(
+        UserError, match="demo: this student draws from a picture, which is not served here yet"
+    ):
         student_drawer(run.folder, "name", "cpu")
 
 
@@ -136,10 +138,15 @@ def test_the_command_takes_a_picture_for_all_prompts_or_one_for_each(
 def test_a_call_has_the_size_that_its_pictures_are_cropped_to(made: dict[str, Made], tmp_path: Path) -> None:
     run = made["kontext"]
     told = asked_of(run.teacher.pipe, run.prompts[:1], {"height": 32, "width": 16})
-    assert (told["height"], told["width"], told["max_area"]) == (32, 16, 512) and told["image"].size == (16, 32)
+    assert (told["height"], told["width"], told["max_area"]) == (32, 16, 512) and told["image"].size == (
+        16,
+        32,
+    )
     assert told["prompt"] == ["make it red"] and told["_auto_resize"] is False
     assert isinstance(asked_of(run.teacher.pipe, run.prompts, {"height": 32, "width": 16})["image"], list)
-    with pytest.raises(UserError, match="prompt 1, .* names a picture, but StableDiffusionPipeline draws from text"):
+    with pytest.raises(
+        UserError, match="prompt 1, .* names a picture, but StableDiffusionPipeline draws from text"
+    ):
         from tiny import tiny_pipeline
 
         asked_of(tiny_pipeline("sd"), [with_picture("a", tmp_path / "a.png")], {})

@@ -36,7 +36,9 @@ def small_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             whole = module.calculate_dimensions
-            patch.setattr(module, "calculate_dimensions", lambda area, ratio, own=whole: own(area / 16, ratio))
+            patch.setattr(
+                module, "calculate_dimensions", lambda area, ratio, own=whole: own(area / 16, ratio)
+            )
         yield
 
 
@@ -150,7 +152,9 @@ def test_pictures_of_another_size_are_cropped_to_what_is_drawn(teacher_of: Teach
     assert torch.equal(same, other)
 
 
-def test_a_pipeline_that_cannot_read_its_prompts_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_that_cannot_read_its_prompts_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ftfy" else find(name))
     with pytest.raises(UserError, match="reads prompts with ftfy, which is not installed: pip install ftfy"):

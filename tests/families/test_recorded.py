@@ -192,7 +192,6 @@ def test_a_class_that_cannot_be_recorded_is_refused_by_its_signatures(name: str,
         ("StableDiffusionSAGPipeline", "its table index, output eps, guidance by negative prompt"),
         # Beside its output, its network says a variance, and its call asks each scheduler whether it takes that.
         ("IFPipeline", "its table index, output eps, guidance by negative prompt"),
-        ("FluxKontextPipeline", "guidance an input of the network"),
         ("HunyuanImagePipeline distilled", "guidance an input of the network"),
         ("PNDMPipeline", ""),
     ],

@@ -129,9 +129,13 @@ def test_every_prompt_names_a_picture_where_one_is_drawn_from_and_none_elsewhere
     there = with_picture("red", saved(tmp_path / "a.png", noise(4, 4)))
     check_named([there, there], True, "WanImageToVideoPipeline")
     check_named(["red"], False, "WanPipeline")
-    with pytest.raises(UserError, match="^data.prompts: prompt 2, 'a cat', names no picture, but Wan draws from one"):
+    with pytest.raises(
+        UserError, match="^data.prompts: prompt 2, 'a cat', names no picture, but Wan draws from one"
+    ):
         check_named([there, "a cat"], True, "Wan")
-    with pytest.raises(UserError, match="^--prompts: prompt 1, .* names a picture, but Wan draws from text alone"):
+    with pytest.raises(
+        UserError, match="^--prompts: prompt 1, .* names a picture, but Wan draws from text alone"
+    ):
         check_named([there], False, "Wan", "--prompts")
     with pytest.raises(UserError, match=r"prompt 1 names .*b\.png, which is not there"):
         check_named([with_picture("red", tmp_path / "b.png")], True, "Wan")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import tiny
 import tiny_more
 from tiny_parts import flow_euler, tiny_t5_tokenizer, tiny_vae, with_pag
 from unknown_images import qwen3_vl, qwen3_vl_processor
@@ -18,7 +17,6 @@ SIZES: dict[str, Size] = {
     "BriaFiboPipeline": Size(32, 48),
     "BriaFibo2Pipeline": Size(32, 16),
     "DreamLitePipeline": Size(32, 32),
-    "FluxKontextPipeline": Size(16, 24),
     "OmniGenPipeline": Size(32, 32),
     "ZImageOmniPipeline": Size(32, 16),
 }
@@ -32,10 +30,6 @@ def _kandinsky5_image() -> Any:
     words = tuple(dict.fromkeys(re.findall("[A-Za-z]+", pipe.prompt_template)))
     pipe.register_modules(tokenizer=tiny_t5_tokenizer(words), scheduler=flow_euler(shift=3.0))
     return pipe
-
-
-def _kontext() -> Any:
-    return diffusers.FluxKontextPipeline(**tiny._flux().components)
 
 
 def _small_wan_vae() -> Any:
@@ -183,7 +177,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "BriaFiboPipeline": _fibo,
     "OmniGenPipeline": _omni_gen,
     "ZImageOmniPipeline": _z_image_omni,
-    "FluxKontextPipeline": _kontext,
     "BriaFibo2Pipeline": _fibo_2,
 }
 """By class."""
