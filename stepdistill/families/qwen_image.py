@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from stepdistill.families.size import Size
 
 class QwenImage(PackedFamily):
     name = "Qwen-Image"
-    pipelines = ("QwenImagePipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     clock = "t"
     passes = frozenset({"sigmas", "mu"})
     guidance_argument = "true_cfg_scale"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,13 +12,14 @@ from stepdistill.families._any_step import PIPELINE, WanChanges, call_any_step, 
 from stepdistill.families.base import call_default
 from stepdistill.families.condition import Condition
 from stepdistill.families.kinds import VideoFamily
+from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
 
 
 class Wan(VideoFamily):
     name = "Wan 2.1, Wan 2.2"
-    pipelines = ("WanPipeline", PIPELINE)
-    changes = WanChanges()
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", PIPELINE)
+    changes: ClassVar[NetworkChanges] = WanChanges()
     blocks = "blocks"
     lora_targets = (*VideoFamily.lora_targets, "ffn.net.0.proj", "ffn.net.2")
 

@@ -1,8 +1,9 @@
 """Wan 2.1 and 2.2 that draw a video from its first frame.
 
-Its latents and a mask are further channels of a state; or, where a pipeline says ``expand_timesteps`` (Wan 2.2 5B), they
-stand in the state's own first frame, whose tokens are told the time 0. What the network says of that frame is nothing,
-and its pipeline puts the picture in its place at the end: here the output there is the one velocity that ends in it.
+Its latents and a mask are further channels of a state; or, where a pipeline says ``expand_timesteps`` (Wan 2.2 5B),
+they stand in the state's own first frame, whose tokens are told the time 0. What the network says of that frame is
+nothing, and its pipeline puts the picture in its place at the end: here the output there is the one velocity that ends
+in it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import shaken
+from tiny import shaken, tiny_pipeline
 from tiny_from_picture import SIZES, pictured, tiny_from_picture
 from typer.testing import CliRunner
 
@@ -107,7 +107,7 @@ def test_a_student_is_sampled_from_pictures(name: str, made: dict[str, Made], tm
     for i, picture in enumerate(middle):
         (file,) = (tmp_path / "into/student").glob(f"*{i}.png")
         assert np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(picture).astype(int)).max() <= 1
-    with pytest.raises(UserError, match="prompt 1, 'a cat', names no picture, but .* draws from one: write"):
+    with pytest.raises(UserError, match=r"prompt 1, 'a cat', names no picture, but .* draws from one: write"):
         sample(str(run.folder), ["a cat"])
     with pytest.raises(
         UserError, match="demo: this student draws from a picture, which is not served here yet"
@@ -145,10 +145,8 @@ def test_a_call_has_the_size_that_its_pictures_are_cropped_to(made: dict[str, Ma
     assert told["prompt"] == ["make it red"] and told["_auto_resize"] is False
     assert isinstance(asked_of(run.teacher.pipe, run.prompts, {"height": 32, "width": 16})["image"], list)
     with pytest.raises(
-        UserError, match="prompt 1, .* names a picture, but StableDiffusionPipeline draws from text"
+        UserError, match=r"prompt 1, .* names a picture, but StableDiffusionPipeline draws from text"
     ):
-        from tiny import tiny_pipeline
-
         asked_of(tiny_pipeline("sd"), [with_picture("a", tmp_path / "a.png")], {})
 
 

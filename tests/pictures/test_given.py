@@ -80,7 +80,7 @@ def test_rows_name_their_picture_beside_their_prompt_from_where_their_file_lies(
     with pytest.raises(UserError, match="line 1: input_image is 3, not the path of a picture"):
         read_prompts(place / "p.jsonl")
     (place / "p.jsonl").write_text(json.dumps({"prompt": "a", "input_image": "<.png"}))
-    with pytest.raises(UserError, match="line 1: input_image: the path '<.png' holds"):
+    with pytest.raises(UserError, match=r"line 1: input_image: the path '<\.png' holds"):
         read_prompts(place / "p.jsonl")
 
 
@@ -130,11 +130,11 @@ def test_every_prompt_names_a_picture_where_one_is_drawn_from_and_none_elsewhere
     check_named([there, there], True, "WanImageToVideoPipeline")
     check_named(["red"], False, "WanPipeline")
     with pytest.raises(
-        UserError, match="^data.prompts: prompt 2, 'a cat', names no picture, but Wan draws from one"
+        UserError, match=r"^data\.prompts: prompt 2, 'a cat', names no picture, but Wan draws from one"
     ):
         check_named([there, "a cat"], True, "Wan")
     with pytest.raises(
-        UserError, match="^--prompts: prompt 1, .* names a picture, but Wan draws from text alone"
+        UserError, match=r"^--prompts: prompt 1, .* names a picture, but Wan draws from text alone"
     ):
         check_named([there], False, "Wan", "--prompts")
     with pytest.raises(UserError, match=r"prompt 1 names .*b\.png, which is not there"):
