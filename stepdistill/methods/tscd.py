@@ -128,9 +128,8 @@ class TSCD(Method):
         if self.fake is not None:
             x = rollout(self.student, ONE_STEP, batch)
             views = views_of(self.fake, self.teacher, x, batch, options, options.score_scale)
-            field = views.error / (views.distance.detach() + 1e-6)
-            logs["field"] = mean_size(field)
-            loss = loss + options.score_weight * loss_with_gradient(x, field)
+            logs["field"] = mean_size(views.field)
+            loss = loss + options.score_weight * loss_with_gradient(x, views.field)
         return Loss(loss, logs)
 
     def critics_loss(self, batch: Batch, step: int) -> Loss:

@@ -78,12 +78,11 @@ class VDOT(ScoreMethod):
     def plans(self, views: Views, of_real: bool) -> list[tuple[float, Tensor, Tensor, Tensor]]:
         """The terms of the transport's cost: weight, plan, and the clouds [B, n, C] between which it lies; without
         ``of_real`` those alone that x0_fake is in."""
-        with torch.autocast(views.x.device.type, enabled=False):
-            a, b = tokens(views.fake.x0.float()), tokens(views.real.x0.float())
-            forth, entropy = self.plan(a, b, None, views.x)
-            clouds = [a, b][: 1 + of_real] if self.options.debiased else []
-            own = [(-0.5, self.plan(each, each, entropy, views.x)[0], each, each) for each in clouds]
-            return [(1.0, forth, a, b), *own]
+        a, b = tokens(views.fake.x0.float()), tokens(views.real.x0.float())
+        forth, entropy = self.plan(a, b, None, views.x)
+        clouds = [a, b][: 1 + of_real] if self.options.debiased else []
+        own = [(-0.5, self.plan(each, each, entropy, views.x)[0], each, each) for each in clouds]
+        return [(1.0, forth, a, b), *own]
 
     def transport(self, views: Views) -> Tensor:
         """The transport's field in x0_fake, [B, C, H, W]."""
@@ -99,12 +98,18 @@ class VDOT(ScoreMethod):
         return 0.5 * torch.stack(costs).sum(0).reshape(len(views.x), -1).sum(1)
 
     def match(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        options, views = self.options, self.views(x, batch)
+        views = self.views(x, batch)
+        with torch.autocast(x.device.type, enabled=False):  # plans are sums of small numbers
+            return self.matched(x, views)
+
+    def matched(self, x: Tensor, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of samples x [B, C, H, W] by what both networks say of them, and what is logged."""
+        options = self.options
         with torch.no_grad():
             scale = views.distance + 1e-6
             field = options.matching_weight * views.field
         if options.through_networks:
-            cost = self.transport_cost(views) / (scale.flatten() * x[0].numel())
+            cost = self.transport_cost(views) / (scale.flatten() * x.shape[1:].numel())
             loss = loss_with_gradient(x, field) + options.transport_weight * cost.mean()
             return loss, {"field": mean_size(field), "transport": cost.detach().mean()}
         moved = options.transport_weight * self.transport(views) / scale

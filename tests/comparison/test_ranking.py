@@ -108,3 +108,78 @@ def test_a_run_whose_loss_saw_the_network_stands_behind_those_that_rank_by_the_k
     assert [row.name for row in found.rows] == ["b", "a", "rewarded"]
     assert [ranks(row, found.rows) for row in found.rows] == [(1, 1), (2, 2), None]
     assert any("behind the others: rewarded (terms.reward)" in note for note in found.notes)
+
+
+def second(name: str, fd: float, other: float | None, **changes: object) -> RunReport:
+    """A run that was seen by a second network, whose distance is ``other``."""
+    made = run(name, fd, 0.1, **changes)
+    names = {"fd": "FD-emoji", "second_fd": "FD-judge", "second_fit": "judge"}
+    return made.model_copy(update={"student": {**made.student, "second_fd": {"1": other}}, "metrics": names})
+
+
+def test_a_loss_that_looked_through_the_first_network_leaves_the_ranking_to_the_second() -> None:
+    saw = {"fd": "terms.reward"}
+    found = group_of(second("a", 1.0, 5.0, conflicts=saw), second("b", 3.0, 4.0))
+    assert [row.name for row in found.rows] == ["b", "a"]
+    assert list(found.notes) == [
+        "Ranked by FD-judge, as the loss of a (terms.reward) looked through the network of FD-emoji.",
+        "* The run's own loss looked through the network of this score, which flatters it.",
+    ]
+    assert found.rows[0].second_names == ("FD-judge", "judge")
+    # Where it looked through both, or one run has no second score, the first ranks those that it may.
+    for other in ({**saw, "second_fd": "terms.reward"}, None):
+        one = second("a", 1.0, 5.0, conflicts=other or saw)
+        lacks = second("b", 3.0, None if other is None else 4.0)
+        kept = group_of(one, lacks, second("c", 2.0, 9.0))
+        assert [row.name for row in kept.rows] == ["c", "b", "a"]
+        assert kept.notes[0] == (
+            "Not ranked, and behind the others: a (terms.reward), whose loss looked through the network of FD-emoji; "
+            "not every run here has FD-judge, or a loss looked through its network, too."
+        )
+        assert kept.notes[1].startswith("* The run's own loss")
+    nameless = run("a", 1.0, 0.1, conflicts=saw, metrics={})
+    (note, _) = group_of(nameless, run("b", 2.0, 0.1, metrics={})).notes
+    assert "the network of FD; not every run here has the second features' FD, or" in note
+    assert group_of(run("a", 1.0, 0.1, metrics={})).rows[0].second_names == ("FD 2", "fit 2")
+
+
+def test_a_run_without_the_distance_stands_last_and_one_at_zero_first() -> None:
+    found = group_of(run("none", None, None, kid=0.5), run("some", 0.5, 0.1), run("zero", 0.0, 0.1))  # type: ignore[arg-type]
+    assert [row.name for row in found.rows] == ["zero", "some", "none"]
+
+
+def test_a_place_is_not_sure_at_exactly_twice_the_error() -> None:
+    assert places(run("a", 1.0, 0.0), run("b", 1.0, 0.0)) == [(1, 2), (1, 2)]
+
+
+def test_trainings_of_other_seeds_become_one_row_of_means() -> None:
+    reports = [
+        run(
+            f"m-{seed}", 2.0, 0.1, updates=updates, passes={"teacher": {"with_graph": 0, "without_graph": passes}}, better={"mine": "lower", "bare": "lower"},
+            student={
+                "fd": {"1": 2.0}, "mine": {"1": mine}, "mine_se": {"1": error}, "bare": {"1": None},
+                "seconds_per_image": {"1": 0.25},
+            },
+        )
+        for seed, updates, passes, mine, error in ((0, 100, 30, 1.0, 0.3), (1, 103, 33, 4.0, 0.4))
+    ]  # fmt: skip
+    (group,) = groups(reports, {"m-0": "m", "m-1": "m"})
+    (row,) = group.rows
+    assert (row.name, row.seeds, row.updates, row.passes, row.ms_per_image) == ("m", 2, 102, 32, 250.0)
+    assert row.own == {"mine": (2.5, pytest.approx(math.sqrt(0.125))), "bare": (None, None)}
+    assert row.deviation == {"fd": 0.0, "mine": pytest.approx(4.5**0.5)}
+
+
+def test_what_sets_groups_apart_is_told_without_the_hash_that_says_no_more() -> None:
+    one, other, third = (
+        run(name, 1.0, 0.1, protocol=protocol)
+        for name, protocol in (
+            ("a", {"suite_sha256": "1", "features_sha256": "x"}),
+            ("b", {"suite_sha256": "2", "features_sha256": "y"}),
+            ("c", {"suite_sha256": "3", "features_sha256": "x"}),
+        )
+    )
+    first, second, last = groups([one, other, third])
+    assert not first.apart
+    assert [why.partition(" ")[0] for why in second.apart] == ["protocol.features_sha256"]
+    assert [why.partition(" ")[0] for why in last.apart] == ["protocol.suite_sha256"]

@@ -222,7 +222,7 @@ def test_batches_of_buckets_say_their_size_and_do_not_depend_on_the_split(folder
         assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
     assert len(shapes) == 3
     t = torch.full((4,), 0.5)
-    null = teacher._null_like(whole.cond)
+    null = teacher.family.unguided(teacher.null, whole.cond)
     assert torch.equal(null["time_ids"], ids[:1])
     weak, strong = (teacher.denoiser.raw(x0, t, cond) for cond in (null.repeat(4), whole.cond))
     wanted = teacher.path.read(weak + 3 * (strong - weak), teacher.denoiser.output, x0, t).x0

@@ -13,6 +13,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.losses.batch import Batch, Examples
+from stepdistill.losses.contract import MethodOptions
 from stepdistill.losses.fake_score import FakeScoreOptions, denoising_loss, turn_at, views_of
 from stepdistill.losses.regression import annealed, warm_start_rate
 from stepdistill.methods.diff_instruct import DiffInstruct
@@ -277,3 +278,41 @@ def test_the_rate_of_a_warm_start_is_annealed_within_it():
     rates = [warm_start_rate(step, options) for step in range(12)]
     assert rates[:10] == pytest.approx([20.0 * annealed(step / 10) for step in range(10)])
     assert rates[0] == pytest.approx(20.0) and rates[9] < 0.1 * rates[0] and rates[10:] == [1.0, 1.0]
+
+
+def test_the_stretches_of_a_run_have_names():
+    options = FakeScoreOptions(fake_warm_start=3)
+    said = [options.phase(step, 2) for step in range(7)]
+    assert said == ["warm start"] * 2 + ["fake score alone"] * 3 + ["matching"] * 2
+
+
+def test_a_warm_start_is_shared_by_methods_whose_first_turns_are_plain():
+    assert DMD.shared_start(DMD.Options(warm_start=5)) == 5
+    assert SiD.shared_start(SiD.Options(warm_start=5)) == 5
+    assert PhasedDMD.shared_start(PhasedDMD.Options(warm_start=5)) == 0
+
+    class OtherLoss(DMD):
+        def regression(self, batch):
+            return super().regression(batch)
+
+    class OtherTurns(DMD):
+        def turn(self, step):
+            return super().turn(step)
+
+    assert OtherLoss.shared_start(DMD.Options(warm_start=5)) == 0
+    assert OtherTurns.shared_start(DMD.Options(warm_start=5)) == 0
+    assert DMD.shared_start(MethodOptions()) == 0
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_a_group_shares_its_noise_and_its_time(group):
+    fake = toy_student(Perceptron(), FlowPath())
+    teacher = ToyTeacher(Perceptron(seed=1), FlowPath())
+    x, options = torch.zeros(8, *SHAPE), FakeScoreOptions()
+    views = views_of(fake, teacher, x, toy_batch(8), options, 1.0, group=group)
+    for i in range(8):
+        for j in range(8):
+            shared = i // group == j // group
+            assert (
+                bool(views.t[i] == views.t[j]) == shared and torch.equal(views.x_t[i], views.x_t[j]) == shared
+            )

@@ -122,6 +122,37 @@ def test_the_loss_is_the_sum_of_its_terms():
     torch.testing.assert_close(whole - plain, 2 * (half - plain))
 
 
+def test_distillation_adds_its_weight_times_the_gradient_of_its_field():
+    batch, found = data(), []
+    method, plain = (method_of(mean=1.2, distillation_weight=weight) for weight in (0.7, 0.0))
+    own, field = method.distillation(batch)
+    term = 1.4 * loss_with_gradient(own, field)
+    whole, alone = (loss_of(each, "student", batch)[0] for each in (method, plain))
+    torch.testing.assert_close(whole, alone + term)
+    for each, loss in ((method, whole), (plain, alone), (method, term)):
+        found.append(torch.autograd.grad(loss, each.student.net.mean)[0])
+    torch.testing.assert_close(found[0], found[1] + found[2])
+    assert abs(float(found[2])) > 1e-3
+
+
+@pytest.mark.parametrize(("middle", "last"), [(1.0, 1.0), (1.0, 0.5), (-15.0, 1.0)])
+def test_the_field_is_the_velocity_less_its_target_where_the_students_samples_are_noised_anew(middle, last):
+    """At times up to where drawings start, and not below the least at which the teacher is read."""
+    method, batch = method_of(mean=1.2, normalised=False, time_mean=middle), data()
+    own, field = method.distillation(batch)
+    method.last = last
+    own, field = method.distillation(batch)
+    x, t = method.beginning(batch.noise)
+    r = (last * torch.sigmoid(middle + batch.draws.normal("renoise t", ()))).clamp_min(method.least)
+    assert bool((r == method.least).all()) == (middle < 0)
+    eps, at = batch.draws.normal("renoise eps", tuple(x.shape[1:])), per_sample(r, x)
+    x_r = (1 - at) * (x - per_sample(t, x) * own.detach()) + at * eps
+    now = method.student.flow_velocity(x_r, r, torch.zeros_like(r), Condition()).detach()
+    wanted = now - method.target(x_r, r, torch.zeros_like(r), Condition(), now, 1.0)
+    torch.testing.assert_close(field, wanted, rtol=1e-4, atol=1e-5)
+    assert own.requires_grad and not field.requires_grad
+
+
 def test_one_step_moves_from_the_teachers_mean_to_the_trajectories_end():
     options = MDTDist.Options(
         guidance=1.0,

@@ -255,3 +255,14 @@ def test_training_through_the_stages_brings_few_steps_to_the_end_of_the_ode():
     print(f"before {before}, after {after}")
     assert after[1] < 0.65 * before[1]
     assert after[4] < 1.2 * before[4]  # where a first-order map has its floor
+
+
+@pytest.mark.parametrize(("adversarial", "score"), [(0.3, 0.0), (0.0, 1.0), (0.3, 1.0)])
+def test_critics_of_either_kind_are_one_network_that_follows(adversarial, score):
+    method = with_critics(adversarial_weight=adversarial, score_weight=score)
+    trained = method.trained()["fake"]
+    assert trained.role == ("fake" if score else None) and trained.follows
+    assert (trained.extra is not None) == bool(adversarial)
+    early = [method.turn(step).network for step in range(method.early)]
+    assert set(early) == {"student"}
+    assert "fake" in {method.turn(step).network for step in range(method.early, method.early + 10)}

@@ -97,3 +97,38 @@ def test_the_gradient_through_the_networks_is_the_chain_rule():
     )
     for one, other in zip(found, torch.autograd.grad(0.5 * error.mean(), parameters), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("debiased", "cost"), [(True, 0.0), (False, None)])
+def test_the_cost_is_a_divergence_without_what_entropy_adds(debiased, cost):
+    """Zero between equal clouds: of each cloud's cost to itself a half is taken away, of both."""
+    views, method = seen(shift=0.0), method_of(debiased=debiased, entropy=1.0)
+    found = method.transport_cost(views)
+    assert [len(method.plans(views, of_real=real)) for real in (False, True)] == (
+        [2, 3] if debiased else [1, 1]
+    )
+    if cost is None:
+        assert bool((found > 0.1).all())
+    else:
+        torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-4)
+    apart = method_of(debiased=True, entropy=1.0).transport_cost(seen())
+    assert bool((apart > 0.1).all())
+
+
+def test_clouds_of_one_point_have_no_field_and_plans_are_whole_where_a_run_computes_in_half():
+    one = torch.ones(2, 3, 4, 4)
+    t = torch.full((2,), 0.5)
+    views = Views(one, one, t, Prediction(PATH, one, one, t), Prediction(PATH, one, one, t))
+    assert float(method_of().transport(views).abs().max()) == 0.0
+    method, x = method_of(), seen().x.requires_grad_()
+    method.views = lambda x, batch: seen()
+    whole = torch.autograd.grad(method.match(x, toy_batch(2))[0], x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = torch.autograd.grad(method.match(x, toy_batch(2))[0], x)[0]
+    assert torch.equal(half, whole)
+
+
+def test_what_is_logged_of_the_cost_holds_no_graph():
+    method = method_of(through_networks=True)
+    loss, logs = loss_of(method, "student", toy_batch(8))
+    assert loss.requires_grad and not any(value.requires_grad for value in logs.values())
