@@ -67,13 +67,10 @@ GUARDS: dict[str, list[str]] = {
     "stepdistill/evaluation/paired.py": ["tests/evaluation/test_paired.py"],
     "stepdistill/pictures/given.py": ["tests/pictures/test_given.py"],
     "stepdistill/evaluation/asked.py": ["tests/export/test_from_picture.py"],
-    **dict.fromkeys(
-        (
-            f"stepdistill/families/{name}.py"
-            for name in ("_from_picture", "flux_kontext", "qwen_image_edit", "wan_from_picture")
-        ),
-        ["tests/families/test_from_picture.py"],
-    ),
+    **{
+        f"stepdistill/families/{name}.py": ["tests/families/test_from_picture.py"]
+        for name in ("_from_picture", "flux_kontext", "qwen_image_edit", "wan_from_picture")
+    },
     "stepdistill/comparison/ranking.py": [
         "tests/comparison/test_ranking.py",
         "tests/comparison/test_teachers.py",

@@ -114,6 +114,7 @@ def _tell_end(report: RunReport, place: RunFolder) -> None:
     """The last lines of a run: its scores, its health, and what to look at and to do next."""
     from stepdistill.comparison.ranking import rank
     from stepdistill.comparison.table import text_table
+    from stepdistill.networks.own_call import own_call
 
     sys.stderr.flush()
     if report.student.get("fd"):
@@ -123,6 +124,8 @@ def _tell_end(report: RunReport, place: RunFolder) -> None:
     print(f"student: {place.student}")
     print(f"page: {place.page}")
     prompt = ' --prompt "..."' if report.prompts is not None else ""
+    own = own_call(place.student)
+    prompt += " --image FILE" if own is not None and own.from_picture else ""
     print(f"next: stepdistill sample {shlex.quote(str(place.root))}{prompt}")
 
 

@@ -20,6 +20,7 @@ from stepdistill.networks.own_call import proof_calls, proof_prompts
 from stepdistill.networks.pictures import strip, teacher_pictures, to_uint8
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows, read_sheet
+from stepdistill.pictures.given import words_of
 from stepdistill.recipes.choose import DEFAULT_TEACHER
 from stepdistill.system.emoji import emoji_captions
 from stepdistill.system.run_folder import RunFolder
@@ -108,7 +109,7 @@ def draw_students(
             parts.append(strip(frames_of(drawn)))
         steps = call["num_inference_steps"]
         rows.append((f"{label}, {steps} step{'s' * (steps > 1)}", to_uint8(torch.cat(parts))))
-    return png_of_rows(rows, [str(prompt) for prompt in prompts or ()])
+    return png_of_rows(rows, words_of(str(prompt) for prompt in prompts or ()))
 
 
 def kept_sheets(evaluations: Sequence[tuple[Measured, Path]], columns: int = 12) -> dict[str, bytes]:

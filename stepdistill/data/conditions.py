@@ -14,6 +14,7 @@ from stepdistill.data.row_cache import RowCache
 from stepdistill.data.texts import rows_sha256
 from stepdistill.families.condition import Condition
 from stepdistill.networks.teacher import PipelineTeacher
+from stepdistill.networks.tiles import tiles_of
 from stepdistill.system.shipped import cache_folder
 
 
@@ -46,7 +47,10 @@ class Conditions:
             return dict(teacher.codec.encode([texts[i] for i in numbers]).tensors)
 
         def place() -> Path:
-            return cached_at("conditions", teacher, teacher.encoder_fingerprint(), self.sha256)
+            source, tiles = self.sha256, tiles_of(teacher.pipe.components.get("vae"))
+            if teacher.family.from_picture and tiles:
+                source += f" {sorted(tiles.items())}"  # their seams are in the picture's latents
+            return cached_at("conditions", teacher, teacher.encoder_fingerprint(), source)
 
         count = self.count if first is None else len(first)
         self.rows = RowCache(count, encode, place, what, remake)

@@ -1,7 +1,8 @@
 """A folder of drawn pictures that stats, eval, training and outside tools read: one PNG a picture, and an index.
 
     FOLDER/000000.png ...   picture i; or 000000.mp4 ..., a video
-    FOLDER/metadata.jsonl   {"file_name", "prompt", "seed"}, a line a picture; as image folders of Hugging Face have it
+    FOLDER/metadata.jsonl   {"file_name", "prompt", "seed"}, a line a picture, with "input_image" where it was drawn
+                            from one; as image folders of Hugging Face have it
     FOLDER/drawn.json       what drew them
 
 A folder that was begun is finished: pictures that are there are kept. The index is written when all are.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
+from stepdistill.pictures.given import row_of
 from stepdistill.system.files import check_writable, written_whole
 from stepdistill.system.parsing import parse_json
 
@@ -78,7 +80,7 @@ class PictureFolder:
         """Writes metadata.jsonl, when all pictures are there."""
         prompts = self.prompts
         rows = (
-            {"file_name": self.file(i).name} | ({"prompt": prompts[i]} if prompts else {}) | {"seed": seed}
+            {"file_name": self.file(i).name} | (row_of(prompts[i]) if prompts else {}) | {"seed": seed}
             for i, seed in enumerate(self.seeds)
         )
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

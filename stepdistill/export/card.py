@@ -151,8 +151,12 @@ from diffusers import DiffusionPipeline
 """
 
 
-_LOADING = "from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n"
-_PICTURE = 'image=load_image("picture.png"), '
+_LOADING = """from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
+from PIL import ImageOps
+picture = ImageOps.fit(load_image("picture.png"), ({width}, {height}))
+"""
+"""How a model card makes a picture that a student draws from of the size that it learnt."""
 
 
 def _task(kind: str, prompted: bool, drawn_from: bool) -> str:
@@ -223,7 +227,10 @@ def model_card(
     }
     more = {"LoRA": f"rank {lora.rank}, scale {lora.scale:g}, `{LORA}`"} if lora else {}
     shown_pictures = " ".join(f"![{i}](verification/{i}.png)" for i in range(pictures))
-    card = CARD.replace("from diffusers import DiffusionPipeline\n", _LOADING) if drawn_from else CARD
+    card = CARD
+    if drawn_from:
+        sides = _LOADING.format(width=call["width"], height=call["height"])
+        card = CARD.replace("from diffusers import DiffusionPipeline\n", sides)
     return card.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         title=f"{name} in {steps} step{'s' * (steps > 1)} ({method})",
@@ -235,7 +242,7 @@ def model_card(
         steps=steps,
         shown=kind,
         field="frames" if video else "images",
-        call=_PICTURE * drawn_from + ", ".join(f"{key}={value!r}" for key, value in shown.items()),
+        call="image=picture, " * drawn_from + ", ".join(f"{key}={value!r}" for key, value in shown.items()),
         guidance_note=note,
         guidance=f"{guidance:g}",
         summary=summary,

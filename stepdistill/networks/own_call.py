@@ -36,6 +36,7 @@ class OwnCall:
         guidance: the ``guidance_scale`` of its call; None where the call takes none.
         arguments: the call's further arguments, such as height, width and eta.
         alone: whether it draws one prompt at a time.
+        from_picture: whether it draws from a picture.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class OwnCall:
     guidance: float | None
     arguments: Mapping[str, Any]
     alone: bool = False
+    from_picture: bool = False
 
     @property
     def input_guidance(self) -> float | None:
@@ -107,6 +109,7 @@ def own_call(folder: Path) -> OwnCall | None:
             call.get(_GUIDANCE),
             {key: value for key, value in call.items() if key not in _GIVEN_ANEW},
             bool(manifest.get("alone")),
+            IMAGE in call,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} cannot be read ({error}): export the student again") from None

@@ -12,7 +12,7 @@ Imports no torch, so that a mistake is told at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,6 +59,12 @@ def with_picture(words: str, picture: str | Path) -> str:
     if set(str(picture)) & set("<>\n"):
         raise ValueError(f"the path {str(picture)!r} holds <, > or a line feed: rename the file")
     return f"{words} <image: {picture}>".lstrip()
+
+
+def row_of(prompt: str) -> dict[str, str]:
+    """A prompt as a row of a table."""
+    words, picture = asked(prompt)
+    return {"prompt": words} | ({KEY: str(picture)} if picture is not None else {})
 
 
 def found_from(prompt: str, folder: Path) -> str:
@@ -127,7 +133,26 @@ def identity(prompt: str) -> str:
     return f"{words} <image: sha256 {sha256_of(picture)}>"
 
 
-def check_named(prompts: Iterable[str], wanted: bool, name: str, what: str = "data.prompts") -> None:
+def check_there(prompts: Iterable[str], what: str) -> None:
+    """The pictures that prompts name are there.
+
+    Args:
+        prompts: the prompts.
+        what: asks for them.
+
+    Raises:
+        UserError: for the first that is not.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        picture = asked(prompt).picture
+        if picture is not None and not picture.is_file():
+            raise UserError(
+                f"{what}: prompt {number} names {picture}, which is not there: a relative path is that of a file "
+                "beside its own"
+            )
+
+
+def check_named(prompts: Sequence[str], wanted: bool, name: str, what: str = "data.prompts") -> None:
     """Prompts name a picture each where the pipeline draws from one, and none elsewhere; the files are there.
 
     Args:
@@ -143,12 +168,11 @@ def check_named(prompts: Iterable[str], wanted: bool, name: str, what: str = "da
         picture = asked(prompt).picture
         if picture is None and wanted:
             raise UserError(
-                f"{what}: prompt {number}, {prompt!r}, names no picture, but {name} draws from one: write "
-                f'\'{prompt} <image: FILE>\', or rows with a "prompt" and its "{KEY}"'
+                f"{what}: prompt {number}, {prompt!r}, names no picture, but {name} draws from one: write '{prompt} "
+                f'<image: FILE>\', give rows with a "prompt" and its "{KEY}", or, to sample, --image FILE'
             )
         if picture is not None and not wanted:
             raise UserError(
                 f"{what}: prompt {number}, {prompt!r}, names a picture, but {name} draws from text alone: leave it out"
             )
-        if picture is not None and not picture.is_file():
-            raise UserError(f"{what}: prompt {number} names {picture}, which is not there")
+    check_there(prompts, what)

@@ -322,7 +322,8 @@ def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[
         return [], emoji_captions()
     if isinstance(teacher.family, LabelFamily):
         return [], [str(label) for label in range(max(1, teacher.family.classes(teacher.pipe)))]
-    raise UserError(f"{recipe.teacher} draws from prompts: give a text file with one a line in data.prompts")
+    file = "rows that name a picture each (input_image)" if teacher.family.from_picture else "one a line"
+    raise UserError(f"{recipe.teacher} draws from prompts: give a text file with {file} in data.prompts")
 
 
 def _part(recipe: Recipe, prompts: Sequence[str]) -> Tensor | None:

@@ -13,6 +13,7 @@ from stepdistill.networks.averages import averaged
 from stepdistill.networks.own_call import TEACHER_STEPS
 from stepdistill.networks.pictures import frames_as_pipeline, teacher_frames, to_uint8
 from stepdistill.pages.sheets import png_of_rows
+from stepdistill.pictures.given import words_of
 from stepdistill.system.log import read_stats, say
 from stepdistill.system.memory import peak_memory
 from stepdistill.system.run_folder import RunFolder, RunStatus, moving
@@ -20,6 +21,7 @@ from stepdistill.training.assemble import Assembled
 from stepdistill.training.exporting import card, export_student, prompts_of, student_hash, summary_of
 from stepdistill.training.health import Vitals, health_of
 from stepdistill.training.moving import strips_and_videos, write_moving
+from stepdistill.training.previews import given_row
 from stepdistill.training.report import score_table, write_report
 from stepdistill.training.run import Finished
 from stepdistill.training.run_report import NetworkPasses, RunReport
@@ -95,6 +97,7 @@ def _samples(run: Assembled, file: Path) -> tuple[Vitals, Vitals]:
         f"student, {few}": frames_as_pipeline(run.student, run.sampler, codec, prompts, seeds),
     }
     seen = [(label, *strips_and_videos(frames)) for label, frames in drawn.items()]
-    file.write_bytes(png_of_rows([(label, to_uint8(strips)) for label, strips, _ in seen], prompts))
+    rows = [*given_row(codec, prompts), *((label, to_uint8(strips)) for label, strips, _ in seen)]
+    file.write_bytes(png_of_rows(rows, words_of(prompts)))
     write_moving(moving(file), [(label, videos) for label, _, videos in seen], frame_rate(codec.pipe))
     return Vitals.of(seen[-1][1]), Vitals.of(seen[0][1])

@@ -12,6 +12,7 @@ from stepdistill.data.prompts import is_tar, open_prompts, read_rich
 from stepdistill.errors import UserError
 from stepdistill.networks.find import check_teacher, find_lora, local_folder
 from stepdistill.networks.pipeline_files import pipeline_class
+from stepdistill.pictures.given import check_there
 from stepdistill.recipes.recipe import WEAK, Recipe
 from stepdistill.recipes.rewards import own_reward
 from stepdistill.recipes.sections import AgainstTeacherOptions
@@ -60,7 +61,7 @@ def _check_inputs(recipe: Recipe) -> None:
         if (own := own_reward(name)) and not own.file.is_file():
             raise UserError(f"terms.reward {name}: there is no such file")
     if recipe.data.prompts is not None:
-        open_prompts(Path(recipe.data.prompts))
+        check_there(open_prompts(Path(recipe.data.prompts)), "data.prompts")
     if recipe.data.rich is not None:
         read_rich(Path(recipe.data.rich))
     if recipe.data.part is not None:

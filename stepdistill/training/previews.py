@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from stepdistill.evaluation.video_pipelines import frame_rate
 from stepdistill.networks.averages import Ema, averaged
 from stepdistill.networks.codec import Codec
-from stepdistill.networks.pictures import frames_as_pipeline, teacher_frames, to_uint8
+from stepdistill.networks.pictures import frames_as_pipeline, shown_frames, teacher_frames, to_uint8
 from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows
+from stepdistill.pictures.given import pictures_of, words_of
 from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder, moving
 from stepdistill.training.health import Seen, Vitals
@@ -47,7 +52,7 @@ class Previews:
         drawn, videos = strips_and_videos(
             teacher_frames(teacher, self.prompts, self.seeds, teacher_steps, guidance, self.codec)
         )
-        self.reference = Vitals.of(drawn)
+        self.reference, self.given = Vitals.of(drawn), given_row(self.codec, self.prompts)
         label = f"teacher, {teacher_steps} steps"
         self.teacher_row, self.teacher_videos = (label, to_uint8(drawn)), (label, videos)
 
@@ -61,9 +66,9 @@ class Previews:
             self.folder.pictures.mkdir(parents=True, exist_ok=True)
             steps = f"{self.sampler.steps} step{'s' * (self.sampler.steps > 1)}"
             label = f"student, {steps}, after {update} updates"
-            rows = [self.teacher_row, (label, to_uint8(drawn))]
+            rows = [*self.given, self.teacher_row, (label, to_uint8(drawn))]
             with written_whole(file := self.folder.preview(update)) as temporary:
-                temporary.write_bytes(png_of_rows(rows, self.prompts))
+                temporary.write_bytes(png_of_rows(rows, words_of(self.prompts)))
             write_moving(moving(file), [self.teacher_videos, (label, videos)], frame_rate(self.codec.pipe))
         vitals = Vitals.of(drawn)
         numbers = {
@@ -71,3 +76,14 @@ class Previews:
             **{"saturation": vitals.saturation, "teacher_saturation": self.reference.saturation},
         }
         return Seen(numbers, vitals.worries(self.reference))
+
+
+def given_row(codec: Codec, prompts: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """The row of the pictures that prompts are drawn from, uint8 [B, 3, H, W] as wide as :func:`strip` makes what is
+    drawn; none where nothing is drawn from one."""
+    size = codec.size
+    if not codec.family.from_picture:
+        return []
+    pixels = [torch.from_numpy(np.array(each)) for each in pictures_of(prompts, size.height, size.width)]
+    pictures = torch.stack(pixels).permute(0, 3, 1, 2)
+    return [("given", pictures.repeat(1, 1, 1, len(shown_frames(size.frames))))]

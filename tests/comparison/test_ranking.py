@@ -155,7 +155,8 @@ def test_a_place_is_not_sure_at_exactly_twice_the_error() -> None:
 def test_trainings_of_other_seeds_become_one_row_of_means() -> None:
     reports = [
         run(
-            f"m-{seed}", 2.0, 0.1, updates=updates, passes={"teacher": {"with_graph": 0, "without_graph": passes}}, better={"mine": "lower", "bare": "lower"},
+            f"m-{seed}", 2.0, 0.1, updates=updates, better={"mine": "lower", "bare": "lower"},
+            passes={"teacher": {"with_graph": 0, "without_graph": passes}},
             student={
                 "fd": {"1": 2.0}, "mine": {"1": mine}, "mine_se": {"1": error}, "bare": {"1": None},
                 "seconds_per_image": {"1": 0.25},

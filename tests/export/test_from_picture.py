@@ -16,6 +16,7 @@ from tiny_from_picture import SIZES, pictured, tiny_from_picture
 from typer.testing import CliRunner
 
 from stepdistill.cli import app
+from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.evaluation.asked import asked_of
 from stepdistill.evaluation.draw_into import as_named, draw_into
@@ -97,12 +98,15 @@ def test_a_student_is_sampled_from_pictures(name: str, made: dict[str, Made], tm
     run = made[name]
     own = own_call(run.folder)
     assert own is not None and "image" not in own.arguments and own.alone == (name == "wan-i2v")
+    assert own.from_picture
     drawn = sample(str(run.folder), run.prompts, seed=0)
     for i, frames in enumerate(drawn.frames):
         kept = np.asarray(Image.open(run.folder / f"verification/{i}.png")).astype(int)
         shown = [frames[k] for k in dict.fromkeys((0, len(frames) // 2, len(frames) - 1))]
         assert np.abs(np.concatenate([np.asarray(each) for each in shown], 1).astype(int) - kept).max() <= 1
     draw_into(tmp_path / "into", [as_named(str(run.folder))], run.prompts, 2, progress=False)
+    index = read_prompts(tmp_path / "into/student/metadata.jsonl")
+    assert index == run.prompts
     middle = [frames[len(frames) // 2] for frames in drawn.frames]
     for i, picture in enumerate(middle):
         (file,) = (tmp_path / "into/student").glob(f"*{i}.png")
@@ -158,7 +162,8 @@ def test_a_card_says_that_it_draws_from_a_picture(made: dict[str, Made]) -> None
         video=True,
     )  # fmt: skip
     assert "pipeline_tag: image-to-video" in card and "from diffusers.utils import load_image\n" in card
-    assert "pipe(image=load_image(\"picture.png\"), prompt='make it red', " in card
+    assert 'picture = ImageOps.fit(load_image("picture.png"), (16, 32))\n' in card
+    assert "pipe(image=picture, prompt='make it red', " in card
     shared = hub_card(
         card, repo="me/it", pipeline="WanImageToVideoPipeline", call=run.manifest["call"], files={},
         base_model=None, licence=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ def test_checks_and_plans_may_ask_without_a_picture(name: str, teacher_of: Teach
     assert apart is not None and apart < 1e-5
     shape = teacher.family.shape_of(teacher.pipe, teacher.size)  # type: ignore[attr-defined]
     assert teacher.codec.encode(["a cat"])[PICTURE].shape == (1, *shape)
+    # Its call is told the size that its pictures are cropped to, also where it is the pipeline's own.
+    own = teacher.family.default_size(teacher.pipe)
+    assert replace(teacher.codec, size=own).told_size == own
 
 
 @pytest.mark.parametrize("name", BUILDERS)

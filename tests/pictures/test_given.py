@@ -22,6 +22,7 @@ from stepdistill.pictures.given import (
     opened,
     pictures_of,
     placeholder,
+    row_of,
     with_picture,
     words_of,
 )
@@ -46,6 +47,8 @@ def test_a_prompt_with_a_picture_is_taken_apart_as_it_was_put_together() -> None
     for text in ("a cat", "a <image: b.png> inside", "<image: >", "1 < 2 >", "<image: a<b.png>"):
         assert asked(text) == Asked(text, None)
     assert words_of([prompt, "a cat"]) == ["make it red", "a cat"]
+    assert row_of(prompt) == {"prompt": "make it red", "input_image": "photos/my car.png"}
+    assert row_of("a cat") == {"prompt": "a cat"}
     with pytest.raises(ValueError, match="holds <, > or a line feed: rename the file"):
         with_picture("make it red", "a>b.png")
 
