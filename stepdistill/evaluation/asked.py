@@ -7,7 +7,23 @@ from typing import Any
 
 from stepdistill.families import known_family
 from stepdistill.families.size import Size
-from stepdistill.pictures.given import check_named, pictures_of, words_of
+from stepdistill.pictures.given import any_named, check_named
+
+OF_PICTURE = ("prompt", "image", "height", "width", "max_area", "_auto_resize")
+"""Arguments that say what is drawn from, and at what size."""
+
+
+def check_asked(pipe: Any, prompts: Sequence[str]) -> None:
+    """Prompts name pictures as the pipeline takes them.
+
+    Raises:
+        UserError: one names none, and the pipeline draws from one; or the other way round.
+    """
+    family, name = known_family(type(pipe).__name__), type(pipe).__name__
+    if family is None:
+        check_named(prompts, False, name, "prompts")
+    else:
+        check_named(prompts, family.from_picture, name, "prompts", optional=family.picture_optional)
 
 
 def asked_of(pipe: Any, prompts: Sequence[str], told: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,21 +35,14 @@ def asked_of(pipe: Any, prompts: Sequence[str], told: Mapping[str, Any]) -> dict
         told: what else its call is told.
 
     Raises:
-        UserError: one names no picture, and the pipeline draws from one; or the other way round.
+        UserError: see :func:`check_asked`.
     """
+    check_asked(pipe, prompts)
     family = known_family(type(pipe).__name__)
-    drawn_from = family is not None and family.from_picture
-    check_named(prompts, drawn_from, type(pipe).__name__, "prompts")
-    if family is None or not drawn_from:
+    if family is None or not any_named(prompts):
         return {"prompt": list(prompts)}
     size = family.default_size(pipe)
     if told.get("height") and told.get("width"):
         size = Size(int(told["height"]), int(told["width"]), size.frames)
-    pictures = pictures_of(prompts, size.height, size.width)
-    sides = family.call_arguments(type(pipe).__name__, [""], None, size)
-    kept = {name: value for name, value in sides.items() if name in OF_SIZE}
-    return {**kept, "prompt": words_of(prompts), "image": pictures if len(pictures) > 1 else pictures[0]}
-
-
-OF_SIZE = ("height", "width", "max_area", "_auto_resize")
-"""Arguments that say the size of what is drawn."""
+    call = family.call_arguments(type(pipe).__name__, list(prompts), None, size)
+    return {name: value for name, value in call.items() if name in OF_PICTURE}

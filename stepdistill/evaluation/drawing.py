@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stepdistill.diffusion.draws import generator_for
 from stepdistill.errors import UserError
-from stepdistill.evaluation.asked import asked_of
+from stepdistill.evaluation.asked import asked_of, check_asked
 from stepdistill.evaluation.suite import Suite
 from stepdistill.evaluation.video_pipelines import sounds_of
 from stepdistill.families import known_family
@@ -23,7 +23,7 @@ from stepdistill.families.base import call_default
 from stepdistill.families.plain_calls import drawing_call
 from stepdistill.pages.videos import Sound
 from stepdistill.pictures.decoding import fit
-from stepdistill.pictures.given import check_named, words_of
+from stepdistill.pictures.given import any_named, words_of
 
 GUIDANCE_OFF = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0}
 """The guidance_scale at which a pipeline does not guide, where it is not 1: these two guide above 0."""
@@ -101,7 +101,8 @@ class Drawing:
         rows = range(self._suite.n) if rows is None else rows
         self.seconds, self.passes = 0.0, 0
         family = known_family(type(self._pipe).__name__)
-        batch = 1 if family is not None and family.alone else batch
+        alone = family is not None and (family.alone or any_named(self._prompts or ()))
+        batch = 1 if alone else batch
         scheduler = self._pipe.scheduler
         given: Mapping[str, Any] = {}
         if self._trailing:
@@ -234,8 +235,7 @@ def _check_fit(pipe: Any, takes: frozenset[str], suite: Suite, prompts: Sequence
             raise UserError(
                 f"{name} draws from prompts, suite {suite.label} has none: take one that has, or give --prompts FILE"
             )
-        family = known_family(name)
-        check_named(prompts, family is not None and family.from_picture, name, "prompts")
+        check_asked(pipe, prompts)
         return
     classes = classes_of(pipe)
     if prompts is not None:

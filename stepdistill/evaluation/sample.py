@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stepdistill.errors import UserError
 from stepdistill.networks.find import find_pipeline
 from stepdistill.networks.own_call import OwnCall, own_call, steps_of
+from stepdistill.pictures.given import any_named
 from stepdistill.system.log import say
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def sample(
     pipe, _ = load_pipeline(folder, device, filters=True)
     if guidance is not None and guiders_of(pipe):
         pipe, guidance = guided_at(pipe, guidance), None
-    at_once = 1 if draws_alone(pipe, own) else len(prompts)
+    at_once = 1 if draws_alone(pipe, own, prompts) else len(prompts)
     frames, sounds = list[list[Any]](), list[Any]()
     for first in range(0, len(prompts), at_once):
         some = prompts[first : first + at_once]
@@ -98,12 +99,13 @@ def sample(
     return Drawn(frames, frame_rate(pipe), sounds)
 
 
-def draws_alone(pipe: Any, own: OwnCall | None) -> bool:
-    """Whether a pipeline draws one prompt at a time."""
+def draws_alone(pipe: Any, own: OwnCall | None, prompts: Sequence[str]) -> bool:
+    """Whether a pipeline draws these prompts one at a time."""
     from stepdistill.families import known_family
 
     family = known_family(type(pipe).__name__)
-    return (family is not None and family.alone) or (own is not None and own.alone)
+    alone = (family is not None and family.alone) or (own is not None and own.alone)
+    return alone or any_named(prompts)
 
 
 def call_arguments(

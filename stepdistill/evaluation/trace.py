@@ -167,7 +167,7 @@ def _traced(one: Asked, prompts: Sequence[str], seeds: int, features: str, devic
     network = load_features(features, device=pipe.device)
     pictures, times, rows = [], list[float](), list[Tensor]()
     for prompt in prompts:
-        if draws_alone(pipe, own):
+        if draws_alone(pipe, own, prompts):
             raise UserError(
                 f"trace: {one.name} is a {type(pipe).__name__}, which draws one picture at a time"
             )

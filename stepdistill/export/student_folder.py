@@ -51,6 +51,7 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import network_of, networks_in
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.networks.tiles import KEY, tiles_of
+from stepdistill.pictures.given import any_named
 from stepdistill.recipes.sections import ExportOptions
 from stepdistill.system.files import folder_written_whole, sha256_of
 from stepdistill.system.float32 import full_float32
@@ -207,7 +208,7 @@ def export(
             "call": kept_call(pipeline_call(type(pipe).__name__, asked, teacher.codec, prompts), place),
             "seeds": list(seeds),
             "step_counts": sorted({sampler.steps, *sampler.step_counts}),
-            "alone": teacher.family.alone,
+            "alone": teacher.family.alone or any_named(prompts),
             "tolerance": TOLERANCE,
             "files": hashes(place),
         }

@@ -21,7 +21,7 @@ from stepdistill.families._pixels import unit_pixels
 from stepdistill.families.condition import Condition
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
-from stepdistill.pictures.given import pictures_of, words_of
+from stepdistill.pictures.given import any_named, pictures_of, words_of
 
 
 class Family(ABC):
@@ -44,7 +44,9 @@ class Family(ABC):
         any_size: whether its call takes a height and a width.
         told_size: whether the call is told them even where they are the network's own, as its default is another.
         size_conditions: names of the conditions that say the size of what is drawn.
-        from_picture: whether it draws from a picture beside the prompt, which names it, see ``pictures.given``.
+        from_picture: whether it draws from a picture beside the prompt, which names it, see ``pictures.given``; of such
+            prompts one is drawn at a time.
+        picture_optional: whether it also draws from prompts that name none.
         video: whether a state has frames, and its VAE takes [B, 3, F, H, W].
         keeps_length: whether a guided output is given the length, along the last axis of what :meth:`pack` makes of
             it, of the output for the prompt alone.
@@ -70,6 +72,7 @@ class Family(ABC):
     told_size: ClassVar[bool] = False
     size_conditions: ClassVar[frozenset[str]] = frozenset()
     from_picture: ClassVar[bool] = False
+    picture_optional: ClassVar[bool] = False
     video: ClassVar[bool] = False
     keeps_length: ClassVar[bool] = False
     alone: ClassVar[bool] = False
@@ -291,7 +294,7 @@ class Family(ABC):
         sides = {"height": size.height, "width": size.width} if size else {}
         frames = {"num_frames": size.frames} if size and self.video else {}
         asked: dict[str, Any] = {"prompt": prompts}
-        if self.from_picture:
+        if self.from_picture and (any_named(prompts) or not self.picture_optional):
             assert size is not None, "such a family is told its size"
             pictures = pictures_of(prompts, size.height, size.width)
             asked = {"prompt": words_of(prompts), "image": pictures if len(pictures) > 1 else pictures[0]}

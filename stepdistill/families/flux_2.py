@@ -5,20 +5,30 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
+from stepdistill.families._from_picture import PICTURE, FromPicture, pictures_named
 from stepdistill.families.base import call_default
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.kinds import TransformerFamily
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
+from stepdistill.pictures.given import any_named, words_of
+
+LARGEST = 1024 * 1024
+"""Pixels of a picture that is drawn from, which their pipelines shrink to so many."""
+OF_PICTURE = 10
+"""What stands in a token's ids where the state's have 0."""
 
 
-class Flux2Klein(TransformerFamily):
+class Flux2Klein(FromPicture, TransformerFamily):
     name = "Flux.2 [klein]"
+    picture_optional = True
     pipelines = ("Flux2KleinPipeline",)
     clock = "t"
     passes = frozenset({"sigmas", "mu"})
@@ -46,8 +56,19 @@ class Flux2Klein(TransformerFamily):
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         own = {name: call_default(pipe, name) for name in ("max_sequence_length", "text_encoder_out_layers")}
-        embeds, _ = pipe.encode_prompt(prompts, pipe.device, **own)  # of full length
-        return Condition({"encoder_hidden_states": embeds})
+        embeds, _ = pipe.encode_prompt(words_of(prompts), pipe.device, **own)  # of full length
+        found = Condition({"encoder_hidden_states": embeds})
+        if not any_named(prompts):
+            return found
+        return found.with_tensor(PICTURE, self.latents_of(pipe, pictures_named(prompts, size), size))
+
+    def latents_of(self, pipe: Any, pictures: list[Image], size: Size) -> Tensor:
+        if size.height * size.width > LARGEST:
+            pictures = [pipe.image_processor._resize_to_target_area(each, LARGEST) for each in pictures]
+        sides = [side // self.unit(pipe) * self.unit(pipe) for side in pictures[0].size]
+        crop = partial(pipe.image_processor.preprocess, width=sides[0], height=sides[1], resize_mode="crop")
+        frames = [crop(each)[:, None].to(pipe.device, torch.float32) for each in pictures]
+        return torch.cat([self.to_states(pipe, each) for each in frames])
 
     def null(self, pipe: Any, size: Size) -> Condition | None:
         return None if pipe.config.is_distilled else self.encode(pipe, [""], size)
@@ -61,16 +82,25 @@ class Flux2Klein(TransformerFamily):
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
         embeds, (height, width) = cond["encoder_hidden_states"], x_t.shape[2:]
+        tokens, ids = self.pack(x_t), _ids(height, width, 1, x_t.device)
+        count = tokens.shape[1]
+        if (picture := cond.get(PICTURE)) is not None:
+            own = _ids(picture.shape[2], picture.shape[3], 1, x_t.device)
+            ids = torch.cat([ids, own + own.new_tensor([OF_PICTURE, 0, 0, 0])])
+            tokens = torch.cat([tokens, self.pack(picture).to(tokens)], 1)
         output: Tensor = net(
-            hidden_states=self.pack(x_t),
+            hidden_states=tokens,
             timestep=time,
             encoder_hidden_states=embeds,
             txt_ids=_ids(1, 1, embeds.shape[1], x_t.device),
-            img_ids=_ids(height, width, 1, x_t.device),
+            img_ids=ids,
             guidance=cond.get(GUIDANCE),
             return_dict=False,
         )[0]
-        return self.unpack(output, tuple(x_t.shape[1:]))
+        return self.unpack(output[:, :count], tuple(x_t.shape[1:]))
+
+    def picture(self, net: nn.Module, output: Any, state: tuple[int, ...]) -> Tensor:
+        return super().picture(net, output, state)[:, : self.tokens(net, state)]
 
     # States are patches of 2x2 latents, by the statistics of a batch normalisation.
 

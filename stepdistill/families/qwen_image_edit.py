@@ -21,7 +21,6 @@ NO_WORDS = " "  # of its model card: an empty text would be no guidance
 class QwenImageEdit(FromPicture, QwenImage):
     name = "Qwen-Image-Edit"
     pipelines = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
-    alone = True  # its call takes one prompt
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
         pictures = pictures_named(prompts, size)

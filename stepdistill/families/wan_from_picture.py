@@ -32,7 +32,6 @@ class WanFromPicture(FromPicture, Wan):
     pipelines = ("WanImageToVideoPipeline",)
     changes = NetworkChanges()
     of_picture = frozenset({PICTURE, SEEN})
-    alone = True  # its call takes one picture
 
     def adopt(self, pipe: Any) -> None:
         if importlib.util.find_spec("ftfy") is None:
@@ -56,11 +55,14 @@ class WanFromPicture(FromPicture, Wan):
     def latents_of(self, pipe: Any, pictures: list[Image], size: Size) -> Tensor:
         """Those of the video that is grey after the picture, below channels that say where it stands; or its own, of
         one frame."""
-        state = torch.zeros(1, *self.state_shape(pipe, size), device=pipe.device)  # or it would draw noise
-        sides = (size.height, size.width, size.frames, torch.float32, pipe.device)
+        sides = {"height": size.height, "width": size.width, "num_frames": size.frames}
+        given = {
+            "dtype": torch.float32,
+            "device": pipe.device,
+            "latents": torch.zeros(1),
+        }  # or it would draw noise
         frames = as_frames(pictures, pipe.device)
-        made = [pipe.prepare_latents(one, 1, state.shape[1], *sides, latents=state)[1] for one in frames]
-        return torch.cat(made)
+        return torch.cat([pipe.prepare_latents(frame, 1, **sides, **given)[1] for frame in frames])
 
     def shape_of(self, pipe: Any, size: Size) -> tuple[int, ...]:
         channels, frames, *sides = self.state_shape(pipe, size)
@@ -91,4 +93,4 @@ class WanFromPicture(FromPicture, Wan):
         """The time of each token [B, N]: 0 for those of the first frame."""
         frames = x_t.shape[2]
         told = time[:, None] * (torch.arange(frames, device=time.device) > 0)
-        return told.repeat_interleave(self.tokens(net, tuple(x_t.shape[1:])) // frames, 1)
+        return told.repeat_interleave(self.tokens(net, tuple(x_t.shape)) // frames, 1)

@@ -45,6 +45,11 @@ def asked(prompt: str) -> Asked:
     return Asked(prompt, None) if found is None else Asked(found["words"], Path(found["file"].strip()))
 
 
+def any_named(prompts: Iterable[str]) -> bool:
+    """Whether a prompt names a picture."""
+    return any(asked(prompt).picture is not None for prompt in prompts)
+
+
 def words_of(prompts: Iterable[str]) -> list[str]:
     """The texts of prompts, without the pictures that they name."""
     return [asked(prompt).words for prompt in prompts]
@@ -152,7 +157,9 @@ def check_there(prompts: Iterable[str], what: str) -> None:
             )
 
 
-def check_named(prompts: Sequence[str], wanted: bool, name: str, what: str = "data.prompts") -> None:
+def check_named(
+    prompts: Sequence[str], wanted: bool, name: str, what: str = "data.prompts", *, optional: bool = False
+) -> None:
     """Prompts name a picture each where the pipeline draws from one, and none elsewhere; the files are there.
 
     Args:
@@ -160,16 +167,20 @@ def check_named(prompts: Sequence[str], wanted: bool, name: str, what: str = "da
         wanted: whether it draws from one.
         name: of the pipeline's class.
         what: asks for the prompts.
+        optional: whether it also draws from prompts of which none names one.
 
     Raises:
         UserError: for the first that does not.
     """
+    if wanted and optional and not any_named(prompts):
+        return
     for number, prompt in enumerate(prompts, 1):
         picture = asked(prompt).picture
         if picture is None and wanted:
+            why = "others name one" if optional else f"{name} draws from one"
             raise UserError(
-                f"{what}: prompt {number}, {prompt!r}, names no picture, but {name} draws from one: write '{prompt} "
-                f'<image: FILE>\', give rows with a "prompt" and its "{KEY}", or, to sample, --image FILE'
+                f"{what}: prompt {number}, {prompt!r}, names no picture, but {why}: write '{prompt} <image: FILE>', "
+                f'give rows with a "prompt" and its "{KEY}", or, to sample, --image FILE'
             )
         if picture is not None and not wanted:
             raise UserError(

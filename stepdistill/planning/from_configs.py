@@ -245,7 +245,7 @@ def _with_conditions(
 
     class Told(base):  # type: ignore[misc]
         def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
-            if not isinstance(self, FromPicture):
+            if not isinstance(self, FromPicture) or self.picture_optional:
                 return zeros(len(prompts))
             with where:
                 picture = torch.zeros(len(prompts), *self.shape_of(pipe, size))

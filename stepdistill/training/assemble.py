@@ -316,14 +316,25 @@ def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[
     """Those that are held out, and those to learn from."""
     if recipe.data.prompts is not None:
         prompts = open_prompts(Path(recipe.data.prompts))
-        check_named(prompts, teacher.family.from_picture, type(teacher.pipe).__name__)
+        check_pictures(teacher, prompts)
         return ([], prompts) if embedded else hold_out(prompts)
     if embedded:
         return [], emoji_captions()
     if isinstance(teacher.family, LabelFamily):
         return [], [str(label) for label in range(max(1, teacher.family.classes(teacher.pipe)))]
-    file = "rows that name a picture each (input_image)" if teacher.family.from_picture else "one a line"
+    must = teacher.family.from_picture and not teacher.family.picture_optional
+    file = "rows that name a picture each (input_image)" if must else "one a line"
     raise UserError(f"{recipe.teacher} draws from prompts: give a text file with {file} in data.prompts")
+
+
+def check_pictures(teacher: PipelineTeacher, prompts: Sequence[str], what: str = "data.prompts") -> None:
+    """Prompts name pictures as the teacher takes them.
+
+    Raises:
+        UserError: one does not.
+    """
+    family, name = teacher.family, type(teacher.pipe).__name__
+    check_named(prompts, family.from_picture, name, what, optional=family.picture_optional)
 
 
 def _part(recipe: Recipe, prompts: Sequence[str]) -> Tensor | None:

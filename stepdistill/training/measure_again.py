@@ -80,7 +80,7 @@ def _drawn(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """The student's pictures by its pipeline's own call."""
     every = range(against.count)
-    alone = [[i] for i in every] if draws_alone(pipe, own) else None
+    alone = [[i] for i in every] if draws_alone(pipe, own, against.prompts) else None
     for rows in alone or batches(every, against.teacher):
         generators = [torch.Generator("cpu").manual_seed(against.seeds[i]) for i in rows]
         arguments = call_arguments(pipe, own, [against.prompts[i] for i in rows], steps)

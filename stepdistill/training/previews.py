@@ -16,7 +16,7 @@ from stepdistill.networks.sampler import Sampler
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pages.sheets import png_of_rows
-from stepdistill.pictures.given import pictures_of, words_of
+from stepdistill.pictures.given import any_named, pictures_of, words_of
 from stepdistill.system.files import written_whole
 from stepdistill.system.run_folder import RunFolder, moving
 from stepdistill.training.health import Seen, Vitals
@@ -82,7 +82,7 @@ def given_row(codec: Codec, prompts: Sequence[str]) -> list[tuple[str, Tensor]]:
     """The row of the pictures that prompts are drawn from, uint8 [B, 3, H, W] as wide as :func:`strip` makes what is
     drawn; none where nothing is drawn from one."""
     size = codec.size
-    if not codec.family.from_picture:
+    if not any_named(prompts):
         return []
     pixels = [torch.from_numpy(np.array(each)) for each in pictures_of(prompts, size.height, size.width)]
     pictures = torch.stack(pixels).permute(0, 3, 1, 2)

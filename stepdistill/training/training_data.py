@@ -13,12 +13,11 @@ from stepdistill.data.training_images import EmbeddedImages, Images
 from stepdistill.data.training_videos import examples_of
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import PairOptions
-from stepdistill.pictures.given import check_named
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import Processes
 from stepdistill.system.run_folder import RunFolder
-from stepdistill.training.assemble import Assembled
+from stepdistill.training.assemble import Assembled, check_pictures
 
 
 def rich_of(recipe: Recipe, prompts: Sequence[str]) -> list[str]:
@@ -46,8 +45,7 @@ def training_data(run: Assembled, output: Path) -> Data:
     elif "images" in run.needs:
         place = Path(cast(str, recipe.data.images))
         images = found = examples_of(place, run.teacher.size.frames, recipe.data.fps)
-        kind = type(run.teacher.pipe).__name__
-        check_named(found.captions, run.teacher.family.from_picture, kind, "data.images")
+        check_pictures(run.teacher, found.captions, "data.images")
         for remark in found.remarks() if accelerator.is_main_process else ():
             say(remark)
     processes, group = Processes(accelerator.process_index, accelerator.num_processes), recipe.train.group

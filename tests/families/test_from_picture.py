@@ -20,12 +20,16 @@ from stepdistill.diffusion.solvers import solve
 from stepdistill.errors import UserError
 from stepdistill.export.checks import teacher_check
 from stepdistill.families._from_picture import PICTURE
-from stepdistill.families.watching import frames_of
+from stepdistill.families.size import Size
+from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
-from stepdistill.pictures.given import asked, with_picture
+from stepdistill.pictures.given import asked, pictures_of, with_picture
+from stepdistill.training.assemble import check_pictures
 
 EDITS = ("qwen-edit", "qwen-edit-plus")
+EMBEDDED = ("kontext", "flux-2-edit")
+OPTIONAL = ("klein-edit", "flux-2-edit")
 Teachers = Callable[[str], PipelineTeacher]
 
 
@@ -104,7 +108,7 @@ def test_the_picture_is_heard_and_each_sample_has_its_own(
     assert (both - torch.cat(apart)).abs().max() < 1e-4
     assert (apart[0] - apart[2]).abs().max() > 1e-3  # another picture, of the same words
     assert (apart[1] - apart[2]).abs().max() > 1e-6  # other words, of the same picture
-    assert teacher.has_null == (name != "kontext")
+    assert teacher.has_null == (name not in EMBEDDED)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -113,20 +117,51 @@ def test_checks_and_plans_may_ask_without_a_picture(name: str, teacher_of: Teach
     apart = teacher_check(teacher, "a photograph of a cat", 2)
     assert apart is not None and apart < 1e-5
     shape = teacher.family.shape_of(teacher.pipe, teacher.size)  # type: ignore[attr-defined]
-    assert teacher.codec.encode(["a cat"])[PICTURE].shape == (1, *shape)
+    found = teacher.codec.encode(["a cat"]).get(PICTURE)
+    assert (found is None) == (name in OPTIONAL) and (found is None or found.shape == (1, *shape))
     # Its call is told the size that its pictures are cropped to, also where it is the pipeline's own.
     own = teacher.family.default_size(teacher.pipe)
     assert replace(teacher.codec, size=own).told_size == own
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_discriminator_reads_what_is_drawn_alone(name: str, teacher_of: Teachers) -> None:
+def test_a_discriminator_reads_what_is_drawn_alone(name: str, teacher_of: Teachers, tmp_path: Path) -> None:
     teacher = teacher_of(name)
-    student, cond = Student.from_teacher(teacher), teacher.codec.encode(["a cat"])
+    (prompt,) = pictured(tmp_path, 1, SIZES[name])
+    student, cond = Student.from_teacher(teacher), teacher.codec.encode([prompt])
     x_t, t = torch.randn(1, *teacher.codec.shape), torch.full((1,), 0.6)
     features = student.features(x_t, t, cond)
     channels, height, width = student.family.feature_shape(student.net, student.shape)
     assert features.shape == (1, height * width, channels)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_where_a_picture_is_optional_all_prompts_name_one_or_none_does(
+    name: str, teacher_of: Teachers, tmp_path: Path
+) -> None:
+    teacher = teacher_of(name)
+    named = pictured(tmp_path, 2, SIZES[name])
+    check_pictures(teacher, named)
+    check_pictures(teacher, ["a cat", "a dog"])
+    with pytest.raises(UserError, match="prompt 2, 'a cat', names no picture, but others name one: write"):
+        check_pictures(teacher, [named[0], "a cat"])
+    call = teacher.family.call_arguments("", ["a cat"], None, teacher.size)
+    assert "image" not in call and call["prompt"] == ["a cat"]
+
+
+def test_flux_2_shrinks_a_picture_of_more_than_a_million_pixels(tmp_path: Path) -> None:
+    """As its pipeline does, to sides that are multiples of what one token stands for."""
+    teacher = PipelineTeacher(tiny_from_picture("klein-edit"), size=Size(1024, 1040))
+    (prompt,) = pictured(tmp_path, 1, teacher.size)
+    picture = pictures_of([prompt], 1024, 1040)
+    unit = teacher.family.unit(teacher.pipe)
+    found = teacher.family.latents_of(teacher.pipe, picture, teacher.size)  # type: ignore[attr-defined]
+    assert found.shape[2:] == (1016 // unit, 1031 // unit)
+    call = {"prompt": "red", "image": picture[0], "height": 64, "width": 64, "num_inference_steps": 1}
+    seen = watch(teacher.pipe, {**call, "guidance_scale": 1.0}, end_after=1).steps[0].calls[0]
+    torch.testing.assert_close(
+        seen.kwargs["hidden_states"][:, 64 // unit * 64 // unit :], teacher.family.pack(found)
+    )
 
 
 def test_of_wan_2_2_5b_the_first_frame_is_the_picture_from_any_state(teacher_of: Teachers) -> None:
@@ -163,3 +198,12 @@ def test_a_pipeline_that_cannot_read_its_prompts_says_what_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ftfy" else find(name))
     with pytest.raises(UserError, match="reads prompts with ftfy, which is not installed: pip install ftfy"):
         PipelineTeacher(tiny_from_picture("wan-i2v"), size=SIZES["wan-i2v"])
+
+
+def test_a_pipeline_without_one_of_its_networks_is_refused() -> None:
+    pipe = tiny_from_picture("wan-2.2-i2v")
+    pipe.transformer_2 = None
+    with pytest.raises(
+        UserError, match="this WanImageToVideoPipeline has no transformer_2, which it calls in a"
+    ):
+        PipelineTeacher(pipe, size=SIZES["wan-2.2-i2v"])

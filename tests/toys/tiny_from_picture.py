@@ -87,12 +87,15 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "wan-2.2-i2v": lambda: _wan_i2v(two=True),
     "wan-2.2-ti2v": lambda: _wan_i2v(inside=True),
     "kontext": _kontext,
+    "klein-edit": lambda: MORE["klein"](),
+    "flux-2-edit": lambda: MORE["flux-2"](),
     "qwen-edit": lambda: _edit(plus=False),
     "qwen-edit-plus": lambda: _edit(plus=True),
 }
 SIZES = {
     **dict.fromkeys(("wan-i2v", "wan-2.2-i2v", "wan-2.2-ti2v"), SIZES["wan"]),
     "kontext": Size(16, 24),
+    **dict.fromkeys(("klein-edit", "flux-2-edit"), Size(64, 96)),  # a picture may not be smaller
     **dict.fromkeys(("qwen-edit", "qwen-edit-plus"), Size(64, 256)),
 }
 
