@@ -414,6 +414,16 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "(_, forth, a, b), *own = self.plans(views, of_real=(True))",
     ): "one plan more, which nobody reads",
     (
+        "stepdistill/losses/gan.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "what is seen is a number, with a graph or without",
+    (
+        "stepdistill/losses/gan.py",
+        "Heads(family.layer_shapes(networks_in(eye.net)[0], eye.shape))  # of several, each has its own",
+        "Heads(family.layer_shapes(networks_in(eye.net)[(1)], eye.shape))  # of several, each has its own",
+    ): "several networks are of one shape",
+    (
         "stepdistill/methods/disback.py",
         "self.towards = 0  # the number of the waypoint that the present turn is led to; 0 is the teacher",
         "self.towards = (1)  # the number of the waypoint that the present turn is led to; 0 is the teacher",

@@ -65,14 +65,14 @@ def _middle(
     if not (own := float(stream.average_rate or stream.guessed_rate or 0)):
         raise Refused("does not say how many frames it has a second")
     rate = rate or own
-    length = _seconds(video, stream)
-    start = max(0.0, (length - count / rate) / 2)
-    start = round(start * own) / own  # at a frame of its own
     frames = video.decode(stream)
     if (head := next(frames, None)) is None:
         raise Refused("has no frames")
     first = float(head.time)  # of some files not what their headers say
     frames = chain([head], frames)
+    length = _seconds(video, stream, first)
+    start = max(0.0, (length - count / rate) / 2)
+    start = round(start * own) / own  # at a frame of its own
     if start > 0:
         video.seek(int((first + start) / stream.time_base), stream=stream)
         frames = video.decode(stream)
@@ -92,10 +92,14 @@ def _middle(
     return np.stack(chosen), notes
 
 
-def _seconds(video: Any, stream: Any) -> float:
+def _seconds(video: Any, stream: Any, first: float) -> float:
+    """How long a video is whose first frame stands at ``first``."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    return float((video.duration or 0) / 1_000_000)
+    whole = float((video.duration or 0) / 1_000_000)
+    return (
+        whole - first if "matroska" in video.format.name else whole
+    )  # which counts from 0, whatever begins when
 
 
 def _nearest(frames: Iterator[Any], first: float, times: list[float], own: float) -> Iterator[Any]:

@@ -205,7 +205,7 @@ class FeatureGan(nn.Module):
         In the images themselves it would be a second derivative of the eye."""
         with torch.no_grad():
             seen = self.seen(*self.noised(images.x0, batch, "gan real"), images.cond)
-        maps = [each.detach().requires_grad_(True) for each in (seen if self.deep else [seen])]
+        maps = [each.requires_grad_(True) for each in (seen if self.deep else [seen])]
         with torch.enable_grad():
             logits = self.head(maps if self.deep else maps[0])
             slopes = torch.autograd.grad(logits.sum(), maps, create_graph=True)

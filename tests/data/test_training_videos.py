@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -54,6 +55,34 @@ def test_frames_are_the_middle_ones_at_the_asked_rate(tmp_path: Path) -> None:
         assert greys_of(decode_video("a", file, 8, 20.0, WHOLE)) == [8, 8, 9, 9, 10, 10, 11, 11]
     small = decode_video("a", file, 2, None, Nearest(((8, 8),)))
     assert small.pixels is not None and small.pixels.shape == (2, 8, 8, 3) and "8x8" in small.notes[0]
+
+
+def test_the_last_frame_stands_until_it_would_have_ended(tmp_path: Path) -> None:
+    """The last of eleven frames at 10.5 a second is 0.952 s in, behind the last of ten, which ends at 1 s; at 9.9 it is
+    1.01 s in, where there is none."""
+    file = film(tmp_path / "a.mp4", range(0, 80, 8))
+    assert greys_of(decode_video("a", file, 11, 10.5, WHOLE)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]
+    assert greys_of(decode_video("a", file, 21, 20.6, WHOLE))[-2:] == [9, 9]
+    late = decode_video("a", file, 11, 9.9, WHOLE)
+    assert late.pixels is None and "has 10 of the 11 frames at 9.9 a second" in late.notes[0]
+
+
+def test_a_video_that_begins_late_has_its_own_middle(tmp_path: Path) -> None:
+    """Its first frame is 3 s in, as of a stream that was cut; what it has of length is said from 0."""
+    for late in (0, 30):
+        with av.open(str(tmp_path / f"{late}.mkv"), "w") as made:
+            stream = made.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.options = 32, 16, "yuv444p", {"crf": "1"}
+            for i in range(21):
+                frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 8 * i, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = late + i, Fraction(1, 10)
+                made.mux(stream.encode(frame))
+            made.mux(stream.encode())
+    with av.open(str(tmp_path / "30.mkv")) as video:
+        assert float(next(video.decode(video=0)).time) == pytest.approx(3.0, abs=0.01)
+    for count, rate in ((21, None), (3, None), (4, 5.0), (23, 10.5)):
+        own, same = (decode_video("a", tmp_path / f"{late}.mkv", count, rate, WHOLE) for late in (30, 0))
+        assert greys_of(own) == greys_of(same)
 
 
 def test_what_was_filmed_upright_is_turned_upright(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from stepdistill.losses.gan import (
     discriminator_loss,
     generator_loss,
     hinge_loss,
+    relativistic_loss,
 )
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.testing.toys import SHAPE, Perceptron, ToyFamily, toy_batch
@@ -174,3 +175,35 @@ def test_the_law_of_times_is_that_of_both_kinds():
     for stream in ("gan", "gan real"):
         _, t = own.noised(batch.noise, batch, stream)
         assert 0.55 < float(t.max()) < 0.6 and float(t.min()) < 0.05
+
+
+def test_the_hinge_and_the_relativistic_loss_are_their_formulas():
+    """What is told apart by more than 1 costs nothing, and differences of logits alone count."""
+    real, made = torch.tensor([2.0, -0.5]), torch.tensor([-3.0, 0.5])
+    assert float(hinge_loss(real, made)) == 1.5 / 2 + 1.5 / 2
+    wanted = (math.log1p(math.exp(-5.0)) + math.log1p(math.exp(1.0))) / 2
+    assert float(relativistic_loss(real, made)) == pytest.approx(wanted)
+    assert float(relativistic_loss(real + 7, made + 7)) == pytest.approx(wanted)
+
+
+def test_a_head_is_alone_with_a_constant_unless_it_is_asked_for_more(teacher_of):
+    own = gan()
+    assert own.heads == 1 and own.head.body[-1].bias is not None
+    assert logits(own, toy_batch(3).noise, toy_batch(3)).shape == (3,)
+    assert FeatureGan(own.eye, relativistic=True).head.body[-1].bias is None
+    eye = teacher_of("sd").denoiser
+    deep = FeatureGan(eye, deep=True)
+    assert deep.heads == len(eye.family.feature_layers(eye.net)) == 3 and FeatureGan(eye).heads == 1
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_gradient_penalty_is_of_whole_maps_and_of_all_heads(deep, teacher_of):
+    teacher, batch = teacher_of("sd"), toy_batch(2)
+    own, cond = FeatureGan(teacher.denoiser, deep=deep), teacher.codec.encode(["a cat", "a dog"])
+    x0 = torch.randn(2, *teacher.codec.shape, generator=torch.Generator().manual_seed(0))
+    penalty = own.gradient_penalty(Examples(x0, cond), batch)
+    seen = own.seen(*own.noised(x0, batch, "gan real"), cond)
+    maps = [each.detach().requires_grad_() for each in (seen if deep else [seen])]
+    slopes = torch.autograd.grad(own.head(maps if deep else maps[0]).sum(), maps)
+    assert all(each[0].numel() > each.shape[1] for each in maps)  # maps, not points
+    torch.testing.assert_close(penalty, sum(0.5 * each.square().sum() / 2 for each in slopes))
