@@ -58,9 +58,9 @@ each and draws with plain diffusers again:
 
 LTX-2 has a family, and is distilled with its sound: a state is both. It has no features for a GAN and takes no videos.
 
-FLUX Kontext, Qwen-Image-Edit and Wan from a picture have families too, and Flux.2 draws with a picture and without: each
-prompt names its picture ([how](../guides/data.md#pictures-to-draw-from)). Of several pictures for one prompt, which some
-of their pipelines take, none is served.
+FLUX Kontext, Qwen-Image-Edit and Wan from a picture have families too, and Flux.2 draws with a picture and without:
+[how prompts name one](../guides/data.md#pictures-to-draw-from). Pipelines that take several pictures for one prompt are
+given one.
 
 What draws in several stages, from pictures in other ways, or frame by frame at times of their own is refused, and told
 why. What is recorded has LoRA, merged and as a file where its class takes one, a second time where its network embeds
