@@ -167,18 +167,20 @@ def _traced(one: Asked, prompts: Sequence[str], seeds: int, features: str, devic
     network = load_features(features, device=pipe.device)
     pictures, times, rows = [], list[float](), list[Tensor]()
     for prompt in prompts:
-        if draws_alone(pipe, own, prompts):
-            raise UserError(
-                f"trace: {one.name} is a {type(pipe).__name__}, which draws one picture at a time"
-            )
-        call = call_arguments(pipe, own, [prompt] * seeds, one.steps, one.guidance if own is None else None)
-        call["generator"] = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-        seen = watch(pipe, {**call, "output_type": "np"}, scheduler=scheduler)
-        if seen.copies:
-            raise UserError(
-                f"trace: {one.name} is a {type(pipe).__name__}, which steps more than what is seen"
-            )
-        times, states = clean_predictions(seen, family, codec.shape, seeds)
+        at_once, parts = 1 if draws_alone(pipe, own, prompts) else seeds, list[list[Tensor]]()
+        for first in range(0, seeds, at_once):
+            scale = one.guidance if own is None else None
+            call = call_arguments(pipe, own, [prompt] * at_once, one.steps, scale)
+            own_seeds = range(first, first + at_once)
+            call["generator"] = [torch.Generator().manual_seed(seed) for seed in own_seeds]
+            seen = watch(pipe, {**call, "output_type": "np"}, scheduler=scheduler)
+            if seen.copies:
+                raise UserError(
+                    f"trace: {one.name} is a {type(pipe).__name__}, which steps more than what is seen"
+                )
+            times, part = clean_predictions(seen, family, codec.shape, at_once)
+            parts.append(part)
+        states = [torch.cat(step) for step in zip(*parts, strict=True)]
         with torch.no_grad():
             frames = [strip(codec.to_frames(each.to(pipe.device))) for each in states]
             rows.append(torch.stack([network.images(to_uint8(each)).cpu() for each in frames]))  # [S, M, D]

@@ -21,6 +21,8 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.asked import asked_of
 from stepdistill.evaluation.draw_into import as_named, draw_into
 from stepdistill.evaluation.sample import sample
+from stepdistill.evaluation.trace import asked as asked_pipelines
+from stepdistill.evaluation.trace import trace
 from stepdistill.export.card import model_card
 from stepdistill.export.student_folder import export, pipeline_call
 from stepdistill.export.verify import verify
@@ -169,3 +171,12 @@ def test_a_card_says_that_it_draws_from_a_picture(made: dict[str, Made]) -> None
         base_model=None, licence=None,
     )  # fmt: skip
     assert "pipeline_tag: image-to-video" in shared
+
+
+def test_a_trace_draws_each_seed_from_the_picture(made: dict[str, Made], tmp_path: Path) -> None:
+    """Its last prediction of the first seed is the first picture of the proof."""
+    run = made["wan-i2v"]
+    (found,) = trace(asked_pipelines([str(run.folder)], None, None), run.prompts[:1], 2, tmp_path, "emoji")
+    kept = np.asarray(Image.open(run.folder / "verification/0.png")).astype(int)
+    first, second = (found.pictures[0, seed, -1].permute(1, 2, 0).numpy().astype(int) for seed in (0, 1))
+    assert np.abs(first - kept).max() <= 1 and not np.array_equal(first, second)
