@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -135,7 +136,14 @@ def identity(prompt: str) -> str:
         raise UserError(
             f"{picture}, which a prompt names, not found: a relative path is that of a file beside its own"
         )
-    return f"{words} <image: sha256 {sha256_of(picture)}>"
+    state = picture.stat()
+    return f"{words} <image: sha256 {_sha256(picture, state.st_size, state.st_mtime_ns)}>"
+
+
+@cache
+def _sha256(picture: Path, size: int, changed: int) -> str:
+    """Of a file as it is since it was changed: prompts are hashed more than once, and pictures are large."""
+    return sha256_of(picture)
 
 
 def check_there(prompts: Iterable[str], what: str) -> None:
