@@ -104,7 +104,12 @@ def run_of(name: str, inputs: Path, output: Path, *more: str) -> Any:
     return run
 
 
-@pytest.mark.parametrize("name", REAL)
+SLOW = ("phased_dmd_qwen_image_edit_lora", "phased_dmd_wan22_i2v")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in REAL]
+)
 def test_two_updates_on_a_tiny_teacher_end_in_a_proven_student(
     name: str, inputs: Path, tmp_path: Path
 ) -> None:
