@@ -16,7 +16,7 @@ from torch import nn
 from stepdistill.diffusion.path import FlowPath
 from stepdistill.errors import UserError
 from stepdistill.losses.contract import Turn
-from stepdistill.losses.objective import Objective
+from stepdistill.losses.objective import Objective, shown_name
 from stepdistill.losses.regression import ends
 from stepdistill.losses.reward_term import RewardTerm
 from stepdistill.losses.rewards import Rewards
@@ -185,6 +185,12 @@ class Counted(find_method("reflow")):
     def phase(self, step):
         return "late" if step >= self.options.judged_from else "early"
 
+    def sampler_at(self, step):
+        return f"sampler {step}"
+
+    def betas(self, turn):
+        return (0.0, 0.9)
+
 
 def counted():
     teacher = ToyTeacher(Perceptron(seed=0), PATH, "velocity")
@@ -196,6 +202,10 @@ def test_what_a_method_says_of_its_own_steps_is_said_of_the_runs():
     for objective, first in ((Objective(counted()), 5), (gan_beside(counted(), 0.1), 10)):
         assert objective.judged_from == first
         assert [objective.phase(step) for step in (first - 1, first)] == ["early", "late"]
+        assert [objective.sampler_at(step) for step in (first, first + 2)] == [
+            "sampler 5",
+            f"sampler {5 + 10 // first}",
+        ]
 
 
 def test_a_method_is_told_its_own_steps_alone():
@@ -203,12 +213,21 @@ def test_a_method_is_told_its_own_steps_alone():
     for step in range(6):
         assert with_gan.anew(with_gan.turn(step)) == ({f"anew {step // 2}"} if step % 2 else set())
         assert without.anew(without.turn(step)) == {f"anew {step}"}
+        assert with_gan.betas(with_gan.turn(step)) == ((0.0, 0.9) if step % 2 else None)
+        assert without.betas(without.turn(step)) == (0.0, 0.9)
         for objective in (with_gan, without):
             objective.after_step(objective.turn(step))
     assert with_gan.method.steps == [0, 1, 2] and without.method.steps == list(range(6))
     assert set(with_gan.trained) == {"student", "term gan"} and set(without.trained) == {"student"}
     assert set(student_loss(with_gan, batch(1))[1]) == {"term gan"}
     assert set(student_loss(without, batch(1))[1]) == {"term regression"}
+
+
+def test_networks_are_called_what_people_call_them():
+    names = ("term reward", "term gan", "fake", "expert-2", "student")
+    assert [shown_name(name) for name in names] == [
+        *("latent reward", "gan discriminator", "fake score", "expert 2", "student")
+    ]
 
 
 def test_a_methods_own_discriminator_and_the_terms_both_train():
