@@ -199,7 +199,7 @@ def counted():
 
 
 def test_what_a_method_says_of_its_own_steps_is_said_of_the_runs():
-    for objective, first in ((Objective(counted()), 5), (gan_beside(counted(), 0.1), 10)):
+    for objective, first, later in ((Objective(counted()), 5, 7), (gan_beside(counted(), 0.1), 10, 6)):
         assert objective.judged_from == first
         assert [objective.phase(step) for step in (first - 1, first)] == ["early", "late"]
         assert [objective.sampler_at(step) for step in (first, first + 2)] == [
