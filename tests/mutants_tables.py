@@ -418,6 +418,26 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "(_, forth, a, b), *own = self.plans(views, of_real=(True))",
     ): "one plan more, which nobody reads",
     (
+        "stepdistill/losses/reward_term.py",
+        "leaf = part.detach().requires_grad_()",
+        "leaf = (part).requires_grad_()",
+    ): "the slope in it is the same",
+    (
+        "stepdistill/losses/rewards.py",
+        "leaf = x0.detach().requires_grad_()",
+        "leaf = (x0).requires_grad_()",
+    ): "the slope in it is the same",
+    (
+        "stepdistill/losses/rewards.py",
+        "leaf = images.detach().requires_grad_()",
+        "leaf = (images).requires_grad_()",
+    ): "decoded without a graph, they are no part of one",
+    (
+        "stepdistill/losses/rewards.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "what is decoded is read alone",
+    (
         "stepdistill/losses/gan.py",
         "with torch.no_grad():",
         "with torch.enable_grad():",

@@ -126,6 +126,10 @@ def test_a_loss_that_looked_through_the_first_network_leaves_the_ranking_to_the_
         "* The run's own loss looked through the network of this score, which flatters it.",
     ]
     assert found.rows[0].second_names == ("FD-judge", "judge")
+    # Where all looked through the first, the second ranks too; where none did, the first.
+    every = group_of(second("a", 1.0, 5.0, conflicts=saw), second("b", 3.0, 4.0, conflicts=saw))
+    assert [row.name for row in every.rows] == ["b", "a"]
+    assert [row.name for row in group_of(second("a", 1.0, 5.0), second("b", 3.0, 4.0)).rows] == ["a", "b"]
     # Where it looked through both, or one run has no second score, the first ranks those that it may.
     for other in ({**saw, "second_fd": "terms.reward"}, None):
         one = second("a", 1.0, 5.0, conflicts=other or saw)

@@ -14,7 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses.contract import Loss, Method, MethodOptions, Predicted, Turn
 from stepdistill.losses.latent_reward import LatentReward, LatentRewardTerm, pairwise_divergence
 from stepdistill.losses.objective import Objective, shown_name
-from stepdistill.losses.reward_term import RewardOptions, RewardTerm
+from stepdistill.losses.reward_term import RewardOptions, RewardTerm, norms
 from stepdistill.losses.rewards import Rewards
 from stepdistill.losses.terms import Shown
 from stepdistill.methods import find_method
@@ -314,3 +314,49 @@ def test_the_proxy_comes_to_tell_better_from_worse():
 def test_a_proxy_reads_pictures_alone():
     with pytest.raises(UserError, match=r"reads latents \[C, H, W\], and this teacher's are \[16, 4\]"):
         LatentReward((16, 4), 6)
+
+
+def test_a_share_is_of_the_whole_batch_also_where_parts_begin_between_and_its_value_a_mean():
+    """Every third of six, in parts of two: the second part begins with the third sample."""
+    told: list[Any] = []
+
+    def reward(x, prompt):
+        told.append(prompt.tolist())
+        return 1.0 + prompt + 0 * x.flatten(1).sum(1)
+
+    term = RewardTerm(1.0, rewards(reward), RewardOptions(share=1 / 3))
+    method, whole = toy("lcm"), batch(6)
+    shown = Shown(method, whole, None, method.loss(STUDENT, whole))
+    assert float(term.value(shown).detach()) == pytest.approx(-(3 + 6) / 2)
+    for part in whole.split(3):
+        term.value(Shown(method, part, None, method.loss(STUDENT, part)))
+    assert told == [[2, 5], [2], [5]]
+
+
+def test_a_bound_is_of_whole_samples():
+    x = torch.arange(24.0).view(2, 3, 2, 2)
+    found = norms(x)
+    assert found.shape == (2, 1, 1, 1)
+    torch.testing.assert_close(found.flatten(), x.square().sum((1, 2, 3)).sqrt())
+
+
+def test_rewards_tell_their_slopes_one_by_one_and_leave_no_graph():
+    """In latents through the decoder, in pictures without it."""
+    factors = torch.tensor([1.0, -2.0, 3.0]).view(1, 3, 1, 1)
+    each = (
+        lambda images, prompt: images.square().sum((1, 2, 3)),
+        lambda images, prompt: -images[:, 1].sum((1, 2)) * (1 + prompt),
+    )
+    own = Rewards(lambda x0: x0[:, :1] * factors, each)
+    x0, prompt = torch.randn(2, 2, 3, 4, requires_grad=True), torch.tensor([0, 4])
+    images = (x0[:, :1] * factors).detach()
+    slopes = own.gradients(x0, prompt)
+    assert slopes.shape == (2, 2, 2, 3, 4) and not slopes.requires_grad and not slopes[:, :, 1].any()
+    torch.testing.assert_close(slopes[0, :, 0], 2 * 14 * x0[:, 0].detach())
+    torch.testing.assert_close(slopes[1, :, 0], 2.0 * (1 + prompt).view(2, 1, 1).expand(2, 3, 4))
+    scores, matter = own.seen(x0, prompt)
+    assert scores.shape == (2, 2) and matter.shape == (2, 2, 3, 4)
+    assert not scores.requires_grad and not matter.requires_grad
+    torch.testing.assert_close(scores, torch.stack([reward(images, prompt) for reward in each]))
+    torch.testing.assert_close(matter[0], 2 * images.abs().mean(1))
+    torch.testing.assert_close(matter[1], ((1 + prompt) / 3).view(2, 1, 1).expand(2, 3, 4))
