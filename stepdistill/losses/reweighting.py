@@ -100,9 +100,8 @@ class Reweighting(nn.Module):
 
     def _see(self, scores: Tensor) -> None:
         """Takes in the scores [M, B] of a part of the batch."""
-        padded = F.pad(scores, (0, 0, 0, AXES - len(scores)))
-        count = scores.new_full((1,), scores.shape[1])
-        self._seen.add(torch.cat([padded.sum(1), padded.square().sum(1), count]))
+        sums = F.pad(torch.stack([scores.sum(1), scores.square().sum(1)]), (0, AXES - len(scores)))
+        self._seen.add(torch.cat([sums.flatten(), scores.new_full((1,), scores.shape[1])]))
 
     def update(self) -> None:
         """Moves the running means by what the step has seen, on every process."""

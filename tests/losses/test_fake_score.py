@@ -316,3 +316,12 @@ def test_a_group_shares_its_noise_and_its_time(group):
             assert (
                 bool(views.t[i] == views.t[j]) == shared and torch.equal(views.x_t[i], views.x_t[j]) == shared
             )
+
+
+def test_the_network_that_follows_is_said_to_follow():
+    """Terms, ``train.lr_of`` and averages are not for it."""
+    teacher = ToyTeacher(Perceptron(), FlowPath())
+    for kind in (DMD, SiD, DiffInstruct, FDistill, SIM):
+        method = kind(Copies(teacher, toy_student(Perceptron(seed=1), FlowPath())), (1.0,), kind.Options())
+        trained = method.trained()
+        assert trained["fake"].follows and not trained["student"].follows

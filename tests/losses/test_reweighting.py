@@ -128,3 +128,51 @@ def test_all_parts_of_a_batch_have_one_scale():
 def test_what_it_cannot_weigh_is_refused():
     with pytest.raises(UserError, match=r"options\.reweight is for latents \[C, H, W\]"):
         Reweighting("both", 2.0).weights(torch.zeros(2, 16, 4), rewards(first), PROMPT[:2])
+
+
+def test_weights_over_a_whole_window_are_those_of_the_text():
+    """Running means of decay 0.98 that begin at what the first step saw, and a penalty once 50 steps were seen."""
+    made, kept, moments = Reweighting("reward", 0.7), [], torch.zeros(2, 2)
+    for step in range(WINDOW + 10):
+        x = (1 + 0.03 * step) * pictures(step) + 0.02 * step
+        scores = torch.stack([first(x, PROMPT), second(x, PROMPT)])
+        now = torch.stack([scores.mean(1), scores.square().mean(1)])
+        moments = now if step == 0 else 0.98 * moments + 0.02 * now
+        kept.append(scores.mean(1))
+        assert step >= WINDOW or float(made.penalty(2)) == 0
+        made.weights(x, rewards(first, second), PROMPT)
+        made.update()
+    deviation = (moments[1] - moments[0].square()).sqrt()
+    rise = torch.stack(kept[-25:]).mean(0) - torch.stack(kept[-50:-25]).mean(0)
+    penalty = 0.5 * (rise / deviation).std(correction=0)
+    assert float(penalty) > 0.1
+    torch.testing.assert_close(made.penalty(2), penalty, rtol=1e-4, atol=1e-6)
+    x = pictures(99).requires_grad_()
+    ranks = (torch.stack([first(x, PROMPT), second(x, PROMPT)]) - moments[0, :, None]) / deviation[:, None]
+    found = made.weights(x, rewards(first, second), PROMPT)
+    assert not found.requires_grad and found.shape == (8, 1, 1, 1)
+    wanted = (0.7 * (ranks.mean(0) - penalty)).clamp(-BOUND, BOUND).exp().detach()
+    torch.testing.assert_close(found.flatten(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_that_never_moves_weighs_nothing():
+    def still(x, prompt):
+        return 0 * x[:, 0, 0, 0] + 1.0
+
+    alone = seen("reward", still, steps=WINDOW + 1)
+    assert torch.equal(alone.weights(pictures(3), rewards(still), PROMPT), torch.ones(8, 1, 1, 1))
+    both = seen("reward", still, first, steps=WINDOW + 1)
+    assert bool(both.weights(pictures(3), rewards(still, first), PROMPT).isfinite().all())
+
+
+def test_eight_rewards_are_the_most_and_latents_need_not_be_square():
+    assert seen("reward", *[first] * 8).weights(pictures(), rewards(*[first] * 8), PROMPT).shape == (
+        8,
+        1,
+        1,
+        1,
+    )
+    with pytest.raises(UserError, match=r"8 rewards at most; found \[2, 4, 4\] and 9"):
+        Reweighting("reward", 1.0).weights(pictures(), rewards(*[first] * 9), PROMPT)
+    wide = torch.randn(8, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert Reweighting("saliency", 1.0).weights(wide, rewards(second), PROMPT).shape == (8, 1, 4, 6)
