@@ -108,7 +108,7 @@ def placeholder(height: int, width: int) -> Image:
     planes = (
         255 * down / max(1, height - 1),
         255 * right / max(1, width - 1),
-        255 * (down // 8 + right // 8) % 2,
+        255 * ((down // 8 + right // 8) % 2),
     )
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
 

@@ -190,6 +190,8 @@ def test_a_head_is_alone_with_a_constant_unless_it_is_asked_for_more(teacher_of)
     own = gan()
     assert own.heads == 1 and own.head.body[-1].bias is not None
     assert logits(own, toy_batch(3).noise, toy_batch(3)).shape == (3,)
+    assert Discriminator((8, 4, 4)).body[-1].bias is not None
+    assert FeatureGan(own.eye).head.body[-1].out_channels == 1
     assert FeatureGan(own.eye, relativistic=True).head.body[-1].bias is None
     eye = teacher_of("sd").denoiser
     deep = FeatureGan(eye, deep=True)

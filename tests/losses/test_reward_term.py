@@ -311,6 +311,51 @@ def test_the_proxy_comes_to_tell_better_from_worse():
     assert last < 0.2 * first
 
 
+def test_the_proxy_halves_latents_until_a_side_has_four_and_starts_from_its_shape_alone():
+    sides = []
+    for shape, strides in (
+        ((4, 4, 4), [1, 1]),
+        ((4, 5, 9), [1, 2, 1]),
+        ((4, 16, 12), [1, 2, 2, 1]),
+        ((16, 64, 128), [1, 2, 2, 2, 2, 1]),
+    ):
+        own = LatentReward(shape, 6)
+        torch.rand(3)
+        again = LatentReward(shape, 6)
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), again.parameters(), strict=True))
+        convolutions = [layer for layer in own.body if isinstance(layer, nn.Conv2d)]
+        assert [each.stride[0] for each in convolutions] == strides
+        assert all(each.kernel_size == (3, 3) and each.padding == (1, 1) for each in convolutions)
+        norms = [layer for layer in own.body if isinstance(layer, nn.GroupNorm)]
+        assert [each.num_groups for each in norms] == [8] * (len(strides) - 1)
+        sides.append(min(own.body(torch.randn(2, *shape)).shape[2:]))
+        one = nn.functional.normalize(torch.randn(2, 6), dim=1)
+        found = own(torch.randn(2, *shape), one)
+        assert found.shape == (2,) and bool((found.abs() <= 1 + 1e-5).all())
+    assert sides == [4, 3, 3, 4]
+    latents = torch.randn(2, *shape)
+    seen = nn.functional.normalize(own.head(own.body(latents).mean((2, 3))), dim=1)
+    torch.testing.assert_close(own(latents, one), (seen * one).sum(1))
+
+
+def test_the_proxys_loss_is_the_divergence_at_its_temperature_over_the_samples_that_are_judged():
+    """A mean over a third of the samples, whose texts and latents hold no graph."""
+    method, sample = toy("lcm"), batch(6)
+    options = RewardOptions(of="prediction", share=1 / 3)
+    proxy = LatentReward((2, 1, 1), 6)
+    term = LatentRewardTerm(1.0, rewards(near(1.0)), options, proxy, lambda prompt: TEXTS[prompt], 0.5, 2.0)
+    assert term.critic().follows and term.critic().extra is proxy
+    seen = method.loss(STUDENT, sample).predicted
+    shown = Shown(method, sample, None, method.loss(STUDENT, sample))
+    loss = term.critic_loss(shown)
+    kept, prompt = [each[[2, 5]].detach() for each in (seen.x0, *seen.others)], seen.prompt[[2, 5]]
+    wanted = torch.stack([near(1.0)(each, prompt) for each in kept]) / 0.5
+    found = torch.stack([proxy(each, TEXTS[prompt]) for each in kept])
+    torch.testing.assert_close(loss, pairwise_divergence(wanted, found).sum() / 2)
+    loss.backward()
+    assert all(p.grad is None for p in method.student.net.parameters())
+
+
 def test_a_proxy_reads_pictures_alone():
     with pytest.raises(UserError, match=r"reads latents \[C, H, W\], and this teacher's are \[16, 4\]"):
         LatentReward((16, 4), 6)

@@ -16,6 +16,7 @@ from stepdistill.data.texts import rows_sha256
 from stepdistill.errors import UserError
 from stepdistill.pictures.given import (
     Asked,
+    any_named,
     asked,
     check_named,
     identity,
@@ -116,7 +117,11 @@ def test_a_picture_is_turned_upright_and_its_middle_taken_at_the_size_that_is_dr
     one, other = pictures_of([f"red <image: {exact}>", "red"], 8, 12)
     assert np.array_equal(np.asarray(one), pixels) and other.size == (12, 8)
     assert np.array_equal(np.asarray(other), np.asarray(placeholder(8, 12)))
-    stands = np.asarray(placeholder(8, 12)).astype(int)
+    stands = np.asarray(placeholder(17, 33)).astype(int)
+    assert stands[[0, -1], 0, 0].tolist() == [0, 255] and stands[0, [0, -1], 1].tolist() == [0, 255]
+    tiles = stands[[0, 7, 8, 0, 8, 16], [0, 7, 0, 8, 8, 32], 2]
+    assert tiles.tolist() == [0, 0, 255, 255, 0, 0]
+    assert np.asarray(placeholder(1, 1)).tolist() == [[[0, 0, 0]]]
     assert (np.diff(stands[..., 0], axis=0) > 0).all() and (np.diff(stands[..., 1], axis=1) > 0).all()
 
 
@@ -131,6 +136,11 @@ def test_a_picture_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
 def test_every_prompt_names_a_picture_where_one_is_drawn_from_and_none_elsewhere(tmp_path: Path) -> None:
     there = with_picture("red", saved(tmp_path / "a.png", noise(4, 4)))
     check_named([there, there], True, "WanImageToVideoPipeline")
+    check_named([there, there], True, "Flux2Pipeline", optional=True)
+    check_named(["red", "blue"], True, "Flux2Pipeline", optional=True)
+    with pytest.raises(UserError, match="prompt 2, 'blue', names no picture, but others name one: write"):
+        check_named([there, "blue"], True, "Flux2Pipeline", optional=True)
+    assert any_named(["red", there]) and not any_named(["red", "blue"]) and not any_named([])
     check_named(["red"], False, "WanPipeline")
     with pytest.raises(
         UserError, match=r"^data\.prompts: prompt 2, 'a cat', names no picture, but Wan draws from one"
