@@ -418,6 +418,11 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
         "(_, forth, a, b), *own = self.plans(views, of_real=(True))",
     ): "one plan more, which nobody reads",
     (
+        "stepdistill/losses/objective.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "what a critic reads of it is detached",
+    (
         "stepdistill/losses/reweighting.py",
         "one = torch.where(high > low, (seen - low) / (high - low).clamp_min(1e-20), torch.ones_like(seen))",
         "one = torch.where(high > low, (seen - low) / (high - low), torch.ones_like(seen))",
