@@ -33,17 +33,11 @@ class WanFromPicture(FromPicture, Wan):
     changes = NetworkChanges()
     of_picture = frozenset({PICTURE, SEEN})
 
-    def adopt(self, pipe: Any) -> None:
-        if importlib.util.find_spec("ftfy") is None:
-            raise UserError(
-                "a WanImageToVideoPipeline reads prompts with ftfy, which is not installed: pip install ftfy"
-            )
-        super().adopt(pipe)
-
     def state_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
         return int(pipe.vae.config.z_dim), *super().state_shape(pipe, size)[1:]
 
     def encode(self, pipe: Any, prompts: list[str], size: Size) -> Condition:
+        _check_reader()
         pictures = pictures_named(prompts, size)
         latents = self.latents_of(pipe, pictures, size)
         found = super().encode(pipe, words_of(prompts), size).with_tensor(PICTURE, latents)
@@ -71,6 +65,7 @@ class WanFromPicture(FromPicture, Wan):
         return self.stride(pipe) + channels, frames, *sides
 
     def null(self, pipe: Any, size: Size) -> Condition | None:
+        _check_reader()
         return super().encode(pipe, [""], size)
 
     def call(self, net: nn.Module, x_t: Tensor, time: Tensor, cond: Condition) -> Tensor:
@@ -94,3 +89,11 @@ class WanFromPicture(FromPicture, Wan):
         frames = x_t.shape[2]
         told = time[:, None] * (torch.arange(frames, device=time.device) > 0)
         return told.repeat_interleave(self.tokens(net, tuple(x_t.shape)) // frames, 1)
+
+
+def _check_reader() -> None:
+    """Its pipeline reads prompts with a package that diffusers does not bring."""
+    if importlib.util.find_spec("ftfy") is None:
+        raise UserError(
+            "a WanImageToVideoPipeline reads prompts with ftfy, which is not installed: pip install ftfy"
+        )
