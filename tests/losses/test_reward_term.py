@@ -316,6 +316,7 @@ def test_the_proxy_halves_latents_until_a_side_has_four_and_starts_from_its_shap
     for shape, strides in (
         ((4, 4, 4), [1, 1]),
         ((4, 5, 9), [1, 2, 1]),
+        ((4, 9, 9), [1, 2, 2, 1]),
         ((4, 16, 12), [1, 2, 2, 1]),
         ((16, 64, 128), [1, 2, 2, 2, 2, 1]),
     ):
@@ -332,7 +333,7 @@ def test_the_proxy_halves_latents_until_a_side_has_four_and_starts_from_its_shap
         one = nn.functional.normalize(torch.randn(2, 6), dim=1)
         found = own(torch.randn(2, *shape), one)
         assert found.shape == (2,) and bool((found.abs() <= 1 + 1e-5).all())
-    assert sides == [4, 3, 3, 4]
+    assert sides == [4, 3, 3, 3, 4]
     latents = torch.randn(2, *shape)
     seen = nn.functional.normalize(own.head(own.body(latents).mean((2, 3))), dim=1)
     torch.testing.assert_close(own(latents, one), (seen * one).sum(1))
