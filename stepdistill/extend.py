@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.path import Path, Prediction, per_sample
-from stepdistill.families._from_picture import PICTURE, FromPicture, pictures_named
+from stepdistill.families._from_picture import PICTURE, FromPicture, TokensBehind, pictures_named
 from stepdistill.families.base import Family
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.kinds import LabelFamily, TransformerFamily
@@ -51,6 +51,7 @@ __all__ = [
     "Size",
     "Student",
     "Teacher",
+    "TokensBehind",
     "Trained",
     "TransformerFamily",
     "Turn",

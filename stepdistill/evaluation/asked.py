@@ -19,11 +19,11 @@ def check_asked(pipe: Any, prompts: Sequence[str]) -> None:
     Raises:
         UserError: one names none, and the pipeline draws from one; or the other way round.
     """
-    family, name = known_family(type(pipe).__name__), type(pipe).__name__
-    if family is None:
+    name = type(pipe).__name__
+    if (family := known_family(name)) is None:
         check_named(prompts, False, name, "prompts")
     else:
-        check_named(prompts, family.from_picture, name, "prompts", optional=family.picture_optional)
+        family.check_prompts(name, prompts, "prompts")
 
 
 def asked_of(pipe: Any, prompts: Sequence[str], told: Mapping[str, Any]) -> dict[str, Any]:

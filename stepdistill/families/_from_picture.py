@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.families.base import Family
 from stepdistill.families.condition import Condition
@@ -47,6 +47,13 @@ class FromPicture(Family):
         }
         kept = {name: cond[name] for name in self.of_picture & cond.tensors.keys()}
         return Condition({**null.tensors, **own, **kept})
+
+
+class TokensBehind(FromPicture):
+    """Those whose network sees the tokens of the picture behind those of a state, [B, N + N', D]."""
+
+    def picture(self, net: nn.Module, output: Any, state: tuple[int, ...]) -> Tensor:
+        return super().picture(net, output, state)[:, : self.tokens(net, state)]
 
 
 def pictures_named(prompts: list[str], size: Size) -> list[Image]:

@@ -21,7 +21,7 @@ from stepdistill.families._pixels import unit_pixels
 from stepdistill.families.condition import Condition
 from stepdistill.families.network_changes import NetworkChanges
 from stepdistill.families.size import Size
-from stepdistill.pictures.given import any_named, pictures_of, words_of
+from stepdistill.pictures.given import any_named, check_named, pictures_of, words_of
 
 
 class Family(ABC):
@@ -278,6 +278,15 @@ class Family(ABC):
     def call_prompts(self, pipe: Any, prompts: list[str]) -> list[str]:
         """The prompts as :meth:`call_arguments` takes them: class names that the pipeline knows as their numbers."""
         return prompts
+
+    def check_prompts(self, pipeline: str, prompts: Sequence[str], what: str = "data.prompts") -> None:
+        """Refuses prompts that name no picture where its pipeline (of the class ``pipeline``) draws from one, or the
+        other way round.
+
+        Raises:
+            UserError: for the first of them, which ``what`` asks for.
+        """
+        check_named(prompts, self.from_picture, pipeline, what, optional=self.picture_optional)
 
     def call_arguments(
         self, pipeline: str, prompts: list[str], guidance: float | None, size: Size | None

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from stepdistill.families._from_picture import PICTURE, FromPicture, pictures_named
+from stepdistill.families._from_picture import PICTURE, TokensBehind, pictures_named
 from stepdistill.families.base import call_default
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.kinds import TransformerFamily
@@ -26,7 +26,7 @@ OF_PICTURE = 10
 """What stands in a token's ids where the state's have 0."""
 
 
-class Flux2Klein(FromPicture, TransformerFamily):
+class Flux2Klein(TokensBehind, TransformerFamily):
     name = "Flux.2 [klein]"
     picture_optional = True
     pipelines = ("Flux2KleinPipeline",)
@@ -98,9 +98,6 @@ class Flux2Klein(FromPicture, TransformerFamily):
             return_dict=False,
         )[0]
         return self.unpack(output[:, :count], tuple(x_t.shape[1:]))
-
-    def picture(self, net: nn.Module, output: Any, state: tuple[int, ...]) -> Tensor:
-        return super().picture(net, output, state)[:, : self.tokens(net, state)]
 
     # States are patches of 2x2 latents, by the statistics of a batch normalisation.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.families._from_picture import PICTURE, FromPicture, pictures_named
+from stepdistill.families._from_picture import PICTURE, TokensBehind, pictures_named
 from stepdistill.families._packing import grid_ids
 from stepdistill.families.condition import GUIDANCE, Condition
 from stepdistill.families.flux import Flux
@@ -15,7 +15,7 @@ from stepdistill.families.size import Size
 from stepdistill.pictures.given import words_of
 
 
-class FluxKontext(FromPicture, Flux):
+class FluxKontext(TokensBehind, Flux):
     name = "Flux.1 Kontext"
     pipelines = ("FluxKontextPipeline",)
 
@@ -37,9 +37,6 @@ class FluxKontext(FromPicture, Flux):
             return_dict=False,
         )[0]
         return self.unpack(output[:, : tokens.shape[1]], tuple(x_t.shape[1:]))
-
-    def picture(self, net: nn.Module, output: Any, state: tuple[int, ...]) -> Tensor:
-        return super().picture(net, output, state)[:, : self.tokens(net, state)]
 
     def call_arguments(
         self, pipeline: str, prompts: list[str], guidance: float | None, size: Size | None

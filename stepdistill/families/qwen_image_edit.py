@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from stepdistill.families._from_picture import NULL, PICTURE, FromPicture, pictures_named
+from stepdistill.families._from_picture import NULL, PICTURE, TokensBehind, pictures_named
 from stepdistill.families.condition import Condition, joined
 from stepdistill.families.qwen_image import QwenImage
 from stepdistill.families.size import Size
@@ -18,7 +18,7 @@ EMBEDS, EMBEDS_MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 NO_WORDS = " "  # of its model card: an empty text would be no guidance
 
 
-class QwenImageEdit(FromPicture, QwenImage):
+class QwenImageEdit(TokensBehind, QwenImage):
     name = "Qwen-Image-Edit"
     pipelines = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 
@@ -62,9 +62,6 @@ class QwenImageEdit(FromPicture, QwenImage):
             return_dict=False,
         )[0]
         return self.unpack(output[:, : tokens.shape[1]], tuple(x_t.shape[1:]))
-
-    def picture(self, net: nn.Module, output: Any, state: tuple[int, ...]) -> Tensor:
-        return super().picture(net, output, state)[:, : self.tokens(net, state)]
 
 
 def _stock() -> Any:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 KEY = "input_image"
 """Name of the field of a row that holds the picture's path."""
+RELATIVE = "a relative path is that of a file beside the one that names it"
 _NAMED = re.compile(r"^(?P<words>.*?)\s*<image: (?P<file>[^<>\n]+)>$", re.DOTALL)
 
 
@@ -90,9 +91,7 @@ def opened(picture: Path, height: int, width: int) -> Image:
     from stepdistill.pictures.decoding import decode
 
     if not picture.is_file():
-        raise UserError(
-            f"{picture}, which a prompt names, not found: a relative path is that of a file beside its own"
-        )
+        raise UserError(f"{picture}, which a prompt names, not found: {RELATIVE}")
     _, pixels, notes = decode(picture.name, picture.read_bytes, (height, width), upright=True)
     if pixels is None:
         raise UserError(f"{picture}, which a prompt names, {'; '.join(notes)}")
@@ -133,9 +132,7 @@ def identity(prompt: str) -> str:
     if picture is None:
         return prompt
     if not picture.is_file():
-        raise UserError(
-            f"{picture}, which a prompt names, not found: a relative path is that of a file beside its own"
-        )
+        raise UserError(f"{picture}, which a prompt names, not found: {RELATIVE}")
     state = picture.stat()
     return f"{words} <image: sha256 {_sha256(picture, state.st_size, state.st_mtime_ns)}>"
 
@@ -159,10 +156,7 @@ def check_there(prompts: Iterable[str], what: str) -> None:
     for number, prompt in enumerate(prompts, 1):
         picture = asked(prompt).picture
         if picture is not None and not picture.is_file():
-            raise UserError(
-                f"{what}: prompt {number} names {picture}, which is not there: a relative path is that of a file "
-                "beside its own"
-            )
+            raise UserError(f"{what}: prompt {number} names {picture}, which is not there: {RELATIVE}")
 
 
 def check_named(

@@ -41,7 +41,6 @@ from stepdistill.networks.student import Student
 from stepdistill.networks.switched import SwitchedNetworks
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.networks.tiles import switch_on
-from stepdistill.pictures.given import check_named
 from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.emoji import embedded_teachers, emoji_captions
 from stepdistill.system.log import say
@@ -316,7 +315,7 @@ def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[
     """Those that are held out, and those to learn from."""
     if recipe.data.prompts is not None:
         prompts = open_prompts(Path(recipe.data.prompts))
-        check_pictures(teacher, prompts)
+        teacher.family.check_prompts(type(teacher.pipe).__name__, prompts)
         return ([], prompts) if embedded else hold_out(prompts)
     if embedded:
         return [], emoji_captions()
@@ -325,16 +324,6 @@ def _prompts(recipe: Recipe, teacher: PipelineTeacher, embedded: bool) -> tuple[
     must = teacher.family.from_picture and not teacher.family.picture_optional
     file = "rows that name a picture each (input_image)" if must else "one a line"
     raise UserError(f"{recipe.teacher} draws from prompts: give a text file with {file} in data.prompts")
-
-
-def check_pictures(teacher: PipelineTeacher, prompts: Sequence[str], what: str = "data.prompts") -> None:
-    """Prompts name pictures as the teacher takes them.
-
-    Raises:
-        UserError: one does not.
-    """
-    family, name = teacher.family, type(teacher.pipe).__name__
-    check_named(prompts, family.from_picture, name, what, optional=family.picture_optional)
 
 
 def _part(recipe: Recipe, prompts: Sequence[str]) -> Tensor | None:

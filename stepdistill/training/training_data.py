@@ -17,7 +17,7 @@ from stepdistill.recipes.recipe import Recipe
 from stepdistill.system.log import bar, say
 from stepdistill.system.processes import Processes
 from stepdistill.system.run_folder import RunFolder
-from stepdistill.training.assemble import Assembled, check_pictures
+from stepdistill.training.assemble import Assembled
 
 
 def rich_of(recipe: Recipe, prompts: Sequence[str]) -> list[str]:
@@ -45,7 +45,8 @@ def training_data(run: Assembled, output: Path) -> Data:
     elif "images" in run.needs:
         place = Path(cast(str, recipe.data.images))
         images = found = examples_of(place, run.teacher.size.frames, recipe.data.fps)
-        check_pictures(run.teacher, found.captions, "data.images")
+        kind = type(run.teacher.pipe).__name__
+        run.teacher.family.check_prompts(kind, found.captions, "data.images")
         for remark in found.remarks() if accelerator.is_main_process else ():
             say(remark)
     processes, group = Processes(accelerator.process_index, accelerator.num_processes), recipe.train.group

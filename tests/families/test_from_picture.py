@@ -25,7 +25,6 @@ from stepdistill.families.watching import frames_of, watch
 from stepdistill.networks.student import Student
 from stepdistill.networks.teacher import PipelineTeacher
 from stepdistill.pictures.given import asked, pictures_of, with_picture
-from stepdistill.training.assemble import check_pictures
 
 EDITS = ("qwen-edit", "qwen-edit-plus")
 EMBEDDED = ("kontext", "flux-2-edit")
@@ -141,10 +140,10 @@ def test_where_a_picture_is_optional_all_prompts_name_one_or_none_does(
 ) -> None:
     teacher = teacher_of(name)
     named = pictured(tmp_path, 2, SIZES[name])
-    check_pictures(teacher, named)
-    check_pictures(teacher, ["a cat", "a dog"])
+    teacher.family.check_prompts("Flux2", named)
+    teacher.family.check_prompts("Flux2", ["a cat", "a dog"])
     with pytest.raises(UserError, match="prompt 2, 'a cat', names no picture, but others name one: write"):
-        check_pictures(teacher, [named[0], "a cat"])
+        teacher.family.check_prompts("Flux2", [named[0], "a cat"])
     call = teacher.family.call_arguments("", ["a cat"], None, teacher.size)
     assert "image" not in call and call["prompt"] == ["a cat"]
 
